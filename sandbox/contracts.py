@@ -1,0 +1,634 @@
+"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and tensor Protocols.
+
+Two halves. The Config side answers every question before a run (does it fit, what goes where, what does it
+cost) and never imports torch. The tensor side names the few calls that the training step and the samplers
+make. A plugin sees this file and never another group's plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+SCALARS = frozenset({"fps", "frame_stride", "height", "width", "aspect_ratio", "ofs"})
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+class SandboxError(Exception):
+    """An error that ends the program with its own exit code; survives pickling (all of it is in args)."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(SandboxError):
+    """The user's settings are wrong (exit code 2). Holds one line per problem, each with its cure."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+class Misfit(ConfigError):
+    """A clip does not fit a component: `field` (frames, height, width or channels) has `value`, `rule` says what fits.
+
+    Wiring adds which setting that is and probes for the nearest values that fit.
+    """
+
+    def __init__(self, field: str, value: int, rule: str) -> None:
+        super().__init__(field, value, rule)
+
+    @property
+    def field(self) -> str:
+        return self.args[0]
+
+    @property
+    def value(self) -> int:
+        return self.args[1]
+
+    @property
+    def rule(self) -> str:
+        return self.args[2]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return (str(self),)
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value}: want {self.rule}"
+
+
+class PluginError(SandboxError):
+    """A plugin is missing, broken, or there twice (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(SandboxError):
+    """The data are missing, empty, or worse than the limit allows (exit code 3)."""
+
+    exit_code = 3
+
+
+class Diverged(SandboxError):
+    """The loss or a gradient is not finite (exit code 4)."""
+
+    exit_code = 4
+
+
+class StorageError(SandboxError):
+    """A file cannot be written, or one that is read is broken or foreign (exit code 5)."""
+
+    exit_code = 5
+
+
+class Preempted(SandboxError):
+    """The run was asked to stop, has saved, and continues when started again (exit code 75)."""
+
+    exit_code = 75
+
+
+class BadItem(Exception):
+    """One item of a data set cannot be used (corrupt, too short); the loader skips, counts and lists it."""
+
+
+# --- checks that Configs share ------------------------------------------------------------------------------
+
+
+def one_of(name: str, value: Any, choices: Iterable[Any]) -> Iterator[str]:
+    """Yields a problem unless `value` is among `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        yield f"{name}={value!r}: want one of {choices}"
+
+
+def in_range(name: str, value: float | None, low: float, high: float = float("inf")) -> Iterator[str]:
+    """Yields a problem unless low <= value <= high; NaN is a problem, None (left to wiring) is not."""
+    if value is not None and not low <= value <= high:
+        yield f"{name}={value}: want " + (f">= {low}" if high == float("inf") else f"{low} to {high}")
+
+
+def above(name: str, value: float | None, low: float, high: float = float("inf")) -> Iterator[str]:
+    """Yields a problem unless low < value <= high and value is finite; NaN is a problem, None is not."""
+    if value is not None and not low < value <= min(high, 1e300):
+        yield f"{name}={value}: want > {low}" + ("" if high == float("inf") else f" and <= {high}")
+
+
+def same_length(name: str, value: Iterable[Any], length: int, of: str) -> Iterator[str]:
+    """Yields a problem unless `value` has `length` entries, one for each `of`."""
+    if len(list(value)) != length:
+        yield f"{name} has {len(list(value))} entries: want {length}, one for each {of}"
+
+
+def must_divide(field: str, value: int, by: int) -> None:
+    """Raises Misfit unless `value` is a positive multiple of `by`."""
+    if value < 1 or value % by:
+        raise Misfit(field, value, f"a multiple of {by}")
+
+
+# --- sizes and slots ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A size, of pixels or of latents: (channels, frames, height, width). An image has frames=1."""
+
+    channels: int
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A sequence that conditioning offers: `length` tokens of `width`, for each of `frames` (1: the same for all)."""
+
+    width: int
+    length: int
+    masked: bool = False
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What conditioning offers a backbone. `concat` counts channels, `vector` is a width, 0 or None is absent."""
+
+    context: Tokens | None = None
+    image_context: Tokens | None = None
+    concat: int = 0
+    vector: int = 0
+    scalars: frozenset[str] = frozenset()
+
+    def names(self) -> frozenset[str]:
+        """The filled slots and the scalars."""
+        filled = {n for n in ("context", "image_context", "concat", "vector") if getattr(self, n)}
+        return frozenset(filled) | self.scalars
+
+
+# --- Configs ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PluginConfig:
+    """Base of every plugin's `Config`. `plugin` ("vae/magvit") is written by the registry, never by a user."""
+
+    plugin: str = ""
+
+    def problems(self) -> Iterator[str]:
+        """Every bad range, choice, length or NaN, one line each, starting with the field: "act='relu': want ..."."""
+        yield from ()
+
+    def agree(self, **numbers: int | None) -> Self:
+        """A copy with the fields that are None filled from `numbers`.
+
+        Raises ConfigError that names every field whose stated value differs from the number.
+        """
+        wrong = [
+            f"{name}={getattr(self, name)}, but {number} is needed"
+            for name, number in numbers.items()
+            if getattr(self, name) not in (None, number)
+        ]
+        if wrong:
+            raise ConfigError(*wrong)
+        return replace(self, **numbers)
+
+
+@dataclass
+class FirstStageConfig(PluginConfig):
+    """Between pixels and latents. `weights`: null (random), "auto" (cached, else trained first) or a file."""
+
+    weights: str | None = None
+
+    def latents(self, clip: Clip) -> Clip:
+        """Size of the latents of a clip of pixels; raises Misfit where the clip does not fit."""
+        raise NotImplementedError
+
+    def fitted(self) -> str:
+        """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or "trained"."""
+        return "trained"
+
+
+@dataclass
+class BackboneConfig(PluginConfig):
+    """The denoising network."""
+
+    def takes(self) -> frozenset[str]:
+        """Slot and scalar names that it can use with these settings."""
+        return frozenset()
+
+    def needs(self) -> frozenset[str]:
+        """Those of `takes` that it cannot do without."""
+        return frozenset()
+
+    def grid(self, z: Clip) -> Clip:
+        """Latent size that it works on: `z`, or more frames (padding in front); raises Misfit."""
+        return z
+
+    def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
+        """Complete config for latents `z`, by `agree`; `outputs` is channels out per channel in. Raises ConfigError."""
+        raise NotImplementedError
+
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Default LoRA targets, as suffixes of module names."""
+        return ()
+
+
+@dataclass
+class ConditioningConfig(PluginConfig):
+    """From a batch to Conditions."""
+
+    def needs(self) -> frozenset[str]:
+        """Batch fields that it reads: "captions", "image", "fps", ..."""
+        return frozenset()
+
+    def encodes(self) -> bool:
+        """Whether it calls the first stage while training."""
+        return False
+
+    def signals(self) -> tuple[str, ...]:
+        """What can be dropped, by name: ("text", "image")."""
+        return ()
+
+    def offers(self, clip: Clip, grid: Clip) -> Slots:
+        return Slots()
+
+    def wired(self, clip: Clip, grid: Clip) -> Self:
+        """Complete config, by `agree`; default self."""
+        return self
+
+
+@dataclass
+class DataConfig(PluginConfig):
+    """The source of clips. Every data plugin has these fields, under these names.
+
+    root: folder of the data (null where the plugin makes or ships them); frames, height, width: size of a clip in
+    frames and pixels; batch_size: clips per process and micro-batch; num_workers: loader processes, 0 loads in the
+    training process; max_bad: items that may be unusable before the run ends with exit code 3.
+    """
+
+    root: str | None = None
+    frames: int = 9
+    height: int = 16
+    width: int = 16
+    batch_size: int = 32
+    num_workers: int = 0
+    max_bad: int = 100
+
+    def problems(self) -> Iterator[str]:
+        for name in ("frames", "height", "width", "batch_size"):
+            yield from in_range(name, getattr(self, name), 1)
+        for name in ("num_workers", "max_bad"):
+            yield from in_range(name, getattr(self, name), 0)
+
+    def clips(self) -> tuple[Clip, ...]:
+        """Every size a batch may have: one, or all buckets, images included."""
+        return (Clip(3, self.frames, self.height, self.width),)
+
+    def provides(self) -> frozenset[str]:
+        """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not empty."""
+        return frozenset({"video"})
+
+    def metric(self) -> str | None:
+        """Name of the metric plugin that scores this kind of data; None where there is none."""
+        return None
+
+
+@dataclass
+class ScheduleConfig(PluginConfig):
+    """The noise process: z_t = alpha(t) z0 + sigma(t) eps, and what the network predicts."""
+
+    kind: ClassVar[str] = "discrete"  # or "continuous"
+
+    def outputs(self) -> int:
+        """Backbone channels per latent channel: 1, or 2 with a learned variance."""
+        return 1
+
+    def predicts(self) -> str:
+        """What the network's first channels are: "eps", "v", "x0" or "velocity" (eps - z0)."""
+        raise NotImplementedError
+
+    def ends_in_noise(self) -> bool:
+        """Whether SNR(T) = 0; then eps says nothing at T, and a spacing must reach T."""
+        return False
+
+
+@dataclass
+class LossConfig(PluginConfig):
+    """From a prediction to a number."""
+
+    def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+        """Problems with this schedule, one line each."""
+        yield from ()
+
+
+@dataclass
+class SamplerConfig(PluginConfig):
+    """From noise to latents in `steps` calls of the model (or about twice as many, for second-order solvers)."""
+
+    steps: int = 20
+
+    def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+        """Problems with this schedule, one line each."""
+        yield from ()
+
+    def problems(self) -> Iterator[str]:
+        yield from in_range("steps", self.steps, 1, 10_000)
+
+
+@dataclass
+class GuidanceConfig(PluginConfig):
+    """How the passes of one sampling step are combined."""
+
+    def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+        """Problems with this schedule, one line each."""
+        yield from ()
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        """Signals dropped in each pass, the full pass first: ({}, {"text"}). One pass where nothing can be dropped."""
+        return (frozenset(),)
+
+
+@dataclass
+class OptimizerConfig(PluginConfig):
+    """How gradients change parameters. The peak learning rate is the top-level `lr`."""
+
+    grad_clip: float | None = None
+
+
+@dataclass
+class LRScheduleConfig(PluginConfig):
+    """The learning rate over a run, as a factor of the top-level `lr`."""
+
+    def factor(self, step: int, steps: int) -> float:
+        """Factor for optimizer step `step` (0 is the first) of a run of `steps`."""
+        return 1.0
+
+
+@dataclass
+class MetricConfig(PluginConfig):
+    """A score of generated clips."""
+
+    def needs(self) -> frozenset[str]:
+        """Fields that the data must provide: "captions", "digit_captions", ..."""
+        return frozenset()
+
+    def accepts(self, clip: Clip) -> Iterator[str]:
+        """Problems with clips of this size, one line each."""
+        yield from ()
+
+
+@dataclass
+class TaskConfig(PluginConfig):
+    """What a run does."""
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """One micro-batch. B clips of one size. Not frozen: Lightning moves it between devices by assignment."""
+
+    video: Tensor | None = None  # (B, 3, T, H, W) in [-1, 1]
+    stored: Tensor | None = None  # (B, P, T, H, W) a cached Posterior.stored in place of video
+    captions: list[str] | None = None
+    negative: list[str] | None = None  # replaces "" where text is dropped
+    text: Tensor | None = None  # (B, L, D) cached embeddings
+    text_mask: Tensor | None = None  # (B, L) bool
+    image: Tensor | None = None  # (B, 3, N, H, W) given condition frames; None: taken from the video
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in SCALARS
+    ids: list[str] = field(default_factory=list)
+    epoch: int = 0
+    position: Tensor | None = None  # (B,) int64, place in the epoch's global order: the key of randomness
+    bad: list[str] = field(default_factory=list)  # items that were skipped for this batch, "id: reason"
+
+    @property
+    def size(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Conditions:
+    """What a backbone is told besides z_t and t; absent is None. Registered as a pytree by the system."""
+
+    context: Tensor | None = None  # (B, L, D)
+    context_mask: Tensor | None = None  # (B, L) bool, True is a real token
+    image_context: Tensor | None = None  # (B, T or 1, N, D)
+    concat: Tensor | None = None  # (B, C', T, H, W)
+    vector: Tensor | None = None  # (B, D)
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is there, with its name."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, dict):
+                yield from value.items()
+            elif value is not None:
+                yield f.name, value
+
+
+@dataclass
+class Terms:
+    """A loss: `total` () to be differentiated, `per_sample` (B,), and what is logged under published names."""
+
+    total: Tensor
+    per_sample: Tensor
+    log: dict[str, Tensor] = field(default_factory=dict)  # each ()
+
+
+@dataclass
+class Denoised:
+    """What a raw output says, each (B, C, T, H, W): clean latents, noise, and log-variance where it is learned."""
+
+    z0: Tensor
+    eps: Tensor
+    log_variance: Tensor | None = None
+
+
+class Draws(Protocol):
+    """All randomness of a step, by name. The same name gives the same numbers; a new name shifts no other."""
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        """Standard normal of the shape, dtype and device of `like`, whose first axis is the batch."""
+        ...
+
+    def uniform(self, name: str) -> Tensor:
+        """(B,) float32 in [0, 1), independent."""
+        ...
+
+    def stratified(self, name: str) -> Tensor:
+        """(B,) float32 in [0, 1), each uniform, together one in each of G equal parts for the G clips of an optimizer step."""
+        ...
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        """(B,) int64 in [low, high)."""
+        ...
+
+    def shared(self) -> Draws:
+        """The same interface with one value for the whole micro-batch (some published steps do that)."""
+        ...
+
+
+class Posterior(Protocol):
+    """What a first stage says about x. Gaussian; VQ and identity ignore the noise."""
+
+    stored: Tensor  # (B, P, T, H, W) mean and log-variance, features or pixels: what a cache keeps
+    mean: Tensor  # (B, C, T, H, W) unscaled
+
+    def sample(self, noise: Tensor) -> Tensor: ...  # (B, C, T, H, W) unscaled; noise is like mean
+    def kl(self) -> Tensor: ...  # (B,) summed over the rest; zeros where there is no distribution
+
+
+class FirstStage(Protocol):
+    """Scale and shift live here; windows, slices, chunks and tiles inside encode and decode."""
+
+    def encode(self, x: Tensor) -> Posterior: ...  # x (B, 3, T, H, W) in [-1, 1]
+    def posterior(self, stored: Tensor) -> Posterior: ...  # the same from a cache
+    def scaled(self, z: Tensor) -> Tensor: ...  # unscaled -> what the backbone sees
+    def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor: ...  # scaled z -> (B, 3, T, H, W)
+
+
+class Backbone(Protocol):
+    """t (B,) lies in [0, 1000), whole or broken; out is (B, outputs * C, T, H, W)."""
+
+    def __call__(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor: ...
+
+
+Encode = Callable[["Tensor", str], "Tensor"]  # (pixels, name of the draw) -> scaled latents
+
+
+class Conditioner(Protocol):
+    """`drop` holds the published joint rule; dropped inputs are replaced before they are encoded."""
+
+    def drop(self, draws: Draws) -> dict[str, Tensor]: ...  # signal -> (B,) bool
+
+    def __call__(
+        self,
+        batch: Batch,
+        grid: Clip,
+        drop: dict[str, Tensor],
+        draws: Draws,
+        encode: Encode,
+        z0: Tensor | None,  # None when sampling
+    ) -> Conditions: ...
+
+
+class Schedule(Protocol):
+    """z_t = alpha(t) z0 + sigma(t) eps. t is in the schedule's own unit: (B,) int64, or float32 in [0, 1]."""
+
+    def draw_t(self, draws: Draws) -> Tensor: ...
+    def alpha(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1) float32
+    def sigma(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1) float32
+    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...  # what the backbone gets
+    def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
+    def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
+    def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised: ...
+    def weight(self, t: Tensor) -> Tensor: ...  # (B,) loss weight, ones where there is none
+    def times(self, steps: int, spacing: str) -> Tensor: ...  # decreasing, from the noisiest
+
+
+class Loss(Protocol):
+    def __call__(self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Terms: ...
+
+
+class Guidance(Protocol):
+    """A wrapper around the model: which passes, and how raw outputs (variance channels included) combine."""
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]: ...
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor: ...
+
+
+class Hooks(Protocol):
+    """Called by a sampler: `before` a model call (known regions), on the `denoised` estimate (quantising, previews)."""
+
+    def before(self, z_t: Tensor, t: Tensor) -> Tensor: ...
+    def denoised(self, d: Denoised, t: Tensor) -> Denoised: ...
+
+
+class Sampler(Protocol):
+    """Solves from `z` (B, C, T, H, W), standard normal, with `model(z_t, t, step) -> raw output`.
+
+    `step` counts from 0 to steps - 1; a second call within one step repeats its number.
+    """
+
+    def __call__(
+        self,
+        model: Callable[[Tensor, Tensor, int], Tensor],
+        schedule: Schedule,
+        z: Tensor,
+        steps: int,
+        draws: Draws,
+        hooks: Hooks | None = None,
+    ) -> Tensor: ...
+
+
+Sample = dict[str, Any]  # "video" (3, T, H, W) float32 in [-1, 1]; "caption" str; names in SCALARS: float
+
+
+class Items(Protocol):
+    """One split of a data set; index in [0, len)."""
+
+    def __len__(self) -> int: ...
+    def id(self, index: int) -> str: ...
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        """`rng` is keyed by (seed, epoch, id): the only source of randomness. Raises BadItem."""
+        ...
+
+
+class DataSource(Protocol):
+    """What `data=` builds."""
+
+    def split(self, name: str) -> Items:
+        """"train", or "val" (never shares a source with train; its items do not use `rng`). Raises DataError."""
+        ...
+
+    def prompts(self) -> list[str]:
+        """Captions to sample and to score with, in a fixed order; empty where the data have none."""
+        ...
+
+
+class Metric(Protocol):
+    def fit(self, video: Tensor, captions: list[str]) -> None:
+        """Learns what it must from real training clips: (N, 3, T, H, W) in [-1, 1]."""
+        ...
+
+    def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
+        """Scores by name for clips (N, 3, T, H, W) made for `captions`."""
+        ...
+
+    def baselines(self, captions: list[str]) -> dict[str, Tensor]:
+        """Clips that a researcher compares with, by name: {"mean clip": (N, 3, T, H, W)}."""
+        ...
+
+    def meaning(self) -> dict[str, str]:
+        """One line for each score: what it measures, what chance and what perfect is."""
+        ...
+
+
+State = dict[str, "Tensor"]
+
+
+class Layout(Protocol):
+    """A published file format of a whole system; `parts` and `whole` are pure and inverse to one another."""
+
+    def parts(self, state: State) -> dict[str, State]: ...  # {"backbone", "vae", "conditioning", "ema", ...}
+    def whole(self, parts: dict[str, State]) -> State: ...
