@@ -212,9 +212,9 @@ class PluginConfig:
 
 @dataclass
 class FirstStageConfig(PluginConfig):
-    """Between pixels and latents. `weights`: null (random), "auto" (cached, else trained first) or a file."""
+    """Between pixels and latents. `weights`: "auto" (cached, else trained first), a file, or null (random)."""
 
-    weights: str | None = None
+    weights: str | None = "auto"
 
     def latents(self, clip: Clip) -> Clip:
         """Size of the latents of a clip of pixels; raises Misfit where the clip does not fit."""
@@ -369,8 +369,6 @@ class GuidanceConfig(PluginConfig):
 class OptimizerConfig(PluginConfig):
     """How gradients change parameters. The peak learning rate is the top-level `lr`."""
 
-    grad_clip: float | None = None
-
 
 @dataclass
 class LRScheduleConfig(PluginConfig):
@@ -379,6 +377,30 @@ class LRScheduleConfig(PluginConfig):
     def factor(self, step: int, steps: int) -> float:
         """Factor for optimizer step `step` (0 is the first) of a run of `steps`."""
         return 1.0
+
+
+@dataclass
+class TrainerConfig(PluginConfig):
+    """Devices and the shape of an optimizer step.
+
+    accelerator: auto, cpu, cuda or mps; processes: ranks, one a device; accumulate: micro-batches in one optimizer
+    step; clip: largest gradient norm, null for none; threads: torch threads of a process on a CPU, null for what the
+    loader's workers leave; log_every: optimizer steps between two lines of metrics.
+    """
+
+    accelerator: str = "auto"
+    processes: int = 1
+    accumulate: int = 1
+    clip: float | None = 1.0
+    threads: int | None = None
+    log_every: int = 20
+
+    def problems(self) -> Iterator[str]:
+        yield from one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
+        for name in ("processes", "accumulate", "log_every"):
+            yield from in_range(name, getattr(self, name), 1)
+        yield from in_range("threads", self.threads, 1)
+        yield from above("clip", self.clip, 0)
 
 
 @dataclass
@@ -397,6 +419,13 @@ class MetricConfig(PluginConfig):
 @dataclass
 class TaskConfig(PluginConfig):
     """What a run does."""
+
+    needs_torch: ClassVar[bool] = True  # False: answers at once, without a wired system
+    run: str | None = None  # folder of an earlier run that this task works on; its configuration is used
+
+    def uses_run(self) -> bool:
+        """Whether this task works on an earlier run (`run`, else the newest finished one)."""
+        return False
 
 
 # --- tensors ------------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def _config_class(
     body = [n for n in tree.body if n in needed] + [config]
     space: dict[str, Any] = {"__name__": module, "__file__": str(path)}
     try:
-        exec(compile(ast.Module(body, []), str(path), "exec"), space)
+        exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
     except Exception as e:  # the plugin's own code: whatever it raises disables this plugin alone
         line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else config.lineno
         raise _Unreadable(f"Config cannot be read: {type(e).__name__}: {e}", line) from e

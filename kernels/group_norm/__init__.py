@@ -1,0 +1,67 @@
+"""Group normalisation with its neighbours: a shift before it, scale, shift and SiLU after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels._dispatch import implementation
+
+ACTS = ("none", "silu")
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: str = "none",
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    frames: int = 1,
+    out_dtype: torch.dtype | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """act(F.group_norm(x + pre_shift, num_groups, weight, bias, eps) * (1 + scale) + shift),
+    statistics in float32.
+
+    x is (N, C, *spatial), weight and bias are (C,), pre_shift, scale and shift are (N, C); all but
+    x may be None. With `frames` = F, x is frame-major (B*F, C, *spatial) and F consecutive frames
+    share their statistics, as if they were an axis of space. Returns x's shape in `out_dtype`, by
+    default x's. Raises ValueError for shapes that disagree and for unknown `act` and `impl`.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"group_norm: x has shape {tuple(x.shape)}: want (N, C, *spatial)")
+    n, c = x.shape[:2]
+    if num_groups < 1 or c % num_groups:
+        raise ValueError(f"group_norm: num_groups={num_groups} does not divide the {c} channels")
+    if frames < 1 or n % frames:
+        raise ValueError(f"group_norm: frames={frames} does not divide the first axis of x, {n}")
+    if act not in ACTS:
+        raise ValueError(f"group_norm: act={act!r}: want one of {list(ACTS)}")
+    for name, value, shape in (
+        ("weight", weight, (c,)),
+        ("bias", bias, (c,)),
+        ("pre_shift", pre_shift, (n, c)),
+        ("scale", scale, (n, c)),
+        ("shift", shift, (n, c)),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"group_norm: {name} has shape {tuple(value.shape)}: want {shape}")
+    run = implementation("group_norm", impl)
+    return run(
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        act=act,
+        pre_shift=pre_shift,
+        scale=scale,
+        shift=shift,
+        frames=frames,
+        out_dtype=out_dtype or x.dtype,
+    )

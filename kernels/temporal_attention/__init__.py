@@ -1,0 +1,49 @@
+"""Self-attention over the frames of a video, at each place alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels._dispatch import implementation
+
+
+def temporal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """softmax(q k^T * scale + bias) v over the T frames of each of S places.
+
+    q, k and v are (B, T, S, H*D) or (B, T, S, H, D) with H = `heads`, of one shape and dtype and
+    with any strides, such as those of an unbound (B, T, S, 3, H, D); bias (H, T, T) is added to the
+    scores; `causal` lets a frame see itself and earlier ones; scale is by default D ** -0.5.
+    Returns (B, T, S, H*D), contiguous. Raises ValueError for shapes and dtypes that disagree and
+    for unknown `impl`.
+    """
+    if not q.shape == k.shape == v.shape:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        raise ValueError(f"temporal_attention: q, k and v have shapes {shapes}: want one shape")
+    if not q.dtype == k.dtype == v.dtype:
+        dtypes = [x.dtype for x in (q, k, v)]
+        raise ValueError(f"temporal_attention: q, k and v have dtypes {dtypes}: want one dtype")
+    if q.ndim == 4 and heads > 0 and q.shape[-1] % heads == 0:
+        q, k, v = (x.unflatten(-1, (heads, x.shape[-1] // heads)) for x in (q, k, v))
+    if q.ndim != 5 or q.shape[3] != heads:
+        raise ValueError(
+            f"temporal_attention: q has shape {tuple(q.shape)}: "
+            f"want (B, T, S, H*D) or (B, T, S, H, D) with H={heads}"
+        )
+    frames = q.shape[1]
+    want = (heads, frames, frames)
+    if bias is not None and bias.shape != want:
+        raise ValueError(f"temporal_attention: bias has shape {tuple(bias.shape)}: want {want}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return implementation("temporal_attention", impl)(
+        q, k, v, bias=bias, causal=causal, scale=scale
+    )

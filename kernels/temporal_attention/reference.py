@@ -1,0 +1,24 @@
+"""The definition of `temporal_attention`, formula by formula; slow and exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def temporal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D).
+
+    All of it in float32 (float64 for float64), rounded once at the end.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("bishd,bjshd->bshij", q.to(exact), k.to(exact)) * scale
+    if bias is not None:
+        scores = scores + bias.to(exact)  # (H, T, T)
+    if causal:
+        future = torch.ones_like(scores[0, 0, 0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    out = torch.einsum("bshij,bjshd->bishd", scores.softmax(-1), v.to(exact))
+    return out.to(q.dtype).flatten(3).contiguous()

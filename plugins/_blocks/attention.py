@@ -1,0 +1,61 @@
+"""Attention layers of transformers over tokens, with LayerNorm on queries and keys (Dehghani et al. 2023, 2302.05442)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (B, N, H, d), k and v (B, L, H, d), mask (B, L) with True for what may be seen -> (B, N, H*d)."""
+    if mask is not None:
+        mask = mask[:, None, None]  # (B, 1, 1, L)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Every token sees every token: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm_q = nn.LayerNorm(width // num_heads)
+        self.norm_k = nn.LayerNorm(width // num_heads)
+        self.to_out = nn.Linear(width, width)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> three of (..., H, d)."""
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return self.norm_q(q), self.norm_k(k), v
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(attend(*self.qkv(x)))
+
+
+class TemporalAttention(SelfAttention):
+    """Every token sees the tokens at its own place in all frames: (B, T, S, D) -> (B, T, S, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out(kernels.temporal_attention(*self.qkv(x), heads=self.num_heads))
+
+
+class CrossAttention(nn.Module):
+    """Tokens (B, N, D) see a context (B, L, context_dim), where `mask` (B, L) is True -> (B, N, D)."""
+
+    def __init__(self, width: int, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(context_dim, 2 * width)
+        self.norm_q = nn.LayerNorm(width // num_heads)
+        self.norm_k = nn.LayerNorm(width // num_heads)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = self.to_q(x).unflatten(-1, (self.num_heads, -1))  # (B, N, H, d)
+        k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return self.to_out(attend(self.norm_q(q), self.norm_k(k), v, mask))

@@ -1,0 +1,266 @@
+"""Layers of causal 3-D autoencoders: EasyAnimateV2's MagViT VAE, with its published parameter names.
+
+All tensors are (B, C, T, H, W). A convolution sees no later frame, but group norm and the attention of the middle see
+the whole clip, so the network as a whole is not strictly causal (as published).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from kernels import group_norm
+
+EPS = 1e-6  # of every group norm, as published
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution with kernel 3 whose time axis is padded in front, by two copies of the first frame.
+
+    Space is padded by zeros: one on each side, or with stride 2 one at the right and bottom. T frames become
+    ceil(T / time stride).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int] = (1, 1)) -> None:
+        time, space = stride
+        super().__init__(in_channels, out_channels, 3, (time, space, space), (0, 2 - space, 2 - space))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride[2] == 2:
+            x = F.pad(x, (0, 1, 0, 1))
+        # Not F.pad(mode="replicate"): its backward on a GPU depends on the order of threads.
+        x = torch.cat([x[:, :, :1], x[:, :, :1], x], 2)
+        return super().forward(x)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm with statistics over T, H and W together, optionally followed by SiLU."""
+
+    def __init__(self, num_groups: int, num_channels: int, act: str = "none") -> None:
+        super().__init__(num_groups, num_channels, EPS)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act=self.act)
+
+
+class ResidualBlock3D(nn.Module):
+    """Twice norm, SiLU, convolution; added to the input, which passes a 1x1x1 convolution where channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(num_groups, in_channels, act="silu")
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = GroupNorm(num_groups, out_channels, act="silu")
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+class Downsampler(nn.Module):
+    """Divides time and space by `factors`, with one convolution."""
+
+    def __init__(self, channels: int, factors: tuple[int, int]) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsampler(nn.Module):
+    """Repeats each pixel, convolves, and interpolates frames: T become 2(T-1)+1, the first stays alone."""
+
+    def __init__(self, channels: int, factors: tuple[int, int]) -> None:
+        super().__init__()
+        self.time, self.space = factors
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.repeat_interleave(self.space, 3).repeat_interleave(self.space, 4)  # (B, C, T, 2H, 2W)
+        x = self.conv(x)
+        if self.time == 1 or x.shape[2] == 1:
+            return x
+        return torch.cat([x[:, :, :1], double_frames(x[:, :, 1:])], 2)
+
+
+def double_frames(x: Tensor) -> Tensor:
+    """Linear interpolation in time, (B, C, T, H, W) -> (B, C, 2T, H, W); each frame becomes two at -1/4 and +1/4."""
+    before = torch.cat([x[:, :, :1], x[:, :, :-1]], 2)
+    after = torch.cat([x[:, :, 1:], x[:, :, -1:]], 2)
+    pairs = torch.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], 3)
+    return rearrange(pairs, "b c t two h w -> b c (t two) h w")
+
+
+class Attention3D(nn.Module):
+    """Self-attention with a residual, over all positions of the clip ("3d") or of each frame ("spatial")."""
+
+    def __init__(self, channels: int, num_groups: int, num_heads: int, kind: str) -> None:
+        super().__init__()
+        self.num_heads, self.kind = num_heads, kind
+        self.group_norm = GroupNorm(num_groups, channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "spatial":
+            frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
+            out = self._attend(frames)
+            return rearrange(out, "(b t) c 1 h w -> b c t h w", b=x.shape[0])
+        return self._attend(x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        _, _, t, h, w = x.shape
+        tokens = rearrange(self.group_norm(x), "b c t h w -> b (t h w) c")
+        q, k, v = (
+            rearrange(to(tokens), "b n (heads d) -> b heads n d", heads=self.num_heads)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
+        return x + rearrange(self.to_out(out), "b (t h w) c -> b c t h w", t=t, h=h, w=w)
+
+
+class MidBlock3D(nn.Module):
+    """Residual block, attention (where there is one), residual block."""
+
+    def __init__(self, channels: int, num_groups: int, num_heads: int, attention: str | None) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            ResidualBlock3D(channels, channels, num_groups) for _ in range(2)
+        )
+        self.attentions = nn.ModuleList(
+            [Attention3D(channels, num_groups, num_heads, attention)] if attention else []
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.convs[1](x)
+
+
+class DownBlock3D(nn.Module):
+    """`layers` residual blocks, then a downsampler unless `factors` is None."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        num_groups: int,
+        factors: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups)
+        self.downsampler = Downsampler(out_channels, factors) if factors else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return self.downsampler(x) if self.downsampler else x
+
+
+class UpBlock3D(nn.Module):
+    """`layers` residual blocks, then an upsampler unless `factors` is None."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int,
+        num_groups: int,
+        factors: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups)
+        self.upsampler = Upsampler(out_channels, factors) if factors else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+        return self.upsampler(x) if self.upsampler else x
+
+
+def _residual_blocks(
+    in_channels: int, out_channels: int, layers: int, num_groups: int
+) -> nn.ModuleList:
+    widths = [in_channels] + [out_channels] * layers
+    return nn.ModuleList(
+        ResidualBlock3D(a, b, num_groups) for a, b in zip(widths, widths[1:], strict=False)
+    )
+
+
+class Encoder3D(nn.Module):
+    """Pixels (B, 3, T, H, W) -> features (B, out_channels, t, h, w).
+
+    `widths` are the channels of the levels, `factors` what each divides (time, space) by; the last is not used.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        factors: tuple[tuple[int, int], ...],
+        layers: int,
+        out_channels: int,
+        num_groups: int,
+        num_heads: int,
+        attention: str | None,
+    ) -> None:
+        super().__init__()
+        last = widths[-1]
+        self.conv_in = CausalConv3d(3, widths[0])
+        self.down_blocks = nn.ModuleList(
+            DownBlock3D(a, b, layers, num_groups, f)
+            for a, b, f in zip(
+                (widths[0], *widths), widths, (*factors[:-1], None), strict=False
+            )
+        )
+        self.mid_block = MidBlock3D(last, num_groups, num_heads, attention)
+        self.conv_norm_out = GroupNorm(num_groups, last, act="silu")
+        self.conv_out = CausalConv3d(last, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+
+
+class Decoder3D(nn.Module):
+    """Latents (B, in_channels, t, h, w) -> pixels (B, 3, T, H, W).
+
+    `widths` and `factors` are in the order of the decoder, from the smallest level; the last factor is not used.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        factors: tuple[tuple[int, int], ...],
+        layers: int,
+        in_channels: int,
+        num_groups: int,
+        num_heads: int,
+        attention: str | None,
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(in_channels, widths[0])
+        self.mid_block = MidBlock3D(widths[0], num_groups, num_heads, attention)
+        self.up_blocks = nn.ModuleList(
+            UpBlock3D(a, b, layers, num_groups, f)
+            for a, b, f in zip(
+                (widths[0], *widths), widths, (*factors[:-1], None), strict=False
+            )
+        )
+        self.conv_norm_out = GroupNorm(num_groups, widths[-1], act="silu")
+        self.conv_out = CausalConv3d(widths[-1], 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(self.conv_norm_out(x))

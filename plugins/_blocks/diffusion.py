@@ -1,0 +1,108 @@
+"""What schedules and samplers share: constant tables, noise levels, and the model along a sampling run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sandbox.contracts import Denoised, Hooks, Schedule
+
+Model = Callable[[Tensor, Tensor, int], Tensor]
+Level = tuple[float, float]  # (alpha, sigma)
+
+CLEAN: Level = (1.0, 0.0)
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1, 1), to be multiplied with latents."""
+    return values.view(-1, 1, 1, 1, 1)
+
+
+class Table:
+    """A constant of each discrete time: float64 values, looked up as float32.
+
+    It holds a copy for each device that asks. Copies are never inference tensors, so a table that sampling
+    used first still serves training.
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        with torch.inference_mode(False):
+            self._copies = {torch.device("cpu"): torch.from_numpy(values.astype(np.float32))}
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """(B,) integers -> (B,) float32. Raises IndexError for a time that the table does not have."""
+        if t.device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[t.device] = self._copies[torch.device("cpu")].to(t.device)
+        return self._copies[t.device][t]
+
+
+def levels(schedule: Schedule, times: Tensor) -> list[Level]:
+    """(alpha, sigma) at each of `times` (N,).
+
+    Plain numbers: a step's coefficients are computed in float64 on every device, and cost no synchronisation.
+    """
+    return list(zip(_numbers(schedule.alpha(times)), _numbers(schedule.sigma(times)), strict=True))
+
+
+def ratios(schedule: Schedule, times: Tensor) -> list[float]:
+    """Signal-to-noise ratio at each of `times` (N,)."""
+    return _numbers(schedule.snr(times))
+
+
+def _numbers(values: Tensor) -> list[float]:
+    return values.flatten().tolist()
+
+
+def log_snr(level: Level) -> float:
+    """lambda = log(alpha / sigma), -inf for pure noise and inf for clean latents (Lu et al. 2022)."""
+    alpha, sigma = level
+    if not alpha or not sigma:
+        return -math.inf if sigma else math.inf
+    return math.log(alpha / sigma)
+
+
+def earlier(times: Tensor) -> list[int]:
+    """Where each step of CogVideoX lands: `t - T // N` for N trailing times, below 0 for clean latents.
+
+    As published: where N does not divide T this is not the time of the next call. The cleaner rule lands there.
+    """
+    timesteps = int(times[0]) + 1  # trailing times start at T - 1
+    return [int(t) - timesteps // len(times) for t in times]
+
+
+class Trajectory:
+    """One sampling run: its times, their noise levels, and what the model says there.
+
+    The state `z` is float32 or wider; the model gets the dtype that the run was started with.
+    """
+
+    def __init__(
+        self, model: Model, schedule: Schedule, z: Tensor, steps: int, spacing: str, hooks: Hooks | None
+    ) -> None:
+        self.model, self.schedule, self.hooks = model, schedule, hooks
+        self.dtype = z.dtype
+        self.start = z.to(torch.promote_types(z.dtype, torch.float32))
+        times = schedule.times(steps, spacing).cpu()
+        self.levels = [*levels(schedule, times), CLEAN]  # one more than there are times
+        self.times = times.to(z.device)
+
+    def __iter__(self) -> Iterator[tuple[int, Level, Level]]:
+        """(step, level before, level after); the last step lands on clean latents."""
+        for step in range(len(self.times)):
+            yield step, self.levels[step], self.levels[step + 1]
+
+    def denoised(self, z: Tensor, place: int, step: int) -> tuple[Tensor, Denoised]:
+        """One call of the model at the time number `place`; z comes back as the hooks left it."""
+        t = self.times[place].expand(len(z))
+        if self.hooks:
+            z = self.hooks.before(z, t)
+        d = self.schedule.denoised(self.model(z.to(self.dtype), t, step), z, t)
+        return z, self.hooks.denoised(d, t) if self.hooks else d
+
+    def end(self, z: Tensor) -> Tensor:
+        return z.to(self.dtype)

@@ -1,0 +1,77 @@
+"""What all first stages share: scale and shift of the latents, and the pass that trains them."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from plugins._blocks.posterior import Reconstruction
+from sandbox.contracts import Draws, Posterior
+
+
+class FirstStage(nn.Module):
+    """Scaled latents are (z - shift) * scale.
+
+    A number comes from the Config, as published. None leaves it to the data: then `shift` or `scale` is a buffer
+    (C, 1, 1, 1) of the state dict, 0 or 1 until `calibrate` measures it, channel by channel.
+
+    A subclass gives `encode(x) -> Posterior`, `posterior(stored)` and `pixels(z)`: unscaled latents -> video.
+    """
+
+    shift: float | Tensor
+    scale: float | Tensor
+
+    def __init__(self, channels: int, scale: float | None = 1.0, shift: float | None = 0.0) -> None:
+        super().__init__()
+        for name, value, start in (("shift", shift, 0.0), ("scale", scale, 1.0)):
+            if value is None:
+                self.register_buffer(name, torch.full((channels, 1, 1, 1), start))
+            else:
+                setattr(self, name, value)
+
+    def encode(self, x: Tensor) -> Posterior:
+        raise NotImplementedError
+
+    def pixels(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def scaled(self, z: Tensor) -> Tensor:
+        return (z - self.shift) * self.scale
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        return z / self.scale + self.shift
+
+    def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
+        """Scaled latents (B, C, T', H', W') -> (B, 3, T, H, W), about [-1, 1], not clamped."""
+        return self.pixels(self.unscaled(z))
+
+    def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
+        """The training pass: x (B, 3, T, H, W) through a sample of its posterior (draw "posterior")."""
+        posterior = self.encode(x)
+        z = posterior.sample(draws.normal("posterior", posterior.mean))
+        return Reconstruction(self.pixels(z), posterior)
+
+    @torch.no_grad()
+    def calibrate(self, videos: Iterable[Tensor]) -> None:
+        """Measures what the Config leaves to the data: scaled latents of `videos` get mean 0, deviation 1.
+
+        `videos` are (B, 3, T, H, W); posterior means are used. Does nothing where the Config has numbers.
+        """
+        measured = [name for name in ("shift", "scale") if isinstance(getattr(self, name), Tensor)]
+        if not measured:
+            return
+        count, total, squares = 0, 0.0, 0.0
+        for x in videos:
+            z = self.encode(x).mean.transpose(0, 1).flatten(1).double()  # (C, B*T*H*W)
+            count, total, squares = (
+                count + z.shape[1],
+                total + z.sum(1),
+                squares + z.square().sum(1),
+            )
+        if not count:
+            raise ValueError("calibrate needs at least one batch of videos")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
+        found = {"shift": mean, "scale": 1 / std}
+        for name in measured:
+            getattr(self, name).copy_(found[name].view(-1, 1, 1, 1))

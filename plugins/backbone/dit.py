@@ -1,0 +1,230 @@
+"""Latent video transformer: DiT (Peebles & Xie 2023, 2212.09748) over space-time patches, with adaLN-zero conditioning."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
+from plugins._blocks.embeddings import GridPositions, NumberEmbedding
+from sandbox.contracts import (
+    SCALARS,
+    BackboneConfig,
+    Clip,
+    Conditions,
+    Misfit,
+    Slots,
+    above,
+    in_range,
+    must_divide,
+    one_of,
+)
+from sandbox.registry import register
+
+
+def norm(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """LayerNorm without parameters, then x * (1 + scale) + shift."""
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
+
+
+@register("backbone", "dit")
+class DiT(nn.Module):
+    """Video transformer with adaLN-zero and joint or factorised space-time attention."""
+
+    @dataclass
+    class Config(BackboneConfig):
+        """`patch` and `patch_t` are cells of the latents in space and time; `attention` is joint (every
+        token sees every token) or factorised (its frame, then its place in all frames). `max_*` sizes
+        the position tables, in patches. A `vector` of `width` is added to the time embedding as it is,
+        one of another width through a linear layer; so are `scalars`, each through an embedding."""
+
+        width: int = 64
+        num_blocks: int = 4
+        num_heads: int = 2
+        mlp_ratio: float = 4.0
+        patch: int = 1
+        patch_t: int = 1
+        attention: str = "joint"
+        time_features: int = 64
+        max_frames: int = 32
+        max_height: int = 32
+        max_width: int = 32
+        scalars: tuple[str, ...] = ()
+        gradient_checkpointing: bool = False
+        in_channels: int | None = None
+        out_channels: int | None = None
+        context_dim: int | None = None  # 0: no cross-attention
+        vector_dim: int | None = None  # 0: no vector
+        concat_channels: int | None = None
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("attention", self.attention, ("joint", "factorised"))
+            yield from above("mlp_ratio", self.mlp_ratio, 0, 64)
+            for name in ("width", "num_blocks", "num_heads", "patch", "patch_t", "in_channels",
+                         "out_channels", "max_frames", "max_height", "max_width"):  # fmt: skip
+                yield from in_range(name, getattr(self, name), 1)
+            for name in ("context_dim", "vector_dim", "concat_channels"):
+                yield from in_range(name, getattr(self, name), 0)
+            if self.num_heads > 0 and self.width % self.num_heads:
+                yield f"width={self.width}: want a multiple of num_heads={self.num_heads}"
+            if self.time_features < 2 or self.time_features % 2:
+                yield f"time_features={self.time_features}: want an even number >= 2"
+            for name in self.scalars:
+                yield from one_of("scalars", name, sorted(SCALARS))
+            if len(set(self.scalars)) < len(self.scalars):
+                yield f"scalars={list(self.scalars)}: want each name once"
+
+        def takes(self) -> frozenset[str]:
+            return frozenset({"context", "vector", "concat", *self.scalars})
+
+        def needs(self) -> frozenset[str]:
+            return frozenset(self.scalars)
+
+        def grid(self, z: Clip) -> Clip:
+            """`z` with frames padded to whole patches; height and width must divide."""
+            must_divide("height", z.height, self.patch)
+            must_divide("width", z.width, self.patch)
+            z = replace(z, frames=-(-z.frames // self.patch_t) * self.patch_t)
+            for name, patch in (("frames", self.patch_t), ("height", self.patch), ("width", self.patch)):
+                most = getattr(self, f"max_{name}")
+                if getattr(z, name) > most * patch:
+                    rule = f"at most {most * patch} (max_{name}={most} patches of {patch})"
+                    raise Misfit(name, getattr(z, name), rule)
+            return z
+
+        def wired(self, z: Clip, slots: Slots, outputs: int) -> "DiT.Config":
+            self.grid(z)
+            return self.agree(
+                in_channels=z.channels,
+                out_channels=outputs * z.channels,
+                context_dim=slots.context.width if slots.context else 0,
+                vector_dim=slots.vector,
+                concat_channels=slots.concat,
+            )
+
+        def adapter_targets(self) -> tuple[str, ...]:
+            return ("to_qkv", "to_out", *(("to_q", "to_kv") if self.context_dim else ()))
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        wiring = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
+        unset = [name for name in wiring if getattr(cfg, name) is None]
+        if unset:
+            raise ValueError(f"backbone.{unset[0]} is null: wiring fills it, or set it to a number")
+        self.cfg = cfg
+        cells = cfg.patch_t * cfg.patch**2
+        self.patch_in = nn.Linear((cfg.in_channels + cfg.concat_channels) * cells, cfg.width)
+        self.positions = GridPositions((cfg.max_frames, cfg.max_height, cfg.max_width), cfg.width)
+        self.time = NumberEmbedding(cfg.time_features, cfg.width)
+        self.scalars = nn.ModuleDict(
+            {name: NumberEmbedding(cfg.time_features, cfg.width) for name in cfg.scalars}
+        )
+        direct = cfg.vector_dim in (0, cfg.width)
+        self.vector_in = nn.Identity() if direct else nn.Linear(cfg.vector_dim, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_blocks))
+        self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
+        self.patch_out = nn.Linear(cfg.width, cfg.out_channels * cells)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Xavier for linear layers; zero where a block or the whole network joins its residual."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        zero = [self.modulation, self.patch_out]
+        for block in self.blocks:
+            zero += [block.modulation, *([block.cross.to_out] if block.cross else [])]
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
+        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W)."""
+        self.check(z_t, cond)
+        cfg = self.cfg
+        c = self.time(t)  # (B, D)
+        if cond.vector is not None:
+            c = c + self.vector_in(cond.vector)
+        for name, embed in self.scalars.items():
+            c = c + embed(cond.scalars[name])
+        c = F.silu(c)
+
+        z = z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
+        sizes = {"r": cfg.patch_t, "p": cfg.patch, "q": cfg.patch}
+        x = rearrange(z, "b c (t r) (h p) (w q) -> b t h w (r p q c)", **sizes)
+        frames, height, width = x.shape[1:4]
+        x = self.patch_in(x.flatten(2, 3)) + self.positions(frames, height, width)  # (B, T, S, D)
+        for block in self.blocks:
+            if cfg.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(
+                    block, x, c, cond.context, cond.context_mask,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                x = block(x, c, cond.context, cond.context_mask)
+        shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)
+        x = self.patch_out(norm(x, shift, scale))
+        return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
+
+    def check(self, z_t: Tensor, cond: Conditions) -> None:
+        """Raises ValueError for what these settings cannot take."""
+        cfg = self.cfg
+        if z_t.ndim != 5 or z_t.shape[1] != cfg.in_channels:
+            want = f"(B, {cfg.in_channels}, T, H, W)"
+            raise ValueError(f"backbone: z_t has shape {tuple(z_t.shape)}: want {want}")
+        size = Clip(*z_t.shape[1:])
+        if cfg.grid(size) != size:
+            raise Misfit("frames", size.frames, f"a multiple of patch_t={cfg.patch_t}")
+        given = {
+            "context_dim": 0 if cond.context is None else cond.context.shape[-1],
+            "vector_dim": 0 if cond.vector is None else cond.vector.shape[-1],
+            "concat_channels": 0 if cond.concat is None else cond.concat.shape[1],
+        }
+        for name, number in given.items():
+            if number != getattr(cfg, name):
+                raise ValueError(f"backbone.{name}={getattr(cfg, name)}, but conditions bring {number}")
+        if cond.image_context is not None:
+            raise ValueError("backbone=dit takes no image_context")
+        if set(cond.scalars) != set(cfg.scalars):
+            raise ValueError(
+                f"backbone.scalars={list(cfg.scalars)}, but conditions bring {sorted(cond.scalars)}"
+            )
+
+
+class Block(nn.Module):
+    """Attention, cross-attention and MLP on tokens (B, T, S, D); `c` (B, D) shifts, scales and gates each but the second."""
+
+    def __init__(self, cfg: DiT.Config) -> None:
+        super().__init__()
+        factorised = cfg.attention == "factorised"
+        hidden = int(cfg.width * cfg.mlp_ratio)
+        self.modulation = nn.Linear(cfg.width, (9 if factorised else 6) * cfg.width)
+        self.attn = SelfAttention(cfg.width, cfg.num_heads)
+        self.temporal = TemporalAttention(cfg.width, cfg.num_heads) if factorised else None
+        self.cross = (
+            CrossAttention(cfg.width, cfg.num_heads, cfg.context_dim) if cfg.context_dim else None
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(cfg.width, hidden), nn.GELU("tanh"), nn.Linear(hidden, cfg.width)
+        )
+
+    def forward(
+        self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None
+    ) -> Tensor:
+        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(6 if self.temporal is None else 9, -1)
+        h = norm(x, shift, scale)
+        axes = (1, 2) if self.temporal is None else (0, 1)  # tokens: T*S in each clip, or S in each frame
+        x = torch.addcmul(x, gate, self.attn(h.flatten(*axes)).view_as(x))
+        if self.temporal is not None:
+            shift, scale, gate, *more = more
+            x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale)))
+        if self.cross is not None:
+            x = x + self.cross(norm(x).flatten(1, 2), context, context_mask).view_as(x)
+        shift, scale, gate = more
+        return torch.addcmul(x, gate, self.mlp(norm(x, shift, scale)))

@@ -1,0 +1,178 @@
+"""Real handwritten digits in six colours that move in four directions: captioned video without a download.
+
+The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels from the UCI set "Optical Recognition of
+Handwritten Digits" (Alpaydin & Kaynak 1998, CC BY 4.0).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sandbox.contracts import DataConfig, Items, Sample, in_range
+from sandbox.registry import register
+
+SCAN = 8  # pixels, both ways
+HELD_OUT_SCANS = 300
+VAL_REPEATS = 4  # clips of each held-out caption
+COLOURS = {
+    "red": (1, 0.1, 0.1),
+    "yellow": (1, 0.9, 0.1),
+    "green": (0.1, 0.9, 0.1),
+    "cyan": (0.1, 0.9, 1),
+    "blue": (0.15, 0.25, 1),
+    "magenta": (1, 0.1, 0.9),
+}
+DIRECTIONS = ("left", "right", "up", "down")
+
+Combination = tuple[int, int, int]  # colour, digit, direction
+COMBINATIONS: list[Combination] = list(product(range(len(COLOURS)), range(10), range(4)))
+# Two digits for each colour and direction: every word is trained on, these combinations never are.
+HELD_OUT = [(c, d, m) for c, d, m in COMBINATIONS if (d + 2 * c + 3 * m) % 5 == 0]
+TRAINED = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
+
+
+@cache
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) float32 in [0, 1] and (1797,) labels, in random order; the last 300 are held out."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    return (digits.images[order] / 16).astype(np.float32), digits.target[order]
+
+
+def scans_by_digit(held_out: bool) -> list[np.ndarray]:
+    """For each digit its (n, 8, 8) scans of one side of the split."""
+    images, labels = scans()
+    side = slice(-HELD_OUT_SCANS, None) if held_out else slice(None, -HELD_OUT_SCANS)
+    return [images[side][labels[side] == digit] for digit in range(10)]
+
+
+def caption(combination: Combination) -> str:
+    colour, digit, direction = combination
+    return f"a {list(COLOURS)[colour]} {digit} moving {DIRECTIONS[direction]}"
+
+
+@register("data", "moving_digits")
+class MovingDigits:
+    """Coloured handwritten digits that move, with captions ("a red 3 moving left"); ships with scikit-learn."""
+
+    @dataclass
+    class Config(DataConfig):
+        """clips_per_epoch: length of an epoch (clips never repeat); speed: pixels a frame."""
+
+        clips_per_epoch: int = 16384
+        speed: int = 1
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if self.root is not None:
+                yield f"root={self.root!r}: want null, these scans come with scikit-learn"
+            yield from in_range("clips_per_epoch", self.clips_per_epoch, 1)
+            yield from in_range("speed", self.speed, 1)
+            for name in ("height", "width"):
+                yield from in_range(name, getattr(self, name), SCAN)
+            room = min(self.height, self.width) - SCAN
+            if room >= 0 and self.speed * (self.frames - 1) > room:
+                yield (
+                    f"frames={self.frames}: want at most {room // max(self.speed, 1) + 1}, or a larger height and "
+                    f"width: a digit stays inside when {SCAN} + speed*(frames-1) <= {room + SCAN}"
+                )
+
+        def provides(self) -> frozenset[str]:
+            return frozenset({"video", "captions", "digit_captions", "prompts"})
+
+        def metric(self) -> str | None:
+            return "digits"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def split(self, name: str) -> Items:
+        """"train": trained scans and captions; "val": four clips of each held-out caption from held-out scans."""
+        if name not in ("train", "val"):
+            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        return Train(self.cfg) if name == "train" else Val(self.cfg)
+
+    def prompts(self) -> list[str]:
+        return [caption(combination) for combination in HELD_OUT]
+
+
+class Train:
+    """Every clip is drawn from `rng`; an index is only a name."""
+
+    def __init__(self, cfg: MovingDigits.Config) -> None:
+        self.cfg, self.scans = cfg, scans_by_digit(held_out=False)
+
+    def __len__(self) -> int:
+        return self.cfg.clips_per_epoch
+
+    def id(self, index: int) -> str:
+        return f"train/{index}"
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        which, scan, lane, start = rng.random(4)
+        combination = TRAINED[int(which * len(TRAINED))]
+        choices = self.scans[combination[1]]
+        return sample(self.cfg, combination, choices[int(scan * len(choices))], lane, start)
+
+
+class Val:
+    """Neighbours differ in caption; no scan is used twice."""
+
+    def __init__(self, cfg: MovingDigits.Config) -> None:
+        self.cfg, self.scans = cfg, scans_by_digit(held_out=True)
+
+    def __len__(self) -> int:
+        return len(HELD_OUT) * VAL_REPEATS
+
+    def id(self, index: int) -> str:
+        return f"val/{index}"
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        repeat, place = divmod(index, len(HELD_OUT))
+        combination = HELD_OUT[place]
+        digit = combination[1]
+        earlier = sum(other[1] == digit for other in HELD_OUT[:place])
+        scan = self.scans[digit][earlier * VAL_REPEATS + repeat]
+        lane, start = np.random.default_rng(index).random(2)
+        return sample(self.cfg, combination, scan, lane, start)
+
+
+def sample(
+    cfg: MovingDigits.Config, combination: Combination, scan: np.ndarray, lane: float, start: float
+) -> Sample:
+    """One clip; `lane` and `start` in [0, 1) choose the place across and along the motion."""
+    colour, _, direction = combination
+    tops, lefts = offsets(cfg, DIRECTIONS[direction], lane, start)
+    ink = np.zeros((cfg.frames, cfg.height, cfg.width), np.float32)
+    for frame, top, left in zip(ink, tops, lefts, strict=True):
+        frame[top : top + SCAN, left : left + SCAN] = scan
+    rgb = np.array(list(COLOURS.values())[colour], np.float32)
+    video = np.multiply.outer(2 * rgb, ink)
+    video -= 1
+    return {"video": torch.from_numpy(video), "caption": caption(combination)}
+
+
+def offsets(
+    cfg: MovingDigits.Config, direction: str, lane: float, start: float
+) -> tuple[list[int], list[int]]:
+    """Top and left of the scan in each frame. Lanes are the middle half of the room: {2..6} of 0..8 at 16 pixels."""
+    horizontal = direction in ("left", "right")
+    across_room, along_room = cfg.height - SCAN, cfg.width - SCAN
+    if not horizontal:
+        across_room, along_room = along_room, across_room
+    margin = across_room // 4
+    across = margin + int(lane * (across_room - 2 * margin + 1))
+    travel = cfg.speed * (cfg.frames - 1)
+    first = int(start * (along_room - travel + 1))
+    along = [first + cfg.speed * i for i in range(cfg.frames)]
+    if direction in ("left", "up"):
+        along.reverse()
+    lanes = [across] * cfg.frames
+    return (lanes, along) if horizontal else (along, lanes)

@@ -1,0 +1,58 @@
+"""Classifier-free guidance (Ho & Salimans 2022, 2207.12598) with rescaling (Lin et al. 2023, 2305.08891, section 3.4)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sandbox.contracts import GuidanceConfig, in_range
+from sandbox.registry import register
+
+
+@register("guidance", "cfg")
+class ClassifierFree:
+    """Away from the prediction without any condition: uncond + guidance_scale (full - uncond)."""
+
+    @dataclass
+    class Config(GuidanceConfig):
+        """guidance_scale: 1 is the model as it is, in one pass. guidance_rescale: how much of the full pass's
+
+        standard deviation is restored, 0 to 1.
+        """
+
+        guidance_scale: float = 2.0
+        guidance_rescale: float = 0.0
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("guidance_scale", self.guidance_scale, 0, 1000)
+            yield from in_range("guidance_rescale", self.guidance_rescale, 0, 1)
+
+        def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+            if not signals or self.guidance_scale == 1:
+                return (frozenset(),)
+            return (frozenset(), frozenset(signals))
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        return self.cfg.passes(signals)
+
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
+        """outs in the order of `passes`, each (B, C, T, H, W)."""
+        if len(outs) == 1:
+            return outs[0]
+        full, uncond = outs
+        return rescaled(
+            uncond + self.cfg.guidance_scale * (full - uncond), full, self.cfg.guidance_rescale
+        )
+
+
+def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
+    """`guided` with its standard deviation moved towards that of `full`, each sample by itself; eq. 15 and 16."""
+    if not amount:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    factor = full.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (amount * factor + (1 - amount))

@@ -1,0 +1,26 @@
+"""No guidance: one pass with all conditions."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sandbox.contracts import GuidanceConfig
+from sandbox.registry import register
+
+
+@register("guidance", "none")
+class NoGuidance:
+    """The model as it is."""
+
+    @dataclass
+    class Config(GuidanceConfig):
+        pass
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        return self.cfg.passes(signals)
+
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
+        return outs[0]

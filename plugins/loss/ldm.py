@@ -1,0 +1,77 @@
+"""The loss of CompVis latent diffusion and DynamiCrafter (Rombach et al. 2022), with its published log names."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.contracts import LossConfig, Schedule, ScheduleConfig, Terms, in_range, one_of
+from sandbox.registry import register
+
+LOSS_TYPES = ("l2", "l1")
+
+
+@register("loss", "ldm")
+class LDMLoss(nn.Module):
+    """Simple loss + a share of the variational bound, with a log-variance for each time.
+
+    l_simple_weight (l / exp(logvar_t) + logvar_t) + original_elbo_weight elbo_weight(t) l, where l is the mean
+    error of a sample. Logged as `loss_simple` (the mean of l), `loss_vlb` and `loss`.
+    """
+
+    @dataclass
+    class Config(LossConfig):
+        """timesteps: length of a learned logvar, that of the schedule."""
+
+        loss_type: str = "l2"
+        l_simple_weight: float = 1.0
+        original_elbo_weight: float = 0.0
+        logvar_init: float = 0.0
+        learn_logvar: bool = False
+        timesteps: int = 1000
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("loss_type", self.loss_type, LOSS_TYPES)
+            yield from in_range("l_simple_weight", self.l_simple_weight, 0, 1e6)
+            yield from in_range("original_elbo_weight", self.original_elbo_weight, 0, 1e6)
+            yield from in_range("logvar_init", self.logvar_init, -30, 30)
+            yield from in_range("timesteps", self.timesteps, 1)
+
+        def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+            if schedule.kind != "discrete":
+                yield "loss=ldm needs a schedule with whole times; want schedule=ddpm, or loss=mse"
+                return
+            if schedule.outputs() == 2:
+                yield (
+                    "loss=ldm trains no variance; set schedule.learned_variance=false, or take a loss "
+                    "with a variance bound"
+                )
+            if self.learn_logvar and self.timesteps != schedule.timesteps:
+                yield f"timesteps={self.timesteps}, but the schedule has {schedule.timesteps}"
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        if cfg.learn_logvar:
+            self.logvar = nn.Parameter(torch.full((cfg.timesteps,), float(cfg.logvar_init)))
+
+    def forward(
+        self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
+    ) -> Terms:
+        cfg = self.cfg
+        error = out.float() - schedule.target(z0, eps, t).float()
+        error = error.square() if cfg.loss_type == "l2" else error.abs()
+        simple = error.flatten(1).mean(1)  # (B,)
+        logvar = self.logvar[t] if cfg.learn_logvar else torch.full_like(simple, cfg.logvar_init)
+        gamma = simple / logvar.exp() + logvar
+        bound = schedule.elbo_weight(t) * simple
+        per_sample = schedule.weight(t) * (
+            cfg.l_simple_weight * gamma + cfg.original_elbo_weight * bound
+        )
+        total = per_sample.mean()
+        log = {"loss_simple": simple.mean(), "loss_vlb": bound.mean(), "loss": total}
+        if cfg.learn_logvar:
+            log |= {"loss_gamma": gamma.mean(), "logvar": self.logvar.mean()}
+        return Terms(total, per_sample, {name: value.detach() for name, value in log.items()})

@@ -1,0 +1,34 @@
+"""Mean squared error on the schedule's target, with the schedule's weight."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sandbox.contracts import LossConfig, Schedule, ScheduleConfig, Terms
+from sandbox.registry import register
+
+
+@register("loss", "mse")
+class MSE:
+    """The mean over all numbers of a sample, times weight(t), averaged over the samples; in float32."""
+
+    @dataclass
+    class Config(LossConfig):
+        def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+            if schedule.outputs() == 2:
+                yield (
+                    "loss=mse trains no variance; set schedule.learned_variance=false, or take a loss "
+                    "with a variance bound"
+                )
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
+    ) -> Terms:
+        error = out.float() - schedule.target(z0, eps, t).float()
+        per_sample = schedule.weight(t) * error.square().flatten(1).mean(1)
+        total = per_sample.mean()
+        return Terms(total, per_sample, {"loss": total.detach()})

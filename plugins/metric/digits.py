@@ -1,0 +1,241 @@
+"""Scores clips of moving digits against captions such as "a red 3 moving left".
+
+Everything is measured on the clip itself: where the ink is, which way it goes, its colour, and what a classifier that
+was trained on real clips reads in an 8x8 window round it. A blurred mean clip passes colour, direction, shape and
+realism; diversity (0 for a mean) and digit (chance 0.1) tell it from a sample.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sandbox.contracts import Clip, ConfigError, MetricConfig, in_range
+from sandbox.registry import register
+
+WINDOW = 8  # pixels: the size of a scan
+INK = 0.3  # a pixel is ink above this
+LEAST = 1.5  # ink a frame, in pixels of full brightness
+CAPTION = re.compile(r"a (?P<colour>\w+) (?P<digit>\d) moving (?P<direction>left|right|up|down)")
+
+
+class Words(NamedTuple):
+    colour: str
+    digit: int
+    direction: str
+
+
+def parse(caption: str) -> Words:
+    """Raises ConfigError where the caption has another form."""
+    found = CAPTION.fullmatch(caption.strip())
+    if not found:
+        raise ConfigError(f"metric=digits cannot score {caption!r}: want 'a red 3 moving left'")
+    return Words(found["colour"], int(found["digit"]), found["direction"])
+
+
+@register("metric", "digits")
+class Digits:
+    """Colour, direction, digit, shape, realism and diversity of moving digits, against their captions."""
+
+    @dataclass
+    class Config(MetricConfig):
+        def needs(self) -> frozenset[str]:
+            return frozenset({"captions", "digit_captions"})
+
+        def accepts(self, clip: Clip) -> Iterator[str]:
+            for name in ("height", "width"):
+                yield from in_range(name, getattr(clip, name), WINDOW)
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def fit(self, video: Tensor, captions: list[str]) -> None:
+        """Learns colours, digits, windows and mean clips from real clips; 1,024 or more are enough.
+
+        Raises ValueError where one of the ten digits is in no clip.
+        """
+        from sklearn.svm import SVC
+
+        words = [parse(caption) for caption in captions]
+        missing = set(range(10)) - {w.digit for w in words}
+        if missing:
+            raise ValueError(f"no training clip shows {sorted(missing)}: pass more clips")
+        frames = spread(video.shape[2])
+        shown = windows(video[:, :, frames]).flatten(0, 1).flatten(1)  # (N*3, 64)
+        labels = torch.tensor([w.digit for w in words]).repeat_interleave(len(frames))
+        # A digit shows the same window wherever it is, but for the last bits: each is needed once.
+        both = torch.cat([shown, labels[:, None]], 1).mul(1000).round().div(1000).unique(dim=0)
+        self.seen = standardised(both[:, :-1])
+        self.reader = SVC(C=10, gamma="scale").fit(both[:, :-1].numpy(), both[:, -1].long().numpy())
+        rgb = mean_rgb(video)
+        self.colours = {
+            colour: F.normalize(rgb[[w.colour == colour for w in words]].mean(0), dim=0)
+            for colour in sorted({w.colour for w in words})
+        }
+        of_kind = defaultdict(list)
+        for row, w in enumerate(words):
+            of_kind[w.colour, w.direction].append(row)
+        self.means = {kind: video[rows].float().mean(0) for kind, rows in of_kind.items()}
+
+    def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
+        """Rates and means by name (`meaning`). What a single frame or a single clip cannot show is left out."""
+        video, words = video.float(), [parse(caption) for caption in captions]
+        shown = windows(video)  # (N, T, 8, 8)
+        scores = {
+            "colour": rate(self.colour(video), [w.colour for w in words]),
+            "digit": rate(self.digit(shown), [w.digit for w in words]),
+            "realism": self.realism(shown),
+        }
+        if video.shape[2] > 1:
+            slopes = motion(video)
+            scores["direction"] = rate(direction(slopes), [w.direction for w in words])
+            scores["speed"] = slopes.abs().amax(1).mean().item()
+            scores["shape"] = steadiness(shown)
+        spread_of_prompt = diversity(video, captions)
+        if spread_of_prompt is not None:
+            scores["diversity"] = spread_of_prompt
+        return scores
+
+    def baselines(self, captions: list[str]) -> dict[str, Tensor]:
+        """The mean of the training clips of each caption's colour and direction, (N, 3, T, H, W)."""
+        words = [parse(caption) for caption in captions]
+        unseen = {(w.colour, w.direction) for w in words} - set(self.means)
+        if unseen:
+            raise ConfigError(*(f"no training clip is {c} and moves {d}" for c, d in sorted(unseen)))
+        return {"mean clip": torch.stack([self.means[w.colour, w.direction] for w in words])}
+
+    def meaning(self) -> dict[str, str]:
+        return {
+            "direction": "clips that move as their caption says; chance 0.25, perfect 1",
+            "colour": "clips whose colour is nearest to that of their caption; chance 0.17, perfect 1",
+            "digit": "clips in which a classifier reads the digit of their caption; chance 0.10, real 0.99",
+            "shape": "how well the digit keeps its shape over the frames (correlation); noise 0, real 1",
+            "realism": "highest correlation with any digit of the training clips; real 0.93",
+            "diversity": "distance of two clips of one caption (RMS, pixels in -1..1); mean clip 0, real 0.30",
+            "speed": "pixels a frame along the motion; real clips have that of data.speed",
+        }
+
+    def colour(self, video: Tensor) -> list[str | None]:
+        """The nearest learned colour of each clip by cosine; None where there is hardly any ink."""
+        names = list(self.colours)
+        rgb = mean_rgb(video)
+        nearest = (rgb @ torch.stack([self.colours[n] for n in names]).T).argmax(1).tolist()
+        visible = enough_ink(video).tolist()
+        return [names[i] if seen else None for i, seen in zip(nearest, visible, strict=True)]
+
+    def digit(self, shown: Tensor) -> list[int]:
+        """The digit that the classifier reads, its decision averaged over every second frame."""
+        every_second = shown[:, ::2].flatten(2)  # (N, T', 64)
+        decisions = self.reader.decision_function(every_second.flatten(0, 1).numpy())
+        return decisions.reshape(*every_second.shape[:2], -1).mean(1).argmax(1).tolist()
+
+    def realism(self, shown: Tensor) -> float:
+        three = standardised(shown[:, spread(shown.shape[1])].flatten(2))  # (N, 3, 64)
+        return (three @ self.seen.T).amax(-1).mean().item()
+
+
+def rate(found: list, wanted: list) -> float:
+    return sum(f == w for f, w in zip(found, wanted, strict=True)) / len(wanted)
+
+
+def spread(frames: int) -> list[int]:
+    """First, middle and last frame."""
+    return sorted({0, frames // 2, frames - 1})
+
+
+def ink(video: Tensor) -> Tensor:
+    """(N, 3, T, H, W) in [-1, 1] -> (N, T, H, W): the brightest channel in [0, 1]."""
+    return (video.float().amax(1) + 1) / 2
+
+
+def masked_ink(video: Tensor) -> Tensor:
+    return ink(video).where(ink(video) > INK, 0)
+
+
+def enough_ink(video: Tensor) -> Tensor:
+    """(N,) bool: a clip with less has neither colour nor direction."""
+    return masked_ink(video).sum((1, 2, 3)) / video.shape[2] >= LEAST
+
+
+def centres(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre of the ink (N, T, 2), rows and columns, and whether there is any (N, T)."""
+    weight = masked_ink(video)
+    mass = weight.sum((2, 3))
+    height, width = weight.shape[2:]
+    rows = (weight.sum(3) @ torch.arange(height).float()) / mass
+    columns = (weight.sum(2) @ torch.arange(width).float()) / mass
+    middle = torch.tensor([(height - 1) / 2, (width - 1) / 2])
+    inked = mass > 0
+    return torch.stack([rows, columns], -1).where(inked[..., None], middle), inked
+
+
+def windows(video: Tensor) -> Tensor:
+    """(N, T, 8, 8) of ink round its centre, divided by its maximum (at least 0.3)."""
+    centre, _ = centres(video)
+    # Half a pixel is rounded up: torch.round goes to even numbers, so that the window would jump as a digit moves.
+    corner = (centre - 3).floor().long()
+    padded = F.pad(ink(video), [WINDOW] * 4)
+    tiles = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1)  # (N, T, H', W', 8, 8), a view
+    n, t = torch.meshgrid(torch.arange(len(video)), torch.arange(video.shape[2]), indexing="ij")
+    window = tiles[n, t, corner[..., 0] + WINDOW, corner[..., 1] + WINDOW]
+    return window / window.amax((2, 3), keepdim=True).clamp_min(INK)
+
+
+def mean_rgb(video: Tensor) -> Tensor:
+    """(N, 3) mean colour in [0, 1] of the inked pixels of a clip."""
+    inked = (ink(video) > INK).float()
+    rgb = torch.einsum("ncthw,nthw->nc", (video.float() + 1) / 2, inked)
+    return rgb / inked.sum((1, 2, 3)).clamp_min(1)[:, None]
+
+
+def motion(video: Tensor) -> Tensor:
+    """(N, 2) least-squares slope of the centre in pixels a frame, down and to the right; 0 where there is hardly any ink."""
+    centre, inked = centres(video)
+    weight = inked.float()[..., None]  # (N, T, 1): frames without ink say nothing
+    count = weight.sum(1, keepdim=True).clamp_min(1)
+    time = torch.arange(video.shape[2]).float()[None, :, None]
+    time = (time - (weight * time).sum(1, keepdim=True) / count) * weight
+    slopes = (time * centre).sum(1) / time.square().sum(1).clamp_min(1e-6)
+    return slopes.where(enough_ink(video)[:, None], 0)
+
+
+def direction(slopes: Tensor) -> list[str | None]:
+    """The larger axis decides; None below half a pixel a frame."""
+    found = []
+    for down, right in slopes.tolist():
+        if max(abs(down), abs(right)) <= 0.5:
+            found.append(None)
+        elif abs(right) > abs(down):
+            found.append("right" if right > 0 else "left")
+        else:
+            found.append("down" if down > 0 else "up")
+    return found
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Zero mean and unit length on the last axis, so that a product is a correlation; flat input gives 0."""
+    return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-6)
+
+
+def steadiness(shown: Tensor) -> float:
+    """Mean correlation of the windows of later frames with that of the first."""
+    flat = standardised(shown.flatten(2))
+    return (flat[:, 1:] * flat[:, :1]).sum(-1).mean().item()
+
+
+def diversity(video: Tensor, captions: list[str]) -> float | None:
+    """Mean over pairs of clips of one caption of their RMS distance; None where no caption has two."""
+    rows = defaultdict(list)
+    for row, caption in enumerate(captions):
+        rows[caption].append(row)
+    pairs = [pair for same in rows.values() for pair in combinations(same, 2)]
+    if not pairs:
+        return None
+    first, second = torch.tensor(pairs).T
+    return (video[first] - video[second]).square().mean((1, 2, 3, 4)).sqrt().mean().item()

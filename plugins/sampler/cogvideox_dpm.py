@@ -1,0 +1,63 @@
+"""The sampler recommended for CogVideoX-5b: DPM-Solver++(2M) as an SDE (Lu et al. 2022, 2211.01095, appendix)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plugins._blocks.diffusion import CLEAN, Model, Trajectory, earlier, levels, log_snr
+from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig
+from sandbox.registry import register
+
+
+@register("sampler", "cogvideox_dpm")
+class CogVideoXDPM:
+    """Second order, stochastic, multistep; `steps` calls of the model at trailing times.
+
+    As published: a step lands a fixed stride earlier, which is not the next time where `steps` does not divide
+    the schedule; the first and the last step are of first order.
+    """
+
+    @dataclass
+    class Config(SamplerConfig):
+        steps: int = 50
+
+        def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+            yield from schedule.spacing_problems(self.steps, "trailing")
+            if schedule.kind != "discrete":
+                yield "steps count whole times, the schedule is continuous; want schedule=ddpm or another sampler"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        z: Tensor,
+        steps: int,
+        draws: Draws,
+        hooks: Hooks | None = None,
+    ) -> Tensor:
+        run = Trajectory(model, schedule, z, steps, "trailing", hooks)
+        z = run.start
+        places = earlier(run.times)
+        there = levels(schedule, torch.tensor(places).clamp_min(0))
+        z0_old = None
+        for step, level, _ in run:
+            z, d = run.denoised(z, step, step)
+            level_next = there[step] if places[step] >= 0 else CLEAN
+            stride = log_snr(level_next) - log_snr(level)
+            z0 = d.z0
+            if z0_old is not None and step + 1 < len(places):
+                stride_old = log_snr(level) - log_snr(run.levels[step - 1])
+                z0 = d.z0 + stride / (2 * stride_old) * (d.z0 - z0_old)
+            z0_old = d.z0
+            (_, sigma), (alpha_next, sigma_next) = level, level_next
+            z = sigma_next / sigma * math.exp(-stride) * z - math.expm1(-2 * stride) * alpha_next * z0
+            if sigma_next:
+                spread = sigma_next * math.sqrt(-math.expm1(-2 * stride))
+                z = z + spread * draws.normal(f"sampler_noise_{step}", z)
+        return run.end(z)

@@ -1,0 +1,83 @@
+"""Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2), also over fewer times than the schedule has."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plugins._blocks.diffusion import Level, Model, Trajectory
+from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig, one_of
+from sandbox.registry import register
+
+VARIANCES = ("posterior", "beta", "learned")
+
+
+@register("sampler", "ddpm")
+class Ancestral:
+    """Draws every step from its Gaussian; `steps` calls of the model, best with all times of the schedule."""
+
+    @dataclass
+    class Config(SamplerConfig):
+        """variance: posterior is exact for data at one point, beta for Gaussian noise (Ho et al., section 3.2);
+
+        learned is the network's.
+        """
+
+        spacing: str = "trailing"
+        variance: str = "posterior"
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("variance", self.variance, VARIANCES)
+
+        def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
+            yield from schedule.spacing_problems(self.steps, self.spacing)
+            if self.variance == "learned" and schedule.outputs() != 2:
+                yield (
+                    "variance='learned': the schedule has no learned variance; "
+                    "want one of ['posterior', 'beta'], or schedule.learned_variance=true"
+                )
+            elif self.variance == "learned" and self.steps != schedule.timesteps:
+                yield (
+                    f"steps={self.steps}: a learned variance is that of a step from t to t - 1; "
+                    f"want {schedule.timesteps}, or variance=posterior"
+                )
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        z: Tensor,
+        steps: int,
+        draws: Draws,
+        hooks: Hooks | None = None,
+    ) -> Tensor:
+        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
+        z = run.start
+        for step, level, level_next in run:
+            z, d = run.denoised(z, step, step)
+            keep, pull, posterior, beta = posterior_step(level, level_next)
+            z = keep * z + pull * d.z0
+            if level_next[1]:  # the last step has no noise
+                noise = draws.normal(f"sampler_noise_{step}", z)
+                if self.cfg.variance == "learned":
+                    z = z + torch.exp(d.log_variance / 2) * noise
+                else:
+                    z = z + (posterior if self.cfg.variance == "posterior" else beta) ** 0.5 * noise
+        return run.end(z)
+
+
+def posterior_step(level: Level, level_next: Level) -> tuple[float, float, float, float]:
+    """q(z_s | z_t, z0) for s < t: mean keep * z_t + pull * z0 and its variance; then that of q(z_t | z_s).
+
+    Ho et al., eq. 6 and 7, for any alpha and sigma.
+    """
+    (alpha, sigma), (alpha_next, sigma_next) = level, level_next
+    ratio = alpha / alpha_next
+    beta = max(sigma**2 - ratio**2 * sigma_next**2, 0.0)
+    share = sigma_next**2 / sigma**2
+    return ratio * share, alpha_next * beta / sigma**2, beta * share, beta

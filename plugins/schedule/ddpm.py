@@ -1,0 +1,306 @@
+"""Discrete diffusion (Ho et al. 2020, 2006.11239) as LDM, DynamiCrafter and CogVideoX train it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plugins._blocks.diffusion import Table, per_sample
+from sandbox.contracts import Denoised, Draws, ScheduleConfig, above, in_range, one_of, same_length
+from sandbox.registry import register
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "sqrt", "cosine")
+PREDICTIONS = ("eps", "v", "x0")
+T_DRAWS = ("independent", "stratified")
+REACH_T = ("trailing", "linspace")
+SPACINGS = (*REACH_T, "leading", "uniform", "quad")
+
+
+@register("schedule", "ddpm")
+class DDPM:
+    """A thousand noise levels from betas; predicts eps, v or x0.
+
+    With x_start = rescale(t) z0, where only DynamiCrafter has a rescale other than 1:
+    z_t = sqrt(abar) x_start + sqrt(1 - abar) eps. So alpha = sqrt(abar) rescale, and `x0` predicts x_start.
+    """
+
+    @dataclass
+    class Config(ScheduleConfig):
+        """betas: first and last (not for cosine, which has cosine_s); scaled_linear is linear in the square root.
+
+        snr_shift: divides the signal-to-noise ratio (CogVideoX, before the terminal SNR is zeroed).
+        base_scale: z0 fades linearly to this factor over turning_step times (DynamiCrafter); 1 leaves it alone.
+        t_draw: the published recipes draw times independently; stratified spreads them over an optimizer step.
+        """
+
+        timesteps: int = 1000
+        beta_schedule: str = "scaled_linear"
+        betas: tuple[float, float] = (0.00085, 0.012)
+        cosine_s: float = 0.008
+        snr_shift: float = 1.0
+        zero_terminal_snr: bool = False
+        prediction: str = "eps"
+        learned_variance: bool = False
+        min_snr_gamma: float | None = None
+        base_scale: float = 1.0
+        turning_step: int = 400
+        t_draw: str = "independent"
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("timesteps", self.timesteps, 2, 1_000_000)
+            yield from one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+            yield from same_length("betas", self.betas, 2, "end of the schedule")
+            for beta in self.betas:
+                yield from above("betas", beta, 0, 0.999)
+            if len(self.betas) == 2 and self.betas[0] > self.betas[1]:
+                yield f"betas={tuple(self.betas)}: want the smaller one first"
+            yield from above("cosine_s", self.cosine_s, 0, 1)
+            yield from above("snr_shift", self.snr_shift, 0)
+            yield from one_of("prediction", self.prediction, PREDICTIONS)
+            if self.prediction == "eps" and self.zero_terminal_snr:
+                yield (
+                    "prediction='eps': says nothing where zero_terminal_snr=true leaves pure noise; "
+                    "want one of ['v', 'x0'], or zero_terminal_snr=false"
+                )
+            yield from above("min_snr_gamma", self.min_snr_gamma, 0)
+            yield from above("base_scale", self.base_scale, 0, 1)
+            yield from in_range("turning_step", self.turning_step, 1)
+            yield from one_of("t_draw", self.t_draw, T_DRAWS)
+
+        def outputs(self) -> int:
+            return 2 if self.learned_variance else 1
+
+        def predicts(self) -> str:
+            return self.prediction
+
+        def ends_in_noise(self) -> bool:
+            return self.zero_terminal_snr
+
+        def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
+            """Problems with `times(steps, spacing)`, in a sampler's words."""
+            if self.ends_in_noise() and spacing in SPACINGS and spacing not in REACH_T:
+                yield (
+                    f"spacing={spacing!r}: does not reach the last time, where the schedule ends in noise; "
+                    f"want one of {list(REACH_T)}"
+                )
+            else:
+                yield from one_of("spacing", spacing, SPACINGS)
+            if steps > self.timesteps:
+                yield f"steps={steps}: the schedule has {self.timesteps} times; want 1 to {self.timesteps}"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        abar = alphas_cumprod(*_noise(cfg))
+        snr = abar / (1 - abar)
+        self._signal = Table(np.sqrt(abar))
+        self._sigma = Table(np.sqrt(1 - abar))
+        self._snr = Table(snr)
+        self._rescale = Table(rescale(cfg.timesteps, cfg.base_scale, cfg.turning_step))
+        self._weight = Table(min_snr_weights(snr, cfg.prediction, cfg.min_snr_gamma))
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def draw_t(self, draws: Draws) -> Tensor:
+        """(B,) int64 in [0, timesteps)."""
+        if self.cfg.t_draw == "stratified":
+            return (draws.stratified("t") * self.cfg.timesteps).long()
+        return draws.integers("t", 0, self.cfg.timesteps)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return per_sample(self._signal(t) * self._rescale(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return per_sample(self._sigma(t))
+
+    def snr(self, t: Tensor) -> Tensor:
+        """abar / (1 - abar): that of the process, whatever the rescaling of z0. (B, 1, 1, 1, 1)."""
+        return per_sample(self._snr(t))
+
+    def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
+
+    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Backbones count to 1000, whatever `timesteps` is."""
+        return z_t, t if self.cfg.timesteps == 1000 else t * (1000 / self.cfg.timesteps)
+
+    def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        if self.cfg.prediction == "eps":
+            return eps
+        x_start = per_sample(self._rescale(t)) * z0
+        if self.cfg.prediction == "x0":
+            return x_start
+        return per_sample(self._signal(t)) * eps - self.sigma(t) * x_start  # Salimans & Ho 2022, appendix D
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Min-SNR (Hang et al. 2023, 2303.09556), ones without `min_snr_gamma`."""
+        return self._weight(t)
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """(B,) what makes the squared error a term of the variational bound, as LDM has it."""
+        return Table(buffers(self.cfg)["lvlb_weights"])(t)
+
+    # --- sampling -----------------------------------------------------------------------------------------
+
+    def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised:
+        out, frac = out.chunk(2, dim=1) if self.cfg.learned_variance else (out, None)
+        signal, sigma = per_sample(self._signal(t)), self.sigma(t)
+        if self.cfg.prediction == "eps":
+            x_start, eps = (z_t - sigma * out) / signal, out
+        elif self.cfg.prediction == "x0":
+            x_start, eps = out, (z_t - signal * out) / sigma
+        else:
+            x_start, eps = signal * z_t - sigma * out, signal * out + sigma * z_t
+        log_variance = None if frac is None else self._log_variance(frac, t)
+        return Denoised(x_start / per_sample(self._rescale(t)), eps, log_variance)
+
+    def _log_variance(self, frac: Tensor, t: Tensor) -> Tensor:
+        """Between the two bounds of a step from t to t - 1 (Nichol & Dhariwal 2021, eq. 15); frac in [-1, 1]."""
+        tables = buffers(self.cfg)
+        variance = tables["posterior_variance"].copy()
+        variance[0] = variance[1]  # the first is 0
+        low, high = (per_sample(Table(np.log(v))(t)) for v in (variance, tables["betas"]))
+        return low + (frac + 1) / 2 * (high - low)
+
+    def times(self, steps: int, spacing: str) -> Tensor:
+        """(N,) int64, decreasing; N is `steps` but for the published quirks of uniform and quad.
+
+        trailing and linspace begin at T - 1. uniform: every (T // steps)-th plus 1, as LDM, so N > steps where
+        steps does not divide T. quad: denser towards 0, as DDIM. Raises ValueError for what cannot be spaced.
+        """
+        timesteps = self.cfg.timesteps
+        if not 1 <= steps <= timesteps:
+            raise ValueError(f"steps={steps}: want 1 to {timesteps}, as many as the schedule has")
+        if spacing == "trailing":  # Lin et al. 2023, table 2
+            times = np.round(timesteps - timesteps / steps * np.arange(steps)) - 1
+        elif spacing == "linspace":
+            times = np.round(np.linspace(timesteps - 1, 0, steps))
+        elif spacing == "leading":
+            times = np.arange(steps) * (timesteps // steps)
+        elif spacing == "uniform":
+            times = np.arange(0, timesteps, timesteps // steps) + 1
+            times = times[times < timesteps]  # as published it reads past the table, and stops there
+        elif spacing == "quad":
+            times = np.linspace(0, np.sqrt(timesteps * 0.8), steps).astype(np.float64) ** 2 // 1 + 1
+            times = np.minimum(times, timesteps - 1)
+        else:
+            raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
+        return torch.from_numpy(np.unique(times.astype(np.int64))[::-1].copy())
+
+
+# --- tables, all float64 ----------------------------------------------------------------------------------
+
+
+def _noise(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float, bool]:
+    ends = tuple(float(b) for b in cfg.betas)
+    return (
+        cfg.timesteps,
+        cfg.beta_schedule,
+        ends,
+        cfg.cosine_s,
+        cfg.snr_shift,
+        cfg.zero_terminal_snr,
+    )
+
+
+@cache
+def raw_betas(
+    timesteps: int, beta_schedule: str, ends: tuple[float, float], cosine_s: float
+) -> np.ndarray:
+    """(timesteps,) betas before any shift. LDM calls scaled_linear "linear", and linear "sqrt_linear"."""
+    low, high = ends
+    if beta_schedule == "linear":
+        return np.linspace(low, high, timesteps)
+    if beta_schedule == "scaled_linear":
+        return np.linspace(low**0.5, high**0.5, timesteps) ** 2
+    if beta_schedule == "sqrt":
+        return np.linspace(low, high, timesteps) ** 0.5
+    angle = (np.arange(timesteps + 1) / timesteps + cosine_s) / (1 + cosine_s) * np.pi / 2
+    abar = np.cos(angle) ** 2  # Nichol & Dhariwal 2021, eq. 17
+    return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
+
+
+@cache
+def alphas_cumprod(
+    timesteps: int,
+    beta_schedule: str,
+    ends: tuple[float, float],
+    cosine_s: float,
+    snr_shift: float,
+    zero_terminal_snr: bool,
+) -> np.ndarray:
+    """(timesteps,) abar."""
+    abar = np.cumprod(1 - raw_betas(timesteps, beta_schedule, ends, cosine_s))
+    abar = abar / (snr_shift + (1 - snr_shift) * abar)  # divides abar / (1 - abar)
+    if zero_terminal_snr:  # Lin et al. 2023, 2305.08891, algorithm 1
+        signal = np.sqrt(abar)
+        abar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+    return abar
+
+
+def rescale(timesteps: int, base_scale: float, turning_step: int) -> np.ndarray:
+    """(timesteps,) factors of z0: from 1 to `base_scale` over the first `turning_step` times (DynamiCrafter)."""
+    fade = np.linspace(1, base_scale, turning_step)
+    return np.concatenate([fade, np.full(timesteps, base_scale)])[:timesteps]
+
+
+def min_snr_weights(snr: np.ndarray, prediction: str, gamma: float | None) -> np.ndarray:
+    """(timesteps,) min(snr, gamma), divided by the weight that the prediction has in terms of x0."""
+    if gamma is None:
+        return np.ones_like(snr)
+    return np.minimum(snr, gamma) / {"eps": snr, "v": snr + 1, "x0": 1}[prediction]
+
+
+def buffers(cfg: DDPM.Config) -> dict[str, np.ndarray]:
+    """The tables of a published LDM or DynamiCrafter state dict by name; cast to float32 to compare.
+
+    `lvlb_weights` is not saved there, `scale_arr` only where z0 is rescaled.
+    """
+    return dict(_buffers(_noise(cfg), cfg.prediction, cfg.base_scale, cfg.turning_step))
+
+
+@cache
+def _buffers(
+    noise: tuple, prediction: str, base_scale: float, turning_step: int
+) -> dict[str, np.ndarray]:
+    abar = alphas_cumprod(*noise)
+    prev = np.append(1.0, abar[:-1])
+    betas = 1 - abar / prev
+    variance = betas * (1 - prev) / (1 - abar)
+    # as published: v-prediction has zeros where its terminal SNR would make infinities
+    recip = np.zeros_like(abar) if prediction == "v" else 1 / np.maximum(abar, 1e-300)
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": prev,
+        "sqrt_alphas_cumprod": np.sqrt(abar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - abar),
+        "log_one_minus_alphas_cumprod": np.log(1 - abar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(recip),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(np.maximum(recip - 1, 0)),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": betas * np.sqrt(prev) / (1 - abar),
+        "posterior_mean_coef2": (1 - prev) * np.sqrt(1 - betas) / (1 - abar),
+        "lvlb_weights": _elbo_weights(abar, betas, variance, prediction),
+    }
+    if base_scale != 1:
+        length = len(abar) + turning_step  # as published: only the first `timesteps` are looked up
+        tables["scale_arr"] = rescale(length, base_scale, turning_step)
+    return tables
+
+
+def _elbo_weights(
+    abar: np.ndarray, betas: np.ndarray, variance: np.ndarray, prediction: str
+) -> np.ndarray:
+    if prediction == "v":
+        return np.ones_like(abar)
+    if prediction == "x0":
+        return 0.5 * np.sqrt(abar) / (2 * 1 - abar)  # as published; 2 * (1 - abar) may have been meant
+    variance = np.append(variance[1], variance[1:])
+    weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
+    weights[0] = weights[1]
+    return weights

@@ -1,0 +1,112 @@
+"""Rectified flow (Liu et al. 2022, 2209.03003) with logit-normal times (Esser et al. 2024, 2403.03206, section 3.1)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from plugins._blocks.diffusion import per_sample
+from sandbox.contracts import Denoised, Draws, ScheduleConfig, above, in_range, one_of
+from sandbox.registry import register
+
+T_DISTRIBUTIONS = ("logit_normal", "uniform")
+T_DRAWS = ("stratified", "independent")
+SPACINGS = ("trailing",)
+LAST = 999.9999  # the largest float32 times below 1000 that backbones are promised
+
+
+@register("schedule", "flow")
+class Flow:
+    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts their velocity eps - z0."""
+
+    @dataclass
+    class Config(ScheduleConfig):
+        """mean, std: of the logit of t; a positive mean trains more on noisy times. shift: multiplies t / (1 - t),
+
+        in training and in sampling. t_start: where sampling begins.
+        """
+
+        kind: ClassVar[str] = "continuous"
+
+        t_distribution: str = "logit_normal"
+        mean: float = 1.0
+        std: float = 1.0
+        t_draw: str = "stratified"
+        shift: float = 1.0
+        t_start: float = 0.999
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("t_distribution", self.t_distribution, T_DISTRIBUTIONS)
+            yield from in_range("mean", self.mean, -10, 10)
+            yield from above("std", self.std, 0, 10)
+            yield from one_of("t_draw", self.t_draw, T_DRAWS)
+            yield from above("shift", self.shift, 0, 1000)
+            yield from above("t_start", self.t_start, 0, 1)
+
+        def predicts(self) -> str:
+            return "velocity"
+
+        def ends_in_noise(self) -> bool:
+            return True
+
+        def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
+            """Problems with `times(steps, spacing)`, in a sampler's words."""
+            yield from one_of("spacing", spacing, SPACINGS)
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def draw_t(self, draws: Draws) -> Tensor:
+        """(B,) float32 in [0, 1]."""
+        u = draws.stratified("t") if self.cfg.t_draw == "stratified" else draws.uniform("t")
+        if self.cfg.t_distribution == "logit_normal":
+            normal = torch.special.ndtri(u.clamp_min(2**-25))  # u may be 0
+            u = torch.sigmoid(self.cfg.mean + self.cfg.std * normal)
+        return self._shifted(u)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return per_sample(1 - t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return per_sample(t)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """((1 - t) / t)^2, infinite at 0. (B, 1, 1, 1, 1)."""
+        return per_sample(((1 - t) / t).square())
+
+    def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
+
+    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return z_t, (t * 1000).clamp_max(LAST)
+
+    def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps - z0
+
+    def weight(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    # --- sampling -----------------------------------------------------------------------------------------
+
+    def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised:
+        return Denoised(z_t - self.sigma(t) * out, z_t + self.alpha(t) * out)
+
+    def times(self, steps: int, spacing: str) -> Tensor:
+        """(steps,) float32, decreasing from `t_start`, evenly before the shift; 0 would be the next one.
+
+        Raises ValueError for what cannot be spaced.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps}: want at least 1")
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
+        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
+        return self._shifted(even).float()
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return self.cfg.shift * t / (1 + (self.cfg.shift - 1) * t)

@@ -1,0 +1,213 @@
+"""Line charts as SVG with the colours of the page (CSS variables), for light and dark alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from sandbox.markup import Markup, el, join
+
+Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
+
+WIDTH, HEIGHT = 540, 236
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 26  # room for the numbers at the axes
+MOST_POINTS = 400  # of one drawn line
+FEW = 40  # up to so many measurements are shown as dots, unsmoothed
+COLOURS = 6  # --c0 .. --c5 in the page
+
+
+def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Markup:
+    """One `<figure>`: measurements faint, smoothed on top, last smoothed value in the heading.
+
+    A series without finite values is left out. The value axis is logarithmic where the smoothed
+    values span more than a factor of 50 (a learning rate never).
+    """
+    cleaned = {name: _finite(points) for name, points in series.items()}
+    raw = {name: p for name, p in cleaned.items() if len(p)}
+    smoothed = {name: _smoothed(p) for name, p in raw.items()}
+    keys = [
+        el("span", el("i", class_="swatch", style=f"background:var(--c{i % COLOURS})"),
+           f"{name} " if len(raw) > 1 else "", el("b", number(float(line[-1, 1]))), class_="key")
+        for i, (name, line) in enumerate(smoothed.items())
+    ]  # fmt: skip
+    heading = el("figcaption", el("span", title, class_="chart-title"), *keys)
+    if not raw:
+        return el(
+            "figure", heading, el("p", "nothing finite was logged", class_="quiet"), class_="chart"
+        )
+    return el("figure", heading, _plot(title, raw, smoothed, log_x), class_="chart")
+
+
+def _plot(
+    title: str, raw: dict[str, np.ndarray], smoothed: dict[str, np.ndarray], log_x: bool
+) -> Markup:
+    first = min(p[0, 0] for p in raw.values())
+    last = max(p[-1, 0] for p in raw.values())
+    x = _Axis(
+        max(first, 1) if log_x else min(first, 0),
+        max(last, first + 1, 2),
+        LEFT,
+        WIDTH - RIGHT,
+        log_x,
+    )
+    y = _value_axis(title, list(raw.values()), list(smoothed.values()))
+    inner = (WIDTH - LEFT - RIGHT + 6, HEIGHT - TOP - BOTTOM + 6)
+    lines = []
+    for i, (name, points) in enumerate(raw.items()):
+        colour = f"var(--c{i % COLOURS})"
+        line = smoothed[name]
+        if len(points) > FEW:
+            lines.append(
+                el(
+                    "path",
+                    d=_path(_thinned(points, MOST_POINTS), x, y),
+                    class_="raw",
+                    stroke=colour,
+                )
+            )
+        else:
+            lines += [
+                el("circle", cx=_f(x.at(s)), cy=_f(y.at(v)), r=2.4, fill=colour) for s, v in points
+            ]
+        lines.append(el("path", d=_path(line, x, y), class_="line", stroke=colour))
+    return el(
+        "svg",
+        el("title", title),
+        _y_grid(y),
+        _x_grid(x),
+        # an inner picture of the same coordinates cuts off what leaves it
+        el("svg", *lines, x=LEFT, y=TOP - 4, width=inner[0], height=inner[1],
+           viewBox=f"{LEFT} {TOP - 4} {inner[0]} {inner[1]}"),
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+    )  # fmt: skip
+
+
+# --- axes -----------------------------------------------------------------------------------------
+
+
+class _Axis:
+    """A linear or logarithmic scale from values to pixels."""
+
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def at(self, value: float) -> float:
+        low, high = self.low, self.high
+        if self.log:
+            value, low, high = (math.log(max(v, low)) for v in (value, low, high))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int) -> list[float]:
+        if self.log:
+            decades = log_ticks(self.low, self.high, most)
+            if len(decades) > 1:
+                return decades
+        return nice_ticks(self.low, self.high, most)
+
+
+def _value_axis(title: str, raw: list[np.ndarray], smoothed: list[np.ndarray]) -> _Axis:
+    """Holds all smoothed values and 98 % of the measurements: a spike does not flatten a curve."""
+    lines = np.concatenate([s[:, 1] for s in smoothed])
+    spread = np.concatenate([np.percentile(p[:, 1], [1, 99]) for p in raw])
+    low, high = min(lines.min(), spread.min()), max(lines.max(), spread.max())
+    typical_low, typical_high = np.percentile(lines, [5, 95])
+    is_rate = title.split("/")[-1].lower().startswith("lr")
+    if low > 0 and typical_high > 50 * typical_low and not is_rate:
+        return _Axis(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, log=True)
+    if 0 <= low <= 0.6 * high:
+        low = 0.0
+    room = 0.05 * (high - low) or abs(high) or 1.0
+    return _Axis(low and low - room, high + room, HEIGHT - BOTTOM, TOP, log=False)
+
+
+def nice_ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` round numbers (1, 2 or 5 times a power of ten apart) in [low, high]."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(
+        f * power for f in (1, 2, 5, 10, 20) if (high - low) / (f * power) <= most - 1 or f == 20
+    )
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Powers of ten in [low, high]; with 2 and 5 between them where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        found = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
+        if len(found) <= most:
+            return found
+    return found[:: math.ceil(len(found) / most)]
+
+
+def _y_grid(y: _Axis) -> Markup:
+    marks = []
+    for value in y.ticks(6):
+        at = _f(y.at(value))
+        marks.append(el("path", d=f"M{LEFT} {at}H{WIDTH - RIGHT}", class_="grid"))
+        marks.append(el("text", number(value), x=LEFT - 8, y=at, dy="0.32em", text_anchor="end"))
+    return join(*marks)
+
+
+def _x_grid(x: _Axis) -> Markup:
+    marks = [el("path", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="axis")]
+    for value in x.ticks(7):
+        at, bottom = _f(x.at(value)), HEIGHT - BOTTOM
+        marks.append(el("path", d=f"M{at} {bottom}v4", class_="axis"))
+        marks.append(el("text", number(value), x=at, y=bottom + 17, text_anchor="middle"))
+    return join(*marks)
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e6:
+        return f"{value:.3g}"
+    if size >= 1000:
+        return f"{value / 1000:.3g}k"
+    return f"{value:.3g}"
+
+
+# --- points ---------------------------------------------------------------------------------------
+
+
+def _finite(points: Points) -> np.ndarray:
+    """(N, 2) float64, sorted by step, without NaN and infinities."""
+    array = np.array(points, dtype=np.float64).reshape(-1, 2)
+    array = array[np.isfinite(array).all(1)]
+    return array[np.argsort(array[:, 0], kind="stable")]
+
+
+def _thinned(points: np.ndarray, most: int) -> np.ndarray:
+    """The lowest and the highest point of each of most / 2 stretches: spikes survive."""
+    if len(points) <= most:
+        return points
+    kept: set[int] = {0, len(points) - 1}
+    for part in np.array_split(np.arange(len(points)), most // 2):
+        kept |= {int(part[points[part, 1].argmin()]), int(part[points[part, 1].argmax()])}
+    return points[sorted(kept)]
+
+
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    """Weighted means around each point (Gaussian, 2 % of the points wide); few points are kept."""
+    if len(points) <= FEW:
+        return points
+    width = max(1.0, 0.02 * len(points))
+    reach = min(math.ceil(3 * width), len(points) - 1)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    weight = np.convolve(np.ones(len(points)), kernel)[reach:-reach]  # less than full at the ends
+    values = np.convolve(points[:, 1], kernel)[reach:-reach] / weight
+    line = np.stack([points[:, 0], values], 1)
+    return line[np.linspace(0, len(line) - 1, min(len(line), MOST_POINTS)).round().astype(int)]
+
+
+def _path(points: np.ndarray, x: _Axis, y: _Axis) -> str:
+    return "M" + "L".join(f"{_f(x.at(s))} {_f(y.at(v))}" for s, v in points)
+
+
+def _f(pixels: float) -> str:
+    return f"{pixels:.1f}"

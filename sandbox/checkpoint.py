@@ -1,0 +1,368 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint is a file `step_00001200.ckpt` and its manifest `step_00001200.json`. The file is written under another
+name, hashed on the way, synced and renamed; the manifest (SHA-256, size, step, format) comes last. So a kill at any
+moment leaves the older checkpoints as they were. No file is ever written over: the same step saved again is
+`step_00001200-2`. Reading checks size and hash and loads tensors and plain containers only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.contracts import Diverged, StorageError
+from sandbox.files import storing, sync_folder, write_atomic
+
+FORMAT = 1  # of file and manifest; a program reads its own format and older ones
+LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
+PLAIN = (str, int, float, bool, bytes, type(None))
+STATE_KEYS = ("state_dict", "module", "model")  # where foreign checkpoints keep their weights
+NAME = re.compile(r"step_(\d+)(?:-(\d+))?")
+CHUNK = 1 << 22
+
+log = logging.getLogger(__name__)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def save(
+    folder: Path,
+    state: Mapping[str, Any],
+    step: int,
+    *,
+    notes: Mapping[str, Any] | None = None,
+    attempts: int = 3,
+    wait: float = 2.0,
+) -> Path:
+    """Writes `state` (plain containers and tensors) as the checkpoint of optimizer step `step`.
+
+    `notes` go into the manifest (JSON). A write that fails is tried `attempts` times, `wait` seconds apart.
+    Raises Diverged where a tensor is not finite, TypeError for what could not be loaded again, StorageError when
+    it cannot be written; earlier checkpoints stay as they are.
+    """
+    _check(state)
+    for left in reversed(range(attempts)):
+        try:
+            return _write(folder, dict(state), step, dict(notes or {}))
+        except OSError as e:
+            if not left:
+                raise StorageError(
+                    f"{folder}: the checkpoint of step {step} cannot be written ({e.strerror or e}) after "
+                    f"{attempts} attempts; earlier ones are untouched; free some space and run the same command"
+                ) from e
+            log.warning("checkpoint of step %d: %s; trying again in %g s", step, e.strerror or e, wait)
+            time.sleep(wait)
+    raise ValueError(f"attempts={attempts}: want >= 1")
+
+
+def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(".*.part"):  # of a writer that was killed; a run folder has one writer
+        left_over.unlink(missing_ok=True)
+    path = _free(folder, step)
+    part = folder / f".{path.name}.part"
+    try:
+        with part.open("wb") as file:
+            hashed = _Hashed(file)
+            _serialise(state, hashed)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+        sync_folder(folder)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "file": path.name,
+            "size": hashed.size,
+            "sha256": hashed.sha256.hexdigest(),
+            "notes": notes,
+        }
+        write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+    except BaseException:  # also a KeyboardInterrupt: what is not whole goes
+        part.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+class _Hashed:
+    """A file that hashes what passes through it, so that no second copy is made or read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+        size = memoryview(data).nbytes
+        self.sha256.update(data)
+        self.size += size
+        return size
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _serialise(state: dict[str, Any], file: _Hashed) -> None:
+    try:
+        torch.save(state, file)
+    except RuntimeError as e:  # torch's writer hides the error of the file behind its own
+        raise file.error or e from None
+
+
+def _free(folder: Path, step: int) -> Path:
+    taken = {p.stem for p in folder.glob(f"step_{step:08d}*")}
+    stem, n = f"step_{step:08d}", 1
+    while stem in taken:
+        n += 1
+        stem = f"step_{step:08d}-{n}"
+    return folder / f"{stem}.ckpt"
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    """Raises TypeError for what is not plain, Diverged for tensors that are not finite."""
+    floating = {}
+    for name, tensor in _tensors(state, "state"):
+        if tensor.is_floating_point() and tensor.numel():
+            floating[name] = tensor.detach()
+    if not floating:
+        return
+    largest = torch._foreach_norm(list(floating.values()), float("inf"))
+    if all(torch.stack([n.float().cpu() for n in largest]).isfinite().tolist()):
+        return
+    bad = [name for name, tensor in floating.items() if not tensor.isfinite().all()]
+    raise Diverged(
+        f"not saved: {len(bad)} of {len(floating)} tensors are not finite: {', '.join(bad[:10])}"
+    )
+
+
+def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor below `node` with its path. Raises TypeError where a restricted load would refuse something."""
+    if isinstance(node, Mapping) and type(node).__name__ in ("dict", "OrderedDict"):
+        for key, value in node.items():
+            if type(key) not in PLAIN:
+                raise TypeError(f"{name}: a key of type {type(key).__name__} cannot be in a checkpoint")
+            yield from _tensors(value, f"{name}.{key}")
+    elif type(node) in (list, tuple):
+        for i, value in enumerate(node):
+            yield from _tensors(value, f"{name}.{i}")
+    elif type(node) in (Tensor, nn.Parameter):
+        yield name, node
+    elif type(node) not in PLAIN:
+        raise TypeError(
+            f"{name}: {type(node).__name__} cannot be in a checkpoint; want plain containers and tensors"
+        )
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+class NewerFormat(StorageError):
+    """A checkpoint of a later version of this program; never passed over, as that would lose work."""
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint: format, step, file, size, sha256, notes. Raises StorageError."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        known = {k: found[k] for k in ("format", "step", "file", "size", "sha256", "notes")}
+    except FileNotFoundError:
+        raise StorageError(f"{path}: no manifest beside it: not a checkpoint, or not written to its end") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StorageError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint ({e!r})") from e
+    if not isinstance(known["format"], int) or known["format"] > FORMAT:
+        raise NewerFormat(
+            f"{path}: format {known['format']}, but this program knows up to {FORMAT}; "
+            "use the version that wrote it, or resume=never"
+        )
+    return known
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, once size and SHA-256 of the file are found right. Raises StorageError."""
+    said = manifest(path)
+    with _opened(path) as file:
+        _compare(path, file, said)
+    return said
+
+
+def load(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """The state that was saved. Raises StorageError where the file is not what its manifest says."""
+    said = manifest(path)
+    with _opened(path) as file:
+        _compare(path, file, said)
+        file.seek(0)
+        return _load_plain(path, file, device)
+
+
+def newest(folder: Path) -> Path | None:
+    """The last good checkpoint of a folder; broken ones are named in the log. Raises NewerFormat."""
+    for path in checkpoints(folder):
+        try:
+            verify(path)
+        except NewerFormat:
+            raise
+        except StorageError as e:
+            log.warning("passed over: %s", e)
+        else:
+            return path
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint of a folder, newest first, good or broken."""
+    found = {}
+    for path in folder.glob("step_*"):
+        match = NAME.fullmatch(path.stem)
+        if match and path.suffix in (".ckpt", ".json"):
+            found[int(match[1]), int(match[2] or 1)] = path.with_suffix(".ckpt")
+    return [path for _, path in sorted(found.items(), reverse=True)]
+
+
+def prune(folder: Path, keep: int, milestones: int = 0) -> None:
+    """Deletes all but the `keep` newest checkpoints and, unless 0, those of every `milestones`-th step.
+
+    Nothing is deleted before one of the kept is read and found good, so the last good one always stays.
+    """
+    kept: list[Path] = []
+    for path in checkpoints(folder):
+        if len(kept) >= max(keep, 1):
+            if not milestones or _step(path) % milestones:
+                _delete(path)
+        elif _good(path, in_full=not kept):
+            kept.append(path)
+        elif kept:
+            _delete(path)  # broken, and older than a good one
+
+
+def _good(path: Path, in_full: bool) -> bool:
+    try:
+        said = verify(path) if in_full else manifest(path)
+        return path.stat().st_size == said["size"]
+    except NewerFormat:
+        return True
+    except (StorageError, OSError):
+        return False
+
+
+def _delete(path: Path) -> None:
+    with storing(path):
+        path.with_suffix(".json").unlink(missing_ok=True)  # first, so that no manifest stands alone
+        path.unlink(missing_ok=True)
+
+
+def _step(path: Path) -> int:
+    match = NAME.fullmatch(path.stem)
+    return int(match[1]) if match else 0
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
+
+
+def _compare(path: Path, file: BinaryIO, said: Mapping[str, Any]) -> None:
+    size = os.fstat(file.fileno()).st_size
+    if size != said["size"]:
+        raise StorageError(f"{path}: broken: {size} bytes, its manifest says {said['size']}")
+    sha256 = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        sha256.update(chunk)
+    if sha256.hexdigest() != said["sha256"]:
+        raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
+
+
+def _load_plain(path: Path, file: BinaryIO, device: str) -> Any:
+    """torch.load of tensors and plain containers; anything else in the file is refused, not run."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as e:
+        refused = re.search(r"(?:GLOBAL|Unsupported \w+) ([\w.]+)", str(e))
+        named = f" ({refused[1]})" if refused else ""
+        raise StorageError(
+            f"{path}: holds more than tensors and plain containers{named}; nothing of it was run. "
+            "Convert it to .safetensors where you trust it"
+        ) from e
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+        raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
+
+
+# --- weights of any origin ----------------------------------------------------------------------------------
+
+
+def export_weights(
+    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes weights as safetensors, atomically. `metadata` is text, in the header of the file.
+
+    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
+    """
+    from safetensors.torch import save_file
+
+    _check(state)
+    tensors, seen = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in seen else tensor  # the format has no shared storage
+        seen.add(storage)
+    part = path.with_name(f".{path.name}.part")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, part, {"format": "pt", **(metadata or {})})
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return path
+
+
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
+
+    Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`). Nothing in the file
+    is run. Raises StorageError.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as e:
+            raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
+    if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
+        raise StorageError(f"{path}: want a .safetensors, .ckpt, .pt, .pth or .bin file")
+    with _opened(path) as file:
+        found = _load_plain(path, file, "cpu")
+    for key in STATE_KEYS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    tensors = found.items() if isinstance(found, Mapping) else ()
+    weights = {str(name): value.detach() for name, value in tensors if isinstance(value, Tensor)}
+    if not weights:
+        raise StorageError(f"{path}: holds no named tensors")
+    return weights

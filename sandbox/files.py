@@ -1,0 +1,45 @@
+"""Durable small files: a reader sees the old file or the new one, never a half, whenever the writer is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sandbox.contracts import StorageError
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and deletions in `folder` survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside `path`, syncs, renames; leaves no temporary file behind. Raises OSError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a StorageError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise StorageError(
+            f"{path}: cannot be written ({e.strerror or e}); "
+            "check free space, quota and permissions, or choose another out="
+        ) from e

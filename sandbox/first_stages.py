@@ -1,0 +1,122 @@
+"""Where a first stage gets its weights: a file, the cache, or training it now (`vae.weights`).
+
+With weights=auto a first stage is fitted or trained once for its exact (configuration, data, seed, code) and kept in
+the cache; later runs and the other jobs of a sweep use it. A lock keeps jobs that start together from training it twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sandbox import checkpoint, registry
+from sandbox.config import Root, to_container
+from sandbox.contracts import ConfigError, DataConfig, StorageError
+from sandbox.data import batches
+from sandbox.wiring import Wiring
+
+CALIBRATION_CLIPS = 512
+LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, not what they are
+
+
+def prepare_first_stage(wiring: Wiring, first_stage: nn.Module) -> None:
+    """Gives `first_stage` its weights. Raises StorageError for a file that does not fit."""
+    cfg = wiring.root.vae
+    if cfg.weights is None or cfg.fitted() == "none":
+        return
+    if cfg.weights != "auto":
+        load_weights(first_stage, Path(cfg.weights))
+        return
+    path = cached(wiring.root)
+    with locked(path):
+        if not path.is_file():
+            how = "fitting" if cfg.fitted() == "closed_form" else "training"
+            print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
+            make(wiring, first_stage)
+            checkpoint.export_weights(first_stage.state_dict(), path)
+    load_weights(first_stage, path)
+
+
+def make(wiring: Wiring, first_stage: Any) -> None:
+    """Fits or trains `first_stage` on the training split."""
+    root = wiring.root
+    train = registry.create(root.data).split("train")
+    if root.vae.fitted() == "closed_form":
+        with torch.no_grad():
+            first_stage.fit(b.video for b in batches(train, 256, root.seed))
+        return
+    from sandbox.tasks.train_vae import fit_first_stage
+
+    fit_first_stage(wiring, first_stage)
+
+
+def calibrate(root: Root, first_stage: Any) -> None:
+    """Measures the scale of the latents on training clips, where the configuration leaves it to the data."""
+    train = registry.create(root.data).split("train")
+
+    def some() -> Iterator[torch.Tensor]:
+        for i, batch in enumerate(batches(train, 64, root.seed)):
+            if i * 64 >= CALIBRATION_CLIPS:
+                return
+            yield batch.video
+
+    first_stage.calibrate(some())
+
+
+def load_weights(first_stage: nn.Module, path: Path) -> None:
+    """Strictly loads a file of any origin. Raises StorageError with the first ten names that differ."""
+    if not path.is_file():
+        raise StorageError(f"vae.weights={path}: no such file; name one, or use vae.weights=auto")
+    state, own = checkpoint.read_foreign(path), first_stage.state_dict()
+    strange = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
+    if strange:
+        raise StorageError(
+            f"vae.weights={path}: {len(strange)} names or shapes differ from this configuration: {', '.join(strange[:10])}"
+        )
+    first_stage.load_state_dict(state)
+
+
+def cached(root: Root) -> Path:
+    """Where the first stage of this configuration is kept; every number that shapes it is in the name's hash."""
+    vae = to_container(root.vae) | {"weights": None}
+    data = data_identity(root.data)
+    files = [registry.find(root.vae.plugin).path, *Path(registry.__file__).parent.parent.glob("plugins/_blocks/*.py")]
+    code = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(filter(None, files))]
+    recipe = to_container(registry.default("task", "train_vae")) if root.vae.fitted() == "trained" else None
+    key = json.dumps([vae, data, root.seed, code, recipe], sort_keys=True)
+    name = root.vae.plugin.replace("/", "-")
+    return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time works on `path`; the others wait, and say so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        raise ConfigError(f"cache={path.parent}: cannot be written ({e.strerror}); choose another folder") from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that makes {path.name}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def data_identity(data: DataConfig) -> dict[str, Any]:
+    """What of a data configuration decides what clips are."""
+    return {f.name: to_container(getattr(data, f.name)) for f in fields(data) if f.name not in LOADING}

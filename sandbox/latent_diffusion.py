@@ -1,0 +1,118 @@
+"""Latent diffusion: one training step and one sampling call for every system. THE page to read.
+
+Rombach et al. 2022, section 3: a first stage maps pixels to latents, a backbone learns to remove noise from them, told
+by conditions. What differs between systems is in the plugins; nothing here branches on a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sandbox.contracts import Batch, Clip, Conditions, Draws, Hooks, Terms
+from sandbox.module import Trainable, freeze
+from sandbox.parts import Parts
+from sandbox.sampling import denoise
+from sandbox.wiring import Wiring
+
+pytree.register_dataclass(Conditions)
+
+
+class LatentDiffusion(Trainable):
+    """A wired system: components as attributes, `training_step`, `sample`. Pixels and latents are (B, C, T, H, W)."""
+
+    def __init__(self, wiring: Wiring, parts: Parts, group: int) -> None:
+        super().__init__(wiring.root.seed, group)
+        self.wiring = wiring
+        self.first_stage = freeze(parts.first_stage)
+        self.conditioner = parts.conditioner
+        self.backbone = parts.backbone
+        self.schedule, self.loss = parts.schedule, parts.loss
+        self.sampler, self.guidance = parts.sampler, parts.guidance
+
+    def training_step(self, batch: Batch, index: int = 0) -> Tensor:
+        terms = self.step(batch, self.draws(batch))
+        self.metrics = {"loss": terms.total.detach(), **{k: v.detach() for k, v in terms.log.items()}}
+        return terms.total
+
+    def step(self, batch: Batch, draws: Draws) -> Terms:
+        """The loss of one micro-batch. `draws` holds all randomness, so a recorded step replays exactly."""
+        z0 = self.latents(batch, draws)  # (B, C, T, H, W), scaled
+        cond = self.conditioner(batch, clip_of(z0), self.conditioner.drop(draws), draws, self.encoder(draws), z0)
+        t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
+        out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
+        return self.loss(self.schedule, out, z0, eps, t)
+
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Scaled latents (B, C, T, H, W) on the backbone's grid, from pixels or from a cache."""
+        with torch.no_grad():
+            posterior = (
+                self.first_stage.encode(batch.video)
+                if batch.video is not None
+                else self.first_stage.posterior(batch.stored)
+            )
+            z = self.first_stage.scaled(posterior.sample(draws.normal("posterior", posterior.mean)))
+        padding = self.grid(clip_of(z)).frames - z.shape[2]
+        return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
+
+    def encoder(self, draws: Draws) -> Callable[[Tensor, str], Tensor]:
+        """What conditioning may ask of the first stage: (pixels, name of the draw) -> scaled latents."""
+
+        @torch.no_grad()
+        def encode(pixels: Tensor, name: str) -> Tensor:
+            posterior = self.first_stage.encode(pixels)
+            return self.first_stage.scaled(posterior.sample(draws.normal(name, posterior.mean)))
+
+        return encode
+
+    def grid(self, z: Clip) -> Clip:
+        return self.wiring.root.backbone.grid(z)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch: Batch,
+        clip: Clip | None = None,
+        steps: int | None = None,
+        hooks: Hooks | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Clips (B, 3, T, H, W) in [-1, 1] for the captions, images and scalars of `batch`.
+
+        `clip` is the size in pixels (default: the first of the data); randomness is that of the batch's positions.
+        """
+        clip = clip or self.wiring.clips[0]
+        z_clip = self.wiring.root.vae.latents(clip)
+        grid, draws = self.grid(z_clip), self.draws(batch)
+        like = torch.empty(batch.size, grid.channels, grid.frames, grid.height, grid.width, device=self.device)
+        signals = self.wiring.root.conditioning.signals()
+        passes = [
+            self.conditioner(
+                batch, grid, {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals},
+                draws, self.encoder(draws), None,
+            )
+            for dropped in self.guidance.passes(signals)
+        ]  # fmt: skip
+        noise = draws.normal("start", like)
+        steps = steps or self.wiring.root.sampler.steps
+        z = denoise(
+            self.backbone, self.schedule, self.guidance, passes, self.sampler, noise, steps, draws, hooks, progress
+        )
+        video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
+        return video.clamp(-1, 1)
+
+
+def clip_of(z: Tensor) -> Clip:
+    return Clip(*z.shape[1:])
+
+
+def prompts_batch(captions: list[str], device: Any = "cpu", epoch: int = 0, start: int = 0, **fields: Any) -> Batch:
+    """A batch to sample from: caption i has position start + i, which keys its noise."""
+    position = torch.arange(start, start + len(captions), device=device)
+    return replace(Batch(captions=captions, ids=captions, epoch=epoch, position=position), **fields)
+

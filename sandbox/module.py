@@ -1,0 +1,73 @@
+"""What both trainable systems share: keyed randomness, the metrics of the last step, frozen parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from sandbox.contracts import Batch
+from sandbox.randomness import Keyed
+
+
+class Trainable(LightningModule):
+    """A system that `sandbox.training.fit` trains.
+
+    `group`: clips in one optimizer step over all processes, over which stratified draws spread. `metrics` holds the
+    detached tensors of the last micro-batch by name; the engine gathers and writes them. `optimizer` is set by the
+    engine before training.
+    """
+
+    def __init__(self, seed: int, group: int) -> None:
+        super().__init__()
+        self.seed, self.group = seed, group
+        self.metrics: dict[str, Tensor] = {}
+        self.optimizer: Any = None
+
+    def draws(self, batch: Batch) -> Keyed:
+        """All randomness of a batch, keyed by the position of each of its clips."""
+        assert batch.position is not None  # the loader writes it
+        return Keyed(self.seed, batch.epoch, batch.position, self.group)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+    def train(self, mode: bool = True) -> Any:
+        """As usual, but frozen parts stay in eval mode."""
+        super().train(mode)
+        for module in self.modules():
+            if getattr(module, "_frozen", False):
+                module.eval()
+        return self
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What training changes: parameters with gradients, and buffers outside frozen parts, by name."""
+        frozen = {id(m) for part in self.modules() if getattr(part, "_frozen", False) for m in part.modules()}
+        return {
+            f"{prefix}.{name}" if prefix else name: tensor.detach()
+            for prefix, module in self.named_modules()
+            if id(module) not in frozen
+            for name, tensor in (*module._parameters.items(), *_persistent(module))
+            if tensor is not None and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+        }
+
+    def load_trainable(self, state: dict[str, Tensor]) -> None:
+        """The opposite of `trainable_state`; strict. Raises ValueError with the first ten names that differ."""
+        own = self.trainable_state()
+        strange = sorted(set(own) ^ set(state))
+        strange += [k for k in own if k in state and own[k].shape != state[k].shape]
+        if strange:
+            raise ValueError(f"the weights do not fit this model; {len(strange)} names differ: {', '.join(strange[:10])}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Marks a part as frozen: no gradients, always in eval mode, not in training checkpoints."""
+    module._frozen = True  # type: ignore[assignment]
+    return module.requires_grad_(False).eval()
+
+
+def _persistent(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [(n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]

@@ -1,0 +1,404 @@
+"""The run folder: which one a command continues, who may write in it, and what lies there.
+
+The name is the recipe and a hash of the resolved config, so the same command finds its run again:
+
+    outputs/default-1a2b3c4d/      the first run of this configuration; -2, -3 ... are further ones
+      lock                           held by the process that runs; the system frees it when that process dies
+      config.yaml                    resolved, secrets masked
+      environment.json               versions, code, machine, command line; of earlier starts under "earlier"
+      metrics.jsonl                  the truth about metrics: one JSON object a line, keyed by step, last one wins
+      checkpoints/ samples/
+      result.json                    written last: the run is finished
+
+`steps` belongs to the identity: schedules depend on it, and a sweep over it must not share one folder. To train a
+finished run for longer, name its folder: `resume=outputs/default-1a2b3c4d steps=2400`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.files import storing, write_atomic
+from sandbox.secrets import mask, mask_text
+
+# Settings that do not change a result, with all that is below them. They are no part of a run's identity and may
+# differ when it is resumed.
+IGNORED = (
+    "out",
+    "cache",
+    "resume",
+    "logger",
+    "checkpoint",
+    "plugins_path",
+    "*.num_workers",
+    "*.root",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.progress",
+    "hydra",
+)
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+    "av",
+    "safetensors",
+    "scikit-learn",
+    "einops",
+)
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+log = logging.getLogger(__name__)
+
+
+# --- identity -----------------------------------------------------------------------------------------------
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits that depend on every setting that may change the result."""
+    settings = {k: v for k, v in _leaves(mask(config)).items() if not _matches(k, IGNORED)}
+    return hashlib.sha256(json.dumps(sorted(settings.items())).encode()).hexdigest()[:8]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
+    return [f"{name}: {a} -> {b}" for name, (a, b) in _changes(old, new).items()]
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    a, b = _leaves(mask(old)), _leaves(mask(new))
+    names = [*a, *(k for k in b if k not in a)]
+    pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in names}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _leaves(node: Any, name: str = "") -> dict[str, str]:
+    """Dotted name -> value as JSON, so that 1 and 1.0, and NaN and NaN, compare as they are written."""
+    if isinstance(node, Mapping) and node:
+        found: dict[str, str] = {}
+        for key, value in node.items():
+            found |= _leaves(value, f"{name}.{key}" if name else str(key))
+        return found
+    return {name: json.dumps(node, default=str)} if name else {}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
+
+
+# --- opening ------------------------------------------------------------------------------------------------
+
+
+def open_run(
+    out: str | Path,
+    name: str,
+    config: Mapping[str, Any],
+    resume: str = "auto",
+    allow: Sequence[str] = (),
+) -> Run:
+    """The locked folder in which this configuration runs.
+
+    resume: "auto" continues the newest folder of this identity that is neither finished nor in use, else starts the
+    next one; "never" always starts one; a folder continues that run, also a finished one, also with a larger
+    `steps`. `allow`: names of settings that may change the result and may differ then.
+    Raises StorageError where nothing can be written, ConfigError for a folder that cannot be continued.
+    """
+    if resume not in ("auto", "never"):
+        run = _reopened(Path(resume), config, allow)
+    else:
+        safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+        run = _own(Path(out), f"{safe}-{identity(config)}", resume == "auto")
+    try:
+        run._begin(config)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _own(out: Path, stem: str, resume: bool) -> Run:
+    with storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    n = 1
+    for n, folder in _folders(out, stem) if resume else ():
+        run = Run(folder)
+        if not run.finished and run._lock():
+            if not run.finished:  # it may have ended between the two looks
+                return run
+            run.close()
+    n = 1
+    while True:  # a folder that appears between the look and mkdir is another start's
+        run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
+        with storing(run.folder):
+            try:
+                run.folder.mkdir()
+            except FileExistsError:
+                n += 1
+                continue
+        if run._lock():
+            return run
+        n += 1  # another start found it empty and took it
+
+
+def _folders(out: Path, stem: str) -> list[tuple[int, Path]]:
+    """Folders of this identity with their number, newest first."""
+    found = []
+    for path in out.glob(f"{stem}*"):
+        match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
+        if match and path.is_dir():
+            found.append((int(match[1] or 1), path))
+    return sorted(found, reverse=True)
+
+
+def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
+    run = Run(folder)
+    if not run.paths_config.is_file():
+        raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); want auto, never or a run folder")
+    if not run._lock():
+        raise ConfigError(f"resume={folder}: a process is running in it; wait for it or stop it")
+    changes = _changes(run.config(), config)
+    for line in differences(run.config(), config):
+        log.info("resume: %s", line)
+    refused = [
+        f"{k}: was {a} in {folder}, is {b} now, which may change the result; name it to allow it: resume.allow=[{k}]"
+        for k, (a, b) in changes.items()
+        if not _matches(k, (*IGNORED, *allow)) and not (k == "steps" and float(b) >= float(a))
+    ]
+    if refused:
+        run.close()
+        raise ConfigError(*refused)
+    if run.finished:  # its result is that of fewer steps
+        with storing(run.result):
+            run.result.replace(run.folder / "result.earlier.json")
+    return run
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder. Only the process that opened it by `open_run` holds its lock; its helpers use `Run(folder)`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.resumed = False  # whether an earlier process began this run
+        self.paths_config = self.folder / "config.yaml"
+        self.environment = self.folder / "environment.json"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        self.result = self.folder / "result.json"
+        self._handle: int | None = None
+        self._tail_is_whole = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.result.is_file()
+
+    def config(self) -> dict[str, Any]:
+        """The recorded config. Raises StorageError."""
+        import yaml
+
+        try:
+            return yaml.safe_load(self.paths_config.read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as e:
+            raise StorageError(f"{self.paths_config}: cannot be read ({e})") from e
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of an optimizer step; of a name that was there for this step the last value counts."""
+        self.record_all([(step, metrics)])
+
+    def record_all(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """The same for several steps with one write. Raises StorageError."""
+        self._append("".join(json.dumps({"step": s, **m}) + "\n" for s, m in rows))
+
+    def rewind(self, step: int) -> None:
+        """Says that the run goes on from `step`: what was recorded after it does not count any more."""
+        self._append(json.dumps({"rewind": step}) + "\n")
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Step -> metrics, in the order of steps. A line that a kill cut off is passed over."""
+        found: dict[int, dict[str, float]] = {}
+        if not self.metrics_file.is_file():
+            return found
+        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if "rewind" in row:
+                    found = {s: m for s, m in found.items() if s <= row["rewind"]}
+                else:
+                    found.setdefault(row.pop("step"), {}).update(row)
+        return dict(sorted(found.items()))
+
+    def describe(self, **facts: Any) -> None:
+        """Adds facts that only a later moment knows (device, chosen kernels) to environment.json."""
+        self._write_json(self.environment, {**_read_json(self.environment), **mask(facts)})
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, atomically and last: from now on the run is finished."""
+        self._write_json(self.result, mask(result))
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._handle is not None:
+            _held.discard(self._handle)
+            os.close(self._handle)
+            self._handle = None
+
+    def _lock(self) -> bool:
+        """Takes the lock, which the system frees when this process dies, however it does. False where it is taken."""
+        path = self.folder / "lock"
+        with storing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(handle)
+            if isinstance(e, BlockingIOError):
+                return False
+            raise StorageError(
+                f"{path}: this file system has no locks ({e.strerror or e}); choose an out= on one that has"
+            ) from e
+        _held.add(handle)
+        self._handle = handle
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        import yaml
+
+        self.resumed = self.paths_config.is_file()
+        earlier = _read_json(self.environment)
+        now = _environment()
+        if self.resumed and earlier.get("code") != now["code"]:
+            log.warning("%s is continued with other code: %s -> %s", self.folder, earlier.get("code"), now["code"])
+        if earlier:
+            now["earlier"] = [*earlier.pop("earlier", []), earlier]
+        with storing(self.folder):
+            self.checkpoints.mkdir(exist_ok=True)
+            self.samples.mkdir(exist_ok=True)
+            write_atomic(self.paths_config, yaml.safe_dump(mask(config), sort_keys=False, width=100))
+        self._write_json(self.environment, now)
+
+    def _append(self, text: str) -> None:
+        with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
+            if not self._tail_is_whole and file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line off
+                    text = "\n" + text
+            file.write(text.encode())
+        self._tail_is_whole = True
+
+    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        with storing(path):
+            write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+_held: set[int] = set()  # handles of locks of this process
+
+
+def _drop_locks_in_child() -> None:
+    """A forked child (a loader's worker) would keep the lock alive after a kill of its parent."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_drop_locks_in_child)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- environment --------------------------------------------------------------------------------------------
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": [mask_text(a) for a in sys.argv],
+        "code": _code(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware": _hardware(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _code() -> dict[str, Any]:
+    """Commit of the checkout and whether files differ from it; empty outside a git checkout."""
+    if not (CHECKOUT / ".git").exists():
+        return {}
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(CHECKOUT), *words], capture_output=True, text=True, timeout=5, check=True
+    )
+    return done.stdout.strip()
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return {
+        "cpu": _entry(Path("/proc/cpuinfo"), "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [_entry(p, "Model") for p in sorted(gpus.glob("*/information"))],
+    }
+
+
+def _entry(path: Path, name: str) -> str:
+    """Value of the first `name : value` line of a file of the system; empty where there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == name), "")

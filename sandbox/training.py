@@ -1,0 +1,180 @@
+"""The training engine: Lightning turns the crank; what is kept, when, and what is checked stands here.
+
+Everything that changes while a system trains is in `Training`; a run continues from `Training.state()` bit for bit:
+noise, timesteps, dropping, sample order and augmentation are keyed by position (`sandbox.randomness`), module dropout
+is re-seeded for every micro-batch, and nothing else is random.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from sandbox import registry
+from sandbox.config import Root
+from sandbox.contracts import Batch, Diverged
+from sandbox.data import Loader
+from sandbox.ema import EMA
+from sandbox.module import Trainable
+from sandbox.progress import Progress
+from sandbox.randomness import keyed
+from sandbox.runs import Run
+from sandbox.tracking import MetricBuffer, Trackers
+
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
+
+
+@dataclass
+class Training:
+    """A system with all that changes while it trains. `step` counts finished optimizer steps."""
+
+    system: Trainable
+    root: Root
+    loader: Loader
+    run: Run
+    trackers: Trackers
+    ema: EMA | None
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    buffer: MetricBuffer = field(default_factory=MetricBuffer)
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers and tensors: what a checkpoint holds."""
+        return {
+            "step": self.step,
+            "weights": self.system.trainable_state(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from `state`, before training starts."""
+        self.step = state["step"]
+        self.system.load_trainable(state["weights"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+
+
+def micro_batches_of(root: Root) -> int:
+    """Clips in one optimizer step over all processes."""
+    return root.data.batch_size * root.trainer.processes * root.trainer.accumulate
+
+
+def fit(training: Training) -> None:
+    """Trains from `training.step` to `root.steps`. Raises Diverged, DataError, Preempted."""
+    root = training.root
+    if training.step >= root.steps:
+        return
+    trainer_cfg = root.trainer
+    use_threads(trainer_cfg.threads, root.data.num_workers)
+    engine = Engine(training)
+    extra = [registry.create(c) for _, c in sorted(root.callbacks.items()) if c is not None]
+    for callback in extra:
+        callback.training = training
+    training.system.optimizer = training.optimizer
+    trainer = Trainer(
+        accelerator="gpu" if trainer_cfg.accelerator == "cuda" else trainer_cfg.accelerator,
+        devices=1,
+        strategy=registry.create(trainer_cfg).strategy(),
+        precision=PRECISION[root.precision],  # type: ignore[arg-type]
+        max_steps=root.steps - training.step,
+        max_epochs=-1,
+        accumulate_grad_batches=trainer_cfg.accumulate,
+        gradient_clip_val=trainer_cfg.clip,
+        callbacks=[engine, *extra],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(training.system, train_dataloaders=training.loader)
+    engine.finish()
+
+
+def use_threads(threads: int | None, workers: int) -> None:
+    """Torch threads of this process: those asked for, else the cores that loader workers leave."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores - workers))
+
+
+class Engine(Callback):
+    """What happens around every step: learning rate, dropout seed, average, metrics, checks, checkpoints, progress."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.root = training, training.root
+        self.checkpoints = registry.create(self.root.checkpoint)
+        self.ids: list[tuple[int, list[str]]] = []  # of the steps whose losses have not been looked at
+        self.parameters = [p for p in training.system.parameters() if p.requires_grad]
+
+    def on_train_start(self, trainer: Trainer, system: Any) -> None:
+        first, total = self.training.step, self.root.steps
+        self.progress = Progress("training", total, first=first)
+        self.gathered: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, system: Any, batch: Batch, index: int) -> None:
+        seed = int(keyed(self.root.seed, "dropout", batch.epoch, int(batch.position[0])).integers(2**62))
+        torch.default_generator.manual_seed(seed)
+        if system.device.type == "cuda":
+            torch.cuda.default_generators[system.device.index or 0].manual_seed(seed)
+
+    def on_before_optimizer_step(self, trainer: Trainer, system: Any, optimizer: Any) -> None:
+        factor = self.root.lr_schedule.factor(self.training.step, self.root.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_train_batch_end(self, trainer: Trainer, system: Any, out: Any, batch: Batch, index: int) -> None:
+        training = self.training
+        self.gathered.append(system.metrics)
+        self.ids.append((training.step, batch.ids))
+        stepped = (index + 1) % self.root.trainer.accumulate == 0
+        if training.ema and (stepped or training.ema.every == "micro_batch"):
+            training.ema.update()
+        if not stepped:
+            return
+        training.step += 1
+        training.buffer.add(training.step, _mean(self.gathered))
+        self.gathered = []
+        last = training.step == self.root.steps
+        if training.step % self.root.trainer.log_every == 0 or last or training.step == 1:
+            self.flush()
+        if self.checkpoints.due(training.step) or last:
+            self.save()
+
+    def flush(self) -> None:
+        """Writes the metrics of the steps since the last time; raises Diverged for a loss that is not finite."""
+        training, shown = self.training, {}
+        lr = training.optimizer.param_groups[0]["lr"]
+        for step, metrics in training.buffer.flush():
+            if not all(v == v and abs(v) != float("inf") for v in metrics.values()):
+                ids = [i for s, names in self.ids if s == step - 1 for i in names]
+                raise Diverged(
+                    f"step {step}: {', '.join(f'{k}={v}' for k, v in metrics.items())} is not finite; samples "
+                    f"{', '.join(ids[:8])}; lower lr={self.root.lr} or look at these samples"
+                )
+            training.trackers.metrics(step, metrics | {"lr": lr})
+            shown = metrics
+        self.ids = []
+        self.progress.update(training.step, **{k: f"{v:.4g}" for k, v in list(shown.items())[:2]})
+
+    def save(self) -> None:
+        self.flush()
+        self.checkpoints.save(self.training.run, self.training.state(), self.training.step)
+
+    def finish(self) -> None:
+        self.progress.__exit__()
+
+
+def _mean(gathered: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(gathered) == 1:
+        return gathered[0]
+    return {k: torch.stack([g[k] for g in gathered]).mean() for k in gathered[0]}
