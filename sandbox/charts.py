@@ -27,11 +27,11 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Ma
     cleaned = {name: _finite(points) for name, points in series.items()}
     raw = {name: p for name, p in cleaned.items() if len(p)}
     smoothed = {name: _smoothed(p) for name, p in raw.items()}
-    keys = [
-        el("span", el("i", class_="swatch", style=f"background:var(--c{i % COLOURS})"),
-           f"{name} " if len(raw) > 1 else "", el("b", number(float(line[-1, 1]))), class_="key")
-        for i, (name, line) in enumerate(smoothed.items())
-    ]  # fmt: skip
+    keys = []
+    for i, (name, line) in enumerate(smoothed.items()):
+        swatch = el("i", class_="swatch", style=f"background:var(--c{i % COLOURS})")
+        label = f"{name} " if len(raw) > 1 else ""
+        keys.append(el("span", swatch, label, el("b", number(float(line[-1, 1]))), class_="key"))
     heading = el("figcaption", el("span", title, class_="chart-title"), *keys)
     if not raw:
         return el(
@@ -43,46 +43,26 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Ma
 def _plot(
     title: str, raw: dict[str, np.ndarray], smoothed: dict[str, np.ndarray], log_x: bool
 ) -> Markup:
-    first = min(p[0, 0] for p in raw.values())
-    last = max(p[-1, 0] for p in raw.values())
-    x = _Axis(
-        max(first, 1) if log_x else min(first, 0),
-        max(last, first + 1, 2),
-        LEFT,
-        WIDTH - RIGHT,
-        log_x,
-    )
+    first, last = min(p[0, 0] for p in raw.values()), max(p[-1, 0] for p in raw.values())
+    first = max(first, 1) if log_x else min(first, 0)
+    x = _Axis(first, max(last, first + 1), LEFT, WIDTH - RIGHT, log_x)
     y = _value_axis(title, list(raw.values()), list(smoothed.values()))
-    inner = (WIDTH - LEFT - RIGHT + 6, HEIGHT - TOP - BOTTOM + 6)
-    lines = []
-    for i, (name, points) in enumerate(raw.items()):
+    drawn = []
+    for i, name in enumerate(raw):
         colour = f"var(--c{i % COLOURS})"
-        line = smoothed[name]
-        if len(points) > FEW:
-            lines.append(
-                el(
-                    "path",
-                    d=_path(_thinned(points, MOST_POINTS), x, y),
-                    class_="raw",
-                    stroke=colour,
-                )
-            )
+        if len(raw[name]) > FEW:
+            path = _path(_thinned(raw[name], MOST_POINTS), x, y)
+            drawn.append(el("path", d=path, class_="raw", stroke=colour))
         else:
-            lines += [
-                el("circle", cx=_f(x.at(s)), cy=_f(y.at(v)), r=2.4, fill=colour) for s, v in points
-            ]
-        lines.append(el("path", d=_path(line, x, y), class_="line", stroke=colour))
-    return el(
-        "svg",
-        el("title", title),
-        _y_grid(y),
-        _x_grid(x),
-        # an inner picture of the same coordinates cuts off what leaves it
-        el("svg", *lines, x=LEFT, y=TOP - 4, width=inner[0], height=inner[1],
-           viewBox=f"{LEFT} {TOP - 4} {inner[0]} {inner[1]}"),
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-    )  # fmt: skip
+            places = [(_f(x.at(step)), _f(y.at(value))) for step, value in raw[name]]
+            drawn += [el("circle", cx=cx, cy=cy, r=2.4, fill=colour) for cx, cy in places]
+        drawn.append(el("path", d=_path(smoothed[name], x, y), class_="line", stroke=colour))
+    # an inner picture with the same coordinates cuts off what leaves it
+    left, top, width, height = LEFT, TOP - 4, WIDTH - LEFT - RIGHT + 6, HEIGHT - TOP - BOTTOM + 6
+    box = f"{left} {top} {width} {height}"
+    inner = el("svg", *drawn, x=left, y=top, width=width, height=height, viewBox=box)
+    grid = (_y_grid(y), _x_grid(x))
+    return el("svg", el("title", title), *grid, inner, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
 
 
 # --- axes -----------------------------------------------------------------------------------------

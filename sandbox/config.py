@@ -19,7 +19,6 @@ from sandbox.contracts import ConfigError, PluginConfig, above, in_range, one_of
 HOME = Path(__file__).resolve().parent.parent  # the checkout
 CONF = HOME / "conf"
 PRECISIONS = ("fp32", "bf16", "fp16")
-RESUMES = ("auto", "never")
 LAUNCHERS = ("hydra._internal.", "hydra_plugins.")  # the only _target_s that are followed, by Hydra itself
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
@@ -37,6 +36,7 @@ GROUPS = {  # every config group, with what it is; the order is that of --help
     "ema": "moving average of the weights",
     "trainer": "devices, accumulation, clipping, threads",
     "checkpoint": "when to save and what to keep",
+    "resume": "which earlier run a command continues",
     "logger": "where metrics go",
     "callbacks": "what else happens during training; several may be named",
     "metric": "scores of generated clips; null takes the one of the data",
@@ -56,7 +56,6 @@ class Root:
     precision: str = "fp32"
     out: str = "outputs"  # where run folders go
     cache: str = "outputs/cache"  # where trained first stages are kept
-    resume: str = "auto"  # continue the newest unfinished run of this configuration, or "never"
     init_from: str | None = None  # weights to start from; the run itself starts at step 0
     plugins_path: str | None = None  # a folder of plugins of your own
     task: Any = None
@@ -73,6 +72,7 @@ class Root:
     ema: Any = None
     trainer: Any = None
     checkpoint: Any = None
+    resume: Any = None
     logger: Any = None
     callbacks: dict[str, Any] = field(default_factory=dict)
     metric: Any = None
@@ -85,7 +85,6 @@ class Root:
         yield from in_range("steps", self.steps, 1)
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)
-        yield from one_of("resume", self.resume, RESUMES)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_' and '-' (it names a folder)"
 

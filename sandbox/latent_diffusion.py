@@ -27,7 +27,7 @@ class LatentDiffusion(Trainable):
     """A wired system: components as attributes, `training_step`, `sample`. Pixels and latents are (B, C, T, H, W)."""
 
     def __init__(self, wiring: Wiring, parts: Parts, group: int) -> None:
-        super().__init__(wiring.root.seed, group)
+        super().__init__(wiring.root, group)
         self.wiring = wiring
         self.first_stage = freeze(parts.first_stage)
         self.conditioner = parts.conditioner
@@ -71,7 +71,7 @@ class LatentDiffusion(Trainable):
         return encode
 
     def grid(self, z: Clip) -> Clip:
-        return self.wiring.root.backbone.grid(z)
+        return self.root.backbone.grid(z)
 
     @torch.no_grad()
     def sample(
@@ -87,10 +87,10 @@ class LatentDiffusion(Trainable):
         `clip` is the size in pixels (default: the first of the data); randomness is that of the batch's positions.
         """
         clip = clip or self.wiring.clips[0]
-        z_clip = self.wiring.root.vae.latents(clip)
+        z_clip = self.root.vae.latents(clip)
         grid, draws = self.grid(z_clip), self.draws(batch)
         like = torch.empty(batch.size, grid.channels, grid.frames, grid.height, grid.width, device=self.device)
-        signals = self.wiring.root.conditioning.signals()
+        signals = self.root.conditioning.signals()
         passes = [
             self.conditioner(
                 batch, grid, {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals},
@@ -99,7 +99,7 @@ class LatentDiffusion(Trainable):
             for dropped in self.guidance.passes(signals)
         ]  # fmt: skip
         noise = draws.normal("start", like)
-        steps = steps or self.wiring.root.sampler.steps
+        steps = steps or self.root.sampler.steps
         z = denoise(
             self.backbone, self.schedule, self.guidance, passes, self.sampler, noise, steps, draws, hooks, progress
         )

@@ -21,7 +21,7 @@ def join(*pieces: object) -> Markup:
 
 
 def el(tag: str, *children: object, **attributes: object) -> Markup:
-    """One element. `class_` is class, other `_` are `-`; an attribute of None or False is left out."""
+    """An element. `class_` is class, other `_` are `-`; None and False leave one out."""
     written = ""
     for name, value in attributes.items():
         key = name.rstrip("_").replace("_", "-")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sandbox.contracts import StorageError
+from sandbox.files import storing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,15 +51,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     draft = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
+    with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        os.replace(draft, path)
-    except OSError as e:
-        raise StorageError(f"{path}: cannot be written ({e.strerror or e})") from e
-    finally:
-        if draft.exists():
-            draft.unlink()
+        try:
+            yield draft
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 # --- pixels ---------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from sandbox.config import Root
 from sandbox.contracts import Batch
 from sandbox.randomness import Keyed
 
@@ -19,19 +22,30 @@ class Trainable(LightningModule):
     engine before training.
     """
 
-    def __init__(self, seed: int, group: int) -> None:
+    def __init__(self, root: Root, group: int) -> None:
         super().__init__()
-        self.seed, self.group = seed, group
+        self.root, self.group = root, group
         self.metrics: dict[str, Tensor] = {}
         self.optimizer: Any = None
 
     def draws(self, batch: Batch) -> Keyed:
         """All randomness of a batch, keyed by the position of each of its clips."""
         assert batch.position is not None  # the loader writes it
-        return Keyed(self.seed, batch.epoch, batch.position, self.group)
+        return Keyed(self.root.seed, batch.epoch, batch.position, self.group)
 
     def configure_optimizers(self) -> Any:
         return self.optimizer
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Moves the tensors of a batch in place; nothing is copied where they are there already."""
+        if device.type == "cpu":
+            return batch
+        for f in fields(batch):
+            value = getattr(batch, f.name)
+            if isinstance(value, Tensor):
+                setattr(batch, f.name, value.to(device, non_blocking=True))
+        batch.scalars = {k: v.to(device, non_blocking=True) for k, v in batch.scalars.items()}
+        return batch
 
     def train(self, mode: bool = True) -> Any:
         """As usual, but frozen parts stay in eval mode."""

@@ -20,6 +20,7 @@ import fcntl
 import fnmatch
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -46,7 +47,6 @@ IGNORED = (
     "checkpoint",
     "plugins_path",
     "*.num_workers",
-    "*.root",
     "trainer.accelerator",
     "trainer.threads",
     "trainer.progress",
@@ -102,6 +102,10 @@ def _leaves(node: Any, name: str = "") -> dict[str, str]:
     return {name: json.dumps(node, default=str)} if name else {}
 
 
+def _number(text: str) -> float:
+    return float(text) if re.fullmatch(r"\d+", text) else float("nan")  # NaN is no more than anything
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
 
@@ -139,40 +143,37 @@ def open_run(
 def _own(out: Path, stem: str, resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    n = 1
-    for n, folder in _folders(out, stem) if resume else ():
+    for folder in _folders(out, stem) if resume else ():
         run = Run(folder)
         if not run.finished and run._lock():
             if not run.finished:  # it may have ended between the two looks
                 return run
             run.close()
-    n = 1
-    while True:  # a folder that appears between the look and mkdir is another start's
+    for n in itertools.count(1):
         run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
         with storing(run.folder):
             try:
                 run.folder.mkdir()
             except FileExistsError:
-                n += 1
                 continue
-        if run._lock():
+        if run._lock():  # else another start found it empty and took it
             return run
-        n += 1  # another start found it empty and took it
+    raise AssertionError("count is endless")
 
 
-def _folders(out: Path, stem: str) -> list[tuple[int, Path]]:
-    """Folders of this identity with their number, newest first."""
+def _folders(out: Path, stem: str) -> list[Path]:
+    """Folders of this identity, newest first."""
     found = []
     for path in out.glob(f"{stem}*"):
         match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
         if match and path.is_dir():
             found.append((int(match[1] or 1), path))
-    return sorted(found, reverse=True)
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
     run = Run(folder)
-    if not run.paths_config.is_file():
+    if not run.config_file.is_file():
         raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); want auto, never or a run folder")
     if not run._lock():
         raise ConfigError(f"resume={folder}: a process is running in it; wait for it or stop it")
@@ -182,7 +183,7 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
     refused = [
         f"{k}: was {a} in {folder}, is {b} now, which may change the result; name it to allow it: resume.allow=[{k}]"
         for k, (a, b) in changes.items()
-        if not _matches(k, (*IGNORED, *allow)) and not (k == "steps" and float(b) >= float(a))
+        if not _matches(k, (*IGNORED, *allow)) and not (k == "steps" and _number(b) >= _number(a))
     ]
     if refused:
         run.close()
@@ -202,7 +203,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.resumed = False  # whether an earlier process began this run
-        self.paths_config = self.folder / "config.yaml"
+        self.config_file = self.folder / "config.yaml"
         self.environment = self.folder / "environment.json"
         self.metrics_file = self.folder / "metrics.jsonl"
         self.checkpoints = self.folder / "checkpoints"
@@ -226,9 +227,9 @@ class Run:
         import yaml
 
         try:
-            return yaml.safe_load(self.paths_config.read_text(encoding="utf-8")) or {}
+            return yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as e:
-            raise StorageError(f"{self.paths_config}: cannot be read ({e})") from e
+            raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics of an optimizer step; of a name that was there for this step the last value counts."""
@@ -269,10 +270,10 @@ class Run:
 
     def close(self) -> None:
         """Gives the lock back."""
-        if self._handle is not None:
-            _held.discard(self._handle)
+        if self._handle in _held:  # not so in a forked child, which has dropped it
+            _held.remove(self._handle)
             os.close(self._handle)
-            self._handle = None
+        self._handle = None
 
     def _lock(self) -> bool:
         """Takes the lock, which the system frees when this process dies, however it does. False where it is taken."""
@@ -295,7 +296,7 @@ class Run:
     def _begin(self, config: Mapping[str, Any]) -> None:
         import yaml
 
-        self.resumed = self.paths_config.is_file()
+        self.resumed = self.config_file.is_file()
         earlier = _read_json(self.environment)
         now = _environment()
         if self.resumed and earlier.get("code") != now["code"]:
@@ -305,7 +306,7 @@ class Run:
         with storing(self.folder):
             self.checkpoints.mkdir(exist_ok=True)
             self.samples.mkdir(exist_ok=True)
-            write_atomic(self.paths_config, yaml.safe_dump(mask(config), sort_keys=False, width=100))
+            write_atomic(self.config_file, yaml.safe_dump(mask(config), sort_keys=False, width=100))
         self._write_json(self.environment, now)
 
     def _append(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""From noise to latents: a backbone, its conditions for each pass, a guidance and a sampler, put together."""
+"""From noise to latents: a backbone with its conditions, a guidance and a sampler, put together."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def denoise(
 ) -> Tensor:
     """Latents (B, C, T, H, W) from standard normal `z` of that shape.
 
-    conditions: one for each of `guidance.passes(signals)`, in that order. Passes whose tensors all have the same
-    shapes run as one batch, others one after another. progress(step, steps) is called after each call of the
-    model; a solver of second order calls twice in a step. The caller has set the backbone to eval mode.
+    conditions: one for each of `guidance.passes(signals)`, in that order. Passes whose tensors all
+    have the same shapes run as one batch, others one after another. progress(step, steps) is called
+    after each call of the model; a solver of second order calls twice in a step. The caller has set
+    the backbone to eval mode.
     """
     together = joined(conditions)
 
@@ -56,7 +57,7 @@ def denoise(
 
 
 def joined(conditions: list[Conditions]) -> Conditions | None:
-    """Several passes along the batch axis; None where their tensors differ in name, shape or dtype."""
+    """Several passes along the batch; None where their tensors differ in name, shape or dtype."""
     first, *others = [
         {name: (x.shape, x.dtype) for name, x in cond.tensors()} for cond in conditions
     ]
@@ -83,7 +84,7 @@ class PlainHooks:
 
 
 class KnownRegion(PlainHooks):
-    """Inpainting: before every call, z_t is the noised known latents where `mask` is 1 (Lugmayr et al. 2022, eq. 8).
+    """Inpainting: before each call z_t is the noised known latents where `mask` is 1.
 
     z0 (B, C, T, H, W); mask in [0, 1], of a shape that broadcasts to it.
     """
@@ -97,7 +98,7 @@ class KnownRegion(PlainHooks):
 
 
 class Quantised(PlainHooks):
-    """Clean estimates are snapped to what the first stage can decode, by `quantise` (B, C, T, H, W) -> the same.
+    """Snaps clean estimates by `quantise`: (B, C, T, H, W) -> the same shape.
 
     As published (LDM): the noise estimate is left as it was.
     """

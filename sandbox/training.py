@@ -8,6 +8,8 @@ is re-seeded for every micro-batch, and nothing else is random.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from sandbox import registry
+from sandbox import checkpoint, registry
 from sandbox.config import Root
 from sandbox.contracts import Batch, Diverged
 from sandbox.data import Loader
@@ -24,7 +26,7 @@ from sandbox.module import Trainable
 from sandbox.progress import Progress
 from sandbox.randomness import keyed
 from sandbox.runs import Run
-from sandbox.tracking import MetricBuffer, Trackers
+from sandbox.tracking import MetricBuffer, Trackers, open_trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
@@ -63,9 +65,45 @@ class Training:
         self.loader.load_state_dict(state["loader"])
 
 
-def micro_batches_of(root: Root) -> int:
-    """Clips in one optimizer step over all processes."""
-    return root.data.batch_size * root.trainer.processes * root.trainer.accumulate
+@contextmanager
+def start(system: Trainable, run: Run, group: str | None = None) -> Iterator[Training]:
+    """Everything that a run trains with, at step 0 or where its newest good checkpoint stands.
+
+    Trackers are told the end when the block is left. Raises DataError, StorageError.
+    """
+    root = system.root
+    named = [(n, p) for n, p in system.named_parameters() if p.requires_grad]
+    optimizer = registry.create(root.optimizer).build(named, root.lr)
+    for g in optimizer.param_groups:
+        g.setdefault("initial_lr", g["lr"])
+    cfg = root.data
+    items = registry.create(cfg).split("train")
+    loader = Loader(items, cfg.batch_size, root.seed, num_workers=cfg.num_workers, max_bad=cfg.max_bad)
+    ema = registry.create(root.ema).average(named)
+    trackers = open_trackers(root, run, group)
+    training = Training(system, root, loader, run, trackers, ema, optimizer)
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+        if newest is not None:
+            training.restore(checkpoint.load(newest))
+            run.rewind(training.step)
+            print(f"continuing from step {training.step} ({newest.name})", flush=True)
+        yield training
+    except BaseException as e:
+        trackers.finish(getattr(e, "exit_code", 1))
+        raise
+    trackers.finish(0)
+
+
+class Stream:
+    """The loader's micro-batches without end: an optimizer step may span two epochs, so that none is a partial one."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self.loader
 
 
 def fit(training: Training) -> None:
@@ -97,7 +135,7 @@ def fit(training: Training) -> None:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(training.system, train_dataloaders=training.loader)
+    trainer.fit(training.system, train_dataloaders=Stream(training.loader))
     engine.finish()
 
 

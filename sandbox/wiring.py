@@ -44,7 +44,7 @@ def wire(root: Root) -> Wiring:
 
 
 REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance", "optimizer",
-            "lr_schedule", "ema", "trainer", "checkpoint", "kernels")  # fmt: skip
+            "lr_schedule", "ema", "trainer", "checkpoint", "resume", "kernels")  # fmt: skip
 
 
 @dataclass

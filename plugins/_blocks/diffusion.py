@@ -1,4 +1,4 @@
-"""What schedules and samplers share: constant tables, noise levels, and the model along a sampling run."""
+"""What schedules and samplers share: constant tables, noise levels, the model along a run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def per_sample(values: Tensor) -> Tensor:
 class Table:
     """A constant of each discrete time: float64 values, looked up as float32.
 
-    It holds a copy for each device that asks. Copies are never inference tensors, so a table that sampling
-    used first still serves training.
+    It holds a copy for each device that asks. Copies are never inference tensors, so a table that
+    sampling used first still serves training.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -34,7 +34,7 @@ class Table:
             self._copies = {torch.device("cpu"): torch.from_numpy(values.astype(np.float32))}
 
     def __call__(self, t: Tensor) -> Tensor:
-        """(B,) integers -> (B,) float32. Raises IndexError for a time that the table does not have."""
+        """(B,) integers -> (B,) float32. Raises IndexError for a time that is not there."""
         if t.device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[t.device] = self._copies[torch.device("cpu")].to(t.device)
@@ -44,7 +44,8 @@ class Table:
 def levels(schedule: Schedule, times: Tensor) -> list[Level]:
     """(alpha, sigma) at each of `times` (N,).
 
-    Plain numbers: a step's coefficients are computed in float64 on every device, and cost no synchronisation.
+    Plain numbers: a step's coefficients are computed in float64 on every device, and cost no
+    synchronisation.
     """
     return list(zip(_numbers(schedule.alpha(times)), _numbers(schedule.sigma(times)), strict=True))
 
@@ -59,7 +60,7 @@ def _numbers(values: Tensor) -> list[float]:
 
 
 def log_snr(level: Level) -> float:
-    """lambda = log(alpha / sigma), -inf for pure noise and inf for clean latents (Lu et al. 2022)."""
+    """lambda = log(alpha / sigma): -inf for pure noise, inf for clean latents."""
     alpha, sigma = level
     if not alpha or not sigma:
         return -math.inf if sigma else math.inf
@@ -67,9 +68,10 @@ def log_snr(level: Level) -> float:
 
 
 def earlier(times: Tensor) -> list[int]:
-    """Where each step of CogVideoX lands: `t - T // N` for N trailing times, below 0 for clean latents.
+    """Where each step of CogVideoX lands: t - T // N for N trailing times; below 0, on clean latents.
 
-    As published: where N does not divide T this is not the time of the next call. The cleaner rule lands there.
+    As published: where N does not divide T this is not the time of the next call. The cleaner rule
+    lands there.
     """
     timesteps = int(times[0]) + 1  # trailing times start at T - 1
     return [int(t) - timesteps // len(times) for t in times]
@@ -82,7 +84,13 @@ class Trajectory:
     """
 
     def __init__(
-        self, model: Model, schedule: Schedule, z: Tensor, steps: int, spacing: str, hooks: Hooks | None
+        self,
+        model: Model,
+        schedule: Schedule,
+        z: Tensor,
+        steps: int,
+        spacing: str,
+        hooks: Hooks | None,
     ) -> None:
         self.model, self.schedule, self.hooks = model, schedule, hooks
         self.dtype = z.dtype

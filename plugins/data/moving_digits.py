@@ -11,7 +11,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sandbox.contracts import DataConfig, Items, Sample, in_range
 from sandbox.registry import register

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, 2207.12598) with rescaling (Lin et al. 2023, 2305.08891, section 3.4)."""
+"""Classifier-free guidance (Ho & Salimans 2022, 2207.12598), rescaled (Lin et al. 2023, 2305.08891)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ class ClassifierFree:
 
     @dataclass
     class Config(GuidanceConfig):
-        """guidance_scale: 1 is the model as it is, in one pass. guidance_rescale: how much of the full pass's
+        """Settings.
 
-        standard deviation is restored, 0 to 1.
+        guidance_scale: 1 is the model as it is, in one pass.
+        guidance_rescale: how much of the full pass's standard deviation is restored, 0 to 1.
         """
 
         guidance_scale: float = 2.0
@@ -50,7 +51,7 @@ class ClassifierFree:
 
 
 def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
-    """`guided` with its standard deviation moved towards that of `full`, each sample by itself; eq. 15 and 16."""
+    """`guided` with the deviation of each sample moved towards that of `full`; Lin et al., eq. 15, 16."""
     if not amount:
         return guided
     axes = tuple(range(1, guided.ndim))

@@ -1,4 +1,4 @@
-"""The loss of CompVis latent diffusion and DynamiCrafter (Rombach et al. 2022), with its published log names."""
+"""The loss of CompVis latent diffusion (Rombach et al. 2022) and DynamiCrafter, logged as there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ LOSS_TYPES = ("l2", "l1")
 class LDMLoss(nn.Module):
     """Simple loss + a share of the variational bound, with a log-variance for each time.
 
-    l_simple_weight (l / exp(logvar_t) + logvar_t) + original_elbo_weight elbo_weight(t) l, where l is the mean
-    error of a sample. Logged as `loss_simple` (the mean of l), `loss_vlb` and `loss`.
+    l_simple_weight (l / exp(logvar_t) + logvar_t) + original_elbo_weight elbo_weight(t) l, where l
+    is the mean error of a sample. Logged as `loss_simple` (the mean of l), `loss_vlb` and `loss`.
     """
 
     @dataclass
@@ -41,15 +41,15 @@ class LDMLoss(nn.Module):
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.kind != "discrete":
-                yield "loss=ldm needs a schedule with whole times; want schedule=ddpm, or loss=mse"
+                yield "ldm: needs a schedule with whole times; want schedule=ddpm, or loss=mse"
                 return
             if schedule.outputs() == 2:
                 yield (
-                    "loss=ldm trains no variance; set schedule.learned_variance=false, or take a loss "
-                    "with a variance bound"
+                    "ldm: trains no variance; want schedule.learned_variance=false, "
+                    "or a loss with a variance bound"
                 )
             if self.learn_logvar and self.timesteps != schedule.timesteps:
-                yield f"timesteps={self.timesteps}, but the schedule has {schedule.timesteps}"
+                yield f"timesteps={self.timesteps}: want {schedule.timesteps}, as the schedule has"
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -57,9 +57,7 @@ class LDMLoss(nn.Module):
         if cfg.learn_logvar:
             self.logvar = nn.Parameter(torch.full((cfg.timesteps,), float(cfg.logvar_init)))
 
-    def forward(
-        self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
-    ) -> Terms:
+    def forward(self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Terms:
         cfg = self.cfg
         error = out.float() - schedule.target(z0, eps, t).float()
         error = error.square() if cfg.loss_type == "l2" else error.abs()

@@ -11,15 +11,15 @@ from sandbox.registry import register
 
 @register("loss", "mse")
 class MSE:
-    """The mean over all numbers of a sample, times weight(t), averaged over the samples; in float32."""
+    """The mean over the numbers of a sample, times weight(t), averaged over samples; in float32."""
 
     @dataclass
     class Config(LossConfig):
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.outputs() == 2:
                 yield (
-                    "loss=mse trains no variance; set schedule.learned_variance=false, or take a loss "
-                    "with a variance bound"
+                    "mse: trains no variance; want schedule.learned_variance=false, "
+                    "or a loss with a variance bound"
                 )
 
     def __init__(self, cfg: Config) -> None:

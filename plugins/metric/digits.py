@@ -178,8 +178,9 @@ def centres(video: Tensor) -> tuple[Tensor, Tensor]:
 def windows(video: Tensor) -> Tensor:
     """(N, T, 8, 8) of ink round its centre, divided by its maximum (at least 0.3)."""
     centre, _ = centres(video)
-    # Half a pixel is rounded up: torch.round goes to even numbers, so that the window would jump as a digit moves.
-    corner = (centre - 3).floor().long()
+    # The corner is centre - 3.5, rounded half up: torch.round goes to even numbers, so that the window would jump
+    # as a digit moves.
+    corner = (centre - (WINDOW - 1) / 2 + 0.5).floor().long()
     padded = F.pad(ink(video), [WINDOW] * 4)
     tiles = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1)  # (N, T, H', W', 8, 8), a view
     n, t = torch.meshgrid(torch.arange(len(video)), torch.arange(video.shape[2]), indexing="ij")

@@ -1,4 +1,4 @@
-"""The sampler recommended for CogVideoX-5b: DPM-Solver++(2M) as an SDE (Lu et al. 2022, 2211.01095, appendix)."""
+"""DPM-Solver++(2M) as an SDE (Lu et al. 2022, 2211.01095), the sampler of CogVideoX-5b."""
 
 import math
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from sandbox.registry import register
 class CogVideoXDPM:
     """Second order, stochastic, multistep; `steps` calls of the model at trailing times.
 
-    As published: a step lands a fixed stride earlier, which is not the next time where `steps` does not divide
-    the schedule; the first and the last step are of first order.
+    As published: a step lands a fixed stride earlier, which is not the next time where `steps` does
+    not divide the schedule; the first and the last step are of first order.
     """
 
     @dataclass
@@ -27,7 +27,7 @@ class CogVideoXDPM:
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             yield from schedule.spacing_problems(self.steps, "trailing")
             if schedule.kind != "discrete":
-                yield "steps count whole times, the schedule is continuous; want schedule=ddpm or another sampler"
+                yield "cogvideox_dpm: needs a schedule with whole times; want schedule=ddpm, or sampler=dpmpp_2m"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -56,8 +56,10 @@ class CogVideoXDPM:
                 z0 = d.z0 + stride / (2 * stride_old) * (d.z0 - z0_old)
             z0_old = d.z0
             (_, sigma), (alpha_next, sigma_next) = level, level_next
-            z = sigma_next / sigma * math.exp(-stride) * z - math.expm1(-2 * stride) * alpha_next * z0
+            z = (
+                sigma_next / sigma * math.exp(-stride) * z
+                - math.expm1(-2 * stride) * alpha_next * z0
+            )
             if sigma_next:
-                spread = sigma_next * math.sqrt(-math.expm1(-2 * stride))
-                z = z + spread * draws.normal(f"sampler_noise_{step}", z)
+                z = z + sigma_next * math.sqrt(pull) * draws.normal(f"sampler_noise_{step}", z)
         return run.end(z)

@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, 2010.02502, eq. 12) with the endings of LDM, DynamiCrafter and CogVideoX."""
+"""DDIM (Song et al. 2021, 2010.02502, eq. 12) with the ends of LDM, DynamiCrafter and CogVideoX."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +28,13 @@ class DDIM:
 
     @dataclass
     class Config(SamplerConfig):
-        """temperature: factor of the noise that eta adds.
+        """Settings.
 
-        end: the last step lands on "clean" latents, or on the noise level of the "first" time (LDM, DynamiCrafter).
-        landing: every step lands on the time of the "next" call, or a fixed "stride" earlier (CogVideoX), where
-        the end follows from the stride.
+        temperature: factor of the noise that eta adds.
+        end: the last step lands on "clean" latents, or on the noise level of the "first" time (LDM,
+        DynamiCrafter).
+        landing: every step lands on the time of the "next" call, or a fixed "stride" earlier
+        (CogVideoX), where the end follows from the stride.
         """
 
         spacing: str = "trailing"
@@ -56,7 +58,7 @@ class DDIM:
             yield from schedule.spacing_problems(self.steps, self.spacing)
             if schedule.kind != "discrete":
                 if self.end != "clean":
-                    yield f"end={self.end!r}: the schedule is continuous, its first time is clean; want 'clean'"
+                    yield f"end={self.end!r}: the schedule is continuous; want 'clean'"
                 if self.landing != "next":
                     yield f"landing={self.landing!r}: the schedule is continuous; want 'next'"
 
@@ -104,9 +106,10 @@ class DDIM:
 
     @staticmethod
     def _rescale(schedule: Schedule, t: Tensor) -> float:
-        """The published rescaling of z0 at t, 1 where there is none (or where nothing of z0 is left to tell).
+        """The published rescaling of z0 at t; 1 where there is none, or where t is pure noise.
 
-        As published, the last step keeps the rescaling of the last call; a cleaner end would be unscaled.
+        As published, the last step keeps the rescaling of the last call; a cleaner end would be
+        unscaled.
         """
         ((alpha, sigma),), (snr,) = levels(schedule, t), ratios(schedule, t)
         return alpha / (sigma * snr**0.5) if snr else 1.0

@@ -1,4 +1,4 @@
-"""Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2), also over fewer times than the schedule has."""
+"""Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2), at all or at fewer times."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ VARIANCES = ("posterior", "beta", "learned")
 
 @register("sampler", "ddpm")
 class Ancestral:
-    """Draws every step from its Gaussian; `steps` calls of the model, best with all times of the schedule."""
+    """Draws every step from its Gaussian; `steps` calls of the model, best at all times."""
 
     @dataclass
     class Config(SamplerConfig):
-        """variance: posterior is exact for data at one point, beta for Gaussian noise (Ho et al., section 3.2);
+        """Settings.
 
-        learned is the network's.
+        variance: "posterior" is exact for data at one point, "beta" for standard normal data (Ho et
+        al., section 3.2); "learned" is the network's.
         """
 
         spacing: str = "trailing"
@@ -72,7 +73,7 @@ class Ancestral:
 
 
 def posterior_step(level: Level, level_next: Level) -> tuple[float, float, float, float]:
-    """q(z_s | z_t, z0) for s < t: mean keep * z_t + pull * z0 and its variance; then that of q(z_t | z_s).
+    """q(z_s | z_t, z0) for s < t: mean keep z_t + pull z0, variance; then that of q(z_t | z_s).
 
     Ho et al., eq. 6 and 7, for any alpha and sigma.
     """

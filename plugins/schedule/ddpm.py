@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -24,16 +24,21 @@ class DDPM:
     """A thousand noise levels from betas; predicts eps, v or x0.
 
     With x_start = rescale(t) z0, where only DynamiCrafter has a rescale other than 1:
-    z_t = sqrt(abar) x_start + sqrt(1 - abar) eps. So alpha = sqrt(abar) rescale, and `x0` predicts x_start.
+    z_t = sqrt(abar) x_start + sqrt(1 - abar) eps. So alpha = sqrt(abar) rescale, and `x0` predicts
+    x_start.
     """
 
     @dataclass
     class Config(ScheduleConfig):
-        """betas: first and last (not for cosine, which has cosine_s); scaled_linear is linear in the square root.
+        """Settings.
 
+        betas: first and last (not for cosine, which has cosine_s); scaled_linear is linear in the
+        square root.
         snr_shift: divides the signal-to-noise ratio (CogVideoX, before the terminal SNR is zeroed).
-        base_scale: z0 fades linearly to this factor over turning_step times (DynamiCrafter); 1 leaves it alone.
-        t_draw: the published recipes draw times independently; stratified spreads them over an optimizer step.
+        base_scale: z0 fades linearly to this factor over turning_step times (DynamiCrafter); 1
+        leaves it alone.
+        t_draw: the published recipes draw times independently; stratified spreads them over an
+        optimizer step.
         """
 
         timesteps: int = 1000
@@ -63,7 +68,7 @@ class DDPM:
             yield from one_of("prediction", self.prediction, PREDICTIONS)
             if self.prediction == "eps" and self.zero_terminal_snr:
                 yield (
-                    "prediction='eps': says nothing where zero_terminal_snr=true leaves pure noise; "
+                    "prediction='eps': says nothing of the pure noise of zero_terminal_snr=true; "
                     "want one of ['v', 'x0'], or zero_terminal_snr=false"
                 )
             yield from above("min_snr_gamma", self.min_snr_gamma, 0)
@@ -84,13 +89,13 @@ class DDPM:
             """Problems with `times(steps, spacing)`, in a sampler's words."""
             if self.ends_in_noise() and spacing in SPACINGS and spacing not in REACH_T:
                 yield (
-                    f"spacing={spacing!r}: does not reach the last time, where the schedule ends in noise; "
+                    f"spacing={spacing!r}: does not reach the end of the schedule, pure noise; "
                     f"want one of {list(REACH_T)}"
                 )
             else:
                 yield from one_of("spacing", spacing, SPACINGS)
             if steps > self.timesteps:
-                yield f"steps={steps}: the schedule has {self.timesteps} times; want 1 to {self.timesteps}"
+                yield f"steps={steps}: want 1 to {self.timesteps}, as many as the schedule has"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -102,7 +107,18 @@ class DDPM:
         self._rescale = Table(rescale(cfg.timesteps, cfg.base_scale, cfg.turning_step))
         self._weight = Table(min_snr_weights(snr, cfg.prediction, cfg.min_snr_gamma))
 
-    # --- training -----------------------------------------------------------------------------------------
+    @cached_property
+    def _elbo_weight(self) -> Table:
+        return Table(buffers(self.cfg)["lvlb_weights"])
+
+    @cached_property
+    def _log_variances(self) -> tuple[Table, Table]:
+        tables = buffers(self.cfg)
+        variance = tables["posterior_variance"]
+        variance = np.append(variance[1], variance[1:])  # the first is 0
+        return Table(np.log(variance)), Table(np.log(tables["betas"]))
+
+    # training
 
     def draw_t(self, draws: Draws) -> Tensor:
         """(B,) int64 in [0, timesteps)."""
@@ -133,7 +149,8 @@ class DDPM:
         x_start = per_sample(self._rescale(t)) * z0
         if self.cfg.prediction == "x0":
             return x_start
-        return per_sample(self._signal(t)) * eps - self.sigma(t) * x_start  # Salimans & Ho 2022, appendix D
+        # v: Salimans & Ho 2022, appendix D
+        return per_sample(self._signal(t)) * eps - self.sigma(t) * x_start
 
     def weight(self, t: Tensor) -> Tensor:
         """Min-SNR (Hang et al. 2023, 2303.09556), ones without `min_snr_gamma`."""
@@ -141,9 +158,9 @@ class DDPM:
 
     def elbo_weight(self, t: Tensor) -> Tensor:
         """(B,) what makes the squared error a term of the variational bound, as LDM has it."""
-        return Table(buffers(self.cfg)["lvlb_weights"])(t)
+        return self._elbo_weight(t)
 
-    # --- sampling -----------------------------------------------------------------------------------------
+    # sampling
 
     def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised:
         out, frac = out.chunk(2, dim=1) if self.cfg.learned_variance else (out, None)
@@ -158,18 +175,16 @@ class DDPM:
         return Denoised(x_start / per_sample(self._rescale(t)), eps, log_variance)
 
     def _log_variance(self, frac: Tensor, t: Tensor) -> Tensor:
-        """Between the two bounds of a step from t to t - 1 (Nichol & Dhariwal 2021, eq. 15); frac in [-1, 1]."""
-        tables = buffers(self.cfg)
-        variance = tables["posterior_variance"].copy()
-        variance[0] = variance[1]  # the first is 0
-        low, high = (per_sample(Table(np.log(v))(t)) for v in (variance, tables["betas"]))
+        """Between the bounds of a step from t to t - 1; frac in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)."""
+        low, high = (per_sample(table(t)) for table in self._log_variances)
         return low + (frac + 1) / 2 * (high - low)
 
     def times(self, steps: int, spacing: str) -> Tensor:
         """(N,) int64, decreasing; N is `steps` but for the published quirks of uniform and quad.
 
-        trailing and linspace begin at T - 1. uniform: every (T // steps)-th plus 1, as LDM, so N > steps where
-        steps does not divide T. quad: denser towards 0, as DDIM. Raises ValueError for what cannot be spaced.
+        trailing and linspace begin at T - 1. uniform: every (T // steps)-th plus 1, as LDM, so N >
+        steps where steps does not divide T. quad: denser towards 0, as DDIM. Raises ValueError for
+        what cannot be spaced.
         """
         timesteps = self.cfg.timesteps
         if not 1 <= steps <= timesteps:
@@ -182,35 +197,29 @@ class DDPM:
             times = np.arange(steps) * (timesteps // steps)
         elif spacing == "uniform":
             times = np.arange(0, timesteps, timesteps // steps) + 1
-            times = times[times < timesteps]  # as published it reads past the table, and stops there
+            times = times[
+                times < timesteps
+            ]  # as published: one may lie past the end, a crash there
         elif spacing == "quad":
-            times = np.linspace(0, np.sqrt(timesteps * 0.8), steps).astype(np.float64) ** 2 // 1 + 1
-            times = np.minimum(times, timesteps - 1)
+            times = np.floor(np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2) + 1
         else:
             raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
         return torch.from_numpy(np.unique(times.astype(np.int64))[::-1].copy())
 
 
-# --- tables, all float64 ----------------------------------------------------------------------------------
+# Tables, all float64.
 
 
 def _noise(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float, bool]:
-    ends = tuple(float(b) for b in cfg.betas)
-    return (
-        cfg.timesteps,
-        cfg.beta_schedule,
-        ends,
-        cfg.cosine_s,
-        cfg.snr_shift,
-        cfg.zero_terminal_snr,
-    )
+    raw = cfg.timesteps, cfg.beta_schedule, tuple(cfg.betas), cfg.cosine_s
+    return *raw, cfg.snr_shift, cfg.zero_terminal_snr
 
 
 @cache
 def raw_betas(
     timesteps: int, beta_schedule: str, ends: tuple[float, float], cosine_s: float
 ) -> np.ndarray:
-    """(timesteps,) betas before any shift. LDM calls scaled_linear "linear", and linear "sqrt_linear"."""
+    """(timesteps,) betas before a shift. LDM calls scaled_linear "linear", linear "sqrt_linear"."""
     low, high = ends
     if beta_schedule == "linear":
         return np.linspace(low, high, timesteps)
@@ -242,20 +251,20 @@ def alphas_cumprod(
 
 
 def rescale(timesteps: int, base_scale: float, turning_step: int) -> np.ndarray:
-    """(timesteps,) factors of z0: from 1 to `base_scale` over the first `turning_step` times (DynamiCrafter)."""
+    """(timesteps,) factors of z0: from 1 to `base_scale` over `turning_step` times (DynamiCrafter)."""
     fade = np.linspace(1, base_scale, turning_step)
     return np.concatenate([fade, np.full(timesteps, base_scale)])[:timesteps]
 
 
 def min_snr_weights(snr: np.ndarray, prediction: str, gamma: float | None) -> np.ndarray:
-    """(timesteps,) min(snr, gamma), divided by the weight that the prediction has in terms of x0."""
+    """(timesteps,) min(snr, gamma), over the weight that the prediction has in terms of x0."""
     if gamma is None:
         return np.ones_like(snr)
     return np.minimum(snr, gamma) / {"eps": snr, "v": snr + 1, "x0": 1}[prediction]
 
 
 def buffers(cfg: DDPM.Config) -> dict[str, np.ndarray]:
-    """The tables of a published LDM or DynamiCrafter state dict by name; cast to float32 to compare.
+    """The tables of a published LDM or DynamiCrafter state dict by name (there in float32).
 
     `lvlb_weights` is not saved there, `scale_arr` only where z0 is rescaled.
     """
@@ -299,7 +308,7 @@ def _elbo_weights(
     if prediction == "v":
         return np.ones_like(abar)
     if prediction == "x0":
-        return 0.5 * np.sqrt(abar) / (2 * 1 - abar)  # as published; 2 * (1 - abar) may have been meant
+        return 0.5 * np.sqrt(abar) / (2 * 1 - abar)  # as published; 2 * (1 - abar) may be meant
     variance = np.append(variance[1], variance[1:])
     weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
     weights[0] = weights[1]

@@ -1,4 +1,4 @@
-"""Rectified flow (Liu et al. 2022, 2209.03003) with logit-normal times (Esser et al. 2024, 2403.03206, section 3.1)."""
+"""Rectified flow (Liu et al. 2022, 2209.03003), logit-normal times (Esser et al. 2024, 2403.03206)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +19,15 @@ LAST = 999.9999  # the largest float32 times below 1000 that backbones are promi
 
 @register("schedule", "flow")
 class Flow:
-    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts their velocity eps - z0."""
+    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts the velocity eps - z0."""
 
     @dataclass
     class Config(ScheduleConfig):
-        """mean, std: of the logit of t; a positive mean trains more on noisy times. shift: multiplies t / (1 - t),
+        """Settings.
 
-        in training and in sampling. t_start: where sampling begins.
+        mean, std: of the logit of t; a positive mean trains more on noisy times.
+        shift: multiplies t / (1 - t), in training and in sampling.
+        t_start: where sampling begins.
         """
 
         kind: ClassVar[str] = "continuous"
@@ -59,7 +61,7 @@ class Flow:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    # --- training -----------------------------------------------------------------------------------------
+    # training
 
     def draw_t(self, draws: Draws) -> Tensor:
         """(B,) float32 in [0, 1]."""
@@ -91,13 +93,13 @@ class Flow:
     def weight(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
-    # --- sampling -----------------------------------------------------------------------------------------
+    # sampling
 
     def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised:
         return Denoised(z_t - self.sigma(t) * out, z_t + self.alpha(t) * out)
 
     def times(self, steps: int, spacing: str) -> Tensor:
-        """(steps,) float32, decreasing from `t_start`, evenly before the shift; 0 would be the next one.
+        """(steps,) float32, decreasing from `t_start`, even before the shift; 0 would come next.
 
         Raises ValueError for what cannot be spaced.
         """
@@ -105,7 +107,9 @@ class Flow:
             raise ValueError(f"steps={steps}: want at least 1")
         if spacing not in SPACINGS:
             raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
-        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
+        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")[
+            :-1
+        ]
         return self._shifted(even).float()
 
     def _shifted(self, t: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Reads clips from video files (PyAV) and images (Pillow), cropped and resized; every fault of a file is a BadItem."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sandbox.contracts import BadItem
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+    from PIL.Image import Image
+
+# Each ending has one container: a file is never probed, so that a playlist under the name of a video opens nothing.
+CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
+IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+
+Choose = Callable[[int], int]  # room -> place in [0, room]
+
+
+class Fit:
+    """Cuts the largest part of the wanted aspect, at a place that `choose` picks once for a clip, and resizes it.
+
+    Bicubic with antialiasing; an image in, (height, width, 3) uint8 out.
+    """
+
+    def __init__(self, height: int, width: int, choose: Choose) -> None:
+        self.height, self.width, self.choose = height, width, choose
+        self.box: tuple[float, float, float, float] | None = None
+
+    def __call__(self, image: "Image") -> np.ndarray:
+        from PIL.Image import Resampling
+
+        if self.box is None:
+            scale = min(image.width / self.width, image.height / self.height)
+            width, height = self.width * scale, self.height * scale
+            # Whole pixels, so that a crop without resizing copies its pixels.
+            left, top = (self.choose(int(room)) for room in (image.width - width, image.height - height))
+            self.box = (left, top, min(left + width, image.width), min(top + height, image.height))
+        return np.asarray(image.resize((self.width, self.height), Resampling.BICUBIC, self.box))
+
+
+def to_video(images: list[np.ndarray]) -> Tensor:
+    """(H, W, 3) uint8 each -> (3, T, H, W) float32 in [-1, 1]."""
+    video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)
+    return (video.float() / 127.5 - 1).contiguous()
+
+
+def read_image(path: Path, fit: Fit) -> Tensor:
+    """(3, 1, H, W) in [-1, 1]. Raises BadItem."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=[IMAGES[path.suffix.lower()]]) as image:
+            return to_video([fit(ImageOps.exif_transpose(image).convert("RGB"))])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadItem(f"cannot be read: {e}") from e
+
+
+def read_video(
+    path: Path, frames: int, stride: int, choose: Choose, fit: Fit
+) -> tuple[Tensor, float]:
+    """(3, frames, H, W) in [-1, 1], every `stride`-th frame from a start that `choose` picks; and the file's fps.
+
+    Raises BadItem for a file that is missing, corrupt, without video or too short.
+    """
+    import av
+
+    try:
+        with path.open("rb") as file, av.open(file, format=CONTAINERS[path.suffix.lower()]) as container:
+            if not container.streams.video:
+                raise BadItem("has no video")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate:
+                raise BadItem("has no frame rate")
+            times = packet_times(container, stream)
+            wanted = pick(times, frames, stride, choose)
+            found = gather(container, stream, wanted[0], wanted, fit)
+            if len(found) != frames:  # packets that show nothing (VP8), or a seek that went too far
+                times = [frame.pts for frame in decoded(container, stream, times[0])]
+                wanted = pick(times, frames, stride, choose)
+                found = gather(container, stream, times[0], wanted, fit)
+            if len(found) != frames:
+                raise BadItem("has frames whose times repeat")
+            return to_video(found), float(rate)
+    except (av.FFmpegError, OSError, ValueError) as e:
+        raise BadItem(f"cannot be decoded: {e}") from e
+
+
+def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int]:
+    """When each frame is shown, in order, from the packets alone: nothing is decoded."""
+    packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+    if any(p.pts is None for p in packets):
+        raise BadItem("has frames without a time")
+    return sorted(p.pts for p in packets)
+
+
+def pick(times: list[int], frames: int, stride: int, choose: Choose) -> list[int]:
+    """The times of the clip's frames. Raises BadItem where there are too few."""
+    span = (frames - 1) * stride + 1
+    if len(times) < span:
+        raise BadItem(f"has {len(times)} frames, {span} are needed")
+    start = choose(len(times) - span)
+    return times[start : start + span : stride]
+
+
+def gather(
+    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int], fit: Fit
+) -> list[np.ndarray]:
+    """The frames that are shown at the times `wanted`; one at a time, for a large clip fits in memory only resized."""
+    found = []
+    for frame in decoded(container, stream, seek):
+        if frame.pts in wanted:
+            image = frame.to_image()
+            found.append(fit(image.rotate(frame.rotation, expand=True) if frame.rotation else image))
+        if frame.pts >= wanted[-1]:
+            break
+    return found
+
+
+def decoded(container: "InputContainer", stream: "VideoStream", seek: int) -> Iterator["VideoFrame"]:
+    """Frames in the order shown, from the last key frame at or before `seek`."""
+    container.seek(seek, stream=stream)
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            raise BadItem("has a corrupt frame")
+        yield frame

@@ -1,0 +1,125 @@
+"""Captions as bags of words: one learned vector for each word, without a text encoder or a vocabulary file."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.contracts import (
+    Batch,
+    Clip,
+    ConditioningConfig,
+    Conditions,
+    Draws,
+    Encode,
+    Slots,
+    Tokens,
+    in_range,
+    one_of,
+)
+from sandbox.registry import register
+
+NONE = 0  # row of the table: no word
+
+log = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=65_536)
+def row(word: str, buckets: int) -> int:
+    """Row of `word` in 1..buckets, the same on every machine; words may share one."""
+    digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
+    return 1 + int.from_bytes(digest) % buckets
+
+
+def words_of(caption: str) -> list[str]:
+    """Lower-case words without punctuation: "A red 3, moving." -> a, red, 3, moving."""
+    return re.findall(r"\w+", caption.lower())
+
+
+@register("conditioning", "words")
+class Words(nn.Module):
+    """Learned embeddings of caption words, hashed into buckets; summed, as tokens, or both."""
+
+    @dataclass
+    class Config(ConditioningConfig):
+        """`offer`: vector (the sum of the word embeddings), tokens (one for each word, without their
+        order) or both. A caption is exactly `max_words` long: a longer one is cut, a shorter one is
+        filled with the embedding of "no word", and so is a dropped or empty one, entirely."""
+
+        offer: str = "vector"
+        width: int = 64
+        buckets: int = 1024
+        max_words: int = 5
+        drop_text: float = 0.1  # probability
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("offer", self.offer, ("vector", "tokens", "both"))
+            for name in ("width", "buckets", "max_words"):
+                yield from in_range(name, getattr(self, name), 1)
+            yield from in_range("drop_text", self.drop_text, 0, 1)
+
+        def needs(self) -> frozenset[str]:
+            return frozenset({"captions"})
+
+        def signals(self) -> tuple[str, ...]:
+            return ("text",)
+
+        def offers(self, clip: Clip, grid: Clip) -> Slots:
+            return Slots(
+                context=Tokens(self.width, self.max_words) if self.offer != "vector" else None,
+                vector=self.width if self.offer != "tokens" else 0,
+            )
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.table = nn.Embedding(cfg.buckets + 1, cfg.width)  # N(0, 1)
+        self.has_cut = False
+
+    def drop(self, draws: Draws) -> dict[str, Tensor]:
+        return {"text": draws.uniform("drop_text") < self.cfg.drop_text}
+
+    def forward(
+        self,
+        batch: Batch,
+        grid: Clip,
+        drop: dict[str, Tensor],
+        draws: Draws,
+        encode: Encode,
+        z0: Tensor | None,
+    ) -> Conditions:
+        """Dropped captions are replaced by the batch's negative ones, or else by no words."""
+        if batch.captions is None:
+            raise ValueError("conditioning=words needs captions, and the batch has none")
+        rows = self.rows(batch.captions)
+        if "text" in drop:
+            instead = self.rows(batch.negative or [""] * len(batch.captions))
+            rows = torch.where(drop["text"].to(rows.device)[:, None], instead, rows)
+        tokens = self.table(rows)  # (B, L, D)
+        return Conditions(
+            context=tokens if self.cfg.offer != "vector" else None,
+            vector=tokens.sum(1) if self.cfg.offer != "tokens" else None,
+        )
+
+    def rows(self, captions: list[str]) -> Tensor:
+        """(B, max_words) int64 rows of the table."""
+        length = self.cfg.max_words
+        rows = torch.full((len(captions), length), NONE)
+        for place, words in zip(rows, map(words_of, captions), strict=True):
+            if len(words) > length and not self.has_cut:
+                self.has_cut = True
+                log.warning(
+                    "captions are cut after conditioning.max_words=%d words, such as %r (%d words)",
+                    length,
+                    " ".join(words),
+                    len(words),
+                )
+            words = words[:length]
+            place[: len(words)] = torch.tensor([row(w, self.cfg.buckets) for w in words])
+        return rows.to(self.table.weight.device)

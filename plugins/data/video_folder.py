@@ -1,0 +1,276 @@
+"""A folder of videos and images with captions in `.txt` files beside them or in a captions.csv."""
+
+import csv
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, read_image, read_video
+from sandbox.contracts import BadItem, DataConfig, DataError, Items, Sample, above, in_range, one_of
+from sandbox.registry import register
+
+CAPTIONS = ("auto", "none")
+MISSING = ("skip", "empty")
+PLACES = ("random", "centre")
+TABLE = "captions.csv"
+
+log = logging.getLogger(__name__)
+
+
+@register("data", "video_folder")
+class VideoFolder:
+    """mp4, webm and gif files (and jpg, png, webp where frames=1) with captions from .txt files or a captions.csv."""
+
+    @dataclass
+    class Config(DataConfig):
+        """The settings beyond those of every data plugin.
+
+        stride: file frames from one frame to the next; start, crop: "random" or "centre", for training (validation
+        takes the centre); captions: "auto" (a row of captions.csv, else the .txt file beside the video) or "none";
+        missing_caption: "skip" counts the file as bad, "empty" makes it ""; val_fraction: part of the files that is
+        kept from training, by a hash of their names, unless there are folders train/ and val/; num_prompts: captions
+        of the validation split to sample with.
+        """
+
+        stride: int = 1
+        start: str = "random"
+        crop: str = "centre"
+        captions: str = "auto"
+        missing_caption: str = "skip"
+        val_fraction: float = 0.05
+        num_prompts: int = 8
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("stride", self.stride, 1)
+            yield from one_of("start", self.start, PLACES)
+            yield from one_of("crop", self.crop, PLACES)
+            yield from one_of("captions", self.captions, CAPTIONS)
+            yield from one_of("missing_caption", self.missing_caption, MISSING)
+            yield from above("val_fraction", self.val_fraction, 0, 0.9)
+            yield from in_range("num_prompts", self.num_prompts, 0)
+
+        def provides(self) -> frozenset[str]:
+            fields = {"video"}
+            if self.frames > 1:
+                fields |= {"fps", "frame_stride"}
+            if self.captions != "none":
+                fields |= {"captions", "prompts"} if self.num_prompts else {"captions"}
+            return frozenset(fields)
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def split(self, name: str) -> Items:
+        """"train" or "val". Raises DataError where the folder is missing, empty, or too small for this split."""
+        if name not in ("train", "val"):
+            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        root = self._root()
+        found = Listing(root, self.cfg.frames)
+        train, val = self._sides(found)
+        names = train if name == "train" else val
+        if not names:
+            raise DataError(
+                f"data.root={self.cfg.root}: nothing to {'train on' if name == 'train' else 'validate with'} "
+                f"({len(found.names)} usable files{found.left_out()}); add files, or make folders train/ and val/ in it"
+            )
+        if found.excluded and name == "train":
+            log.warning("data.root=%s: left out%s", self.cfg.root, found.left_out())
+        table = None if self.cfg.captions == "none" else Captions(root, found.names, self.cfg)
+        return Files(root, names, self.cfg, table, training=name == "train", excluded=found.excluded)
+
+    def prompts(self) -> list[str]:
+        """Captions of the first files of the validation split that have one."""
+        if self.cfg.captions == "none" or not self.cfg.num_prompts:
+            return []
+        val = self.split("val")
+        found: list[str] = []
+        for name in val.names:
+            if len(found) == self.cfg.num_prompts:
+                break
+            try:
+                found.append(val.captions(name))
+            except BadItem:
+                continue  # it is counted where the split is loaded
+        return found
+
+    def _root(self) -> Path:
+        if self.cfg.root is None:
+            raise DataError("data.root=null: data=video_folder needs the folder of the videos; set data.root=FOLDER")
+        root = Path(self.cfg.root).expanduser()
+        if not root.is_dir():
+            raise DataError(f"data.root={self.cfg.root}: no such folder; set data.root to the folder of the videos")
+        return root
+
+    def _sides(self, found: "Listing") -> tuple[list[str], list[str]]:
+        """Names of the two splits."""
+        train, val = ([n for n in found.names if n.startswith(f"{side}/")] for side in ("train", "val"))
+        if train and val:
+            return train, val
+        val = held_out(found.names, self.cfg.val_fraction)
+        return [n for n in found.names if n not in val], [n for n in found.names if n in val]
+
+
+def held_out(names: list[str], fraction: float) -> set[str]:
+    """About `fraction` of the names, by their hashes: other files do not change a file's side.
+
+    Of two or more names at least one is on each side.
+    """
+    if len(names) < 2:
+        return set()
+    places = {n: int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest()) / 2**64 for n in names}
+    ordered = sorted(names, key=lambda n: (places[n], n))
+    count = sum(p < fraction for p in places.values())
+    return set(ordered[: min(max(count, 1), len(names) - 1)])
+
+
+class Listing:
+    """The files below a folder that can give clips, by their names below it ("/" between), sorted.
+
+    Links are followed. A file that has several names counts once, so that it cannot be on both sides of the split.
+    """
+
+    def __init__(self, root: Path, frames: int) -> None:
+        self.names: list[str] = []
+        self.excluded: dict[str, int] = {}  # why files were left out, and how many
+        usable = set(CONTAINERS) | (set(IMAGES) if frames == 1 else set())
+        seen: set[object] = set()
+        for name in sorted(walk(root)):
+            suffix = PurePosixPath(name).suffix.lower()
+            if suffix in usable:
+                if (same := identity(root / name)) in seen:
+                    self._exclude("second names of a file")
+                else:
+                    seen.add(same)
+                    self.names.append(name)
+            elif suffix in IMAGES:
+                self._exclude(f"images, because data.frames={frames}")
+
+    def left_out(self) -> str:
+        return "".join(f", {n} {why}" for why, n in self.excluded.items())
+
+    def _exclude(self, why: str) -> None:
+        self.excluded[why] = self.excluded.get(why, 0) + 1
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Names of all files below `root`; a folder that is met again through a link is not entered twice."""
+    entered: set[object] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        if (same := identity(Path(folder))) in entered:
+            folders.clear()
+            continue
+        entered.add(same)
+        for file in files:
+            if not file.startswith("."):
+                yield Path(folder, file).relative_to(root).as_posix()
+
+
+def identity(path: Path) -> object:
+    """The same for all names of a file; a broken link is itself."""
+    try:
+        info = path.stat()
+    except OSError:
+        return path
+    return info.st_dev, info.st_ino
+
+
+class Captions:
+    """File name -> caption: a row of captions.csv in the root (or in train/ and val/), else a .txt file beside it."""
+
+    def __init__(self, root: Path, names: list[str], cfg: VideoFolder.Config) -> None:
+        self.root, self.missing = root, cfg.missing_caption
+        self.rows: dict[str, str] = {}
+        for folder in ("", "train/", "val/"):
+            path = root / folder / TABLE
+            if path.is_file():
+                self.rows |= {folder + file: text for file, text in read_table(path).items()}
+        if self.rows and not self.rows.keys() & set(names):
+            first = next(iter(self.rows))
+            raise DataError(f"{root / TABLE}: none of its {len(self.rows)} files is there, such as {first!r}")
+
+    def __call__(self, name: str) -> str:
+        """Raises BadItem where the file has none and those are to be skipped."""
+        text = self.rows.get(name) or self._beside(name)
+        if not text and self.missing == "skip":
+            raise BadItem("has no caption (data.missing_caption=empty would take it)")
+        return text
+
+    def _beside(self, name: str) -> str:
+        path = (self.root / name).with_suffix(".txt")
+        try:
+            return one_line(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadItem(f"its caption {path.name} cannot be read: {e}") from e
+
+
+def read_table(path: Path) -> dict[str, str]:
+    """Rows of a CSV with the columns file (a name below the CSV's folder) and caption. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines, strict=True)
+            columns = table.fieldnames or []
+            if not {"file", "caption"} <= set(columns):
+                raise DataError(f"{path}: want the columns file and caption, there are {columns}")
+            rows: dict[str, str] = {}
+            for row in table:
+                if row["caption"] is None or None in row:
+                    raise DataError(f"{path}, line {table.line_num}: want {len(columns)} entries; quote commas")
+                file = PurePosixPath(row["file"].strip()).as_posix()
+                if rows.setdefault(file, one_line(row["caption"])) != one_line(row["caption"]):
+                    raise DataError(f"{path}, line {table.line_num}: {file!r} has two captions; remove one")
+            return rows
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class Files:
+    """The clips of one split. `names` are relative to the root; a clip and its caption are found by the same name."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        cfg: VideoFolder.Config,
+        captions: Captions | None,
+        training: bool,
+        excluded: dict[str, int],
+    ) -> None:
+        self.root, self.names, self.cfg, self.captions = root, names, cfg, captions
+        self.training, self.excluded = training, excluded
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id(self, index: int) -> str:
+        """The name, with what cannot be printed escaped."""
+        return repr(self.names[index])[1:-1]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        name, cfg = self.names[index], self.cfg
+        path = self.root / name
+        sample: Sample = {} if self.captions is None else {"caption": self.captions(name)}
+        fit = Fit(cfg.height, cfg.width, self._choose(cfg.crop, rng))
+        if path.suffix.lower() in IMAGES:
+            return sample | {"video": read_image(path, fit)}
+        video, rate = read_video(path, cfg.frames, cfg.stride, self._choose(cfg.start, rng), fit)
+        if cfg.frames > 1:
+            sample |= {"fps": rate / cfg.stride, "frame_stride": float(cfg.stride)}
+        return sample | {"video": video}
+
+    def _choose(self, place: str, rng: np.random.Generator) -> Callable[[int], int]:
+        if self.training and place == "random":
+            return lambda room: int(rng.integers(room + 1))
+        return lambda room: room // 2

@@ -1,0 +1,229 @@
+"""Batches in an order that is a function of (seed, epoch): exact to resume, the same for any number of processes.
+
+The order of an epoch is a permutation of its clips. A global micro-batch is the next `batch_size * world` of them, and
+rank r takes the r-th of `world` equal slices, so that 2 processes of 16 clips see what 1 process of 32 sees. A clip's
+own randomness is keyed by (seed, epoch, id); a bad clip is replaced by one that is keyed by its place. No state of a
+worker or of a global generator enters, and the state to save is two numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sandbox.contracts import SCALARS, BadItem, Batch, DataError, Items, Sample
+from sandbox.randomness import keyed
+
+TRIES = 20  # other items that are tried in the place of a bad one
+SHOWN = 5  # bad items that an error names
+
+Bad = dict[str, str]  # id -> reason
+Key = tuple[int, int, np.ndarray]  # epoch, position of the first clip, indices
+
+
+class Loader:
+    """Micro-batches of one rank for training; an iterator goes from where the loader stands to the end of the epoch.
+
+    `epoch` and `taken` (micro-batches of the epoch) count what was handed out, not what workers prepare ahead, and
+    stand at (epoch + 1, 0) after the last one. That last micro-batch may be smaller: it holds what is left, cut to a
+    multiple of `world`. Raises DataError (exit code 3) without data, with less than one global micro-batch, with more
+    than `max_bad` different bad items (counted by each process, in `bad`), and where no good item is found.
+    """
+
+    def __init__(
+        self,
+        items: Items,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        max_bad: int = 100,
+    ) -> None:
+        self.items, self.seed, self.rank, self.world = items, seed, rank, world
+        self.stride = batch_size * world  # clips in a global micro-batch
+        self.max_bad = max_bad
+        self.epoch = self.taken = 0
+        self.bad: Bad = {}
+        _enough(len(items), batch_size, world)
+        self._batches = DataLoader(
+            _MicroBatches(items, seed),
+            sampler=_Keys(self),
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else the global generator is drawn from
+        )
+
+    def __len__(self) -> int:
+        """Micro-batches in a whole epoch."""
+        whole, rest = divmod(len(self.items), self.stride)
+        return whole + (rest >= self.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, bad in self._batches:
+            self._count(bad)
+            if batch is None:
+                raise DataError(f"no usable clip in {TRIES + 1} tries: {_some(bad)}")
+            self.taken += 1
+            if self.taken == len(self):
+                self.epoch, self.taken = self.epoch + 1, 0
+            yield batch
+
+    def keys(self) -> Iterator[Key]:
+        """What is left of the epoch, for this rank."""
+        epoch, order = self.epoch, keyed(self.seed, "order", self.epoch).permutation(len(self.items))
+        for first in range(self.taken * self.stride, len(self) * self.stride, self.stride):
+            size = min(self.stride, len(order) - first) // self.world
+            first += self.rank * size
+            yield epoch, first, order[first : first + size]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "taken": self.taken,
+            "items": len(self.items),
+            "stride": self.stride,
+            "bad": dict(self.bad),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises DataError where the data or the global micro-batch have another size: the order would be another."""
+        was, now = (state["items"], state["stride"]), (len(self.items), self.stride)
+        if was != now:
+            raise DataError(
+                f"the checkpoint was made with {was[0]} clips in micro-batches of {was[1]} over all processes, now "
+                f"there are {now[0]} in micro-batches of {now[1]}: restore them, or start anew with resume=never"
+            )
+        self.epoch, self.taken, self.bad = state["epoch"], state["taken"], dict(state["bad"])
+
+    def _count(self, bad: Bad) -> None:
+        self.bad |= bad
+        if len(self.bad) > self.max_bad:
+            raise DataError(
+                f"{len(self.bad)} items are unusable, data.max_bad={self.max_bad}: mend or remove them, or raise "
+                f"data.max_bad: {_some(self.bad)}"
+            )
+
+
+def batches(items: Items, batch_size: int, seed: int = 0) -> Iterator[Batch]:
+    """Every item once, in the order of the items (epoch 0), for validation and evaluation.
+
+    A bad item is left out, and named in `bad` of that micro-batch or of the next that is not empty; the positions of
+    the others stay. Raises DataError where no item is usable.
+    """
+    bad: Bad = {}
+    some = False
+    for first in range(0, len(items), batch_size):
+        indices = np.arange(first, min(first + batch_size, len(items)))
+        batch, failed = _micro_batch(items, seed, 0, first, indices, replace=False)
+        bad |= failed
+        if batch is not None:
+            batch.bad = _lines(bad)
+            bad, some = {}, True
+            yield batch
+    if not some:
+        raise DataError(f"there are no usable clips: {_some(bad)}" if bad else "there are no clips")
+
+
+class _Keys:
+    """The loader's keys as a sampler: it is asked for an iterator at the start of each epoch."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Key]:
+        return self.loader.keys()
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+class _MicroBatches(Dataset):
+    """What the workers run: a whole micro-batch for a key. Errors of items come back as data, not as exceptions."""
+
+    def __init__(self, items: Items, seed: int) -> None:
+        self.items, self.seed = items, seed
+
+    def __getitem__(self, key: Key) -> tuple[Batch | None, Bad]:
+        epoch, first, indices = key
+        batch, bad = _micro_batch(self.items, self.seed, epoch, first, indices, replace=True)
+        if batch is not None:
+            batch.bad = _lines(bad)
+        return batch, bad
+
+
+def _micro_batch(
+    items: Items, seed: int, epoch: int, first: int, indices: np.ndarray, replace: bool
+) -> tuple[Batch | None, Bad]:
+    """Loads items for the positions from `first` on.
+
+    A bad item is replaced, or left out; no batch where a replacement is not found or nothing is left.
+    """
+    bad: Bad = {}
+    loaded: list[tuple[int, str, Sample]] = []
+    for position, index in enumerate(indices.tolist(), first):
+        for candidate in _candidates(seed, epoch, position, index, len(items) if replace else 0):
+            name = items.id(candidate)
+            try:
+                loaded.append((position, name, items.load(candidate, keyed(seed, "data", epoch, name))))
+                break
+            except BadItem as e:
+                bad[name] = str(e)
+        else:
+            if replace:
+                return None, bad
+    return (_collate(epoch, *zip(*loaded, strict=True)) if loaded else None), bad
+
+
+def _candidates(seed: int, epoch: int, position: int, index: int, others: int) -> Iterator[int]:
+    """The item itself, then what may replace it."""
+    yield index
+    for attempt in range(TRIES if others else 0):
+        yield int(keyed(seed, "replacement", epoch, position, attempt).integers(others))
+
+
+def _collate(
+    epoch: int, positions: tuple[int, ...], ids: tuple[str, ...], samples: tuple[Sample, ...]
+) -> Batch:
+    first = samples[0]
+    return Batch(
+        video=torch.stack([s["video"] for s in samples]),
+        captions=[s["caption"] for s in samples] if "caption" in first else None,
+        scalars={
+            name: torch.tensor([s[name] for s in samples], dtype=torch.float32)
+            for name in sorted(SCALARS.intersection(first))
+        },
+        ids=list(ids),
+        epoch=epoch,
+        position=torch.tensor(positions),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _enough(items: int, batch_size: int, world: int) -> None:
+    if not items:
+        raise DataError("there are no clips to train on")
+    if items < batch_size * world:
+        processes = f" on {world} processes" if world > 1 else ""
+        cure = f"set data.batch_size={items // world}" if items >= world else "add clips"
+        raise DataError(
+            f"data.batch_size={batch_size}{processes} needs {batch_size * world} clips, there are {items}: {cure}"
+        )
+
+
+def _lines(bad: Bad) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in bad.items()]
+
+
+def _some(bad: Bad) -> str:
+    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return "; ".join(_lines(bad)[:SHOWN]) + more

@@ -1,0 +1,122 @@
+"""What a finished run leaves: scores, videos, a contact sheet, a page, and last of all the result file."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sandbox import media
+from sandbox.config import Root, to_container
+from sandbox.evaluation import Evaluation, evaluate
+from sandbox.files import storing, write_atomic
+from sandbox.latent_diffusion import LatentDiffusion
+from sandbox.report import Report, ScoreRow, terminal_table, write_report
+from sandbox.runs import Run
+from sandbox.training import Training
+
+FPS = 8.0  # of sample videos where the data name none
+SHEET_COLUMNS = ("real clips", "model", "untrained model")
+
+
+def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict[str, float]) -> dict[str, Any]:
+    """Scores the averaged weights, writes everything, and marks the run as finished."""
+    system, run, root = training.system, training.run, training.root
+    assert isinstance(system, LatentDiffusion)
+    began = time.monotonic()
+    with training.averaged():
+        system.eval()
+        found = evaluate(system, cfg.score_clips, cfg.untrained)
+    seconds["scoring"] = time.monotonic() - began
+    write_samples(run.samples, found, cfg.samples)
+    sheet = run.folder / "samples.png"
+    write_sheet(sheet, found, cfg.samples)
+    metrics = {
+        "scores": found.scores,
+        "meaning": found.meaning,
+        "clips": found.count,
+        "first_stage_psnr_db": found.first_stage_psnr,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "steps": training.step,
+        "skipped": training.loader.bad,
+    }
+    with storing(run.folder):
+        write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    page = run.folder / "report.html"
+    write_report(page, report(root, run, found, overrides, seconds, training.loader.bad, sheet))
+    training.trackers.summary({f"score/{k}": v for k, v in found.scores.get("model", {}).items()})
+    for path in sorted(run.samples.glob("*.mp4"))[:4]:
+        training.trackers.video(training.step, "samples", path, path.stem)
+    result = {"folder": str(run.folder), "steps": training.step, "scores": found.scores.get("model", {})}
+    run.finish(result)
+    say_scores(root, found)
+    print(f"videos  {run.samples}\nsheet   {sheet}\npage    {page}\nscores  {run.folder / 'metrics.json'}", flush=True)
+    return result
+
+
+def write_samples(folder: Path, found: Evaluation, count: int) -> list[tuple[str, Path]]:
+    """The model's first `count` clips as mp4, named by number and caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, (caption, video) in enumerate(zip(found.captions, found.clips["model"][:count], strict=False)):
+        path = folder / f"{i:03}-{file_name(caption)}.mp4"
+        media.write_video(path, video, FPS, media.enlargement(*video.shape[2:]))
+        written.append((caption, path))
+    return written
+
+
+def file_name(caption: str) -> str:
+    """A caption as part of a file's name: letters, digits and dashes, at most 60."""
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in caption.lower())
+    return "-".join(w for w in words.split("-") if w)[:60] or "clip"
+
+
+def write_sheet(path: Path, found: Evaluation, count: int) -> None:
+    """Real clips, the model's and an untrained model's side by side, a caption a row."""
+    shown = min(max(count, 1), len(found.captions))
+    columns = [c for c in SHEET_COLUMNS if c in found.clips]
+    rows = [media.Row(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in range(shown)]
+    media.contact_sheet(path, rows)
+
+
+def report(
+    root: Root, run: Run, found: Evaluation, overrides: list[str], seconds: dict[str, float],
+    skipped: dict[str, str], sheet: Path,
+) -> Report:  # fmt: skip
+    """The page's contents."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, metrics in run.metrics().items():
+        for name, value in metrics.items():
+            curves.setdefault(name, []).append((step, value))
+    rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
+    notes = [f"The first stage reaches {found.first_stage_psnr:.1f} dB on held-out clips: no sample can look better."]
+    return Report(
+        title=root.recipe,
+        command=" ".join(["python run.py", *overrides]),
+        settings=to_container(root),
+        scores=rows,
+        meanings=found.meaning,
+        samples=[(path.stem[4:].replace("-", " "), path) for path in sorted(run.samples.glob("*.mp4"))],
+        sheet=sheet,
+        curves=curves,
+        notes=notes,
+        environment=json.loads(run.environment.read_text()),
+        skipped=skipped,
+        timings=seconds,
+    )
+
+
+def say_scores(root: Root, found: Evaluation) -> None:
+    """The score table with what each score means, on the terminal."""
+    if found.scores:
+        rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
+        print("\n" + terminal_table(rows, found.meaning) + "\n")
+    print(f"first stage {root.vae.plugin.split('/')[1]}: {found.first_stage_psnr:.1f} dB on held-out clips")
+
+
+def tensor_rows(captions: list[str], video: Tensor) -> list[media.Row]:
+    """A contact sheet of samples alone."""
+    return [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]

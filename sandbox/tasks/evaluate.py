@@ -1,0 +1,58 @@
+"""task=evaluate: scores of a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.registry import register
+
+
+@register("task", "evaluate")
+class Evaluate:
+    """Scores a finished run (task.run, else the newest) beside real clips, its ceiling, baselines and an untrained model."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """clips: how many are scored; weights: ema or live; untrained: also score an untrained model."""
+
+        clips: int = 192
+        weights: str = "ema"
+        untrained: bool = True
+        samples: int = 12
+
+        def problems(self) -> Iterator[str]:
+            yield from in_range("clips", self.clips, 1)
+            yield from in_range("samples", self.samples, 0)
+            yield from one_of("weights", self.weights, ("ema", "live"))
+
+        def uses_run(self) -> bool:
+            return True
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+        import json
+        from pathlib import Path
+
+        from sandbox.evaluation import evaluate
+        from sandbox.files import write_atomic
+        from sandbox.outcome import say_scores, write_sheet
+        from sandbox.systems import load_system
+
+        folder = Path(self.cfg.run or "")
+        system = load_system(folder, self.cfg.weights, wiring).eval()
+        found = evaluate(system, self.cfg.clips, self.cfg.untrained)
+        to = folder / "evaluations"
+        to.mkdir(exist_ok=True)
+        name = f"evaluation-{len(list(to.glob('*.json'))) + 1:02}"
+        write_sheet(to / f"{name}.png", found, self.cfg.samples)
+        scores = {"overrides": list(overrides), "weights": self.cfg.weights, "clips": found.count, "scores": found.scores,
+                  "meaning": found.meaning, "first_stage_psnr_db": found.first_stage_psnr}  # fmt: skip
+        write_atomic(to / f"{name}.json", json.dumps(scores, indent=1) + "\n")
+        say_scores(wiring.root, found)
+        print(f"scores  {to / name}.json\nsheet   {to / name}.png")
+        return {"folder": str(folder), "scores": found.scores.get("model", {})}

@@ -1,0 +1,58 @@
+"""task=sample: videos from a trained run and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.registry import register
+
+
+@register("task", "sample")
+class Sample:
+    """Makes videos from a finished run (task.run, else the newest) for task.prompts, else those of the data."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """prompts: captions, empty for those of the data; count: how many of those; weights: ema or live."""
+
+        prompts: tuple[str, ...] = ()
+        count: int = 8
+        weights: str = "ema"
+        to: str | None = None  # folder for the videos; null: samples/ in the run folder
+
+        def problems(self) -> Iterator[str]:
+            yield from in_range("count", self.count, 1)
+            yield from one_of("weights", self.weights, ("ema", "live"))
+
+        def uses_run(self) -> bool:
+            return True
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+        from pathlib import Path
+
+        from sandbox import media, registry
+        from sandbox.latent_diffusion import prompts_batch
+        from sandbox.outcome import FPS, file_name, tensor_rows
+        from sandbox.progress import Progress
+        from sandbox.systems import load_system
+
+        cfg, folder = self.cfg, Path(self.cfg.run or "")
+        captions = list(cfg.prompts) or registry.create(wiring.root.data).prompts()[: cfg.count] or [""] * cfg.count
+        system = load_system(folder, cfg.weights, wiring).eval()
+        with Progress("sampling", wiring.root.sampler.steps) as progress:
+            video = system.sample(
+                prompts_batch(captions, system.device), progress=lambda done, total: progress.update(done)
+            )
+        to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
+        to.mkdir(parents=True, exist_ok=True)
+        for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
+            media.write_video(to / f"{i:03}-{file_name(caption)}.mp4", clip, FPS, media.enlargement(*clip.shape[2:]))
+        media.contact_sheet(to / "samples.png", tensor_rows(captions, video))
+        print(f"{len(captions)} videos and samples.png in {to}")
+        return {"folder": str(to), "captions": captions}
