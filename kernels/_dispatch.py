@@ -46,9 +46,10 @@ def implementations(op: str) -> list[str]:
 
 
 class use:
-    """Sets the implementation of every operation, or of those that are named; in a `with` only
-    until its end.
+    """Sets the implementation of every operation, or of those that are named.
 
+    In a `with` it holds until the block ends; a backward pass that repeats the forward one
+    (activation checkpointing) belongs inside.
     `auto` takes the fastest one that is there and says once where that is the plain one; with
     `strict` it raises there instead. Operations and `strict` that are not named keep their setting.
     Raises ValueError for unknown operations and for implementations that are not there.

@@ -12,8 +12,8 @@ from sandbox.markup import Markup, el, join
 Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
 
 WIDTH, HEIGHT = 540, 236
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 26  # room for the numbers at the axes
-MOST_POINTS = 400  # of one drawn line
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 8, 26  # room for the numbers at the axes
+MOST_POINTS = 400  # of one drawn line, about
 FEW = 40  # up to so many measurements are shown as dots, unsmoothed
 COLOURS = 6  # --c0 .. --c5 in the page
 
@@ -51,14 +51,13 @@ def _plot(
     for i, name in enumerate(raw):
         colour = f"var(--c{i % COLOURS})"
         if len(raw[name]) > FEW:
-            path = _path(_thinned(raw[name], MOST_POINTS), x, y)
-            drawn.append(el("path", d=path, class_="raw", stroke=colour))
+            drawn.append(el("path", d=_path(raw[name], x, y), class_="raw", stroke=colour))
         else:
             places = [(_f(x.at(step)), _f(y.at(value))) for step, value in raw[name]]
             drawn += [el("circle", cx=cx, cy=cy, r=2.4, fill=colour) for cx, cy in places]
         drawn.append(el("path", d=_path(smoothed[name], x, y), class_="line", stroke=colour))
     # an inner picture with the same coordinates cuts off what leaves it
-    left, top, width, height = LEFT, TOP - 4, WIDTH - LEFT - RIGHT + 6, HEIGHT - TOP - BOTTOM + 6
+    left, top, width, height = LEFT, TOP - 4, WIDTH - LEFT - RIGHT + 4, HEIGHT - TOP - BOTTOM + 6
     box = f"{left} {top} {width} {height}"
     inner = el("svg", *drawn, x=left, y=top, width=width, height=height, viewBox=box)
     grid = (_y_grid(y), _x_grid(x))
@@ -89,8 +88,9 @@ class _Axis:
 
 
 def _value_axis(title: str, raw: list[np.ndarray], smoothed: list[np.ndarray]) -> _Axis:
-    """Holds all smoothed values and 98 % of the measurements: a spike does not flatten a curve."""
-    lines = np.concatenate([s[:, 1] for s in smoothed])
+    """Holds the smoothed lines and 98 % of the measurements: a spike does not flatten a curve."""
+    # the first few points of many are not smoothed yet, and often wild
+    lines = np.concatenate([s[5 if len(s) > FEW else 0 :, 1] for s in smoothed])
     spread = np.concatenate([np.percentile(p[:, 1], [1, 99]) for p in raw])
     low, high = min(lines.min(), spread.min()), max(lines.max(), spread.max())
     typical_low, typical_high = np.percentile(lines, [5, 95])
@@ -162,30 +162,40 @@ def _finite(points: Points) -> np.ndarray:
     return array[np.argsort(array[:, 0], kind="stable")]
 
 
-def _thinned(points: np.ndarray, most: int) -> np.ndarray:
-    """The lowest and the highest point of each of most / 2 stretches: spikes survive."""
-    if len(points) <= most:
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    """Running means over 6 % of the points, shorter near the start, where a loss falls fast.
+
+    Few points, and curves that are smooth already (a learning rate), are returned as they are.
+    """
+    count = len(points)
+    if count <= FEW:
         return points
+    place = np.arange(count)
+    reach = np.minimum(0.03 * count, 0.2 * place).astype(int)
+    first, end = place - reach, np.minimum(place + reach + 1, count)
+    values = points[:, 1]
+    for _ in range(2):  # twice: a triangular window, whose result has no steps
+        total = np.concatenate([[0.0], values.cumsum()])
+        values = (total[end] - total[first]) / (end - first)
+    wiggle, left = (np.abs(np.diff(v)).sum() for v in (points[:, 1], values))
+    return points if wiggle < 2 * left else np.stack([points[:, 0], values], 1)
+
+
+def _thinned(points: np.ndarray, x: _Axis) -> np.ndarray:
+    """The lowest and the highest point of every 2 pixels or so: spikes survive."""
+    if len(points) <= MOST_POINTS:
+        return points
+    place = np.array([x.at(step) for step in points[:, 0]])
+    column = ((place - x.start) / (x.end - x.start) * MOST_POINTS / 2).astype(int)
     kept: set[int] = {0, len(points) - 1}
-    for part in np.array_split(np.arange(len(points)), most // 2):
-        kept |= {int(part[points[part, 1].argmin()]), int(part[points[part, 1].argmax()])}
+    for part in np.split(np.arange(len(points)), np.flatnonzero(np.diff(column)) + 1):
+        values = points[part, 1]
+        kept |= {int(part[values.argmin()]), int(part[values.argmax()])}
     return points[sorted(kept)]
 
 
-def _smoothed(points: np.ndarray) -> np.ndarray:
-    """Weighted means around each point (Gaussian, 2 % of the points wide); few points are kept."""
-    if len(points) <= FEW:
-        return points
-    width = max(1.0, 0.02 * len(points))
-    reach = min(math.ceil(3 * width), len(points) - 1)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    weight = np.convolve(np.ones(len(points)), kernel)[reach:-reach]  # less than full at the ends
-    values = np.convolve(points[:, 1], kernel)[reach:-reach] / weight
-    line = np.stack([points[:, 0], values], 1)
-    return line[np.linspace(0, len(line) - 1, min(len(line), MOST_POINTS)).round().astype(int)]
-
-
 def _path(points: np.ndarray, x: _Axis, y: _Axis) -> str:
+    points = _thinned(points, x)
     return "M" + "L".join(f"{_f(x.at(s))} {_f(y.at(v))}" for s, v in points)
 
 

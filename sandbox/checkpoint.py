@@ -1,9 +1,10 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is a file `step_00001200.ckpt` and its manifest `step_00001200.json`. The file is written under another
-name, hashed on the way, synced and renamed; the manifest (SHA-256, size, step, format) comes last. So a kill at any
-moment leaves the older checkpoints as they were. No file is ever written over: the same step saved again is
-`step_00001200-2`. Reading checks size and hash and loads tensors and plain containers only.
+A checkpoint is a file `step_00001200.ckpt` and its manifest `step_00001200.json`. The file is
+written under another name, hashed on the way, synced and renamed; the manifest (SHA-256, size,
+step, format) comes last. So a kill at any moment leaves the older checkpoints as they were. No file
+is ever written over: the same step saved again is `step_00001200-2`. Reading checks size and hash
+and loads tensors and plain containers only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import pickle
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +37,7 @@ CHUNK = 1 << 22
 log = logging.getLogger(__name__)
 
 
-# --- writing ------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def save(
@@ -49,28 +51,46 @@ def save(
 ) -> Path:
     """Writes `state` (plain containers and tensors) as the checkpoint of optimizer step `step`.
 
-    `notes` go into the manifest (JSON). A write that fails is tried `attempts` times, `wait` seconds apart.
-    Raises Diverged where a tensor is not finite, TypeError for what could not be loaded again, StorageError when
-    it cannot be written; earlier checkpoints stay as they are.
+    `notes` go into the manifest (JSON). A write that fails is tried `attempts` times, `wait`
+    seconds apart. Raises Diverged where a tensor is not finite, TypeError for what could not be
+    loaded again, StorageError when it cannot be written; earlier checkpoints stay as they are.
     """
-    _check(state)
+    _check(dict(state))
     for left in reversed(range(attempts)):
         try:
             return _write(folder, dict(state), step, dict(notes or {}))
         except OSError as e:
             if not left:
                 raise StorageError(
-                    f"{folder}: the checkpoint of step {step} cannot be written ({e.strerror or e}) after "
-                    f"{attempts} attempts; earlier ones are untouched; free some space and run the same command"
+                    f"{folder}: the checkpoint of step {step} cannot be written "
+                    f"({e.strerror or e}, {attempts} attempts); earlier ones are untouched; "
+                    "free some space and run the same command again"
                 ) from e
-            log.warning("checkpoint of step %d: %s; trying again in %g s", step, e.strerror or e, wait)
+            log.warning(
+                "checkpoint of step %d: %s; trying again in %g s", step, e.strerror or e, wait
+            )
             time.sleep(wait)
     raise ValueError(f"attempts={attempts}: want >= 1")
 
 
+def save_and_prune(
+    folder: Path,
+    state: Mapping[str, Any],
+    step: int,
+    policy: Any,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """`save`, then `prune`, as the Config of a `checkpoint` plugin says."""
+    path = save(folder, state, step, notes=notes, attempts=policy.attempts, wait=policy.wait)
+    prune(folder, policy.keep, policy.milestones)
+    return path
+
+
 def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(".*.part"):  # of a writer that was killed; a run folder has one writer
+    for left_over in folder.glob(
+        ".*.part"
+    ):  # of a writer that was killed; a run folder has one writer
         left_over.unlink(missing_ok=True)
     path = _free(folder, step)
     part = folder / f".{path.name}.part"
@@ -122,7 +142,7 @@ class _Hashed:
 
 def _serialise(state: dict[str, Any], file: _Hashed) -> None:
     try:
-        torch.save(state, file)
+        torch.save(state, file)  # pyright: ignore[reportArgumentType]
     except RuntimeError as e:  # torch's writer hides the error of the file behind its own
         raise file.error or e from None
 
@@ -144,8 +164,7 @@ def _check(state: Mapping[str, Any]) -> None:
             floating[name] = tensor.detach()
     if not floating:
         return
-    largest = torch._foreach_norm(list(floating.values()), float("inf"))
-    if all(torch.stack([n.float().cpu() for n in largest]).isfinite().tolist()):
+    if nn.utils.get_total_norm(floating.values(), float("inf")).isfinite():  # one wait for a device
         return
     bad = [name for name, tensor in floating.items() if not tensor.isfinite().all()]
     raise Diverged(
@@ -154,11 +173,11 @@ def _check(state: Mapping[str, Any]) -> None:
 
 
 def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor below `node` with its path. Raises TypeError where a restricted load would refuse something."""
-    if isinstance(node, Mapping) and type(node).__name__ in ("dict", "OrderedDict"):
+    """Every tensor below `node` with its path. Raises TypeError for what is not plain."""
+    if type(node) in (dict, OrderedDict):
         for key, value in node.items():
             if type(key) not in PLAIN:
-                raise TypeError(f"{name}: a key of type {type(key).__name__} cannot be in a checkpoint")
+                raise TypeError(f"{name}: a {type(key).__name__} cannot be a key in a checkpoint")
             yield from _tensors(value, f"{name}.{key}")
     elif type(node) in (list, tuple):
         for i, value in enumerate(node):
@@ -167,32 +186,36 @@ def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         yield name, node
     elif type(node) not in PLAIN:
         raise TypeError(
-            f"{name}: {type(node).__name__} cannot be in a checkpoint; want plain containers and tensors"
+            f"{name}: a {type(node).__name__} cannot be in a checkpoint; "
+            "want plain containers and tensors"
         )
 
 
-# --- reading ------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class NewerFormat(StorageError):
-    """A checkpoint of a later version of this program; never passed over, as that would lose work."""
+    """From a later version of this program; never passed over, as that would lose work."""
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint: format, step, file, size, sha256, notes. Raises StorageError."""
+    """What the manifest of a checkpoint says. Raises StorageError."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        known = {k: found[k] for k in ("format", "step", "file", "size", "sha256", "notes")}
+        if isinstance(found["format"], int) and found["format"] > FORMAT:
+            raise NewerFormat(
+                f"{path}: format {found['format']}, but this program knows up to {FORMAT}; "
+                "use the version that wrote it, or resume=never"
+            )
+        return {k: found[k] for k in ("format", "step", "file", "size", "sha256", "notes")}
     except FileNotFoundError:
-        raise StorageError(f"{path}: no manifest beside it: not a checkpoint, or not written to its end") from None
+        raise StorageError(
+            f"{path}: no manifest beside it: no checkpoint, or not written to its end"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise StorageError(f"{path.with_suffix('.json')}: not the manifest of a checkpoint ({e!r})") from e
-    if not isinstance(known["format"], int) or known["format"] > FORMAT:
-        raise NewerFormat(
-            f"{path}: format {known['format']}, but this program knows up to {FORMAT}; "
-            "use the version that wrote it, or resume=never"
-        )
-    return known
+        raise StorageError(
+            f"{path.with_suffix('.json')}: not the manifest of a checkpoint ({e!r})"
+        ) from e
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -204,7 +227,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """The state that was saved. Raises StorageError where the file is not what its manifest says."""
+    """The state that was saved. Raises StorageError where file and manifest do not agree."""
     said = manifest(path)
     with _opened(path) as file:
         _compare(path, file, said)
@@ -213,7 +236,7 @@ def load(path: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The last good checkpoint of a folder; broken ones are named in the log. Raises NewerFormat."""
+    """The last good checkpoint; broken ones are named in the log. Raises NewerFormat."""
     for path in checkpoints(folder):
         try:
             verify(path)
@@ -237,9 +260,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, milestones: int = 0) -> None:
-    """Deletes all but the `keep` newest checkpoints and, unless 0, those of every `milestones`-th step.
+    """Deletes all but the `keep` newest checkpoints and those of every `milestones`-th step (0: none).
 
-    Nothing is deleted before one of the kept is read and found good, so the last good one always stays.
+    Nothing older is deleted before one of the kept is read and found good, so the last good one
+    stays.
     """
     kept: list[Path] = []
     for path in checkpoints(folder):
@@ -302,11 +326,19 @@ def _load_plain(path: Path, file: BinaryIO, device: str) -> Any:
             f"{path}: holds more than tensors and plain containers{named}; nothing of it was run. "
             "Convert it to .safetensors where you trust it"
         ) from e
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as e:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as e:
         raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
 
 
-# --- weights of any origin ----------------------------------------------------------------------------------
+# --- weights of any origin ------------------------------------------------------------------------
 
 
 def export_weights(
@@ -318,12 +350,14 @@ def export_weights(
     """
     from safetensors.torch import save_file
 
-    _check(state)
+    _check(dict(state))
     tensors, seen = {}, set()
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in seen else tensor  # the format has no shared storage
+        tensors[name] = (
+            tensor.clone() if storage in seen else tensor
+        )  # the format has no shared storage
         seen.add(storage)
     part = path.with_name(f".{path.name}.part")
     with storing(path):
@@ -342,8 +376,8 @@ def export_weights(
 def read_foreign(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
 
-    Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`). Nothing in the file
-    is run. Raises StorageError.
+    Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`).
+    Nothing in the file is run. Raises StorageError.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,9 @@ class Root:
     """The whole configuration of a run. Groups hold Configs of plugins; the rest belongs to the run."""
 
     recipe: str = "default"  # its name; part of the run folder's name
-    lr: float = 4e-3  # peak learning rate
+    lr: float | None = None  # peak learning rate; null: that of the task
     seed: int = 0
-    steps: int = 1200  # optimizer steps
+    steps: int | None = None  # optimizer steps; null: those of the task
     precision: str = "fp32"
     out: str = "outputs"  # where run folders go
     cache: str = "outputs/cache"  # where trained first stages are kept
@@ -168,12 +168,29 @@ def to_root(cfg: Any) -> Root:
         with open_dict(cfg):
             del cfg["hydra"]
     try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
         made = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
         raise ConfigError(f"{e.full_key or 'configuration'}: {_first(e.msg or str(e))}") from e
-    if isinstance(made, Root):
-        return registry.tuples(made)
-    return from_container(made)
+    assert isinstance(made, Root)  # conf/config.yaml starts from it
+    added = list(_added(plain, made))
+    if added:
+        raise ConfigError(*added)
+    return registry.tuples(made)
+
+
+def _added(plain: Any, made: Any, path: str = "") -> Iterator[str]:
+    """Settings that `+name=value` added although nothing reads them."""
+    if isinstance(made, dict):
+        for key, value in made.items():
+            yield from _added(plain[key], value, f"{path}{key}.")
+    elif hasattr(made, "__dataclass_fields__"):
+        names = [f.name for f in fields(made)]
+        for key in plain:
+            if key not in names:
+                yield f"{path}{key}: no such setting{registry.nearest(key, names)}"
+            else:
+                yield from _added(plain[key], getattr(made, key), f"{path}{key}.")
 
 
 def from_container(node: dict[str, Any]) -> Root:
@@ -194,6 +211,37 @@ def to_container(root: Any) -> Any:
     if isinstance(root, list | tuple):
         return [to_container(v) for v in root]
     return root
+
+
+def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
+    """An earlier run's configuration with what this command line names: whole groups, or settings within them.
+
+    The task, where things go and how they are watched are always those of this command.
+    """
+    ours = {"task", "out", "cache", "plugins_path", "resume", "logger"}
+    for name in ("task", "out", "cache", "plugins_path", "resume", "logger"):
+        saved = replace(saved, **{name: getattr(composed, name)})
+    for override in overrides:
+        path = override.partition("=")[0].lstrip("+~")
+        top, _, rest = path.partition(".")
+        if top in ours or top not in {f.name for f in fields(Root)}:
+            continue
+        if not rest:
+            saved = replace(saved, **{top: getattr(composed, top)})
+            continue
+        was, now = getattr(saved, top), getattr(composed, top)
+        if type(was) is not type(now):
+            raise ConfigError(f"{override}: the run has {top}={was.plugin.split('/')[1]}, which this does not set")
+        saved = replace(saved, **{top: _with(was, now, rest.split("."))})
+    return saved
+
+
+def _with(was: Any, now: Any, path: list[str]) -> Any:
+    """`was` with the setting at `path` taken from `now`."""
+    name, *rest = path
+    if isinstance(was, dict):
+        return was | {name: _with(was.get(name), now[name], rest) if rest else now[name]}
+    return replace(was, **{name: _with(getattr(was, name), getattr(now, name), rest) if rest else getattr(now, name)})
 
 
 # --- safety -------------------------------------------------------------------------------------------------
@@ -314,12 +362,23 @@ def _unknown_key(text: str, key: str, overrides: Sequence[str]) -> ConfigError:
     if "." not in full:
         known = [f.name for f in fields(Root)]
         return ConfigError(f"{full}: no such setting{registry.nearest(full, known)}")
-    names: list[str] = []
-    for p in registry.plugins(group):
-        chosen = next((o.partition("=")[2] for o in overrides if o.startswith(f"{group}=")), None)
-        if p.config and (chosen is None or chosen.startswith(p.name)):
-            names += [f.name for f in fields(p.config) if f.name != "plugin"]
-    return ConfigError(f"{full}: {group} has no such setting{registry.nearest(key, sorted(set(names)))}")
+    plugin = _chosen_plugin(group, overrides)
+    names = sorted(f.name for f in fields(plugin.config) if f.name != "plugin") if plugin and plugin.config else []
+    return ConfigError(f"{full}: {group}={plugin.name if plugin else '?'} has no such setting{registry.nearest(key, names)}")
+
+
+def _chosen_plugin(group: str, overrides: Sequence[str]) -> registry.Plugin | None:
+    """The plugin that `group` stands for on this command line, through presets, as far as it can be told."""
+    import yaml
+
+    name = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{group}=")), None)
+    if name is None:
+        defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
+        name = next((d[group] for d in defaults if isinstance(d, dict) and group in d), None)
+    preset = CONF / group / f"{name}.yaml"
+    if preset.is_file():
+        name = next((d for d in yaml.safe_load(preset.read_text()).get("defaults", ()) if d != "_self_"), name)
+    return next((p for p in registry.plugins(group) if p.name == name), None)
 
 
 def options(group: str) -> list[str]:

@@ -224,6 +224,10 @@ class FirstStageConfig(PluginConfig):
         """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or "trained"."""
         return "trained"
 
+    def regularizer(self) -> str:
+        """What its training holds the latents with, which is the plugin of group reconstruction: "kl" or "codebook"."""
+        return "kl"
+
 
 @dataclass
 class BackboneConfig(PluginConfig):
@@ -426,6 +430,10 @@ class TaskConfig(PluginConfig):
     def uses_run(self) -> bool:
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
         return False
+
+    def defaults(self) -> dict[str, float]:
+        """The `lr` and `steps` of the run where they are null."""
+        return {"lr": 4e-3, "steps": 1200}
 
 
 # --- tensors ------------------------------------------------------------------------------------------------

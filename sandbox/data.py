@@ -1,9 +1,10 @@
-"""Batches in an order that is a function of (seed, epoch): exact to resume, the same for any number of processes.
+"""Batches in an order that only (seed, epoch) decides: exact to resume, on any number of processes.
 
-The order of an epoch is a permutation of its clips. A global micro-batch is the next `batch_size * world` of them, and
-rank r takes the r-th of `world` equal slices, so that 2 processes of 16 clips see what 1 process of 32 sees. A clip's
-own randomness is keyed by (seed, epoch, id); a bad clip is replaced by one that is keyed by its place. No state of a
-worker or of a global generator enters, and the state to save is two numbers.
+The order of an epoch is a permutation of its clips. A global micro-batch is the next `batch_size *
+world` of them, and rank r takes the r-th of `world` equal slices, so that 2 processes of 16 clips
+see what 1 process of 32 sees. A clip's own randomness is keyed by (seed, epoch, id); a bad clip is
+replaced by one that is keyed by its place. No state of a worker or of a global generator enters,
+and the state to save is two numbers.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ Key = tuple[int, int, np.ndarray]  # epoch, position of the first clip, indices
 
 
 class Loader:
-    """Micro-batches of one rank for training; an iterator goes from where the loader stands to the end of the epoch.
+    """Micro-batches of one rank; an iterator goes from where the loader stands to the epoch's end.
 
-    `epoch` and `taken` (micro-batches of the epoch) count what was handed out, not what workers prepare ahead, and
-    stand at (epoch + 1, 0) after the last one. That last micro-batch may be smaller: it holds what is left, cut to a
-    multiple of `world`. Raises DataError (exit code 3) without data, with less than one global micro-batch, with more
-    than `max_bad` different bad items (counted by each process, in `bad`), and where no good item is found.
+    `epoch` and `taken` (micro-batches of the epoch) count what was handed out, not what workers
+    prepare ahead, and stand at (epoch + 1, 0) after the last one. That last micro-batch may be
+    smaller: it holds what is left, cut to a multiple of `world`. Raises DataError (exit code 3)
+    without data, with less than one global micro-batch, with more than `max_bad` different bad
+    items (counted by each process, in `bad`), and where no good item is found.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class Loader:
 
     def keys(self) -> Iterator[Key]:
         """What is left of the epoch, for this rank."""
-        epoch, order = self.epoch, keyed(self.seed, "order", self.epoch).permutation(len(self.items))
+        epoch = self.epoch
+        order = keyed(self.seed, "order", epoch).permutation(len(self.items))
         for first in range(self.taken * self.stride, len(self) * self.stride, self.stride):
             size = min(self.stride, len(order) - first) // self.world
             first += self.rank * size
@@ -93,12 +96,13 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises DataError where the data or the global micro-batch have another size: the order would be another."""
+        """Raises DataError where the data or the global micro-batch have another size."""
         was, now = (state["items"], state["stride"]), (len(self.items), self.stride)
         if was != now:
             raise DataError(
-                f"the checkpoint was made with {was[0]} clips in micro-batches of {was[1]} over all processes, now "
-                f"there are {now[0]} in micro-batches of {now[1]}: restore them, or start anew with resume=never"
+                f"the checkpoint has {was[0]} clips in micro-batches of {was[1]} (all processes), "
+                f"now there are {now[0]} in {now[1]}: the order would be another. Restore them, or "
+                "start anew with resume=never"
             )
         self.epoch, self.taken, self.bad = state["epoch"], state["taken"], dict(state["bad"])
 
@@ -106,29 +110,32 @@ class Loader:
         self.bad |= bad
         if len(self.bad) > self.max_bad:
             raise DataError(
-                f"{len(self.bad)} items are unusable, data.max_bad={self.max_bad}: mend or remove them, or raise "
-                f"data.max_bad: {_some(self.bad)}"
+                f"{len(self.bad)} items are unusable, more than data.max_bad={self.max_bad}: mend "
+                f"or remove them, or raise it: {_some(self.bad)}"
             )
 
 
 def batches(items: Items, batch_size: int, seed: int = 0) -> Iterator[Batch]:
     """Every item once, in the order of the items (epoch 0), for validation and evaluation.
 
-    A bad item is left out, and named in `bad` of that micro-batch or of the next that is not empty; the positions of
-    the others stay. Raises DataError where no item is usable.
+    A bad item is left out and the positions of the others stay; it is named in `bad` of its
+    micro-batch, or of a neighbour where that is empty. Raises DataError where no item is usable.
     """
-    bad: Bad = {}
-    some = False
+    ready: Batch | None = None  # held back until all that `bad` must name is known
+    unsaid: Bad = {}
     for first in range(0, len(items), batch_size):
         indices = np.arange(first, min(first + batch_size, len(items)))
-        batch, failed = _micro_batch(items, seed, 0, first, indices, replace=False)
-        bad |= failed
+        batch, bad = _micro_batch(items, seed, 0, first, indices, replace=False)
+        unsaid |= bad
         if batch is not None:
-            batch.bad = _lines(bad)
-            bad, some = {}, True
-            yield batch
-    if not some:
-        raise DataError(f"there are no usable clips: {_some(bad)}" if bad else "there are no clips")
+            if ready is not None:
+                yield ready
+            ready, ready.bad, unsaid = batch, _lines(unsaid), {}
+    if ready is None:
+        reason = f"no clip is usable: {_some(unsaid)}" if unsaid else "there are no clips"
+        raise DataError(reason)
+    ready.bad += _lines(unsaid)
+    yield ready
 
 
 class _Keys:
@@ -145,7 +152,7 @@ class _Keys:
 
 
 class _MicroBatches(Dataset):
-    """What the workers run: a whole micro-batch for a key. Errors of items come back as data, not as exceptions."""
+    """What the workers run: a micro-batch for a key. Bad items come back as data, not as errors."""
 
     def __init__(self, items: Items, seed: int) -> None:
         self.items, self.seed = items, seed
@@ -163,7 +170,8 @@ def _micro_batch(
 ) -> tuple[Batch | None, Bad]:
     """Loads items for the positions from `first` on.
 
-    A bad item is replaced, or left out; no batch where a replacement is not found or nothing is left.
+    A bad item is replaced, or left out; no batch where a replacement is not found or nothing is
+    left.
     """
     bad: Bad = {}
     loaded: list[tuple[int, str, Sample]] = []
@@ -171,7 +179,9 @@ def _micro_batch(
         for candidate in _candidates(seed, epoch, position, index, len(items) if replace else 0):
             name = items.id(candidate)
             try:
-                loaded.append((position, name, items.load(candidate, keyed(seed, "data", epoch, name))))
+                loaded.append(
+                    (position, name, items.load(candidate, keyed(seed, "data", epoch, name)))
+                )
                 break
             except BadItem as e:
                 bad[name] = str(e)
@@ -216,7 +226,8 @@ def _enough(items: int, batch_size: int, world: int) -> None:
         processes = f" on {world} processes" if world > 1 else ""
         cure = f"set data.batch_size={items // world}" if items >= world else "add clips"
         raise DataError(
-            f"data.batch_size={batch_size}{processes} needs {batch_size * world} clips, there are {items}: {cure}"
+            f"data.batch_size={batch_size}{processes} needs {batch_size * world} clips, there are "
+            f"{items}: {cure}"
         )
 
 

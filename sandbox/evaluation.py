@@ -40,7 +40,7 @@ def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Eva
     root = system.wiring.root
     source = registry.create(root.data)
     val = source.split("val")
-    real = _gather(val, min(count, len(val)), root.seed)
+    real = gather(val, min(count, len(val)), root.seed)
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, "sampling")}
     clips["real clips"] = real.video
@@ -54,7 +54,7 @@ def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Eva
         clips["untrained model"] = generate(fresh, real, "untrained model")
     if root.metric is not None:
         metric = registry.create(root.metric)
-        train = _gather(source.split("train"), FITTING_CLIPS, root.seed)
+        train = gather(source.split("train"), FITTING_CLIPS, root.seed)
         metric.fit(train.video, train.captions)
         clips |= metric.baselines(captions)
         result.scores = {name: metric.score(video, captions) for name, video in clips.items()}
@@ -90,7 +90,7 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-def _gather(items: object, count: int, seed: int) -> Batch:
+def gather(items: object, count: int, seed: int) -> Batch:
     """The first `count` clips of a split as one batch."""
     found: list[Batch] = []
     for batch in batches(items, min(count, 256), seed):

@@ -1,4 +1,4 @@
-"""Durable small files: a reader sees the old file or the new one, never a half, whenever the writer is killed."""
+"""Durable small files: a reader sees the old one or the new one, whenever the writer is killed."""
 
 from __future__ import annotations
 

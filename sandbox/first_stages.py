@@ -23,41 +23,38 @@ from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
 from sandbox.contracts import ConfigError, DataConfig, StorageError
 from sandbox.data import batches
-from sandbox.wiring import Wiring
 
 CALIBRATION_CLIPS = 512
 LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, not what they are
 
 
-def prepare_first_stage(wiring: Wiring, first_stage: nn.Module) -> None:
+def prepare_first_stage(root: Root, first_stage: nn.Module) -> None:
     """Gives `first_stage` its weights. Raises StorageError for a file that does not fit."""
-    cfg = wiring.root.vae
+    cfg = root.vae
     if cfg.weights is None or cfg.fitted() == "none":
         return
     if cfg.weights != "auto":
         load_weights(first_stage, Path(cfg.weights))
         return
-    path = cached(wiring.root)
+    path = cached(root)
     with locked(path):
         if not path.is_file():
             how = "fitting" if cfg.fitted() == "closed_form" else "training"
             print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
-            make(wiring, first_stage)
+            make(root, first_stage)
             checkpoint.export_weights(first_stage.state_dict(), path)
     load_weights(first_stage, path)
 
 
-def make(wiring: Wiring, first_stage: Any) -> None:
+def make(root: Root, first_stage: Any) -> None:
     """Fits or trains `first_stage` on the training split."""
-    root = wiring.root
     train = registry.create(root.data).split("train")
     if root.vae.fitted() == "closed_form":
-        with torch.no_grad():
-            first_stage.fit(b.video for b in batches(train, 256, root.seed))
+        first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
-    from sandbox.tasks.train_vae import fit_first_stage
+    from sandbox.tasks.train_vae import train_in_cache
 
-    fit_first_stage(wiring, first_stage)
+    load_weights(first_stage, train_in_cache(root))
 
 
 def calibrate(root: Root, first_stage: Any) -> None:

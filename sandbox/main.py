@@ -10,11 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sandbox import config, registry
+from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, SandboxError
 from sandbox.wiring import wire
 
@@ -102,18 +103,24 @@ def run(cfg: Any, overrides: Sequence[str] = (), group: str | None = None) -> An
     """One job: typed, wired, and handed to its task; returns what the task returns."""
     root = config.to_root(cfg)
     if root.task is not None and root.task.uses_run():
-        from sandbox.runs import saved_root
+        from sandbox.earlier import find_run, read_root
 
-        root = config.overridden(saved_root(root), root, overrides)
-    if root.task is None or not root.task.needs_torch:
-        if root.task is None:
-            raise ConfigError(f"task=null: want one of {config.options('task')}")
-        problems = [f"task.{p}" for p in root.task.problems()]
-        if problems:
-            raise ConfigError(*problems)
-        return registry.create(root.task)(root)
-    wiring = wire(root)
-    return registry.create(root.task)(wiring, list(overrides), group)
+        folder = find_run(root.out, root.task.run)
+        root = config.overridden(read_root(folder), root, overrides)
+        root = replace(root, task=replace(root.task, run=str(folder)))
+    return perform(root, overrides, group)
+
+
+def perform(root: Root, overrides: Sequence[str] = (), group: str | None = None) -> Any:
+    """Hands a configuration to its task, wired where the task works on a system."""
+    if root.task is None:
+        raise ConfigError(f"task=null: want one of {config.options('task')}")
+    if root.task.needs_torch:
+        return registry.create(root.task)(wire(root), list(overrides), group)
+    problems = [f"task.{p}" for p in root.task.problems()]
+    if problems:
+        raise ConfigError(*problems)
+    return registry.create(root.task)(root)
 
 
 # --- multirun -----------------------------------------------------------------------------------------------

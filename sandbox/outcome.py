@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sandbox import media
 from sandbox.config import Root, to_container
+from sandbox.contracts import PluginConfig
 from sandbox.evaluation import Evaluation, evaluate
 from sandbox.files import storing, write_atomic
 from sandbox.latent_diffusion import LatentDiffusion
-from sandbox.report import Report, ScoreRow, terminal_table, write_report
+from sandbox.report import Report, ScoreRow, read_curves, terminal_table, write_report
 from sandbox.runs import Run
 from sandbox.training import Training
 
@@ -45,8 +46,7 @@ def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict
     }
     with storing(run.folder):
         write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    page = run.folder / "report.html"
-    write_report(page, report(root, run, found, overrides, seconds, training.loader.bad, sheet))
+    page = write_report(run.folder, report(root, run, found, overrides, seconds, training.loader.bad, sheet))
     training.trackers.summary({f"score/{k}": v for k, v in found.scores.get("model", {}).items()})
     for path in sorted(run.samples.glob("*.mp4"))[:4]:
         training.trackers.video(training.step, "samples", path, path.stem)
@@ -87,26 +87,30 @@ def report(
     skipped: dict[str, str], sheet: Path,
 ) -> Report:  # fmt: skip
     """The page's contents."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for step, metrics in run.metrics().items():
-        for name, value in metrics.items():
-            curves.setdefault(name, []).append((step, value))
-    rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
     notes = [f"The first stage reaches {found.first_stage_psnr:.1f} dB on held-out clips: no sample can look better."]
+    settings = to_container(root)
     return Report(
         title=root.recipe,
+        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, told by {_name(root.conditioning)}, "
+        f"trained with {_name(root.schedule)} on {_name(root.data)}",
         command=" ".join(["python run.py", *overrides]),
-        settings=to_container(root),
-        scores=rows,
+        facts={"seed": root.seed, "steps": root.steps, "lr": root.lr, "batch": root.data.batch_size,
+               "precision": root.precision, "time": f"{sum(seconds.values()):.0f} s"},  # fmt: skip
+        settings=settings,
+        scores=[ScoreRow(name, values, found.count) for name, values in found.scores.items()],
         meanings=found.meaning,
         samples=[(path.stem[4:].replace("-", " "), path) for path in sorted(run.samples.glob("*.mp4"))],
         sheet=sheet,
-        curves=curves,
+        curves=read_curves(run.metrics_file),
         notes=notes,
         environment=json.loads(run.environment.read_text()),
         skipped=skipped,
         timings=seconds,
     )
+
+
+def _name(cfg: PluginConfig) -> str:
+    return cfg.plugin.rpartition("/")[2]
 
 
 def say_scores(root: Root, found: Evaluation) -> None:

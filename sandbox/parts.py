@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from sandbox import registry
+from sandbox.config import Root
 from sandbox.contracts import Backbone, Conditioner, FirstStage, Guidance, Loss, Sampler, Schedule
 from sandbox.wiring import Wiring
 
@@ -24,19 +26,21 @@ class Parts:
 
 
 def build_parts(wiring: Wiring) -> Parts:
-    """Builds every component; each one's initial weights depend on (seed, its group) alone.
+    """Builds every component, and says which kernels they use."""
+    root = wiring.root
+    registry.create(root.kernels).apply()
+    groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
+    return Parts(*(build(group, root) for group in groups))
+
+
+def build(group: str, root: Root) -> Any:
+    """One component; its initial weights depend on (seed, its group) alone.
 
     So a run with another first stage starts its backbone from the same weights.
     """
-    root = wiring.root
-    registry.create(root.kernels).apply()
-    made = {}
     with torch.random.fork_rng(devices=()):
-        for group in ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance"):
-            torch.manual_seed(_mix(root.seed, group))
-            made[group] = registry.create(getattr(root, group))
-    first_stage, conditioner, backbone, *rest = made.values()
-    return Parts(first_stage, conditioner, backbone, *rest)
+        torch.manual_seed(_mix(root.seed, group))
+        return registry.create(getattr(root, group))
 
 
 def _mix(seed: int, group: str) -> int:

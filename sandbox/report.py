@@ -1,7 +1,8 @@
 """One self-contained page about a run, and the same scores for a terminal.
 
-The page needs no network and no scripts: pictures and videos are inside it, a Content-Security-Policy forbids
-everything else, and all text is escaped (`sandbox.markup`). Looks are in `report_template.html`.
+The page needs no network and no scripts: pictures and videos are inside it, a
+Content-Security-Policy forbids everything else, and all text is escaped (`sandbox.markup`).
+Looks are in `report_template.html`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,20 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from sandbox.charts import Points, line_chart, number
+from sandbox.charts import Points, line_chart
 from sandbox.files import storing, write_atomic
 from sandbox.markup import Markup, el, join
+from sandbox.scores import ScoreRow, interval, names_of, rates_of, span, terminal_table, written
+
+__all__ = [
+    "Report",
+    "ScoreRow",
+    "charts_of",
+    "duration",
+    "read_curves",
+    "terminal_table",
+    "write_report",
+]
 
 FILE_LIMIT = 4 * 2**20  # bytes of one picture or video that goes into the page
 PAGE_LIMIT = 16 * 2**20  # bytes of all of them
@@ -28,17 +38,14 @@ LISTED = 200  # files and skipped items
 CHARS = 300  # of one setting
 MEDIA = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg",
          ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}  # fmt: skip
-SPLITS = ("train", "val", "test", "ema")  # prefixes of a metric that name who was measured, not what
+SPLITS = (
+    "train",
+    "val",
+    "test",
+    "ema",
+)  # prefixes of a metric that name who was measured, not what
+EN_DASH = "\N{EN DASH}"
 TEMPLATE = Path(__file__).with_name("report_template.html")
-
-
-@dataclass
-class ScoreRow:
-    """Scores of one kind of clips. The first row of a report is the model; the others are for comparison."""
-
-    name: str  # "this model", "real clips", "first-stage ceiling", "mean clip", "untrained model"
-    values: dict[str, float]
-    n: int  # clips that were judged
 
 
 @dataclass
@@ -48,16 +55,24 @@ class Report:
     title: str  # the recipe
     summary: str = ""  # what was trained, in a sentence
     command: str = ""
-    facts: dict[str, object] = field(default_factory=dict)  # top of the page: seed, steps, time, device, ...
+    facts: dict[str, object] = field(
+        default_factory=dict
+    )  # top of the page: seed, steps, time, device, ...
     notes: list[str] = field(default_factory=list)  # what a reader must know first
     scores: list[ScoreRow] = field(default_factory=list)
-    meanings: dict[str, str] = field(default_factory=dict)  # one line for each score, with chance and perfect
-    rates: frozenset[str] | None = None  # scores that are shares of n clips; None: those that can be
+    meanings: dict[str, str] = field(
+        default_factory=dict
+    )  # one line for each score, with chance and perfect
+    rates: frozenset[str] | None = (
+        None  # scores that are shares of n clips; None: those that can be
+    )
     samples: list[tuple[str, Path]] = field(default_factory=list)  # caption, mp4 or picture
     sheet: Path | None = None  # contact sheet or reconstruction sheet
     curves: dict[str, Points] = field(default_factory=dict)  # as `read_curves` gives them
     timings: dict[str, float] = field(default_factory=dict)  # seconds by part of the run
-    settings: dict[str, Any] = field(default_factory=dict)  # resolved config, secrets masked by the caller
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # resolved config, secrets masked by the caller
     environment: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # data item -> reason
 
@@ -65,8 +80,8 @@ class Report:
 def write_report(folder: str | Path, report: Report) -> Path:
     """Writes report.html into the run folder, whole or not at all. Raises StorageError.
 
-    Sample and sheet paths are absolute or relative to `folder`. Files that are missing, or too large for the page
-    (4 MiB each, 16 MiB together), are named and linked instead.
+    Sample and sheet paths are absolute or relative to `folder`. Files that are missing, or too
+    large for the page (4 MiB each, 16 MiB together), are named and linked instead.
     """
     folder = Path(folder)
     media = _Media(folder)
@@ -93,10 +108,10 @@ def write_report(folder: str | Path, report: Report) -> Path:
 
 
 def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl, one object a line: {"step": 3, "loss": 0.9, ...} -> (step, value) by name, steps increasing.
+    """metrics.jsonl, one {"step": 3, "loss": 0.9, ...} a line -> by name (step, value), in order.
 
-    Where a step was written twice (a resumed run) the later line counts. A line that a kill has cut short is passed
-    over, and so is what is not a number. No file: no curves.
+    Where a step was written twice (a resumed run) the later line counts. A line that a kill has
+    cut short is passed over, and so is what is not a number. No file: no curves.
     """
     path = Path(path)
     found: dict[str, dict[int, float]] = {}
@@ -118,106 +133,288 @@ def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share `rate` of `n` independent trials (Wilson 1927); sensible at 0 and 1."""
-    z = 1.959964
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
-
-
-def rates_of(scores: Sequence[ScoreRow]) -> frozenset[str]:
-    """Scores whose every value is a whole number of clips out of n: those that can be rates."""
-
-    def share(row: ScoreRow, name: str) -> bool:
-        hits = row.values.get(name, 0.0) * row.n
-        return row.n > 0 and -1e-3 < hits < row.n + 1e-3 and abs(hits - round(hits)) < 1e-3
-
-    return frozenset(name for name in _names(scores) if all(share(row, name) for row in scores))
-
-
-def terminal_table(
-    scores: Sequence[ScoreRow],
-    meanings: Mapping[str, str],
-    rates: frozenset[str] | None = None,
-    width: int = 100,
-) -> str:
-    """The scores as plain text: a row for each kind of clips, intervals of the first, then the meanings."""
-    if not scores:
-        return ""
-    rates = rates_of(scores) if rates is None else rates
-    names = _names(scores)
-    table = [["", *names]]
-    for i, row in enumerate(scores):
-        table.append([row.name, *(_value(row.values.get(name)) for name in names)])
-        spans = [_span(row, name) if name in rates else "" for name in names]
-        if i == 0 and any(spans):
-            table.append(["  95 % interval", *spans])
-    widths = [max(len(line[i]) for line in table) for i in range(len(names) + 1)]
-    lines = []
-    for line in table:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    explained = [name for name in names if meanings.get(name)]
-    margin = 2 + max((len(name) for name in explained), default=0)
-    lines += [""] if explained else []
-    for name in explained:
-        first = name.ljust(margin)
-        lines += textwrap.wrap(meanings[name], width, initial_indent=first, subsequent_indent=" " * margin)
-    counts = {row.n for row in scores}
-    if len(counts) == 1:
-        lines[0] = f"{counts.pop()} clips".ljust(widths[0])[: widths[0]] + lines[0][widths[0] :]
-    return "\n".join(lines)
-
-
-def _names(scores: Iterable[ScoreRow]) -> list[str]:
-    return list(dict.fromkeys(name for row in scores for name in row.values))
-
-
-def _value(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else number(value)
-
-
-def _span(row: ScoreRow, name: str, between: str = "-") -> str:
-    if row.values.get(name) is None or math.isnan(row.values[name]) or row.n < 1:
-        return ""
-    low, high = wilson(min(max(row.values[name], 0.0), 1.0), row.n)
-    return f"{low:.2f}{between}{high:.2f}"
-
-
 def _scores(report: Report) -> Markup:
-    if not report.scores:
+    """The model's scores large and explained, then every row with bars."""
+    rows = report.scores
+    if not rows:
         return Markup()
-    rates = rates_of(report.scores) if report.rates is None else report.rates
-    names, model = _names(report.scores), report.scores[0]
-    tiles = [
-        el(
-            "div",
-            el("h3", name),
-            el("p", _value(model.values.get(name)), class_="figure"),
-            el("p", f"95 %: {_span(model, name, EN_DASH)}" if name in rates else "", class_="span"),
-            el("p", report.meanings.get(name, ""), class_="meaning"),
-            class_="tile",
-        )
-        for name in names
-    ]
-    header = el("tr", el("th", "clips"), *(el("th", name, class_="num") for name in names), el("th", "n", class_="num"))
+    rates = rates_of(rows) if report.rates is None else report.rates
+    names = names_of(rows)
+    tiles = [_tile(rows[0], name, name in rates, report.meanings.get(name, "")) for name in names]
+    heads = [el("th", name, class_="num") for name in [*names, "n"]]
     body = []
-    for i, row in enumerate(report.scores):
-        cells = [_cell(report.scores, row, name, name in rates) for name in names]
-        body.append(
-            el("tr", el("th", row.name), *cells, el("td", f"{row.n:,}", class_="num n"), class_="model" if i == 0 else None)
-        )
-    legend = "Bars run from 0 to the best possible value, or to the largest value of the column. "
+    for row in rows:
+        cells = [_cell(rows, row, name, name in rates) for name in names]
+        count = el("td", f"{row.n:,}", class_="num n")
+        mark = "model" if row is rows[0] else None
+        body.append(el("tr", el("th", row.name), *cells, count, class_=mark))
+    head = el("thead", el("tr", el("th", "clips"), *heads))
+    table = el("table", head, el("tbody", *body), class_="scores")
+    legend = "Bars run from 0 to 1, or to the largest value of a column that goes beyond 1. "
     if rates:
-        legend += f"Whiskers and ranges are 95 % Wilson intervals ({', '.join(n for n in names if n in rates)})."
+        shares = ", ".join(name for name in names if name in rates)
+        legend += f"Whiskers and ranges are 95 % Wilson intervals ({shares})."
     return _section(
         "Scores",
         el("div", *tiles, class_="tiles"),
-        el("div", el("table", el("thead", header), el("tbody", *body), class_="scores"), class_="scroll"),
+        el("div", table, class_="scroll"),
         el("p", legend, class_="quiet small"),
     )
+
+
+def _tile(model: ScoreRow, name: str, is_rate: bool, meaning: str) -> Markup:
+    bounds = interval(model, name) if is_rate else None
+    return el(
+        "div",
+        el("h3", name),
+        el("p", written(model.values.get(name)), class_="figure"),
+        el("p", f"95 %: {span(bounds, EN_DASH)}" if bounds else "", class_="span"),
+        el("p", meaning, class_="meaning"),
+        class_="tile",
+    )
+
+
+def _cell(rows: Sequence[ScoreRow], row: ScoreRow, name: str, is_rate: bool) -> Markup:
+    """A number over a bar, with a whisker where it is a rate."""
+    value = row.values.get(name, math.nan)
+    if math.isnan(value):
+        return el("td", EN_DASH, class_="num")
+    top = max(1.0, *(v for r in rows if math.isfinite(v := r.values.get(name, 0.0))))
+    bar = [el("i", class_="bar", style=f"width:{_percent(value / top)}")]
+    bounds = interval(row, name) if is_rate else None
+    if bounds:
+        style = f"left:{_percent(bounds[0])};width:{_percent(bounds[1] - bounds[0])}"
+        bar.append(el("i", class_="whisker", style=style))
+    title = f"{row.name}: {span(bounds, EN_DASH)}" if bounds else None
+    return el("td", written(value), el("span", *bar, class_="track"), class_="num", title=title)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+class _Media:
+    """Files of a run as data URIs, as long as the page has room."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.room = PAGE_LIMIT
+
+    def show(self, path: Path, caption: str) -> Markup:
+        """`<video>` or `<img>`, or a line that says why it is not in the page, with a link."""
+        file = path if path.is_absolute() else self.folder / path
+        kind = MEDIA.get(file.suffix.lower())
+        if not file.is_file():
+            return el("p", f"{path.name}: no such file", class_="absent")
+        size = file.stat().st_size
+        if kind is None or size > min(FILE_LIMIT, self.room):
+            why = "not a picture or video" if kind is None else "too large for this page"
+            return el("p", self.link(file), f" ({_bytes(size)}) is {why}", class_="absent")
+        self.room -= size
+        source = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode('ascii')}"
+        if kind.startswith("video/"):
+            flags = {"autoplay": True, "loop": True, "muted": True, "playsinline": True}
+            return el("video", src=source, aria_label=caption, **flags)
+        return el("img", src=source, alt=caption)
+
+    def link(self, file: Path) -> Markup:
+        """A relative link where the file lies in the run folder, else its name."""
+        try:
+            inside = file.resolve().relative_to(self.folder.resolve()).as_posix()
+        except ValueError:
+            return join(file.name)
+        return el("a", inside, href=quote(inside))
+
+
+def _samples(samples: Sequence[tuple[str, Path]], media: _Media) -> Markup:
+    figures = [
+        el("figure", media.show(Path(path), caption), el("figcaption", caption, title=caption))
+        for caption, path in samples
+    ]
+    return _section("Samples", el("div", *figures, class_="samples")) if figures else Markup()
+
+
+def _sheet(sheet: Path | None, media: _Media) -> Markup:
+    if sheet is None:
+        return Markup()
+    file = Path(sheet) if Path(sheet).is_absolute() else media.folder / sheet
+    shown = media.show(Path(sheet), "contact sheet")
+    where = el("p", "Full size: ", media.link(file), class_="quiet small")
+    return _section("Frame by frame", el("figure", shown, class_="sheet"), where)
+
+
+# --- curves and times -----------------------------------------------------------------------------
+
+
+def charts_of(curves: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
+    """Which curves share a chart: those that differ in train, val, test or ema, or share a prefix.
+
+    "loss", "val/loss" -> chart "loss"; "score/colour", "score/digit" -> chart "score". Losses come
+    first, the learning rate last.
+    """
+    charts: dict[str, dict[str, Points]] = {}
+    for name, points in curves.items():
+        head, _, tail = name.partition("/")
+        chart, series = (tail, head) if tail and head in SPLITS else (head, tail or head)
+        if series == chart and any(n in curves for n in (f"{split}/{name}" for split in SPLITS)):
+            series = "train"
+        charts.setdefault(chart, {})[series] = points
+    order = {name: (name.startswith("lr") - ("loss" in name), i) for i, name in enumerate(charts)}
+    return dict(sorted(charts.items(), key=lambda item: order[item[0]]))
+
+
+def _curves(curves: Mapping[str, Points]) -> Markup:
+    """Every chart twice, with linear and logarithmic steps; radio buttons choose, not a script."""
+    charts = charts_of(curves)
+    if not charts:
+        return Markup()
+    linear = [line_chart(name, series) for name, series in charts.items()]
+    log = [line_chart(name, series, log_x=True) for name, series in charts.items()]
+    return _section(
+        "Training",
+        el("input", type="radio", name="steps", id="steps-linear", checked=True),
+        el("label", "steps", for_="steps-linear"),
+        el("input", type="radio", name="steps", id="steps-log"),
+        el("label", "log steps", for_="steps-log"),
+        el("div", *linear, class_="charts linear"),
+        el("div", *log, class_="charts log"),
+        el("p", "Faint: as measured. Strong: smoothed; its last value is in the heading.",
+           class_="quiet small"),
+    )  # fmt: skip
+
+
+def _timings(timings: Mapping[str, float]) -> Markup:
+    total = sum(timings.values())
+    if not total > 0:
+        return Markup()
+    parts, keys = [], []
+    for i, (name, seconds) in enumerate(timings.items()):
+        colour = f"background:var(--c{i % 6})"
+        parts.append(el("i", style=f"width:{_percent(seconds / total)};{colour}"))
+        key = el(
+            "span", el("i", class_="swatch", style=colour), f"{name} ", el("b", duration(seconds))
+        )
+        keys.append(el("li", key))
+    heading = f"Where the time went: {duration(total)}"
+    return _section(heading, el("div", *parts, class_="stack"), el("ul", *keys, class_="keys"))
+
+
+def duration(seconds: float) -> str:
+    """0.12 s, 57 s, 1 min 52 s, 3 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _section(heading: str, *content: object) -> Markup:
+    return el("section", el("h2", heading), *content)
+
+
+def _header(report: Report) -> Markup:
+    facts = [
+        el("div", el("dt", name), el("dd", _setting(value))) for name, value in report.facts.items()
+    ]
+    return el(
+        "header",
+        el("p", "Run report", class_="eyebrow"),
+        el("h1", report.title),
+        el("p", report.summary, class_="summary") if report.summary else "",
+        el("pre", el("code", report.command), class_="command") if report.command else "",
+        el("dl", *facts, class_="facts") if facts else "",
+    )
+
+
+def _notes(notes: Sequence[str]) -> Markup:
+    return el("ul", *(el("li", note) for note in notes), class_="notes") if notes else Markup()
+
+
+def _skipped(skipped: Mapping[str, str]) -> Markup:
+    if not skipped:
+        return Markup()
+    rows = _rows(dict(list(skipped.items())[:LISTED]))
+    more = f"and {len(skipped) - LISTED:,} more" if len(skipped) > LISTED else ""
+    summary = f"{len(skipped):,} data items were skipped"
+    return _folded(summary, rows, el("p", more, class_="quiet"), open=len(skipped) <= 10)
+
+
+def _settings(settings: Mapping[str, Any]) -> Markup:
+    """Top-level settings, then a table for each group, named as on the command line."""
+    if not settings:
+        return Markup()
+    groups = {k: v for k, v in settings.items() if isinstance(v, Mapping) and v}
+    plain = {k: v for k, v in settings.items() if k not in groups}
+    tables = [el("div", el("h3", "run"), _rows(plain))] if plain else []
+    for name, group in groups.items():
+        plugin = str(group.get("plugin") or "")
+        heading = f"{name}={plugin.rpartition('/')[2]}" if plugin else name
+        leaves = dict(_leaves(group, name))
+        leaves.pop(f"{name}.plugin", None)
+        tables.append(el("div", el("h3", heading), _rows(leaves)))
+    return _folded("Every setting", el("div", *tables, class_="groups"))
+
+
+def _leaves(node: Mapping[str, Any], name: str) -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{name}.{key}")
+        else:
+            yield f"{name}.{key}", value
+
+
+def _environment(environment: Mapping[str, Any]) -> Markup:
+    if not environment:
+        return Markup()
+    flat = {name.partition(".")[2]: value for name, value in _leaves(environment, "")}
+    return _folded("Environment", _rows(flat))
+
+
+def _files(folder: Path) -> Markup:
+    """Links to what lies in the run folder; folders with many files count them."""
+    listed = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith(".") or path.name == "report.html":
+            continue
+        link = el("a", path.name + "/" * path.is_dir(), href=quote(path.name) + "/" * path.is_dir())
+        inside = sum(1 for _ in path.iterdir()) if path.is_dir() else 0
+        size = f"{inside} files" if path.is_dir() else _bytes(path.stat().st_size)
+        listed.append(el("li", link, " ", el("span", size, class_="quiet")))
+    if not listed:
+        return Markup()
+    return _section("Files of this run", el("ul", *listed[:LISTED], class_="files"))
+
+
+def _folded(summary: str, *content: object, open: bool = False) -> Markup:
+    return el("details", el("summary", summary), *content, open=open)
+
+
+def _rows(values: Mapping[str, Any]) -> Markup:
+    rows = [el("tr", el("th", name), el("td", _setting(value))) for name, value in values.items()]
+    return el("table", el("tbody", *rows), class_="pairs")
+
+
+def _setting(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return shown if len(shown) <= CHARS else shown[: CHARS - 3] + "..."
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

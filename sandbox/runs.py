@@ -2,16 +2,17 @@
 
 The name is the recipe and a hash of the resolved config, so the same command finds its run again:
 
-    outputs/default-1a2b3c4d/      the first run of this configuration; -2, -3 ... are further ones
-      lock                           held by the process that runs; the system frees it when that process dies
-      config.yaml                    resolved, secrets masked
-      environment.json               versions, code, machine, command line; of earlier starts under "earlier"
-      metrics.jsonl                  the truth about metrics: one JSON object a line, keyed by step, last one wins
+    outputs/default-1a2b3c4d/   the first run of this configuration; -2, -3 ... are further ones
+      lock                        held by the running process; freed by the system when that dies
+      config.yaml                 resolved, secrets masked
+      environment.json            versions, code, machine, command line; earlier starts in "earlier"
+      metrics.jsonl               the truth about metrics: a line a step, the last one counts
       checkpoints/ samples/
-      result.json                    written last: the run is finished
+      result.json                 written last: the run is finished
 
-`steps` belongs to the identity: schedules depend on it, and a sweep over it must not share one folder. To train a
-finished run for longer, name its folder: `resume=outputs/default-1a2b3c4d steps=2400`.
+`steps` belongs to the identity: schedules depend on it, and a sweep over it must not share one
+folder. To train a finished run for longer, name its folder: `resume.run=outputs/default-1a2b3c4d
+steps=2400`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.files import storing, write_atomic
 from sandbox.secrets import mask, mask_text
 
-# Settings that do not change a result, with all that is below them. They are no part of a run's identity and may
-# differ when it is resumed.
+# Settings that do not change a result, with all that is below them. They are no part of a run's
+# identity and may differ when it is resumed.
 IGNORED = (
     "out",
     "cache",
@@ -49,7 +50,7 @@ IGNORED = (
     "*.num_workers",
     "trainer.accelerator",
     "trainer.threads",
-    "trainer.progress",
+    "trainer.log_every",
     "hydra",
 )
 PACKAGES = (
@@ -71,7 +72,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 log = logging.getLogger(__name__)
 
 
-# --- identity -----------------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 def identity(config: Mapping[str, Any]) -> str:
@@ -93,7 +94,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def _leaves(node: Any, name: str = "") -> dict[str, str]:
-    """Dotted name -> value as JSON, so that 1 and 1.0, and NaN and NaN, compare as they are written."""
+    """Dotted name -> value as JSON: compared as written, also NaN."""
     if isinstance(node, Mapping) and node:
         found: dict[str, str] = {}
         for key, value in node.items():
@@ -103,14 +104,18 @@ def _leaves(node: Any, name: str = "") -> dict[str, str]:
 
 
 def _number(text: str) -> float:
-    return float(text) if re.fullmatch(r"\d+", text) else float("nan")  # NaN is no more than anything
+    return (
+        float(text) if re.fullmatch(r"\d+", text) else float("nan")
+    )  # NaN is no more than anything
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns)
+    return any(
+        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
+    )
 
 
-# --- opening ------------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
 
 def open_run(
@@ -122,10 +127,11 @@ def open_run(
 ) -> Run:
     """The locked folder in which this configuration runs.
 
-    resume: "auto" continues the newest folder of this identity that is neither finished nor in use, else starts the
-    next one; "never" always starts one; a folder continues that run, also a finished one, also with a larger
-    `steps`. `allow`: names of settings that may change the result and may differ then.
-    Raises StorageError where nothing can be written, ConfigError for a folder that cannot be continued.
+    resume: "auto" continues the newest folder of this identity that is neither finished nor in use,
+    else starts the next one; "never" always starts one; a folder continues that run, also a
+    finished one, also with a larger `steps`. `allow`: names of settings that may change the result
+    and may differ then. Raises StorageError where nothing can be written, ConfigError for a folder
+    that cannot be continued.
     """
     if resume not in ("auto", "never"):
         run = _reopened(Path(resume), config, allow)
@@ -138,6 +144,21 @@ def open_run(
         run.close()
         raise
     return run
+
+
+def open_root(root: Any) -> Run:
+    """`open_run` for a typed Root (`sandbox.config`), named for its recipe."""
+    from sandbox.config import to_container
+
+    which = root.resume.run or root.resume.mode
+    return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
+
+
+def read_root(folder: str | Path) -> Any:
+    """The typed Root of a run folder. Raises StorageError, ConfigError or PluginError."""
+    from sandbox.config import from_container
+
+    return from_container(Run(folder).config())
 
 
 def _own(out: Path, stem: str, resume: bool) -> Run:
@@ -174,14 +195,19 @@ def _folders(out: Path, stem: str) -> list[Path]:
 def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
     run = Run(folder)
     if not run.config_file.is_file():
-        raise ConfigError(f"resume={folder}: no run there (it has no config.yaml); want auto, never or a run folder")
+        raise ConfigError(
+            f"resume.run={folder}: no run there (it has no config.yaml); want the folder of a run"
+        )
     if not run._lock():
-        raise ConfigError(f"resume={folder}: a process is running in it; wait for it or stop it")
+        raise ConfigError(
+            f"resume.run={folder}: a process is running in it; wait for it or stop it"
+        )
     changes = _changes(run.config(), config)
     for line in differences(run.config(), config):
         log.info("resume: %s", line)
     refused = [
-        f"{k}: was {a} in {folder}, is {b} now, which may change the result; name it to allow it: resume.allow=[{k}]"
+        f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
+        f"to allow it: resume.allow=[{k}]"
         for k, (a, b) in changes.items()
         if not _matches(k, (*IGNORED, *allow)) and not (k == "steps" and _number(b) >= _number(a))
     ]
@@ -194,11 +220,11 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
     return run
 
 
-# --- the folder ---------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 class Run:
-    """A run folder. Only the process that opened it by `open_run` holds its lock; its helpers use `Run(folder)`."""
+    """A run folder. `open_run` gives one with its lock; helpers and readers use `Run(folder)`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -232,7 +258,7 @@ class Run:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of an optimizer step; of a name that was there for this step the last value counts."""
+        """Adds metrics of an optimizer step; of a step's equal names the last one counts."""
         self.record_all([(step, metrics)])
 
     def record_all(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
@@ -240,7 +266,7 @@ class Run:
         self._append("".join(json.dumps({"step": s, **m}) + "\n" for s, m in rows))
 
     def rewind(self, step: int) -> None:
-        """Says that the run goes on from `step`: what was recorded after it does not count any more."""
+        """Says that the run goes on from `step`: what was recorded after it counts no more."""
         self._append(json.dumps({"rewind": step}) + "\n")
 
     def metrics(self) -> dict[int, dict[str, float]]:
@@ -261,7 +287,7 @@ class Run:
         return dict(sorted(found.items()))
 
     def describe(self, **facts: Any) -> None:
-        """Adds facts that only a later moment knows (device, chosen kernels) to environment.json."""
+        """Adds what is known later (device, chosen kernels) to environment.json."""
         self._write_json(self.environment, {**_read_json(self.environment), **mask(facts)})
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -276,7 +302,7 @@ class Run:
         self._handle = None
 
     def _lock(self) -> bool:
-        """Takes the lock, which the system frees when this process dies, however it does. False where it is taken."""
+        """Takes the lock, which the system frees when this process dies. False: it is taken."""
         path = self.folder / "lock"
         with storing(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -287,7 +313,7 @@ class Run:
             if isinstance(e, BlockingIOError):
                 return False
             raise StorageError(
-                f"{path}: this file system has no locks ({e.strerror or e}); choose an out= on one that has"
+                f"{path}: this file system has no locks ({e.strerror or e}); choose another out="
             ) from e
         _held.add(handle)
         self._handle = handle
@@ -300,7 +326,12 @@ class Run:
         earlier = _read_json(self.environment)
         now = _environment()
         if self.resumed and earlier.get("code") != now["code"]:
-            log.warning("%s is continued with other code: %s -> %s", self.folder, earlier.get("code"), now["code"])
+            log.warning(
+                "%s is continued with other code: %s -> %s",
+                self.folder,
+                earlier.get("code"),
+                now["code"],
+            )
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
         with storing(self.folder):
@@ -343,7 +374,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# --- environment --------------------------------------------------------------------------------------------
+# --- environment ----------------------------------------------------------------------------------
 
 
 def _environment() -> dict[str, Any]:
@@ -402,4 +433,6 @@ def _entry(path: Path, name: str) -> str:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == name), "")
+    return next(
+        (v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == name), ""
+    )

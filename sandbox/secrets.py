@@ -1,8 +1,8 @@
-"""Keeps keys, tokens and passwords out of whatever is written or shown: run folder, tracker, console.
+"""Keeps keys, tokens and passwords out of the run folder, the tracker and the console.
 
-Masked are strings under names such as `api_key` or `password`, values of environment variables with such names,
-and texts that have the form of a well-known token. Numbers never are (`num_tokens`, `key_dim`), nor short words
-under `*_key` (`first_stage_key: image` names a field of the data).
+Masked are strings under names such as `api_key` or `password`, values of environment variables with
+such names, and texts that have the form of a well-known token. Numbers never are (`num_tokens`,
+`key_dim`), nor short words under `*_key` (`first_stage_key: image` names a field of the data).
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-SHORTEST = 8  # characters of an environment value that is looked for; shorter ones occur in ordinary text
+SHORTEST = (
+    8  # characters of an environment value that is looked for; shorter ones occur in ordinary text
+)
 
-ALWAYS = frozenset({"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"})
-LONG_ONLY = frozenset({"token", "key", "auth", "apikey"})  # as the last word of a name; only for long values
-KEY_KINDS = frozenset({"api", "access", "secret", "private", "auth", "account"})  # what comes before `key`
+ALWAYS = frozenset(
+    {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
+)
+LONG_ONLY = frozenset(
+    {"token", "key", "auth", "apikey"}
+)  # as the last word of a name; only for long values
+KEY_KINDS = frozenset(
+    {"api", "access", "secret", "private", "auth", "account"}
+)  # what comes before `key`
 KNOWN_FORMS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
     r"|local-[0-9a-f]{40}|wandb_v1_[A-Za-z0-9_]{20,})"

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sandbox import checkpoint, registry, runs
+from sandbox import checkpoint, registry
 from sandbox.config import Root
 from sandbox.contracts import StorageError
+from sandbox.earlier import read_root
+from sandbox.ema import EMA
 from sandbox.first_stages import prepare_first_stage
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
@@ -19,7 +21,7 @@ def build_system(wiring: Wiring, ready: bool = True) -> LatentDiffusion:
     """Fresh weights; `ready` brings the first stage's own (from the cache, a file, or by training it now)."""
     parts = build_parts(wiring)
     if ready:
-        prepare_first_stage(wiring, parts.first_stage)
+        prepare_first_stage(wiring.root, parts.first_stage)
     return LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
 
 
@@ -33,7 +35,7 @@ def load_system(folder: Path, weights: str = "ema", wiring: Wiring | None = None
 
     Raises StorageError where there is none.
     """
-    wiring = wiring or wire(runs.read_root(folder))
+    wiring = wiring or wire(read_root(folder))
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:
         raise StorageError(f"{folder}: it has no good checkpoint; train it first, or name another run=FOLDER")
@@ -47,6 +49,7 @@ def restore_weights(system: LatentDiffusion, state: dict, weights: str = "ema") 
     """Puts a checkpoint's live weights, or their average over them, into a system."""
     system.load_trainable(state["weights"])
     if weights == "ema" and state["ema"] is not None:
-        ema = registry.create(system.wiring.root.ema).average(system)
-        ema.load_state_dict(state["ema"])
-        ema.copy_to(system)
+        ema = EMA.of(system, registry.create(system.root.ema))
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+            ema.copy_to(system)

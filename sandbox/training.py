@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from sandbox import checkpoint, registry
-from sandbox.config import Root
+from sandbox.config import Root, to_container
 from sandbox.contracts import Batch, Diverged
 from sandbox.data import Loader
 from sandbox.ema import EMA
@@ -26,7 +26,7 @@ from sandbox.module import Trainable
 from sandbox.progress import Progress
 from sandbox.randomness import keyed
 from sandbox.runs import Run
-from sandbox.tracking import MetricBuffer, Trackers, open_trackers
+from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
@@ -41,8 +41,10 @@ class Training:
     run: Run
     trackers: Trackers
     ema: EMA | None
+    ema_every: str  # "step" or "micro_batch"
     optimizer: torch.optim.Optimizer
     step: int = 0
+    just_stepped: bool = False  # whether the last micro-batch ended an optimizer step
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
 
     def state(self) -> dict[str, Any]:
@@ -54,6 +56,12 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
         }
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights are the system's inside the block, where there is an average."""
+        with self.ema.applied(self.system) if self.ema else nullcontext():
+            yield
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from `state`, before training starts."""
@@ -79,10 +87,11 @@ def start(system: Trainable, run: Run, group: str | None = None) -> Iterator[Tra
     cfg = root.data
     items = registry.create(cfg).split("train")
     loader = Loader(items, cfg.batch_size, root.seed, num_workers=cfg.num_workers, max_bad=cfg.max_bad)
-    ema = registry.create(root.ema).average(named)
-    trackers = open_trackers(root, run, group)
-    training = Training(system, root, loader, run, trackers, ema, optimizer)
+    rule = registry.create(root.ema)
+    trackers = Trackers(run, [registry.create(root.logger)] if root.logger is not None else [])
+    training = Training(system, root, loader, run, trackers, EMA.of(system, rule), rule.every, optimizer)
     try:
+        trackers.start(to_container(root), run.folder.name, group)
         newest = checkpoint.newest(run.checkpoints)
         if newest is not None:
             training.restore(checkpoint.load(newest))
@@ -150,9 +159,8 @@ class Engine(Callback):
 
     def __init__(self, training: Training) -> None:
         self.training, self.root = training, training.root
-        self.checkpoints = registry.create(self.root.checkpoint)
+        self.policy = registry.create(self.root.checkpoint)
         self.ids: list[tuple[int, list[str]]] = []  # of the steps whose losses have not been looked at
-        self.parameters = [p for p in training.system.parameters() if p.requires_grad]
 
     def on_train_start(self, trainer: Trainer, system: Any) -> None:
         first, total = self.training.step, self.root.steps
@@ -174,10 +182,10 @@ class Engine(Callback):
         training = self.training
         self.gathered.append(system.metrics)
         self.ids.append((training.step, batch.ids))
-        stepped = (index + 1) % self.root.trainer.accumulate == 0
-        if training.ema and (stepped or training.ema.every == "micro_batch"):
+        training.just_stepped = (index + 1) % self.root.trainer.accumulate == 0
+        if training.ema and (training.just_stepped or training.ema_every == "micro_batch"):
             training.ema.update()
-        if not stepped:
+        if not training.just_stepped:
             return
         training.step += 1
         training.buffer.add(training.step, _mean(self.gathered))
@@ -185,28 +193,34 @@ class Engine(Callback):
         last = training.step == self.root.steps
         if training.step % self.root.trainer.log_every == 0 or last or training.step == 1:
             self.flush()
-        if self.checkpoints.due(training.step) or last:
+        if self.policy.due(training.step) or last:
             self.save()
 
     def flush(self) -> None:
         """Writes the metrics of the steps since the last time; raises Diverged for a loss that is not finite."""
         training, shown = self.training, {}
         lr = training.optimizer.param_groups[0]["lr"]
-        for step, metrics in training.buffer.flush():
+        rows = training.buffer.flush()
+        for step, metrics in rows:
             if not all(v == v and abs(v) != float("inf") for v in metrics.values()):
                 ids = [i for s, names in self.ids if s == step - 1 for i in names]
                 raise Diverged(
                     f"step {step}: {', '.join(f'{k}={v}' for k, v in metrics.items())} is not finite; samples "
                     f"{', '.join(ids[:8])}; lower lr={self.root.lr} or look at these samples"
                 )
-            training.trackers.metrics(step, metrics | {"lr": lr})
             shown = metrics
+        if rows:
+            rows[-1][1]["lr"] = lr
+            training.trackers.metrics_of(rows)
         self.ids = []
         self.progress.update(training.step, **{k: f"{v:.4g}" for k, v in list(shown.items())[:2]})
 
     def save(self) -> None:
+        """Metrics first: a resumed run does not repeat the steps before its checkpoint."""
         self.flush()
-        self.checkpoints.save(self.training.run, self.training.state(), self.training.step)
+        cfg, folder = self.policy.cfg, self.training.run.checkpoints
+        checkpoint.save(folder, self.training.state(), self.training.step, attempts=cfg.attempts, wait=cfg.wait)
+        checkpoint.prune(folder, cfg.keep, cfg.milestones)
 
     def finish(self) -> None:
         self.progress.__exit__()

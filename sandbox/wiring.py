@@ -26,16 +26,19 @@ class Wiring:
 
 def wire(root: Root) -> Wiring:
     """Checks and completes `root`. Raises ConfigError with every problem there is."""
+    if root.task is not None:
+        missing = {k: v for k, v in root.task.defaults().items() if getattr(root, k) is None}
+        root = replace(root, **missing)
     found = [*root.problems()]
     unsound: set[str] = set()
-    missing = [g for g in REQUIRED if getattr(root, g) is None]
-    found += [f"{g}=null: want one of {[p.name for p in registry.plugins(g)]}" for g in missing]
+    absent = [g for g in REQUIRED if getattr(root, g) is None]
+    found += [f"{g}=null: want one of {[p.name for p in registry.plugins(g)]}" for g in absent]
     for path, cfg in root.parts():
         own = list(cfg.problems())
         found += [f"{path}.{p}" for p in own]
         if own:
             unsound.add(path)
-    check = _Check(root, unsound | set(missing))
+    check = _Check(root, unsound | set(absent))
     wiring = check.run()
     found += check.found
     if found or wiring is None:
@@ -124,8 +127,8 @@ class _Check:
         try:
             z = vae.latents(clip)
         except Misfit as e:
-            self.say(f"data.{e.field}={e.value} does not fit vae={_name(vae)}, which wants {e.rule}"
-                     + self.near(clip, e.field, through))  # fmt: skip
+            near = self.near(clip, e.field, through) or self.near(clip, e.field, [vae.latents])
+            self.say(f"data.{e.field}={e.value} does not fit vae={_name(vae)}, which wants {e.rule}{near}")
             return None
         except ConfigError as e:
             self.say(*(f"vae.{p} (data={_name(self.root.data)} has clips of {clip})" for p in e.problems))

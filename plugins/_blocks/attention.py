@@ -1,4 +1,7 @@
-"""Attention layers of transformers over tokens, with LayerNorm on queries and keys (Dehghani et al. 2023, 2302.05442)."""
+"""Attention layers over tokens, with LayerNorm on queries and keys.
+
+The norms keep the scores small at any learning rate (Dehghani et al. 2023, 2302.05442, section 2).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import kernels
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (B, N, H, d), k and v (B, L, H, d), mask (B, L) with True for what may be seen -> (B, N, H*d)."""
+    """q (B, N, H, d), k and v (B, L, H, d), mask (B, L) True where seen -> (B, N, H*d)."""
     if mask is not None:
         mask = mask[:, None, None]  # (B, 1, 1, L)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
@@ -24,7 +27,9 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.to_qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.LayerNorm(width // num_heads)
-        self.norm_k = nn.LayerNorm(width // num_heads)
+        self.norm_k = nn.LayerNorm(
+            width // num_heads, bias=False
+        )  # softmax ignores a shift of keys
         self.to_out = nn.Linear(width, width)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +49,7 @@ class TemporalAttention(SelfAttention):
 
 
 class CrossAttention(nn.Module):
-    """Tokens (B, N, D) see a context (B, L, context_dim), where `mask` (B, L) is True -> (B, N, D)."""
+    """Tokens see a context: (B, N, D), (B, L, context_dim), mask (B, L) -> (B, N, D)."""
 
     def __init__(self, width: int, num_heads: int, context_dim: int) -> None:
         super().__init__()
@@ -52,7 +57,9 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(context_dim, 2 * width)
         self.norm_q = nn.LayerNorm(width // num_heads)
-        self.norm_k = nn.LayerNorm(width // num_heads)
+        self.norm_k = nn.LayerNorm(
+            width // num_heads, bias=False
+        )  # softmax ignores a shift of keys
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

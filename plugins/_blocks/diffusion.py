@@ -68,7 +68,7 @@ def log_snr(level: Level) -> float:
 
 
 def earlier(times: Tensor) -> list[int]:
-    """Where each step of CogVideoX lands: t - T // N for N trailing times; below 0, on clean latents.
+    """Where steps land in CogVideoX: t - T // N for N trailing times; below 0 is clean latents.
 
     As published: where N does not divide T this is not the time of the next call. The cleaner rule
     lands there.

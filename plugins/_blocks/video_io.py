@@ -1,4 +1,4 @@
-"""Reads clips from video files (PyAV) and images (Pillow), cropped and resized; every fault of a file is a BadItem."""
+"""Clips from video files (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from PIL.Image import Image
 
-# Each ending has one container: a file is never probed, so that a playlist under the name of a video opens nothing.
+# Each ending has one container. Nothing is probed, so that a playlist that is called .mp4 opens no
+# other file and no address.
 CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
 IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 
@@ -24,9 +25,9 @@ Choose = Callable[[int], int]  # room -> place in [0, room]
 
 
 class Fit:
-    """Cuts the largest part of the wanted aspect, at a place that `choose` picks once for a clip, and resizes it.
+    """Image -> (height, width, 3) uint8: cuts the largest part of that aspect and resizes it.
 
-    Bicubic with antialiasing; an image in, (height, width, 3) uint8 out.
+    `choose` picks the place of the part once for a clip. Bicubic with antialiasing.
     """
 
     def __init__(self, height: int, width: int, choose: Choose) -> None:
@@ -40,7 +41,9 @@ class Fit:
             scale = min(image.width / self.width, image.height / self.height)
             width, height = self.width * scale, self.height * scale
             # Whole pixels, so that a crop without resizing copies its pixels.
-            left, top = (self.choose(int(room)) for room in (image.width - width, image.height - height))
+            left, top = (
+                self.choose(int(room)) for room in (image.width - width, image.height - height)
+            )
             self.box = (left, top, min(left + width, image.width), min(top + height, image.height))
         return np.asarray(image.resize((self.width, self.height), Resampling.BICUBIC, self.box))
 
@@ -65,17 +68,22 @@ def read_image(path: Path, fit: Fit) -> Tensor:
 def read_video(
     path: Path, frames: int, stride: int, choose: Choose, fit: Fit
 ) -> tuple[Tensor, float]:
-    """(3, frames, H, W) in [-1, 1], every `stride`-th frame from a start that `choose` picks; and the file's fps.
+    """(3, frames, H, W) in [-1, 1] and the file's fps.
 
-    Raises BadItem for a file that is missing, corrupt, without video or too short.
+    The clip is every `stride`-th frame from a start that `choose` picks. Raises BadItem for a file that is missing, corrupt, without video or too short.
     """
     import av
 
     try:
-        with path.open("rb") as file, av.open(file, format=CONTAINERS[path.suffix.lower()]) as container:
+        with (
+            path.open("rb") as file,
+            av.open(file, format=CONTAINERS[path.suffix.lower()]) as container,
+        ):
             if not container.streams.video:
                 raise BadItem("has no video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise BadItem("has a video that this build of FFmpeg cannot decode")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
@@ -91,15 +99,15 @@ def read_video(
                 raise BadItem("has frames whose times repeat")
             return to_video(found), float(rate)
     except (av.FFmpegError, OSError, ValueError) as e:
-        raise BadItem(f"cannot be decoded: {e}") from e
+        raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
 
 def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int]:
     """When each frame is shown, in order, from the packets alone: nothing is decoded."""
-    packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-    if any(p.pts is None for p in packets):
+    times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
+    if None in times:
         raise BadItem("has frames without a time")
-    return sorted(p.pts for p in packets)
+    return sorted(times)
 
 
 def pick(times: list[int], frames: int, stride: int, choose: Choose) -> list[int]:
@@ -114,18 +122,22 @@ def pick(times: list[int], frames: int, stride: int, choose: Choose) -> list[int
 def gather(
     container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int], fit: Fit
 ) -> list[np.ndarray]:
-    """The frames that are shown at the times `wanted`; one at a time, for a large clip fits in memory only resized."""
+    """The frames that are shown at the times `wanted`, each resized before the next is decoded."""
     found = []
     for frame in decoded(container, stream, seek):
         if frame.pts in wanted:
             image = frame.to_image()
-            found.append(fit(image.rotate(frame.rotation, expand=True) if frame.rotation else image))
+            found.append(
+                fit(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
+            )
         if frame.pts >= wanted[-1]:
             break
     return found
 
 
-def decoded(container: "InputContainer", stream: "VideoStream", seek: int) -> Iterator["VideoFrame"]:
+def decoded(
+    container: "InputContainer", stream: "VideoStream", seek: int
+) -> Iterator["VideoFrame"]:
     """Frames in the order shown, from the last key frame at or before `seek`."""
     container.seek(seek, stream=stream)
     for frame in container.decode(stream):

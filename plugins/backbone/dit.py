@@ -1,7 +1,8 @@
-"""Latent video transformer: DiT (Peebles & Xie 2023, 2212.09748) over space-time patches, with adaLN-zero conditioning."""
+"""Latent video transformer: space-time patches and adaLN-zero (Peebles & Xie 2023, 2212.09748)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,13 @@ class DiT(nn.Module):
 
     @dataclass
     class Config(BackboneConfig):
-        """`patch` and `patch_t` are cells of the latents in space and time; `attention` is joint (every
-        token sees every token) or factorised (its frame, then its place in all frames). `max_*` sizes
-        the position tables, in patches. A `vector` of `width` is added to the time embedding as it is,
-        one of another width through a linear layer; so are `scalars`, each through an embedding."""
+        """Width, depth and what it is told.
+
+        patch, patch_t: latent cells of a token in space and in time; attention: joint (a token sees
+        all tokens) or factorised (its frame, then its place in all frames); max_*: size of the
+        position tables in patches; scalars: numbers that it is told, such as fps. A vector as wide
+        as the network joins the time embedding as it is, any other through a linear layer.
+        """
 
         width: int = 64
         num_blocks: int = 4
@@ -66,6 +70,8 @@ class DiT(nn.Module):
             yield from super().problems()
             yield from one_of("attention", self.attention, ("joint", "factorised"))
             yield from above("mlp_ratio", self.mlp_ratio, 0, 64)
+            if 0 < self.width * self.mlp_ratio < 1:
+                yield f"mlp_ratio={self.mlp_ratio}: want at least 1 / width, {1 / self.width:.2g}"
             for name in ("width", "num_blocks", "num_heads", "patch", "patch_t", "in_channels",
                          "out_channels", "max_frames", "max_height", "max_width"):  # fmt: skip
                 yield from in_range(name, getattr(self, name), 1)
@@ -91,14 +97,15 @@ class DiT(nn.Module):
             must_divide("height", z.height, self.patch)
             must_divide("width", z.width, self.patch)
             z = replace(z, frames=-(-z.frames // self.patch_t) * self.patch_t)
-            for name, patch in (("frames", self.patch_t), ("height", self.patch), ("width", self.patch)):
-                most = getattr(self, f"max_{name}")
-                if getattr(z, name) > most * patch:
+            patches = {"frames": self.patch_t, "height": self.patch, "width": self.patch}
+            for name, patch in patches.items():
+                size, most = getattr(z, name), getattr(self, f"max_{name}")
+                if size > most * patch:
                     rule = f"at most {most * patch} (max_{name}={most} patches of {patch})"
-                    raise Misfit(name, getattr(z, name), rule)
+                    raise Misfit(name, size, rule)
             return z
 
-        def wired(self, z: Clip, slots: Slots, outputs: int) -> "DiT.Config":
+        def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
             self.grid(z)
             return self.agree(
                 in_channels=z.channels,
@@ -173,7 +180,7 @@ class DiT(nn.Module):
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
 
     def check(self, z_t: Tensor, cond: Conditions) -> None:
-        """Raises ValueError for what these settings cannot take."""
+        """Raises ValueError for what these settings cannot take, Misfit for sizes."""
         cfg = self.cfg
         if z_t.ndim != 5 or z_t.shape[1] != cfg.in_channels:
             want = f"(B, {cfg.in_channels}, T, H, W)"
@@ -188,7 +195,8 @@ class DiT(nn.Module):
         }
         for name, number in given.items():
             if number != getattr(cfg, name):
-                raise ValueError(f"backbone.{name}={getattr(cfg, name)}, but conditions bring {number}")
+                stated = getattr(cfg, name)
+                raise ValueError(f"backbone.{name}={stated}, but conditions bring {number}")
         if cond.image_context is not None:
             raise ValueError("backbone=dit takes no image_context")
         if set(cond.scalars) != set(cfg.scalars):
@@ -198,7 +206,10 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, cross-attention and MLP on tokens (B, T, S, D); `c` (B, D) shifts, scales and gates each but the second."""
+    """Attention, cross-attention and MLP on tokens (B, T, S, D).
+
+    `c` (B, D) shifts, scales and gates all but cross-attention, whose last layer starts at zero.
+    """
 
     def __init__(self, cfg: DiT.Config) -> None:
         super().__init__()
@@ -217,11 +228,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None
     ) -> Tensor:
-        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(6 if self.temporal is None else 9, -1)
+        joint = self.temporal is None
+        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(6 if joint else 9, -1)
         h = norm(x, shift, scale)
-        axes = (1, 2) if self.temporal is None else (0, 1)  # tokens: T*S in each clip, or S in each frame
-        x = torch.addcmul(x, gate, self.attn(h.flatten(*axes)).view_as(x))
-        if self.temporal is not None:
+        h = self.attn(h.flatten(1, 2) if joint else h.flatten(0, 1))  # (B, T*S, D) or (B*T, S, D)
+        x = torch.addcmul(x, gate, h.view_as(x))
+        if not joint:
             shift, scale, gate, *more = more
             x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale)))
         if self.cross is not None:

@@ -1,4 +1,4 @@
-"""Captions as bags of words: one learned vector for each word, without a text encoder or a vocabulary file."""
+"""Captions as bags of words: a learned vector for each word, without encoder or vocabulary."""
 
 import hashlib
 import logging
@@ -47,15 +47,19 @@ class Words(nn.Module):
 
     @dataclass
     class Config(ConditioningConfig):
-        """`offer`: vector (the sum of the word embeddings), tokens (one for each word, without their
-        order) or both. A caption is exactly `max_words` long: a longer one is cut, a shorter one is
-        filled with the embedding of "no word", and so is a dropped or empty one, entirely."""
+        """What a caption becomes.
+
+        offer: vector (the sum of the word embeddings), tokens (one for each word; their order is
+        not told) or both; buckets: rows that words are hashed into; max_words: every caption is
+        made this long: cut, or filled with the embedding of "no word", of which an empty or
+        dropped one consists entirely; drop_text: probability that training drops a caption.
+        """
 
         offer: str = "vector"
         width: int = 64
         buckets: int = 1024
         max_words: int = 5
-        drop_text: float = 0.1  # probability
+        drop_text: float = 0.1
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()

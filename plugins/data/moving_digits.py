@@ -1,7 +1,8 @@
-"""Real handwritten digits in six colours that move in four directions: captioned video without a download.
+"""Real handwritten digits in six colours that move in four directions: captioned video without a
+download.
 
-The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels from the UCI set "Optical Recognition of
-Handwritten Digits" (Alpaydin & Kaynak 1998, CC BY 4.0).
+The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels from the UCI set "Optical
+Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998, CC BY 4.0).
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ TRAINED = [combination for combination in COMBINATIONS if combination not in HEL
 
 @cache
 def scans() -> tuple[np.ndarray, np.ndarray]:
-    """(1797, 8, 8) float32 in [0, 1] and (1797,) labels, in random order; the last 300 are held out."""
+    """(1797, 8, 8) float32 in [0, 1] and (1797,) labels, shuffled; the last 300 are held out."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -59,7 +60,7 @@ def caption(combination: Combination) -> str:
 
 @register("data", "moving_digits")
 class MovingDigits:
-    """Coloured handwritten digits that move, with captions ("a red 3 moving left"); ships with scikit-learn."""
+    """Coloured handwritten digits that move, with captions ("a red 3 moving left"); no download."""
 
     @dataclass
     class Config(DataConfig):
@@ -79,8 +80,9 @@ class MovingDigits:
             room = min(self.height, self.width) - SCAN
             if room >= 0 and self.speed * (self.frames - 1) > room:
                 yield (
-                    f"frames={self.frames}: want at most {room // max(self.speed, 1) + 1}, or a larger height and "
-                    f"width: a digit stays inside when {SCAN} + speed*(frames-1) <= {room + SCAN}"
+                    f"frames={self.frames}: want at most {room // max(self.speed, 1) + 1}, or a "
+                    "larger height and width: a digit stays inside where "
+                    f"{SCAN} + speed*(frames-1) <= {room + SCAN}"
                 )
 
         def provides(self) -> frozenset[str]:
@@ -93,7 +95,7 @@ class MovingDigits:
         self.cfg = cfg
 
     def split(self, name: str) -> Items:
-        """"train": trained scans and captions; "val": four clips of each held-out caption from held-out scans."""
+        """Clips of "train", or of "val": four of each held-out caption, from held-out scans."""
         if name not in ("train", "val"):
             raise ValueError(f"split {name!r}: want 'train' or 'val'")
         return Train(self.cfg) if name == "train" else Val(self.cfg)
@@ -161,7 +163,7 @@ def sample(
 def offsets(
     cfg: MovingDigits.Config, direction: str, lane: float, start: float
 ) -> tuple[list[int], list[int]]:
-    """Top and left of the scan in each frame. Lanes are the middle half of the room: {2..6} of 0..8 at 16 pixels."""
+    """Top and left of the scan in each frame. Lanes: the middle half of the room, 2..6 of 0..8."""
     horizontal = direction in ("left", "right")
     across_room, along_room = cfg.height - SCAN, cfg.width - SCAN
     if not horizontal:

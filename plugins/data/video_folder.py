@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, read_image, read_video
-from sandbox.contracts import BadItem, DataConfig, DataError, Items, Sample, above, in_range, one_of
+from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
 CAPTIONS = ("auto", "none")
@@ -24,17 +24,18 @@ log = logging.getLogger(__name__)
 
 @register("data", "video_folder")
 class VideoFolder:
-    """mp4, webm and gif files (and jpg, png, webp where frames=1) with captions from .txt files or a captions.csv."""
+    """mp4, webm and gif files, or images for frames=1, with captions in .txt or captions.csv."""
 
     @dataclass
     class Config(DataConfig):
         """The settings beyond those of every data plugin.
 
-        stride: file frames from one frame to the next; start, crop: "random" or "centre", for training (validation
-        takes the centre); captions: "auto" (a row of captions.csv, else the .txt file beside the video) or "none";
-        missing_caption: "skip" counts the file as bad, "empty" makes it ""; val_fraction: part of the files that is
-        kept from training, by a hash of their names, unless there are folders train/ and val/; num_prompts: captions
-        of the validation split to sample with.
+        stride: file frames from one frame to the next; start, crop: "random" or "centre", for
+        training (validation takes the centre); captions: "auto" (a row of captions.csv, else the
+        .txt file beside the video) or "none"; missing_caption: "skip" counts the file as bad,
+        "empty" makes it ""; val_fraction: part of the files that is kept from training, by a hash
+        of their names, unless there are folders train/ and val/; num_prompts: captions of the
+        validation split to sample with.
         """
 
         stride: int = 1
@@ -66,8 +67,8 @@ class VideoFolder:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def split(self, name: str) -> Items:
-        """"train" or "val". Raises DataError where the folder is missing, empty, or too small for this split."""
+    def split(self, name: str) -> "Files":
+        """Clips of "train" or "val". Raises DataError where there are none, or no such folder."""
         if name not in ("train", "val"):
             raise ValueError(f"split {name!r}: want 'train' or 'val'")
         root = self._root()
@@ -76,13 +77,15 @@ class VideoFolder:
         names = train if name == "train" else val
         if not names:
             raise DataError(
-                f"data.root={self.cfg.root}: nothing to {'train on' if name == 'train' else 'validate with'} "
-                f"({len(found.names)} usable files{found.left_out()}); add files, or make folders train/ and val/ in it"
+                f"data.root={self.cfg.root}: no file for {name!r}, {len(found.names)} usable in all"
+                f"{found.left_out()}; add files, or make folders train/ and val/ in it"
             )
         if found.excluded and name == "train":
             log.warning("data.root=%s: left out%s", self.cfg.root, found.left_out())
         table = None if self.cfg.captions == "none" else Captions(root, found.names, self.cfg)
-        return Files(root, names, self.cfg, table, training=name == "train", excluded=found.excluded)
+        return Files(
+            root, names, self.cfg, table, training=name == "train", excluded=found.excluded
+        )
 
     def prompts(self) -> list[str]:
         """Captions of the first files of the validation split that have one."""
@@ -101,19 +104,20 @@ class VideoFolder:
 
     def _root(self) -> Path:
         if self.cfg.root is None:
-            raise DataError("data.root=null: data=video_folder needs the folder of the videos; set data.root=FOLDER")
+            raise DataError("data.root=null: set data.root=FOLDER, the folder of the videos")
         root = Path(self.cfg.root).expanduser()
         if not root.is_dir():
-            raise DataError(f"data.root={self.cfg.root}: no such folder; set data.root to the folder of the videos")
+            raise DataError(f"data.root={self.cfg.root}: no such folder; name that of the videos")
         return root
 
     def _sides(self, found: "Listing") -> tuple[list[str], list[str]]:
         """Names of the two splits."""
-        train, val = ([n for n in found.names if n.startswith(f"{side}/")] for side in ("train", "val"))
+        train = [n for n in found.names if n.startswith("train/")]
+        val = [n for n in found.names if n.startswith("val/")]
         if train and val:
             return train, val
-        val = held_out(found.names, self.cfg.val_fraction)
-        return [n for n in found.names if n not in val], [n for n in found.names if n in val]
+        held = held_out(found.names, self.cfg.val_fraction)
+        return [n for n in found.names if n not in held], [n for n in found.names if n in held]
 
 
 def held_out(names: list[str], fraction: float) -> set[str]:
@@ -123,7 +127,10 @@ def held_out(names: list[str], fraction: float) -> set[str]:
     """
     if len(names) < 2:
         return set()
-    places = {n: int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest()) / 2**64 for n in names}
+    places = {
+        n: int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest()) / 2**64
+        for n in names
+    }
     ordered = sorted(names, key=lambda n: (places[n], n))
     count = sum(p < fraction for p in places.values())
     return set(ordered[: min(max(count, 1), len(names) - 1)])
@@ -132,7 +139,8 @@ def held_out(names: list[str], fraction: float) -> set[str]:
 class Listing:
     """The files below a folder that can give clips, by their names below it ("/" between), sorted.
 
-    Links are followed. A file that has several names counts once, so that it cannot be on both sides of the split.
+    Links are followed. A file that has several names counts once, so that it cannot be on both
+    sides of the split.
     """
 
     def __init__(self, root: Path, frames: int) -> None:
@@ -159,7 +167,7 @@ class Listing:
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Names of all files below `root`; a folder that is met again through a link is not entered twice."""
+    """Names of all files below `root`; a folder that a link leads back to is entered once."""
     entered: set[object] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -182,7 +190,7 @@ def identity(path: Path) -> object:
 
 
 class Captions:
-    """File name -> caption: a row of captions.csv in the root (or in train/ and val/), else a .txt file beside it."""
+    """Name -> caption: a row of captions.csv (in the root, train/ or val/), else the .txt file."""
 
     def __init__(self, root: Path, names: list[str], cfg: VideoFolder.Config) -> None:
         self.root, self.missing = root, cfg.missing_caption
@@ -193,7 +201,9 @@ class Captions:
                 self.rows |= {folder + file: text for file, text in read_table(path).items()}
         if self.rows and not self.rows.keys() & set(names):
             first = next(iter(self.rows))
-            raise DataError(f"{root / TABLE}: none of its {len(self.rows)} files is there, such as {first!r}")
+            raise DataError(
+                f"{root / TABLE}: none of its {len(self.rows)} files is there, such as {first!r}"
+            )
 
     def __call__(self, name: str) -> str:
         """Raises BadItem where the file has none and those are to be skipped."""
@@ -213,7 +223,10 @@ class Captions:
 
 
 def read_table(path: Path) -> dict[str, str]:
-    """Rows of a CSV with the columns file (a name below the CSV's folder) and caption. Raises DataError."""
+    """File (a name below the CSV's folder) -> caption, from columns of these names.
+
+    Raises DataError for a broken table, and where a file has two captions.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             table = csv.DictReader(lines, strict=True)
@@ -222,11 +235,15 @@ def read_table(path: Path) -> dict[str, str]:
                 raise DataError(f"{path}: want the columns file and caption, there are {columns}")
             rows: dict[str, str] = {}
             for row in table:
-                if row["caption"] is None or None in row:
-                    raise DataError(f"{path}, line {table.line_num}: want {len(columns)} entries; quote commas")
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}, line {table.line_num}: want {len(columns)} entries; quote commas"
+                    )
                 file = PurePosixPath(row["file"].strip()).as_posix()
                 if rows.setdefault(file, one_line(row["caption"])) != one_line(row["caption"]):
-                    raise DataError(f"{path}, line {table.line_num}: {file!r} has two captions; remove one")
+                    raise DataError(
+                        f"{path}, line {table.line_num}: {file!r} has two captions; remove one"
+                    )
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
@@ -236,20 +253,16 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@dataclass
 class Files:
-    """The clips of one split. `names` are relative to the root; a clip and its caption are found by the same name."""
+    """The clips of one split. A clip and its caption are found by the same name, below `root`."""
 
-    def __init__(
-        self,
-        root: Path,
-        names: list[str],
-        cfg: VideoFolder.Config,
-        captions: Captions | None,
-        training: bool,
-        excluded: dict[str, int],
-    ) -> None:
-        self.root, self.names, self.cfg, self.captions = root, names, cfg, captions
-        self.training, self.excluded = training, excluded
+    root: Path
+    names: list[str]
+    cfg: VideoFolder.Config
+    captions: Captions | None
+    training: bool
+    excluded: dict[str, int]  # why files were left out, and how many
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans 2022, 2207.12598), rescaled (Lin et al. 2023, 2305.08891)."""
+"""Classifier-free guidance (Ho & Salimans 2022, 2207.12598)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class ClassifierFree:
 
     @dataclass
     class Config(GuidanceConfig):
-        """Settings.
+        """How far to go.
 
         guidance_scale: 1 is the model as it is, in one pass.
         guidance_rescale: how much of the full pass's standard deviation is restored, 0 to 1.
@@ -51,7 +51,7 @@ class ClassifierFree:
 
 
 def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
-    """`guided` with the deviation of each sample moved towards that of `full`; Lin et al., eq. 15, 16."""
+    """`guided` with a deviation nearer to that of `full` (Lin et al. 2023, eq. 15 and 16)."""
     if not amount:
         return guided
     axes = tuple(range(1, guided.ndim))

@@ -1,8 +1,9 @@
 """Scores clips of moving digits against captions such as "a red 3 moving left".
 
-Everything is measured on the clip itself: where the ink is, which way it goes, its colour, and what a classifier that
-was trained on real clips reads in an 8x8 window round it. A blurred mean clip passes colour, direction, shape and
-realism; diversity (0 for a mean) and digit (chance 0.1) tell it from a sample.
+Everything is measured on the clip itself: where the ink is, which way it goes, its colour, and what
+a classifier that was trained on real clips reads in an 8x8 window round it. A blurred mean clip
+passes colour, direction, shape and realism; diversity (0 for a mean) and digit (chance 0.1) tell it
+from a sample.
 """
 
 import re
@@ -41,7 +42,7 @@ def parse(caption: str) -> Words:
 
 @register("metric", "digits")
 class Digits:
-    """Colour, direction, digit, shape, realism and diversity of moving digits, against their captions."""
+    """Colour, direction, digit, shape, realism and diversity of digits, against their captions."""
 
     @dataclass
     class Config(MetricConfig):
@@ -84,7 +85,7 @@ class Digits:
         self.means = {kind: video[rows].float().mean(0) for kind, rows in of_kind.items()}
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        """Rates and means by name (`meaning`). What a single frame or a single clip cannot show is left out."""
+        """Rates and means by name (`meaning`), without what one frame or one clip cannot show."""
         video, words = video.float(), [parse(caption) for caption in captions]
         shown = windows(video)  # (N, T, 8, 8)
         scores = {
@@ -103,21 +104,23 @@ class Digits:
         return scores
 
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
-        """The mean of the training clips of each caption's colour and direction, (N, 3, T, H, W)."""
+        """(N, 3, T, H, W): the mean training clip of each caption's colour and direction."""
         words = [parse(caption) for caption in captions]
         unseen = {(w.colour, w.direction) for w in words} - set(self.means)
         if unseen:
-            raise ConfigError(*(f"no training clip is {c} and moves {d}" for c, d in sorted(unseen)))
+            raise ConfigError(
+                *(f"no training clip is {c} and moves {d}" for c, d in sorted(unseen))
+            )
         return {"mean clip": torch.stack([self.means[w.colour, w.direction] for w in words])}
 
     def meaning(self) -> dict[str, str]:
         return {
             "direction": "clips that move as their caption says; chance 0.25, perfect 1",
-            "colour": "clips whose colour is nearest to that of their caption; chance 0.17, perfect 1",
-            "digit": "clips in which a classifier reads the digit of their caption; chance 0.10, real 0.99",
-            "shape": "how well the digit keeps its shape over the frames (correlation); noise 0, real 1",
+            "colour": "clips whose colour is nearest to the caption's; chance 0.17, perfect 1",
+            "digit": "clips where a classifier reads the caption's digit; chance 0.10, real 0.97",
+            "shape": "how well the digit keeps its shape (correlation of frames); noise 0, real 1",
             "realism": "highest correlation with any digit of the training clips; real 0.93",
-            "diversity": "distance of two clips of one caption (RMS, pixels in -1..1); mean clip 0, real 0.30",
+            "diversity": "distance of clips of one caption (RMS of pixels); mean clip 0, real 0.3",
             "speed": "pixels a frame along the motion; real clips have that of data.speed",
         }
 
@@ -178,8 +181,8 @@ def centres(video: Tensor) -> tuple[Tensor, Tensor]:
 def windows(video: Tensor) -> Tensor:
     """(N, T, 8, 8) of ink round its centre, divided by its maximum (at least 0.3)."""
     centre, _ = centres(video)
-    # The corner is centre - 3.5, rounded half up: torch.round goes to even numbers, so that the window would jump
-    # as a digit moves.
+    # The corner is centre - 3.5, rounded half up: torch.round goes to even numbers, so that the
+    # window would jump as a digit moves.
     corner = (centre - (WINDOW - 1) / 2 + 0.5).floor().long()
     padded = F.pad(ink(video), [WINDOW] * 4)
     tiles = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1)  # (N, T, H', W', 8, 8), a view
@@ -196,7 +199,7 @@ def mean_rgb(video: Tensor) -> Tensor:
 
 
 def motion(video: Tensor) -> Tensor:
-    """(N, 2) least-squares slope of the centre in pixels a frame, down and to the right; 0 where there is hardly any ink."""
+    """(N, 2) slope of the centre (least squares), down and right, pixels a frame; 0 without ink."""
     centre, inked = centres(video)
     weight = inked.float()[..., None]  # (N, T, 1): frames without ink say nothing
     count = weight.sum(1, keepdim=True).clamp_min(1)
@@ -220,7 +223,7 @@ def direction(slopes: Tensor) -> list[str | None]:
 
 
 def standardised(x: Tensor) -> Tensor:
-    """Zero mean and unit length on the last axis, so that a product is a correlation; flat input gives 0."""
+    """Zero mean and unit length on the last axis: products are correlations; flat input gives 0."""
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-6)
 
 
@@ -231,7 +234,7 @@ def steadiness(shown: Tensor) -> float:
 
 
 def diversity(video: Tensor, captions: list[str]) -> float | None:
-    """Mean over pairs of clips of one caption of their RMS distance; None where no caption has two."""
+    """Mean RMS distance of pairs of clips of one caption; None where no caption has two."""
     rows = defaultdict(list)
     for row, caption in enumerate(captions):
         rows[caption].append(row)

@@ -27,7 +27,7 @@ class CogVideoXDPM:
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             yield from schedule.spacing_problems(self.steps, "trailing")
             if schedule.kind != "discrete":
-                yield "cogvideox_dpm: needs a schedule with whole times; want schedule=ddpm, or sampler=dpmpp_2m"
+                yield "cogvideox_dpm: needs whole times; want schedule=ddpm, or sampler=dpmpp_2m"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -56,10 +56,8 @@ class CogVideoXDPM:
                 z0 = d.z0 + stride / (2 * stride_old) * (d.z0 - z0_old)
             z0_old = d.z0
             (_, sigma), (alpha_next, sigma_next) = level, level_next
-            z = (
-                sigma_next / sigma * math.exp(-stride) * z
-                - math.expm1(-2 * stride) * alpha_next * z0
-            )
+            keep, pull = sigma_next / sigma * math.exp(-stride), -math.expm1(-2 * stride)
+            z = keep * z + pull * alpha_next * z0
             if sigma_next:
                 z = z + sigma_next * math.sqrt(pull) * draws.normal(f"sampler_noise_{step}", z)
         return run.end(z)

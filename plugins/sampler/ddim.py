@@ -28,7 +28,7 @@ class DDIM:
 
     @dataclass
     class Config(SamplerConfig):
-        """Settings.
+        """How much noise a step adds, and where it lands.
 
         temperature: factor of the noise that eta adds.
         end: the last step lands on "clean" latents, or on the noise level of the "first" time (LDM,
@@ -50,7 +50,7 @@ class DDIM:
             yield from one_of("end", self.end, ENDS)
             yield from one_of("landing", self.landing, LANDINGS)
             if self.landing == "stride" and self.spacing != "trailing":
-                yield f"landing='stride': needs spacing=trailing, not {self.spacing}"
+                yield f"landing='stride': want spacing=trailing, not {self.spacing}"
             if self.landing == "stride" and self.end != "clean":
                 yield f"end={self.end!r}: landing=stride has its own end; want 'clean'"
 

@@ -19,7 +19,7 @@ class Ancestral:
 
     @dataclass
     class Config(SamplerConfig):
-        """Settings.
+        """Which variance a step has.
 
         variance: "posterior" is exact for data at one point, "beta" for standard normal data (Ho et
         al., section 3.2); "learned" is the network's.

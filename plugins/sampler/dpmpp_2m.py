@@ -14,8 +14,8 @@ from sandbox.registry import register
 class DPMpp2M:
     """Second order, deterministic, multistep; `steps` calls of the model.
 
-    First order where the other estimate or the step is infinitely far in log-SNR: on the first step, after pure
-    noise, and on the last one.
+    First order on the first step, after pure noise and on the last step: there the other estimate,
+    or the end, is infinitely far in log-SNR.
     """
 
     @dataclass

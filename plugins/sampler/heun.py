@@ -14,8 +14,8 @@ from sandbox.registry import register
 class Heun:
     """Second order, deterministic; 2 * steps - 1 calls of the model.
 
-    The trapezoid is taken where every schedule is a rectified flow: with c = alpha + sigma, y = z / c obeys
-    dy / ds = eps - z0 for s = sigma / c. That holds at pure noise too, where sigma / alpha would be infinite.
+    The trapezoid is taken where every schedule is a rectified flow: with c = alpha + sigma, y = z/c
+    obeys dy/ds = eps - z0 for s = sigma/c, also at pure noise, where sigma/alpha is infinite.
     """
 
     @dataclass

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
+from math import cos, exp, log1p, pi
 
 import numpy as np
 import torch
@@ -14,9 +16,27 @@ from sandbox.registry import register
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "sqrt", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
+LEAST_SIGNAL = 1e-10  # abar at the end: less drowns in the rounding of float32
 T_DRAWS = ("independent", "stratified")
 REACH_T = ("trailing", "linspace")
 SPACINGS = (*REACH_T, "leading", "uniform", "quad")
+
+
+def raw_betas(
+    timesteps: int, beta_schedule: str, ends: tuple[float, float], cosine_s: float
+) -> list[float]:
+    """Betas before any shift. LDM calls scaled_linear "linear", and linear "sqrt_linear"."""
+    low, high = ends
+    places = [i / (timesteps - 1) for i in range(timesteps)]  # 0 to 1
+    if beta_schedule == "linear":
+        return [low + p * (high - low) for p in places]
+    if beta_schedule == "scaled_linear":
+        return [(low**0.5 + p * (high**0.5 - low**0.5)) ** 2 for p in places]
+    if beta_schedule == "sqrt":
+        return [(low + p * (high - low)) ** 0.5 for p in places]
+    # cosine: Nichol & Dhariwal 2021, eq. 17
+    angles = [(i / timesteps + cosine_s) / (1 + cosine_s) * pi / 2 for i in range(timesteps + 1)]
+    return [min(1 - (cos(b) / cos(a)) ** 2, 0.999) for a, b in pairwise(angles)]
 
 
 @register("schedule", "ddpm")
@@ -30,7 +50,7 @@ class DDPM:
 
     @dataclass
     class Config(ScheduleConfig):
-        """Settings.
+        """The noise, what the network predicts of it, and how times are drawn.
 
         betas: first and last (not for cosine, which has cosine_s); scaled_linear is linear in the
         square root.
@@ -56,15 +76,14 @@ class DDPM:
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from in_range("timesteps", self.timesteps, 2, 1_000_000)
-            yield from one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-            yield from same_length("betas", self.betas, 2, "end of the schedule")
-            for beta in self.betas:
-                yield from above("betas", beta, 0, 0.999)
-            if len(self.betas) == 2 and self.betas[0] > self.betas[1]:
-                yield f"betas={tuple(self.betas)}: want the smaller one first"
-            yield from above("cosine_s", self.cosine_s, 0, 1)
-            yield from above("snr_shift", self.snr_shift, 0)
+            noise = [
+                *in_range("timesteps", self.timesteps, 2, 100_000),
+                *one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES),
+                *self._betas_problems(),
+                *above("cosine_s", self.cosine_s, 0, 1),
+            ]
+            yield from noise or self._signal_problems()
+            yield from in_range("snr_shift", self.snr_shift, 1e-3, 1e3)
             yield from one_of("prediction", self.prediction, PREDICTIONS)
             if self.prediction == "eps" and self.zero_terminal_snr:
                 yield (
@@ -73,8 +92,24 @@ class DDPM:
                 )
             yield from above("min_snr_gamma", self.min_snr_gamma, 0)
             yield from above("base_scale", self.base_scale, 0, 1)
-            yield from in_range("turning_step", self.turning_step, 1)
+            yield from in_range("turning_step", self.turning_step, 1, 100_000)
             yield from one_of("t_draw", self.t_draw, T_DRAWS)
+
+        def _betas_problems(self) -> Iterator[str]:
+            yield from same_length("betas", self.betas, 2, "end of the schedule")
+            for beta in self.betas:
+                yield from in_range("betas", beta, 1e-8, 0.999)
+            if len(self.betas) == 2 and self.betas[0] > self.betas[1]:
+                yield f"betas={tuple(self.betas)}: want the smaller one first"
+
+        def _signal_problems(self) -> Iterator[str]:
+            raw = raw_betas(self.timesteps, self.beta_schedule, self.betas, self.cosine_s)
+            left = exp(sum(log1p(-beta) for beta in raw))
+            if self.beta_schedule != "cosine" and left < LEAST_SIGNAL:
+                yield (
+                    f"betas={tuple(self.betas)}: of the signal {left:.0e} is left after "
+                    f"{self.timesteps} times; want smaller ones, for {LEAST_SIGNAL:.0e} at least"
+                )
 
         def outputs(self) -> int:
             return 2 if self.learned_variance else 1
@@ -175,7 +210,7 @@ class DDPM:
         return Denoised(x_start / per_sample(self._rescale(t)), eps, log_variance)
 
     def _log_variance(self, frac: Tensor, t: Tensor) -> Tensor:
-        """Between the bounds of a step from t to t - 1; frac in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)."""
+        """Between the bounds of a step to t - 1: Nichol & Dhariwal 2021, eq. 15; frac in [-1, 1]."""
         low, high = (per_sample(table(t)) for table in self._log_variances)
         return low + (frac + 1) / 2 * (high - low)
 
@@ -197,11 +232,10 @@ class DDPM:
             times = np.arange(steps) * (timesteps // steps)
         elif spacing == "uniform":
             times = np.arange(0, timesteps, timesteps // steps) + 1
-            times = times[
-                times < timesteps
-            ]  # as published: one may lie past the end, a crash there
+            times = times[times < timesteps]  # as published, but for reading past the end
         elif spacing == "quad":
             times = np.floor(np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2) + 1
+            times = np.minimum(times, timesteps - 1)
         else:
             raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
         return torch.from_numpy(np.unique(times.astype(np.int64))[::-1].copy())
@@ -216,23 +250,6 @@ def _noise(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float,
 
 
 @cache
-def raw_betas(
-    timesteps: int, beta_schedule: str, ends: tuple[float, float], cosine_s: float
-) -> np.ndarray:
-    """(timesteps,) betas before a shift. LDM calls scaled_linear "linear", linear "sqrt_linear"."""
-    low, high = ends
-    if beta_schedule == "linear":
-        return np.linspace(low, high, timesteps)
-    if beta_schedule == "scaled_linear":
-        return np.linspace(low**0.5, high**0.5, timesteps) ** 2
-    if beta_schedule == "sqrt":
-        return np.linspace(low, high, timesteps) ** 0.5
-    angle = (np.arange(timesteps + 1) / timesteps + cosine_s) / (1 + cosine_s) * np.pi / 2
-    abar = np.cos(angle) ** 2  # Nichol & Dhariwal 2021, eq. 17
-    return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
-
-
-@cache
 def alphas_cumprod(
     timesteps: int,
     beta_schedule: str,
@@ -242,7 +259,7 @@ def alphas_cumprod(
     zero_terminal_snr: bool,
 ) -> np.ndarray:
     """(timesteps,) abar."""
-    abar = np.cumprod(1 - raw_betas(timesteps, beta_schedule, ends, cosine_s))
+    abar = np.cumprod(1 - np.array(raw_betas(timesteps, beta_schedule, ends, cosine_s)))
     abar = abar / (snr_shift + (1 - snr_shift) * abar)  # divides abar / (1 - abar)
     if zero_terminal_snr:  # Lin et al. 2023, 2305.08891, algorithm 1
         signal = np.sqrt(abar)
@@ -251,7 +268,7 @@ def alphas_cumprod(
 
 
 def rescale(timesteps: int, base_scale: float, turning_step: int) -> np.ndarray:
-    """(timesteps,) factors of z0: from 1 to `base_scale` over `turning_step` times (DynamiCrafter)."""
+    """(timesteps,) factors of z0, from 1 to `base_scale` at `turning_step` (DynamiCrafter)."""
     fade = np.linspace(1, base_scale, turning_step)
     return np.concatenate([fade, np.full(timesteps, base_scale)])[:timesteps]
 
@@ -305,11 +322,14 @@ def _buffers(
 def _elbo_weights(
     abar: np.ndarray, betas: np.ndarray, variance: np.ndarray, prediction: str
 ) -> np.ndarray:
+    """As published: in float32, from float32 buffers; float64 differs by up to 5e-6."""
     if prediction == "v":
         return np.ones_like(abar)
+    abar, betas, alphas, variance = (
+        x.astype(np.float32) for x in (abar, betas, 1 - betas, np.append(variance[1], variance[1:]))
+    )
     if prediction == "x0":
         return 0.5 * np.sqrt(abar) / (2 * 1 - abar)  # as published; 2 * (1 - abar) may be meant
-    variance = np.append(variance[1], variance[1:])
-    weights = betas**2 / (2 * variance * (1 - betas) * (1 - abar))
+    weights = betas**2 / (2 * variance * alphas * (1 - abar))
     weights[0] = weights[1]
     return weights

@@ -1,4 +1,4 @@
-"""Rectified flow (Liu et al. 2022, 2209.03003), logit-normal times (Esser et al. 2024, 2403.03206)."""
+"""Rectified flow (Liu et al. 2022, 2209.03003) with the times of Esser et al. 2024 (2403.03206)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,20 +14,20 @@ from sandbox.registry import register
 T_DISTRIBUTIONS = ("logit_normal", "uniform")
 T_DRAWS = ("stratified", "independent")
 SPACINGS = ("trailing",)
-LAST = 999.9999  # the largest float32 times below 1000 that backbones are promised
+LAST = 999.9999  # backbones are promised times below 1000
 
 
 @register("schedule", "flow")
 class Flow:
-    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts the velocity eps - z0."""
+    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts their velocity."""
 
     @dataclass
     class Config(ScheduleConfig):
-        """Settings.
+        """How times are drawn, and where sampling begins.
 
         mean, std: of the logit of t; a positive mean trains more on noisy times.
         shift: multiplies t / (1 - t), in training and in sampling.
-        t_start: where sampling begins.
+        t_start: the first time of sampling.
         """
 
         kind: ClassVar[str] = "continuous"
@@ -45,7 +45,7 @@ class Flow:
             yield from in_range("mean", self.mean, -10, 10)
             yield from above("std", self.std, 0, 10)
             yield from one_of("t_draw", self.t_draw, T_DRAWS)
-            yield from above("shift", self.shift, 0, 1000)
+            yield from in_range("shift", self.shift, 0.01, 100)
             yield from above("t_start", self.t_start, 0, 1)
 
         def predicts(self) -> str:
@@ -107,10 +107,8 @@ class Flow:
             raise ValueError(f"steps={steps}: want at least 1")
         if spacing not in SPACINGS:
             raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
-        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")[
-            :-1
-        ]
-        return self._shifted(even).float()
+        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")
+        return self._shifted(even[:-1]).float()
 
     def _shifted(self, t: Tensor) -> Tensor:
         return self.cfg.shift * t / (1 + (self.cfg.shift - 1) * t)

@@ -1,0 +1,37 @@
+"""Videos of fixed prompts while a system trains, so that its progress can be looked at."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import Callback
+
+from sandbox.contracts import PluginConfig, in_range
+from sandbox.registry import register
+
+
+@register("callbacks", "samples")
+class Samples(Callback):
+    """Samples the data's first prompts every so many steps, with averaged weights, as videos and a sheet."""
+
+    @dataclass
+    class Config(PluginConfig):
+        """every: optimizer steps; count: prompts; prompts: captions in place of the data's."""
+
+        every: int = 500
+        count: int = 8
+        prompts: tuple[str, ...] = ()
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            for name in ("every", "count"):
+                yield from in_range(name, getattr(self, name), 1)
+
+    training: Any  # sandbox.training.Training; the engine sets it
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+        if self.training.just_stepped and self.training.step % self.cfg.every == 0:
+            self.training.sample(list(self.cfg.prompts), self.cfg.count)

@@ -1,0 +1,36 @@
+"""The loss on held-out clips while a system trains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import Callback
+
+from sandbox.contracts import PluginConfig, in_range
+from sandbox.registry import register
+
+
+@register("callbacks", "val_loss")
+class ValLoss(Callback):
+    """Loss on held-out clips every so many steps, with live and with averaged weights, on the same noise each time."""
+
+    @dataclass
+    class Config(PluginConfig):
+        """every: optimizer steps; clips: how many of the validation split."""
+
+        every: int = 200
+        clips: int = 192
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            for name in ("every", "clips"):
+                yield from in_range(name, getattr(self, name), 1)
+
+    training: Any  # sandbox.training.Training; the engine sets it
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+        if self.training.just_stepped and self.training.step % self.cfg.every == 0:
+            self.training.validate(self.cfg.clips)

@@ -1,0 +1,185 @@
+"""Weights & Biases; without credentials or network a run is recorded offline."""
+
+import json
+import logging
+import netrc
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from sandbox.contracts import PluginConfig, above, one_of
+from sandbox.registry import register
+
+MODES = ("auto", "online", "offline", "disabled")
+
+log = logging.getLogger(__name__)
+
+
+@register("logger", "wandb")
+class WandbLogger:
+    """Weights & Biases: online with credentials or a sweep agent, else offline; never asks."""
+
+    @dataclass
+    class Config(PluginConfig):
+        """timeout, finish_timeout: seconds to reach the server, and to send the rest at the end."""
+
+        mode: str = "auto"
+        project: str = "sandbox"
+        entity: str | None = None
+        tags: tuple[str, ...] = ()
+        timeout: float = 10.0
+        finish_timeout: float = 60.0
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("mode", self.mode, MODES)
+            yield from above("timeout", self.timeout, 0)
+            yield from above("finish_timeout", self.finish_timeout, 0)
+            if not self.project or set(self.project) & set("/\\#?%:"):
+                yield f"project={self.project!r}: want a name without / \\ # ? % :"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.run: Any = None
+
+    def start(self, folder: Path, config: dict[str, Any], name: str, group: str | None) -> None:
+        mode = self.mode()
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError as e:
+            raise ImportError(
+                "logger=wandb needs the package wandb; install it or use logger=csv"
+            ) from e
+        known = {"cfg": config, "environment": _environment(folder)}
+        options = {
+            "project": self.cfg.project,
+            "entity": self.cfg.entity,
+            "name": name,
+            "group": group,
+            "tags": list(self.cfg.tags),
+            "id": _run_id(folder),
+            "resume": "allow",
+            "dir": str(folder),
+            "config": known,
+        }
+        settings = {
+            "init_timeout": self.cfg.timeout,
+            "login_timeout": self.cfg.timeout,
+            "finish_timeout": self.cfg.finish_timeout,
+            "finish_timeout_raises": True,
+            "console": "off",
+            "silent": True,
+            # It holds the command line with its secrets; ours is in `environment`.
+            "x_disable_meta": True,
+        }
+        if mode == "online":
+            try:
+                self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+                return
+            except Exception as e:  # of network, server, login or settings: the run goes on offline
+                log.warning(
+                    "W&B is out of reach (%s); recording offline", str(e).partition("\n")[0][:200]
+                )
+                wandb.teardown()
+        self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
+        log.info("W&B offline; to send it later: %s", self._how_to_sync())
+
+    def mode(self) -> str:
+        """The mode that `auto` stands for here and now."""
+        said = os.environ.get("WANDB_MODE", "")
+        if self.cfg.mode == "auto":
+            agent = bool(os.environ.get("WANDB_SWEEP_ID"))
+            return (
+                said
+                if said in MODES[1:]
+                else "online"
+                if agent or _has_credentials()
+                else "offline"
+            )
+        if self.cfg.mode == "online" and not _has_credentials():
+            log.warning("logger.mode=online, but there are no W&B credentials; recording offline")
+            return "offline"
+        return self.cfg.mode
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._log(step, dict(metrics))
+
+    def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
+        if self.run is not None:
+            import wandb
+
+            self._log(step, {name: wandb.Video(str(path), caption=caption or None, format="mp4")})
+
+    def images(
+        self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
+    ) -> None:
+        if self.run is not None:
+            import wandb
+
+            said = captions or [None] * len(paths)
+            shown = [wandb.Image(str(p), caption=c) for p, c in zip(paths, said, strict=True)]
+            self._log(step, {name: shown})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        if self.run is not None:
+            self.run.summary.update(dict(values))
+
+    def finish(self, exit_code: int) -> None:
+        if self.run is None:
+            return
+        run, how = self.run, self._how_to_sync()
+        self.run = None
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            log.warning(
+                "W&B did not take everything in %g s; later: %s", self.cfg.finish_timeout, how
+            )
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        # A resumed run repeats steps that the server has; it would refuse them one by one, with a
+        # line for each.
+        if self.run is not None and step >= self.run.step:
+            self.run.log(values, step=step)
+
+    def _how_to_sync(self) -> str:
+        return f"wandb sync {Path(self.run.dir).parent}"
+
+
+def _run_id(folder: Path) -> str:
+    """The id of this run folder, the same after a resume; a sweep agent decides it itself."""
+    path = folder / "wandb_id"
+    given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    if given is None and path.is_file():
+        return path.read_text().strip()
+    run_id = given or secrets.token_hex(4)
+    path.write_text(run_id + "\n")
+    return run_id
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _has_credentials() -> bool:
+    """Whether W&B can log in without asking: by the environment or ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError, RuntimeError):
+            continue
+    return False

@@ -1,0 +1,96 @@
+"""task=train_vae: trains a first stage; vae.weights=auto does the same into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sandbox.contracts import TaskConfig, in_range
+from sandbox.registry import register
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sandbox.config import Root
+
+
+@register("task", "train_vae")
+class TrainVAE:
+    """Trains a first stage alone: reconstruction sheet, PSNR, and weights that vae.weights=FILE takes."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """clips: held-out clips that are measured; shown: those on the sheet."""
+
+        clips: int = 192
+        shown: int = 12
+
+        def problems(self) -> Iterator[str]:
+            yield from in_range("clips", self.clips, 1)
+            yield from in_range("shown", self.shown, 1)
+
+        def defaults(self) -> dict[str, float]:
+            return {"lr": 2e-3, "steps": 1000}
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+        return train_first_stage(wiring.root, group)
+
+
+def train_in_cache(root: Root) -> Path:
+    """The weights of the first stage of `root`, trained with this task's own settings in a run folder of the cache."""
+    from pathlib import Path
+
+    from sandbox import registry
+
+    task = registry.default("task", "train_vae")
+    settings: dict[str, Any] = {"lr": None, "steps": None, "callbacks": {}, "logger": None, **task.defaults()}  # type: ignore[attr-defined]
+    own = replace(
+        root, task=task, recipe=root.vae.plugin.replace("/", "-"), out=str(Path(root.cache) / "runs"),
+        resume=registry.default("resume", "auto"), vae=replace(root.vae, weights=None), **settings,
+    )  # fmt: skip
+    return Path(train_first_stage(own)["folder"]) / "first_stage.safetensors"
+
+
+def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
+    """Trains, measures on held-out clips, and writes a run folder; returns its result."""
+    import torch
+
+    from sandbox import checkpoint, media, registry
+    from sandbox.autoencoding import Autoencoding, psnr, through
+    from sandbox.config import to_container
+    from sandbox.contracts import ConfigError
+    from sandbox.evaluation import gather
+    from sandbox.first_stages import calibrate
+    from sandbox.parts import build
+    from sandbox.runs import open_run
+    from sandbox.systems import clips_per_step
+    from sandbox.training import fit, start
+
+    if root.vae.fitted() != "trained":
+        raise ConfigError(f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); want another vae")
+    loss = root.reconstruction or registry.default("reconstruction", root.vae.regularizer())
+    with open_run(root.out, root.recipe, to_container(root), registry.create(root.resume).which(), root.resume.allow) as run:
+        print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
+        first_stage = build("vae", root)
+        system = Autoencoding(root, first_stage, registry.create(loss), clips_per_step(root))
+        with start(system, run, group) as training:
+            fit(training)
+            task = root.task
+            with training.averaged(), torch.no_grad():
+                system.eval()
+                calibrate(root, first_stage)
+                val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
+                made = torch.cat([through(first_stage, part) for part in val.video.split(32)]).clamp(-1, 1)
+                checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+            decibels = psnr(made, val.video).mean().item()
+            sheet = run.folder / "reconstructions.png"
+            media.reconstruction_sheet(sheet, val.video[: task.shown], made[: task.shown], (val.captions or [])[: task.shown])
+            training.trackers.summary({"psnr_db": decibels})
+            result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
+            run.finish(result)
+            print(f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}", flush=True)
+            return result

@@ -1,0 +1,402 @@
+"""The latent video transformer: shapes, what it takes, and who sees whom."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kernels
+from plugins._blocks.attention import CrossAttention
+from plugins._blocks.embeddings import GridPositions, sinusoids
+from plugins.backbone.dit import DiT
+from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
+
+Z = Clip(4, 3, 4, 6)
+EVERYTHING = Slots(context=Tokens(12, 5, masked=True), concat=2, vector=10, scalars={"fps"})
+
+
+def small(z: Clip = Z, slots: Slots | None = None, outputs: int = 1, **settings) -> DiT.Config:
+    slots = slots or Slots()
+    scalars = tuple(sorted(slots.scalars))
+    sizes = {"width": 16, "num_blocks": 2, "time_features": 8, "scalars": scalars} | settings
+    return DiT.Config(**sizes).wired(z, slots, outputs)
+
+
+def stirred(cfg: DiT.Config) -> DiT:
+    """A model whose parameters are all away from zero, as after some training."""
+    torch.manual_seed(0)
+    model = DiT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn_like(p) * 0.2
+    return model
+
+
+def inputs(cfg: DiT.Config, z: Clip = Z, batch: int = 2) -> tuple:
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    cond = Conditions(
+        scalars={name: 20 + 10 * torch.rand(batch, generator=g) for name in cfg.scalars}
+    )
+    if cfg.context_dim:
+        cond.context = normal(batch, 5, cfg.context_dim)
+        cond.context_mask = torch.tensor([[True] * 5, [True, True, False, False, False]])[:batch]
+    if cfg.vector_dim:
+        cond.vector = normal(batch, cfg.vector_dim)
+    if cfg.concat_channels:
+        cond.concat = normal(batch, cfg.concat_channels, z.frames, z.height, z.width)
+    t = torch.rand(batch, generator=g) * 1000
+    return normal(batch, z.channels, z.frames, z.height, z.width), t, cond
+
+
+def test_the_default_has_the_parameters_of_the_default_run():
+    """0.325 M there, with the words and a table of 48 positions; here three tables of 32 rows."""
+    cfg = DiT.Config().wired(Clip(32, 3, 4, 4), Slots(vector=64), 1)
+    assert sum(p.numel() for p in DiT(cfg).parameters()) == 326_112
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+@pytest.mark.parametrize(("patch", "patch_t", "outputs"), [(1, 1, 1), (2, 3, 2)])
+@pytest.mark.parametrize("slots", [Slots(), EVERYTHING], ids=["alone", "everything"])
+def test_output_has_the_size_of_the_latents(slots, patch, patch_t, outputs, attention):
+    cfg = small(slots=slots, outputs=outputs, patch=patch, patch_t=patch_t, attention=attention)
+    out = DiT(cfg)(*inputs(cfg))
+    assert out.shape == (2, 4 * outputs, 3, 4, 6)
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_the_output_is_zero_at_first(attention):
+    cfg = small(slots=EVERYTHING, attention=attention)
+    assert not DiT(cfg)(*inputs(cfg)).any()
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_every_block_is_the_identity_at_first(attention):
+    cfg = small(slots=EVERYTHING, attention=attention)
+    model, x = DiT(cfg), torch.randn(2, 3, 24, 16)
+    cond = inputs(cfg)[2]
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 16), cond.context, cond.context_mask), x)
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_every_parameter_and_input_gets_a_gradient(attention):
+    cfg = small(slots=EVERYTHING, attention=attention, max_frames=3, max_height=4, max_width=6)
+    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    given = [z, cond.context, cond.concat, cond.vector]
+    for x in given:
+        x.requires_grad_()
+    model(z, t, cond).square().sum().backward()
+    # One that is zero but for rounding would be below 1e-6.
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, grad in grads.items() if grad is None or grad.abs().max() < 1e-4]
+    assert all(x.grad.any() for x in given)
+
+
+def test_zero_initialised_layers_open_within_three_steps():
+    cfg = small(slots=EVERYTHING, max_frames=3, max_height=4, max_width=6)
+    model, (z, t, cond) = DiT(cfg), inputs(cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(z, t, cond) - z).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda z, t, cond: (z, t + 300, cond), "time"),
+        (lambda z, t, cond: (z, t, replace(cond, vector=cond.vector + 1)), "vector"),
+        (lambda z, t, cond: (z, t, replace(cond, context=cond.context + 1)), "context"),
+        (lambda z, t, cond: (z, t, replace(cond, concat=cond.concat + 1)), "concat"),
+        (lambda z, t, cond: (z, t, replace(cond, scalars={"fps": torch.tensor([5.0, 5])})), "fps"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_every_condition_changes_the_output(change, name):
+    cfg = small(slots=EVERYTHING)
+    model, given = stirred(cfg), inputs(cfg)
+    assert not torch.allclose(model(*given), model(*change(*given)), atol=1e-3)
+
+
+def test_clips_of_a_batch_do_not_see_one_another():
+    cfg = small(slots=EVERYTHING)
+    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    before = model(z, t, cond)[0]
+    z, cond.context = z.clone(), cond.context.clone()
+    z[1] += 1
+    cond.context[1] += 1
+    torch.testing.assert_close(model(z, t, cond)[0], before, rtol=0, atol=1e-5)
+
+
+def test_masked_context_is_not_seen():
+    cfg = small(slots=EVERYTHING)
+    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    before = model(z, t, cond)
+    cond.context = cond.context.clone()
+    cond.context[~cond.context_mask] = 100.0
+    torch.testing.assert_close(model(z, t, cond), before, rtol=0, atol=1e-5)
+
+
+def test_a_context_that_is_masked_entirely_gives_finite_numbers():
+    cfg = small(slots=EVERYTHING)
+    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    cond.context_mask[1] = False
+    out = model(z, t, cond)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_context_tokens_have_no_order():
+    layer, x, context = CrossAttention(16, 2, 12), torch.randn(2, 7, 16), torch.randn(2, 5, 12)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    # float32 sums in another order
+    torch.testing.assert_close(layer(x, context[:, order]), layer(x, context), rtol=0, atol=1e-5)
+
+
+def permuted(model: DiT, axis: int, order: list[int]) -> float:
+    """Largest difference between permuting an axis of z (2 frames, 3, 4) before and after."""
+    z, t, cond = inputs(model.cfg)
+    index = torch.tensor(order)
+    after = model(z, t, cond).index_select(axis, index)
+    return (model(z.index_select(axis, index), t, cond) - after).abs().max().item()
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+@pytest.mark.parametrize(("axis", "table"), [(2, "t"), (3, "h"), (4, "w")])
+def test_only_its_position_table_tells_an_axis_apart(axis, table, attention):
+    model = stirred(small(attention=attention))
+    order = torch.randperm(inputs(model.cfg)[0].shape[axis]).roll(1).tolist()
+    order = order[::-1] if order == sorted(order) else order
+    assert permuted(model, axis, order) > 1e-2
+    torch.nn.init.zeros_(getattr(model.positions, table))
+    assert permuted(model, axis, order) < 1e-4  # float32 sums in another order
+
+
+def seen(part: torch.nn.Module, shape: tuple[int, ...], at: tuple[int, int]) -> torch.Tensor:
+    """(T, S) bool: which tokens the output at (frame, place) depends on."""
+    x = torch.randn(1, *shape, requires_grad=True)
+    (grad,) = torch.autograd.grad(part(x)[0, at[0], at[1]].sum(), x)
+    return grad[0].abs().amax(-1) > 0
+
+
+def test_factorised_attention_sees_its_frame_then_its_place():
+    block = stirred(small(attention="factorised")).blocks[0]
+
+    def spatial(x):
+        return block.attn(x.flatten(0, 1)).view_as(x)
+
+    frame, place = (torch.zeros(3, 4, dtype=torch.bool) for _ in range(2))
+    frame[1], place[:, 2] = True, True
+    assert torch.equal(seen(spatial, (3, 4, 16), (1, 2)), frame)
+    assert torch.equal(seen(block.temporal, (3, 4, 16), (1, 2)), place)
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_a_block_lets_every_token_see_every_token(attention):
+    block = stirred(small(attention=attention)).blocks[0]
+    c = torch.randn(1, 16)
+    assert seen(lambda x: block(x, c, None, None), (3, 4, 16), (1, 2)).all()
+
+
+def test_temporal_attention_goes_through_the_kernels():
+    cfg = small(attention="factorised")
+    model, given = stirred(cfg), inputs(cfg)
+    with kernels.use("reference"):
+        want = model(*given)
+    torch.testing.assert_close(model(*given), want, rtol=0, atol=1e-5)
+
+
+def test_a_smaller_grid_is_the_corner_of_the_largest():
+    positions = GridPositions((3, 4, 5), 6)
+    whole = positions(3, 4, 5).view(3, 4, 5, 6)
+    assert torch.equal(positions(2, 3, 1).view(2, 3, 1, 6), whole[:2, :3, :1])
+
+
+def test_one_model_takes_clips_of_several_sizes_and_images():
+    sizes = (Z, Clip(4, 1, 8, 8), Clip(4, 5, 2, 6))
+    cfg = DiT.Config(width=16, patch=2)
+    for z in sizes:
+        cfg = cfg.wired(z, Slots(), 1)
+    model = stirred(cfg)
+    for z in sizes:
+        given = inputs(cfg, z)
+        assert model(*given).shape == given[0].shape
+
+
+def test_wiring_again_changes_nothing():
+    cfg = small(slots=EVERYTHING)
+    assert cfg.wired(Z, EVERYTHING, 1) == cfg
+
+
+def test_a_vector_as_wide_as_the_network_needs_no_layer():
+    assert not list(DiT(small(slots=Slots(vector=16))).vector_in.parameters())
+    assert DiT(small(slots=Slots(vector=10))).vector_in.weight.shape == (16, 10)
+
+
+def test_gradient_checkpointing_changes_no_number():
+    results = []
+    for on in (False, True):
+        cfg = small(slots=EVERYTHING, attention="factorised", gradient_checkpointing=on)
+        model = stirred(cfg)
+        loss = model(*inputs(cfg)).square().sum()
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_bfloat16_is_near_float32(attention):
+    cfg = small(slots=EVERYTHING, attention=attention)
+    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    want = model(z, t, cond)
+    low = [x.bfloat16() for x in (cond.context, cond.concat, cond.vector)]
+    cond = Conditions(low[0], cond.context_mask, None, *low[1:], cond.scalars)
+    out = model.bfloat16()(z.bfloat16(), t, cond)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16
+    # 8 bits of mantissa through some twenty roundings
+    assert (out - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize("attention", ["joint", "factorised"])
+def test_autocast_to_bfloat16_is_near_float32(attention):
+    cfg = small(slots=EVERYTHING, attention=attention)
+    model, given = stirred(cfg), inputs(cfg)
+    want = model(*given)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*given)
+    out.float().sum().backward()
+    assert (out - want).norm() < 0.05 * want.norm()  # as above
+
+
+def test_it_runs_on_the_meta_device():
+    cfg = small(slots=EVERYTHING)
+    with torch.device("meta"):
+        model = DiT(cfg)
+        z = torch.empty(2, 4, 3, 4, 6)
+        cond = Conditions(
+            context=torch.empty(2, 5, 12),
+            concat=torch.empty(2, 2, 3, 4, 6),
+            vector=torch.empty(2, 10),
+            scalars={"fps": torch.empty(2)},
+        )
+        assert model(z, torch.empty(2), cond).shape == z.shape
+
+
+def test_adapter_targets_are_linear_layers_of_every_block():
+    cfg = small(slots=EVERYTHING, attention="factorised")
+    names = [n for n, m in DiT(cfg).named_modules() if isinstance(m, torch.nn.Linear)]
+    for target in cfg.adapter_targets():
+        assert all(
+            any(f"blocks.{i}." in n and n.endswith(f".{target}") for n in names) for i in (0, 1)
+        )
+    assert cfg.adapter_targets() == ("to_qkv", "to_out", "to_q", "to_kv")
+    assert small().adapter_targets() == ("to_qkv", "to_out")
+
+
+def test_sinusoids_start_at_one_radian_a_step():
+    features = sinusoids(torch.tensor([0.0, 2.0]), 4, max_period=100.0)
+    want = [[1, 1, 0, 0], [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]]
+    torch.testing.assert_close(features, torch.tensor(want))
+
+
+def test_frames_are_padded_to_whole_patches():
+    assert DiT.Config(patch_t=2).grid(Clip(4, 21, 8, 8)) == Clip(4, 22, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "z", "field", "rule"),
+    [
+        ({"patch": 3}, Clip(4, 3, 4, 6), "height", "a multiple of 3"),
+        ({"patch": 4}, Clip(4, 3, 4, 6), "width", "a multiple of 4"),
+        ({"max_frames": 2}, Z, "frames", "at most 2 \\(max_frames=2 patches of 1\\)"),
+        ({"patch": 2, "max_width": 2}, Z, "width", "at most 4 \\(max_width=2 patches of 2\\)"),
+    ],
+)
+def test_latents_that_do_not_fit_are_refused_by_field(settings, z, field, rule):
+    with pytest.raises(Misfit, match=rule) as e:
+        DiT.Config(**settings).wired(z, Slots(), 1)
+    assert e.value.field == field
+
+
+def test_stated_numbers_are_checked_against_the_wiring():
+    with pytest.raises(ConfigError) as e:
+        DiT.Config(in_channels=16, context_dim=8).wired(Z, Slots(vector=16), 1)
+    assert e.value.problems == (
+        "in_channels=16, but 4 is needed",
+        "context_dim=8, but 0 is needed",
+    )
+
+
+def test_scalars_are_needed_where_they_are_named():
+    cfg = DiT.Config(scalars=("fps",))
+    assert cfg.needs() == {"fps"} and "fps" in cfg.takes()
+    assert not DiT.Config().needs() and DiT.Config().takes() == {"context", "vector", "concat"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"width": 65}, "width=65: want a multiple of num_heads=2"),
+        ({"width": 0}, "width=0: want >= 1"),
+        ({"num_heads": 0}, "num_heads=0: want >= 1"),
+        ({"num_blocks": 0}, "num_blocks=0: want >= 1"),
+        ({"patch": 0}, "patch=0: want >= 1"),
+        ({"max_frames": 0}, "max_frames=0: want >= 1"),
+        ({"attention": "axial"}, "attention='axial': want one of ['joint', 'factorised']"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio=nan: want > 0 and <= 64"),
+        ({"mlp_ratio": 0.01}, "mlp_ratio=0.01: want at least 1 / width, 0.016"),
+        ({"time_features": 7}, "time_features=7: want an even number >= 2"),
+        ({"context_dim": -1}, "context_dim=-1: want >= 0"),
+        ({"scalars": ("fps", "fps")}, "scalars=['fps', 'fps']: want each name once"),
+        (
+            {"scalars": ("speed",)},
+            "scalars='speed': want one of "
+            "['aspect_ratio', 'fps', 'frame_stride', 'height', 'ofs', 'width']",
+        ),
+    ],
+)
+def test_bad_settings_are_named(settings, problem):
+    assert list(DiT.Config(**settings).problems()) == [problem]
+
+
+def test_default_settings_have_no_problems():
+    assert not list(DiT.Config().problems())
+
+
+def test_an_incomplete_config_is_refused():
+    with pytest.raises(ValueError, match=r"backbone\.in_channels is null"):
+        DiT(DiT.Config())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda z, c: (z[:, :3], c), r"z_t has shape \(2, 3, 3, 4, 6\): want \(B, 4, T, H, W\)"),
+        (lambda z, c: (z[:, :, 0], c), r"z_t has shape \(2, 4, 4, 6\)"),
+        (lambda z, c: (z, replace(c, vector=None)), r"vector_dim=10, but conditions bring 0"),
+        (lambda z, c: (z, replace(c, context=None)), r"context_dim=12, but conditions bring 0"),
+        (lambda z, c: (z, replace(c, concat=c.concat[:, :1])), r"concat_channels=2, but .* 1"),
+        (lambda z, c: (z, replace(c, scalars={})), r"scalars=\['fps'\], but conditions bring \[\]"),
+        (lambda z, c: (z, replace(c, image_context=c.context)), r"takes no image_context"),
+    ],
+)
+def test_wrong_inputs_are_refused_at_the_first_line(change, message):
+    cfg = small(slots=EVERYTHING)
+    z, t, cond = inputs(cfg)
+    z, cond = change(z, cond)
+    with pytest.raises(ValueError, match=message):
+        DiT(cfg)(z, t, cond)
+
+
+def test_frames_that_are_not_whole_patches_are_refused():
+    cfg = small(patch_t=3)
+    with pytest.raises(Misfit, match="frames=4: want a multiple of patch_t=3"):
+        DiT(cfg)(torch.randn(1, 4, 4, 4, 6), torch.zeros(1), Conditions())

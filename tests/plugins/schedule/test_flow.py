@@ -1,0 +1,122 @@
+"""Rectified flow: its line, its times, its draws."""
+
+import math
+
+import pytest
+import torch
+
+from plugins.schedule.flow import Flow
+from sandbox.randomness import Keyed
+
+
+def made(**settings) -> Flow:
+    cfg = Flow.Config(**settings)
+    assert not list(cfg.problems())
+    return Flow(cfg)
+
+
+def test_the_exact_velocity_gives_back_z0_and_eps():
+    flow, draws = made(), Keyed(0, 0, torch.arange(4), 4)
+    z0, eps = (draws.normal(n, torch.empty(4, 2, 3, 4, 4)) for n in ("z0", "eps"))
+    t = torch.tensor([0.0, 0.3, 0.999, 1.0])
+    d = flow.denoised(flow.target(z0, eps, t), flow.noised(z0, eps, t), t)
+    torch.testing.assert_close(d.z0, z0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(d.eps, eps, rtol=0, atol=1e-6)
+
+
+def test_the_ends_are_data_and_noise():
+    flow, z0, eps = made(), torch.ones(2, 1, 1, 1, 1), -torch.ones(2, 1, 1, 1, 1)
+    assert flow.noised(z0, eps, torch.tensor([0.0, 1.0])).flatten().tolist() == [1, -1]
+
+
+def test_velocity_is_the_derivative_along_the_line():
+    flow, z0, eps = made(), torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 1, 2, 2)
+    t, step = torch.tensor([0.4]), 0.125  # a power of two: the difference is exact but for rounding
+    slope = (flow.noised(z0, eps, t + step) - flow.noised(z0, eps, t)) / step
+    torch.testing.assert_close(slope, flow.target(z0, eps, t), rtol=0, atol=1e-5)
+
+
+def test_default_times_are_logit_normal_with_mean_and_std_1():
+    n = 4096
+    t = made().draw_t(Keyed(0, 0, torch.arange(n), n))
+    logit = t.double().logit()
+    # stratified over 4096: far closer than independent draws, whose error would be 0.016
+    assert logit.mean().item() == pytest.approx(1.0, abs=2e-3)
+    assert logit.std().item() == pytest.approx(1.0, abs=5e-3)
+
+
+def test_uniform_times_fall_once_in_every_part():
+    t = made(t_distribution="uniform").draw_t(Keyed(1, 0, torch.arange(16), 16))
+    assert sorted((t * 16).long().tolist()) == list(range(16))
+
+
+def test_times_do_not_depend_on_how_the_batch_is_divided():
+    flow, positions = made(), torch.arange(8)
+    whole = flow.draw_t(Keyed(0, 0, positions, 8))
+    halves = [flow.draw_t(Keyed(0, 0, part, 8)) for part in positions.chunk(2)]
+    assert torch.equal(whole, torch.cat(halves))
+
+
+def test_the_lowest_quantile_gives_a_finite_time():
+    class Zeros(Keyed):
+        def stratified(self, name):
+            return torch.zeros(1)
+
+    t = made(mean=-10.0, std=10.0).draw_t(Zeros(0, 0, torch.arange(1), 1))
+    assert 0 <= t.item() < 1
+
+
+def test_backbones_see_times_below_1000():
+    z, t = torch.zeros(3, 1, 1, 1, 1), torch.tensor([0.0, 0.25, 1.0])
+    seen = made().inputs(z, t)[1]
+    assert seen[:2].tolist() == [0, 250] and seen[2] < 1000
+    assert seen.dtype == torch.float32
+
+
+def test_sampling_times_are_even_from_the_start():
+    times = made().times(4, "trailing")
+    assert times.tolist() == pytest.approx([0.999, 0.74925, 0.4995, 0.24975])
+
+
+def test_shift_multiplies_the_odds_of_noise():
+    plain, shifted = (
+        made().times(7, "trailing").double(),
+        made(shift=3.0).times(7, "trailing").double(),
+    )
+    torch.testing.assert_close(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-3, atol=0)
+
+
+def test_shift_moves_training_times_alike():
+    draws = Keyed(0, 0, torch.arange(64), 64)
+    logits = [made(shift=s).draw_t(draws).double().logit() for s in (1.0, 2.0)]
+    torch.testing.assert_close(
+        logits[1] - logits[0], torch.full((64,), math.log(2)).double(), rtol=0, atol=1e-3
+    )
+
+
+def test_bf16_latents_stay_bf16():
+    z = torch.ones(1, 1, 1, 2, 2, dtype=torch.bfloat16)
+    assert made().noised(z, z, torch.tensor([0.5])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"t_distribution": "normal"}, "t_distribution"),
+        ({"mean": float("nan")}, "mean"),
+        ({"std": 0.0}, "std"),
+        ({"t_draw": "sobol"}, "t_draw"),
+        ({"shift": 0.0}, "shift"),
+        ({"t_start": 1.5}, "t_start"),
+    ],
+)
+def test_a_bad_setting_is_named(settings, field):
+    (problem,) = Flow.Config(**settings).problems()
+    assert problem.startswith(f"{field}=")
+
+
+def test_other_spacings_are_refused():
+    (problem,) = Flow.Config().spacing_problems(20, "uniform")
+    assert problem.startswith("spacing='uniform'")
+    with pytest.raises(ValueError, match="spacing='uniform'"):
+        made().times(20, "uniform")
