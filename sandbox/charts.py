@@ -126,20 +126,29 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 def _y_grid(y: _Axis) -> Markup:
     marks = []
-    for value in y.ticks(6):
+    for value, label in _labelled(y.ticks(6)):
         at = _f(y.at(value))
         marks.append(el("path", d=f"M{LEFT} {at}H{WIDTH - RIGHT}", class_="grid"))
-        marks.append(el("text", number(value), x=LEFT - 8, y=at, dy="0.32em", text_anchor="end"))
+        marks.append(el("text", label, x=LEFT - 8, y=at, dy="0.32em", text_anchor="end"))
     return join(*marks)
 
 
 def _x_grid(x: _Axis) -> Markup:
-    marks = [el("path", d=f"M{LEFT} {HEIGHT - BOTTOM}H{WIDTH - RIGHT}", class_="axis")]
-    for value in x.ticks(7):
-        at, bottom = _f(x.at(value)), HEIGHT - BOTTOM
+    bottom = HEIGHT - BOTTOM
+    marks = [el("path", d=f"M{LEFT} {bottom}H{WIDTH - RIGHT}", class_="axis")]
+    for value, label in _labelled(x.ticks(7)):
+        at = _f(x.at(value))
         marks.append(el("path", d=f"M{at} {bottom}v4", class_="axis"))
-        marks.append(el("text", number(value), x=at, y=bottom + 17, text_anchor="middle"))
+        marks.append(el("text", label, x=at, y=bottom + 17, text_anchor="middle"))
     return join(*marks)
+
+
+def _labelled(ticks: list[float]) -> list[tuple[float, str]]:
+    """Short labels, longer ones where two would read the same."""
+    labels = [number(t) for t in ticks]
+    if len(set(labels)) < len(labels):
+        labels = [f"{t:.6g}" for t in ticks]
+    return list(zip(ticks, labels, strict=True))
 
 
 def number(value: float) -> str:

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import re
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,20 @@ PLAIN = (str, int, float, bool, bytes, type(None))
 STATE_KEYS = ("state_dict", "module", "model")  # where foreign checkpoints keep their weights
 NAME = re.compile(r"step_(\d+)(?:-(\d+))?")
 CHUNK = 1 << 22
+# What torch.load was seen to raise on damaged files, besides UnpicklingError.
+TORN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +275,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, milestones: int = 0) -> None:
-    """Deletes all but the `keep` newest checkpoints and those of every `milestones`-th step (0: none).
+    """Deletes all but the `keep` newest checkpoints and those of each `milestones`-th step (or 0).
 
     Nothing older is deleted before one of the kept is read and found good, so the last good one
     stays.
@@ -326,15 +341,7 @@ def _load_plain(path: Path, file: BinaryIO, device: str) -> Any:
             f"{path}: holds more than tensors and plain containers{named}; nothing of it was run. "
             "Convert it to .safetensors where you trust it"
         ) from e
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as e:
+    except TORN as e:
         raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
 
 
@@ -348,6 +355,7 @@ def export_weights(
 
     Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     _check(dict(state))
@@ -363,7 +371,10 @@ def export_weights(
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, part, {"format": "pt", **(metadata or {})})
+            try:
+                save_file(tensors, part, {"format": "pt", **(metadata or {})})
+            except SafetensorError as e:  # its way to say a full disk
+                raise OSError(str(e)) from e
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)

@@ -125,7 +125,12 @@ def plugin_folders(overrides: Sequence[str]) -> list[Path]:
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
-    """Settings of the chosen task may be given without `task.`: `task=new group=vae` is `task=new task.group=vae`."""
+    """Two shorthands of ours, in Hydra's words.
+
+    A setting of the chosen task may be given without `task.`: `task=new group=vae` is `task=new task.group=vae`.
+    `logger=null` leaves a group empty, which Hydra writes `~logger`.
+    """
+    overrides = [f"~{o[:-5]}" if o.endswith("=null") and o[:-5] in GROUPS else o for o in overrides]
     chosen = next((o.partition("=")[2] for o in overrides if o.startswith("task=")), "train")
     plugin = next((p for p in registry.plugins("task") if p.name == chosen and p.config), None)
     own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)} if plugin and plugin.config else set()

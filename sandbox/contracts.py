@@ -389,7 +389,8 @@ class TrainerConfig(PluginConfig):
 
     accelerator: auto, cpu, cuda or mps; processes: ranks, one a device; accumulate: micro-batches in one optimizer
     step; clip: largest gradient norm, null for none; threads: torch threads of a process on a CPU, null for what the
-    loader's workers leave; log_every: optimizer steps between two lines of metrics.
+    loader's workers leave; log_every: optimizer steps between two lines of metrics; repeat: the first so many
+    micro-batches come again and again, with the same noise (to see that a model can learn them), 0 for none.
     """
 
     accelerator: str = "auto"
@@ -398,12 +399,14 @@ class TrainerConfig(PluginConfig):
     clip: float | None = 1.0
     threads: int | None = None
     log_every: int = 20
+    repeat: int = 0
 
     def problems(self) -> Iterator[str]:
         yield from one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
         for name in ("processes", "accumulate", "log_every"):
             yield from in_range(name, getattr(self, name), 1)
         yield from in_range("threads", self.threads, 1)
+        yield from in_range("repeat", self.repeat, 0)
         yield from above("clip", self.clip, 0)
 
 

@@ -10,6 +10,7 @@ and the state to save is two numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,48 @@ Bad = dict[str, str]  # id -> reason
 Key = tuple[int, int, np.ndarray]  # epoch, position of the first clip, indices
 
 
+@dataclass
+class Order:
+    """Where one rank stands in the order of `clips` clips: `taken` micro-batches of `epoch`.
+
+    Iterating gives what is left of the epoch. `stride` is the number of clips in a global
+    micro-batch; the last one of an epoch holds what is left, cut to a multiple of `world`.
+    """
+
+    seed: int
+    clips: int
+    stride: int
+    rank: int
+    world: int
+    epoch: int = 0
+    taken: int = 0
+
+    def __len__(self) -> int:
+        """Micro-batches in a whole epoch."""
+        whole, rest = divmod(self.clips, self.stride)
+        return whole + (rest >= self.world)
+
+    def __iter__(self) -> Iterator[Key]:
+        epoch, taken = self.epoch, self.taken
+        order = keyed(self.seed, "order", epoch).permutation(self.clips)
+        for first in range(taken * self.stride, len(self) * self.stride, self.stride):
+            size = min(self.stride, self.clips - first) // self.world
+            first += self.rank * size
+            yield epoch, first, order[first : first + size]
+
+    def advance(self) -> None:
+        """One micro-batch further; after the last one it is (epoch + 1, 0)."""
+        self.taken += 1
+        if self.taken == len(self):
+            self.epoch, self.taken = self.epoch + 1, 0
+
+
 class Loader:
     """Micro-batches of one rank; an iterator goes from where the loader stands to the epoch's end.
 
-    `epoch` and `taken` (micro-batches of the epoch) count what was handed out, not what workers
-    prepare ahead, and stand at (epoch + 1, 0) after the last one. That last micro-batch may be
-    smaller: it holds what is left, cut to a multiple of `world`. Raises DataError (exit code 3)
-    without data, with less than one global micro-batch, with more than `max_bad` different bad
-    items (counted by each process, in `bad`), and where no good item is found.
+    The state counts what was handed out, not what workers prepare ahead. Raises DataError (exit
+    code 3) without data, with less than one global micro-batch, with more than `max_bad` different
+    bad items (counted by each process, in `bad`), and where no good item is found.
     """
 
     def __init__(
@@ -46,15 +81,13 @@ class Loader:
         num_workers: int = 0,
         max_bad: int = 100,
     ) -> None:
-        self.items, self.seed, self.rank, self.world = items, seed, rank, world
-        self.stride = batch_size * world  # clips in a global micro-batch
-        self.max_bad = max_bad
-        self.epoch = self.taken = 0
-        self.bad: Bad = {}
         _enough(len(items), batch_size, world)
+        self.order = Order(seed, len(items), batch_size * world, rank, world)
+        self.max_bad = max_bad
+        self.bad: Bad = {}
         self._batches = DataLoader(
             _MicroBatches(items, seed),
-            sampler=_Keys(self),
+            sampler=self.order,
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -64,47 +97,38 @@ class Loader:
 
     def __len__(self) -> int:
         """Micro-batches in a whole epoch."""
-        whole, rest = divmod(len(self.items), self.stride)
-        return whole + (rest >= self.world)
+        return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, bad in self._batches:
             self._count(bad)
             if batch is None:
                 raise DataError(f"no usable clip in {TRIES + 1} tries: {_some(bad)}")
-            self.taken += 1
-            if self.taken == len(self):
-                self.epoch, self.taken = self.epoch + 1, 0
+            self.order.advance()
             yield batch
 
-    def keys(self) -> Iterator[Key]:
-        """What is left of the epoch, for this rank."""
-        epoch = self.epoch
-        order = keyed(self.seed, "order", epoch).permutation(len(self.items))
-        for first in range(self.taken * self.stride, len(self) * self.stride, self.stride):
-            size = min(self.stride, len(order) - first) // self.world
-            first += self.rank * size
-            yield epoch, first, order[first : first + size]
-
     def state_dict(self) -> dict[str, Any]:
+        """Plain containers: where the order stands, its sizes, and the bad items so far."""
+        order = self.order
         return {
-            "epoch": self.epoch,
-            "taken": self.taken,
-            "items": len(self.items),
-            "stride": self.stride,
+            "epoch": order.epoch,
+            "taken": order.taken,
+            "clips": order.clips,
+            "stride": order.stride,
             "bad": dict(self.bad),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises DataError where the data or the global micro-batch have another size."""
-        was, now = (state["items"], state["stride"]), (len(self.items), self.stride)
+        was, now = (state["clips"], state["stride"]), (self.order.clips, self.order.stride)
         if was != now:
             raise DataError(
                 f"the checkpoint has {was[0]} clips in micro-batches of {was[1]} (all processes), "
                 f"now there are {now[0]} in {now[1]}: the order would be another. Restore them, or "
                 "start anew with resume=never"
             )
-        self.epoch, self.taken, self.bad = state["epoch"], state["taken"], dict(state["bad"])
+        self.order.epoch, self.order.taken = state["epoch"], state["taken"]
+        self.bad = dict(state["bad"])
 
     def _count(self, bad: Bad) -> None:
         self.bad |= bad
@@ -130,25 +154,13 @@ def batches(items: Items, batch_size: int, seed: int = 0) -> Iterator[Batch]:
         if batch is not None:
             if ready is not None:
                 yield ready
-            ready, ready.bad, unsaid = batch, _lines(unsaid), {}
+            batch.bad, unsaid = _lines(unsaid), {}
+            ready = batch
     if ready is None:
         reason = f"no clip is usable: {_some(unsaid)}" if unsaid else "there are no clips"
         raise DataError(reason)
     ready.bad += _lines(unsaid)
     yield ready
-
-
-class _Keys:
-    """The loader's keys as a sampler: it is asked for an iterator at the start of each epoch."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Key]:
-        return self.loader.keys()
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
 
 class _MicroBatches(Dataset):

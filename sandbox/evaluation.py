@@ -47,16 +47,19 @@ def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Eva
     clips["real through first stage"] = _through(system, real.video)
     result = Evaluation({}, {}, captions, clips, count=real.size)
     result.first_stage_psnr = psnr(clips["real through first stage"], real.video).mean().item()
+    fresh_clips: dict[str, Tensor] = {}
     if untrained:
         fresh = LatentDiffusion(system.wiring, build_parts(system.wiring), system.group).to(system.device)
         fresh.first_stage.load_state_dict(system.first_stage.state_dict())
         fresh.eval()
-        clips["untrained model"] = generate(fresh, real, "untrained model")
-    if root.metric is not None:
+        fresh_clips["untrained model"] = generate(fresh, real, "sampling the untrained model")
+    if root.metric is None:
+        clips |= fresh_clips
+    else:
         metric = registry.create(root.metric)
         train = gather(source.split("train"), FITTING_CLIPS, root.seed)
         metric.fit(train.video, train.captions)
-        clips |= metric.baselines(captions)
+        clips |= metric.baselines(captions) | fresh_clips
         result.scores = {name: metric.score(video, captions) for name, video in clips.items()}
         result.meaning = metric.meaning()
     return result

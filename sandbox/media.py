@@ -200,9 +200,8 @@ def wall(
 
     if not clips:
         raise ValueError("wall: want at least one clip")
-    shown = [
-        enlarged(f, enlargement(*f.shape[1:3], least)) for f in (frames_uint8(v) for _, v in clips)
-    ]
+    small = [frames_uint8(video) for _, video in clips]
+    shown = [enlarged(f, enlargement(f.shape[1], f.shape[2], least)) for f in small]
     gap = 12
     columns = min(columns, len(shown))
     width, height = max(f.shape[2] for f in shown), max(f.shape[1] for f in shown)

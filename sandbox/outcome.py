@@ -32,9 +32,12 @@ def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict
         system.eval()
         found = evaluate(system, cfg.score_clips, cfg.untrained)
     seconds["scoring"] = time.monotonic() - began
-    write_samples(run.samples, found, cfg.samples)
+    picked = spread(found.captions, cfg.samples)
+    captions = [found.captions[i] for i in picked]
+    paths = write_clips(run.samples, captions, found.clips["model"][picked]) if picked else []
+    shown = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
-    write_sheet(sheet, found, cfg.samples)
+    write_sheet(sheet, found, picked or [0])
     metrics = {
         "scores": found.scores,
         "meaning": found.meaning,
@@ -46,10 +49,10 @@ def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict
     }
     with storing(run.folder):
         write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    page = write_report(run.folder, report(root, run, found, overrides, seconds, training.loader.bad, sheet))
+    page = write_report(run.folder, report(root, run, found, overrides, seconds, training.loader.bad, sheet, shown))
     training.trackers.summary({f"score/{k}": v for k, v in found.scores.get("model", {}).items()})
-    for path in sorted(run.samples.glob("*.mp4"))[:4]:
-        training.trackers.video(training.step, "samples", path, path.stem)
+    for caption, path in shown[:4]:
+        training.trackers.video(training.step, f"samples/{path.stem}", path, caption)
     result = {"folder": str(run.folder), "steps": training.step, "scores": found.scores.get("model", {})}
     run.finish(result)
     say_scores(root, found)
@@ -57,15 +60,16 @@ def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict
     return result
 
 
-def write_samples(folder: Path, found: Evaluation, count: int) -> list[tuple[str, Path]]:
-    """The model's first `count` clips as mp4, named by number and caption."""
+def write_clips(folder: Path, captions: list[str], video: Tensor) -> list[Path]:
+    """An mp4 for each clip (N, 3, T, H, W), named by number and caption, and last the contact sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for i, (caption, video) in enumerate(zip(found.captions, found.clips["model"][:count], strict=False)):
-        path = folder / f"{i:03}-{file_name(caption)}.mp4"
-        media.write_video(path, video, FPS, media.enlargement(*video.shape[2:]))
-        written.append((caption, path))
-    return written
+    paths = []
+    for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
+        paths.append(folder / f"{i:03}-{file_name(caption)}.mp4")
+        media.write_video(paths[-1], clip, FPS, media.enlargement(*clip.shape[2:]))
+    sheet = folder / "sheet.png"
+    media.contact_sheet(sheet, [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)])
+    return [*paths, sheet]
 
 
 def file_name(caption: str) -> str:
@@ -74,17 +78,24 @@ def file_name(caption: str) -> str:
     return "-".join(w for w in words.split("-") if w)[:60] or "clip"
 
 
-def write_sheet(path: Path, found: Evaluation, count: int) -> None:
+def spread(captions: list[str], count: int) -> list[int]:
+    """Places of `count` clips with different captions, spread evenly over them; fewer where there are fewer."""
+    first = list({caption: i for i, caption in reversed([*enumerate(captions)])}.values())[::-1]
+    places = first if len(first) > 1 else list(range(len(captions)))
+    count = min(count, len(places))
+    return [places[i * len(places) // count] for i in range(count)]
+
+
+def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
     """Real clips, the model's and an untrained model's side by side, a caption a row."""
-    shown = min(max(count, 1), len(found.captions))
     columns = [c for c in SHEET_COLUMNS if c in found.clips]
-    rows = [media.Row(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in range(shown)]
+    rows = [media.Row(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places]
     media.contact_sheet(path, rows)
 
 
 def report(
     root: Root, run: Run, found: Evaluation, overrides: list[str], seconds: dict[str, float],
-    skipped: dict[str, str], sheet: Path,
+    skipped: dict[str, str], sheet: Path, samples: list[tuple[str, Path]],
 ) -> Report:  # fmt: skip
     """The page's contents."""
     notes = [f"The first stage reaches {found.first_stage_psnr:.1f} dB on held-out clips: no sample can look better."]
@@ -99,8 +110,8 @@ def report(
         settings=settings,
         scores=[ScoreRow(name, values, found.count) for name, values in found.scores.items()],
         meanings=found.meaning,
-        samples=[(path.stem[4:].replace("-", " "), path) for path in sorted(run.samples.glob("*.mp4"))],
-        sheet=sheet,
+        samples=[(caption, path.resolve()) for caption, path in samples],
+        sheet=sheet.resolve(),
         curves=read_curves(run.metrics_file),
         notes=notes,
         environment=json.loads(run.environment.read_text()),
@@ -119,8 +130,3 @@ def say_scores(root: Root, found: Evaluation) -> None:
         rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
         print("\n" + terminal_table(rows, found.meaning) + "\n")
     print(f"first stage {root.vae.plugin.split('/')[1]}: {found.first_stage_psnr:.1f} dB on held-out clips")
-
-
-def tensor_rows(captions: list[str], video: Tensor) -> list[media.Row]:
-    """A contact sheet of samples alone."""
-    return [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]

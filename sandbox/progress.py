@@ -20,6 +20,7 @@ class Progress:
         self.every = 0.1 if self.live else 5.0
         self.start = self.shown = time.monotonic()
         self.width = 0
+        self.ended = False
 
     def __enter__(self) -> Progress:
         return self
@@ -31,8 +32,9 @@ class Progress:
 
     def update(self, done: int, **facts: str) -> None:
         now = time.monotonic()
-        if now - self.shown < self.every and done < self.total:
+        if self.ended or (now - self.shown < self.every and done < self.total):
             return
+        self.ended = done >= self.total
         self.shown = now
         seconds = max(now - self.start, 1e-9)
         speed = (done - self.first) / seconds

@@ -412,7 +412,7 @@ def _setting(value: object) -> str:
     return shown if len(shown) <= CHARS else shown[: CHARS - 3] + "..."
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"

@@ -7,10 +7,13 @@ is re-seeded for every micro-batch, and nothing else is random.
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -20,8 +23,9 @@ from torch import Tensor
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
 from sandbox.contracts import Batch, Diverged
-from sandbox.data import Loader
+from sandbox.data import Loader, batches
 from sandbox.ema import EMA
+from sandbox.latent_diffusion import prompts_batch
 from sandbox.module import Trainable
 from sandbox.progress import Progress
 from sandbox.randomness import keyed
@@ -35,7 +39,7 @@ PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lig
 class Training:
     """A system with all that changes while it trains. `step` counts finished optimizer steps."""
 
-    system: Trainable
+    system: Any  # a Trainable
     root: Root
     loader: Loader
     run: Run
@@ -56,6 +60,43 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
         }
+
+    def sample(self, prompts: list[str], count: int) -> None:
+        """Videos and a sheet of `prompts`, else of the data's first `count`, as task=sample makes them of this step."""
+        from sandbox.outcome import write_clips
+
+        captions = prompts or registry.create(self.root.data).prompts()[:count] or [""] * count
+        with self.averaged(), self.evaluating():
+            video = self.system.sample(prompts_batch(captions, self.system.device)).cpu()
+        paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
+        self.trackers.images(self.step, "samples", paths[-1:])
+        for caption, path in zip(captions, paths[:-1][:4], strict=False):
+            self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
+
+    def validate(self, count: int) -> None:
+        """The loss on `count` held-out clips, with live and averaged weights, on the same noise each time."""
+        val = registry.create(self.root.data).split("val")
+        found: dict[str, float] = {}
+        for suffix, weights in (("", nullcontext()), *([("_ema", self.averaged())] if self.ema else [])):
+            with weights, self.evaluating(), torch.no_grad():
+                losses, seen = [], 0
+                for batch in batches(val, min(count, 64), self.root.seed):
+                    batch = self.system.transfer_batch_to_device(batch, self.system.device, 0)
+                    losses.append(self.system.step(batch, self.system.draws(batch)).per_sample)
+                    seen += batch.size
+                    if seen >= count:
+                        break
+                found[f"val/loss{suffix}"] = torch.cat(losses)[:count].mean().item()
+        self.trackers.metrics(self.step, found)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block; the global generator is left as it was."""
+        was = self.system.training
+        self.system.eval()
+        with torch.random.fork_rng():
+            yield
+        self.system.train(was)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -107,10 +148,12 @@ def start(system: Trainable, run: Run, group: str | None = None) -> Iterator[Tra
 class Stream:
     """The loader's micro-batches without end: an optimizer step may span two epochs, so that none is a partial one."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, repeat: int = 0) -> None:
+        self.loader, self.repeat = loader, repeat
 
     def __iter__(self) -> Iterator[Batch]:
+        if self.repeat:
+            yield from cycle([*islice(self.loader, self.repeat)])
         while True:
             yield from self.loader
 
@@ -127,6 +170,7 @@ def fit(training: Training) -> None:
     for callback in extra:
         callback.training = training
     training.system.optimizer = training.optimizer
+    _quiet()
     trainer = Trainer(
         accelerator="gpu" if trainer_cfg.accelerator == "cuda" else trainer_cfg.accelerator,
         devices=1,
@@ -144,8 +188,15 @@ def fit(training: Training) -> None:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(training.system, train_dataloaders=Stream(training.loader))
+    trainer.fit(training.system, train_dataloaders=Stream(training.loader, trainer_cfg.repeat))
     engine.finish()
+
+
+def _quiet() -> None:
+    """Lightning's advice on devices, products and modules that are frozen on purpose; its warnings of substance stay."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for text in ("Found .* module.* in eval mode", ".*LeafSpec.*", ".*does not have many workers.*", ".*GPU available but not used.*"):
+        warnings.filterwarnings("ignore", text)
 
 
 def use_threads(threads: int | None, workers: int) -> None:

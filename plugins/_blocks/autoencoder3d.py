@@ -4,6 +4,9 @@ All tensors are (B, C, T, H, W). A convolution sees no later frame, but group no
 the whole clip, so the network as a whole is not strictly causal (as published).
 """
 
+from collections.abc import Callable
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,9 +24,13 @@ class CausalConv3d(nn.Conv3d):
     ceil(T / time stride).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int] = (1, 1)) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: tuple[int, int] = (1, 1)
+    ) -> None:
         time, space = stride
-        super().__init__(in_channels, out_channels, 3, (time, space, space), (0, 2 - space, 2 - space))
+        super().__init__(
+            in_channels, out_channels, 3, (time, space, space), (0, 2 - space, 2 - space)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride[2] == 2:
@@ -128,7 +135,9 @@ class Attention3D(nn.Module):
 class MidBlock3D(nn.Module):
     """Residual block, attention (where there is one), residual block."""
 
-    def __init__(self, channels: int, num_groups: int, num_heads: int, attention: str | None) -> None:
+    def __init__(
+        self, channels: int, num_groups: int, num_heads: int, attention: str | None
+    ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
             ResidualBlock3D(channels, channels, num_groups) for _ in range(2)
@@ -216,9 +225,7 @@ class Encoder3D(nn.Module):
         self.conv_in = CausalConv3d(3, widths[0])
         self.down_blocks = nn.ModuleList(
             DownBlock3D(a, b, layers, num_groups, f)
-            for a, b, f in zip(
-                (widths[0], *widths), widths, (*factors[:-1], None), strict=False
-            )
+            for a, b, f in zip((widths[0], *widths), widths, (*factors[:-1], None), strict=False)
         )
         self.mid_block = MidBlock3D(last, num_groups, num_heads, attention)
         self.conv_norm_out = GroupNorm(num_groups, last, act="silu")
@@ -252,9 +259,7 @@ class Decoder3D(nn.Module):
         self.mid_block = MidBlock3D(widths[0], num_groups, num_heads, attention)
         self.up_blocks = nn.ModuleList(
             UpBlock3D(a, b, layers, num_groups, f)
-            for a, b, f in zip(
-                (widths[0], *widths), widths, (*factors[:-1], None), strict=False
-            )
+            for a, b, f in zip((widths[0], *widths), widths, (*factors[:-1], None), strict=False)
         )
         self.conv_norm_out = GroupNorm(num_groups, widths[-1], act="silu")
         self.conv_out = CausalConv3d(widths[-1], 3)
@@ -264,3 +269,133 @@ class Decoder3D(nn.Module):
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(self.conv_norm_out(x))
+
+
+def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, overlap: float) -> Tensor:
+    """`fn` on square tiles of x (..., H, W), `size` wide, whose outputs are `out` wide.
+
+    Neighbours share the part `overlap` of their width, where their outputs are blended linearly. As published: a tile
+    is blended with the one above, then with the one at its left, both blended before.
+    """
+    step, blend = size - round(size * overlap), round(out * overlap)
+    keep = out - blend
+    above: list[Tensor] = []
+    rows = []
+    for top in range(0, x.shape[-2], step):
+        row: list[Tensor] = []
+        for i, left in enumerate(range(0, x.shape[-1], step)):
+            tile = fn(x[..., top : top + size, left : left + size])
+            if above:
+                tile = blended(above[i], tile, blend, -2)
+            if row:
+                tile = blended(row[-1], tile, blend, -1)
+            row.append(tile)
+        rows.append(torch.cat([tile[..., :keep, :keep] for tile in row], -1))
+        above = row
+    return torch.cat(rows, -2)
+
+
+def blended(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
+    """x, whose first `extent` entries along `dim` fade over from the last ones of `before`."""
+    extent = min(extent, before.shape[dim], x.shape[dim])
+    ramp = torch.arange(extent, device=x.device, dtype=x.dtype) / extent
+    ramp = ramp.view(-1, *[1] * (-dim - 1))
+    old = before.narrow(dim, before.shape[dim] - extent, extent)
+    head = old * (1 - ramp) + x.narrow(dim, 0, extent) * ramp
+    return torch.cat([head, x.narrow(dim, extent, x.shape[dim] - extent)], dim)
+
+
+# Mean of red, green and blue, red against green, both against blue; and the way back.
+TO_COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, -1 / 2, 0), (1 / 4, 1 / 4, -1 / 2))
+FROM_COLOURS = ((1, 1, 2 / 3), (1, -1, 2 / 3), (1, 0, -4 / 3))
+COLOUR_ORDER = (
+    0.5  # colour differences come after brightness and before every change in time or space
+)
+
+
+@torch.no_grad()
+def start_as_haar(encoder: Encoder3D, decoder: Decoder3D) -> None:
+    """Makes an untrained pair a truncated Haar transform that is linear but for the group norms.
+
+    Residual blocks start as the identity. A downsampler takes averages and differences within its cells and keeps
+    the smoothest; a feature f ends as the pair of channels (f, -f), of which SiLU loses nothing: silu(f) - silu(-f)
+    = f. So the first latents are the averages of brightness and colour, the next ones the coarse changes. The decoder
+    passes the latents on in the same pairs and starts from the averages alone. Needs two levels, each of at least 6
+    channels; other channels and the first convolutions of residual blocks keep their random weights.
+    """
+    for module in (*encoder.modules(), *decoder.modules()):
+        if isinstance(module, ResidualBlock3D):
+            zero(module.conv2)
+            if isinstance(module.shortcut, nn.Conv3d):
+                pass_on(module.shortcut)
+        elif isinstance(module, Attention3D):
+            zero(module.to_out)
+        elif isinstance(module, Upsampler):
+            pass_on(module.conv)
+    moments, latents = encoder.conv_out.out_channels, decoder.conv_in.in_channels
+
+    put(encoder.conv_in, {(i, j): w for i, row in enumerate(TO_COLOURS) for j, w in enumerate(row)})
+    orders = [0, COLOUR_ORDER, COLOUR_ORDER]
+    samplers = [block.downsampler for block in encoder.down_blocks if block.downsampler]
+    for i, sampler in enumerate(samplers):
+        last = sampler is samplers[-1]
+        room = min(latents, sampler.conv.out_channels // 2) if last else sampler.conv.out_channels
+        orders = keep_smoothest(
+            sampler.conv, orders, 2 ** (len(samplers) - 1 - i), room, paired=last
+        )
+    pairs = range(len(orders))
+    zero(encoder.conv_out, rows=moments // 2)
+    put(encoder.conv_out, {(r, 2 * r + s): 1 - 2 * s for r in pairs for s in (0, 1)})
+
+    pairs = range(min(latents, decoder.conv_in.out_channels // 2))
+    zero(decoder.conv_in)
+    put(decoder.conv_in, {(2 * r + s, r): 1 - 2 * s for r in pairs for s in (0, 1)})
+    decoder.conv_out.weight[:, :6] = 0
+    colours = [(i, r, w) for i, row in enumerate(FROM_COLOURS) for r, w in enumerate(row)]
+    put(decoder.conv_out, {(i, 2 * r + s): w * (1 - 2 * s) for i, r, w in colours for s in (0, 1)})
+
+
+def keep_smoothest(
+    conv: CausalConv3d, orders: list[float], weight: int, room: int, paired: bool
+) -> list[float]:
+    """Makes a downsampler's first channels Haar functions of its cells; the orders of the features it keeps.
+
+    `orders` says how fast each incoming feature changes; a difference along an axis adds `weight`. The `room` lowest
+    are kept. `paired`: each is followed by its negative.
+    """
+    sizes = conv.stride
+    axes = [range(n) for n in sizes]
+    found = [(o + weight * sum(k), i, k) for i, o in enumerate(orders) for k in product(*axes)]
+    found = sorted(found)[:room]
+    signs = (1, -1) if paired else (1,)
+    zero(conv, rows=len(found) * len(signs))
+    time, height, width = sizes
+    for row, (sign, (_, i, k)) in enumerate((s, f) for f in found for s in signs):
+        average_or_difference = [
+            torch.tensor([(-1.0) ** (d * x) / n for x in range(n)], device=conv.weight.device)
+            for d, n in zip(k, sizes, strict=True)
+        ]
+        taps = torch.einsum("t,h,w->thw", *average_or_difference)
+        conv.weight[row, i, -time:, :height, :width] = sign * taps  # the cell within the kernel
+    return [order for order, _, _ in found]
+
+
+def zero(layer: nn.Conv3d | nn.Linear, rows: int | None = None) -> None:
+    """Zeros weight and bias of the first `rows` outputs, or of all."""
+    layer.weight[:rows] = 0
+    layer.bias[:rows] = 0
+
+
+def put(conv: nn.Conv3d, weights: dict[tuple[int, int], float]) -> None:
+    """Sets pointwise weights by (output, input): outputs see these inputs at their own place and no other."""
+    middle = conv.kernel_size[-1] // 2
+    for (out, source), weight in weights.items():
+        conv.weight[out, source] = 0
+        conv.weight[out, source, -1, middle, middle] = weight
+        conv.bias[out] = 0
+
+
+def pass_on(conv: nn.Conv3d) -> None:
+    """Makes a convolution the identity on the channels that it has on both sides, zero elsewhere."""
+    zero(conv)
+    put(conv, {(i, i): 1.0 for i in range(min(conv.in_channels, conv.out_channels))})

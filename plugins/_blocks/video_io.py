@@ -70,7 +70,8 @@ def read_video(
 ) -> tuple[Tensor, float]:
     """(3, frames, H, W) in [-1, 1] and the file's fps.
 
-    The clip is every `stride`-th frame from a start that `choose` picks. Raises BadItem for a file that is missing, corrupt, without video or too short.
+    The clip is every `stride`-th frame from a start that `choose` picks. Raises BadItem for a file
+    that is missing, corrupt, without video or too short.
     """
     import av
 

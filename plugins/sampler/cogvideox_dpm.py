@@ -17,7 +17,7 @@ class CogVideoXDPM:
     """Second order, stochastic, multistep; `steps` calls of the model at trailing times.
 
     As published: a step lands a fixed stride earlier, which is not the next time where `steps` does
-    not divide the schedule; the first and the last step are of first order.
+    not divide the schedule. The first step, and one that lands on clean latents, is of first order.
     """
 
     @dataclass
@@ -49,13 +49,13 @@ class CogVideoXDPM:
         for step, level, _ in run:
             z, d = run.denoised(z, step, step)
             level_next = there[step] if places[step] >= 0 else CLEAN
+            (_, sigma), (alpha_next, sigma_next) = level, level_next
             stride = log_snr(level_next) - log_snr(level)
             z0 = d.z0
-            if z0_old is not None and step + 1 < len(places):
+            if z0_old is not None and sigma_next:
                 stride_old = log_snr(level) - log_snr(run.levels[step - 1])
                 z0 = d.z0 + stride / (2 * stride_old) * (d.z0 - z0_old)
             z0_old = d.z0
-            (_, sigma), (alpha_next, sigma_next) = level, level_next
             keep, pull = sigma_next / sigma * math.exp(-stride), -math.expm1(-2 * stride)
             z = keep * z + pull * alpha_next * z0
             if sigma_next:

@@ -210,7 +210,7 @@ class DDPM:
         return Denoised(x_start / per_sample(self._rescale(t)), eps, log_variance)
 
     def _log_variance(self, frac: Tensor, t: Tensor) -> Tensor:
-        """Between the bounds of a step to t - 1: Nichol & Dhariwal 2021, eq. 15; frac in [-1, 1]."""
+        """Between the bounds of one step (Nichol & Dhariwal 2021, eq. 15); frac in [-1, 1]."""
         low, high = (per_sample(table(t)) for table in self._log_variances)
         return low + (frac + 1) / 2 * (high - low)
 

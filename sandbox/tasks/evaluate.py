@@ -40,7 +40,7 @@ class Evaluate:
 
         from sandbox.evaluation import evaluate
         from sandbox.files import write_atomic
-        from sandbox.outcome import say_scores, write_sheet
+        from sandbox.outcome import say_scores, spread, write_sheet
         from sandbox.systems import load_system
 
         folder = Path(self.cfg.run or "")
@@ -49,7 +49,7 @@ class Evaluate:
         to = folder / "evaluations"
         to.mkdir(exist_ok=True)
         name = f"evaluation-{len(list(to.glob('*.json'))) + 1:02}"
-        write_sheet(to / f"{name}.png", found, self.cfg.samples)
+        write_sheet(to / f"{name}.png", found, spread(found.captions, self.cfg.samples) or [0])
         scores = {"overrides": list(overrides), "weights": self.cfg.weights, "clips": found.count, "scores": found.scores,
                   "meaning": found.meaning, "first_stage_psnr_db": found.first_stage_psnr}  # fmt: skip
         write_atomic(to / f"{name}.json", json.dumps(scores, indent=1) + "\n")

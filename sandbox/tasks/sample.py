@@ -36,9 +36,9 @@ class Sample:
     def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox import media, registry
+        from sandbox import registry
         from sandbox.latent_diffusion import prompts_batch
-        from sandbox.outcome import FPS, file_name, tensor_rows
+        from sandbox.outcome import write_clips
         from sandbox.progress import Progress
         from sandbox.systems import load_system
 
@@ -50,9 +50,6 @@ class Sample:
                 prompts_batch(captions, system.device), progress=lambda done, total: progress.update(done)
             )
         to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
-        to.mkdir(parents=True, exist_ok=True)
-        for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
-            media.write_video(to / f"{i:03}-{file_name(caption)}.mp4", clip, FPS, media.enlargement(*clip.shape[2:]))
-        media.contact_sheet(to / "samples.png", tensor_rows(captions, video))
-        print(f"{len(captions)} videos and samples.png in {to}")
+        write_clips(to, captions, video.cpu())
+        print(f"{len(captions)} videos and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}

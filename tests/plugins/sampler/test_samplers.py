@@ -51,7 +51,7 @@ def start(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def oracle(schedule, mean, std):
-    """The best model of latents that are normal with `mean` and `std`: exact posterior means of z0 and eps."""
+    """The best model of normal latents: posterior means of z0 and eps given z_t."""
 
     def model(z_t: Tensor, t: Tensor, step: int) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -62,11 +62,27 @@ def oracle(schedule, mean, std):
     return model
 
 
-def solution(schedule, z: Tensor, mean: float, std: float, sampler, steps: int) -> Tensor:
-    """Where the probability-flow ODE takes z from the sampler's first time to 0."""
-    t = schedule.times(steps, sampler.cfg.spacing)[:1]
-    alpha, sigma = schedule.alpha(t).double(), schedule.sigma(t).double()
-    return mean + std * (z - alpha * mean) / (alpha**2 * std**2 + sigma**2).sqrt()
+def error_half_way(sampler, schedule, steps: int, mean: float = 0.5, std: float = 0.6) -> float:
+    """Largest distance to the exact solution of the probability-flow ODE at half the time.
+
+    Not at the end: a thousand times cannot resolve the last stretch, where sigma grows like
+    the root of t, and all solvers cross it in one step of first order.
+    """
+    z = start(16, 1, 1, 2, 2, dtype=torch.float64)
+    seen, model = {}, oracle(schedule, mean, std)
+
+    def watched(z_t: Tensor, t: Tensor, step: int) -> Tensor:
+        seen.setdefault(t[0].item(), z_t)
+        return model(z_t, t, step)
+
+    sampler(watched, schedule, z, steps, draws(16))
+    times = schedule.times(steps, "trailing")
+    (alpha0, alpha), (sigma0, sigma) = (
+        f(times[[0, steps // 2]]).flatten().double() for f in (schedule.alpha, schedule.sigma)
+    )
+    spread0, spread = (alpha0 * std).hypot(sigma0), (alpha * std).hypot(sigma)
+    exact = alpha * mean + (z - alpha0 * mean) * spread / spread0
+    return (seen[times[steps // 2].item()] - exact).abs().max().item()
 
 
 def test_flow_and_diffusion_samplers_are_all_paired():
@@ -77,40 +93,33 @@ def test_flow_and_diffusion_samplers_are_all_paired():
 @pytest.mark.parametrize(("sampler", "schedule"), PAIRS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_data_at_one_point_is_found_exactly(sampler, schedule, steps):
-    """Only landings that miss the next time, or end short of 0, leave a rest: CogVideoX' own sampler has them."""
+    """CogVideoX' own sampler may miss the next time, or end before 0."""
     schedule, point = SCHEDULES[schedule], torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2)
     z = start(3, 2, 1, 2, 2)
     got = SAMPLERS[sampler](oracle(schedule, point, 0.0), schedule, z, steps, draws(3))
-    # a landing on time 0 has sigma 0.03; float32 divides its rounding by alpha, 0.07 at the noisy end
+    # float32 rounding is divided by alpha, 0.07 at the noisy end; a landing on 0 keeps sigma 0.03
     atol = 0.2 if sampler == "cogvideox_dpm" else 2e-4
     torch.testing.assert_close(got, point.expand_as(got), rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("schedule", ["flow", "v", "rescaled"])
+@pytest.mark.parametrize("schedule", ["flow", "eps", "v", "rescaled"])
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_the_error_falls_with_the_order_of_the_solver(sampler, order, schedule):
-    schedule, sampler = SCHEDULES[schedule], SAMPLERS[sampler]
-    mean, std = 0.5, 0.6
-    z = start(16, 1, 1, 2, 2, dtype=torch.float64)
-    errors = []
-    for steps in (20, 40, 80):
-        got = sampler(oracle(schedule, mean, std), schedule, z, steps, draws(16))
-        errors.append((got - solution(schedule, z, mean, std, sampler, steps)).abs().max().item())
-    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
-    # halving the step divides the error by 2^order; a quarter less is left to higher terms
-    assert all(r > 0.75 * 2**order for r in ratios), (errors, ratios)
+    coarse, fine = (error_half_way(SAMPLERS[sampler], SCHEDULES[schedule], n) for n in (20, 40))
+    # half the step divides the error by 2^order, up to higher terms: seen 2.0 and 3.7 to 3.9
+    assert 0.85 * 2**order < coarse / fine < 1.15 * 2**order, (coarse, fine)
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
-@pytest.mark.parametrize("schedule", ["flow", "v", "eps", "cosine"])
-def test_second_order_beats_euler_at_20_steps(sampler, schedule):
-    schedule, z = SCHEDULES[schedule], start(16, 1, 1, 2, 2, dtype=torch.float64)
-
-    def error(solver):
-        got = solver(oracle(schedule, 0.5, 0.6), schedule, z, 20, draws(16))
-        return (got - solution(schedule, z, 0.5, 0.6, solver, 20)).abs().max().item()
-
-    assert error(SAMPLERS[sampler]) < error(SAMPLERS["euler"]) / 2
+def test_heun_on_a_flow_is_of_second_order_to_the_end():
+    """There sigma is t itself: the last step of first order is short enough."""
+    schedule, z = SCHEDULES["flow"], start(16, 1, 1, 2, 2, dtype=torch.float64)
+    alpha, sigma = 0.001, 0.999
+    exact = 0.5 + 0.6 * (z - alpha * 0.5) / (alpha**2 * 0.6**2 + sigma**2) ** 0.5
+    model = oracle(schedule, 0.5, 0.6)
+    coarse, fine = (
+        (SAMPLERS["heun"](model, schedule, z, n, draws(16)) - exact).abs().max() for n in (20, 40)
+    )
+    assert coarse / fine > 3.5  # seen 4.2
 
 
 @pytest.mark.parametrize("schedule", ["flow", "eps", "v", "cosine"])
@@ -126,8 +135,8 @@ def test_ddim_with_eta_1_is_ancestral_sampling(schedule):
 @pytest.mark.parametrize("schedule", ["flow", "v", "rescaled"])
 def test_samples_have_the_mean_and_deviation_of_the_data(sampler, schedule):
     schedule, z = SCHEDULES[schedule], start(64, 4, 2, 4, 4)
-    got = SAMPLERS[sampler](oracle(schedule, 1.5, 0.5), schedule, z, 100, draws(64))
-    # 8192 numbers: standard errors 0.006 and 0.004; 100 steps of first order bias the deviation by 1 %
+    got = SAMPLERS[sampler](oracle(schedule, 1.5, 0.5), schedule, z, 200, draws(64))
+    # 8192 numbers: standard errors 0.006 and 0.004; ancestral sampling in 200 steps is 0.017 narrow
     assert got.mean().item() == pytest.approx(1.5, abs=0.03)
     assert got.std().item() == pytest.approx(0.5, abs=0.03)
 

@@ -1,0 +1,179 @@
+"""Losses against recorded steps, and what they say of a prediction."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from plugins.loss.ldm import LDMLoss
+from plugins.loss.mse import MSE
+from plugins.schedule.ddpm import DDPM
+from plugins.schedule.flow import Flow
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+LOSSES = {"mse": MSE(MSE.Config()), "ldm": LDMLoss(LDMLoss.Config())}
+
+
+def load(system: str, name: str) -> tuple[dict, dict[str, Tensor]]:
+    facts = json.loads((GOLDEN / system / f"{name}.json").read_text())
+    return facts, load_file(GOLDEN / system / f"{name}.safetensors")
+
+
+def weight(system: str, spec: list) -> Tensor:
+    """A weight of the originals: a slice of their table, as the README of the fixtures says."""
+    shape, offset, scale, shift = spec
+    table = load_file(GOLDEN / system / "weights_table.safetensors")["table"]
+    places = (offset + torch.arange(torch.Size(shape).numel())) % len(table)
+    return (table[places] * scale + shift).view(shape).requires_grad_()
+
+
+def check(facts: dict, terms, gradients: dict[str, Tensor]) -> None:
+    """Logged values, total and gradients of a recorded step."""
+    tolerance = facts["tolerance"]
+    for name, want in facts["loss_train"].items():
+        got = terms.log[name.removeprefix("train/")]
+        torch.testing.assert_close(
+            got, torch.tensor(want), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert set(terms.log) == {n.removeprefix("train/") for n in facts["loss_train"]}
+    terms.total.backward()
+    for name, want in facts["grad_l2_unet"].items():
+        got = gradients[name.rpartition(".")[2]].grad.norm()
+        torch.testing.assert_close(got, torch.tensor(want), **tolerance)
+
+
+def test_an_ldm_step_is_reproduced():
+    facts, tensors = load("ldm", "loss")
+    mix, bias = (weight("ldm", facts["weights"]["unet"][k]) for k in "Ab")
+    z0, eps, t = tensors["out/z"][:, :, None], tensors["in/noise"][:, :, None], tensors["in/t"]
+    schedule = DDPM(DDPM.Config(betas=(0.0015, 0.0195)))
+    z_t = schedule.noised(z0, eps, t)
+    out = torch.einsum("oc,bcthw->bothw", mix, z_t) + bias.view(1, -1, 1, 1, 1)
+    out = out + 0.3 * torch.cos(t / 200).view(-1, 1, 1, 1, 1)
+    check(facts, LOSSES["ldm"](schedule, out, z0, eps, t), {"A": mix, "b": bias})
+
+
+def test_a_dynamicrafter_step_is_reproduced():
+    facts, tensors = load("dynamicrafter", "conditioning_and_loss")
+    a, b = (weight("dynamicrafter", facts["weights"]["unet"][k]) for k in "AB")
+    z0, eps, t = tensors["out/z"], tensors["in/noise"], tensors["in/t"]
+    schedule = DDPM(DDPM.Config(zero_terminal_snr=True, prediction="v", base_scale=0.7))
+    z_t = schedule.noised(z0, eps, t)
+    concat = tensors["out/c_concat_frame"][:, :, None].expand_as(z_t)
+    out = torch.einsum("oc,bcthw->bothw", a, z_t) + torch.einsum("oc,bcthw->bothw", b, concat)
+    told = 0.05 * tensors["out/c_crossattn"].mean((1, 2)) + 0.01 * tensors["out/fs"]
+    out = out + (told + 0.3 * torch.cos(t / 200)).view(-1, 1, 1, 1, 1)
+    check(facts, LOSSES["ldm"](schedule, out, z0, eps, t), {"A": a, "B": b})
+
+
+SCHEDULES = {
+    "flow": Flow(Flow.Config()),
+    "eps": DDPM(DDPM.Config()),
+    "v": DDPM(DDPM.Config(prediction="v", zero_terminal_snr=True)),
+    "x0": DDPM(DDPM.Config(prediction="x0", min_snr_gamma=5.0)),
+}
+
+
+def sample(schedule) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z0, eps = torch.randn(2, 4, 2, 3, 4, 4, generator=generator)
+    t = torch.tensor([0, 10, 500, 999])
+    return z0, eps, t if schedule.cfg.kind == "discrete" else t / 1000
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_exact_target_costs_nothing_and_a_mistake_its_square(loss, schedule):
+    loss, schedule = LOSSES[loss], SCHEDULES[schedule]
+    if list(loss.cfg.accepts(schedule.cfg)):
+        pytest.skip("refused by accepts, which its own test covers")
+    z0, eps, t = sample(schedule)
+    out = schedule.target(z0, eps, t)
+    assert loss(schedule, out, z0, eps, t).total.item() == 0
+    terms = loss(schedule, out + 0.5, z0, eps, t)
+    torch.testing.assert_close(terms.per_sample, 0.25 * schedule.weight(t))
+    torch.testing.assert_close(terms.total, terms.per_sample.mean())
+    assert terms.per_sample.shape == (4,) and terms.log["loss"] == terms.total
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bf16_predictions_are_compared_in_float32(loss):
+    schedule = SCHEDULES["v"]
+    z0, eps, t = sample(schedule)
+    out = torch.zeros_like(z0).bfloat16().requires_grad_()
+    terms = LOSSES[loss](schedule, out, z0, eps, t)
+    assert terms.total.dtype == torch.float32
+    terms.total.backward()
+    assert out.grad.dtype == torch.bfloat16 and out.grad.isfinite().all()
+
+
+def test_logged_values_hold_no_graph():
+    schedule = SCHEDULES["eps"]
+    z0, eps, t = sample(schedule)
+    for loss in LOSSES.values():
+        terms = loss(schedule, torch.zeros_like(z0).requires_grad_(), z0, eps, t)
+        assert not any(value.requires_grad for value in terms.log.values())
+
+
+def test_the_elbo_share_adds_the_bound():
+    schedule = SCHEDULES["eps"]
+    z0, eps, t = sample(schedule)
+    terms = LDMLoss(LDMLoss.Config(original_elbo_weight=0.5))(schedule, eps + 1, z0, eps, t)
+    bound = schedule.elbo_weight(t).mean()
+    torch.testing.assert_close(terms.log["loss_vlb"], bound)
+    torch.testing.assert_close(terms.total, 1 + 0.5 * bound)
+
+
+def test_a_learned_logvar_is_one_parameter_for_each_time():
+    schedule = SCHEDULES["eps"]
+    loss = LDMLoss(LDMLoss.Config(learn_logvar=True, logvar_init=0.5))
+    assert {k: v.shape for k, v in loss.state_dict().items()} == {"logvar": (1000,)}
+    z0, eps, t = sample(schedule)
+    terms = loss(schedule, eps + 1, z0, eps, t)
+    assert terms.total.item() == pytest.approx(torch.tensor(-0.5).exp().item() + 0.5)
+    assert {"loss_gamma", "logvar"} <= set(terms.log)
+    terms.total.backward()
+    assert loss.logvar.grad.nonzero().flatten().tolist() == t.tolist()
+
+
+def test_without_a_learned_logvar_there_is_nothing_to_save():
+    assert not LOSSES["ldm"].state_dict()
+
+
+def test_l1_is_the_absolute_error():
+    schedule = SCHEDULES["eps"]
+    z0, eps, t = sample(schedule)
+    terms = LDMLoss(LDMLoss.Config(loss_type="l1"))(schedule, eps - 0.5, z0, eps, t)
+    assert terms.total.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"loss_type": "huber"}, "loss_type"),
+        ({"l_simple_weight": -1.0}, "l_simple_weight"),
+        ({"original_elbo_weight": float("nan")}, "original_elbo_weight"),
+        ({"logvar_init": 100.0}, "logvar_init"),
+        ({"timesteps": 0}, "timesteps"),
+    ],
+)
+def test_a_bad_setting_is_named(settings, field):
+    (problem,) = LDMLoss.Config(**settings).problems()
+    assert problem.startswith(f"{field}=")
+
+
+@pytest.mark.parametrize(
+    ("loss", "schedule", "says"),
+    [
+        (MSE.Config(), DDPM.Config(learned_variance=True), "variance"),
+        (LDMLoss.Config(), DDPM.Config(learned_variance=True), "variance"),
+        (LDMLoss.Config(), Flow.Config(), "whole times"),
+        (LDMLoss.Config(learn_logvar=True), DDPM.Config(timesteps=500), "timesteps=1000"),
+    ],
+)
+def test_a_schedule_that_does_not_suit_is_refused(loss, schedule, says):
+    (problem,) = loss.accepts(schedule)
+    assert says in problem and "want" in problem

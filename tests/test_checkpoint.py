@@ -1,0 +1,439 @@
+"""Checkpoints survive kills, full disks, broken files and malice."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from sandbox import checkpoint
+from sandbox.contracts import Diverged, StorageError
+
+FORK = multiprocessing.get_context("fork")  # shares the imports: a spawned process needs seconds
+
+
+def state(step: int = 1, numbers: int = 100) -> dict:
+    made = torch.Generator().manual_seed(step)
+    return {
+        "step": step,
+        "weights": {"a.b": torch.randn(numbers, generator=made), "half": torch.ones(3).bfloat16()},
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "groups": [{"betas": (0.9, 0.95)}]},
+        "loader": OrderedDict(epoch=1, done=None, name="x", ok=True),
+    }
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@contextmanager
+def largest_file(size: int):
+    """What a full disk looks like: no file can grow beyond `size` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+# --- whole ----------------------------------------------------------------------------------------
+
+
+def test_what_is_loaded_equals_what_was_saved(tmp_path):
+    saved = state()
+    loaded = checkpoint.load(checkpoint.save(tmp_path, saved, 1))
+    assert loaded["loader"] == saved["loader"]
+    assert loaded["optimizer"] == saved["optimizer"]
+    for name, tensor in saved["weights"].items():
+        assert loaded["weights"][name].dtype == tensor.dtype
+        assert torch.equal(loaded["weights"][name], tensor)
+
+
+def test_manifest_says_step_size_hash_and_notes(tmp_path):
+    path = checkpoint.save(tmp_path, state(), 12, notes={"vae": "abc"})
+    said = json.loads(path.with_suffix(".json").read_text())
+    assert (said["step"], said["format"], said["notes"]) == (12, 1, {"vae": "abc"})
+    assert said["size"] == path.stat().st_size
+    assert said["sha256"] == checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_same_step_saved_again_writes_over_nothing(tmp_path):
+    first = checkpoint.save(tmp_path, state(1), 3)
+    before = first.read_bytes()
+    second = checkpoint.save(tmp_path, state(2), 3)
+    assert first.read_bytes() == before
+    assert checkpoint.newest(tmp_path) == second
+
+
+def test_newest_is_the_highest_step_whatever_was_written_last(tmp_path):
+    high = checkpoint.save(tmp_path, state(), 100_000_000)
+    checkpoint.save(tmp_path, state(), 99)
+    assert checkpoint.newest(tmp_path) == high
+
+
+@pytest.mark.parametrize("folder", ["missing", "."])
+def test_folder_without_checkpoints_has_no_newest(tmp_path, folder):
+    assert checkpoint.newest(tmp_path / folder) is None
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+def save_until_killed(folder: Path, first: int) -> None:
+    for step in range(first, first + 1000):
+        checkpoint.save(folder, state(step, 500_000), step)
+
+
+def save_and_be_killed_in_a_write(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends the process in the middle of write()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpoint.save(folder, state(2, 500_000), 2)
+
+
+def test_kill_at_random_moments_leaves_a_good_checkpoint(tmp_path):
+    checkpoint.save(tmp_path, state(0, 500_000), 0)
+    reached = 0
+    for kill in range(6):
+        child = FORK.Process(target=save_until_killed, args=(tmp_path, reached + 1))
+        child.start()
+        time.sleep(0.05 + 0.013 * kill)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        loaded = checkpoint.load(checkpoint.newest(tmp_path))
+        assert loaded["step"] >= reached
+        expected = state(loaded["step"], 500_000)["weights"]["a.b"]
+        assert torch.equal(loaded["weights"]["a.b"], expected)
+        reached = loaded["step"]
+
+
+def test_kill_inside_a_write_leaves_the_old_one_and_the_next_save_tidies_up(tmp_path):
+    old = checkpoint.save(tmp_path, state(), 1)
+    child = FORK.Process(target=save_and_be_killed_in_a_write, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGXFSZ
+    assert ".step_00000002.ckpt.part" in names(tmp_path)
+    assert checkpoint.newest(tmp_path) == old
+    checkpoint.save(tmp_path, state(), 2)
+    assert not [n for n in names(tmp_path) if n.endswith(".part")]
+
+
+# --- full disk ------------------------------------------------------------------------------------
+
+
+def test_full_disk_is_a_storage_error_and_touches_nothing(tmp_path):
+    checkpoint.save(tmp_path, state(), 1)
+    before = names(tmp_path)
+    with largest_file(50_000), pytest.raises(StorageError, match="step 2.*too large.*untouched"):
+        checkpoint.save(tmp_path, state(2, 500_000), 2, wait=0)
+    assert names(tmp_path) == before
+    assert StorageError.exit_code == 5
+
+
+def test_manifest_that_cannot_be_written_leaves_no_file(tmp_path):
+    (tmp_path / ".step_00000001.json.part").mkdir()  # in the way of the manifest's temporary file
+    with pytest.raises(StorageError):
+        checkpoint.save(tmp_path, state(), 1, attempts=1)
+    assert names(tmp_path) == [".step_00000001.json.part"]
+
+
+def test_write_is_tried_again_until_there_is_space(tmp_path, caplog):
+    with largest_file(50_000):
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        freed = threading.Timer(0.2, resource.setrlimit, (resource.RLIMIT_FSIZE, (hard, hard)))
+        freed.start()
+        path = checkpoint.save(tmp_path, state(2, 500_000), 2, attempts=200, wait=0.02)
+        freed.join()
+    assert checkpoint.load(path)["step"] == 2
+    assert "trying again" in caplog.text
+
+
+def test_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        checkpoint.save(tmp_path / "file" / "checkpoints", state(), 1, wait=0)
+
+
+# --- broken ---------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def lose_manifest(path: Path) -> None:
+    path.with_suffix(".json").unlink()
+
+
+def lose_file(path: Path) -> None:
+    path.unlink()
+
+
+def garble_manifest(path: Path) -> None:
+    path.with_suffix(".json").write_text('{"format": 1, ')
+
+
+def empty_manifest(path: Path) -> None:
+    path.with_suffix(".json").write_text("[]")
+
+
+BREAKS = [flip_a_byte, truncate, grow, lose_manifest, lose_file, garble_manifest, empty_manifest]
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_broken_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
+    good = checkpoint.save(tmp_path, state(1), 1)
+    broken = checkpoint.save(tmp_path, state(2), 2)
+    damage(broken)
+    assert checkpoint.newest(tmp_path) == good
+    assert "passed over" in caplog.text and broken.stem in caplog.text
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_broken_checkpoint_is_not_loaded(tmp_path, damage):
+    path = checkpoint.save(tmp_path, state(), 1)
+    damage(path)
+    with pytest.raises(StorageError, match=path.stem):
+        checkpoint.load(path)
+
+
+def test_newer_format_is_refused_and_not_passed_over(tmp_path):
+    checkpoint.save(tmp_path, state(), 1)
+    path = checkpoint.save(tmp_path, state(), 2)
+    path.with_suffix(".json").write_text(json.dumps({"format": 2, "other": "keys"}))
+    with pytest.raises(StorageError, match="format 2"):
+        checkpoint.newest(tmp_path)
+
+
+# --- what is not saved ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_that_are_not_finite_are_never_saved(tmp_path, value, dtype):
+    bad = state()
+    bad["weights"]["worse"] = torch.tensor([1.0, value]).to(dtype)
+    with pytest.raises(Diverged, match=r"weights\.worse"):
+        checkpoint.save(tmp_path, bad, 1)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("thing", [Path("x"), {1, 2}, torch.float32, checkpoint.hashlib.sha256])
+def test_what_a_restricted_load_would_refuse_is_named_by_its_path(tmp_path, thing):
+    with pytest.raises(TypeError, match=r"state\.loader\.thing"):
+        checkpoint.save(tmp_path, {"loader": {"thing": thing}}, 1)
+
+
+# --- pruning --------------------------------------------------------------------------------------
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(checkpoint.manifest(p)["step"] for p in checkpoint.checkpoints(folder))
+
+
+def test_prune_keeps_the_newest_and_the_milestones(tmp_path):
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, state(), step)
+    checkpoint.prune(tmp_path, keep=2, milestones=3)
+    assert steps(tmp_path) == [3, 6, 7]
+    assert len(names(tmp_path)) == 6
+
+
+def test_prune_never_deletes_the_last_good_one(tmp_path):
+    good = checkpoint.save(tmp_path, state(), 1)
+    for step in (2, 3):
+        flip_a_byte(checkpoint.save(tmp_path, state(), step))
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.newest(tmp_path) == good
+
+
+def test_prune_removes_broken_ones_that_are_older_than_a_good_one(tmp_path):
+    truncate(checkpoint.save(tmp_path, state(), 1))
+    checkpoint.save(tmp_path, state(), 2)
+    checkpoint.prune(tmp_path, keep=5)
+    assert names(tmp_path) == ["step_00000002.ckpt", "step_00000002.json"]
+
+
+def test_prune_leaves_foreign_files_alone(tmp_path):
+    (tmp_path / "step_notes.txt").write_text("mine")
+    checkpoint.save(tmp_path, state(), 1)
+    checkpoint.prune(tmp_path, keep=1)
+    assert "step_notes.txt" in names(tmp_path)
+
+
+# --- malice ---------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def plain_pickle(path: Path, marker: Path) -> None:
+    path.write_bytes(pickle.dumps({"state_dict": Payload(marker)}, protocol=2))
+
+
+def torch_zip(path: Path, marker: Path) -> None:
+    torch.save({"state_dict": {"w": torch.zeros(2)}, "x": Payload(marker)}, path)
+
+
+def torch_legacy(path: Path, marker: Path) -> None:
+    torch.save({"x": Payload(marker)}, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("write", [plain_pickle, torch_zip, torch_legacy])
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".safetensors"])
+def test_payload_in_a_foreign_file_is_not_run(tmp_path, write, suffix):
+    path, marker = tmp_path / f"model{suffix}", tmp_path / "owned"
+    write(path, marker)
+    with pytest.raises(StorageError, match="model"):
+        checkpoint.read_foreign(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("write", [plain_pickle, torch_zip, torch_legacy])
+def test_payload_under_a_matching_manifest_is_not_run(tmp_path, write):
+    path, marker = checkpoint.save(tmp_path, state(), 1), tmp_path / "owned"
+    write(path, marker)
+    said = json.loads(path.with_suffix(".json").read_text())
+    said["size"] = path.stat().st_size
+    said["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(said))
+    with pytest.raises(StorageError, match="nothing of it was run"):
+        checkpoint.load(path)
+    assert not marker.exists()
+
+
+# --- weights of any origin ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [checkpoint.LIVE, checkpoint.AVERAGED])
+def test_exported_weights_are_read_again(tmp_path, name):
+    weights = {"a.weight": torch.randn(3, 4).t(), "b": torch.arange(3)}
+    path = checkpoint.export_weights(weights, tmp_path / "export" / name, {"step": "7"})
+    found = checkpoint.read_foreign(path)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[k], weights[k]) for k in weights)
+    assert names(path.parent) == [name]
+
+
+def test_exported_metadata_is_in_the_header(tmp_path):
+    from safetensors import safe_open
+
+    path = checkpoint.export_weights({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"step": "7"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "7"}
+
+
+def test_weights_that_share_storage_are_exported(tmp_path):
+    table = torch.randn(4, 2)
+    path = checkpoint.export_weights({"in": table, "out": table}, tmp_path / "w.safetensors")
+    assert torch.equal(checkpoint.read_foreign(path)["out"], table)
+
+
+def test_export_to_a_full_disk_leaves_the_old_file(tmp_path):
+    path = checkpoint.export_weights({"a": torch.ones(1)}, tmp_path / "w.safetensors")
+    with largest_file(10_000), pytest.raises(StorageError):
+        checkpoint.export_weights({"a": torch.ones(100_000)}, path)
+    assert torch.equal(checkpoint.read_foreign(path)["a"], torch.ones(1))
+    assert names(tmp_path) == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "module", "model"])
+def test_weights_are_found_in_a_foreign_training_checkpoint(tmp_path, key):
+    weights = {"w": torch.randn(2)}
+    whole = weights if key is None else {key: weights, "epoch": 3, "global_step": torch.tensor(1)}
+    torch.save(whole, tmp_path / "model.ckpt")
+    found = checkpoint.read_foreign(tmp_path / "model.ckpt")
+    assert list(found) == ["w"] and torch.equal(found["w"], weights["w"])
+
+
+def not_weights(path: Path) -> None:
+    torch.save({"epoch": 3}, path)
+
+
+def text(path: Path) -> None:
+    path.write_text("version https://example.org/spec\n")
+
+
+def half_a_zip(path: Path) -> None:
+    torch.save({"w": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def other_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a", "b")
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("write", [not_weights, text, half_a_zip, other_zip, nothing, Path.mkdir])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_is_no_weights_file_is_a_storage_error(tmp_path, write, suffix):
+    path = tmp_path / f"model{suffix}"
+    write(path)
+    with pytest.raises(StorageError, match="model"):
+        checkpoint.read_foreign(path)
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors", "weights.npz"])
+def test_missing_and_unknown_files_are_storage_errors(tmp_path, name):
+    with pytest.raises(StorageError, match=name):
+        checkpoint.read_foreign(tmp_path / name)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_foreign_files_are_storage_errors_or_weights(tmp_path, seed):
+    """Whatever byte is wrong, no other error gets out."""
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": OrderedDict(w=torch.zeros(3), v=torch.ones(2))}, path)
+    content = bytearray(path.read_bytes())
+    made = torch.Generator().manual_seed(seed)
+    for _ in range(8):
+        at, to = (int(torch.randint(n, (), generator=made)) for n in (len(content), 256))
+        content[at] = to
+    path.write_bytes(content)
+    try:
+        checkpoint.read_foreign(path)
+    except StorageError as e:
+        assert "model.pt" in str(e)
+
+
+def test_policy_saves_and_prunes(tmp_path, caplog):
+    from plugins.checkpoint.keep import Keep
+
+    caplog.set_level(logging.WARNING)
+    for step in range(1, 5):
+        checkpoint.save_and_prune(tmp_path, state(), step, Keep.Config(keep=2))
+    assert steps(tmp_path) == [3, 4]

@@ -1,0 +1,214 @@
+"""The keyed loader: one order for any number of processes and workers, exact resume, bad items."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sandbox.contracts import BadItem, Batch, DataError
+from sandbox.data import Loader, batches
+
+
+class Numbers:
+    """Clip i shows i, with a caption that says so and noise from `rng`; some cannot be loaded."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def id(self, index: int) -> str:
+        return f"clip: {index}"
+
+    def load(self, index: int, rng: np.random.Generator) -> dict:
+        if index in self.bad:
+            raise BadItem(f"number {index} is broken")
+        video = torch.full((3, 1, 2, 2), float(index))
+        video[1] = float(rng.random())
+        return {"video": video, "caption": str(index), "fps": float(index)}
+
+
+def loader(count: int = 20, batch_size: int = 4, **more) -> Loader:
+    bad = more.pop("bad", ())
+    return Loader(Numbers(count, bad), batch_size, seed=3, **more)
+
+
+def content(batch: Batch) -> tuple:
+    """All of a batch, comparable."""
+    return (
+        batch.epoch,
+        batch.position.tolist(),
+        batch.ids,
+        batch.captions,
+        batch.scalars["fps"].tolist(),
+        batch.video.tolist(),
+        batch.bad,
+    )
+
+
+def epochs(loader: Loader, count: int) -> list[tuple]:
+    return [content(batch) for _ in range(count) for batch in loader]
+
+
+def shown(batch: Batch) -> Tensor:
+    """The number that each clip shows."""
+    return batch.video[:, 0, 0, 0, 0]
+
+
+def test_an_epoch_has_every_clip_once():
+    seen = torch.cat([shown(batch) for batch in loader(18)])
+    assert sorted(seen.tolist()) == list(range(18))
+
+
+def test_epochs_differ_in_order_and_in_the_randomness_of_a_clip():
+    first, second = (
+        dict(zip(b.ids, b.video[:, 1, 0, 0, 0].tolist(), strict=True))
+        for one in [loader(4)]
+        for _ in range(2)
+        for b in one
+    )
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first)
+    assert [e[2] for e in epochs(loader(), 2)][:5] != [e[2] for e in epochs(loader(), 2)][5:]
+
+
+def test_positions_count_through_the_epoch():
+    positions = [p for _, p, *_ in epochs(loader(10), 1)]
+    assert positions == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_caption_scalars_and_pixels_of_a_clip_stay_together():
+    for batch in loader(bad=(2, 7, 11)):
+        assert [float(c) for c in batch.captions] == shown(batch).tolist()
+        assert batch.scalars["fps"].tolist() == shown(batch).tolist()
+
+
+def test_two_ranks_together_see_what_one_process_sees():
+    one = list(loader(24, 8))
+    ranks = [list(loader(24, 4, rank=r, world=2)) for r in range(2)]
+    for whole, *parts in zip(one, *ranks, strict=True):
+        assert whole.ids == [i for part in parts for i in part.ids]
+        assert torch.equal(whole.position, torch.cat([p.position for p in parts]))
+        assert torch.equal(whole.video, torch.cat([p.video for p in parts]))
+
+
+@pytest.mark.parametrize("count, sizes", [(16, [4, 4]), (21, [4, 4, 2]), (17, [4, 4])])
+def test_the_last_micro_batch_is_cut_to_equal_slices(count, sizes):
+    for rank in range(2):
+        one = loader(count, 4, rank=rank, world=2)
+        assert [b.size for b in one] == sizes
+        assert len(one) == len(sizes)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers):
+    many = loader(10, num_workers=workers, bad=(3,))
+    assert epochs(many, 2) == epochs(loader(10, bad=(3,)), 2)
+
+
+@pytest.mark.parametrize("taken", range(8))
+def test_a_loader_goes_on_from_a_saved_state(taken):
+    reference, stopped = epochs(loader(10, bad=(3,)), 3), loader(10, bad=(3,))
+    done: list[tuple] = []
+    while len(done) < taken:
+        for batch in stopped:
+            done.append(content(batch))
+            if len(done) == taken:
+                break
+    resumed = loader(10, bad=(3,))
+    resumed.load_state_dict(stopped.state_dict())
+    rest = epochs(resumed, 3)
+    assert (done + rest)[:9] == reference
+
+
+def test_state_counts_what_was_handed_out_not_what_workers_prepared():
+    ahead = loader(num_workers=2)
+    for taken, _ in enumerate(ahead, 1):
+        state = ahead.state_dict()
+        assert (state["epoch"], state["taken"]) == divmod(taken, 5)
+
+
+def test_a_new_iterator_goes_on_where_the_last_one_was_left():
+    one = loader(num_workers=1)
+    parts = []
+    for _ in range(3):
+        for batch in one:
+            parts.append(content(batch))
+            if len(parts) % 2 == 0:
+                break
+    assert parts == epochs(loader(), 2)[: len(parts)]
+
+
+def test_the_global_generators_are_not_touched():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(1), np.random.rand()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    epochs(loader(), 1)
+    assert (torch.rand(1), np.random.rand()) == expected
+
+
+def test_a_bad_item_is_replaced_named_and_counted_once():
+    one = loader(20, bad=(5,))
+    listed = [b.bad for _ in range(2) for b in one]
+    assert one.bad == {"clip: 5": "number 5 is broken"}
+    assert sum(lines == ["clip: 5: number 5 is broken"] for lines in listed) >= 2
+    assert all(b.size == 4 for b in one)
+
+
+def test_too_many_bad_items_end_the_run_with_their_names():
+    with pytest.raises(DataError, match=r"data\.max_bad=2.*clip: \d+: number \d+ is broken"):
+        epochs(loader(20, bad=tuple(range(10)), max_bad=2), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_usable_is_an_error_and_no_endless_search(workers):
+    with pytest.raises(DataError, match="no usable clip in 21 tries"):
+        epochs(loader(4, bad=(0, 1, 2, 3), num_workers=workers), 1)
+
+
+def test_bad_items_of_a_resumed_run_are_still_counted():
+    first = loader(10, bad=(3,))
+    epochs(first, 1)
+    resumed = loader(10, bad=(3,))
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.bad == first.bad
+
+
+@pytest.mark.parametrize(
+    "count, size, world, cure",
+    [
+        (0, 4, 1, "there are no clips"),
+        (10, 16, 1, r"data\.batch_size=16 needs 16 clips, there are 10: set data\.batch_size=10"),
+        (10, 8, 2, r"on 2 processes needs 16 clips, there are 10: set data\.batch_size=5"),
+        (1, 1, 2, "there are 1: add clips"),
+    ],
+)
+def test_too_few_clips_are_an_error_with_the_cure(count, size, world, cure):
+    with pytest.raises(DataError, match=cure):
+        loader(count, size, world=world)
+
+
+def test_a_state_of_other_data_is_refused():
+    with pytest.raises(DataError, match="20 clips in micro-batches of 4.* now there are 21 in 4"):
+        loader(21).load_state_dict(loader(20).state_dict())
+
+
+def test_validation_takes_every_item_in_order():
+    found = list(batches(Numbers(5), 2))
+    assert [b.position.tolist() for b in found] == [[0, 1], [2, 3], [4]]
+    assert [shown(b).tolist() for b in found] == [[0, 1], [2, 3], [4]]
+
+
+def test_validation_leaves_bad_items_out_and_keeps_the_positions_of_others():
+    found = list(batches(Numbers(8, bad=(0, 1, 3, 6, 7)), 2))
+    assert [b.position.tolist() for b in found] == [[2], [4, 5]]
+    assert [b.captions for b in found] == [["2"], ["4", "5"]]
+    assert [len(b.bad) for b in found] == [3, 2]
+
+
+def test_validation_without_a_usable_clip_is_an_error():
+    with pytest.raises(DataError, match="no clip is usable: clip: 0: number 0 is broken"):
+        list(batches(Numbers(2, bad=(0, 1)), 2))

@@ -1,0 +1,311 @@
+"""The run folder: identity, locks, resume, metrics, secrets."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sandbox import runs
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.runs import Run, differences, identity, open_run
+
+FORK = multiprocessing.get_context("fork")
+CONFIG = {
+    "lr": 1e-3,
+    "steps": 100,
+    "data": {"plugin": "data/x", "num_workers": 0, "betas": (0.9, 0.95)},
+    "logger": {"plugin": "logger/csv"},
+    "vae": None,
+}
+
+
+def but(**changes) -> dict:
+    return {**CONFIG, **changes}
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {**CONFIG["data"], "num_workers": 4}},
+        {"logger": {"plugin": "logger/wandb", "mode": "offline"}},
+        {"logger": None},
+        {"out": "elsewhere"},
+        {"checkpoint": {"every": 5}},
+        {"resume": {"mode": "never"}},
+        {"trainer": {"threads": 3}},
+        {"data": {**CONFIG["data"], "betas": [0.9, 0.95]}},
+    ],
+)
+def test_what_does_not_change_the_result_is_no_part_of_the_identity(change):
+    assert identity(but(**change)) == identity(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 2e-3}, {"steps": 200}, {"vae": "x"}, {"new": 1}, {"data": {"plugin": "data/y"}}],
+)
+def test_everything_else_is(change):
+    assert identity(but(**change)) != identity(CONFIG)
+
+
+def test_differences_name_setting_old_and_new_value():
+    new = {**but(lr=0.002), "seed": 1}
+    del new["vae"]
+    assert differences(CONFIG, new) == [
+        "lr: 0.001 -> 0.002",
+        "vae: null -> (absent)",
+        "seed: (absent) -> 1",
+    ]
+
+
+def test_tuples_and_the_lists_that_yaml_makes_of_them_do_not_differ():
+    assert differences({"betas": (0.9, 1e-5)}, {"betas": [0.9, 1e-5]}) == []
+
+
+# --- which folder ---------------------------------------------------------------------------------
+
+
+def test_same_command_continues_an_unfinished_run(tmp_path):
+    with open_run(tmp_path, "default", CONFIG) as first:
+        assert not first.resumed
+    with open_run(tmp_path, "default", CONFIG) as second:
+        assert second.resumed and second.folder == first.folder
+    assert first.folder.name == f"default-{identity(CONFIG)}"
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    with open_run(tmp_path, "default", CONFIG) as first:
+        first.finish({"score": 1.0})
+    with open_run(tmp_path, "default", CONFIG) as second:
+        assert second.folder.name == first.folder.name + "-2" and not second.resumed
+    assert json.loads(first.result.read_text()) == {"score": 1.0}
+
+
+def test_run_in_use_is_left_alone(tmp_path):
+    with open_run(tmp_path, "x", CONFIG) as first, open_run(tmp_path, "x", CONFIG) as second:
+        assert second.folder.name == first.folder.name + "-2"
+
+
+def test_newest_unfinished_run_is_continued(tmp_path):
+    opened = [open_run(tmp_path, "x", CONFIG) for _ in range(11)]
+    opened[10].finish({})
+    for run in opened:
+        run.close()
+    with open_run(tmp_path, "x", CONFIG) as run:
+        assert run.folder == opened[9].folder  # -10: by number, not by letters
+
+
+def test_never_starts_a_new_run(tmp_path):
+    open_run(tmp_path, "x", CONFIG).close()
+    with open_run(tmp_path, "x", CONFIG, resume="never") as run:
+        assert run.folder.name.endswith("-2") and not run.resumed
+
+
+def test_other_configuration_has_another_folder(tmp_path):
+    with open_run(tmp_path, "x", CONFIG) as a, open_run(tmp_path, "x", but(steps=200)) as b:
+        assert a.folder != b.folder and not b.folder.name.endswith("-2")
+
+
+def test_name_becomes_one_folder_whatever_is_in_it(tmp_path):
+    with open_run(tmp_path, "../a b/c", CONFIG) as run:
+        assert run.folder.parent == tmp_path
+
+
+def open_and_tell(out: Path, barrier, told) -> None:
+    barrier.wait()
+    run = open_run(out, "x", CONFIG)
+    told.put((run.folder.name, run.resumed))
+    barrier.wait()
+
+
+def test_five_simultaneous_starts_get_five_folders(tmp_path):
+    barrier, told = FORK.Barrier(5), FORK.Queue()
+    children = [FORK.Process(target=open_and_tell, args=(tmp_path, barrier, told)) for _ in range(5)]
+    for child in children:
+        child.start()
+    found = [told.get(timeout=30) for _ in children]
+    for child in children:
+        child.join()
+    assert len({name for name, _ in found}) == 5
+    assert not any(resumed for _, resumed in found)
+
+
+def hold_with_a_worker(out: Path, told) -> None:
+    run = open_run(out, "x", CONFIG)
+    worker = FORK.Process(target=time.sleep, args=(60,))
+    worker.start()
+    told.put((run.folder, worker.pid))
+    time.sleep(60)
+
+
+def test_killed_process_frees_its_run_though_its_worker_lives_on(tmp_path):
+    told = FORK.Queue()
+    child = FORK.Process(target=hold_with_a_worker, args=(tmp_path, told))
+    child.start()
+    folder, worker = told.get(timeout=30)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    try:
+        with open_run(tmp_path, "x", CONFIG) as run:
+            assert run.folder == folder and run.resumed
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+# --- a named folder -------------------------------------------------------------------------------
+
+
+def named(tmp_path: Path, config: dict = CONFIG, finished: bool = False) -> str:
+    with open_run(tmp_path, "x", config) as run:
+        if finished:
+            run.finish({"steps": config["steps"]})
+    return str(run.folder)
+
+
+def test_finished_run_is_continued_with_more_steps_when_it_is_named(tmp_path):
+    folder = named(tmp_path, finished=True)
+    with open_run(tmp_path, "x", but(steps=200), resume=folder) as run:
+        assert str(run.folder) == folder and run.resumed and not run.finished
+        assert run.config()["steps"] == 200
+        assert json.loads((run.folder / "result.earlier.json").read_text()) == {"steps": 100}
+
+
+@pytest.mark.parametrize("change", [{"lr": 2.0}, {"steps": 50}, {"data": {"plugin": "data/y"}}])
+def test_change_of_the_result_is_refused_and_named(tmp_path, change):
+    folder = named(tmp_path)
+    with pytest.raises(ConfigError, match=rf"{next(iter(change))}.*resume\.allow="):
+        open_run(tmp_path, "x", but(**change), resume=folder)
+    with open_run(tmp_path, "x", CONFIG) as run:  # and neither is locked nor changed
+        assert str(run.folder) == folder
+
+
+@pytest.mark.parametrize("allow", [["lr"], ["l*"], ["lr", "data"]])
+def test_named_change_is_allowed(tmp_path, allow):
+    with open_run(tmp_path, "x", but(lr=2.0), named(tmp_path), allow) as run:
+        assert run.config()["lr"] == 2.0
+
+
+def test_change_below_an_allowed_group_is_allowed(tmp_path):
+    changed = but(data={**CONFIG["data"], "frames": 3})
+    with open_run(tmp_path, "x", changed, named(tmp_path), ["data"]) as run:
+        assert run.config()["data"]["frames"] == 3
+
+
+def test_run_that_is_in_use_cannot_be_named(tmp_path):
+    with (
+        open_run(tmp_path, "x", CONFIG) as run,
+        pytest.raises(ConfigError, match="running in it"),
+    ):
+        open_run(tmp_path, "x", CONFIG, resume=str(run.folder))
+
+
+def test_folder_without_a_run_cannot_be_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        open_run(tmp_path, "x", CONFIG, resume=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- content --------------------------------------------------------------------------------------
+
+
+def test_config_is_read_as_it_was_given(tmp_path):
+    given = {"lr": 1e-5, "text": "1e-5", "no": "no", "none": None, "list": [1, 2.5], "a": {"b": True}}
+    with open_run(tmp_path, "x", given) as run:
+        assert run.config() == given
+        assert type(run.config()["lr"]) is float
+
+
+def test_environment_tells_versions_code_and_machine(tmp_path):
+    with open_run(tmp_path, "x", CONFIG) as run:
+        told = json.loads(run.environment.read_text())
+    assert told["versions"]["torch"] and told["python"] and told["hardware"]["cores"] >= 1
+    assert len(told["code"].get("commit", 40 * "0")) == 40
+    assert told["argv"] == sys.argv or len(told["argv"]) == len(sys.argv)
+
+
+def test_environments_of_earlier_starts_are_kept(tmp_path):
+    for device in ("a", "b", "c"):
+        with open_run(tmp_path, "x", CONFIG) as run:
+            run.describe(device=device)
+    told = json.loads(run.environment.read_text())
+    assert told["device"] == "c"
+    assert [e["device"] for e in told["earlier"]] == ["a", "b"]
+
+
+def test_secrets_are_not_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecretvalue")
+    monkeypatch.setattr(sys, "argv", ["run.py", "x.api_key=0123456789abcdef", "y=hf_verysecretvalue"])
+    config = but(x={"api_key": "0123456789abcdef"}, url="https://me:pass@host/hf_verysecretvalue")
+    with open_run(tmp_path, "x", config) as run:
+        run.finish({"note": "hf_verysecretvalue"})
+    written = "".join(p.read_text() for p in run.folder.iterdir() if p.is_file())
+    for secret in ("hf_verysecretvalue", "0123456789abcdef", ":pass@"):
+        assert secret not in written
+    assert "api_key=***" in written
+
+
+def test_place_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="out="):
+        open_run(tmp_path / "file" / "runs", "x", CONFIG)
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def test_last_value_of_a_step_counts_and_other_names_stay(tmp_path):
+    run = Run(tmp_path)
+    run.record_all([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
+    run.record(1, {"score": 5.0})
+    run.record(2, {"loss": 0.1 + 0.2})
+    assert run.metrics() == {1: {"loss": 1.0, "score": 5.0}, 2: {"loss": 0.1 + 0.2}}
+
+
+def test_line_that_a_kill_cut_off_is_passed_over_and_spoils_no_other(tmp_path):
+    run = Run(tmp_path)
+    run.record_all([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
+    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-9])
+    later = Run(tmp_path)
+    later.record(2, {"loss": 3.0})
+    later.record(3, {"loss": 4.0})
+    assert later.metrics() == {1: {"loss": 1.0}, 2: {"loss": 3.0}, 3: {"loss": 4.0}}
+
+
+def test_steps_after_the_one_that_a_resume_starts_from_do_not_count(tmp_path):
+    run = Run(tmp_path)
+    run.record_all([(s, {"loss": float(s)}) for s in range(1, 6)])
+    run.rewind(2)
+    run.record(3, {"loss": 30.0})
+    assert run.metrics() == {1: {"loss": 1.0}, 2: {"loss": 2.0}, 3: {"loss": 30.0}}
+
+
+def test_run_without_metrics_has_none(tmp_path):
+    assert Run(tmp_path).metrics() == {}
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+def test_typed_configuration_comes_back_from_the_folder(tmp_path):
+    from sandbox import config, registry
+
+    config.setup()
+    root = config.Root(out=str(tmp_path), recipe="mine", resume=registry.default("resume", "auto"))
+    with runs.open_root(root) as run:
+        assert run.folder.name.startswith("mine-")
+    assert runs.read_root(run.folder) == root
+
+
+def test_run_folders_need_no_torch():
+    code = "import sys, sandbox.runs, sandbox.secrets; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
