@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -23,15 +24,24 @@ from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
 from sandbox.contracts import ConfigError, DataConfig, StorageError
 from sandbox.data import batches
+from sandbox.files import storing
 
 CALIBRATION_CLIPS = 512
+KEPT = "first_stage.safetensors"  # in a run folder
 LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, not what they are
 
 
-def prepare_first_stage(root: Root, first_stage: nn.Module) -> None:
-    """Gives `first_stage` its weights. Raises StorageError for a file that does not fit."""
-    cfg = root.vae
+def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None = None) -> None:
+    """Gives `first_stage` its weights. Raises StorageError for a file that does not fit.
+
+    A run keeps the first stage that it trains on in its `folder`, and goes on with that one whatever becomes of the
+    cache: latents of another first stage would mean something else.
+    """
+    cfg, kept = root.vae, folder / KEPT if folder else None
     if cfg.weights is None or cfg.fitted() == "none":
+        return
+    if kept and kept.is_file():
+        load_weights(first_stage, kept)
         return
     if cfg.weights != "auto":
         load_weights(first_stage, Path(cfg.weights))
@@ -43,7 +53,21 @@ def prepare_first_stage(root: Root, first_stage: nn.Module) -> None:
             print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
             make(root, first_stage)
             checkpoint.export_weights(first_stage.state_dict(), path)
-    load_weights(first_stage, path)
+        if kept:
+            _keep(path, kept)
+    load_weights(first_stage, kept or path)
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """The same file under another name where the file system can, else a copy; whole or not at all."""
+    part = kept.with_name(f".{kept.name}.part")
+    with storing(kept):
+        part.unlink(missing_ok=True)
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        part.replace(kept)
 
 
 def make(root: Root, first_stage: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import fields
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from sandbox.config import Root
-from sandbox.contracts import Batch
+from sandbox.contracts import Batch, StorageError
 from sandbox.randomness import Keyed
 
 
@@ -27,6 +28,7 @@ class Trainable(LightningModule):
         self.root, self.group = root, group
         self.metrics: dict[str, Tensor] = {}
         self.optimizer: Any = None
+        self._fingerprints: dict[str, str] | None = None
 
     def draws(self, batch: Batch) -> Keyed:
         """All randomness of a batch, keyed by the position of each of its clips."""
@@ -66,6 +68,22 @@ class Trainable(LightningModule):
             if tensor is not None and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
         }
 
+    def frozen_parts(self) -> dict[str, str]:
+        """SHA-256 of each frozen part's state, by its name."""
+        if self._fingerprints is None:
+            named = [(n, m) for n, m in self.named_modules() if getattr(m, "_frozen", False)]
+            self._fingerprints = {name: fingerprint(module) for name, module in named}
+        return self._fingerprints
+
+    def check_frozen(self, recorded: dict[str, str]) -> None:
+        """Raises StorageError where a frozen part is not the one that `recorded` says."""
+        for name, digest in self.frozen_parts().items():
+            if recorded.get(name) != digest:
+                raise StorageError(
+                    f"{name}: its weights are not those that this run was trained with (SHA-256 {digest[:12]}, the "
+                    f"checkpoint says {recorded.get(name, 'nothing')[:12]}); bring back the file that was used"
+                )
+
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """The opposite of `trainable_state`; strict. Raises ValueError with the first ten names that differ."""
         own = self.trainable_state()
@@ -75,6 +93,15 @@ class Trainable(LightningModule):
             raise ValueError(f"the weights do not fit this model; {len(strange)} names differ: {', '.join(strange[:10])}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's state: names, shapes, types and numbers."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def freeze(module: nn.Module) -> nn.Module:

@@ -80,8 +80,9 @@ class Report:
 def write_report(folder: str | Path, report: Report) -> Path:
     """Writes report.html into the run folder, whole or not at all. Raises StorageError.
 
-    Sample and sheet paths are absolute or relative to `folder`. Files that are missing, or too
-    large for the page (4 MiB each, 16 MiB together), are named and linked instead.
+    Paths of samples and sheet are absolute, or relative to `folder` or the working directory.
+    Files that are missing, or too large for the page (4 MiB each, 16 MiB together), are named and
+    linked instead.
     """
     folder = Path(folder)
     media = _Media(folder)
@@ -141,6 +142,7 @@ def _scores(report: Report) -> Markup:
     rates = rates_of(rows) if report.rates is None else report.rates
     names = names_of(rows)
     tiles = [_tile(rows[0], name, name in rates, report.meanings.get(name, "")) for name in names]
+    across = len(tiles) if len(tiles) <= 5 else math.ceil(len(tiles) / math.ceil(len(tiles) / 5))
     heads = [el("th", name, class_="num") for name in [*names, "n"]]
     body = []
     for row in rows:
@@ -156,7 +158,7 @@ def _scores(report: Report) -> Markup:
         legend += f"Whiskers and ranges are 95 % Wilson intervals ({shares})."
     return _section(
         "Scores",
-        el("div", *tiles, class_="tiles"),
+        el("div", *tiles, class_="tiles", style=f"--across:{across}"),
         el("div", table, class_="scroll"),
         el("p", legend, class_="quiet small"),
     )
@@ -205,7 +207,7 @@ class _Media:
 
     def show(self, path: Path, caption: str) -> Markup:
         """`<video>` or `<img>`, or a line that says why it is not in the page, with a link."""
-        file = path if path.is_absolute() else self.folder / path
+        file = self.find(path)
         kind = MEDIA.get(file.suffix.lower())
         if not file.is_file():
             return el("p", f"{path.name}: no such file", class_="absent")
@@ -219,6 +221,11 @@ class _Media:
             flags = {"autoplay": True, "loop": True, "muted": True, "playsinline": True}
             return el("video", src=source, aria_label=caption, **flags)
         return el("img", src=source, alt=caption)
+
+    def find(self, path: Path) -> Path:
+        """Relative paths start at the run folder, or else at the working directory."""
+        inside = self.folder / path
+        return path if path.is_file() and not inside.is_file() else inside
 
     def link(self, file: Path) -> Markup:
         """A relative link where the file lies in the run folder, else its name."""
@@ -240,9 +247,8 @@ def _samples(samples: Sequence[tuple[str, Path]], media: _Media) -> Markup:
 def _sheet(sheet: Path | None, media: _Media) -> Markup:
     if sheet is None:
         return Markup()
-    file = Path(sheet) if Path(sheet).is_absolute() else media.folder / sheet
     shown = media.show(Path(sheet), "contact sheet")
-    where = el("p", "Full size: ", media.link(file), class_="quiet small")
+    where = el("p", "Full size: ", media.link(media.find(Path(sheet))), class_="quiet small")
     return _section("Frame by frame", el("figure", shown, class_="sheet"), where)
 
 
@@ -408,7 +414,7 @@ def _setting(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
     return shown if len(shown) <= CHARS else shown[: CHARS - 3] + "..."
 
 

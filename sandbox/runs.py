@@ -154,13 +154,6 @@ def open_root(root: Any) -> Run:
     return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
 
 
-def read_root(folder: str | Path) -> Any:
-    """The typed Root of a run folder. Raises StorageError, ConfigError or PluginError."""
-    from sandbox.config import from_container
-
-    return from_container(Run(folder).config())
-
-
 def _own(out: Path, stem: str, resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -17,11 +17,10 @@ from sandbox.parts import build_parts
 from sandbox.wiring import Wiring, wire
 
 
-def build_system(wiring: Wiring, ready: bool = True) -> LatentDiffusion:
-    """Fresh weights; `ready` brings the first stage's own (from the cache, a file, or by training it now)."""
+def build_system(wiring: Wiring, folder: Path | None = None) -> LatentDiffusion:
+    """Fresh weights, but a ready first stage: that of the run `folder`, else from the cache, a file, or trained now."""
     parts = build_parts(wiring)
-    if ready:
-        prepare_first_stage(wiring.root, parts.first_stage)
+    prepare_first_stage(wiring.root, parts.first_stage, folder)
     return LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
 
 
@@ -39,7 +38,7 @@ def load_system(folder: Path, weights: str = "ema", wiring: Wiring | None = None
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:
         raise StorageError(f"{folder}: it has no good checkpoint; train it first, or name another run=FOLDER")
-    system = build_system(wiring)
+    system = build_system(wiring, folder)
     restore_weights(system, checkpoint.load(newest), weights)
     return system
 
@@ -47,6 +46,7 @@ def load_system(folder: Path, weights: str = "ema", wiring: Wiring | None = None
 @torch.no_grad()
 def restore_weights(system: LatentDiffusion, state: dict, weights: str = "ema") -> None:
     """Puts a checkpoint's live weights, or their average over them, into a system."""
+    system.check_frozen(state["frozen"])
     system.load_trainable(state["weights"])
     if weights == "ema" and state["ema"] is not None:
         ema = EMA.of(system, registry.create(system.root.ema))

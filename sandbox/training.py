@@ -59,6 +59,7 @@ class Training:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
+            "frozen": self.system.frozen_parts(),
         }
 
     def sample(self, prompts: list[str], count: int) -> None:
@@ -106,6 +107,7 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from `state`, before training starts."""
+        self.system.check_frozen(state["frozen"])
         self.step = state["step"]
         self.system.load_trainable(state["weights"])
         if self.ema:

@@ -128,6 +128,15 @@ def test_links_work_from_the_run_folder(run):
     assert "a%20b%23c.txt" in page.links and "samples/" in page.links
 
 
+@pytest.mark.parametrize("start", ["absolute", "folder", "working directory"])
+def test_samples_are_found_however_they_are_named(run, monkeypatch, start):
+    monkeypatch.chdir(run.parent)
+    base = {"absolute": run, "folder": Path(), "working directory": Path(run.name)}[start]
+    report = Report("x", samples=[("a", base / "samples" / "0.mp4")], sheet=base / "sheet.png")
+    page = Page(write_report(run.name, report))
+    assert len(page.sources) == 2 and page.links[0] == "sheet.png"
+
+
 def test_missing_and_foreign_files_are_named(run, tmp_path_factory):
     outside = tmp_path_factory.mktemp("elsewhere") / "notes.txt"
     outside.write_text("x")

@@ -296,13 +296,13 @@ def test_run_without_metrics_has_none(tmp_path):
 
 
 def test_typed_configuration_comes_back_from_the_folder(tmp_path):
-    from sandbox import config, registry
+    from sandbox import config, earlier, registry
 
     config.setup()
     root = config.Root(out=str(tmp_path), recipe="mine", resume=registry.default("resume", "auto"))
     with runs.open_root(root) as run:
         assert run.folder.name.startswith("mine-")
-    assert runs.read_root(run.folder) == root
+    assert earlier.read_root(run.folder) == root
 
 
 def test_run_folders_need_no_torch():

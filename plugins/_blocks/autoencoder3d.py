@@ -347,12 +347,14 @@ def start_as_haar(encoder: Encoder3D, decoder: Decoder3D) -> None:
     zero(encoder.conv_out, rows=moments // 2)
     put(encoder.conv_out, {(r, 2 * r + s): 1 - 2 * s for r in pairs for s in (0, 1)})
 
-    pairs = range(min(latents, decoder.conv_in.out_channels // 2))
     zero(decoder.conv_in)
-    put(decoder.conv_in, {(2 * r + s, r): 1 - 2 * s for r in pairs for s in (0, 1)})
+    # Red, green, blue, brightness: channels alike, so that the last norm treats the colours alike.
+    sources = [dict(enumerate(row)) for row in FROM_COLOURS]
+    sources += [{i: 1} for i in range(latents) if i not in (1, 2)]
+    pairs = list(enumerate(sources))[: decoder.conv_in.out_channels // 2]
+    put(decoder.conv_in, {(2 * r + s, i): w * (1 - 2 * s) for r, row in pairs for i, w in row.items() for s in (0, 1)})
     decoder.conv_out.weight[:, :6] = 0
-    colours = [(i, r, w) for i, row in enumerate(FROM_COLOURS) for r, w in enumerate(row)]
-    put(decoder.conv_out, {(i, 2 * r + s): w * (1 - 2 * s) for i, r, w in colours for s in (0, 1)})
+    put(decoder.conv_out, {(r, 2 * r + s): 1 - 2 * s for r in range(3) for s in (0, 1)})
 
 
 def keep_smoothest(

@@ -11,7 +11,7 @@ from sandbox.registry import register
 
 @register("guidance", "cfg")
 class ClassifierFree:
-    """Away from the prediction without any condition: uncond + guidance_scale (full - uncond)."""
+    """Classifier-free guidance: uncond + guidance_scale (full - uncond), two passes."""
 
     @dataclass
     class Config(GuidanceConfig):

@@ -10,7 +10,7 @@ from sandbox.registry import register
 
 @register("guidance", "none")
 class NoGuidance:
-    """The model as it is."""
+    """No guidance: the model with all its conditions, one pass."""
 
     @dataclass
     class Config(GuidanceConfig):

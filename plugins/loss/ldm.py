@@ -14,7 +14,7 @@ LOSS_TYPES = ("l2", "l1")
 
 @register("loss", "ldm")
 class LDMLoss(nn.Module):
-    """Simple loss + a share of the variational bound, with a log-variance for each time.
+    """The LDM loss: simple + a share of the variational bound, a log-variance for each time.
 
     l_simple_weight (l / exp(logvar_t) + logvar_t) + original_elbo_weight elbo_weight(t) l, where l
     is the mean error of a sample. Logged as `loss_simple` (the mean of l), `loss_vlb` and `loss`.

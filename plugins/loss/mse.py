@@ -11,7 +11,7 @@ from sandbox.registry import register
 
 @register("loss", "mse")
 class MSE:
-    """The mean over the numbers of a sample, times weight(t), averaged over samples; in float32."""
+    """Mean squared error of each sample times the schedule's weight(t), averaged; in float32."""
 
     @dataclass
     class Config(LossConfig):

@@ -14,7 +14,7 @@ from sandbox.registry import register
 
 @register("sampler", "cogvideox_dpm")
 class CogVideoXDPM:
-    """Second order, stochastic, multistep; `steps` calls of the model at trailing times.
+    """CogVideoX-5b's: second order, stochastic, multistep; `steps` calls at trailing times.
 
     As published: a step lands a fixed stride earlier, which is not the next time where `steps` does
     not divide the schedule. The first step, and one that lands on clean latents, is of first order.

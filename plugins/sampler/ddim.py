@@ -24,7 +24,7 @@ LANDINGS = ("next", "stride")
 
 @register("sampler", "ddim")
 class DDIM:
-    """First order; deterministic for eta 0, ancestral for eta 1; `steps` calls of the model."""
+    """DDIM: first order, deterministic (eta 0) to ancestral (eta 1); `steps` calls of the model."""
 
     @dataclass
     class Config(SamplerConfig):

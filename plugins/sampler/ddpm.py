@@ -15,7 +15,7 @@ VARIANCES = ("posterior", "beta", "learned")
 
 @register("sampler", "ddpm")
 class Ancestral:
-    """Draws every step from its Gaussian; `steps` calls of the model, best at all times."""
+    """Ancestral: draws each step from its Gaussian; best at all times of the schedule."""
 
     @dataclass
     class Config(SamplerConfig):

@@ -12,7 +12,7 @@ from sandbox.registry import register
 
 @register("sampler", "dpmpp_2m")
 class DPMpp2M:
-    """Second order, deterministic, multistep; `steps` calls of the model.
+    """DPM-Solver++(2M): second order, deterministic, multistep; `steps` calls of the model.
 
     First order on the first step, after pure noise and on the last step: there the other estimate,
     or the end, is infinitely far in log-SNR.

@@ -12,7 +12,7 @@ from sandbox.registry import register
 
 @register("sampler", "euler")
 class Euler:
-    """First order, deterministic; `steps` calls of the model.
+    """Euler: first order, deterministic; `steps` calls of the model.
 
     It moves along the line through the estimated z0 and eps: for a flow the usual Euler step
     z += (t' - t) velocity, for a diffusion DDIM with eta 0.

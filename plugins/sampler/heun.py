@@ -12,7 +12,7 @@ from sandbox.registry import register
 
 @register("sampler", "heun")
 class Heun:
-    """Second order, deterministic; 2 * steps - 1 calls of the model.
+    """Heun: second order, deterministic; 2 * steps - 1 calls of the model.
 
     The trapezoid is taken where every schedule is a rectified flow: with c = alpha + sigma, y = z/c
     obeys dy/ds = eps - z0 for s = sigma/c, also at pure noise, where sigma/alpha is infinite.

@@ -41,7 +41,7 @@ def raw_betas(
 
 @register("schedule", "ddpm")
 class DDPM:
-    """A thousand noise levels from betas; predicts eps, v or x0.
+    """Discrete diffusion, z_t = alpha z0 + sigma eps from betas; predicts eps, v or x0.
 
     With x_start = rescale(t) z0, where only DynamiCrafter has a rescale other than 1:
     z_t = sqrt(abar) x_start + sqrt(1 - abar) eps. So alpha = sqrt(abar) rescale, and `x0` predicts
@@ -330,6 +330,7 @@ def _elbo_weights(
     )
     if prediction == "x0":
         return 0.5 * np.sqrt(abar) / (2 * 1 - abar)  # as published; 2 * (1 - abar) may be meant
-    weights = betas**2 / (2 * variance * alphas * (1 - abar))
+    noise = np.maximum(1 - abar, np.finfo(np.float32).epsneg)  # abar may round to 1
+    weights = betas**2 / (2 * variance * alphas * noise)
     weights[0] = weights[1]
     return weights

@@ -19,7 +19,7 @@ LAST = 999.9999  # backbones are promised times below 1000
 
 @register("schedule", "flow")
 class Flow:
-    """Straight lines from data to noise, z_t = (1 - t) z0 + t eps; predicts their velocity."""
+    """Rectified flow, z_t = (1 - t) z0 + t eps; predicts the velocity eps - z0."""
 
     @dataclass
     class Config(ScheduleConfig):

@@ -41,7 +41,7 @@ class Train:
         root, began = wiring.root, time.monotonic()
         with open_run(root.out, root.recipe, to_container(root), registry.create(root.resume).which(), root.resume.allow) as run:
             print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
-            system = build_system(wiring)
+            system = build_system(wiring, run.folder)
             ready = time.monotonic()
             with start(system, run, group) as training:
                 fit(training)

@@ -84,12 +84,17 @@ def sample(schedule) -> tuple[Tensor, Tensor, Tensor]:
     return z0, eps, t if schedule.cfg.kind == "discrete" else t / 1000
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "schedule"),
+    [
+        (a, b)
+        for a in LOSSES
+        for b in SCHEDULES
+        if not list(LOSSES[a].cfg.accepts(SCHEDULES[b].cfg))
+    ],
+)
 def test_the_exact_target_costs_nothing_and_a_mistake_its_square(loss, schedule):
     loss, schedule = LOSSES[loss], SCHEDULES[schedule]
-    if list(loss.cfg.accepts(schedule.cfg)):
-        pytest.skip("refused by accepts, which its own test covers")
     z0, eps, t = sample(schedule)
     out = schedule.target(z0, eps, t)
     assert loss(schedule, out, z0, eps, t).total.item() == 0

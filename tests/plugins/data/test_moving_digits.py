@@ -1,0 +1,155 @@
+"""Moving digits: what a clip shows, what is held out, which sizes fit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from plugins.data.moving_digits import COLOURS, MovingDigits, scans_by_digit
+from sandbox.randomness import keyed
+
+CONFIG = MovingDigits.Config()
+STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+
+
+def source(**settings) -> MovingDigits:
+    return MovingDigits(replace(CONFIG, **settings))
+
+
+def train_clips(count: int, **settings) -> list[dict]:
+    items = source(**settings).split("train")
+    return [items.load(i, keyed(i)) for i in range(count)]
+
+
+def scan_of(video: torch.Tensor) -> np.ndarray:
+    """The 8x8 scan of a 16x16 clip, found where its motion and its lane put it: its ink, cut out."""
+    ink = (video.amax(0) + 1) / 2
+    ink = (ink / ink.max()).numpy()
+    rows, columns = np.nonzero(ink[0].any(1))[0], np.nonzero(ink[0].any(0))[0]
+    return ink[0, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def cut(scan: np.ndarray) -> bytes:
+    """A scan without its empty border, as a key; sixteenths are exact."""
+    rows, columns = np.nonzero(scan.any(1))[0], np.nonzero(scan.any(0))[0]
+    part = scan[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return str(part.shape).encode() + np.round(part / part.max() * 64).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"height": 24, "width": 40, "frames": 5, "speed": 3}])
+def test_a_digit_moves_as_its_caption_says(settings):
+    speed = settings.get("speed", 1)
+    for clip in train_clips(40, **settings):
+        video, direction = clip["video"], clip["caption"].split()[-1]
+        step = [speed * s for s in STEPS[direction]]
+        assert torch.equal(torch.roll(video[:, :-1], step, (2, 3)), video[:, 1:])
+        assert not torch.equal(video[:, :-1], video[:, 1:])
+
+
+def test_pixels_are_a_scan_times_the_colour_of_the_caption():
+    for clip in train_clips(40):
+        rgb = (clip["video"] + 1) / 2
+        brightest = rgb.flatten(1).argmax(1)[0]
+        colour = torch.tensor(COLOURS[clip["caption"].split()[1]])
+        assert clip["video"].dtype == torch.float32
+        assert clip["video"].shape == (3, 9, 16, 16)
+        # A scan has 17 grey levels, the brightest is full: the colour itself. Rounding of float32.
+        torch.testing.assert_close(rgb.flatten(1)[:, brightest], colour, atol=1e-6, rtol=0)
+        assert rgb.min() >= 0 and rgb.max() <= 1 + 1e-6
+
+
+def test_captions_have_five_words_and_every_word_is_trained_on():
+    words = {word for clip in train_clips(400) for word in clip["caption"].split()}
+    assert len(words) == 2 + 6 + 10 + 4
+    assert all(len(clip["caption"].split()) == 5 for clip in train_clips(10))
+
+
+def test_held_out_captions_are_never_trained_on():
+    held_out = source().prompts()
+    trained = {clip["caption"] for clip in train_clips(4000)}
+    assert len(set(held_out)) == 48
+    assert len(trained) == 192  # of 4,000 draws all 192 others
+    assert not trained & set(held_out)
+
+
+def test_held_out_captions_name_two_digits_for_each_colour_and_direction():
+    kinds = [(c, m) for _, c, _, _, m in (p.split() for p in source().prompts())]
+    assert {kinds.count(kind) for kind in kinds} == {2}
+    assert len(set(kinds)) == 24
+
+
+def test_validation_shows_held_out_scans_four_times_each_caption():
+    items = source().split("val")
+    clips = [items.load(i, None) for i in range(len(items))]
+    captions = [clip["caption"] for clip in clips]
+    assert captions == source().prompts() * 4
+    held_out = {cut(scan) for scans in scans_by_digit(held_out=True) for scan in scans}
+    assert all(cut(scan_of(clip["video"])) in held_out for clip in clips)
+
+
+def test_training_and_validation_scans_are_disjoint_and_complete():
+    train, val = (scans_by_digit(held_out) for held_out in (False, True))
+    assert sum(map(len, train)) == 1497
+    assert sum(map(len, val)) == 300
+    trained = {scan.tobytes() for scans in train for scan in scans}
+    assert not trained & {scan.tobytes() for scans in val for scan in scans}
+
+
+def test_a_clip_depends_on_its_key_alone():
+    items = source().split("train")
+    one, same = items.load(0, keyed("a")), items.load(7, keyed("a"))
+    other = items.load(0, keyed("b"))
+    assert torch.equal(one["video"], same["video"])
+    assert not torch.equal(one["video"], other["video"])
+
+
+def test_lanes_are_the_middle_half_of_the_canvas():
+    tops = set()
+    for clip in train_clips(600):
+        if clip["caption"].endswith(("left", "right")):
+            ink = clip["video"].amax((0, 1, 3)) > -1
+            tops.add(int(ink.nonzero()[0]))
+    assert min(tops) == 2  # lanes start at 2; a scan may have empty rows, so that more follow
+    assert all(
+        clip["video"][:, :, :2].max() == -1 for clip in train_clips(60) if "left" in clip["caption"]
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"frames": 1}, {"frames": 1, "height": 8, "width": 8}, {"width": 64}]
+)
+def test_other_sizes_give_clips_of_that_size(settings):
+    cfg = replace(CONFIG, **settings)
+    assert not list(cfg.problems())
+    clip = MovingDigits(cfg).split("val").load(0, None)
+    assert clip["video"].shape == (3, cfg.frames, cfg.height, cfg.width)
+    assert clip["video"].max() > 0
+
+
+def test_the_length_of_an_epoch_is_a_setting():
+    assert len(source().split("train")) == 16384
+    assert len(source(clips_per_epoch=100).split("train")) == 100
+
+
+@pytest.mark.parametrize(
+    "settings, problem",
+    [
+        ({"frames": 10}, "frames=10: want at most 9,"),
+        ({"frames": 6, "speed": 2}, "frames=6: want at most 5,"),
+        ({"frames": 18, "height": 32, "width": 24}, "frames=18: want at most 17,"),
+        ({"height": 7, "frames": 1}, "height=7: want >= 8"),
+        ({"speed": 0}, "speed=0: want >= 1"),
+        ({"clips_per_epoch": 0}, "clips_per_epoch=0: want >= 1"),
+        ({"root": "scans"}, "root='scans': want null"),
+    ],
+)
+def test_what_does_not_fit_is_a_problem_with_the_rule(settings, problem):
+    found = list(replace(CONFIG, **settings).problems())
+    assert len(found) == 1 and found[0].startswith(problem)
+
+
+def test_the_default_config_says_what_it_provides():
+    assert CONFIG.provides() == {"video", "captions", "digit_captions", "prompts"}
+    assert CONFIG.metric() == "digits"
+    assert not list(CONFIG.problems())

@@ -1,0 +1,158 @@
+"""The scorer of moving digits, on clips whose scores are known (reference table of the default run)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugins.data.moving_digits import MovingDigits
+from plugins.metric.digits import Digits
+from sandbox.contracts import Clip, ConfigError
+from sandbox.randomness import keyed
+
+
+@pytest.fixture(scope="module")
+def train() -> tuple[Tensor, list[str]]:
+    items = MovingDigits(MovingDigits.Config()).split("train")
+    clips = [items.load(i, keyed(i)) for i in range(2048)]
+    return torch.stack([c["video"] for c in clips]), [c["caption"] for c in clips]
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Tensor, list[str]]:
+    items = MovingDigits(MovingDigits.Config()).split("val")
+    clips = [items.load(i, None) for i in range(len(items))]
+    return torch.stack([c["video"] for c in clips]), [c["caption"] for c in clips]
+
+
+@pytest.fixture(scope="module")
+def metric(train) -> Digits:
+    digits = Digits(Digits.Config())
+    digits.fit(*train)
+    return digits
+
+
+def test_real_clips_score_as_in_the_table(metric, real):
+    scores = metric.score(*real)
+    assert scores["colour"] == scores["direction"] == 1
+    assert scores["digit"] >= 0.95  # 0.99 with more training clips; 0.97 seen
+    assert scores["shape"] == pytest.approx(1, abs=1e-3)
+    assert scores["realism"] == pytest.approx(0.93, abs=0.02)
+    assert scores["diversity"] == pytest.approx(0.30, abs=0.02)
+    assert scores["speed"] == pytest.approx(1, abs=1e-4)
+
+
+def test_real_clips_of_other_captions_score_at_chance(metric, real):
+    video, captions = real
+    order = keyed("order").permutation(len(captions))
+    scores = metric.score(video, [captions[i] for i in order])
+    # Three standard errors of a rate of 192 clips: 0.08, 0.10 and 0.07.
+    assert scores["colour"] == pytest.approx(1 / 6, abs=0.08)
+    assert scores["direction"] == pytest.approx(1 / 4, abs=0.10)
+    assert scores["digit"] == pytest.approx(1 / 10, abs=0.07)
+
+
+def test_a_still_clip_has_no_direction(metric, real):
+    video, captions = real
+    scores = metric.score(video[:, :, 4:5].expand_as(video), captions)
+    assert scores["direction"] == scores["speed"] == 0
+    assert scores["colour"] == 1 and scores["digit"] >= 0.95
+    assert scores["shape"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_reversed_clip_has_the_wrong_direction(metric, real):
+    video, captions = real
+    scores = metric.score(video.flip(2), captions)
+    assert scores["direction"] == 0
+    assert scores["speed"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_mean_of_all_clips_has_no_colour_direction_or_diversity(metric, train, real):
+    video, captions = real
+    scores = metric.score(train[0].mean(0, keepdim=True).expand_as(video), captions)
+    assert scores["colour"] == scores["direction"] == scores["diversity"] == 0
+    assert scores["digit"] <= 0.2
+
+
+def test_the_conditional_mean_passes_all_but_digit_and_diversity(metric, real):
+    _, captions = real
+    clips = metric.baselines(captions)["mean clip"]
+    scores = metric.score(clips, captions)
+    assert scores["colour"] == scores["direction"] == 1
+    assert scores["shape"] == pytest.approx(1, abs=0.01)
+    assert scores["realism"] == pytest.approx(0.90, abs=0.04)
+    assert scores["digit"] <= 0.2
+    assert scores["diversity"] == 0
+
+
+def test_noise_scores_at_chance(metric, real):
+    video, captions = real
+    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(0))
+    scores = metric.score(noise, captions)
+    assert scores["direction"] == 0
+    assert scores["colour"] == pytest.approx(1 / 6, abs=0.08)
+    assert scores["digit"] == pytest.approx(1 / 10, abs=0.07)
+    assert scores["shape"] == pytest.approx(0, abs=0.05)
+
+
+def test_a_black_clip_has_neither_colour_nor_direction(metric, real):
+    _, captions = real
+    scores = metric.score(-torch.ones(len(captions), 3, 9, 16, 16), captions)
+    assert scores["colour"] == scores["direction"] == scores["speed"] == scores["shape"] == 0
+
+
+def test_a_frame_without_ink_does_not_bend_the_motion(metric, real):
+    video, captions = real
+    gap = video.clone()
+    gap[:, :, 3] = -1
+    assert metric.score(gap, captions)["speed"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_mean_clip_is_that_of_the_captions_colour_and_direction(metric, train):
+    video, captions = train
+    wanted = [c.split()[1] == "red" and c.endswith("left") for c in captions]
+    found = metric.baselines(["a red 0 moving left"])["mean clip"]
+    torch.testing.assert_close(found[0], video[wanted].mean(0), atol=1e-5, rtol=0)  # order of a sum
+
+
+def test_images_are_scored_without_motion(metric, real):
+    video, captions = real
+    scores = metric.score(video[:, :, :1], captions)
+    assert scores.keys() == {"colour", "digit", "realism", "diversity"}
+    assert scores["colour"] == 1 and scores["digit"] >= 0.95
+
+
+def test_one_clip_of_each_caption_has_no_diversity(metric, real):
+    video, captions = real
+    assert "diversity" not in metric.score(video[:48], captions[:48])
+
+
+def test_every_score_has_a_meaning(metric, real):
+    assert metric.score(*real).keys() == metric.meaning().keys()
+
+
+def test_the_same_clips_give_the_same_scores(metric, train, real):
+    again = Digits(Digits.Config())
+    again.fit(*train)
+    assert again.score(*real) == metric.score(*real)
+
+
+def test_a_caption_of_another_form_is_refused_with_the_form(metric):
+    with pytest.raises(ConfigError, match="'a cat': want 'a red 3 moving left'"):
+        metric.score(torch.zeros(1, 3, 9, 16, 16), ["a cat"])
+
+
+def test_a_colour_that_was_not_seen_has_no_mean_clip(metric):
+    with pytest.raises(ConfigError, match="no training clip is pink and moves left"):
+        metric.baselines(["a pink 3 moving left"])
+
+
+def test_fitting_without_a_digit_is_refused(train):
+    video, captions = train
+    kept = [i for i, c in enumerate(captions) if " 7 " not in c][:200]
+    with pytest.raises(ValueError, match=r"no training clip shows \[7\]"):
+        Digits(Digits.Config()).fit(video[kept], [captions[i] for i in kept])
+
+
+def test_clips_smaller_than_a_scan_are_refused():
+    problems = list(Digits.Config().accepts(Clip(3, 9, 4, 16)))
+    assert problems == ["height=4: want >= 8"]
