@@ -6,23 +6,27 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
+from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, FirstStage, Terms
-from sandbox.randomness import Keyed
+from sandbox.module import Trainable
 
 
 class Reconstructed(Protocol):
     """What a training pass gives; a loss may read more of it, such as the posterior."""
 
-    video: Tensor  # (B, 3, T, H, W)
+    target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be less than the batch has
+    video: Tensor  # what became of it
 
 
 class TrainableFirstStage(FirstStage, Protocol):
     """A first stage that can be trained: samples its posterior with the draw "posterior"."""
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstructed: ...
+
+
+Reconstruct = Callable[[Any], Terms]  # Reconstructed -> the loss: a plugin of group `reconstruction`
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -37,48 +41,24 @@ def through(first_stage: FirstStage, x: Tensor) -> Tensor:
     return first_stage.decode(first_stage.scaled(first_stage.encode(x).mean))
 
 
-class Autoencoding(LightningModule):
-    """Trains `first_stage` on batches of video with a loss of group `reconstruction`.
+class Autoencoding(Trainable):
+    """Trains `first_stage` on batches of video with a loss of group `reconstruction`."""
 
-    `make_optimizer` turns a module into what Lightning's configure_optimizers returns. `seed` and `group` (clips in
-    one optimizer step over all processes) are the key of randomness. `metrics` holds detached tensors of the last
-    step by name; the frame writes them out now and then.
-    """
-
-    def __init__(
-        self,
-        first_stage: TrainableFirstStage,
-        reconstruction: Callable[[Tensor, Any], Terms],
-        make_optimizer: Callable[[nn.Module], Any],
-        seed: int,
-        group: int,
-    ) -> None:
-        super().__init__()
+    def __init__(self, root: Root, first_stage: TrainableFirstStage, reconstruction: Reconstruct, group: int) -> None:
+        super().__init__(root, group)
         self.first_stage = first_stage
         self.reconstruction = reconstruction
-        self.make_optimizer = make_optimizer
-        self.seed, self.group = seed, group
-        self.metrics: dict[str, Tensor] = {}
-
-    def draws(self, batch: Batch) -> Keyed:
-        return Keyed(self.seed, batch.epoch, batch.position, self.group)
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
-        out = self.first_stage.reconstruct(batch.video, self.draws(batch))
-        terms = self.reconstruction(batch.video, out)
-        scores = {"loss": terms.total, "psnr": psnr(out.video.detach(), batch.video).mean()}
-        self.metrics = {f"train/{k}": v.detach() for k, v in (scores | terms.log).items()}
+        terms, decibels = self.reconstruct(batch, self.draws(batch))
+        self.metrics = {"loss": terms.total.detach(), "psnr": decibels.mean(), **terms.log}
         return terms.total
 
-    def on_validation_epoch_start(self) -> None:
-        self.scores: list[Tensor] = []
+    def step(self, batch: Batch, draws: Draws) -> Terms:
+        """The loss of one micro-batch; `draws` holds all randomness."""
+        return self.reconstruct(batch, draws)[0]
 
-    def validation_step(self, batch: Batch, index: int = 0) -> None:
-        self.scores.append(psnr(through(self.first_stage, batch.video), batch.video))
-
-    def on_validation_epoch_end(self) -> None:
-        if self.scores:
-            self.metrics["val/psnr"] = torch.cat(self.scores).mean()  # over this process's clips
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.first_stage)
+    def reconstruct(self, batch: Batch, draws: Draws) -> tuple[Terms, Tensor]:
+        """The loss, and the PSNR of each clip (B,) in dB."""
+        out = self.first_stage.reconstruct(batch.video, draws)
+        return self.reconstruction(out), psnr(out.video.detach(), out.target)

@@ -1,7 +1,7 @@
-"""From a command line to typed Configs: the root of the configuration, composition with Hydra, and safety checks.
+"""From a command line to typed Configs: the root of the configuration, and composition with Hydra.
 
-Hydra composes; nothing is instantiated by Hydra. Every error that it raises leaves here as a ConfigError of a few
-lines that names the setting, what is allowed, and the cure.
+Hydra composes; nothing is instantiated by Hydra (`sandbox.safety`). Every error that it raises
+leaves here as a ConfigError in our words (`sandbox.mistakes`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sandbox import registry
-from sandbox.contracts import ConfigError, PluginConfig, above, in_range, one_of
+from sandbox.contracts import ConfigError, PluginConfig, PluginError, in_range, one_of
 
 HOME = Path(__file__).resolve().parent.parent  # the checkout
 CONF = HOME / "conf"
 PRECISIONS = ("fp32", "bf16", "fp16")
-LAUNCHERS = ("hydra._internal.", "hydra_plugins.")  # the only _target_s that are followed, by Hydra itself
+# Settings that are always those of the command, also where it works on an earlier run.
+OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
     "task": "what a run does",
@@ -81,28 +82,39 @@ class Root:
 
     def problems(self) -> Iterator[str]:
         """Every bad top-level setting, one line each."""
-        yield from above("lr", self.lr, -1e-300)
+        if self.lr is not None and not 0 <= self.lr < float("inf"):
+            yield f"lr={self.lr}: want a number >= 0 (0 trains nothing)"
         yield from in_range("steps", self.steps, 1)
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
-            yield f"recipe={self.recipe!r}: want letters, digits, '.', '_' and '-' (it names a folder)"
+            yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
+        yield from registry.misshapen(self)
 
     def parts(self) -> Iterator[tuple[str, PluginConfig]]:
-        """Every chosen plugin's Config with its path: ("vae", ...), ("callbacks.images", ...)."""
+        """Every chosen plugin's Config with its path, those inside others too: ("vae", ...)."""
         for group in GROUPS:
-            value = getattr(self, group)
-            if isinstance(value, PluginConfig):
-                yield group, value
-            elif isinstance(value, dict):
-                yield from ((f"{group}.{name}", v) for name, v in value.items() if v is not None)
+            yield from _parts(group, getattr(self, group))
 
 
-# --- set-up -------------------------------------------------------------------------------------------------
+def _parts(path: str, value: Any) -> Iterator[tuple[str, PluginConfig]]:
+    if isinstance(value, PluginConfig):
+        yield path, value
+        for f in fields(value):
+            yield from _parts(f"{path}.{f.name}", getattr(value, f.name))
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _parts(f"{path}.{name}", part)
+
+
+# --- set-up ----------------------------------------------------------------------------------
 
 
 def setup(overrides: Sequence[str] = ()) -> None:
-    """Reads all plugins: the project's, those of entry points, `plugins_path=` and SANDBOX_PLUGINS. Cheap; repeatable."""
+    """Reads all plugins: the project's, those of entry points, `plugins_path=` and SANDBOX_PLUGINS.
+
+    Cheap, and repeatable. Raises PluginError for two plugins or presets of one name.
+    """
     from hydra.core.config_store import ConfigStore
 
     registry.discover(HOME / "sandbox" / "tasks", "sandbox.tasks", group="task")
@@ -111,55 +123,128 @@ def setup(overrides: Sequence[str] = ()) -> None:
     for folder in plugin_folders(overrides):
         registry.discover(folder, None)
     ConfigStore.instance().store("root", Root)
+    _check_presets(conf_folders(overrides))
 
 
 def plugin_folders(overrides: Sequence[str]) -> list[Path]:
-    """Folders of plugins outside the project, from `plugins_path=DIR` and SANDBOX_PLUGINS (os.pathsep between)."""
+    """Folders of plugins outside the project: `plugins_path=DIR`, SANDBOX_PLUGINS (A:B)."""
     said = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("plugins_path=")]
     named = [("plugins_path", v) for v in said if v and v != "null"]
-    named += [("SANDBOX_PLUGINS", v) for v in os.environ.get("SANDBOX_PLUGINS", "").split(os.pathsep) if v]
+    listed = os.environ.get("SANDBOX_PLUGINS", "").split(os.pathsep)
+    named += [("SANDBOX_PLUGINS", v) for v in listed if v]
     for name, value in named:
         if not Path(value).expanduser().is_dir():
-            raise ConfigError(f"{name}={value}: no such folder; name a folder that holds GROUP/NAME.py files")
-    return [Path(v).expanduser().resolve() for _, v in named]
+            raise ConfigError(
+                f"{name}={value}: no such folder; name one that holds GROUP/NAME.py files"
+            )
+    return list(dict.fromkeys(Path(v).expanduser().resolve() for _, v in named))
+
+
+def conf_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[Path]:
+    """Where YAML files are looked for: the project's conf/, those of plugin folders, --config-dir."""
+    found = [CONF, *(f / "conf" for f in plugin_folders(overrides) if (f / "conf").is_dir())]
+    if config_dir and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    return found + ([Path(config_dir).resolve()] if config_dir else [])
+
+
+def _check_presets(folders: Sequence[Path]) -> None:
+    """Raises PluginError for a preset that would hide a plugin, or another preset."""
+    seen: dict[Path, Path] = {}
+    for path in (p for folder in folders for p in sorted(folder.glob("*/**/*.yaml"))):
+        folder = next(f for f in folders if path.is_relative_to(f))
+        key = path.relative_to(folder)
+        if any(p.name == key.stem and p.group == str(key.parent) for p in registry.plugins()):
+            raise PluginError(f"{path}: has the name of a plugin and would hide it; rename it")
+        if key in seen:
+            raise PluginError(
+                f"preset {key.with_suffix('')} is there twice: in {seen[key]} and in {path}; "
+                "rename or remove one"
+            )
+        seen[key] = path
+
+
+def options(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
+    """Names that `group=` takes: plugins, and presets of `folders` and of Hydra itself."""
+    from hydra.core.config_store import ConfigStore
+
+    node: Any = ConfigStore.instance().repo
+    for part in group.split("/"):
+        node = node.get(part, {}) if isinstance(node, dict) else {}
+    names = {str(k).removesuffix(".yaml") for k, v in node.items() if not isinstance(v, dict)}
+    return sorted(names | {p.stem for f in folders for p in (f / group).glob("*.yaml")})
+
+
+def chosen_plugin(group: str, name: str) -> registry.Plugin | None:
+    """The plugin that `group=name` stands for, through presets of the project."""
+    import yaml
+
+    preset = CONF / group / f"{name}.yaml"
+    if preset.is_file():
+        defaults = yaml.safe_load(preset.read_text()).get("defaults", ())
+        name = next((d for d in defaults if isinstance(d, str) and d != "_self_"), name)
+    return next((p for p in registry.plugins(group) if p.name == name), None)
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
     """Two shorthands of ours, in Hydra's words.
 
-    A setting of the chosen task may be given without `task.`: `task=new group=vae` is `task=new task.group=vae`.
-    `logger=null` leaves a group empty, which Hydra writes `~logger`.
+    A setting of the chosen task may be given without `task.`: `task=new group=vae` is
+    `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`.
     """
-    overrides = [f"~{o[:-5]}" if o.endswith("=null") and o[:-5] in GROUPS else o for o in overrides]
+    empty = {f"{group}=null" for group in GROUPS}
+    overrides = [f"~{o.removesuffix('=null')}" if o in empty else o for o in overrides]
     chosen = next((o.partition("=")[2] for o in overrides if o.startswith("task=")), "train")
-    plugin = next((p for p in registry.plugins("task") if p.name == chosen and p.config), None)
-    own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)} if plugin and plugin.config else set()
+    plugin = chosen_plugin("task", chosen)
+    if plugin is None or plugin.config is None:
+        return overrides
+    own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)}
     return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides]
 
 
-# --- composition --------------------------------------------------------------------------------------------
+# --- composition -----------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str] = (), config: str = "config", config_dir: str | None = None) -> Any:
-    """The composed DictConfig of one job, checked for safety. Raises ConfigError or PluginError."""
+def compose(
+    overrides: Sequence[str] = (), config: str = "config", config_dir: str | None = None
+) -> Any:
+    """The composed DictConfig of one job, checked for safety.
+
+    Raises ConfigError or PluginError; where Hydra cannot compose, with every problem that can be
+    found without it, those of the wiring included.
+    """
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from sandbox import safety
+
+    safety.refuse_code(overrides)
+    try:
+        cfg = raw(overrides, config, config_dir)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
+        from sandbox.mistakes import explain
+
+        raise explain(e, overrides, config, config_dir) from e
+    safety.check(cfg, overrides, config, config_dir)
+    return cfg
+
+
+def raw(overrides: Sequence[str], config: str = "config", config_dir: str | None = None) -> Any:
+    """What Hydra composes, with its own errors."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
     overrides = [*overrides, *search_path(overrides, config_dir)]
-    _refuse_code(overrides)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), job_name="sandbox", version_base="1.3"), _plain_errors(overrides):
-        cfg = hydra_compose(config, overrides, return_hydra_config=True)
-    _check_hydra(cfg)
-    return cfg
+    with initialize_config_dir(str(CONF), job_name="sandbox", version_base="1.3"):
+        return hydra_compose(config, overrides, return_hydra_config=True)
 
 
 def search_path(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """The override that adds `conf/` of plugin folders and `--config-dir` to Hydra's search path."""
-    found = [folder / "conf" for folder in plugin_folders(overrides) if (folder / "conf").is_dir()]
-    if config_dir:
-        found.append(Path(config_dir).resolve())
+    """The override that adds further folders of YAML files to Hydra's search path."""
+    found = conf_folders(overrides, config_dir)[1:]
     return ["hydra.searchpath=[" + ",".join(f"'file://{p}'" for p in found) + "]"] if found else []
 
 
@@ -172,13 +257,19 @@ def to_root(cfg: Any) -> Root:
         cfg = cfg.copy()
         with open_dict(cfg):
             del cfg["hydra"]
+    if OmegaConf.get_type(cfg) is not Root:
+        raise ConfigError(
+            "the configuration does not start from ours: let its defaults list begin with '- root'"
+        )
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
         made = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key or 'configuration'}: {_first(e.msg or str(e))}") from e
-    assert isinstance(made, Root)  # conf/config.yaml starts from it
-    added = list(_added(plain, made))
+        from sandbox.mistakes import first_line
+
+        raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(e.msg or str(e))}") from e
+    assert isinstance(made, Root)
+    added = [*_added(plain, made), *_shapeless(made)]
     if added:
         raise ConfigError(*added)
     return registry.tuples(made)
@@ -189,27 +280,44 @@ def _added(plain: Any, made: Any, path: str = "") -> Iterator[str]:
     if isinstance(made, dict):
         for key, value in made.items():
             yield from _added(plain[key], value, f"{path}{key}.")
-    elif hasattr(made, "__dataclass_fields__"):
+    elif is_dataclass(made):
         names = [f.name for f in fields(made)]
         for key in plain:
-            if key not in names:
-                yield f"{path}{key}: no such setting{registry.nearest(key, names)}"
-            else:
+            if key in names:
                 yield from _added(plain[key], getattr(made, key), f"{path}{key}.")
+            else:
+                here = [n for n in names if n not in (*GROUPS, "plugin")]
+                yield f"{path}{key}: no such setting{registry.nearest(key, here)}"
+
+
+def _shapeless(root: Root) -> Iterator[str]:
+    """Groups that hold something else than the Config of a plugin."""
+    for group in GROUPS:
+        value = getattr(root, group)
+        places = value if isinstance(value, dict) and group == "callbacks" else {"": value}
+        for name, part in places.items():
+            if part is not None and not isinstance(part, PluginConfig):
+                where = f"{group}.{name}" if name else group
+                yield f"{where}={part}: want the name of an option of {group}"
 
 
 def from_container(node: dict[str, Any]) -> Root:
-    """A Root from plain containers (a run folder's config.yaml). Raises ConfigError for what it does not know."""
+    """A Root from plain containers (a run folder's config.yaml).
+
+    Raises ConfigError for what it does not know.
+    """
     known = [f.name for f in fields(Root)]
     unknown = [k for k in node if k not in known]
     if unknown:
-        raise ConfigError(*(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown))
+        raise ConfigError(
+            *(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown)
+        )
     return Root(**{k: registry.typed(v) for k, v in node.items()})
 
 
 def to_container(root: Any) -> Any:
-    """Plain containers of a Root (tuples become lists): what is saved, hashed and handed to processes."""
-    if hasattr(root, "__dataclass_fields__"):
+    """Plain containers of a Root (tuples become lists): what is saved, hashed and handed over."""
+    if is_dataclass(root):
         return {f.name: to_container(getattr(root, f.name)) for f in fields(root)}
     if isinstance(root, dict):
         return {k: to_container(v) for k, v in root.items()}
@@ -218,27 +326,35 @@ def to_container(root: Any) -> Any:
     return root
 
 
-def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
-    """An earlier run's configuration with what this command line names: whole groups, or settings within them.
+# --- on top of an earlier run ----------------------------------------------------------------
 
-    The task, where things go and how they are watched are always those of this command.
+
+def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
+    """An earlier run's configuration with what this command line names: groups, or settings.
+
+    The task, where things go and how they are watched are always those of this command. Raises
+    ConfigError for what cannot be put on top of a run.
     """
-    ours = {"task", "out", "cache", "plugins_path", "resume", "logger"}
-    for name in ("task", "out", "cache", "plugins_path", "resume", "logger"):
-        saved = replace(saved, **{name: getattr(composed, name)})
+    result = replace(saved, **{name: getattr(composed, name) for name in OF_THE_COMMAND})
+    problems = []
     for override in overrides:
         path = override.partition("=")[0].lstrip("+~")
         top, _, rest = path.partition(".")
-        if top in ours or top not in {f.name for f in fields(Root)}:
-            continue
-        if not rest:
-            saved = replace(saved, **{top: getattr(composed, top)})
-            continue
-        was, now = getattr(saved, top), getattr(composed, top)
-        if type(was) is not type(now):
-            raise ConfigError(f"{override}: the run has {top}={was.plugin.split('/')[1]}, which this does not set")
-        saved = replace(saved, **{top: _with(was, now, rest.split("."))})
-    return saved
+        if top in ("experiment", "debug"):
+            problems.append(
+                f"{override}: this task works on a run with a configuration of its own; "
+                "name the settings that shall differ"
+            )
+        elif top not in OF_THE_COMMAND and not top.startswith("hydra"):
+            was, now = getattr(result, top), getattr(composed, top)
+            if rest and type(was) is not type(now):
+                chosen = was.plugin.partition("/")[2] if was else "null"
+                problems.append(f"{override}: the run has {top}={chosen}, which has no such setting")
+            else:
+                result = replace(result, **{top: _with(was, now, rest.split(".")) if rest else now})
+    if problems:
+        raise ConfigError(*problems)
+    return result
 
 
 def _with(was: Any, now: Any, path: list[str]) -> Any:
@@ -246,157 +362,5 @@ def _with(was: Any, now: Any, path: list[str]) -> Any:
     name, *rest = path
     if isinstance(was, dict):
         return was | {name: _with(was.get(name), now[name], rest) if rest else now[name]}
-    return replace(was, **{name: _with(getattr(was, name), getattr(now, name), rest) if rest else getattr(now, name)})
-
-
-# --- safety -------------------------------------------------------------------------------------------------
-
-
-def _refuse_code(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        name = override.partition("=")[0]
-        if "_target_" in override and not name.lstrip("+~").startswith(("hydra.launcher", "hydra.sweeper")):
-            raise ConfigError(f"{name}: _target_ runs code and is not used here; choose a plugin by its name instead")
-
-
-def _check_hydra(cfg: Any) -> None:
-    """Refuses code in what was composed, and anything under `hydra` in a recipe, before Hydra itself starts."""
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict)
-    hydra = plain.pop("hydra", {})
-    bad = [f"{p}: _target_ runs code and is not used here; choose a plugin by its name" for p in _targets(plain)]
-    for name in ("launcher", "sweeper"):
-        target = str((hydra.get(name) or {}).get("_target_", ""))
-        if target and not target.startswith(LAUNCHERS):
-            bad.append(f"hydra.{name}._target_={target}: want one of Hydra's own, such as hydra/{name}=basic")
-    if hydra.get("callbacks"):
-        bad.append("hydra.callbacks: Hydra would run them as code; use the group callbacks instead")
-    for name, path in _chosen_files(hydra):
-        bad += _hydra_in_recipe(name, path)
-    if bad:
-        raise ConfigError(*bad)
-
-
-def _targets(node: Any, path: str = "") -> Iterator[str]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        here = f"{path}.{key}" if path else str(key)
-        if key == "_target_":
-            yield here
-        yield from _targets(value, here)
-
-
-def _chosen_files(hydra: dict[str, Any]) -> Iterator[tuple[str, Path]]:
-    """The YAML files of the chosen recipes (experiment, debug): they are the ones that may be somebody else's."""
-    folders = [s["path"].removeprefix("file://") for s in hydra["runtime"]["config_sources"] if s["schema"] == "file"]
-    for group in ("experiment", "debug"):
-        chosen = hydra["runtime"]["choices"].get(group)
-        for name in [chosen] if isinstance(chosen, str) else chosen or ():
-            for folder in folders:
-                path = Path(folder, group, f"{name}.yaml")
-                if path.is_file():
-                    yield f"{group}={name}", path
-
-
-def _hydra_in_recipe(name: str, path: Path) -> Iterator[str]:
-    import yaml
-
-    node = yaml.safe_load(path.read_text()) or {}
-    defaults = [k for d in node.get("defaults", ()) if isinstance(d, dict) for k in d]
-    if "hydra" in node or any("hydra/" in str(k) for k in defaults):
-        yield f"{name}: it sets something under hydra, which a recipe may not; give it on the command line ({path})"
-
-
-# --- Hydra's errors in our words ----------------------------------------------------------------------------
-
-
-class _plain_errors:
-    """Turns Hydra's and OmegaConf's errors into ConfigError, with the nearest name and the cure."""
-
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self.overrides = overrides
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-
-        if isinstance(error, HydraException | OmegaConfBaseException):
-            raise _translate(error, self.overrides) from error
-
-
-def _translate(error: BaseException, overrides: Sequence[str]) -> ConfigError:
-    from hydra.errors import MissingConfigException
-
-    text, cause = str(error), error.__cause__
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return _missing(error.missing_cfg_file)
-    if m := re.search(r"[Kk]ey '([^']+)' (?:is )?not in '(.+?)'", str(cause) + text):
-        return _unknown_key(text + str(cause), m[1], overrides)
-    if m := re.search(r"Could not override '([^']+)'", text):
-        group, names = m[1].lstrip("/"), [*GROUPS, "experiment", "debug"]
-        if "No match in the defaults list" in text:
-            return ConfigError(f"{group}: no such group{registry.nearest(group, names)}")
-    if m := re.search(r"Error merging override (\S+)", text):
-        name, _, value = m[1].partition("=")
-        detail = _first(str(cause)) if cause else _first(text.partition("\n")[2])
-        return ConfigError(f"{name}={value}: {detail}")
-    if "mismatched input" in text or "extraneous input" in text or "no viable alternative" in text or "token recognition" in text:
-        return ConfigError(
-            f"{_first(text)}; quote values with special characters: 'name=\"a, b\"', and write dicts as {{a: 1}}"
-        )
-    return ConfigError(_first(text))
-
-
-def _missing(key: str) -> ConfigError:
-    """`group/name` that Hydra did not find: broken, misspelt, or an unknown group."""
-    group, _, name = key.rpartition("/")
-    broken = [p for p in registry.plugins(group) if p.name == name and p.error]
-    if broken:
-        return ConfigError(f"{group}={name} is broken: {broken[0].error}")
-    return ConfigError(f"{group}={name}: no such option{registry.nearest(name, options(group))}")
-
-
-def _unknown_key(text: str, key: str, overrides: Sequence[str]) -> ConfigError:
-    m = re.search(r"full_key: (\S+)", text) or re.search(r"override ([^\s=]+)", text)
-    full = m[1] if m else key
-    group = full.split(".")[0]
-    if "." not in full:
-        known = [f.name for f in fields(Root)]
-        return ConfigError(f"{full}: no such setting{registry.nearest(full, known)}")
-    plugin = _chosen_plugin(group, overrides)
-    names = sorted(f.name for f in fields(plugin.config) if f.name != "plugin") if plugin and plugin.config else []
-    return ConfigError(f"{full}: {group}={plugin.name if plugin else '?'} has no such setting{registry.nearest(key, names)}")
-
-
-def _chosen_plugin(group: str, overrides: Sequence[str]) -> registry.Plugin | None:
-    """The plugin that `group` stands for on this command line, through presets, as far as it can be told."""
-    import yaml
-
-    name = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{group}=")), None)
-    if name is None:
-        defaults = yaml.safe_load((CONF / "config.yaml").read_text())["defaults"]
-        name = next((d[group] for d in defaults if isinstance(d, dict) and group in d), None)
-    preset = CONF / group / f"{name}.yaml"
-    if preset.is_file():
-        name = next((d for d in yaml.safe_load(preset.read_text()).get("defaults", ()) if d != "_self_"), name)
-    return next((p for p in registry.plugins(group) if p.name == name), None)
-
-
-def options(group: str) -> list[str]:
-    """Names that `group=` takes: plugins and presets of the project and of ConfigStore."""
-    from hydra.core.config_store import ConfigStore
-
-    node: Any = ConfigStore.instance().repo
-    for part in group.split("/"):
-        node = node.get(part, {}) if isinstance(node, dict) else {}
-    names = {str(k).removesuffix(".yaml") for k, v in node.items() if not isinstance(v, dict)}
-    return sorted(names | {p.stem for p in (CONF / group).glob("*.yaml")})
-
-
-def _first(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "cannot be read"
+    value = _with(getattr(was, name), getattr(now, name), rest) if rest else getattr(now, name)
+    return replace(was, **{name: value})

@@ -332,6 +332,10 @@ class ScheduleConfig(PluginConfig):
         """Whether SNR(T) = 0; then eps says nothing at T, and a spacing must reach T."""
         return False
 
+    def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
+        """Problems with `times(steps, spacing)`, one line each: unknown spacings, too many steps, T not reached."""
+        yield from ()
+
 
 @dataclass
 class LossConfig(PluginConfig):
@@ -530,6 +534,7 @@ class Draws(Protocol):
 class Posterior(Protocol):
     """What a first stage says about x. Gaussian; VQ and identity ignore the noise."""
 
+    is_random: bool  # False: `sample` ignores the noise, which then need not be drawn
     stored: Tensor  # (B, P, T, H, W) mean and log-variance, features or pixels: what a cache keeps
     mean: Tensor  # (B, C, T, H, W) unscaled
 
@@ -582,6 +587,7 @@ class Schedule(Protocol):
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised: ...
     def weight(self, t: Tensor) -> Tensor: ...  # (B,) loss weight, ones where there is none
+    def snr(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1), before a published rescaling of z0
     def times(self, steps: int, spacing: str) -> Tensor: ...  # decreasing, from the noisiest
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sandbox.contracts import Batch, Clip, Conditions, Draws, Hooks, Terms
+from sandbox.contracts import Batch, Clip, Conditions, Draws, Hooks, Posterior, Terms
 from sandbox.module import Trainable, freeze
 from sandbox.parts import Parts
 from sandbox.sampling import denoise
@@ -56,7 +56,7 @@ class LatentDiffusion(Trainable):
                 if batch.video is not None
                 else self.first_stage.posterior(batch.stored)
             )
-            z = self.first_stage.scaled(posterior.sample(draws.normal("posterior", posterior.mean)))
+            z = self.first_stage.scaled(sampled(posterior, draws, "posterior"))
         padding = self.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
@@ -65,8 +65,7 @@ class LatentDiffusion(Trainable):
 
         @torch.no_grad()
         def encode(pixels: Tensor, name: str) -> Tensor:
-            posterior = self.first_stage.encode(pixels)
-            return self.first_stage.scaled(posterior.sample(draws.normal(name, posterior.mean)))
+            return self.first_stage.scaled(sampled(self.first_stage.encode(pixels), draws, name))
 
         return encode
 
@@ -105,6 +104,10 @@ class LatentDiffusion(Trainable):
         )
         video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
+
+
+def sampled(posterior: Posterior, draws: Draws, name: str) -> Tensor:
+    return posterior.sample(draws.normal(name, posterior.mean)) if posterior.is_random else posterior.mean
 
 
 def clip_of(z: Tensor) -> Clip:

@@ -21,6 +21,16 @@ def keyed(*key: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
+def numbers(positions: np.ndarray, *key: object) -> np.ndarray:
+    """(B,) uint64, one for each position, all bits random: SplitMix64 (Steele et al. 2014) from a hash of `key`."""
+    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    with np.errstate(over="ignore"):
+        x = np.uint64(start) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
 class Keyed:
     """Draws for the samples at `positions` of an epoch.
 
@@ -29,40 +39,44 @@ class Keyed:
 
     def __init__(self, seed: int, epoch: int, positions: Tensor, group: int) -> None:
         self.seed, self.epoch, self.group = seed, epoch, group
-        self.positions = [int(p) for p in positions]
+        self.positions = positions.cpu().numpy()
         self.device = positions.device
 
     def normal(self, name: str, like: Tensor) -> Tensor:
-        """Standard normal of the shape, dtype and device of `like`; each sample has its own generator."""
+        """Standard normal of the shape, dtype and device of `like`; each sample has a generator of its own.
+
+        torch's CPU generator takes 32 bits of a seed: two of a million samples may share their noise, far apart.
+        """
         if like.shape[0] != len(self.positions):
             raise ValueError(f"{name}: like has batch {like.shape[0]}, the draws are for {len(self.positions)}")
-        out = np.empty(like.shape, dtype=np.float32)
-        for row, p in zip(out, self.positions, strict=True):
-            keyed(self.seed, name, self.epoch, p).standard_normal(dtype=np.float32, out=row)
-        return torch.from_numpy(out).to(like)
+        out, generator = torch.empty(like.shape), torch.Generator()
+        for row, seed in zip(out, self._numbers(name).tolist(), strict=True):
+            row.normal_(generator=generator.manual_seed(seed >> 1))
+        return out.to(like)
 
     def uniform(self, name: str) -> Tensor:
-        values = [keyed(self.seed, name, self.epoch, p).random(dtype=np.float32) for p in self.positions]
-        return torch.tensor(np.array(values, dtype=np.float32), device=self.device)
+        high_bits = (self._numbers(name) >> np.uint64(40)).astype(np.float32)
+        return torch.from_numpy(high_bits * np.float32(2**-24)).to(self.device)
 
     def stratified(self, name: str) -> Tensor:
         """One value in each of `group` equal parts for the samples of one optimizer step, parts in random order."""
-        orders: dict[int, np.ndarray] = {}
-        parts = []
-        for p in self.positions:
-            step, place = divmod(p, self.group)
-            if step not in orders:
-                orders[step] = keyed(self.seed, name, self.epoch, "order", step).permutation(self.group)
-            parts.append(orders[step][place])
-        low = torch.tensor(np.array(parts, dtype=np.float32), device=self.device)
+        steps, places = self.positions // self.group, self.positions % self.group
+        parts = np.empty(len(steps), dtype=np.float32)
+        for step in np.unique(steps):
+            order = numbers(np.arange(self.group), self.seed, name, self.epoch, "order", int(step)).argsort()
+            parts[steps == step] = order[places[steps == step]]
+        low = torch.from_numpy(parts).to(self.device)
         return ((low + self.uniform(name)) / self.group).clamp_max(1 - 2**-24)
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
-        values = [int(keyed(self.seed, name, self.epoch, p).integers(low, high)) for p in self.positions]
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        found = (self._numbers(name) >> np.uint64(11)) % np.uint64(high - low)
+        return torch.from_numpy(low + found.astype(np.int64)).to(self.device)
 
     def shared(self) -> Shared:
         return Shared(self)
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return numbers(self.positions, self.seed, name, self.epoch)
 
 
 class Shared:
@@ -70,7 +84,7 @@ class Shared:
 
     def __init__(self, draws: Keyed) -> None:
         self.size = len(draws.positions)
-        self.first = Keyed(draws.seed, draws.epoch, torch.tensor(draws.positions[:1]), draws.group)
+        self.first = Keyed(draws.seed, draws.epoch, torch.from_numpy(draws.positions[:1]), draws.group)
         self.device = draws.device
 
     def normal(self, name: str, like: Tensor) -> Tensor:

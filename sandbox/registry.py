@@ -9,26 +9,30 @@ module's own, so that there is one class for each Config.
 from __future__ import annotations
 
 import ast
-import builtins
 import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar, get_origin, get_type_hints
+from types import ModuleType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
 
 ENTRY_POINTS = "sandbox.plugins"
+NOT_GROUPS = ("conf", "tests")  # what a folder of plugins may hold besides them
+SHOWN = 12  # names in a message; of more, --help has the list
 LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
 
 T = TypeVar("T", bound=type)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Plugin:
     config: type[PluginConfig] | None = None
     error: str | None = None
     helpers: tuple[type, ...] = ()  # other classes that were read with the Config
+    stamp: tuple[int, int] | None = None  # (time, size) of the file when it was read; None: registered by live code
 
     @property
     def key(self) -> str:
@@ -70,7 +75,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
         known = _plugins.get(key)
         if known and known.path and path != known.path:
             raise PluginError(_twice(key, known.place, str(path or f"module {cls.__module__}")))
-        if known and known.path and known.config:
+        if known and known.stamp and known.config:
             for read in known.helpers:
                 setattr(module, read.__name__, read)
             cls.Config = known.config  # type: ignore[attr-defined]
@@ -88,48 +93,83 @@ def register(group: str, name: str) -> Callable[[T], T]:
 
 
 def discover(folder: Path, package: str | None, group: str = "") -> None:
-    """Reads every plugin file below `folder` without importing it.
+    """Reads every plugin file below `folder` without importing it; again only where a file has changed.
 
     `package` is the import name of the folder, None for a folder outside the import path; `group` is put in front of
-    the subfolder's name. Files and folders whose names start with "_" or "." hold helpers and are passed over.
-    Raises PluginError where a name is taken by another file.
+    the subfolder's name. Files and folders whose names start with "_" or "." hold helpers and are passed over, as are
+    `conf` and `tests`. Raises PluginError where a name is taken by another file.
     """
+    prefix = package or _package_of(folder)
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if any(p[0] in "_." for p in parts) or not (group or len(parts) > 1):
+        if any(p[0] in "_." for p in parts) or parts[0] in NOT_GROUPS or not (group or len(parts) > 1):
             continue
         where = "/".join((*([group] if group else []), *parts[:-1]))
-        prefix = package or "plugin_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-        module = ".".join((prefix, *parts))
-        found = _read(path.resolve(), module, where, parts[-1])
-        known = _plugins.get(found.key)
-        if known is None:
+        known, path = _plugins.get(f"{where}/{parts[-1]}"), path.resolve()
+        if known and known.path != path:
+            raise PluginError(_twice(known.key, known.place, str(path)))
+        stat = path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        if known is None or known.stamp not in (None, stamp):
+            found = _read(path, ".".join((prefix, *parts)), where, parts[-1])
+            found.stamp = stamp
+            _forget(found)
             _add(found)
-        elif known.path != found.path:
-            raise PluginError(_twice(found.key, known.place, found.place))
+
+
+def _package_of(folder: Path) -> str:
+    """The import name of a folder outside the import path, so that its files import like any other module."""
+    name = "plugin_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    if name not in sys.modules:
+        sys.modules[name] = package = ModuleType(name)
+        package.__path__ = [str(folder)]
+    return name
+
+
+def _forget(plugin: Plugin) -> None:
+    """What an earlier state of its file left behind."""
+    if _classes.pop(plugin.key, None):
+        sys.modules.pop(plugin.module, None)
 
 
 def discover_entry_points() -> None:
-    """Reads the plugin folders that installed distributions name in the entry-point group `sandbox.plugins`."""
+    """Reads the plugin folders that installed distributions name in the entry-point group `sandbox.plugins`.
+
+    A distribution whose folder is not there is passed over with a warning: nothing can have been chosen from it.
+    """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         top, *rest = point.value.split(".")
         spec = importlib.util.find_spec(top)  # the top package alone: nothing is imported
-        if spec is None or not spec.submodule_search_locations:
-            raise PluginError(
-                f"entry point {point.name}={point.value} of {ENTRY_POINTS}: there is no such package; "
-                "reinstall or remove the distribution that declares it"
-            )
-        discover(Path(spec.submodule_search_locations[0], *rest), point.value)
+        folder = Path(spec.submodule_search_locations[0], *rest) if spec and spec.submodule_search_locations else None
+        if folder and folder.is_dir():
+            discover(folder, point.value)
+        else:
+            log.warning(
+                "entry point %s=%s of %s: there is no such folder; reinstall or remove its distribution",
+                point.name, point.value, ENTRY_POINTS,
+            )  # fmt: skip
 
 
 def _add(plugin: Plugin) -> None:
     from hydra.core.config_store import ConfigStore
 
     _plugins[plugin.key] = plugin
-    if plugin.config is not None:
+    if plugin.config is None:
+        _unstore(plugin)
+    else:
         node = plugin.config(plugin=plugin.key)
         package = f"callbacks.{plugin.name}" if plugin.group == "callbacks" else None
         ConfigStore.instance().store(plugin.name, node, plugin.group, package, provider=plugin.place)
+
+
+def _unstore(plugin: Plugin) -> None:
+    """Takes away what an earlier, readable state of a file that is broken now had stored."""
+    from hydra.core.config_store import ConfigStore
+
+    node: Any = ConfigStore.instance().repo
+    for part in plugin.group.split("/"):
+        node = node.get(part, {})
+    node.pop(f"{plugin.name}.yaml", None)
 
 
 def _twice(key: str, first: str, second: str) -> str:
@@ -148,6 +188,8 @@ def _read(path: Path, module: str, group: str, name: str) -> Plugin:
         plugin.config, plugin.helpers = _config_class(tree, cls, module, path)
     except SyntaxError as e:
         plugin.error = f"{path}:{e.lineno}: {e.msg}"
+    except (OSError, ValueError) as e:  # no access, not UTF-8, a null byte
+        plugin.error = f"{path}:1: cannot be read ({e})"
     except _Unreadable as e:
         plugin.error = f"{path}:{e.args[1]}: {e.args[0]}"
     return plugin
@@ -189,27 +231,38 @@ def _config_class(
     if not (isinstance(made, type) and is_dataclass(made) and issubclass(made, PluginConfig)):
         raise _Unreadable("Config must be a dataclass derived from a Config of sandbox.contracts", config.lineno)
     made.__qualname__ = f"{cls.name}.Config"
+    _check_defaults(made, config.lineno)
     helpers = tuple(space[n.name] for n in body if isinstance(n, ast.ClassDef) and n is not config)
     return made, helpers
 
 
+def _check_defaults(config: type[PluginConfig], line: int) -> None:
+    """Raises _Unreadable for a Config that Hydra cannot hold: a field without a default, or of a type it does not know."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.structured(config())
+    except (TypeError, NameError, ValueError, OmegaConfBaseException) as e:
+        raise _Unreadable(f"Config cannot be used: {_first_line(str(e))}", line) from e
+
+
 def _closure(tree: ast.Module, config: ast.ClassDef) -> set[ast.stmt]:
-    """Module-level statements that define the names that `config` uses, transitively."""
-    defined: dict[str, ast.stmt] = {}
+    """Module-level statements that define the names that `config` uses, transitively; all of a name, in their order."""
+    defined: dict[str, list[ast.stmt]] = {}
     for node in tree.body:
         for name in _defines(node):
-            defined.setdefault(name, node)
+            defined.setdefault(name, []).append(node)
     needed: set[ast.stmt] = set()
     todo: list[ast.stmt] = [config]
     while todo:
         for name in _uses(todo.pop()):
-            node = defined.get(name)
-            if node is None or node in needed:
-                continue
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                _check_light(node, name)
-            needed.add(node)
-            todo.append(node)
+            for node in defined.get(name, ()):
+                if node not in needed:
+                    if isinstance(node, ast.Import | ast.ImportFrom):
+                        _check_light(node, name)
+                    needed.add(node)
+                    todo.append(node)
     return needed
 
 
@@ -231,14 +284,12 @@ def _defines(node: ast.stmt) -> Iterator[str]:
         yield node.name
     elif isinstance(node, ast.Assign):
         yield from (n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
-    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+    elif isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
         yield node.target.id
 
 
 def _uses(node: ast.AST) -> set[str]:
-    return {
-        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not hasattr(builtins, n.id)
-    }
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 def _first_line(text: str | None) -> str:
@@ -261,17 +312,25 @@ def find(key: str) -> Plugin:
     """The plugin `group/name`. Raises PluginError with the nearest name, or with why it cannot be read."""
     plugin = _plugins.get(key)
     if plugin is None:
-        group = key.rpartition("/")[0]
-        raise PluginError(f"{key}: no such plugin{nearest(key, [p.key for p in plugins(group)] or list(_plugins))}")
+        group, _, name = key.rpartition("/")
+        there = [p.name for p in plugins(group)]
+        raise PluginError(
+            f"{group}={name}: no such plugin{nearest(name, there)}" if there
+            else f"{key}: no such plugin{nearest(key, list(_plugins))}"
+        )  # fmt: skip
     if plugin.error:
         raise PluginError(f"{plugin.group}={plugin.name} is broken: {plugin.error}")
     return plugin
 
 
-def nearest(word: str, words: list[str]) -> str:
+def nearest(word: str, words: Iterable[str]) -> str:
     """"; did you mean X?" or what there is."""
+    words = sorted(words)
     close = difflib.get_close_matches(word, words, 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there is {', '.join(sorted(words)) or 'none'}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    more = f" and {len(words) - SHOWN} more (--help)" if len(words) > SHOWN else ""
+    return f"; there is {', '.join(words[:SHOWN]) or 'none'}{more}"
 
 
 def plugin_class(key: str) -> type:
@@ -279,30 +338,24 @@ def plugin_class(key: str) -> type:
     if key not in _classes:
         plugin = find(key)
         try:
-            _import(plugin)
+            importlib.import_module(plugin.module)
         except PluginError:
             raise
         except Exception as e:  # third-party code at import: any error is that plugin's, and is said
-            raise PluginError(
-                f"{plugin.group}={plugin.name} cannot be imported ({plugin.place}): {type(e).__name__}: {e}"
-            ) from e
+            raise PluginError(f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: {type(e).__name__}: {e}") from e
     return _classes[key]
 
 
-def _import(plugin: Plugin) -> ModuleType:
-    if not plugin.module.startswith("plugin_"):
-        return importlib.import_module(plugin.module)
-    if plugin.module in sys.modules:
-        return sys.modules[plugin.module]
-    spec = importlib.util.spec_from_file_location(plugin.module, str(plugin.path))
-    assert spec and spec.loader  # a .py file has both
-    module = sys.modules[plugin.module] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[plugin.module]
-        raise
-    return module
+def _where(error: BaseException, plugin: Plugin) -> str:
+    """file:line of the plugin where its import failed."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    line, trace = 0, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(plugin.path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{plugin.place}:{line}" if line else plugin.place
 
 
 def create(cfg: PluginConfig) -> Any:
@@ -344,11 +397,10 @@ def tuples(config: Any) -> Any:
     """A Config whose fields annotated as tuples hold tuples (OmegaConf makes lists of them)."""
     if not is_dataclass(config) or isinstance(config, type):
         return config
-    hints = _hints(type(config))
     changes = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, list) and "tuple" in hints[f.name]:
+        if isinstance(value, list) and any(get_origin(t) is tuple for t in kinds(type(config))[f.name]):
             changes[f.name] = _tuple(value)
         elif is_dataclass(value):
             changes[f.name] = tuples(value)
@@ -357,10 +409,24 @@ def tuples(config: Any) -> Any:
     return replace(config, **changes) if changes else config
 
 
-@cache
-def _hints(config: type) -> dict[str, str]:
-    return {k: f"{get_origin(v) or ''} {v}" for k, v in get_type_hints(config).items()}
-
-
 def _tuple(value: Any) -> Any:
     return tuple(_tuple(v) for v in value) if isinstance(value, list) else value
+
+
+@cache
+def kinds(config: type) -> dict[str, tuple[Any, ...]]:
+    """Field -> the types that it may have: `int | None` is (int, NoneType)."""
+    hints = get_type_hints(config)
+    return {k: get_args(v) if isinstance(v, UnionType) or get_origin(v) is Union else (v,) for k, v in hints.items()}
+
+
+def misshapen(config: Any) -> Iterator[str]:
+    """What OmegaConf's types let pass: tuples of a wrong length, and the word None, which is only a text there."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        for kind in kinds(type(config))[f.name]:
+            entries = get_args(kind) if get_origin(kind) is tuple else (...,)
+            if isinstance(value, tuple) and ... not in entries and len(value) != len(entries):
+                yield f"{f.name}={list(value)}: want {len(entries)} entries"
+        if value == "None":
+            yield f"{f.name}='None': that is only a word here; nothing is written null ({f.name}=null)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -160,13 +160,16 @@ class Stream:
             yield from self.loader
 
 
-def fit(training: Training) -> None:
-    """Trains from `training.step` to `root.steps`. Raises Diverged, DataError, Preempted."""
+def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
+    """Trains from `training.step` to `root.steps`; `callbacks` come after those of the configuration.
+
+    Raises Diverged, DataError, Preempted.
+    """
     root = training.root
     if training.step >= root.steps:
         return
     trainer_cfg = root.trainer
-    use_threads(trainer_cfg.threads, root.data.num_workers)
+    use_threads(threads or trainer_cfg.threads, root.data.num_workers)
     engine = Engine(training)
     extra = [registry.create(c) for _, c in sorted(root.callbacks.items()) if c is not None]
     for callback in extra:
@@ -182,7 +185,7 @@ def fit(training: Training) -> None:
         max_epochs=-1,
         accumulate_grad_batches=trainer_cfg.accumulate,
         gradient_clip_val=trainer_cfg.clip,
-        callbacks=[engine, *extra],
+        callbacks=[engine, *extra, *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -5,6 +5,7 @@ All problems are found together. Each line names both sides' settings and number
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -24,25 +25,30 @@ class Wiring:
     slots: tuple[Slots, ...]  # what it is told
 
 
-def wire(root: Root) -> Wiring:
-    """Checks and completes `root`. Raises ConfigError with every problem there is."""
+def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
+    """Checks and completes `root`. Raises ConfigError with every problem there is.
+
+    `unasked`: groups and settings whose problems are known already; nothing more is asked of them.
+    """
     if root.task is not None:
         missing = {k: v for k, v in root.task.defaults().items() if getattr(root, k) is None}
         root = replace(root, **missing)
-    found = [*root.problems()]
-    unsound: set[str] = set()
-    absent = [g for g in REQUIRED if getattr(root, g) is None]
-    found += [f"{g}=null: want one of {[p.name for p in registry.plugins(g)]}" for g in absent]
+    absent = {g for g in REQUIRED if getattr(root, g) is None} - unasked
+    found = [p for p in root.problems() if re.split(r"\W", p)[0] not in unasked]
+    found += [f"{g}=null: want one of {', '.join(_names(g))}" for g in REQUIRED if g in absent]
+    unsound = set(unasked) | absent
     for path, cfg in root.parts():
-        own = list(cfg.problems())
-        found += [f"{path}.{p}" for p in own]
+        group = path.partition(".")[0]
+        own = [f"{path}.{p}" for p in (*cfg.problems(), *registry.misshapen(cfg))]
+        if group not in unasked:
+            found += own
         if own:
-            unsound.add(path)
-    check = _Check(root, unsound | set(absent))
+            unsound.add(group)
+    check = _Check(root, unsound)
     wiring = check.run()
     found += check.found
     if found or wiring is None:
-        raise ConfigError(*found)
+        raise ConfigError(*dict.fromkeys(found))
     return wiring
 
 
@@ -87,7 +93,8 @@ class _Check:
         for part in ("loss", "sampler", "guidance"):
             if self.sound(part):
                 cfg = getattr(self.root, part)
-                self.say(*(f"{part}.{p}" for p in cfg.accepts(self.root.schedule)))
+                schedule = self.root.schedule
+                self.say(*(_of(part, cfg, p, f" (schedule={_name(schedule)})") for p in cfg.accepts(schedule)))
 
     def fields(self) -> None:
         """What conditioning reads against what the data provide."""
@@ -99,6 +106,7 @@ class _Check:
             self.say(
                 f"conditioning={_name(conditioning)} needs {_list(lacking)}, but data={_name(data)} provides "
                 f"{_list(data.provides())}: use " + _options("conditioning", lambda c: c.needs() <= data.provides())
+                + ", or other data"
             )
 
     def metric(self, root: Root) -> Root:
@@ -115,57 +123,67 @@ class _Check:
                     f"{_list(root.data.provides())}: use metric=null"
                 )
             for clip in root.data.clips():
-                self.say(*(f"metric.{p}" for p in root.metric.accepts(clip)))
+                self.say(*(_of("metric", root.metric, p) for p in root.metric.accepts(clip)))
         return root
 
     def sizes(self, clip: Clip) -> tuple[Clip, Clip] | None:
-        """(latents, grid) of a clip, through the first stage and the backbone; None where it does not fit."""
+        """(latents, grid) of a clip, through the first stage and the backbone; None where it does not fit.
+
+        Each of the clip's numbers that does not fit is named with the nearest that do; the next is looked for as if it
+        had that value.
+        """
         vae, backbone = self.root.vae, self.root.backbone
-        if not self.sound("vae"):
+        if not self.sound("data", "vae"):
             return None
-        through = [vae.latents, *([backbone.grid] if self.sound("backbone") else [])]
-        try:
-            z = vae.latents(clip)
-        except Misfit as e:
-            near = self.near(clip, e.field, through) or self.near(clip, e.field, [vae.latents])
-            self.say(f"data.{e.field}={e.value} does not fit vae={_name(vae)}, which wants {e.rule}{near}")
-            return None
-        except ConfigError as e:
-            self.say(*(f"vae.{p} (data={_name(self.root.data)} has clips of {clip})" for p in e.problems))
-            return None
-        if not self.sound("backbone"):
-            return None
-        try:
-            return z, backbone.grid(z)
-        except Misfit as e:
-            size = getattr(clip, e.field)
-            self.say(
-                f"data.{e.field}={size} becomes latents {z} with vae={_name(vae)}, whose {e.field} {e.value} does not fit "
-                f"backbone={_name(backbone)}, which wants {e.rule}" + self.near(clip, e.field, through)
-            )
-        except ConfigError as e:
-            self.say(*(f"backbone.{p} (latents of vae={_name(vae)} are {z})" for p in e.problems))
+        fitting, with_backbone = clip, self.sound("backbone")
+        for _ in range(3):  # frames, height, width
+            z = None
+            try:
+                z = vae.latents(fitting)
+                if with_backbone:
+                    grid = backbone.grid(z)
+                    return (z, grid) if fitting == clip else None
+                return None
+            except Misfit as e:
+                near = self.near(fitting, e.field)
+                size, use = getattr(clip, e.field), [f"data.{e.field}={v}" for v in near]
+                cure = f": use {' or '.join(use)}" if use else ""
+                if z is None:
+                    self.say(f"data.{e.field}={size} does not fit vae={_name(vae)}, which wants {e.rule}{cure}")
+                else:
+                    self.say(
+                        f"data.{e.field}={size}: clips of {clip} become latents of {z} with vae={_name(vae)}, and "
+                        f"{e.field} {e.value} does not fit backbone={_name(backbone)}, which wants {e.rule}{cure}"
+                    )
+                if not near:
+                    return None
+                fitting = replace(fitting, **{e.field: near[-1]})
+            except ConfigError as e:
+                part, cfg, size = ("vae", vae, clip) if z is None else ("backbone", backbone, z)
+                self.say(*(_of(part, cfg, p, f" (it gets clips of {size})") for p in e.problems))
+                return None
         return None
 
-    def near(self, clip: Clip, field: str, through: list[Callable[[Clip], Clip]]) -> str:
-        """The nearest values of `field` that go through the whole chain, found by trying them."""
+    def near(self, clip: Clip, field: str) -> list[int]:
+        """The nearest values of `field`, below and above, with which it goes through first stage and backbone."""
+        if field == "channels":
+            return []
 
         def fits(value: int) -> bool:
-            size = replace(clip, **{field: value})
             try:
-                for step in through:
-                    size = step(size)
+                z = self.root.vae.latents(replace(clip, **{field: value}))
+                if self.sound("backbone"):
+                    self.root.backbone.grid(z)
+            except Misfit as e:
+                return e.field != field
             except ConfigError:
                 return False
             return True
 
         value = getattr(clip, field)
-        if field == "channels":
-            return ""
         below = next((v for v in range(value - 1, 0, -1) if fits(v)), None)
         over = next((v for v in range(value + 1, 4 * value + 65) if fits(v)), None)
-        values = [f"data.{field}={v}" for v in (below, over) if v is not None]
-        return f": use {' or '.join(values)}" if values else ""
+        return [v for v in (below, over) if v is not None]
 
     def told(self, root: Root, clips: tuple[Clip, ...], grids: list[Clip]) -> tuple[Root, tuple[Slots, ...]]:
         """Slots offered against slots taken and needed; then the numbers that components decide for one another."""
@@ -178,31 +196,49 @@ class _Check:
                 conditioning = conditioning.wired(clip, grid)
                 slots.append(conditioning.offers(clip, grid))
             except ConfigError as e:
-                self.say(*(f"conditioning.{p} (clips are {clip}, latents {grid})" for p in e.problems))
+                why = f" (clips are {clip}, latents {grid})"
+                self.say(*(_of("conditioning", conditioning, p, why) for p in e.problems))
                 continue
             self.match(slots[-1])
             try:
                 backbone = backbone.wired(grid, slots[-1], outputs)
             except ConfigError as e:
-                self.say(
-                    *(
-                        f"backbone.{p} (vae={_name(root.vae)} gives latents {grid}, conditioning={_name(conditioning)} "
-                        f"offers {_slots(slots[-1])}, schedule={_name(root.schedule)} wants {outputs} output(s) a channel)"
-                        for p in e.problems
-                    )
+                why = (
+                    f" (vae={_name(root.vae)} gives latents of {grid}, conditioning={_name(conditioning)} offers "
+                    f"{_slots(slots[-1])}, schedule={_name(root.schedule)} wants {outputs} output(s) a channel); "
+                    "null takes what is needed"
                 )
+                self.say(*(_of("backbone", backbone, p, why) for p in e.problems))
         return replace(root, conditioning=conditioning, backbone=backbone), tuple(slots)
 
     def match(self, slots: Slots) -> None:
+        """What conditioning offers against what the backbone takes and needs."""
         backbone, conditioning = self.root.backbone, self.root.conditioning
-        pair = f"backbone={_name(backbone)}", f"conditioning={_name(conditioning)}"
+        told, network = f"conditioning={_name(conditioning)}", f"backbone={_name(backbone)}"
         ignored = slots.names() - backbone.takes()
         if ignored:
-            self.say(f"{pair[1]} offers {_list(ignored)}, which {pair[0]} does not take with these settings "
-                     f"(it takes {_list(backbone.takes())}): change one of them")  # fmt: skip
+            self.say(
+                f"{told} offers {_list(ignored)}, but {network} takes {_list(backbone.takes())} with these settings: "
+                f"change a setting of one of them, or choose another (task=plugins lists what each takes)"
+            )
         lacking = backbone.needs() - slots.names()
         if lacking:
-            self.say(f"{pair[0]} needs {_list(lacking)}, but {pair[1]} offers {_list(slots.names())}: change one of them")
+            self.say(
+                f"{network} needs {_list(lacking)} with these settings, but {told} offers {_list(slots.names())}: "
+                f"change a setting of one of them, or choose another (task=plugins lists what each takes)"
+            )
+
+
+def _of(part: str, cfg: PluginConfig, problem: str, why: str = "") -> str:
+    """A problem that a Config names by one of its settings, or by its own name, as the user types either."""
+    name, rest = re.match(r"(\w*)(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]
+    if name == _name(cfg):
+        return f"{part}={name}{rest}{why}"
+    return f"{part}.{problem}{why}"
+
+
+def _names(group: str) -> list[str]:
+    return [p.name for p in registry.plugins(group)]
 
 
 def _name(cfg: PluginConfig) -> str:

@@ -28,7 +28,10 @@ def state(step: int = 1, numbers: int = 100) -> dict:
     return {
         "step": step,
         "weights": {"a.b": torch.randn(numbers, generator=made), "half": torch.ones(3).bfloat16()},
-        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "groups": [{"betas": (0.9, 0.95)}]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(2.0)}},
+            "groups": [{"betas": (0.9, 0.95)}],
+        },
         "loader": OrderedDict(epoch=1, done=None, name="x", ok=True),
     }
 
@@ -143,7 +146,7 @@ def test_kill_inside_a_write_leaves_the_old_one_and_the_next_save_tidies_up(tmp_
 def test_full_disk_is_a_storage_error_and_touches_nothing(tmp_path):
     checkpoint.save(tmp_path, state(), 1)
     before = names(tmp_path)
-    with largest_file(50_000), pytest.raises(StorageError, match="step 2.*too large.*untouched"):
+    with largest_file(50_000), pytest.raises(StorageError, match=r"step 2.*too large.*untouched"):
         checkpoint.save(tmp_path, state(2, 500_000), 2, wait=0)
     assert names(tmp_path) == before
     assert StorageError.exit_code == 5
@@ -239,6 +242,11 @@ def test_tensors_that_are_not_finite_are_never_saved(tmp_path, value, dtype):
     with pytest.raises(Diverged, match=r"weights\.worse"):
         checkpoint.save(tmp_path, bad, 1)
     assert names(tmp_path) == []
+
+
+def test_large_numbers_are_finite(tmp_path):
+    large = torch.full((8,), 3e38)  # their sum is not
+    assert torch.equal(checkpoint.load(checkpoint.save(tmp_path, {"w": large}, 1))["w"], large)
 
 
 @pytest.mark.parametrize("thing", [Path("x"), {1, 2}, torch.float32, checkpoint.hashlib.sha256])
@@ -348,7 +356,9 @@ def test_exported_weights_are_read_again(tmp_path, name):
 def test_exported_metadata_is_in_the_header(tmp_path):
     from safetensors import safe_open
 
-    path = checkpoint.export_weights({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"step": "7"})
+    path = checkpoint.export_weights(
+        {"a": torch.ones(1)}, tmp_path / "w.safetensors", {"step": "7"}
+    )
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "step": "7"}
 

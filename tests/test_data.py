@@ -192,7 +192,7 @@ def test_too_few_clips_are_an_error_with_the_cure(count, size, world, cure):
 
 
 def test_a_state_of_other_data_is_refused():
-    with pytest.raises(DataError, match="20 clips in micro-batches of 4.* now there are 21 in 4"):
+    with pytest.raises(DataError, match=r"20 clips in micro-batches of 4.* now there are 21 in 4"):
         loader(21).load_state_dict(loader(20).state_dict())
 
 

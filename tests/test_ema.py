@@ -50,7 +50,10 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_six_updates_with_warm_up_equal_the_published_average():
-    said, stored = json.loads((GOLDEN / "ema.json").read_text()), load_file(GOLDEN / "ema.safetensors")
+    said, stored = (
+        json.loads((GOLDEN / "ema.json").read_text()),
+        load_file(GOLDEN / "ema.safetensors"),
+    )
     net = Net()
 
     def put(prefix: str) -> None:
@@ -64,7 +67,9 @@ def test_six_updates_with_warm_up_equal_the_published_average():
         assert ema.updates == stored[f"out/step{step}/num_updates"]
         for name, found in ema.average.items():
             expected = stored[f"out/step{step}/{name.replace('.', '')}"]
-            torch.testing.assert_close(found, expected, **said["tolerance"], msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found, expected, **said["tolerance"], msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_decay_grows_to_its_final_value():
@@ -87,7 +92,9 @@ def test_small_changes_of_bfloat16_weights_are_not_lost():
     ema.update()
     for name, found in ema.average.items():
         # 1e-3 of a step of 1 (or of its bfloat16 rounding, 2 ** -8): absent if averaged in bfloat16
-        torch.testing.assert_close(found - before[name], torch.full_like(found, 1e-3), rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            found - before[name], torch.full_like(found, 1e-3), rtol=1e-2, atol=0
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +105,11 @@ def test_averages_stand_in_inside_the_block_and_never_after_it(dtype):
     ema.update()
     live, averages = weights(net), {n: a.clone() for n, a in ema.average.items()}
     with pytest.raises(KeyError), ema.applied(net):
-        assert all(torch.equal(p, averages[n].to(dtype)) for n, p in net.named_parameters() if n != "frozen")
+        assert all(
+            torch.equal(p, averages[n].to(dtype))
+            for n, p in net.named_parameters()
+            if n != "frozen"
+        )
         raise KeyError
     assert same(weights(net), live) and same(ema.average, averages)
 
@@ -148,7 +159,9 @@ def test_state_is_a_copy():
     assert saved["updates"] == 0 and not same(saved["average"], ema.average)
 
 
-@pytest.mark.parametrize("other", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))])
+@pytest.mark.parametrize(
+    "other", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))]
+)
 def test_state_of_another_model_is_refused_by_name(other):
     with pytest.raises(StorageError, match="weight"):
         average(trained()).load_state_dict(average(other).state_dict())
@@ -169,7 +182,9 @@ def test_sharded_averages_are_saved_whole_and_come_back(tmp_path):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         net = fully_shard(trained().block, mesh=mesh)

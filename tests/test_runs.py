@@ -129,7 +129,9 @@ def open_and_tell(out: Path, barrier, told) -> None:
 
 def test_five_simultaneous_starts_get_five_folders(tmp_path):
     barrier, told = FORK.Barrier(5), FORK.Queue()
-    children = [FORK.Process(target=open_and_tell, args=(tmp_path, barrier, told)) for _ in range(5)]
+    children = [
+        FORK.Process(target=open_and_tell, args=(tmp_path, barrier, told)) for _ in range(5)
+    ]
     for child in children:
         child.start()
     found = [told.get(timeout=30) for _ in children]
@@ -218,7 +220,14 @@ def test_folder_without_a_run_cannot_be_named(tmp_path):
 
 
 def test_config_is_read_as_it_was_given(tmp_path):
-    given = {"lr": 1e-5, "text": "1e-5", "no": "no", "none": None, "list": [1, 2.5], "a": {"b": True}}
+    given = {
+        "lr": 1e-5,
+        "text": "1e-5",
+        "no": "no",
+        "none": None,
+        "list": [1, 2.5],
+        "a": {"b": True},
+    }
     with open_run(tmp_path, "x", given) as run:
         assert run.config() == given
         assert type(run.config()["lr"]) is float
@@ -243,7 +252,9 @@ def test_environments_of_earlier_starts_are_kept(tmp_path):
 
 def test_secrets_are_not_in_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_verysecretvalue")
-    monkeypatch.setattr(sys, "argv", ["run.py", "x.api_key=0123456789abcdef", "y=hf_verysecretvalue"])
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "x.api_key=0123456789abcdef", "y=hf_verysecretvalue"]
+    )
     config = but(x={"api_key": "0123456789abcdef"}, url="https://me:pass@host/hf_verysecretvalue")
     with open_run(tmp_path, "x", config) as run:
         run.finish({"note": "hf_verysecretvalue"})

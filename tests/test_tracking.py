@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from plugins.logger.csv import CSVLogger
 from sandbox.contracts import StorageError
 from sandbox.runs import Run
 from sandbox.tracking import MetricBuffer, Trackers
@@ -122,5 +121,5 @@ def test_interrupt_is_not_swallowed(tmp_path):
 
 def test_metrics_file_is_one_json_object_a_line(tmp_path):
     run = Run(tmp_path)
-    Trackers(run, [CSVLogger(CSVLogger.Config())]).metrics(3, {"loss": 0.5})
+    Trackers(run).metrics(3, {"loss": 0.5})
     assert json.loads(run.metrics_file.read_text()) == {"step": 3, "loss": 0.5}

@@ -1,9 +1,11 @@
-"""Convolutional encoder and decoder of the LDM autoencoders (Rombach et al. 2022, appendix G; after VQGAN).
+"""Encoder and decoder of the LDM autoencoders (Rombach et al. 2022, appendix G; after VQGAN).
 
-Parameter names are the published ones. Both work on pictures (N, C, H, W); `per_frame` applies them to video.
+Parameter names are the published ones. Both work on pictures (N, C, H, W); `per_frame` applies
+them to video.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -102,7 +104,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: `block`, `attn` (empty without attention) and, if any, the resampling."""
+    """The blocks of one resolution: `block`, `attn` (may be empty) and, if any, the resampling."""
 
     def __init__(self, s: Sizes, level: int, channels: int, blocks: int) -> None:
         super().__init__()
@@ -110,8 +112,7 @@ class Level(nn.Module):
         widths = [channels, *[out_channels] * blocks]
         attends = s.resolution // 2**level in s.attn_resolutions
         self.block = nn.ModuleList(
-            ResnetBlock(a, b, s.num_groups, s.dropout)
-            for a, b in zip(widths, widths[1:], strict=False)
+            ResnetBlock(a, b, s.num_groups, s.dropout) for a, b in pairwise(widths)
         )
         self.attn = nn.ModuleList(
             AttnBlock(out_channels, s.num_groups) for _ in range(blocks if attends else 0)

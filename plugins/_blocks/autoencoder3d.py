@@ -1,11 +1,11 @@
-"""Layers of causal 3-D autoencoders: EasyAnimateV2's MagViT VAE, with its published parameter names.
+"""Causal 3-D autoencoder of EasyAnimateV2's MagViT VAE, with its published parameter names.
 
-All tensors are (B, C, T, H, W). A convolution sees no later frame, but group norm and the attention of the middle see
-the whole clip, so the network as a whole is not strictly causal (as published).
+All tensors are (B, C, T, H, W). A convolution sees no later frame, but group norm and the attention
+of the middle see the whole clip: the network as a whole is not strictly causal (as published).
 """
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,10 @@ EPS = 1e-6  # of every group norm, as published
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution with kernel 3 whose time axis is padded in front, by two copies of the first frame.
+    """Convolution with kernel 3, padded in time by two copies of the first frame, in front.
 
-    Space is padded by zeros: one on each side, or with stride 2 one at the right and bottom. T frames become
-    ceil(T / time stride).
+    Space is padded by zeros: one on each side, or with stride 2 one at the right and bottom.
+    T frames become ceil(T / time stride).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ResidualBlock3D(nn.Module):
-    """Twice norm, SiLU, convolution; added to the input, which passes a 1x1x1 convolution where channels change."""
+    """Twice norm, SiLU, convolution; added to the input (by 1x1x1 where channels change)."""
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Repeats each pixel, convolves, and interpolates frames: T become 2(T-1)+1, the first stays alone."""
+    """Repeats pixels, convolves, interpolates frames: T become 2(T-1)+1, the first stays alone."""
 
     def __init__(self, channels: int, factors: tuple[int, int]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Upsampler(nn.Module):
 
 
 def double_frames(x: Tensor) -> Tensor:
-    """Linear interpolation in time, (B, C, T, H, W) -> (B, C, 2T, H, W); each frame becomes two at -1/4 and +1/4."""
+    """Linear interpolation to (B, C, 2T, H, W): a frame becomes two, 1/4 before and after it."""
     before = torch.cat([x[:, :, :1], x[:, :, :-1]], 2)
     after = torch.cat([x[:, :, 1:], x[:, :, -1:]], 2)
     pairs = torch.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], 3)
@@ -103,7 +103,7 @@ def double_frames(x: Tensor) -> Tensor:
 
 
 class Attention3D(nn.Module):
-    """Self-attention with a residual, over all positions of the clip ("3d") or of each frame ("spatial")."""
+    """Self-attention with a residual, over the whole clip ("3d") or each frame ("spatial")."""
 
     def __init__(self, channels: int, num_groups: int, num_heads: int, kind: str) -> None:
         super().__init__()
@@ -199,15 +199,14 @@ def _residual_blocks(
     in_channels: int, out_channels: int, layers: int, num_groups: int
 ) -> nn.ModuleList:
     widths = [in_channels] + [out_channels] * layers
-    return nn.ModuleList(
-        ResidualBlock3D(a, b, num_groups) for a, b in zip(widths, widths[1:], strict=False)
-    )
+    return nn.ModuleList(ResidualBlock3D(a, b, num_groups) for a, b in pairwise(widths))
 
 
 class Encoder3D(nn.Module):
     """Pixels (B, 3, T, H, W) -> features (B, out_channels, t, h, w).
 
-    `widths` are the channels of the levels, `factors` what each divides (time, space) by; the last is not used.
+    `widths` are the channels of the levels, `factors` what each divides (time, space) by; the last
+    level keeps the size.
     """
 
     def __init__(
@@ -241,7 +240,8 @@ class Encoder3D(nn.Module):
 class Decoder3D(nn.Module):
     """Latents (B, in_channels, t, h, w) -> pixels (B, 3, T, H, W).
 
-    `widths` and `factors` are in the order of the decoder, from the smallest level; the last factor is not used.
+    `widths` and `factors` are in the order of the decoder, from the smallest level; the last level
+    keeps the size.
     """
 
     def __init__(
@@ -274,8 +274,9 @@ class Decoder3D(nn.Module):
 def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, overlap: float) -> Tensor:
     """`fn` on square tiles of x (..., H, W), `size` wide, whose outputs are `out` wide.
 
-    Neighbours share the part `overlap` of their width, where their outputs are blended linearly. As published: a tile
-    is blended with the one above, then with the one at its left, both blended before.
+    Neighbours share the part `overlap` of their width, where their outputs are blended linearly.
+    As published: a tile is blended with the one above, then with the one at its left, both of which
+    were blended before.
     """
     step, blend = size - round(size * overlap), round(out * overlap)
     keep = out - blend
@@ -305,23 +306,22 @@ def blended(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
     return torch.cat([head, x.narrow(dim, extent, x.shape[dim] - extent)], dim)
 
 
-# Mean of red, green and blue, red against green, both against blue; and the way back.
+# Brightness, red against green, both against blue; and the way back.
 TO_COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, -1 / 2, 0), (1 / 4, 1 / 4, -1 / 2))
 FROM_COLOURS = ((1, 1, 2 / 3), (1, -1, 2 / 3), (1, 0, -4 / 3))
-COLOUR_ORDER = (
-    0.5  # colour differences come after brightness and before every change in time or space
-)
+COLOUR_ORDER = 0.01  # colour comes after brightness and before every change in time or space
 
 
 @torch.no_grad()
 def start_as_haar(encoder: Encoder3D, decoder: Decoder3D) -> None:
     """Makes an untrained pair a truncated Haar transform that is linear but for the group norms.
 
-    Residual blocks start as the identity. A downsampler takes averages and differences within its cells and keeps
-    the smoothest; a feature f ends as the pair of channels (f, -f), of which SiLU loses nothing: silu(f) - silu(-f)
-    = f. So the first latents are the averages of brightness and colour, the next ones the coarse changes. The decoder
-    passes the latents on in the same pairs and starts from the averages alone. Needs two levels, each of at least 6
-    channels; other channels and the first convolutions of residual blocks keep their random weights.
+    Residual blocks start as the identity. A downsampler takes averages and differences within its
+    cells and keeps the smoothest. A feature f ends as the pair of channels (f, -f), of which SiLU
+    loses nothing: silu(f) - silu(-f) = f. So the first latents are the averages of brightness and
+    colour, the next ones coarse changes. The decoder passes them on in such pairs and at first
+    shows the averages alone. Other channels and the first convolutions of residual blocks keep
+    their random weights. Needs two levels, 6 channels in each, and 3 latents.
     """
     for module in (*encoder.modules(), *decoder.modules()):
         if isinstance(module, ResidualBlock3D):
@@ -332,54 +332,58 @@ def start_as_haar(encoder: Encoder3D, decoder: Decoder3D) -> None:
             zero(module.to_out)
         elif isinstance(module, Upsampler):
             pass_on(module.conv)
-    moments, latents = encoder.conv_out.out_channels, decoder.conv_in.in_channels
+    latents = decoder.conv_in.in_channels
 
-    put(encoder.conv_in, {(i, j): w for i, row in enumerate(TO_COLOURS) for j, w in enumerate(row)})
-    orders = [0, COLOUR_ORDER, COLOUR_ORDER]
-    samplers = [block.downsampler for block in encoder.down_blocks if block.downsampler]
-    for i, sampler in enumerate(samplers):
-        last = sampler is samplers[-1]
-        room = min(latents, sampler.conv.out_channels // 2) if last else sampler.conv.out_channels
-        orders = keep_smoothest(
-            sampler.conv, orders, 2 ** (len(samplers) - 1 - i), room, paired=last
-        )
-    pairs = range(len(orders))
-    zero(encoder.conv_out, rows=moments // 2)
-    put(encoder.conv_out, {(r, 2 * r + s): 1 - 2 * s for r in pairs for s in (0, 1)})
+    put(encoder.conv_in, torch.tensor(TO_COLOURS))
+    orders = [0, COLOUR_ORDER, COLOUR_ORDER]  # how fast each feature changes
+    *finer, last = (block.downsampler.conv for block in encoder.down_blocks if block.downsampler)
+    for conv in finer:
+        orders = keep_smoothest(conv, orders, conv.out_channels)
+    orders = keep_smoothest(last, orders, min(latents, last.out_channels // 2), paired=True)
+    zero(encoder.conv_out, rows=latents)
+    put(encoder.conv_out, in_pairs(torch.eye(len(orders), latents)).mT)
 
-    zero(decoder.conv_in)
     # Red, green, blue, brightness: channels alike, so that the last norm treats the colours alike.
-    sources = [dict(enumerate(row)) for row in FROM_COLOURS]
-    sources += [{i: 1} for i in range(latents) if i not in (1, 2)]
-    pairs = list(enumerate(sources))[: decoder.conv_in.out_channels // 2]
-    put(decoder.conv_in, {(2 * r + s, i): w * (1 - 2 * s) for r, row in pairs for i, w in row.items() for s in (0, 1)})
-    decoder.conv_out.weight[:, :6] = 0
-    put(decoder.conv_out, {(r, 2 * r + s): 1 - 2 * s for r in range(3) for s in (0, 1)})
+    colours = torch.eye(3, latents)
+    colours[:, :3] = torch.tensor(FROM_COLOURS)
+    others = torch.eye(latents)[[i for i in range(latents) if i not in (1, 2)]]
+    sources = torch.cat([colours, others])[: decoder.conv_in.out_channels // 2]
+    zero(decoder.conv_in)
+    put(decoder.conv_in, in_pairs(sources))
+    put(decoder.conv_out, in_pairs(torch.eye(3)).mT)
 
 
 def keep_smoothest(
-    conv: CausalConv3d, orders: list[float], weight: int, room: int, paired: bool
+    conv: CausalConv3d, orders: list[float], room: int, paired: bool = False
 ) -> list[float]:
-    """Makes a downsampler's first channels Haar functions of its cells; the orders of the features it keeps.
+    """Makes a downsampler's first channels Haar functions of its cells, at most `room`.
 
-    `orders` says how fast each incoming feature changes; a difference along an axis adds `weight`. The `room` lowest
-    are kept. `paired`: each is followed by its negative.
+    `orders` says how fast each incoming feature changes. A difference within these cells counts 1,
+    one within the smaller cells before them twice as much. Returns the orders of what is kept, the
+    lowest; `paired`: each is followed by its negative.
     """
-    sizes = conv.stride
-    axes = [range(n) for n in sizes]
-    found = [(o + weight * sum(k), i, k) for i, o in enumerate(orders) for k in product(*axes)]
-    found = sorted(found)[:room]
-    signs = (1, -1) if paired else (1,)
-    zero(conv, rows=len(found) * len(signs))
-    time, height, width = sizes
-    for row, (sign, (_, i, k)) in enumerate((s, f) for f in found for s in signs):
-        average_or_difference = [
-            torch.tensor([(-1.0) ** (d * x) / n for x in range(n)], device=conv.weight.device)
-            for d, n in zip(k, sizes, strict=True)
-        ]
-        taps = torch.einsum("t,h,w->thw", *average_or_difference)
-        conv.weight[row, i, -time:, :height, :width] = sign * taps  # the cell within the kernel
+    found = sorted(
+        (2 * order + sum(differences), feature, differences)
+        for feature, order in enumerate(orders)
+        for differences in product(*map(range, conv.stride))
+    )[:room]
+    time, height, width = conv.stride
+    taps = torch.zeros(len(found), *conv.weight.shape[1:])
+    for row, (_, feature, differences) in zip(taps, found, strict=True):
+        cell = row[feature, -time:, :height, :width]
+        cell.fill_(1 / cell.numel())
+        for axis, n in enumerate(cell.shape):
+            if differences[axis]:
+                cell.narrow(axis, n - 1, 1).neg_()
+    rows = in_pairs(taps) if paired else taps
+    zero(conv, len(rows))
+    conv.weight[: len(rows)] = rows.to(conv.weight)
     return [order for order, _, _ in found]
+
+
+def in_pairs(rows: Tensor) -> Tensor:
+    """(N, ...) -> (2N, ...): each row and then its negative."""
+    return torch.stack([rows, -rows], 1).flatten(0, 1)
 
 
 def zero(layer: nn.Conv3d | nn.Linear, rows: int | None = None) -> None:
@@ -388,16 +392,16 @@ def zero(layer: nn.Conv3d | nn.Linear, rows: int | None = None) -> None:
     layer.bias[:rows] = 0
 
 
-def put(conv: nn.Conv3d, weights: dict[tuple[int, int], float]) -> None:
-    """Sets pointwise weights by (output, input): outputs see these inputs at their own place and no other."""
+def put(conv: nn.Conv3d, matrix: Tensor) -> None:
+    """Makes the first outputs `matrix` (out, in) times the first inputs at the same place."""
+    outputs, inputs = matrix.shape
     middle = conv.kernel_size[-1] // 2
-    for (out, source), weight in weights.items():
-        conv.weight[out, source] = 0
-        conv.weight[out, source, -1, middle, middle] = weight
-        conv.bias[out] = 0
+    conv.weight[:outputs, :inputs] = 0
+    conv.weight[:outputs, :inputs, -1, middle, middle] = matrix.to(conv.weight)
+    conv.bias[:outputs] = 0
 
 
 def pass_on(conv: nn.Conv3d) -> None:
-    """Makes a convolution the identity on the channels that it has on both sides, zero elsewhere."""
+    """Makes a convolution the identity on channels that it has on both sides, zero elsewhere."""
     zero(conv)
-    put(conv, {(i, i): 1.0 for i in range(min(conv.in_channels, conv.out_channels))})
+    put(conv, torch.eye(min(conv.in_channels, conv.out_channels)))

@@ -12,14 +12,17 @@ from sandbox.contracts import Draws, Posterior
 class FirstStage(nn.Module):
     """Scaled latents are (z - shift) * scale.
 
-    A number comes from the Config, as published. None leaves it to the data: then `shift` or `scale` is a buffer
-    (C, 1, 1, 1) of the state dict, 0 or 1 until `calibrate` measures it, channel by channel.
+    A number comes from the Config, as published. None leaves it to the data: then `shift` or
+    `scale` is a buffer (C, 1, 1, 1) of the state dict, 0 or 1 until `calibrate` measures it,
+    channel by channel.
 
-    A subclass gives `encode(x) -> Posterior`, `posterior(stored)` and `pixels(z)`: unscaled latents -> video.
+    A subclass gives `encode(x) -> Posterior`, `posterior(stored)` and `pixels(z)`: unscaled
+    latents -> video.
     """
 
     shift: float | Tensor
     scale: float | Tensor
+    train_frames: int | None = None  # frames of a clip that a training pass takes; None: all
 
     def __init__(self, channels: int, scale: float | None = 1.0, shift: float | None = 0.0) -> None:
         super().__init__()
@@ -46,16 +49,31 @@ class FirstStage(nn.Module):
         return self.pixels(self.unscaled(z))
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
-        """The training pass: x (B, 3, T, H, W) through a sample of its posterior (draw "posterior")."""
+        """The training pass: x (B, 3, T, H, W) through a sample of its posterior.
+
+        Draws "posterior", and "frames" where it takes only some of them.
+        """
+        x = self.part(x, draws)
         posterior = self.encode(x)
         z = posterior.sample(draws.normal("posterior", posterior.mean))
-        return Reconstruction(self.pixels(z), posterior)
+        return Reconstruction(x, self.pixels(z), posterior)
+
+    def part(self, x: Tensor, draws: Draws) -> Tensor:
+        """`train_frames` frames in a row of each clip, from a place of its own."""
+        number = self.train_frames
+        if number is None or number >= x.shape[2]:
+            return x
+        first = draws.integers("frames", 0, x.shape[2] - number + 1)
+        frames = first[:, None] + torch.arange(number, device=x.device)
+        clips = torch.arange(x.shape[0], device=x.device)[:, None]
+        return x[clips, :, frames].transpose(1, 2)  # (B, N, C, H, W) -> (B, C, N, H, W)
 
     @torch.no_grad()
     def calibrate(self, videos: Iterable[Tensor]) -> None:
-        """Measures what the Config leaves to the data: scaled latents of `videos` get mean 0, deviation 1.
+        """Measures what the Config leaves to the data: mean 0 and deviation 1 of scaled latents.
 
-        `videos` are (B, 3, T, H, W); posterior means are used. Does nothing where the Config has numbers.
+        `videos` are (B, 3, T, H, W); their posterior means count. Does nothing where the Config has
+        numbers. ValueError where there is no video.
         """
         measured = [name for name in ("shift", "scale") if isinstance(getattr(self, name), Tensor)]
         if not measured:
@@ -63,11 +81,8 @@ class FirstStage(nn.Module):
         count, total, squares = 0, 0.0, 0.0
         for x in videos:
             z = self.encode(x).mean.transpose(0, 1).flatten(1).double()  # (C, B*T*H*W)
-            count, total, squares = (
-                count + z.shape[1],
-                total + z.sum(1),
-                squares + z.square().sum(1),
-            )
+            count += z.shape[1]
+            total, squares = total + z.sum(1), squares + z.square().sum(1)
         if not count:
             raise ValueError("calibrate needs at least one batch of videos")
         mean = total / count

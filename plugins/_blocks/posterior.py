@@ -1,4 +1,4 @@
-"""What first stages return: a Gaussian or exact latents from `encode`, a Reconstruction from `reconstruct`.
+"""What first stages return: Gaussian or Exact from `encode`, a Reconstruction from `reconstruct`.
 
 `plugins/_blocks/first_stage.py` holds the base class with scale, shift and the training pass.
 """
@@ -16,9 +16,11 @@ LOG_VARIANCE = (-30.0, 20.0)  # as published in every LDM-style autoencoder
 class Gaussian:
     """Diagonal Gaussian over latents.
 
-    `stored` (B, 2C, T, H, W) is the encoder's raw mean | log-variance, what a cache keeps. The rest is
-    derived: `mean`, `log_variance` (clamped to [-30, 20]) and `std` are (B, C, T, H, W).
+    `stored` (B, 2C, T, H, W) is the encoder's raw mean | log-variance, what a cache keeps. The
+    rest is derived: `mean`, `log_variance` (clamped to [-30, 20]) and `std` are (B, C, T, H, W).
     """
+
+    is_random = True
 
     def __init__(self, stored: Tensor) -> None:
         if stored.shape[1] % 2:
@@ -34,7 +36,7 @@ class Gaussian:
         return (0.5 * self.log_variance).exp()
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std * noise, (B, C, T, H, W), unscaled; `noise` is standard normal, like `mean`."""
+        """mean + std * noise, (B, C, T, H, W), unscaled; `noise` is standard normal."""
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
@@ -49,7 +51,9 @@ class Gaussian:
 
 
 class Exact:
-    """Latents without a distribution (VQ, PCA, identity): sampling returns them, whatever the noise."""
+    """Latents without a distribution (VQ, PCA, identity): sampling returns them."""
+
+    is_random = False
 
     def __init__(self, z: Tensor) -> None:
         self.stored = self.mean = z
@@ -64,9 +68,10 @@ class Exact:
 
 @dataclass
 class Reconstruction:
-    """One training pass of a first stage: what the losses of group `reconstruction` get beside the video."""
+    """One training pass of a first stage: what the losses of group `reconstruction` compare."""
 
-    video: Tensor  # (B, 3, T, H, W), about [-1, 1], not clamped
+    target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be less than the batch has
+    video: Tensor  # what became of it: the same size, about [-1, 1], not clamped
     posterior: Posterior  # kl() is the regulariser of a Gaussian
     codebook_loss: Tensor | None = None  # (B,) where there is a codebook
     log: dict[str, Tensor] = field(default_factory=dict)  # each (), detached

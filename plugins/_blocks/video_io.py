@@ -84,7 +84,7 @@ def read_video(
                 raise BadItem("has no video")
             stream = container.streams.video[0]
             if stream.codec_context is None:
-                raise BadItem("has a video that this build of FFmpeg cannot decode")
+                raise BadItem("cannot be decoded: its codec is not known")
             stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             rate = stream.average_rate or stream.guessed_rate
             if not rate:

@@ -89,7 +89,7 @@ class VideoFolder:
 
     def prompts(self) -> list[str]:
         """Captions of the first files of the validation split that have one."""
-        if self.cfg.captions == "none" or not self.cfg.num_prompts:
+        if "prompts" not in self.cfg.provides():
             return []
         val = self.split("val")
         found: list[str] = []

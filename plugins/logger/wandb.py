@@ -79,33 +79,28 @@ class WandbLogger:
             "x_disable_meta": True,
         }
         if mode == "online":
+            # `silent` given to init comes too late: without credentials it would ask at a terminal.
+            silent = wandb.Settings(silent=True)
+            wandb.setup(silent)
+            wandb.termsetup(silent, None)  # where W&B was set up before
             try:
                 self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
                 return
-            except Exception as e:  # of network, server, login or settings: the run goes on offline
-                log.warning(
-                    "W&B is out of reach (%s); recording offline", str(e).partition("\n")[0][:200]
-                )
-                wandb.teardown()
+            except Exception as e:  # of network, server, login or settings: the run goes on
+                why = str(e).partition("\n")[0][:200]
+                log.warning("W&B cannot be used online (%s); recording offline", why)
+                wandb.teardown()  # else the id is in use
         self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
         log.info("W&B offline; to send it later: %s", self._how_to_sync())
 
     def mode(self) -> str:
         """The mode that `auto` stands for here and now."""
+        if self.cfg.mode != "auto":
+            return self.cfg.mode
         said = os.environ.get("WANDB_MODE", "")
-        if self.cfg.mode == "auto":
-            agent = bool(os.environ.get("WANDB_SWEEP_ID"))
-            return (
-                said
-                if said in MODES[1:]
-                else "online"
-                if agent or _has_credentials()
-                else "offline"
-            )
-        if self.cfg.mode == "online" and not _has_credentials():
-            log.warning("logger.mode=online, but there are no W&B credentials; recording offline")
-            return "offline"
-        return self.cfg.mode
+        if said in MODES[1:]:
+            return said
+        return "online" if os.environ.get("WANDB_SWEEP_ID") or _has_credentials() else "offline"
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         self._log(step, dict(metrics))

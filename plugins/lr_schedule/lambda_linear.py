@@ -29,9 +29,7 @@ class LambdaLinear:
             yield from super().problems()
             yield from above("cycle_lengths", len(self.cycle_lengths), 0)
             for name in ("warm_up_steps", "f_start", "f_max", "f_min"):
-                yield from same_length(
-                    name, getattr(self, name), len(self.cycle_lengths), "of cycle_lengths"
-                )
+                yield from same_length(name, getattr(self, name), len(self.cycle_lengths), "cycle")
                 for i, value in enumerate(getattr(self, name)):
                     yield from in_range(f"{name}[{i}]", value, 0, 1e300)
             for i, length in enumerate(self.cycle_lengths):

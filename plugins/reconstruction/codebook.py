@@ -1,9 +1,10 @@
-"""L1 + codebook loss: that of the VQ autoencoder (Esser et al. 2021) without its perceptual and adversarial terms."""
+"""Pixels and codebook: the loss of the VQ autoencoder (Esser et al. 2021; Rombach et al. 2022).
+
+Without its perceptual and adversarial terms.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import FirstStageConfig, PluginConfig, Terms, in_range
@@ -17,10 +18,13 @@ class L1Codebook:
     @dataclass
     class Config(PluginConfig):
         codebook_weight: float = 1.0
+        l1_weight: float = 1.0
+        l2_weight: float = 0.0
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from in_range("codebook_weight", self.codebook_weight, 0, 1e6)
+            for name in ("codebook_weight", "l1_weight", "l2_weight"):
+                yield from in_range(name, getattr(self, name), 0, 1e6)
 
         def accepts(self, first_stage: FirstStageConfig) -> Iterator[str]:
             """Problems with this first stage, one line each."""
@@ -30,9 +34,10 @@ class L1Codebook:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, x: Tensor, out: Reconstruction) -> Terms:
-        """x (B, 3, T, H, W); both terms are means, as published."""
-        rec = (out.video - x).abs().flatten(1).mean(1)
+    def __call__(self, out: Reconstruction) -> Terms:
+        """All terms are means, as published."""
+        error = (out.video - out.target).flatten(1)
+        rec = self.cfg.l1_weight * error.abs().mean(1) + self.cfg.l2_weight * error.square().mean(1)
         total = rec + self.cfg.codebook_weight * out.codebook_loss
         log = {"rec_loss": rec.mean().detach(), "quant_loss": out.codebook_loss.mean().detach()}
         return Terms(total.mean(), total, log | out.log)

@@ -1,9 +1,10 @@
-"""L1 + KL: the loss of the KL autoencoder (Rombach et al. 2022, appendix G) without its perceptual and adversarial terms."""
+"""Pixels and KL: the loss of the KL autoencoder (Rombach et al. 2022, appendix G).
+
+Without its perceptual and adversarial terms.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import FirstStageConfig, PluginConfig, Terms, in_range
@@ -17,10 +18,13 @@ class L1KL:
     @dataclass
     class Config(PluginConfig):
         kl_weight: float = 1e-6
+        l1_weight: float = 1.0
+        l2_weight: float = 0.0
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from in_range("kl_weight", self.kl_weight, 0, 1e6)
+            for name in ("kl_weight", "l1_weight", "l2_weight"):
+                yield from in_range(name, getattr(self, name), 0, 1e6)
 
         def accepts(self, first_stage: FirstStageConfig) -> Iterator[str]:
             """Problems with this first stage, one line each."""
@@ -30,13 +34,14 @@ class L1KL:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, x: Tensor, out: Reconstruction) -> Terms:
-        """x (B, 3, T, H, W). The published loss sums over a clip; here both terms are divided by its size.
+    def __call__(self, out: Reconstruction) -> Terms:
+        """The published loss sums over a clip; here it is divided by the size of the clip.
 
-        So `kl_weight` balances as published, and neither loss nor learning rate depends on the size of a clip.
+        So `kl_weight` balances as published, and no learning rate depends on that size.
         """
-        rec = (out.video - x).abs().flatten(1).mean(1)
-        kl = out.posterior.kl() / x[0].numel()
+        error = (out.video - out.target).flatten(1)
+        rec = self.cfg.l1_weight * error.abs().mean(1) + self.cfg.l2_weight * error.square().mean(1)
+        kl = out.posterior.kl() / error.shape[1]
         total = rec + self.cfg.kl_weight * kl
         log = {"rec_loss": rec.mean().detach(), "kl_loss": kl.mean().detach()}
         return Terms(total.mean(), total, log | out.log)

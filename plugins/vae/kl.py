@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022), frame by frame, with published names.
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022), frame by frame, published names.
 
 Used by Stable Diffusion and DynamiCrafter; their size is the preset `kl_f8`.
 """
@@ -17,7 +17,7 @@ from sandbox.registry import register
 
 @register("vae", "kl")
 class AutoencoderKL(FirstStage):
-    """2-D autoencoder with a Gaussian posterior (latent diffusion, Stable Diffusion, DynamiCrafter)."""
+    """2-D autoencoder with Gaussian latents (Stable Diffusion, DynamiCrafter)."""
 
     @dataclass
     class Config(FirstStageConfig):
@@ -35,6 +35,7 @@ class AutoencoderKL(FirstStage):
         num_groups: int = 8  # of the group norms; 32 as published
         scale_factor: float | None = None  # of the latents; None: measured, per channel
         shift: float | None = None  # taken off first; None: measured, per channel
+        train_frames: int | None = 1  # of each clip in a training step, drawn; None: all
         frames_per_pass: int | None = None  # frames in the network at once; None: all
 
         def problems(self) -> Iterator[str]:
@@ -47,6 +48,7 @@ class AutoencoderKL(FirstStage):
             yield from in_range("dropout", self.dropout, 0, 0.99)
             yield from above("scale_factor", self.scale_factor, 0)
             yield from in_range("shift", self.shift, -100, 100)
+            yield from in_range("train_frames", self.train_frames, 1)
             yield from in_range("frames_per_pass", self.frames_per_pass, 1)
             if not self.ch_mult or min(self.ch_mult) < 1:
                 yield f"ch_mult={self.ch_mult}: want at least one level, each >= 1"
@@ -55,7 +57,7 @@ class AutoencoderKL(FirstStage):
                 yield f"num_groups={self.num_groups}: want a divisor of all widths {widths}"
             levels = [self.resolution // 2**i for i in range(len(self.ch_mult))]
             if unknown := set(self.attn_resolutions) - set(levels):
-                yield f"attn_resolutions={sorted(unknown)}: want some of {levels}, the levels of resolution"
+                yield f"attn_resolutions={sorted(unknown)}: want some of {levels}, by resolution"
 
         def latents(self, clip: Clip) -> Clip:
             if clip.channels != self.in_channels:
@@ -70,7 +72,7 @@ class AutoencoderKL(FirstStage):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg.embed_dim, cfg.scale_factor, cfg.shift)
-        self.cfg = cfg
+        self.cfg, self.train_frames = cfg, cfg.train_frames
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.embed_dim, 1)

@@ -1,8 +1,8 @@
-"""MagViT VAE of EasyAnimateV2 (aigc-apps/EasyAnimate, June 2024): causal 3-D convolutions, 8x in space, 4x in time.
+"""MagViT VAE of EasyAnimateV2 (aigc-apps/EasyAnimate, June 2024): 8x in space, 4x in time.
 
-Parameter names and shapes are the published ones; the published size is the preset `magvit_easyanimate_v2`. What the
-published pipeline does around the network happens inside `encode` and `decode`: windows of frames, tiles of pixels,
-clamping, and smoothing of the seams between windows.
+Parameter names and shapes are the published ones; the published size is the preset
+`magvit_easyanimate_v2`. What the published pipeline does around the network happens inside `encode`
+and `decode`: windows of frames, tiles of pixels, clamping, smoothing of the seams between windows.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,8 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-# What a block divides or multiplies (time, space) by; as published, the last block of a network keeps the size.
+# What a block divides or multiplies (time, space) by; as published, the last block of a network
+# keeps the size.
 DOWN_BLOCKS = {"SpatialDownBlock3D": (1, 2), "SpatialTemporalDownBlock3D": (2, 2)}
 UP_BLOCKS = {"SpatialUpBlock3D": (1, 2), "SpatialTemporalUpBlock3D": (2, 2)}
 ATTENTIONS = ("3d", "spatial")
@@ -38,7 +39,7 @@ START_LOG_VARIANCE = -6.0  # of start=haar: little noise on the latents, which a
 
 @register("vae", "magvit")
 class MagViT(FirstStage):
-    """Causal 3-D VAE of EasyAnimateV2 (MagViT): the first frame stands alone, the others go in groups."""
+    """Causal 3-D VAE of EasyAnimateV2 (MagViT): 4 frames make one, the first stands alone."""
 
     @dataclass
     class Config(FirstStageConfig):
@@ -60,7 +61,7 @@ class MagViT(FirstStage):
         smooth_output: bool = False  # soften the seams between windows; doubles the cost of decode
         scale_factor: float | None = None  # of the latents; None: measured, per channel
         shift: float | None = None  # taken off first; None: measured, per channel
-        start: str = "haar"  # "published": random weights; "haar": a Haar transform, learns colour in a minute
+        start: str = "haar"  # weights before training: a Haar transform, or "published": random
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -89,7 +90,7 @@ class MagViT(FirstStage):
             levels = len(self.ch_mult)
             for name, table in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
                 yield from same_length(name, getattr(self, name), levels, "level of ch_mult")
-                for block in getattr(self, name):
+                for block in sorted(set(getattr(self, name))):
                     yield from one_of(name, block, table)
             widths = self.widths()
             groups, heads = self.norm_num_groups, self.mid_block_num_attention_heads
@@ -97,10 +98,11 @@ class MagViT(FirstStage):
                 yield f"norm_num_groups={groups}: want a divisor of all widths {list(widths)}"
             if heads > 0 and widths[-1] % heads:
                 yield f"mid_block_num_attention_heads={heads}: want a divisor of {widths[-1]}"
-            if self.start == "haar" and (levels < 2 or min(widths) < 6):
+            small = levels < 2 or min(widths) < 6 or self.latent_channels < 3
+            if self.start == "haar" and small:
                 yield (
-                    f"start='haar': want at least two levels of 6 channels, there are {list(widths)}; "
-                    "or start=published"
+                    f"start='haar' with {list(widths)} channels, {self.latent_channels} latents: "
+                    "want two levels, 6 channels in each and 3 latents, or 'published'"
                 )
             known = set(self.down_block_types) <= set(DOWN_BLOCKS)
             if known and set(self.up_block_types) <= set(UP_BLOCKS):
@@ -120,17 +122,19 @@ class MagViT(FirstStage):
             elif window > 0 and self.mini_batch_decoder != (window - 1) // time + 1:
                 want = (window - 1) // time + 1
                 yield (
-                    f"mini_batch_decoder={self.mini_batch_decoder}: want {want}, the latent frames of "
-                    f"mini_batch_encoder={window}"
+                    f"mini_batch_decoder={self.mini_batch_decoder}: want {want}, the latents of "
+                    f"mini_batch_encoder={window} frames"
                 )
             size, overlap = self.tile_sample_min_size, self.tile_overlap_factor
             if size > 0 and size % space:
                 yield f"tile_sample_min_size={size}: want a multiple of {space}"
-            elif size > 0 and abs((shared := size // space * overlap) - round(shared)) > 1e-6:
-                yield (
-                    f"tile_overlap_factor={overlap}: tiles of {size // space} latents would share "
-                    f"{shared:g}: want a whole number"
-                )
+            elif size > 0 and 0 < overlap <= 0.5:
+                shared = size // space * overlap
+                if abs(shared - round(shared)) > 1e-6:
+                    yield (
+                        f"tile_overlap_factor={overlap}: want tiles of {size // space} latents to "
+                        f"share a whole number of them, not {shared:g}"
+                    )
 
         def widths(self) -> tuple[int, ...]:
             """Channels of the levels, from the pixels down."""
@@ -192,7 +196,7 @@ class MagViT(FirstStage):
         self.quant_conv.bias[z:] = START_LOG_VARIANCE
 
     def encode(self, x: Tensor) -> Gaussian:
-        """x (B, 3, T, H, W) in [-1, 1], T = 1 or a multiple of the window; Misfit for other sizes."""
+        """x (B, 3, T, H, W) in [-1, 1], T = 1 or k windows; raises Misfit for other sizes."""
         self.cfg.latents(Clip(*x.shape[1:]))
         windows = x.split(self.cfg.mini_batch_encoder, 2)
         return Gaussian(torch.cat([self.moments(window) for window in windows], 2))
@@ -201,30 +205,33 @@ class MagViT(FirstStage):
         return Gaussian(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, t, h, w), t = 1 or a multiple of the window -> (B, 3, T, H, W), not clamped."""
+        """Unscaled latents (B, C, t, h, w), t = 1 or k windows -> (B, 3, T, H, W), not clamped."""
         window = self.cfg.mini_batch_decoder
         if z.shape[2] != 1 and z.shape[2] % window:
             raise ValueError(f"latents have {z.shape[2]} frames: want 1 or a multiple of {window}")
         return torch.cat([self.window_of_pixels(part) for part in z.split(window, 2)], 2)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        """Scaled latents -> (B, 3, T, H, W) in [-1, 1].
-
-        With `smooth_output`, all but the first and last half window is encoded and decoded again in windows that lie
-        across the seams, and the two results are averaged. Uses the draw "smooth" as published, or without `draws`
-        the posterior's mean.
-        """
+        """Scaled latents -> (B, 3, T, H, W) in [-1, 1]; `draws` are for `smoothed`."""
         video = self.pixels(self.unscaled(z)).clamp(-1, 1)
+        return self.smoothed(video, draws) if self.cfg.smooth_output else video
+
+    def smoothed(self, video: Tensor, draws: Draws | None = None) -> Tensor:
+        """The mean of a video and of its copy from windows that lie across the seams.
+
+        (B, 3, T, H, W) in [-1, 1]; half a window stays as it is at each end. As published, a sample
+        of the posterior is decoded (draw "smooth"); without `draws` its mean.
+        """
         window = self.cfg.mini_batch_encoder
-        if not self.cfg.smooth_output or video.shape[2] <= window:
+        if video.shape[2] <= window:
             return video
         first, last = window // 2, video.shape[2] - (window - window // 2)
         inner = video[:, :, first:last]
         posterior = self.encode(inner)
-        again = posterior.mean
+        z = posterior.mean
         if draws is not None:
-            again = posterior.sample(draws.normal("smooth", posterior.mean))
-        inner = (inner + self.pixels(again)) / 2
+            z = posterior.sample(draws.normal("smooth", z))
+        inner = (inner + self.pixels(z)) / 2
         return torch.cat([video[:, :, :first], inner.clamp(-1, 1), video[:, :, last:]], 2)
 
     def moments(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Principal components of space-time patches: a first stage in closed form that fits in a tenth of a second.
+"""Principal components of space-time patches: a first stage in closed form, fitted in no time.
 
-Frame 0 stands alone and the others go in groups, as in the causal video autoencoders, so that a picture is a clip
-of one frame. Each of the two has its own components.
+Frame 0 stands alone and the others go in groups, as in the causal video autoencoders, so that a
+picture is a clip of one frame. Each of the two has its own components.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from sandbox.contracts import Clip, FirstStageConfig, Misfit, in_range, must_div
 from sandbox.registry import register
 
 COLOURS = 3
-FLAT = 1e-6  # a component with less than this share of the variance is noise: scaled as if it had this much
+FLAT = 1e-6  # share of the mean variance below which a component is noise, scaled as if at it
 
 
 class Moments:
@@ -35,7 +35,7 @@ class Moments:
         self.squares += rows.mT @ rows
 
     def components(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (D,), the leading eigenvectors (D, number) and their variances (number,), largest first."""
+        """Mean (D,), leading eigenvectors (D, number), their variances (number,), largest first."""
         mean = self.total / self.count
         variance, basis = torch.linalg.eigh(self.squares / self.count - mean.outer(mean))
         variance = variance.flip(0)[:number].clamp_min(0)
@@ -45,7 +45,7 @@ class Moments:
 
 
 class Components(nn.Module):
-    """An affine map between patches (..., D) and coefficients (..., C). Before a fit: the first C pixel values."""
+    """Patches (..., D) <-> coefficients (..., C). Before a fit: the first C values of a patch."""
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Components(nn.Module):
         self.register_buffer("scale", torch.ones(components))
 
     def fit(self, moments: Moments) -> None:
-        """Scale: half-way between one number for all components and a whitening, 1 / sqrt(sd_i * rms)."""
+        """Scale 1 / sqrt(sd_i * rms): half-way between one number for all and whitening."""
         mean, basis, variance = moments.components(self.basis.shape[1])
         power = variance.mean()
         sd = variance.clamp_min(FLAT * power).sqrt()
@@ -113,7 +113,7 @@ class PatchPCA(FirstStage):
         self.rest = Components(COLOURS * cfg.patch**2 * cfg.group, cfg.components)
 
     def patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 1 + k * group, H, W) -> frame 0 (B, 1, h, w, D) and the groups (B, k, h, w, group * D)."""
+        """(B, 3, 1 + k * group, H, W) -> frame 0 (B, 1, h, w, D), groups (B, k, h, w, group * D)."""
         cut = "b c (t s) (h p) (w q) -> b t h w (s p q c)"
         p = self.cfg.patch
         first = rearrange(x[:, :, :1], cut, s=1, p=p, q=p)
@@ -148,10 +148,11 @@ class PatchPCA(FirstStage):
 
     @torch.no_grad()
     def fit(self, videos: Tensor | Iterable[Tensor]) -> None:
-        """Fits both sets of components on the first `fit_clips` clips; the same clips give the same numbers.
+        """Fits both sets of components on the first `fit_clips` clips.
 
-        `videos` is one tensor (B, 3, T, H, W) in [-1, 1] or batches of that shape. Clips of one frame (pictures)
-        leave the components of the groups as they were. ValueError where there is no clip.
+        `videos` is one tensor (B, 3, T, H, W) in [-1, 1] or batches of that shape. Clips of one
+        frame (pictures) leave the components of the groups as they were. The same clips give the
+        same numbers. ValueError where there is no clip.
         """
         first = Moments(self.first.mean.numel())
         rest = Moments(self.rest.mean.numel())

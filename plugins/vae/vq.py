@@ -1,7 +1,7 @@
-"""The VQ autoencoder of latent diffusion (VQModelInterface; Rombach et al. 2022), frame by frame, published names.
+"""The VQ autoencoder of latent diffusion (Rombach et al. 2022), frame by frame, published names.
 
-Latents are the features *before* quantisation; `decode` quantises. The first stage of CelebAHQ-LDM-VQ-4 is the
-preset `vq_f4`.
+Latents are the features *before* quantisation, as in the published VQModelInterface; `decode`
+quantises. The first stage of CelebAHQ-LDM-VQ-4 is the preset `vq_f4`.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,12 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-ROWS = (
-    1 << 14
-)  # vectors compared with the codebook at once: bounds the (rows, n_embed) distance table
+ROWS = 1 << 14  # vectors compared at once: bounds the (rows, n_embed) table of distances
+
+
+def distances(rows: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances (N, K) of rows (N, C) and codes (K, C), summed in the published order."""
+    return rows.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * rows @ codes.mT
 
 
 class Codebook(nn.Module):
@@ -42,20 +45,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> codes (B, T, H, W) int64. In float32, autocast or not: bf16 picks other codes."""
+        """(B, C, T, H, W) -> codes (B, T, H, W) int64; always in float32: bf16 picks other codes."""
         b, _, t, h, w = z.shape
-        rows, codes = (
-            rearrange(z, "b c t h w -> (b t h w) c").float(),
-            self.embedding.weight.float(),
-        )
+        rows = rearrange(z, "b c t h w -> (b t h w) c").float()
+        codes = self.embedding.weight.float()
         with torch.autocast(z.device.type, enabled=False):
-            found = [
-                # |z|^2 + |e|^2 - 2 z.e, the published order: ties fall the same way
-                (
-                    part.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * part @ codes.mT
-                ).argmin(1)
-                for part in rows.split(ROWS)
-            ]
+            found = [distances(part, codes).argmin(1) for part in rows.split(ROWS)]
         return torch.cat(found).view(b, t, h, w)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -63,7 +58,7 @@ class Codebook(nn.Module):
         return rearrange(self.embedding(codes), "b t h w c -> b c t h w")
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (B, C, T, H, W) -> quantised with a straight-through gradient, loss (B,), codes (B, T, H, W)."""
+        """z (B, C, T, H, W) -> quantised, straight-through; loss (B,); codes (B, T, H, W)."""
         codes = self.nearest(z)
         quantised = self.lookup(codes)
         to_codes = (quantised.detach() - z).square().flatten(1).mean(1)  # commitment: moves z
@@ -99,6 +94,7 @@ class VQModel(FirstStage):
         num_groups: int = 8  # of the group norms; 32 as published
         scale_factor: float | None = None  # of the latents; None: measured, per channel
         shift: float | None = None  # taken off first; None: measured, per channel
+        train_frames: int | None = 1  # of each clip in a training step, drawn; None: all
         frames_per_pass: int | None = None  # frames in the network at once; None: all
 
         def problems(self) -> Iterator[str]:
@@ -119,6 +115,7 @@ class VQModel(FirstStage):
             yield from in_range("dropout", self.dropout, 0, 0.99)
             yield from above("scale_factor", self.scale_factor, 0)
             yield from in_range("shift", self.shift, -100, 100)
+            yield from in_range("train_frames", self.train_frames, 1)
             yield from in_range("frames_per_pass", self.frames_per_pass, 1)
             if not self.ch_mult or min(self.ch_mult) < 1:
                 yield f"ch_mult={self.ch_mult}: want at least one level, each >= 1"
@@ -127,7 +124,7 @@ class VQModel(FirstStage):
                 yield f"num_groups={self.num_groups}: want a divisor of all widths {widths}"
             levels = [self.resolution // 2**i for i in range(len(self.ch_mult))]
             if unknown := set(self.attn_resolutions) - set(levels):
-                yield f"attn_resolutions={sorted(unknown)}: want some of {levels}, the levels of resolution"
+                yield f"attn_resolutions={sorted(unknown)}: want some of {levels}, by resolution"
 
         def latents(self, clip: Clip) -> Clip:
             if clip.channels != self.in_channels:
@@ -142,7 +139,7 @@ class VQModel(FirstStage):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg.embed_dim, cfg.scale_factor, cfg.shift)
-        self.cfg = cfg
+        self.cfg, self.train_frames = cfg, cfg.train_frames
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.quantize = Codebook(cfg.n_embed, cfg.embed_dim, cfg.beta, cfg.legacy)
@@ -163,13 +160,15 @@ class VQModel(FirstStage):
         return self.draw(z if self.cfg.force_not_quantize else self.quantize(z)[0])
 
     def draw(self, quantised: Tensor) -> Tensor:
-        """What the decoder makes of features or codebook entries (B, C, T, h, w), taken as they are."""
+        """What the decoder makes of features or codebook entries (B, C, T, h, w) as they are."""
         return per_frame(
             lambda f: self.decoder(self.post_quant_conv(f)), quantised, self.cfg.frames_per_pass
         )
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
+        x = self.part(x, draws)
         posterior = self.encode(x)
         quantised, loss, codes = self.quantize(posterior.mean)
         used = loss.new_zeros(self.cfg.n_embed).index_fill_(0, codes.flatten(), 1.0).mean()
-        return Reconstruction(self.draw(quantised), posterior, loss, {"codes_used": used.detach()})
+        log = {"codes_used": used.detach()}
+        return Reconstruction(x, self.draw(quantised), posterior, loss, log)

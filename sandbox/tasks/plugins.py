@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from sandbox import registry
-from sandbox.contracts import Clip, ConfigError, TaskConfig
+from sandbox.contracts import (
+    BackboneConfig,
+    Clip,
+    ConditioningConfig,
+    ConfigError,
+    DataConfig,
+    FirstStageConfig,
+    GuidanceConfig,
+    LossConfig,
+    LRScheduleConfig,
+    MetricConfig,
+    PluginConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    TaskConfig,
+)
 from sandbox.registry import register
+
+INDENT = 4
 
 
 @register("task", "plugins")
@@ -17,48 +36,177 @@ class Plugins:
 
     @dataclass
     class Config(TaskConfig):
+        """only: a group, for that one alone."""
+
         needs_torch: ClassVar[bool] = False
-        only: str | None = None  # one group
+        only: str | None = None
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        if self.cfg.only is not None and self.cfg.only not in registry.groups():
-            raise ConfigError(f"task.only={self.cfg.only!r}: no such group{registry.nearest(self.cfg.only, registry.groups())}")
+        from sandbox.config import GROUPS
+
+        groups = [
+            *(g for g in GROUPS if g in registry.groups()),
+            *(g for g in registry.groups() if g not in GROUPS),
+        ]
+        if self.cfg.only is not None and self.cfg.only not in groups:
+            near = registry.nearest(self.cfg.only, groups)
+            raise ConfigError(f"task.only={self.cfg.only!r}: no such group{near}")
         clip = root.data.clips()[0] if root.data is not None else Clip(3, 9, 16, 16)
-        for group in registry.groups():
-            if self.cfg.only in (None, group):
-                print(f"\n{group}")
-                for p in registry.plugins(group):
-                    print(f"  {p.name:<16} {_short(p.path)}")
-                    print(f"  {'':<16} {p.error or _contract(p.config(plugin=p.key), clip)}")  # type: ignore[misc]
-        return {"plugins": len(registry.plugins())}
+        found = [p for g in groups if self.cfg.only in (None, g) for p in registry.plugins(g)]
+        group = None
+        for plugin in found:
+            if plugin.group != group:
+                group = plugin.group
+                print(f"\n{group}: {GROUPS[group]}" if group in GROUPS else f"\n{group}")
+            print("\n".join(described(plugin, clip)))
+        broken = [p for p in found if p.error]
+        print(
+            f"\n{len(found)} plugins"
+            + (f", {len(broken)} broken: {', '.join(p.key for p in broken)}" if broken else "")
+        )
+        return {"plugins": len(found), "broken": [p.key for p in broken]}
+
+
+def described(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
+    """Name, file, what it is, its contract and its settings; or why it cannot be read."""
+    yield f"  {plugin.name}  ({_short(plugin.path)})"
+    if plugin.config is None:
+        yield from _wrapped(f"BROKEN: {plugin.error}")
+        return
+    yield from _wrapped(plugin.doc)
+    try:
+        said = list(_contract(plugin.config(plugin=plugin.key), clip))
+    except Exception as e:  # a plugin's own code: whatever it raises is that plugin's, and is said
+        said = [f"BROKEN: its Config raises {type(e).__name__}: {e}"]
+    if said:
+        yield from _wrapped("; ".join(said))
+    settings = ", ".join(_settings(plugin.config))
+    if settings:
+        yield from _wrapped(f"settings: {settings}")
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        116,
+        initial_indent=" " * INDENT,
+        subsequent_indent=" " * (INDENT + 2),
+        break_on_hyphens=False,
+    )
 
 
 def _short(path: Path | None) -> str:
     if path is None:
-        return "live code"
+        return "registered by live code"
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-QUESTIONS = ("fitted", "encodes", "needs", "takes", "provides", "signals", "predicts", "ends_in_noise", "outputs", "metric")
+def _settings(config: type[PluginConfig]) -> Iterator[str]:
+    for f in fields(config):
+        if f.name != "plugin":
+            value = f.default_factory() if f.default_factory is not MISSING else f.default
+            yield f"{f.name}={_value(value)}"
 
 
-def _contract(cfg: Any, clip: Clip) -> str:
-    """What a Config with its defaults answers, on one line."""
-    said = []
-    if hasattr(cfg, "latents"):
-        try:
-            said.append(f"{clip} -> {cfg.latents(clip)}")
-        except ConfigError as e:
-            said.append(f"{clip} does not fit: {e}")
-    if hasattr(cfg, "clips"):
-        said.append("clips " + ", ".join(map(str, cfg.clips())))
-    for name in QUESTIONS:
-        if hasattr(cfg, name):
-            value = getattr(cfg, name)()
-            text = ", ".join(sorted(value)) if isinstance(value, frozenset | tuple) else str(value)
-            said.append(f"{name} {text or 'nothing'}")
-    return "; ".join(said) or "settings only"
+def _value(value: Any) -> str:
+    """As one would type it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(_value, value))}]"
+    return str(value)
+
+
+# --- contracts: what a Config with its defaults answers, by kind ---------------------------------
+
+
+def _contract(cfg: PluginConfig, clip: Clip) -> Iterator[str]:
+    for kind, answers in CONTRACTS.items():
+        if isinstance(cfg, kind):
+            yield from answers(cfg, clip)
+
+
+def _task(cfg: TaskConfig, clip: Clip) -> Iterator[str]:
+    yield "works on an earlier run" if cfg.uses_run() else "works on the configuration"
+    if not cfg.needs_torch:
+        yield "answers at once"
+
+
+def _data(cfg: DataConfig, clip: Clip) -> Iterator[str]:
+    yield "clips of " + ", ".join(map(str, cfg.clips()))
+    yield f"provides {_list(cfg.provides())}"
+    yield f"scored by metric={cfg.metric() or 'null'}"
+
+
+FITTED = {"none": "has no weights", "closed_form": "is fitted in closed form"}
+
+
+def _first_stage(cfg: FirstStageConfig, clip: Clip) -> Iterator[str]:
+    try:
+        yield f"clips of {clip} become latents of {cfg.latents(clip)}"
+    except ConfigError as e:
+        yield f"clips of {clip} do not fit ({e})"
+    yield FITTED.get(cfg.fitted(), f"is trained with reconstruction={cfg.regularizer()}")
+
+
+def _backbone(cfg: BackboneConfig, clip: Clip) -> Iterator[str]:
+    yield f"takes {_list(cfg.takes())}"
+    if cfg.needs():
+        yield f"cannot do without {_list(cfg.needs())}"
+
+
+def _conditioning(cfg: ConditioningConfig, clip: Clip) -> Iterator[str]:
+    yield f"reads {_list(cfg.needs())}"
+    yield f"offers {_list(cfg.offers(clip, clip).names())}"
+    yield f"can drop {_list(cfg.signals())}"
+    if cfg.encodes():
+        yield "uses the first stage while training"
+
+
+def _schedule(cfg: ScheduleConfig, clip: Clip) -> Iterator[str]:
+    yield f"{cfg.kind} times"
+    yield f"predicts {cfg.predicts()}"
+    yield "ends in pure noise" if cfg.ends_in_noise() else "a trace of the signal stays at the end"
+
+
+def _with_schedule(cfg: Any, clip: Clip) -> Iterator[str]:
+    known = [p for p in registry.plugins("schedule") if p.config]
+    works = [p.name for p in known if not list(cfg.accepts(registry.default("schedule", p.name)))]
+    yield f"works with schedule={' or '.join(works) or 'none of these defaults'}"
+
+
+def _guidance(cfg: GuidanceConfig, clip: Clip) -> Iterator[str]:
+    passes = len(cfg.passes(("text",)))
+    yield "one pass of the model" if passes == 1 else f"{passes} passes where text can be dropped"
+
+
+def _lr_schedule(cfg: LRScheduleConfig, clip: Clip) -> Iterator[str]:
+    first, middle, last = (cfg.factor(step, 1000) for step in (0, 500, 999))
+    yield f"of a run of 1000 steps the factors are {first:.2g}, {middle:.2g} and {last:.2g}"
+
+
+def _metric(cfg: MetricConfig, clip: Clip) -> Iterator[str]:
+    yield f"needs data with {_list(cfg.needs())}"
+
+
+CONTRACTS: dict[type, Callable[[Any, Clip], Iterator[str]]] = {
+    TaskConfig: _task,
+    DataConfig: _data,
+    FirstStageConfig: _first_stage,
+    BackboneConfig: _backbone,
+    ConditioningConfig: _conditioning,
+    ScheduleConfig: _schedule,
+    LossConfig: _with_schedule,
+    SamplerConfig: _with_schedule,
+    GuidanceConfig: _guidance,
+    LRScheduleConfig: _lr_schedule,
+    MetricConfig: _metric,
+}
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,4 +1,6 @@
-"""The scorer of moving digits, on clips whose scores are known (reference table of the default run)."""
+"""The scorer of moving digits, on clips whose scores were measured with the default run."""
+
+import math
 
 import pytest
 import torch
@@ -98,6 +100,13 @@ def test_a_black_clip_has_neither_colour_nor_direction(metric, real):
     _, captions = real
     scores = metric.score(-torch.ones(len(captions), 3, 9, 16, 16), captions)
     assert scores["colour"] == scores["direction"] == scores["speed"] == scores["shape"] == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_clips_that_are_not_finite_have_finite_scores(metric, real, value):
+    video, captions = real
+    broken = torch.where(torch.arange(16) == 5, value, video)
+    assert all(math.isfinite(s) for s in metric.score(broken, captions).values())
 
 
 def test_a_frame_without_ink_does_not_bend_the_motion(metric, real):

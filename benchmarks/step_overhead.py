@@ -1,0 +1,129 @@
+"""What our training step costs over a bare PyTorch loop of the same model, measured in one run.
+
+    python benchmarks/step_overhead.py            # writes benchmarks/results/step_overhead.{json,md}
+
+Both sides train the same backbone with the same optimizer, clipping and batches (rendered before). The bare loop draws
+noise and times with torch's global generator and logs nothing. Ours is `sandbox.training.fit`: keyed randomness per
+sample and name, Lightning, metrics to disk every 20 steps, finite checks. Rounds alternate; medians of rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import lightning
+import torch
+from lightning import Callback
+
+from sandbox import compose, registry
+from sandbox.data import Loader
+from sandbox.runs import open_run
+from sandbox.systems import build_system
+from sandbox.training import fit, start
+from sandbox.wiring import wire
+
+RESULTS = Path(__file__).parent / "results"
+CASES = {  # name: overrides
+    "default DiT, batch 16": ["data.batch_size=16"],
+    "default DiT, batch 32": [],
+    "DiT d=192, 6 blocks, batch 16": [
+        "data.batch_size=16", "backbone.width=192", "backbone.num_blocks=6", "backbone.num_heads=3", "conditioning.width=192",
+    ],
+}  # fmt: skip
+BATCHES = 8  # rendered before, used in turn
+
+
+def bare_loop(overrides: list[str], steps: int) -> float:
+    """Seconds per step of a plain loop: encode, noise, forward, loss, backward, clip, step."""
+    root = compose("logger=null", "ema=none", f"steps={steps}", *overrides)
+    system = build_system(wire(root)).train()
+    items = registry.create(root.data).split("train")
+    loaded = list(islice(Loader(items, root.data.batch_size, 0), BATCHES))
+    backbone, words = system.backbone, system.conditioner.table
+    parameters = [p for p in system.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=root.lr, betas=(0.9, 0.95), fused=True)
+    rows = [system.conditioner.rows(b.captions) for b in loaded]
+    from sandbox.contracts import Conditions
+
+    def step(batch, row) -> None:
+        with torch.no_grad():
+            z0 = system.first_stage.scaled(system.first_stage.encode(batch.video).mean)
+        t = torch.sigmoid(1 + torch.randn(len(z0)))
+        eps = torch.randn_like(z0)
+        z_t = torch.lerp(z0, eps, t.view(-1, 1, 1, 1, 1))
+        kept = torch.where(torch.rand(len(z0), 1) < 0.1, 0, row)
+        out = backbone(z_t, t * 1000, Conditions(vector=words(kept).sum(1)))
+        loss = torch.nn.functional.mse_loss(out, eps - z0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    source = cycle(zip(loaded, rows, strict=True))
+    for batch, row in islice(source, 10):
+        step(batch, row)
+    began = time.perf_counter()
+    for batch, row in islice(source, steps):
+        step(batch, row)
+    return (time.perf_counter() - began) / steps
+
+
+class Clock(Callback):
+    """When each micro-batch ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *rest: object) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def our_loop(overrides: list[str], steps: int) -> float:
+    """Seconds per step of `fit` between its 10th and its last step (the checkpoint at the end is not in it)."""
+    with tempfile.TemporaryDirectory() as out:
+        total = steps + 11
+        root = compose(
+            "logger=null", "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}", "checkpoint.every=1000000",
+            f"out={out}", f"cache={RESULTS.parent.parent}/outputs/cache", *overrides,
+        )  # fmt: skip
+        wiring = wire(root)
+        with open_run(root.out, "benchmark", {}, "never") as run:
+            with start(build_system(wiring, run.folder), run) as training:
+                clock = Clock()
+                fit(training, [clock], threads=torch.get_num_threads())
+            return (clock.ends[-2] - clock.ends[9]) / (len(clock.ends) - 11)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for name, overrides in CASES.items():
+        pairs = [(bare_loop(overrides, args.steps), our_loop(overrides, args.steps)) for _ in range(args.rounds)]
+        bare, ours = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
+        extra = 1000 * statistics.median(b - a for a, b in pairs)
+        rows.append({"case": name, "bare_ms": bare, "ours_ms": ours, "extra_ms": extra, "ratio": ours / bare, "pairs_s": pairs})
+        print(f"{name}: bare {bare:.2f} ms, ours {ours:.2f} ms, {extra:+.2f} ms ({100 * (ours / bare - 1):+.1f} %)", flush=True)
+    versions = {"torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version()}
+    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads, **versions}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step_overhead.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    table = ["| model | bare loop | ours | extra | ratio |", "|---|---|---|---|---|"]
+    table += [f"| {r['case']} | {r['bare_ms']:.2f} ms | {r['ours_ms']:.2f} ms | {r['extra_ms']:+.2f} ms | {r['ratio']:.3f} |" for r in rows]
+    heading = f"# Training step over a bare loop\n\n{args.rounds} rounds of {args.steps} steps, {machine}\n\n"
+    (RESULTS / "step_overhead.md").write_text(heading + "\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""What is wrong with a command line that Hydra cannot compose, in our words and all of it.
+
+Hydra stops at the first problem. Here each override is looked at on its own, and what is left is
+composed and wired, so that a user sees every problem at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from sandbox import config, registry
+from sandbox.config import GROUPS, Root
+from sandbox.contracts import ConfigError, PluginError
+
+PRESETS = ("experiment", "debug")  # groups that hold YAML files only
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def explain(
+    error: Exception, overrides: Sequence[str], name: str, config_dir: str | None
+) -> ConfigError:
+    """Every problem of a command line that Hydra refused with `error`."""
+    folders = config.conf_folders(overrides, config_dir)
+    if not any((f / f"{name}.yaml").is_file() for f in folders):
+        there = [p.stem for f in folders for p in f.glob("*.yaml")]
+        return ConfigError(f"--config-name {name}: no such file{registry.nearest(name, there)}")
+    problems, groups, values = [], [], []
+    for words, problem in _readable(overrides):
+        problem = problem or _group_problem(words, folders)
+        if problem:
+            problems.append((_top(words), problem))
+        else:
+            (groups if _is_group(words, folders) else values).append(words)
+    wrong = {top for top, _ in problems}
+    try:
+        cfg = config.raw(groups, name, config_dir)
+    except Exception as e:  # a preset or recipe is at fault: one of Hydra's, OmegaConf's, YAML's
+        return ConfigError(*(p for _, p in problems), _in_file(e, folders))
+    for override in values:
+        if _top(override) not in wrong and (problem := _value_problem(override, cfg)):
+            problems.append((_top(override), problem))
+    if not problems:
+        return ConfigError(first_line(str(error)))
+    return ConfigError(*(p for _, p in problems), *_further(cfg, {top for top, _ in problems}))
+
+
+def _further(cfg: Any, wrong: set[str]) -> Sequence[str]:
+    """Problems of what is left; nothing is asked of the groups in `wrong`."""
+    from sandbox.wiring import wire
+
+    try:
+        root = config.to_root(cfg)
+        if root.task is not None and not root.task.uses_run():
+            wire(root, frozenset(wrong))
+    except ConfigError as e:
+        return e.problems
+    except PluginError as e:
+        return [str(e)]
+    return ()
+
+
+def first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "cannot be read"
+
+
+# --- the words of the command line -----------------------------------------------------------
+
+
+def _top(override: str) -> str:
+    """The group or setting that an override is about: "backbone" for `+backbone.width=3`."""
+    return re.split(r"[=.@/]", override.lstrip("+~"))[0]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _value(override: str) -> str:
+    return override.partition("=")[2]
+
+
+def _readable(overrides: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Each override with what is wrong with its spelling; words that a shell took apart are joined."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    found: list[tuple[str, str | None]] = []
+    for words in _joined(overrides):
+        try:
+            parsed = OverridesParser.create().parse_override(words)
+            several = parsed.is_sweep_override()
+        except HydraException:
+            found.append((words, _spelling(words)))
+            continue
+        problem = (
+            f"{words}: several values need -m (a multirun); a text with a comma goes in quotes: "
+            f"'{_key(words)}=\"{_value(words)}\"'"
+        )
+        found.append((words, problem if several else None))
+    return found
+
+
+def _joined(overrides: Sequence[str]) -> list[str]:
+    """`a=[b`, `c]` -> `a=[b c]`, and `lr`, `=`, `3` -> `lr = 3`."""
+    found: list[str] = []
+    for word in overrides:
+        spaced = found and (word.startswith("=") or found[-1].endswith(" =") or found[-1] == "=")
+        if found and "=" not in word and (_open(found[-1]) or spaced):
+            found[-1] += f" {word}"
+        elif spaced and word.startswith("="):
+            found[-1] += f" {word}"
+        else:
+            found.append(word)
+    return found
+
+
+def _open(text: str) -> bool:
+    """Whether a bracket or a quote is left open."""
+    text = re.sub(r"\"[^\"]*\"|'[^']*'", "", text)
+    pairs = any(text.count(a) > text.count(b) for a, b in ("[]", "{}", "()"))
+    return pairs or text.count('"') % 2 == 1 or text.count("'") % 2 == 1
+
+
+def _spelling(words: str) -> str:
+    key, equals, value = words.partition("=")
+    if key != key.strip() or value != value.strip():
+        return f"{words}: no spaces around '=': {key.strip()}={value.strip()}"
+    if not equals or not key:
+        return f"{words}: want NAME=VALUE; a value with spaces goes in quotes: 'NAME=a b'"
+    if _open(words):
+        return f"{words}: a bracket or quote is left open; close it"
+    if re.match(r"[\[{]", value) and " " in value:
+        return (
+            f"{words}: cannot be read; quote the whole for the shell: '{words}'. Lists are "
+            "[a, b], dicts {a: 1}, texts with , : or brackets in them go in quotes"
+        )
+    return (
+        f"{words}: cannot be read; lists are [a, b], dicts {{a: 1}}, and a text with special "
+        f"characters goes in quotes twice: '{key}=\"{value}\"'"
+    )
+
+
+# --- groups ----------------------------------------------------------------------------------
+
+
+def _is_group(override: str, folders: Sequence[Path]) -> bool:
+    key = _key(override).partition("@")[0]
+    return key in (*GROUPS, *PRESETS) or ("/" in key and bool(config.options(key, folders)))
+
+
+def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
+    """What is wrong with the choice of an option; None where nothing is, or this is no choice."""
+    key, value = _key(override), _value(override)
+    if "@" in key:
+        return f"{override}: groups have one place each; write {key.partition('@')[0]}=NAME"
+    if not _is_group(override, folders):
+        names = [*GROUPS, *PRESETS] if "/" not in key else ["hydra/launcher", "hydra/sweeper"]
+        return f"{override}: no such group{registry.nearest(key, names)}" if "/" in key else None
+    if override.startswith("+"):
+        return f"{override}: write it without +: {override.lstrip('+')}"
+    if override.startswith("~"):
+        return None
+    known = config.options(key, folders)
+    if value.startswith("{"):
+        return f"{override}: want the name of an option{registry.nearest('', known)}; set one " \
+               f"number of it with {key}.NAME=VALUE"  # fmt: skip
+    if value == "null":
+        return f"{override}: in a multirun a group cannot be emptied; want {', '.join(known)}"
+    names = [n.strip(" '\"") for n in value.strip("[]").split(",")]
+    if value.startswith("[") and key != "callbacks" and len(names) > 1:
+        return f"{override}: want one option, not a list{registry.nearest('', known)}"
+    return next((p for n in names if n and (p := _option_problem(key, n, known))), None)
+
+
+def _option_problem(group: str, name: str, known: list[str]) -> str | None:
+    if name in known:
+        return None
+    broken = next((p for p in registry.plugins(group) if p.name == name and p.error), None)
+    if broken:
+        return f"{group}={name} is broken: {broken.error}"
+    null = f"; nothing is written {group}=null" if name.lower() in ("none", "null", "") else ""
+    return f"{group}={name}: no such option{registry.nearest(name, known)}{null}"
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def _value_problem(override: str, cfg: Any) -> str | None:
+    """What is wrong with a setting, found by setting it in `cfg`; None where nothing is."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_delete():
+        if _top(override) == "hydra":
+            return None
+        return f"{override}: a setting cannot be taken away; leave it out, or give it another value"
+    OmegaConf.set_readonly(cfg.hydra, False)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config([parsed], cfg)
+    except HydraException as e:
+        return _describe(override, cfg, first_line(str(e.__cause__ or e)))
+    return None
+
+
+def _describe(override: str, cfg: Any, reason: str) -> str:
+    """Why a setting cannot be set: unknown, of a group that is empty, or of another type."""
+    from omegaconf import OmegaConf
+
+    path, _, name = _key(override).rpartition(".")
+    top = _top(override)
+    node = OmegaConf.select(cfg, path) if path else cfg
+    if top == "hydra":
+        return f"{override}: Hydra has no such setting with these options ({reason})"
+    if override.startswith("+") and OmegaConf.select(cfg, _key(override)) is not None:
+        return f"{override}: it is a setting already; write it without +"
+    if node is None:
+        return f"{override}: {_absent(path, cfg)}"
+    kind = OmegaConf.get_type(node)
+    known = kind if is_dataclass(kind) else None
+    if known is None:
+        return f"{override}: {path} has no settings of its own"
+    names = [f.name for f in fields(known) if f.name != "plugin"]
+    if name in names:
+        return f"{override}: want {_wanted(known, name)}{_none(override)}"
+    if not path:
+        return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
+    plugin = str(node.get("plugin", path)).partition("/")
+    return f"{path}.{name}: {path}={plugin[2]} has no such setting{registry.nearest(name, names)}"
+
+
+def _absent(path: str, cfg: Any) -> str:
+    top, _, rest = path.partition(".")
+    if top == "callbacks" and rest:
+        known = config.options(top)
+        if rest in known:
+            return f"callbacks.{rest} is not chosen; add 'callbacks=[{rest}]'"
+        return f"callbacks={rest}: no such option{registry.nearest(rest, known)}"
+    if top in GROUPS:
+        return f"{top}=null has no settings; choose one: {top}={'|'.join(config.options(top))}"
+    known = [f.name for f in fields(Root)]
+    return f"{top}: no such group{registry.nearest(top, known)}"
+
+
+def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:
+    """The group in which a setting of this name is, else the nearest name."""
+    for group in GROUPS:
+        node = cfg.get(group)
+        if node is not None and name in node:
+            return f" of the run; did you mean {group}.{name}?"
+    near = registry.nearest(name, [*names, *PRESETS])
+    return near if "did you mean" in near else registry.nearest(name, set(names) - set(GROUPS))
+
+
+def _wanted(kind: type, name: str) -> str:
+    """A field's type in words."""
+    kinds = registry.kinds(kind)[name]
+    said = []
+    for k in kinds:
+        if k is type(None):
+            said.append("null")
+        elif k in WORDS:
+            said.append(WORDS[k])
+        elif "dict" in str(k):
+            said.append(f"a dict: '{name}={{a: 1}}'")
+        else:
+            said.append(f"a list: '{name}=[a, b]'")
+    return " or ".join(said)
+
+
+def _none(override: str) -> str:
+    return "; nothing is written null" if _value(override) == "None" else ""
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _in_file(error: Exception, folders: Sequence[Path]) -> str:
+    """What is wrong in a preset or recipe, with its file."""
+    import yaml
+    from hydra.errors import MissingConfigException
+
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        by = re.search(r"In '([^']+)'", text)
+        said = _option_problem(group, name, config.options(group, folders)) or first_line(text)
+        return f"{_file(by[1], folders)}: {said}" if by else said
+    if m := re.search(r"In '([^']+)': .*?\n(.+)", text):
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{_file(m[1], folders)}: {key[1] + ': ' if key else ''}{m[2].strip()}"
+    if m := re.search(r"Could not override '([^']+)'", text):
+        group = m[1].lstrip("/")
+        known = registry.nearest(group, [*GROUPS, *PRESETS])
+        return f"{group}: a recipe or preset overrides it, but there is no such group{known}"
+    return first_line(text)
+
+
+def _file(key: str, folders: Sequence[Path]) -> str:
+    path = next((p for f in folders if (p := f / f"{key}.yaml").is_file()), None)
+    return str(path) if path else key
