@@ -7,7 +7,7 @@ make. A plugin sees this file and never another group's plugin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -210,6 +210,19 @@ class PluginConfig:
         return replace(self, **numbers)
 
 
+@dataclass(frozen=True)
+class FirstStageRecipe:
+    """How a first stage is trained where the run does not say (vae.weights=auto, and defaults of task=train_vae).
+
+    `reconstruction`: settings of the loss that differ from its defaults.
+    """
+
+    lr: float = 2e-3
+    steps: int = 1000
+    batch_size: int = 32
+    reconstruction: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass
 class FirstStageConfig(PluginConfig):
     """Between pixels and latents. `weights`: "auto" (cached, else trained first), a file, or null (random)."""
@@ -227,6 +240,10 @@ class FirstStageConfig(PluginConfig):
     def regularizer(self) -> str:
         """What its training holds the latents with, which is the plugin of group reconstruction: "kl" or "codebook"."""
         return "kl"
+
+    def recipe(self) -> FirstStageRecipe:
+        """Learning rate, steps, batch and loss with which it trains in about a minute on the default data."""
+        return FirstStageRecipe()
 
 
 @dataclass
@@ -438,7 +455,7 @@ class TaskConfig(PluginConfig):
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
         return False
 
-    def defaults(self) -> dict[str, float]:
+    def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
         """The `lr` and `steps` of the run where they are null."""
         return {"lr": 4e-3, "steps": 1200}
 

@@ -2,29 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
-from sandbox.config import Root, from_container
-from sandbox.contracts import ConfigError
+from sandbox import config
+from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container
+from sandbox.contracts import ConfigError, SandboxError, StorageError
 from sandbox.runs import Run
+
+TRAINED_BY = "task/train"  # runs of other tasks hold no system: task=train_vae leaves a first stage
 
 
 def find_run(out: str, named: str | None) -> Path:
-    """The run folder `named`, else the newest finished one below `out`. Raises ConfigError with what there is."""
+    """The run folder `named`, else the newest finished one below `out`.
+
+    Raises ConfigError with what there is.
+    """
     if named is not None:
         folder = Path(named)
         if not Run(folder).config_file.is_file():
-            raise ConfigError(f"task.run={named}: no run there (it has no config.yaml); there is {_some(Path(out))}")
+            raise ConfigError(
+                f"task.run={named}: no run there (it has no config.yaml); there is {_some(Path(out))}"
+            )
+        task = _task(folder)
+        if task != TRAINED_BY:
+            raise ConfigError(
+                f"task.run={named}: a run of {task.replace('/', '=')}, which leaves no system to "
+                "sample from; want a run of task=train"
+            )
         return folder
-    finished = [p.parent for p in Path(out).glob("*/result.json") if (p.parent / "checkpoints").is_dir()]
-    if not finished:
-        raise ConfigError(f"task.run=null: no finished run in out={out}; train one first (python run.py), or name a folder")
-    return max(finished, key=lambda f: (f / "result.json").stat().st_mtime_ns)
+    finished = [p.parent for p in Path(out).glob("*/result.json")]
+    finished.sort(key=lambda f: (f / "result.json").stat().st_mtime_ns, reverse=True)
+    newest = next((f for f in finished if _task(f) == TRAINED_BY), None)
+    if newest is None:
+        raise ConfigError(
+            f"task.run=null: no finished run in out={out}; train one first (python run.py), "
+            "or name a folder"
+        )
+    return newest
 
 
 def read_root(folder: Path) -> Root:
-    """The configuration of a run folder. Raises ConfigError, StorageError."""
-    return from_container(Run(folder).config())
+    """The configuration of a run folder. Raises ConfigError, PluginError, StorageError."""
+    try:
+        return from_container(Run(folder).config())
+    except SandboxError as e:
+        raise type(e)(*(f"{folder}: {text}" for text in e.args)) from e
+
+
+def choices(overrides: Sequence[str]) -> list[str]:
+    """Overrides that choose what an earlier run has, where the task of `overrides` works on one.
+
+    With them in front, `task=sample sampler.eta=0` is composed with the sampler of that run.
+    Groups that `overrides` choose themselves, and runs that are swept over, are left alone.
+    """
+    said = {o.partition("=")[0].lstrip("+~"): o.partition("=")[2] for o in overrides}
+    plugin = config.chosen_plugin("task", said.get("task", "train"))
+    if plugin is None or plugin.config is None or not plugin.config().uses_run():  # type: ignore[attr-defined]
+        return []
+    named, out = (said.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out)))
+    try:
+        root = read_root(find_run(out, None if named == "null" else named))
+    except (ConfigError, StorageError):
+        return []  # a sweep over runs, or no run: said when the task asks for it
+    found = []
+    for group in GROUPS:
+        if group in said or group in OF_THE_COMMAND:
+            continue
+        value = getattr(root, group)
+        if group == "callbacks":
+            found.append(f"callbacks=[{','.join(value)}]")
+        elif is_dataclass(value):
+            found.append(f"{group}={value.plugin.rpartition('/')[2]}")  # type: ignore[attr-defined]
+    return found
+
+
+def _task(folder: Path) -> str:
+    return (Run(folder).config().get("task") or {}).get("plugin", "")
 
 
 def _some(out: Path) -> str:

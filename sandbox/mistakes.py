@@ -15,6 +15,7 @@ from typing import Any
 from sandbox import config, registry
 from sandbox.config import GROUPS, Root
 from sandbox.contracts import ConfigError, PluginError
+from sandbox.wiring import REQUIRED, wire
 
 PRESETS = ("experiment", "debug")  # groups that hold YAML files only
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -24,6 +25,10 @@ def explain(
     error: Exception, overrides: Sequence[str], name: str, config_dir: str | None
 ) -> ConfigError:
     """Every problem of a command line that Hydra refused with `error`."""
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     folders = config.conf_folders(overrides, config_dir)
     if not any((f / f"{name}.yaml").is_file() for f in folders):
         there = [p.stem for f in folders for p in f.glob("*.yaml")]
@@ -38,7 +43,8 @@ def explain(
     wrong = {top for top, _ in problems}
     try:
         cfg = config.raw(groups, name, config_dir)
-    except Exception as e:  # a preset or recipe is at fault: one of Hydra's, OmegaConf's, YAML's
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
+        # a preset or recipe is at fault
         return ConfigError(*(p for _, p in problems), _in_file(e, folders))
     for override in values:
         if _top(override) not in wrong and (problem := _value_problem(override, cfg)):
@@ -48,10 +54,14 @@ def explain(
     return ConfigError(*(p for _, p in problems), *_further(cfg, {top for top, _ in problems}))
 
 
+def explain_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Every override of a multirun that cannot be read."""
+    problems = [p for words, p in _readable(overrides, multirun=True) if p]
+    return ConfigError(*(problems or [first_line(str(error))]))
+
+
 def _further(cfg: Any, wrong: set[str]) -> Sequence[str]:
     """Problems of what is left; nothing is asked of the groups in `wrong`."""
-    from sandbox.wiring import wire
-
     try:
         root = config.to_root(cfg)
         if root.task is not None and not root.task.uses_run():
@@ -84,24 +94,30 @@ def _value(override: str) -> str:
     return override.partition("=")[2]
 
 
-def _readable(overrides: Sequence[str]) -> list[tuple[str, str | None]]:
-    """Each override with what is wrong with its spelling; words that a shell took apart are joined."""
+def _readable(
+    overrides: Sequence[str], multirun: bool = False
+) -> list[tuple[str, str | None]]:
+    """Each override with what is wrong with its spelling; words that a shell split are joined."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     found: list[tuple[str, str | None]] = []
     for words in _joined(overrides):
+        problem = None
         try:
             parsed = OverridesParser.create().parse_override(words)
-            several = parsed.is_sweep_override()
         except HydraException:
-            found.append((words, _spelling(words)))
-            continue
-        problem = (
-            f"{words}: several values need -m (a multirun); a text with a comma goes in quotes: "
-            f"'{_key(words)}=\"{_value(words)}\"'"
-        )
-        found.append((words, problem if several else None))
+            problem = _spelling(words)
+        else:
+            if words not in overrides or not _key(words):
+                problem = _spelling(words)
+            elif parsed.is_sweep_override() and not multirun:
+                quoted = f"'{_key(words)}=\"{_value(words)}\"'"
+                problem = (
+                    f"{words}: several values need -m (a multirun); a text with a comma goes in "
+                    f"quotes: {quoted}"
+                )
+        found.append((words, problem))
     return found
 
 
@@ -134,14 +150,13 @@ def _spelling(words: str) -> str:
         return f"{words}: want NAME=VALUE; a value with spaces goes in quotes: 'NAME=a b'"
     if _open(words):
         return f"{words}: a bracket or quote is left open; close it"
-    if re.match(r"[\[{]", value) and " " in value:
-        return (
-            f"{words}: cannot be read; quote the whole for the shell: '{words}'. Lists are "
-            "[a, b], dicts {a: 1}, texts with , : or brackets in them go in quotes"
-        )
+    if value[:1] in ("[", "{"):
+        return f"{words}: quote it, so that the shell leaves it in one piece: '{words}'"
+    if value[:1] == "(":
+        return f"{words}: lists are written in brackets: '{key}=[{value.strip('()')}]'"
     return (
-        f"{words}: cannot be read; lists are [a, b], dicts {{a: 1}}, and a text with special "
-        f"characters goes in quotes twice: '{key}=\"{value}\"'"
+        f"{words}: cannot be read; a text with special characters goes in quotes twice: "
+        f"'{key}=\"{value}\"'"
     )
 
 
@@ -183,7 +198,9 @@ def _option_problem(group: str, name: str, known: list[str]) -> str | None:
     broken = next((p for p in registry.plugins(group) if p.name == name and p.error), None)
     if broken:
         return f"{group}={name} is broken: {broken.error}"
-    null = f"; nothing is written {group}=null" if name.lower() in ("none", "null", "") else ""
+    null = ""
+    if name.lower() in ("none", "null", "") and group not in REQUIRED:
+        null = f"; for none at all write {group}=null"
     return f"{group}={name}: no such option{registry.nearest(name, known)}{null}"
 
 
@@ -229,7 +246,7 @@ def _describe(override: str, cfg: Any, reason: str) -> str:
         return f"{override}: {path} has no settings of its own"
     names = [f.name for f in fields(known) if f.name != "plugin"]
     if name in names:
-        return f"{override}: want {_wanted(known, name)}{_none(override)}"
+        return f"{override}: want {_wanted(known, name, override)}{_none(override)}"
     if not path:
         return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
     plugin = str(node.get("plugin", path)).partition("/")
@@ -259,24 +276,24 @@ def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:
     return near if "did you mean" in near else registry.nearest(name, set(names) - set(GROUPS))
 
 
-def _wanted(kind: type, name: str) -> str:
+def _wanted(config_class: type, name: str, override: str) -> str:
     """A field's type in words."""
-    kinds = registry.kinds(kind)[name]
+    key, value = _key(override), _value(override)
     said = []
-    for k in kinds:
+    for k in registry.kinds(config_class)[name]:
         if k is type(None):
             said.append("null")
         elif k in WORDS:
             said.append(WORDS[k])
         elif "dict" in str(k):
-            said.append(f"a dict: '{name}={{a: 1}}'")
+            said.append(f"a dict, such as '{key}={{a: 1}}'")
         else:
-            said.append(f"a list: '{name}=[a, b]'")
+            said.append(f"a list: '{key}=[{value}]'" if value[:1] not in ("[", "{") else "a list")
     return " or ".join(said)
 
 
 def _none(override: str) -> str:
-    return "; nothing is written null" if _value(override) == "None" else ""
+    return "; an empty value is written null" if _value(override) == "None" else ""
 
 
 # --- files -----------------------------------------------------------------------------------

@@ -429,4 +429,4 @@ def misshapen(config: Any) -> Iterator[str]:
             if isinstance(value, tuple) and ... not in entries and len(value) != len(entries):
                 yield f"{f.name}={list(value)}: want {len(entries)} entries"
         if value == "None":
-            yield f"{f.name}='None': that is only a word here; nothing is written null ({f.name}=null)"
+            yield f"{f.name}='None': that is only a word here; an empty value is written null"

@@ -1,40 +1,55 @@
-"""The text of --help: groups, their options, and one line for each, from docstrings and presets. Imports nothing heavy."""
+"""The text of --help: groups, their options, and one line for each, from docstrings and presets.
+
+Imports nothing heavy. Where the command line chooses an option, its settings are listed instead.
+"""
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from sandbox import registry
-from sandbox.config import CONF, GROUPS, Root, plugin_folders
+from sandbox import config, registry
+from sandbox.config import GROUPS, Root, conf_folders
 
 HEAD = """\
 Latent video sandbox: trains, samples and scores latent diffusion models of images and video.
 
-  python run.py                                             the default run: text to video on real digits, about two minutes
-  python run.py backbone=dit vae=magvit -m lr=1e-5,2e-6     a sweep (-m): one run for each value
-  python run.py experiment=NAME                             a recipe
-  python run.py task=sample task.prompts='[a red 3 moving left]'   videos from the newest finished run
-  python run.py task=new group=backbone name=mine           a plugin of your own, with preset and test
+  python run.py                                          text to video on real digits, about two minutes
+  python run.py backbone=dit vae=magvit -m lr=1e-5,2e-6  a sweep (-m): one run for each value
+  python run.py experiment=NAME                          a recipe
+  python run.py task=sample 'prompts=[a red 3 moving left]'
+                                                         videos from the newest finished run
+  python run.py task=new group=backbone name=mine        a plugin of your own, with preset and test
+  python run.py --help backbone=dit                      the settings of an option
 
-GROUP=OPTION chooses a component, GROUP.SETTING=VALUE sets one of its numbers, SETTING=VALUE one of the run's.
+GROUP=OPTION chooses a component, GROUP.SETTING=VALUE sets one of its numbers, SETTING=VALUE one of
+the run's; null is an empty value.
 """
 
 FLAGS = """\
-Flags: -m (multirun: a,b,c tries each), --cfg job (print the configuration), --info defaults (where it comes from),
-  -cd DIR (more configuration files), -sc install=bash (shell completion), --traceback (on an error).
-Exit codes: 0 done, 2 wrong input, 3 data, 4 diverged, 5 storage, 75 stopped and saved (start again to continue), 1 bug.
+Flags: -m (multirun: a,b,c tries each), --cfg job (print the configuration), --info defaults (where
+  it comes from), -cd DIR (more YAML files), -sc install=bash (shell completion), --traceback (with
+  an error). Flags and settings may come in any order.
+Exit codes: 0 done, 2 wrong input, 3 data, 4 diverged, 5 storage, 75 stopped and saved (start again
+  to continue), 130 interrupted, 1 a bug.
 """
 
 
-def usage(overrides: Sequence[str] = ()) -> str:
-    """The whole text, as wide as the terminal."""
+def usage(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
+    """The whole text, as wide as the terminal; or the settings of the options in `overrides`."""
     width = min(shutil.get_terminal_size((120, 24)).columns, 140)
-    folders = [CONF, *(f / "conf" for f in plugin_folders(overrides))]
-    parts = [HEAD, "Settings of the run: " + ", ".join(_settings()) + "\n", "Groups and their options"]
-    for group, what in {**GROUPS, "experiment": "recipes", "debug": "quick checks of any recipe"}.items():
+    if any(o.partition("=")[0] in GROUPS for o in overrides):
+        return "\n".join(_chosen(overrides, config_dir, width))
+    folders = conf_folders(overrides, config_dir)
+    parts = [HEAD, "Settings of the run: " + ", ".join(_settings(Root())) + "\n"]
+    parts += ["Groups and their options"]
+    presets = {"experiment": "recipes", "debug": "quick checks of any recipe"}
+    for group, what in (GROUPS | presets).items():
         rows = list(_options(group, folders))
         if rows:
             parts.append(f"\n{group}: {what}")
@@ -42,10 +57,29 @@ def usage(overrides: Sequence[str] = ()) -> str:
     return "\n".join([*parts, "", FLAGS])
 
 
-def _settings() -> Iterator[str]:
-    for name, default in vars(Root()).items():
-        if name not in GROUPS:
-            yield f"{name}={'null' if default is None else default}"
+def _chosen(overrides: Sequence[str], config_dir: str | None, width: int) -> Iterator[str]:
+    """What the chosen options are, and their settings with the values that they stand for."""
+    root = config.to_root(config.compose(overrides, config_dir=config_dir))
+    groups = {o.partition("=")[0] for o in overrides}
+    for path, cfg in root.parts():
+        if path.partition(".")[0] in groups:
+            yield f"{path}={cfg.plugin.rpartition('/')[2]}: {registry.find(cfg.plugin).doc}"
+            doc = inspect.getdoc(type(cfg)) or ""
+            if not doc.startswith(f"{type(cfg).__name__}("):  # what dataclass writes where none is
+                yield textwrap.indent(textwrap.fill(doc, width - 4), "    ")
+            yield from (f"  {path}.{setting}" for setting in _settings(cfg))
+            yield ""
+
+
+def _settings(cfg: Any) -> Iterator[str]:
+    """"name=default" as one types it."""
+    words = {None: "null", True: "true", False: "false"}
+    for f in fields(cfg):
+        if f.name not in (*GROUPS, "plugin"):
+            value = getattr(cfg, f.name)
+            said = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value
+            known = value is None or isinstance(value, bool)
+            yield f"{f.name}={words[value] if known else said}"
 
 
 def _options(group: str, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
@@ -58,7 +92,7 @@ def _options(group: str, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
 
 
 def _comment(path: Path) -> str:
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").strip()
     return ""
@@ -66,4 +100,5 @@ def _comment(path: Path) -> str:
 
 def _row(name: str, doc: str, width: int) -> str:
     lines = textwrap.wrap(doc, max(width - 28, 40)) or [""]
-    return "\n".join(f"  {name if i == 0 else '':<24}  {text}".rstrip() for i, text in enumerate(lines))
+    shown = (f"  {'' if i else name:<24}  {text}".rstrip() for i, text in enumerate(lines))
+    return "\n".join(shown)

@@ -30,8 +30,8 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
 
     `unasked`: groups and settings whose problems are known already; nothing more is asked of them.
     """
-    if root.task is not None:
-        missing = {k: v for k, v in root.task.defaults().items() if getattr(root, k) is None}
+    if root.task is not None and root.vae is not None:
+        missing = {k: v for k, v in root.task.defaults(root.vae).items() if getattr(root, k) is None}
         root = replace(root, **missing)
     absent = {g for g in REQUIRED if getattr(root, g) is None} - unasked
     found = [p for p in root.problems() if re.split(r"\W", p)[0] not in unasked]
@@ -39,7 +39,9 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
     unsound = set(unasked) | absent
     for path, cfg in root.parts():
         group = path.partition(".")[0]
-        own = [f"{path}.{p}" for p in (*cfg.problems(), *registry.misshapen(cfg))]
+        own = [f"{path}.{p}" for p in cfg.problems()]
+        seen = {_field(p) for p in own}
+        own += [q for p in registry.misshapen(cfg) if _field(q := f"{path}.{p}") not in seen]
         if group not in unasked:
             found += own
         if own:
@@ -72,6 +74,7 @@ class _Check:
 
     def run(self) -> Wiring | None:
         root = self.root
+        self.beginning()
         self.schedule()
         self.fields()
         root = self.metric(root)
@@ -85,6 +88,15 @@ class _Check:
         return Wiring(root, clips, tuple(z for z, _ in sizes), tuple(g for _, g in sizes), slots)
 
     # each of these is one kind of agreement
+
+    def beginning(self) -> None:
+        """Continuing a run and starting one from weights are different things."""
+        run = getattr(self.root.resume, "run", None)
+        if self.sound("resume") and run is not None and self.root.init_from is not None:
+            self.say(
+                f"init_from={self.root.init_from} and resume.run={run}: resuming goes on with the weights, optimizer "
+                "and step of that run, init_from begins a new run at step 0 with other weights; give one of them"
+            )
 
     def schedule(self) -> None:
         """Prediction and noise process against loss, sampler and guidance."""
@@ -169,9 +181,13 @@ class _Check:
         if field == "channels":
             return []
 
-        def fits(value: int) -> bool:
+        data, value = self.root.data, getattr(clip, field)
+
+        def fits(size: int) -> bool:
+            if getattr(data, field) == value and any(replace(data, **{field: size}).problems()):
+                return False
             try:
-                z = self.root.vae.latents(replace(clip, **{field: value}))
+                z = self.root.vae.latents(replace(clip, **{field: size}))
                 if self.sound("backbone"):
                     self.root.backbone.grid(z)
             except Misfit as e:
@@ -180,7 +196,6 @@ class _Check:
                 return False
             return True
 
-        value = getattr(clip, field)
         below = next((v for v in range(value - 1, 0, -1) if fits(v)), None)
         over = next((v for v in range(value + 1, 4 * value + 65) if fits(v)), None)
         return [v for v in (below, over) if v is not None]
@@ -235,6 +250,11 @@ def _of(part: str, cfg: PluginConfig, problem: str, why: str = "") -> str:
     if name == _name(cfg):
         return f"{part}={name}{rest}{why}"
     return f"{part}.{problem}{why}"
+
+
+def _field(problem: str) -> str:
+    """The setting that a problem begins with."""
+    return re.split(r"[^\w.]", problem)[0]
 
 
 def _names(group: str) -> list[str]:

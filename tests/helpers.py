@@ -1,14 +1,17 @@
-"""A small system, composed as the command composes it and trained by the real engine, for many tests."""
+"""A small system: composed as the command composes it, wired, and trained by the real engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sandbox import compose
-from sandbox.config import Root, to_container
-from sandbox.contracts import PluginConfig
+from sandbox import config, registry
+from sandbox.config import CONF, Root
+from sandbox.contracts import ConfigError, PluginConfig
+from sandbox.wiring import Wiring, wire
 
 TINY = (
     "vae.weights=null",
@@ -20,41 +23,122 @@ TINY = (
     "sampler.steps=2",
     "data.batch_size=2",
     "data.clips_per_epoch=16",
+    "trainer.threads=1",
     "logger=null",
     "steps=2",
 )
+PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "data")
 
 
-def tiny(*overrides: str) -> Root:
-    """The default system in a size that takes a step in milliseconds, with `overrides`; wired."""
-    return compose(*TINY, *overrides)
+# --- configurations -------------------------------------------------------------------------------
+
+
+def composed(*overrides: str) -> Root:
+    """What the command line composes, typed but not wired: numbers of other components are open."""
+    config.setup(overrides)
+    return config.to_root(config.compose(config.expand(overrides)))
+
+
+@cache
+def tiny() -> Root:
+    """The default system in a size that takes a step in milliseconds, not wired."""
+    return composed(*TINY)
+
+
+def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
+    """`root` with another component; a first stage that is trained gets random weights."""
+    if group == "callbacks" and cfg is not None:
+        return replace(root, callbacks={cfg.plugin.rpartition("/")[2]: cfg})
+    if group == "vae" and cfg is not None and cfg.fitted() == "trained":
+        cfg = replace(cfg, weights=None)
+    return replace(root, **{group: cfg})
+
+
+def wired_around(group: str, cfg: PluginConfig) -> Wiring:
+    """A tiny system that has `cfg`; another component is exchanged where the default does not fit.
+
+    Raises the ConfigError of the default system where no single exchange helps.
+    """
+    root = with_part(tiny(), group, cfg)
+    try:
+        return wire(root)
+    except ConfigError as e:
+        for partner in (g for g in PARTNERS if g != group):
+            for plugin in registry.plugins(partner):
+                other = plugin.config and with_part(
+                    root, partner, registry.default(partner, plugin.name)
+                )
+                if other and (found := _wired(other)):
+                    return found
+        raise e
+
+
+def _wired(root: Root) -> Wiring | None:
+    try:
+        return wire(root)
+    except ConfigError:
+        return None
+
+
+def presets() -> Iterator[tuple[str, str, Path]]:
+    """(group, name, file) of every preset, of the project and of plugin folders."""
+    config.setup()
+    for folder in (CONF, *(f / "conf" for f in config.plugin_folders(()))):
+        for path in sorted(folder.glob("*/*.yaml")):
+            if path.parent.name in config.GROUPS:
+                yield path.parent.name, path.stem, path
+
+
+@cache
+def preset(group: str, name: str) -> PluginConfig:
+    """The Config of a preset, composed by Hydra."""
+    override = f"callbacks=[{name}]" if group == "callbacks" else f"{group}={name}"
+    found = getattr(composed(override), group)
+    if isinstance(found, dict):
+        (found,) = found.values()
+    return found
+
+
+def plugin_configs(*groups: str) -> Iterator[tuple[str, PluginConfig]]:
+    """("schedule/ddpm", its default Config) of every plugin that can be read, in these groups."""
+    config.setup()
+    for plugin in registry.plugins():
+        if plugin.config and (not groups or plugin.group in groups):
+            yield plugin.key, registry.default(plugin.group, plugin.name)
+
+
+# --- training -------------------------------------------------------------------------------------
 
 
 @dataclass
 class Trained:
-    """What two steps leave: the system, its losses by step, and the folder of the run."""
+    """What a short training leaves: the system, its losses by step, and the folder of the run."""
 
     system: Any
     losses: list[float]
     folder: Path
 
 
-def train(root: Root, out: Path) -> Trained:
-    """Trains `root.steps` steps with the real engine in a run folder of `out`; no scores, no page."""
+def train(wiring: Wiring, out: Path) -> Trained:
+    """Trains with the real engine in a new run folder below `out`; no scores and no page."""
     from sandbox.runs import open_run
     from sandbox.systems import build_system
     from sandbox.training import fit, start
-    from sandbox.wiring import wire
 
-    root = replace(root, out=str(out), cache=str(out / "cache"))
-    with open_run(root.out, "run", to_container(root), "never") as run:
-        system = build_system(wire(root), run.folder)
+    root = replace(wiring.root, out=str(out), cache=str(out / "cache"))
+    wiring = replace(wiring, root=root)
+    with open_run(out, "run", config.to_container(root), "never") as run:
+        system = build_system(wiring, run.folder)
         with start(system, run) as training:
             fit(training)
         losses = [row["loss"] for row in run.metrics().values()]
     return Trained(system, losses, run.folder)
 
 
-def fields_of(cfg: PluginConfig) -> dict[str, Any]:
-    """The settings of a Config by name, without the name of its plugin."""
-    return {k: v for k, v in vars(cfg).items() if k != "plugin"}
+def sampled(system: Any, count: int = 2) -> Any:
+    """`count` clips (count, 3, T, H, W) of the data's first prompts."""
+    from sandbox.latent_diffusion import prompts_batch
+
+    prompts = registry.create(system.root.data).prompts()
+    system.eval()
+    return system.sample(prompts_batch((prompts or [""] * count)[:count], system.device))

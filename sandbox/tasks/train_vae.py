@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sandbox.contracts import TaskConfig, in_range
+from sandbox.contracts import FirstStageConfig, TaskConfig, in_range
 from sandbox.registry import register
 
 if TYPE_CHECKING:
@@ -21,17 +21,19 @@ class TrainVAE:
 
     @dataclass
     class Config(TaskConfig):
-        """clips: held-out clips that are measured; shown: those on the sheet."""
+        """batch_size: null takes the first stage's own; clips: held-out clips that are measured; shown: on the sheet."""
 
+        batch_size: int | None = None
         clips: int = 192
         shown: int = 12
 
         def problems(self) -> Iterator[str]:
+            yield from in_range("batch_size", self.batch_size, 1)
             yield from in_range("clips", self.clips, 1)
             yield from in_range("shown", self.shown, 1)
 
-        def defaults(self) -> dict[str, float]:
-            return {"lr": 2e-3, "steps": 1000}
+        def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
+            return {"lr": first_stage.recipe().lr, "steps": first_stage.recipe().steps}
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -46,11 +48,11 @@ def train_in_cache(root: Root) -> Path:
 
     from sandbox import registry
 
-    task = registry.default("task", "train_vae")
-    settings: dict[str, Any] = {"lr": None, "steps": None, "callbacks": {}, "logger": None, **task.defaults()}  # type: ignore[attr-defined]
+    task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
     own = replace(
-        root, task=task, recipe=root.vae.plugin.replace("/", "-"), out=str(Path(root.cache) / "runs"),
-        resume=registry.default("resume", "auto"), vae=replace(root.vae, weights=None), **settings,
+        root, task=task, lr=recipe.lr, steps=recipe.steps, recipe=root.vae.plugin.replace("/", "-"),
+        out=str(Path(root.cache) / "runs"), vae=replace(root.vae, weights=None), reconstruction=None, callbacks={},
+        logger=None, resume=registry.default("resume", "auto"),
     )  # fmt: skip
     return Path(train_first_stage(own)["folder"]) / "first_stage.safetensors"
 
@@ -61,19 +63,26 @@ def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
 
     from sandbox import checkpoint, media, registry
     from sandbox.autoencoding import Autoencoding, psnr, through
-    from sandbox.config import to_container
     from sandbox.contracts import ConfigError
     from sandbox.evaluation import gather
     from sandbox.first_stages import calibrate
     from sandbox.parts import build
-    from sandbox.runs import open_run
+    from sandbox.runs import open_root
     from sandbox.systems import clips_per_step
     from sandbox.training import fit, start
 
     if root.vae.fitted() != "trained":
         raise ConfigError(f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); want another vae")
-    loss = root.reconstruction or registry.default("reconstruction", root.vae.regularizer())
-    with open_run(root.out, root.recipe, to_container(root), registry.create(root.resume).which(), root.resume.allow) as run:
+    recipe = root.vae.recipe()
+    loss = root.reconstruction or replace(
+        registry.default("reconstruction", root.vae.regularizer()), **recipe.reconstruction
+    )
+    refused = [f"reconstruction.{p}" for p in loss.accepts(root.vae)]
+    if refused:
+        raise ConfigError(*refused)
+    batch_size = root.task.batch_size or recipe.batch_size
+    root = replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
+    with open_root(root) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         first_stage = build("vae", root)
         system = Autoencoding(root, first_stage, registry.create(loss), clips_per_step(root))

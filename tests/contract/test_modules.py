@@ -1,0 +1,251 @@
+"""Every network (first stage, backbone, conditioning, ...): built anywhere, saved, repeatable, trainable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sandbox import registry
+from sandbox.contracts import Conditions, PluginConfig
+from sandbox.latent_diffusion import clip_of
+from sandbox.wiring import Wiring
+from tests.helpers import plugin_configs, wired_around
+from tests.inputs import batch, conditions, draws, sizes, tensor, video
+
+CONFIGS = dict(plugin_configs("vae", "backbone", "conditioning", "loss"))
+
+
+@cache
+def wiring(key: str) -> Wiring:
+    return wired_around(key.partition("/")[0], CONFIGS[key])
+
+
+def complete(key: str) -> PluginConfig:
+    """The Config with the numbers that wiring fills in."""
+    return getattr(wiring(key).root, key.partition("/")[0])
+
+
+def built(key: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return registry.create(complete(key))
+
+
+def is_module(key: str) -> bool:
+    return issubclass(registry.plugin_class(key), nn.Module)
+
+
+# --- what each kind computes ----------------------------------------------------------------------
+
+
+def first_stage(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
+    made = module.reconstruct(video(w.clips[0]), draws())
+    terms = [(made.video - made.target).square().mean(), 1e-3 * made.posterior.kl().mean()]
+    if made.codebook_loss is not None:
+        terms.append(made.codebook_loss.mean())
+    return {"video": made.video, "loss": torch.stack(terms).sum()}
+
+
+def backbone(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
+    z = tensor(2, *sizes(w.grids[0]))
+    out = module(z, torch.tensor([0.0, 999.5]), conditions(w.slots[0], w.grids[0]))
+    return {"out": out, "loss": (out - z.mean()).square().mean()}
+
+
+def told(module: nn.Module, w: Wiring) -> Conditions:
+    """What conditioning makes of a batch; the first sample keeps everything, the second drops it."""
+    signals = w.root.conditioning.signals()
+    return module(
+        batch(w), w.grids[0], {s: torch.tensor([False, True]) for s in signals}, draws(),
+        lambda pixels, name: tensor(2, *sizes(w.latents[0])), tensor(2, *sizes(w.grids[0])),
+    )  # fmt: skip
+
+
+def conditioning(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
+    found = dict(told(module, w).tensors())
+    floating = [x for x in found.values() if x.requires_grad]
+    return found | ({"loss": torch.stack([x.square().mean() for x in floating]).sum()} if floating else {})
+
+
+def loss(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
+    schedule = registry.create(w.root.schedule)
+    z0, eps = tensor(2, *sizes(w.grids[0])), tensor(2, *sizes(w.grids[0]), seed=1)
+    out = tensor(2, *sizes(w.grids[0]), seed=2).requires_grad_()
+    terms = module(schedule, out, z0, eps, schedule.draw_t(draws()))
+    return {"loss": terms.total, "per_sample": terms.per_sample}
+
+
+RUNS: dict[str, Callable[[nn.Module, Wiring], dict[str, Tensor]]] = {
+    "vae": first_stage,
+    "backbone": backbone,
+    "conditioning": conditioning,
+    "loss": loss,
+}
+
+
+def run(key: str, module: nn.Module) -> dict[str, Tensor]:
+    return RUNS[key.partition("/")[0]](module, wiring(key))
+
+
+each_module = pytest.mark.parametrize("key", [k for k in CONFIGS if is_module(k)])
+each_first_stage = pytest.mark.parametrize("key", [k for k in CONFIGS if k.startswith("vae/")])
+each_backbone = pytest.mark.parametrize("key", [k for k in CONFIGS if k.startswith("backbone/")])
+each_conditioner = pytest.mark.parametrize("key", [k for k in CONFIGS if k.startswith("conditioning/")])
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+@each_module
+def test_the_meta_device_gives_the_same_names_and_shapes(key):
+    with torch.device("meta"):
+        empty = registry.create(complete(key))
+    state = empty.state_dict()
+    assert {t.device.type for t in state.values()} <= {"meta"}
+    assert shapes(state) == shapes(built(key).state_dict())
+
+
+@each_module
+def test_its_state_comes_back_strictly(key):
+    one, other = built(key, 0).eval(), built(key, 1).eval()
+    other.load_state_dict({k: v.clone() for k, v in one.state_dict().items()})
+    a, b = run(key, one), run(key, other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@each_module
+def test_the_same_seed_gives_the_same_result(key):
+    a, b = run(key, built(key).eval()), run(key, built(key).eval())
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@each_module
+def test_it_leaves_the_global_generator_alone(key):
+    module = built(key).eval()
+    before = torch.get_rng_state()
+    run(key, module)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_module
+def test_every_parameter_gets_a_finite_gradient(key):
+    module = built(key)
+    found = run(key, module)
+    if "loss" in found and found["loss"].requires_grad:
+        found["loss"].backward()
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, "processes that train together wait for these for ever"
+    assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@each_module
+def test_bfloat16_runs_forward_and_backward(key):
+    module = built(key)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(key, module)
+    assert all(x.isfinite().all() for x in found.values())
+    if "loss" in found and found["loss"].requires_grad:
+        found["loss"].float().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in state.items()}
+
+
+# --- first stages ---------------------------------------------------------------------------------
+
+
+@each_first_stage
+@torch.no_grad()
+def test_latents_have_the_size_that_the_config_promises(key):
+    w, module = wiring(key), built(key).eval()
+    posterior = module.encode(video(w.clips[0]))
+    assert clip_of(posterior.mean) == clip_of(module.scaled(posterior.mean)) == w.latents[0]
+    assert posterior.sample(torch.zeros_like(posterior.mean)).shape == posterior.mean.shape
+    assert posterior.kl().shape == (2,)
+
+
+@each_first_stage
+@torch.no_grad()
+def test_latents_become_clips_of_the_size_that_they_came_from(key):
+    w, module = wiring(key), built(key).eval()
+    out = module.decode(tensor(2, *sizes(w.latents[0])))
+    assert clip_of(out) == w.clips[0]
+
+
+@each_first_stage
+@torch.no_grad()
+def test_what_a_cache_keeps_is_the_whole_posterior(key):
+    module = built(key).eval()
+    posterior = module.encode(video(wiring(key).clips[0]))
+    again = module.posterior(posterior.stored.clone())
+    noise = tensor(*posterior.mean.shape)
+    assert torch.equal(posterior.sample(noise), again.sample(noise))
+    assert posterior.is_random or torch.equal(posterior.sample(noise), posterior.mean)
+
+
+@each_first_stage
+@torch.no_grad()
+def test_one_clip_does_not_change_another(key):
+    module, x = built(key).eval(), video(wiring(key).clips[0])
+    together, alone = module.encode(x).mean, module.encode(x[:1]).mean
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)  # order of sums
+
+
+# --- backbones ------------------------------------------------------------------------------------
+
+
+@each_backbone
+def test_the_output_is_as_large_as_the_latents(key):
+    w = wiring(key)
+    out = run(key, built(key))["out"]
+    grid = w.grids[0]
+    assert out.shape == (2, w.root.schedule.outputs() * grid.channels, *sizes(grid)[1:])
+
+
+@each_backbone
+@torch.no_grad()
+def test_samples_of_a_batch_do_not_see_each_other(key):
+    w, module = wiring(key), built(key).eval()
+    for parameter in module.parameters():
+        parameter.add_(0.05 * tensor(*parameter.shape))  # away from zeros at the end
+    z, t = tensor(2, *sizes(w.grids[0])), torch.tensor([100.0, 900.0])
+    cond = conditions(w.slots[0], w.grids[0])
+    out = module(z, t, cond)
+    first = Conditions(**{name: x[:1] for name, x in cond.tensors() if name not in w.slots[0].scalars},
+                       scalars={name: x[:1] for name, x in cond.scalars.items()})  # fmt: skip
+    torch.testing.assert_close(out[:1], module(z[:1], t[:1], first), atol=1e-4, rtol=1e-4)
+
+
+# --- conditioning ---------------------------------------------------------------------------------
+
+
+@each_conditioner
+def test_it_gives_what_its_config_offers(key):
+    w = wiring(key)
+    cond, slots = told(built(key), w), w.slots[0]
+    expected = conditions(slots, w.grids[0])
+    assert shapes(dict(cond.tensors())) == shapes(dict(expected.tensors()))
+
+
+@each_conditioner
+def test_it_drops_the_signals_that_its_config_names(key):
+    drop = built(key).drop(draws())
+    assert set(drop) == set(complete(key).signals())
+    assert all(x.shape == (2,) and x.dtype == torch.bool for x in drop.values())
+
+
+@each_conditioner
+def test_it_can_sample_without_clips(key):
+    w = wiring(key)
+    empty = batch(w)
+    empty.video = None
+    if w.root.conditioning.encodes():
+        pytest.skip("it is told by clips")
+    kept = {s: torch.zeros(2, dtype=torch.bool) for s in complete(key).signals()}
+    found = built(key)(empty, w.grids[0], kept, draws(), lambda pixels, name: pixels, None)
+    assert set(dict(found.tensors())) == set(dict(conditions(w.slots[0], w.grids[0]).tensors()))

@@ -1,0 +1,93 @@
+"""Tensors that fit a wiring: batches, latents, conditions, and folders of clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox import registry
+from sandbox.contracts import Batch, Clip, Conditions, DataError, Items, Slots
+from sandbox.randomness import Keyed
+from sandbox.wiring import Wiring
+
+WORDS = ("a red 3 moving left", "a blue 7 moving up", "a green 0 moving down", "")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tensor(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal, always the same."""
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def sizes(clip: Clip) -> tuple[int, int, int, int]:
+    return clip.channels, clip.frames, clip.height, clip.width
+
+
+def video(clip: Clip, count: int = 2, seed: int = 0) -> Tensor:
+    """(count, 3, T, H, W) in [-1, 1]."""
+    return torch.rand(count, *sizes(clip), generator=seeded(seed)) * 2 - 1
+
+
+def draws(count: int = 2, seed: int = 0) -> Keyed:
+    return Keyed(seed, 0, torch.arange(count), count)
+
+
+def batch(wiring: Wiring, count: int = 2) -> Batch:
+    """A batch with every field that the data provide."""
+    fields = wiring.root.data.provides()
+    return Batch(
+        video=video(wiring.clips[0], count),
+        captions=[WORDS[i % len(WORDS)] for i in range(count)] if "captions" in fields else None,
+        scalars={n: torch.full((count,), 8.0) for n in ("fps", "frame_stride") if n in fields},
+        ids=[str(i) for i in range(count)],
+        position=torch.arange(count),
+    )
+
+
+def conditions(slots: Slots, grid: Clip, count: int = 2, seed: int = 1) -> Conditions:
+    """Random conditions of the sizes that `slots` promises."""
+    context, image = slots.context, slots.image_context
+    return Conditions(
+        context=tensor(count, context.length, context.width, seed=seed) if context else None,
+        context_mask=torch.ones(count, context.length, dtype=torch.bool)
+        if context and context.masked
+        else None,
+        image_context=tensor(count, image.frames, image.length, image.width, seed=seed)
+        if image
+        else None,
+        concat=tensor(count, slots.concat, *sizes(grid)[1:], seed=seed) if slots.concat else None,
+        vector=tensor(count, slots.vector, seed=seed) if slots.vector else None,
+        scalars={name: torch.full((count,), 8.0) for name in slots.scalars},
+    )
+
+
+def items_of(cfg: Any, split: str, folder: Path) -> tuple[Any, Items]:
+    """A data source and one of its splits; data that are read get clips in `folder`."""
+    from dataclasses import replace
+
+    source = registry.create(cfg)
+    try:
+        return source, source.split(split)
+    except DataError:
+        write_clips(folder, cfg)
+        source = registry.create(replace(cfg, root=str(folder)))
+        return source, source.split(split)
+
+
+def write_clips(folder: Path, cfg: Any) -> None:
+    """Videos with captions, four to train on and two for validation, a little longer than needed."""
+    from sandbox.media import write_video
+
+    size = Clip(3, cfg.frames + 3, cfg.height, cfg.width)
+    for i in range(6):
+        path = folder / ("train" if i < 4 else "val") / f"{i}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_video(path, video(size, 1, seed=i)[0], 8.0)
+            path.with_suffix(".txt").write_text(WORDS[i % 3])
