@@ -192,8 +192,9 @@ def expand(overrides: Sequence[str]) -> list[str]:
     A setting of the chosen task may be given without `task.`: `task=new group=vae` is
     `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`.
     """
-    empty = {f"{group}=null" for group in GROUPS}
-    overrides = [f"~{o.removesuffix('=null')}" if o in empty else o for o in overrides]
+    empty = {f"{group}=null": f"~{group}" for group in GROUPS}
+    empty |= dict.fromkeys(("callbacks=null", "~callbacks"), "callbacks=[]")
+    overrides = [empty.get(o, o) for o in overrides]
     chosen = next((o.partition("=")[2] for o in overrides if o.startswith("task=")), "train")
     plugin = chosen_plugin("task", chosen)
     if plugin is None or plugin.config is None:
@@ -221,6 +222,8 @@ def compose(
 
     safety.refuse_code(overrides)
     try:
+        if any(is_list(o) and not o.startswith("callbacks=") for o in overrides):
+            raise ValueError("a list of options")  # Hydra would merge them into one
         cfg = raw(overrides, config, config_dir)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
         from sandbox.mistakes import explain
@@ -228,6 +231,12 @@ def compose(
         raise explain(e, overrides, config, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)
     return cfg
+
+
+def is_list(override: str) -> bool:
+    """Whether it gives a group a list of options."""
+    group, _, value = override.partition("=")
+    return group in GROUPS and value.startswith("[")
 
 
 def raw(overrides: Sequence[str], config: str = "config", config_dir: str | None = None) -> Any:

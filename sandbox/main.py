@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sandbox import config, registry
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.secrets import mask_text
-from sandbox.wiring import wire
+from sandbox.wiring import Wiring, wire
 
 SHOW = {  # flags that show something, with what may follow them
     "--cfg": ("job", "hydra", "all"),
@@ -159,22 +160,30 @@ def perform(root: Root, overrides: Sequence[str] = (), group: str | None = None)
     if root.task is None:
         raise ConfigError(f"task=null: want one of {', '.join(config.options('task'))}")
     if root.task.needs_torch:
-        check_files(root)
-        return registry.create(root.task)(wire(root), list(overrides), group)
+        return registry.create(root.task)(checked(root), list(overrides), group)
     problems = [f"task.{p}" for p in root.task.problems()]
     if problems:
         raise ConfigError(*problems)
     return registry.create(root.task)(root)
 
 
-def check_files(root: Root) -> None:
-    """Raises ConfigError for weights that are named and not there, before anything is built."""
+def checked(root: Root) -> Wiring:
+    """`root`, wired; the files that it names are there. Raises ConfigError with every problem."""
     named = {"init_from": root.init_from}
     if root.task is not None and not root.task.uses_run():
         named["vae.weights"] = getattr(root.vae, "weights", None)
-    absent = [k for k, v in named.items() if v not in (None, "auto", "None") and not Path(v).exists()]
+    absent = [
+        f"{name}={file}: no such file or folder"
+        for name, file in named.items()
+        if file not in (None, "auto", "None") and not Path(file).exists()
+    ]
+    try:
+        wiring = wire(root)
+    except ConfigError as e:
+        raise ConfigError(*e.problems, *absent) from e
     if absent:
-        raise ConfigError(*(f"{k}={named[k]}: no such file" for k in absent))
+        raise ConfigError(*absent)
+    return wiring
 
 
 # --- multirun --------------------------------------------------------------------------------
@@ -201,7 +210,8 @@ def _multirun(line: Line, earlier: list[str]) -> int:
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
     try:
-        hydra.multirun(line.config_name, job, overrides, with_log_configuration=False)
+        with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
+            hydra.multirun(line.config_name, job, overrides, with_log_configuration=False)
     except Exception as e:  # a job's own, said below by that job; or the launcher's
         outcomes = list(folder.glob("job-*.json"))
         if not outcomes or all(json.loads(p.read_text())["exit_code"] == 0 for p in outcomes):
@@ -210,7 +220,23 @@ def _multirun(line: Line, earlier: list[str]) -> int:
             traceback.print_exception(e)
     finally:
         GlobalHydra.instance().clear()
+        (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; it may hold secrets
     return _sum_up(folder, len(planned or ()))
+
+
+class _WithoutOverrides:
+    """stderr without Hydra's line that repeats the overrides of a failed job, secrets included."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if text.startswith("Error executing job with overrides"):
+            return len(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _check_all(line: Line, earlier: list[str], planned: list[list[str]] | None) -> None:
@@ -228,7 +254,9 @@ def _check_all(line: Line, earlier: list[str], planned: list[list[str]] | None) 
         return
     every = list(range(len(planned)))
     problems = [p if jobs == every else f"{_numbers(jobs)}: {p}" for p, jobs in found.items()]
-    raise ConfigError(*problems, f"none of the {len(planned)} jobs was started")
+    error = ConfigError(*problems)
+    error.add_note(f"none of the {len(planned)} jobs was started")
+    raise error
 
 
 def _numbers(jobs: list[int]) -> str:
@@ -260,8 +288,7 @@ def check(cfg: Any, overrides: Sequence[str]) -> None:
     """Raises every configuration error of a job, as starting it would."""
     root = settled(config.to_root(cfg), overrides)
     if root.task is None or root.task.needs_torch:
-        wire(root)
-        check_files(root)
+        checked(root)
 
 
 def _sweeps(override: str) -> bool:
@@ -369,4 +396,5 @@ def _report(error: SandboxError, before: str = "") -> None:
         text = f"{before}error: {problems[0]}"
     else:
         text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
+    text = "\n".join([text, *getattr(error, "__notes__", [])])
     print(mask_text(text), file=sys.stderr, flush=True)

@@ -56,7 +56,9 @@ def explain(
 
 def explain_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Every override of a multirun that cannot be read."""
-    problems = [p for words, p in _readable(overrides, multirun=True) if p]
+    problems = [p for _, p in _readable(overrides, multirun=True) if p]
+    if "does not support sweep type" in str(error):
+        problems.append("-m: the basic sweeper takes lists (1,2), choice(...) and range(...) only")
     return ConfigError(*(problems or [first_line(str(error))]))
 
 
@@ -125,14 +127,15 @@ def _joined(overrides: Sequence[str]) -> list[str]:
     """`a=[b`, `c]` -> `a=[b c]`, and `lr`, `=`, `3` -> `lr = 3`."""
     found: list[str] = []
     for word in overrides:
-        spaced = found and (word.startswith("=") or found[-1].endswith(" =") or found[-1] == "=")
-        if found and "=" not in word and (_open(found[-1]) or spaced):
-            found[-1] += f" {word}"
-        elif spaced and word.startswith("="):
+        if found and (word.startswith("=") or ("=" not in word and _goes_on(found[-1]))):
             found[-1] += f" {word}"
         else:
             found.append(word)
     return found
+
+
+def _goes_on(word: str) -> bool:
+    return _open(word) or word.endswith("=")
 
 
 def _open(text: str) -> bool:
@@ -186,10 +189,10 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
                f"number of it with {key}.NAME=VALUE"  # fmt: skip
     if value == "null":
         return f"{override}: in a multirun a group cannot be emptied; want {', '.join(known)}"
-    names = [n.strip(" '\"") for n in value.strip("[]").split(",")]
-    if value.startswith("[") and key != "callbacks" and len(names) > 1:
+    if config.is_list(override) and key != "callbacks":
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
-    return next((p for n in names if n and (p := _option_problem(key, n, known))), None)
+    names = [n.strip(" '\"") for n in value.strip("[]").split(",")] if value != "[]" else []
+    return next((p for n in names if (p := _option_problem(key, n, known))), None)
 
 
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:
@@ -219,51 +222,66 @@ def _value_problem(override: str, cfg: Any) -> str | None:
         if _top(override) == "hydra":
             return None
         return f"{override}: a setting cannot be taken away; leave it out, or give it another value"
+    problem = _path_problem(override, cfg)
+    if problem:
+        return problem
     OmegaConf.set_readonly(cfg.hydra, False)
     try:
         ConfigLoaderImpl._apply_overrides_to_config([parsed], cfg)
     except HydraException as e:
-        return _describe(override, cfg, first_line(str(e.__cause__ or e)))
+        return _type_problem(override, cfg, first_line(str(e.__cause__ or e)))
     return None
 
 
-def _describe(override: str, cfg: Any, reason: str) -> str:
-    """Why a setting cannot be set: unknown, of a group that is empty, or of another type."""
+def _path_problem(override: str, cfg: Any) -> str | None:
+    """Where the path of a setting leaves what there is; None where it does not."""
+    from omegaconf import OmegaConf
+
+    node, *parts = cfg, *_key(override).split(".")
+    if parts[0] == "hydra":
+        return None
+    for i, name in enumerate(parts):
+        path, kind = ".".join(parts[:i]), OmegaConf.get_type(node)
+        if node is None:
+            return f"{override}: {_empty(path)}"
+        if not OmegaConf.is_dict(node):
+            return f"{override}: {path} has no settings of its own"
+        if is_dataclass(kind) and name not in node:
+            names = [f.name for f in fields(kind) if f.name != "plugin"]
+            if path:
+                chosen = f"{path}={str(node.get('plugin', '?')).rpartition('/')[2]}"
+                near = registry.nearest(name, names)
+                return f"{path}.{name}: {chosen} has no such setting{near}"
+            if len(parts) > 1:
+                return f"{override}: no such group{registry.nearest(name, GROUPS)}"
+            return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
+        if path == "callbacks" and name not in node:
+            known = config.options(path)
+            return _option_problem(path, name, known) or (
+                f"{override}: {path}.{name} is not chosen; add 'callbacks=[{name}]'"
+            )
+        node = node.get(name)
+    return None
+
+
+def _empty(path: str) -> str:
+    known = config.options(path)
+    return f"{path}=null has no settings; choose one: {path}={'|'.join(known)}"
+
+
+def _type_problem(override: str, cfg: Any, reason: str) -> str:
+    """Why a value cannot be that of its setting."""
     from omegaconf import OmegaConf
 
     path, _, name = _key(override).rpartition(".")
-    top = _top(override)
-    node = OmegaConf.select(cfg, path) if path else cfg
-    if top == "hydra":
+    if _top(override) == "hydra":
         return f"{override}: Hydra has no such setting with these options ({reason})"
-    if override.startswith("+") and OmegaConf.select(cfg, _key(override)) is not None:
+    if override.startswith("+"):
         return f"{override}: it is a setting already; write it without +"
-    if node is None:
-        return f"{override}: {_absent(path, cfg)}"
-    kind = OmegaConf.get_type(node)
-    known = kind if is_dataclass(kind) else None
-    if known is None:
-        return f"{override}: {path} has no settings of its own"
-    names = [f.name for f in fields(known) if f.name != "plugin"]
-    if name in names:
-        return f"{override}: want {_wanted(known, name, override)}{_none(override)}"
-    if not path:
-        return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
-    plugin = str(node.get("plugin", path)).partition("/")
-    return f"{path}.{name}: {path}={plugin[2]} has no such setting{registry.nearest(name, names)}"
-
-
-def _absent(path: str, cfg: Any) -> str:
-    top, _, rest = path.partition(".")
-    if top == "callbacks" and rest:
-        known = config.options(top)
-        if rest in known:
-            return f"callbacks.{rest} is not chosen; add 'callbacks=[{rest}]'"
-        return f"callbacks={rest}: no such option{registry.nearest(rest, known)}"
-    if top in GROUPS:
-        return f"{top}=null has no settings; choose one: {top}={'|'.join(config.options(top))}"
-    known = [f.name for f in fields(Root)]
-    return f"{top}: no such group{registry.nearest(top, known)}"
+    kind = OmegaConf.get_type(OmegaConf.select(cfg, path) if path else cfg)
+    if is_dataclass(kind) and name in registry.kinds(kind):
+        return f"{override}: want {_wanted(kind, name, override)}{_none(override)}"
+    return f"{override}: {reason}"
 
 
 def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:

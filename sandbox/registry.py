@@ -225,7 +225,7 @@ def _config_class(
     try:
         exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
     except Exception as e:  # the plugin's own code: whatever it raises disables this plugin alone
-        line = e.__traceback__.tb_next.tb_lineno if e.__traceback__ and e.__traceback__.tb_next else config.lineno
+        line = _line_in(path, e) or config.lineno
         raise _Unreadable(f"Config cannot be read: {type(e).__name__}: {e}", line) from e
     made = space["Config"]
     if not (isinstance(made, type) and is_dataclass(made) and issubclass(made, PluginConfig)):
@@ -267,12 +267,15 @@ def _closure(tree: ast.Module, config: ast.ClassDef) -> set[ast.stmt]:
 
 
 def _check_light(node: ast.Import | ast.ImportFrom, name: str) -> None:
-    sources = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-    heavy = [s for s in sources if s not in LIGHT_IMPORTS and s.split(".")[0] not in LIGHT_IMPORTS]
-    if heavy or getattr(node, "level", 0):
+    if isinstance(node, ast.ImportFrom):
+        sources = ["." * node.level + (node.module or "")]
+    else:
+        sources = [a.name for a in node.names]
+    heavy = [s for s in sources if not {s, s.partition(".")[0]} & LIGHT_IMPORTS]
+    if heavy:
         raise _Unreadable(
-            f"Config uses {name}, which comes from {', '.join(heavy) or 'a relative import'}; a Config may use "
-            "the standard library and sandbox.contracts only",
+            f"Config uses {name}, which comes from {', '.join(heavy)}; a Config may use the "
+            "standard library and sandbox.contracts only",
             node.lineno,
         )
 
@@ -350,12 +353,18 @@ def _where(error: BaseException, plugin: Plugin) -> str:
     """file:line of the plugin where its import failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
+    line = _line_in(plugin.path, error)
+    return f"{plugin.place}:{line}" if line else plugin.place
+
+
+def _line_in(path: Path | None, error: BaseException) -> int:
+    """The last line of the file `path` on the way to an error; 0 where it was not there."""
     line, trace = 0, error.__traceback__
     while trace:
-        if trace.tb_frame.f_code.co_filename == str(plugin.path):
+        if trace.tb_frame.f_code.co_filename == str(path):
             line = trace.tb_lineno
         trace = trace.tb_next
-    return f"{plugin.place}:{line}" if line else plugin.place
+    return line
 
 
 def create(cfg: PluginConfig) -> Any:

@@ -1,16 +1,17 @@
-"""The training engine: Lightning turns the crank; what is kept, when, and what is checked stands here.
+"""The training engine: Lightning turns the crank; what is kept, when, and what is checked is here.
 
-Everything that changes while a system trains is in `Training`; a run continues from `Training.state()` bit for bit:
-noise, timesteps, dropping, sample order and augmentation are keyed by position (`sandbox.randomness`), module dropout
-is re-seeded for every micro-batch, and nothing else is random.
+Everything that changes while a system trains is in `Training`, and a run continues from
+`Training.state()` bit for bit: noise, timesteps, dropping, sample order and augmentation are keyed
+by position (`sandbox.randomness`), module dropout is re-seeded for every micro-batch, and nothing
+else is random.
 """
 
 from __future__ import annotations
 
 import logging
-import os
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -19,37 +20,51 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import Batch, Diverged
+from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data import Loader, batches
+from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
 from sandbox.latent_diffusion import prompts_batch
 from sandbox.module import Trainable
 from sandbox.progress import Progress
-from sandbox.randomness import keyed
+from sandbox.randomness import seed_dropout, seed_of
 from sandbox.runs import Run
+from sandbox.stopping import Alone, Rank
 from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
+NAMED = 8  # samples that an error names
 
 
 @dataclass
 class Training:
-    """A system with all that changes while it trains. `step` counts finished optimizer steps."""
+    """A system with all that changes while it trains. `step` counts finished optimizer steps.
 
-    system: Any  # a Trainable
+    `just_stepped`: whether the last micro-batch ended one. `skipped`: bad steps that were left out,
+    with their samples. `scaler`: that of fp16, as its state.
+    """
+
+    system: Trainable
     root: Root
     loader: Loader
     run: Run
+    rank: Rank
     trackers: Trackers
     ema: EMA | None
-    ema_every: str  # "step" or "micro_batch"
     optimizer: torch.optim.Optimizer
+    callbacks: dict[str, Callback]
     step: int = 0
-    just_stepped: bool = False  # whether the last micro-batch ended an optimizer step
+    just_stepped: bool = False
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    scaler: dict[str, Any] = field(default_factory=dict)
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
+    waiting: dict[int, list[Seen]] = field(default_factory=dict)
+
+    # what a run continues from
 
     def state(self) -> dict[str, Any]:
         """Plain containers and tensors: what a checkpoint holds."""
@@ -59,44 +74,116 @@ class Training:
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
+            "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
+            "scaler": self.scaler,
+            "skipped": self.skipped,
             "frozen": self.system.frozen_parts(),
         }
 
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues from `state`, before training starts."""
+        self.system.check_frozen(state["frozen"])
+        self.step = state["step"]
+        self.system.load_trainable(state["weights"])
+        self.ema = EMA.of(self.system, registry.create(self.root.ema))
+        if self.ema and state["ema"]:  # a run continued with an average that it had not starts one
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        for name, callback in self.callbacks.items():
+            callback.load_state_dict(state["callbacks"].get(name, {}))
+        self.scaler, self.skipped = state["scaler"], state["skipped"]
+
+    def save(self) -> None:
+        """Writes a checkpoint; metrics first, as a resumed run does not repeat their steps."""
+        self.flush()
+        folder, policy = self.run.checkpoints, self.root.checkpoint
+        try:
+            checkpoint.save_and_prune(folder, self.state(), self.step, policy)
+        except Diverged as e:
+            raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
+
+    # metrics
+
+    def note(self, metrics: Mapping[str, Tensor | float], seen: list[Seen]) -> None:
+        """Takes in the metrics of step `step` and the micro-batches that made it."""
+        self.buffer.add(self.step, metrics)
+        self.waiting[self.step] = seen
+
+    def flush(self) -> dict[str, float]:
+        """Writes the metrics since the last time and returns the newest.
+
+        Raises Diverged for a loss or gradient that is not finite.
+        """
+        rows = self.buffer.flush()
+        if not rows:
+            return {}
+        for step, metrics in rows:
+            if "skipped" not in metrics and not all(map(math.isfinite, self._checked(metrics))):
+                raise Diverged(self._diverged(step, metrics))
+        self.waiting.clear()
+        rows = [(step, {k: v for k, v in m.items() if math.isfinite(v)}) for step, m in rows]
+        self.trackers.metrics_of(rows)
+        return rows[-1][1]
+
+    def _checked(self, metrics: dict[str, float]) -> list[float]:
+        """What must be finite: under fp16 a gradient need not be, its scaler passes over it."""
+        ignored = "grad_norm" if self.root.precision == "fp16" else ""
+        return [v for k, v in metrics.items() if k != ignored]
+
+    def _diverged(self, step: int, metrics: dict[str, float]) -> str:
+        wrong = ", ".join(f"{k}={v}" for k, v in metrics.items() if not math.isfinite(v))
+        return (
+            f"step {step}: {wrong} is not finite; {_samples(self.waiting[step])}; "
+            f"lower lr={self.root.lr}, or look at these samples"
+        )
+
+    # what callbacks may call
+
     def sample(self, prompts: list[str], count: int) -> None:
-        """Videos and a sheet of `prompts`, else of the data's first `count`, as task=sample makes them of this step."""
+        """Videos and a sheet of `prompts`, else of the data's first `count`.
+
+        Equal to those of task=sample for this step.
+        """
+        from sandbox.evaluation import generate
         from sandbox.outcome import write_clips
 
+        self.flush()
         captions = prompts or registry.create(self.root.data).prompts()[:count] or [""] * count
         with self.averaged(), self.evaluating():
-            video = self.system.sample(prompts_batch(captions, self.system.device)).cpu()
+            video = generate(self.system, prompts_batch(captions))
         paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
 
     def validate(self, count: int) -> None:
-        """The loss on `count` held-out clips, with live and averaged weights, on the same noise each time."""
+        """Loss on `count` held-out clips, live and averaged weights, on the same noise each time."""
+        self.flush()
         val = registry.create(self.root.data).split("val")
-        found: dict[str, float] = {}
-        for suffix, weights in (("", nullcontext()), *([("_ema", self.averaged())] if self.ema else [])):
-            with weights, self.evaluating(), torch.no_grad():
-                losses, seen = [], 0
-                for batch in batches(val, min(count, 64), self.root.seed):
-                    batch = self.system.transfer_batch_to_device(batch, self.system.device, 0)
-                    losses.append(self.system.step(batch, self.system.draws(batch)).per_sample)
-                    seen += batch.size
-                    if seen >= count:
-                        break
-                found[f"val/loss{suffix}"] = torch.cat(losses)[:count].mean().item()
+        found = {"val/loss": self._loss(val, count)}
+        if self.ema:
+            with self.averaged():
+                found["val/loss_ema"] = self._loss(val, count)
         self.trackers.metrics(self.step, found)
+
+    @torch.no_grad()
+    def _loss(self, items: Any, count: int) -> float:
+        losses, system = [], self.system
+        with self.evaluating():
+            for batch in batches(items, min(count, 64), self.root.seed):
+                batch = system.transfer_batch_to_device(batch, system.device, 0)
+                losses.append(system.step(batch, system.draws(batch)).per_sample)
+                if sum(map(len, losses)) >= count:
+                    break
+        return torch.cat(losses)[:count].mean().item()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block; the global generator is left as it was."""
+        """Eval mode inside the block."""
         was = self.system.training
         self.system.eval()
-        with torch.random.fork_rng():
-            yield
+        yield
         self.system.train(was)
 
     @contextmanager
@@ -105,184 +192,253 @@ class Training:
         with self.ema.applied(self.system) if self.ema else nullcontext():
             yield
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, before training starts."""
-        self.system.check_frozen(state["frozen"])
-        self.step = state["step"]
-        self.system.load_trainable(state["weights"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.load_state_dict(state["loader"])
+
+@dataclass
+class Seen:
+    """What one micro-batch trained on."""
+
+    ids: list[str]
+    losses: Tensor | None  # (B,), where the system tells them
+
+
+def _samples(seen: list[Seen]) -> str:
+    """The samples whose loss is not finite; all of the step where none is to blame."""
+    told = [s for s in seen if s.losses is not None]
+    guilty = [i for s in told for i, loss in zip(s.ids, s.losses.tolist(), strict=True) if not math.isfinite(loss)]  # type: ignore[union-attr]
+    ids = guilty or [i for s in seen for i in s.ids]
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    what = "samples with such a loss" if guilty else "samples of this step"
+    return f"{what}: {', '.join(ids[:NAMED])}{more}"
+
+
+# --- beginning ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def start(system: Trainable, run: Run, group: str | None = None) -> Iterator[Training]:
+def start(
+    system: Trainable, run: Run, group: str | None = None, rank: Rank | None = None
+) -> Iterator[Training]:
     """Everything that a run trains with, at step 0 or where its newest good checkpoint stands.
 
-    Trackers are told the end when the block is left. Raises DataError, StorageError.
+    Trackers are told the end when the block is left. Raises DataError, StorageError, ConfigError.
     """
-    root = system.root
-    named = [(n, p) for n, p in system.named_parameters() if p.requires_grad]
-    optimizer = registry.create(root.optimizer).build(named, root.lr)
-    for g in optimizer.param_groups:
-        g.setdefault("initial_lr", g["lr"])
+    root, rank = system.root, rank or Alone()
+    use_threads(root)
+    system.to(device_of(root))
     cfg = root.data
-    items = registry.create(cfg).split("train")
-    loader = Loader(items, cfg.batch_size, root.seed, num_workers=cfg.num_workers, max_bad=cfg.max_bad)
-    rule = registry.create(root.ema)
-    trackers = Trackers(run, [registry.create(root.logger)] if root.logger is not None else [])
-    training = Training(system, root, loader, run, trackers, EMA.of(system, rule), rule.every, optimizer)
+    training = Training(
+        system=system,
+        root=root,
+        loader=Loader(
+            registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
+            num_workers=cfg.num_workers, max_bad=cfg.max_bad,
+        ),
+        run=run,
+        rank=rank,
+        trackers=Trackers(run, [registry.create(root.logger)] if root.logger else []),
+        ema=EMA.of(system, registry.create(root.ema)),
+        optimizer=registry.create(root.optimizer).build(system.named_parameters(), root.lr),
+        callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
+    )  # fmt: skip
     try:
-        trackers.start(to_container(root), run.folder.name, group)
+        training.trackers.start(to_container(root), run.folder.name, group)
         newest = checkpoint.newest(run.checkpoints)
         if newest is not None:
             training.restore(checkpoint.load(newest))
-            run.rewind(training.step)
             print(f"continuing from step {training.step} ({newest.name})", flush=True)
+        if run.resumed:
+            run.rewind(training.step)
         yield training
     except BaseException as e:
-        trackers.finish(getattr(e, "exit_code", 1))
+        training.trackers.finish(getattr(e, "exit_code", 1))
         raise
-    trackers.finish(0)
+    training.trackers.finish(0)
 
 
 class Stream:
-    """The loader's micro-batches without end: an optimizer step may span two epochs, so that none is a partial one."""
+    """The loader's micro-batches without end: an optimizer step may span two epochs.
 
-    def __init__(self, loader: Loader, repeat: int = 0) -> None:
-        self.loader, self.repeat = loader, repeat
+    With `repeat` it is the first so many of epoch 0 again and again, from number `first` on.
+    """
+
+    def __init__(self, loader: Loader, repeat: int = 0, first: int = 0) -> None:
+        self.loader, self.repeat, self.first = loader, repeat, first
+
+    def __len__(self) -> int:
+        """So many that there is no last one; without a length Lightning takes one ahead."""
+        return 1 << 40
 
     def __iter__(self) -> Iterator[Batch]:
         if self.repeat:
-            yield from cycle([*islice(self.loader, self.repeat)])
+            self.loader.load_state_dict(self.loader.state_dict() | {"epoch": 0, "taken": 0})
+            repeated = [*islice(self.loader, self.repeat)]
+            yield from islice(cycle(repeated), self.first % len(repeated), None)
         while True:
             yield from self.loader
 
 
-def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
-    """Trains from `training.step` to `root.steps`; `callbacks` come after those of the configuration.
+# --- training -------------------------------------------------------------------------------------
 
-    Raises Diverged, DataError, Preempted.
+
+def fit(
+    training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None
+) -> None:
+    """Trains from `training.step` to `root.steps`; `callbacks` come after those of the settings.
+
+    Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
     """
-    root = training.root
+    root, system, cfg = training.root, training.system, training.root.trainer
     if training.step >= root.steps:
         return
-    trainer_cfg = root.trainer
-    use_threads(threads or trainer_cfg.threads, root.data.num_workers)
-    engine = Engine(training)
-    extra = [registry.create(c) for _, c in sorted(root.callbacks.items()) if c is not None]
-    for callback in extra:
-        callback.training = training
-    training.system.optimizer = training.optimizer
+    use_threads(root, threads)
+    system.optimizer = training.optimizer
+    for callback in training.callbacks.values():
+        callback.training = training  # type: ignore[attr-defined]
+    stream = Stream(training.loader, cfg.repeat, first=training.step * cfg.accumulate)
+    device = system.device
     _quiet()
-    trainer = Trainer(
-        accelerator="gpu" if trainer_cfg.accelerator == "cuda" else trainer_cfg.accelerator,
-        devices=1,
-        strategy=registry.create(trainer_cfg).strategy(),
-        precision=PRECISION[root.precision],  # type: ignore[arg-type]
-        max_steps=root.steps - training.step,
-        max_epochs=-1,
-        accumulate_grad_batches=trainer_cfg.accumulate,
-        gradient_clip_val=trainer_cfg.clip,
-        callbacks=[engine, *extra, *callbacks],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(training.system, train_dataloaders=Stream(training.loader, trainer_cfg.repeat))
-    engine.finish()
+    with Progress("training", root.steps, first=training.step) as progress:
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=1,
+            strategy=registry.create(cfg).strategy(),
+            precision=PRECISION[root.precision],  # type: ignore[arg-type]
+            max_steps=root.steps - training.step,
+            max_epochs=-1,
+            accumulate_grad_batches=cfg.accumulate,
+            callbacks=[
+                Stepping(training),
+                *training.callbacks.values(),
+                *callbacks,
+                Keeping(training, progress),
+            ],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        try:
+            with training.rank.listening():
+                trainer.fit(system, train_dataloaders=stream)
+        except SystemExit as e:  # Lightning's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt from e
+    training.optimizer.zero_grad()
+    system.to(device)  # Lightning has put it on the CPU
 
 
 def _quiet() -> None:
-    """Lightning's advice on devices, products and modules that are frozen on purpose; its warnings of substance stay."""
+    """Without Lightning's advice on devices, and on modules that are frozen on purpose."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for text in ("Found .* module.* in eval mode", ".*LeafSpec.*", ".*does not have many workers.*", ".*GPU available but not used.*"):
+    for text in (
+        "Found .* module.* in eval mode",
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 
-def use_threads(threads: int | None, workers: int) -> None:
-    """Torch threads of this process: those asked for, else the cores that loader workers leave."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores - workers))
+class Stepping(Callback):
+    """First in line: what belongs to an optimizer step.
 
-
-class Engine(Callback):
-    """What happens around every step: learning rate, dropout seed, average, metrics, checks, checkpoints, progress."""
+    Learning rate, dropout seed, clipping, the check of the gradient, average, metrics.
+    """
 
     def __init__(self, training: Training) -> None:
-        self.training, self.root = training, training.root
-        self.policy = registry.create(self.root.checkpoint)
-        self.ids: list[tuple[int, list[str]]] = []  # of the steps whose losses have not been looked at
+        self.training, self.root, self.cfg = training, training.root, training.root.trainer
+        self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
+        self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
+        self.seen: list[Seen] = []
+        self.of_step: dict[str, Tensor | float] = {}
+        self.is_bad = False
 
     def on_train_start(self, trainer: Trainer, system: Any) -> None:
-        first, total = self.training.step, self.root.steps
-        self.progress = Progress("training", total, first=first)
-        self.gathered: list[dict[str, Tensor]] = []
+        if self.training.scaler:
+            trainer.precision_plugin.load_state_dict(self.training.scaler)
 
-    def on_train_batch_start(self, trainer: Trainer, system: Any, batch: Batch, index: int) -> None:
-        seed = int(keyed(self.root.seed, "dropout", batch.epoch, int(batch.position[0])).integers(2**62))
-        torch.default_generator.manual_seed(seed)
-        if system.device.type == "cuda":
-            torch.cuda.default_generators[system.device.index or 0].manual_seed(seed)
+    def on_train_batch_start(
+        self, trainer: Trainer, system: Any, batch: Batch, index: int
+    ) -> None:
+        first = int(batch.position[0])  # type: ignore[index]
+        seed_dropout(system.device, seed_of(self.root.seed, "dropout", batch.epoch, first))
 
     def on_before_optimizer_step(self, trainer: Trainer, system: Any, optimizer: Any) -> None:
-        factor = self.root.lr_schedule.factor(self.training.step, self.root.steps)
+        rate = self.root.lr_schedule.factor(self.training.step, self.root.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * rate
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if self.cfg.clip is not None:
+            clip_grads_with_norm_(parameters, self.cfg.clip, norm)
+        self.of_step = {"grad_norm": norm, "lr": self.root.lr * rate}
+        if self.cfg.bad_step == "skip" and not norm.isfinite():  # waits for the device
+            self.is_bad = True
+            optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
 
-    def on_train_batch_end(self, trainer: Trainer, system: Any, out: Any, batch: Batch, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, system: Any, out: Any, batch: Batch, index: int
+    ) -> None:
         training = self.training
-        self.gathered.append(system.metrics)
-        self.ids.append((training.step, batch.ids))
-        training.just_stepped = (index + 1) % self.root.trainer.accumulate == 0
-        if training.ema and (training.just_stepped or training.ema_every == "micro_batch"):
+        training.just_stepped = (index + 1) % self.cfg.accumulate == 0
+        self.metrics.append(system.metrics)
+        self.seen.append(Seen(batch.ids, system.per_sample))
+        is_update = training.just_stepped or self.each_micro_batch
+        if training.ema and is_update and not self.is_bad:
             training.ema.update()
+        if training.just_stepped:
+            self.end_step()
+
+    def end_step(self) -> None:
+        training = self.training
+        training.step += 1
+        metrics = {**_mean(self.metrics), **self.of_step}
+        if self.is_bad:
+            training.skipped.append({"step": training.step, "samples": _samples(self.seen)})
+            metrics["skipped"] = len(training.skipped)
+        training.note(metrics, self.seen)
+        self.metrics, self.seen, self.is_bad = [], [], False
+        if len(training.skipped) > self.cfg.max_bad_steps:
+            raise Diverged(
+                f"{len(training.skipped)} steps have gradients that are not finite, more than "
+                f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
+                + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
+            )
+
+
+class Keeping(Callback):
+    """Last in line: writes metrics and checkpoints, shows progress, and stops when asked to."""
+
+    def __init__(self, training: Training, progress: Progress) -> None:
+        self.training, self.progress = training, progress
+        self.policy = registry.create(training.root.checkpoint)
+
+    def on_train_start(self, trainer: Trainer, system: Any) -> None:
+        self.training.rank.listen()
+        if why := self.training.rank.agree_to_stop():
+            raise Preempted(f"stopped by {why} before a step was made; run it again to go on")
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        training, root = self.training, self.training.root
         if not training.just_stepped:
             return
-        training.step += 1
-        training.buffer.add(training.step, _mean(self.gathered))
-        self.gathered = []
-        last = training.step == self.root.steps
-        if training.step % self.root.trainer.log_every == 0 or last or training.step == 1:
-            self.flush()
-        if self.policy.due(training.step) or last:
-            self.save()
-
-    def flush(self) -> None:
-        """Writes the metrics of the steps since the last time; raises Diverged for a loss that is not finite."""
-        training, shown = self.training, {}
-        lr = training.optimizer.param_groups[0]["lr"]
-        rows = training.buffer.flush()
-        for step, metrics in rows:
-            if not all(v == v and abs(v) != float("inf") for v in metrics.values()):
-                ids = [i for s, names in self.ids if s == step - 1 for i in names]
-                raise Diverged(
-                    f"step {step}: {', '.join(f'{k}={v}' for k, v in metrics.items())} is not finite; samples "
-                    f"{', '.join(ids[:8])}; lower lr={self.root.lr} or look at these samples"
-                )
-            shown = metrics
-        if rows:
-            rows[-1][1]["lr"] = lr
-            training.trackers.metrics_of(rows)
-        self.ids = []
-        self.progress.update(training.step, **{k: f"{v:.4g}" for k, v in list(shown.items())[:2]})
-
-    def save(self) -> None:
-        """Metrics first: a resumed run does not repeat the steps before its checkpoint."""
-        self.flush()
-        cfg, folder = self.policy.cfg, self.training.run.checkpoints
-        checkpoint.save(folder, self.training.state(), self.training.step, attempts=cfg.attempts, wait=cfg.wait)
-        checkpoint.prune(folder, cfg.keep, cfg.milestones)
-
-    def finish(self) -> None:
-        self.progress.__exit__()
+        step, why = training.step, training.rank.agree_to_stop()
+        ends = why is not None or step == root.steps
+        if ends or step == 1 or step % root.trainer.log_every == 0:
+            shown = [*training.flush().items()][:1]
+            self.progress.update(step, **{k: f"{v:.4g}" for k, v in shown})
+        if ends or self.policy.due(step):
+            training.scaler = trainer.precision_plugin.state_dict()
+            training.save()
+        if why is not None:
+            raise Preempted(
+                f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "
+                "the same command goes on from there"
+            )
 
 
-def _mean(gathered: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    if len(gathered) == 1:
-        return gathered[0]
-    return {k: torch.stack([g[k] for g in gathered]).mean() for k in gathered[0]}
+def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(metrics) == 1:
+        return metrics[0]
+    return {k: torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}

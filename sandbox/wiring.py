@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sandbox import registry
 from sandbox.config import Root
@@ -273,7 +274,7 @@ def _slots(slots: Slots) -> str:
     return ", ".join(f"{n}={getattr(slots, n)}" for n in sorted(slots.names() - slots.scalars)) or "nothing"
 
 
-def _options(group: str, works: Callable[[PluginConfig], bool]) -> str:
+def _options(group: str, works: Callable[[Any], bool]) -> str:
     """"a or b": the plugins of a group whose defaults work."""
 
     def candidates() -> Iterator[str]:

@@ -81,7 +81,7 @@ def items_of(cfg: Any, split: str, folder: Path) -> tuple[Any, Items]:
 
 
 def write_clips(folder: Path, cfg: Any) -> None:
-    """Videos with captions, four to train on and two for validation, a little longer than needed."""
+    """Videos with captions, four to train on and two to validate, a little longer than needed."""
     from sandbox.media import write_video
 
     size = Clip(3, cfg.frames + 3, cfg.height, cfg.width)

@@ -13,13 +13,13 @@ from sandbox.registry import register
 
 @register("reconstruction", "codebook")
 class L1Codebook:
-    """Absolute error and the codebook loss of a VQ autoencoder."""
+    """Absolute and squared error, and the codebook loss of a VQ autoencoder."""
 
     @dataclass
     class Config(PluginConfig):
         codebook_weight: float = 1.0
-        l1_weight: float = 1.0
-        l2_weight: float = 0.0
+        l1_weight: float = 0.1  # as published: 1, and no squares; that learns far more slowly
+        l2_weight: float = 1.0
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from plugins._blocks.autoencoder2d import Decoder, Encoder, per_frame
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
-from sandbox.contracts import Clip, FirstStageConfig, Misfit, above, in_range, must_divide, one_of
+from sandbox.contracts import (
+    Clip,
+    FirstStageConfig,
+    FirstStageRecipe,
+    Misfit,
+    above,
+    in_range,
+    must_divide,
+    one_of,
+)
 from sandbox.registry import register
 
 
@@ -23,7 +32,7 @@ class AutoencoderKL(FirstStage):
     class Config(FirstStageConfig):
         embed_dim: int = 4  # latent channels
         ch: int = 16
-        ch_mult: tuple[int, ...] = (1, 2, 4)  # one level each; halves the size between levels
+        ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each; halves the size between levels
         num_res_blocks: int = 1
         attn_resolutions: tuple[int, ...] = ()  # the middle has attention in any case
         resolution: int = 16  # says at which level attn_resolutions are; pictures may have any size
@@ -69,6 +78,9 @@ class AutoencoderKL(FirstStage):
 
         def regularizer(self) -> str:
             return "kl"
+
+        def recipe(self) -> FirstStageRecipe:
+            return FirstStageRecipe(lr=4e-3 * min(1.0, 16 / self.ch), steps=1200)
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg.embed_dim, cfg.scale_factor, cfg.shift)

@@ -113,7 +113,7 @@ class PatchPCA(FirstStage):
         self.rest = Components(COLOURS * cfg.patch**2 * cfg.group, cfg.components)
 
     def patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 1 + k * group, H, W) -> frame 0 (B, 1, h, w, D), groups (B, k, h, w, group * D)."""
+        """(B, 3, 1 + k * group, H, W) -> frame 0 (B, 1, h, w, D), groups (B, k, h, w, D')."""
         cut = "b c (t s) (h p) (w q) -> b t h w (s p q c)"
         p = self.cfg.patch
         first = rearrange(x[:, :, :1], cut, s=1, p=p, q=p)

@@ -18,6 +18,7 @@ from sandbox.contracts import (
     Clip,
     Draws,
     FirstStageConfig,
+    FirstStageRecipe,
     Misfit,
     above,
     in_range,
@@ -45,7 +46,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> codes (B, T, H, W) int64; always in float32: bf16 picks other codes."""
+        """(B, C, T, H, W) -> codes (B, T, H, W) int64, in float32: bf16 picks other codes."""
         b, _, t, h, w = z.shape
         rows = rearrange(z, "b c t h w -> (b t h w) c").float()
         codes = self.embedding.weight.float()
@@ -82,7 +83,7 @@ class VQModel(FirstStage):
         legacy: bool = True  # as published: beta weighs the codebook, not the commitment
         force_not_quantize: bool = False  # decode the features as they are
         ch: int = 16
-        ch_mult: tuple[int, ...] = (1, 2, 4)  # one level each; halves the size between levels
+        ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each; halves the size between levels
         num_res_blocks: int = 1
         attn_resolutions: tuple[int, ...] = ()  # the middle has attention in any case
         resolution: int = 16  # says at which level attn_resolutions are; pictures may have any size
@@ -136,6 +137,9 @@ class VQModel(FirstStage):
 
         def regularizer(self) -> str:
             return "codebook"
+
+        def recipe(self) -> FirstStageRecipe:
+            return FirstStageRecipe(lr=4e-3 * min(1.0, 16 / self.ch), steps=1200)
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg.embed_dim, cfg.scale_factor, cfg.shift)

@@ -1,4 +1,4 @@
-"""Every plugin's Config: read without import, typed, checked by itself, and saved and read again."""
+"""Every plugin's Config: read without import, typed, checked by itself, saved and read again."""
 
 from __future__ import annotations
 

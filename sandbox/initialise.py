@@ -1,0 +1,100 @@
+"""Weights to start from (`init_from=`). Resuming a run is another thing: see `sandbox.runs`.
+
+Initialising takes weights and nothing else: the new run starts at step 0 with an optimizer, an
+average and an order of samples of its own, and may differ in everything but the shapes. Resuming
+goes on with all of a run, bit for bit; it finds its run by itself, or is told by resume.run=FOLDER.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sandbox import checkpoint
+from sandbox.contracts import StorageError
+from sandbox.module import Trainable
+from sandbox.runs import Run
+
+log = logging.getLogger(__name__)
+
+
+def init_from(system: Trainable, path: Path | str) -> None:
+    """Puts the trainable weights at `path` into a system that has not been trained.
+
+    `path`: a run folder (its newest good checkpoint), a checkpoint of ours, or an exported
+    .safetensors file. Of a run or checkpoint the averaged weights are taken where there are any.
+    Strict: raises StorageError with the first ten names and shapes that differ, and where a frozen
+    part, such as the first stage, is not the one that the weights were trained with.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        weights, which = checkpoint.read_foreign(path), "exported"
+    else:
+        weights, which = _of_checkpoint(system, _checkpoint(path))
+    _put(system, weights, path)
+    log.info(
+        "starting at step 0 from the %s weights of %s; optimizer, average and data order are new "
+        "(to continue a run instead: resume.run=FOLDER)",
+        which,
+        path,
+    )
+
+
+def _checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` stands for."""
+    if not path.exists():
+        raise StorageError(f"init_from={path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    if not Run(path).config_file.is_file():
+        raise StorageError(
+            f"init_from={path}: not a run folder (it has no config.yaml); want one, a checkpoint "
+            "(step_*.ckpt), or exported weights (*.safetensors)"
+        )
+    newest = checkpoint.newest(Run(path).checkpoints)
+    if newest is None:
+        raise StorageError(f"init_from={path}: this run has no good checkpoint yet")
+    return newest
+
+
+def _of_checkpoint(system: Trainable, path: Path) -> tuple[dict[str, Tensor], str]:
+    """Weights of a checkpoint of ours, averaged ones over live ones, and which those are."""
+    if not path.with_suffix(".json").is_file():
+        raise StorageError(
+            f"init_from={path}: not a checkpoint of this program (no manifest beside it); want a "
+            "run folder, one of its checkpoints, or exported weights (*.safetensors)"
+        )
+    state: dict[str, Any] = checkpoint.load(path)
+    if not {"weights", "frozen"} <= state.keys():
+        raise StorageError(f"init_from={path}: holds no weights of a system")
+    try:
+        system.check_frozen(state["frozen"])
+    except StorageError as e:
+        raise StorageError(
+            f"init_from={path}: {e}. Where another is wanted on purpose, start from exported "
+            "weights (*.safetensors); a first stage is taken over by vae.weights=FILE"
+        ) from e
+    average = (state.get("ema") or {}).get("average")
+    return (state["weights"] | average, "averaged") if average else (state["weights"], "live")
+
+
+def _put(system: Trainable, weights: dict[str, Tensor], path: Path) -> None:
+    own = system.trainable_state()
+    differing = [f"{k} is missing" for k in own if k not in weights]
+    differing += [f"{k} is not in this model" for k in weights if k not in own]
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            differing.append(f"{name} is {_shape(weights[name])} and {_shape(own[name])} here")
+    if differing:
+        raise StorageError(
+            f"init_from={path}: {len(differing)} of its weights do not fit this model: "
+            f"{', '.join(sorted(differing)[:10])}; choose the components and sizes it was made with"
+        )
+    system.load_trainable({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,0 +1,252 @@
+"""Every schedule, loss, sampler and guidance, presets included: what they promise one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sandbox import registry
+from sandbox.contracts import PluginConfig
+from sandbox.wiring import Wiring
+from tests.helpers import plugin_configs, preset, presets, wired_around
+from tests.inputs import draws, tensor
+
+COUNT = 64
+
+
+def options(group: str) -> Iterator[str]:
+    """Plugins and presets of a group: "schedule/ddpm", "schedule/ddpm_cosine_v"."""
+    yield from (key for key, _ in plugin_configs(group))
+    yield from (f"{g}/{name}" for g, name, _ in presets() if g == group)
+
+
+@cache
+def config_of(key: str) -> PluginConfig:
+    group, _, name = key.partition("/")
+    plugins = dict(plugin_configs(group))
+    return plugins[key] if key in plugins else preset(group, name)
+
+
+@cache
+def wiring(key: str) -> Wiring:
+    return wired_around(key.partition("/")[0], config_of(key))
+
+
+def built(key: str, group: str | None = None) -> Any:
+    """The component, or its partner of another group."""
+    return registry.create(getattr(wiring(key).root, group or key.partition("/")[0]))
+
+
+each_schedule = pytest.mark.parametrize("key", [*options("schedule")])
+each_loss = pytest.mark.parametrize("key", [*options("loss")])
+each_sampler = pytest.mark.parametrize("key", [*options("sampler")])
+each_guidance = pytest.mark.parametrize("key", [*options("guidance")])
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+@each_schedule
+def test_times_are_drawn_for_each_sample_from_the_draws(key):
+    schedule = built(key)
+    t = schedule.draw_t(draws(COUNT))
+    assert t.shape == (COUNT,)
+    assert t.dtype == (torch.int64 if config_of(key).kind == "discrete" else torch.float32)
+    assert torch.equal(t, schedule.draw_t(draws(COUNT)))
+    assert t.min() >= 0
+    assert len(t.unique()) > COUNT // 4
+
+
+@each_schedule
+def test_a_backbone_is_told_times_of_zero_to_a_thousand(key):
+    schedule = built(key)
+    t = torch.cat([schedule.draw_t(draws(COUNT)), schedule.times(3, "trailing")])
+    z = tensor(len(t), 2, 1, 1, 1)
+    z_in, t_in = schedule.inputs(z, t)
+    assert z_in.shape == z.shape
+    assert t_in.min() >= 0
+    assert t_in.max() < 1000
+
+
+@each_schedule
+def test_noised_latents_are_alpha_z0_plus_sigma_eps(key):
+    schedule, t = built(key), built(key).draw_t(draws(4))
+    z0, eps = tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert alpha.shape == sigma.shape == schedule.snr(t).shape == (4, 1, 1, 1, 1)
+    assert alpha.dtype == sigma.dtype == torch.float32
+    torch.testing.assert_close(schedule.noised(z0, eps, t), alpha * z0 + sigma * eps)
+
+
+@each_schedule
+def test_the_right_prediction_leads_back_to_latents_and_noise(key):
+    """In the middle of the process: at its ends one of the two may be beyond recovery."""
+    schedule = built(key)
+    t = schedule.times(8, "trailing")[3:5]
+    z0, eps = tensor(2, 3, 2, 2, 2), tensor(2, 3, 2, 2, 2, seed=1)
+    target = schedule.target(z0, eps, t)
+    out = torch.cat([target] * config_of(key).outputs(), 1)  # a variance is beside the prediction
+    found = schedule.denoised(out, schedule.noised(z0, eps, t), t)
+    faded = schedule.alpha(t) * found.z0 + schedule.sigma(t) * found.eps
+    torch.testing.assert_close(faded, schedule.noised(z0, eps, t), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.eps, eps, atol=1e-4, rtol=1e-4)  # float32, alpha to 0.1
+
+
+@each_schedule
+def test_sampling_starts_at_the_noisiest_time_and_goes_down(key):
+    schedule = built(key)
+    times = schedule.times(6, "trailing")
+    assert times.shape == (6,)
+    assert (times.diff() < 0).all()
+    noise = schedule.sigma(times) / schedule.alpha(times).clamp_min(1e-9)
+    assert (noise.diff(dim=0) < 0).all()
+
+
+@each_schedule
+def test_it_ends_in_noise_where_it_says_so(key):
+    last = built(key).times(4, "trailing")[:1]
+    alpha = built(key).alpha(last).item()
+    assert alpha < 0.01 if config_of(key).ends_in_noise() else alpha > 0
+
+
+@each_schedule
+def test_weights_are_one_finite_number_for_each_sample(key):
+    schedule = built(key)
+    weight = schedule.weight(schedule.draw_t(draws(COUNT)))
+    assert weight.shape == (COUNT,)
+    assert weight.isfinite().all()
+    assert (weight >= 0).all()
+
+
+@each_schedule
+def test_unknown_spacings_are_refused_by_config_and_by_class(key):
+    assert list(config_of(key).spacing_problems(4, "sideways"))
+    with pytest.raises(ValueError, match="sideways"):
+        built(key).times(4, "sideways")
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def terms(key: str, error: float) -> Any:
+    """The loss of outputs that are wrong by `error` everywhere, and the outputs."""
+    schedule, loss = built(key, "schedule"), built(key)
+    z0, eps = tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1)
+    t = schedule.draw_t(draws(4))
+    out = (schedule.target(z0, eps, t) + error).requires_grad_()
+    return loss(schedule, out, z0, eps, t), out
+
+
+@each_loss
+def test_a_loss_is_one_number_with_one_for_each_sample(key):
+    found, _ = terms(key, 0.5)
+    assert found.total.shape == ()
+    assert found.per_sample.shape == (4,)
+    assert found.per_sample.isfinite().all()
+    assert all(x.shape == () and not x.requires_grad for x in found.log.values())
+
+
+@each_loss
+def test_a_better_output_costs_less_and_the_gradient_says_so(key):
+    found, out = terms(key, 0.5)
+    better, _ = terms(key, 0.1)
+    assert (better.per_sample < found.per_sample).all()
+    found.total.backward()
+    assert (out.grad > 0).all()  # all outputs are too large
+
+
+@each_loss
+def test_losses_are_computed_in_float32(key):
+    schedule, loss = built(key, "schedule"), built(key)
+    z0 = tensor(2, 3, 2, 2, 2).bfloat16()
+    found = loss(schedule, z0.clone(), z0, z0, schedule.draw_t(draws(2)))
+    assert found.total.dtype == torch.float32
+
+
+# --- samplers -------------------------------------------------------------------------------------
+
+TRUTH = 0.3
+
+
+class Oracle:
+    """A model that knows the only clip there is; notes what it was called with."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.schedule = schedule
+        self.steps: list[int] = []
+
+    def __call__(self, z_t: Tensor, t: Tensor, step: int) -> Tensor:
+        assert t.shape == (len(z_t),)
+        self.steps.append(step)
+        z0 = torch.full_like(z_t, TRUTH)
+        eps = (z_t - self.schedule.alpha(t) * z0) / self.schedule.sigma(t)
+        return self.schedule.target(z0, eps, t)
+
+
+def solved(key: str, steps: int = 10, seed: int = 0, **oracle: Any) -> tuple[Tensor, Oracle]:
+    model = Oracle(built(key, "schedule"))
+    z = tensor(2, 3, 1, 4, 4)
+    return built(key)(model, model.schedule, z, steps, draws(2, seed)), model
+
+
+@each_sampler
+def test_a_perfect_model_leads_near_the_truth(key):
+    z, _ = solved(key)
+    assert z.shape == (2, 3, 1, 4, 4)
+    assert z.dtype == torch.float32
+    assert (z - TRUTH).abs().mean() < 0.1  # some end, as published, on the first noise level
+
+
+@each_sampler
+def test_steps_are_counted_from_zero_in_at_most_twice_as_many_calls(key):
+    _, model = solved(key)
+    assert sorted(set(model.steps)) == list(range(10))
+    assert model.steps == sorted(model.steps)
+    assert len(model.steps) <= 20
+
+
+@each_sampler
+def test_all_noise_comes_from_the_draws(key):
+    before = torch.get_rng_state()
+    one, other = solved(key)[0], solved(key)[0]
+    assert torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_sampler
+def test_one_step_is_enough_to_run(key):
+    assert solved(key, steps=1)[0].isfinite().all()
+
+
+# --- guidance -------------------------------------------------------------------------------------
+
+
+@each_guidance
+def test_the_full_pass_comes_first_and_others_drop_known_signals(key):
+    cfg, guidance = config_of(key), built(key)
+    for signals in ((), ("text",), ("text", "image")):
+        passes = guidance.passes(signals)
+        assert passes == cfg.passes(signals)
+        assert passes[0] == frozenset()
+        assert all(dropped <= set(signals) for dropped in passes)
+    assert guidance.passes(()) == (frozenset(),)
+
+
+@each_guidance
+def test_passes_that_agree_are_left_as_they_are(key):
+    guidance, out = built(key), tensor(2, 3, 1, 4, 4)
+    outs = [out.clone() for _ in guidance.passes(("text",))]
+    t = torch.zeros(2, dtype=torch.int64)
+    for step in range(4):
+        torch.testing.assert_close(guidance.combine(outs, t, step, 4), out)
+
+
+@each_guidance
+def test_one_pass_is_left_as_it_is(key):
+    out = tensor(2, 3, 1, 4, 4)
+    assert torch.equal(built(key).combine([out], torch.zeros(2), 0, 4), out)

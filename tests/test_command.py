@@ -1,0 +1,350 @@
+"""The command line: any order of words, quick answers, multiruns, and exit codes."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sandbox import config
+from sandbox.contracts import ConfigError
+from sandbox.main import _main, jobs, main, parse
+
+HOME = config.HOME
+PROBE = '''
+"""A task that notes its settings and ends as it is told."""
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from sandbox.contracts import DataError, Diverged, Preempted, StorageError, TaskConfig, in_range
+from sandbox.registry import register
+
+ERRORS = {3: DataError, 4: Diverged, 5: StorageError, 75: Preempted}
+
+@register("task", "probe")
+class Probe:
+    """Notes its settings and ends as it is told."""
+
+    @dataclass
+    class Config(TaskConfig):
+        needs_torch: ClassVar[bool] = False
+        code: int = 0
+        note: str = "notes"
+
+        def problems(self):
+            yield from in_range("code", self.code, -2, 99)
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def __call__(self, root):
+        folder = Path(self.cfg.note)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{root.lr}-{root.backbone.plugin.split('/')[1]}-{self.cfg.code}").touch()
+        if self.cfg.code in ERRORS:
+            raise ERRORS[self.cfg.code]("as it was told")
+        if self.cfg.code == -1:
+            raise RuntimeError("a bug")
+        if self.cfg.code == -2:
+            raise SystemExit(9)
+        return {"objective": float(root.lr)}
+'''
+
+
+@pytest.fixture
+def here(plugin_folder, tmp_path, monkeypatch) -> Path:
+    """An empty working folder, with task=probe."""
+    (plugin_folder / "task").mkdir()
+    (plugin_folder / "task" / "probe.py").write_text(PROBE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def notes(folder: Path) -> list[str]:
+    return sorted(p.name for p in (folder / "notes").glob("*"))
+
+
+def run(*words: str, code: int | None = 0, **env: str) -> subprocess.CompletedProcess:
+    """`python run.py WORDS` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HOME / "run.py"), *words], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env}, check=False,
+    )  # fmt: skip
+    if code is not None:
+        assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+# --- words in any order ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", range(6))
+def test_a_multirun_may_be_asked_for_anywhere(here, order):
+    words = ["backbone=dit", "vae=magvit", "lr=1e-5,2e-6", "task=probe", "-cn=config"]
+    flag = "-m" if order % 2 else "--multirun"
+    assert _main([*words[:order], flag, *words[order:]]) == 0
+    assert notes(here) == ["1e-05-dit-0", "2e-06-dit-0"]
+
+
+def test_flags_and_their_values_may_come_in_any_order():
+    parts = [["-m"], ["-cn", "other"], ["--config-dir=dir"], ["a=b"], ["--info"], ["c=d"]]
+    for order in itertools.permutations(parts):
+        line = parse([word for part in order for word in part])
+        assert line.flags == {"--multirun": None, "--config-name": "other", "--config-dir": "dir",
+                              "--info": "all"}  # fmt: skip
+        assert sorted(line.overrides) == ["a=b", "c=d"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--multirum"], "--multirum: no such flag; did you mean '--multirun'?"),
+        (["-x"], "-x: no such flag; --help lists them"),
+        (["--experimental-rerun", "x.pickle"], "--experimental-rerun: no such flag"),
+        (["-cd"], "-cd: a value must follow"),
+        (["--cfg", "jobb"], "--cfg jobb: want one of job, hydra, all"),
+        (["lr=1", "-m", "lr=2"], "lr=1 lr=2: lr is given twice; keep one"),
+        (["logger.mode=a", "+logger.mode=b"], "logger.mode is given twice"),
+        (["vae=pca", "--cfg", "job", "vae=kl"], "vae is given twice"),
+    ],
+)
+def test_a_line_that_cannot_be_sorted_says_why(words, problem):
+    with pytest.raises(ConfigError) as e:
+        parse(words)
+    assert problem in str(e.value)
+
+
+def test_settings_of_the_task_need_no_prefix(here):
+    assert _main(["task=probe", "note=elsewhere", "lr=3"]) == 0
+    assert (here / "elsewhere" / "3.0-dit-0").is_file()
+
+
+# --- quick answers --------------------------------------------------------------------------------
+
+HEAVY = ("torch", "lightning", "wandb", "torchvision", "numpy", "sklearn", "plugins", "kernels")
+COUNTED = """
+import sys, time
+sys.path.insert(0, {home!r})
+from sandbox.main import main
+try:
+    main({words!r})
+except SystemExit as e:
+    code = e.code
+print("\\ncounted", code, *sorted({heavy!r} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+def counted(*words: str, **env: str) -> tuple[str, str, list[str]]:
+    """(stdout, exit code, heavy modules) of a command line in a fresh process."""
+    code = COUNTED.format(home=str(HOME), words=list(words), heavy=set(HEAVY))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env},
+        check=False,
+    )  # fmt: skip
+    counts = done.stderr.rpartition("counted ")[2].split()
+    return done.stdout + done.stderr, counts[0], counts[1:]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--help"], "0", "conditioning: what the network is told"),
+        (["--help", "vae=pca"], "0", "vae.components=32"),
+        (["--cfg", "job"], "0", "plugin: backbone/dit"),
+        (["vae=kl", "--cfg", "job", "--package", "vae", "--resolve"], "0", "ch_mult:"),
+        (["--info", "defaults"], "0", "backbone/dit"),
+        (["--version"], "0", "Hydra"),
+        (["-sc", "install=bash"], "0", "hydra_bash_completion"),
+        (["task=plugins"], "0", "vae/pca.py"),
+        (["task=sample"], "2", "task.run=null: no finished run"),
+        (["backbone.widht=3"], "2", "did you mean 'width'?"),
+        (["data.height=18"], "2", "data.height=18"),
+        (["-m", "lr=1e-5,abc"], "2", "job 1: lr=abc: want a number or null"),
+    ],
+)
+def test_what_needs_no_training_answers_without_heavy_imports(tmp_path, monkeypatch, words, code, says):
+    monkeypatch.chdir(tmp_path)
+    text, left, heavy = counted(*words)
+    assert says in text
+    assert (left, heavy) == (code, [])
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("python run.py backbone=di", "backbone=dit"),
+        ("python run.py vae.pa", "vae.patch="),
+        ("python run.py vae=kl sam", "sampler."),
+        ("python run.py experiment=", "experiment=digits_long"),
+    ],
+)
+def test_a_shell_completes_names(typed, offered):
+    line = {"COMP_LINE": typed, "COMP_POINT": str(len(typed))}
+    text, code, heavy = counted("-sc", "query=bash", **line)
+    assert offered in text
+    assert (code, heavy) == ("0", [])
+
+
+def test_a_shell_completes_plugins_of_the_folder_on_its_line(here, plugin_folder, monkeypatch):
+    typed = f"python run.py plugins_path={plugin_folder} task=pro"
+    monkeypatch.delenv("SANDBOX_PLUGINS")
+    assert "task=probe" in counted("-sc", "query=bash", COMP_LINE=typed)[0]
+
+
+@pytest.mark.parametrize("words", [["-sc"], ["-sc", "install=word"], ["-sc", "query=bash"]])
+def test_a_wrong_request_for_completion_is_said(words):
+    with pytest.raises(ConfigError, match="--shell-completion"):
+        _main(words)
+
+
+def test_help_lists_every_group_option_and_preset(capsys):
+    _main(["--help"])
+    text = capsys.readouterr().out
+    for group in config.GROUPS:
+        assert re.search(rf"^{group}: ", text, re.MULTILINE), group
+        for option in config.options(group):
+            assert re.search(rf"^  {option}\b.*\w", text, re.MULTILINE), option
+
+
+# --- exit codes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 3, 4, 5, 75])
+def test_the_exit_code_says_what_kind_of_error_it_was(here, capsys, code):
+    with pytest.raises(SystemExit) as e:
+        main(["task=probe", f"code={code}", "lr=1"])
+    assert e.value.code == code
+    assert capsys.readouterr().err == ("error: as it was told\n" if code else "")
+
+
+def test_an_error_of_the_user_has_no_traceback_unless_asked_for(here, capsys):
+    for words, shown in ((["lr=abc"], False), (["lr=abc", "--traceback"], True)):
+        with pytest.raises(SystemExit) as e:
+            main(words)
+        assert e.value.code == 2
+        assert ("Traceback" in capsys.readouterr().err) is shown
+
+
+def test_a_bug_shows_its_traceback_and_says_that_it_is_one(here, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["task=probe", "code=-1"])
+    assert e.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "RuntimeError: a bug" in said
+    assert "this is a bug of the sandbox" in said.splitlines()[-1]
+
+
+def test_secrets_of_the_command_line_are_not_repeated(here, capsys):
+    for words in (["logger.api_key=0123456789abcdef"], ["task=probe", "note.api_key=0123456789abcdef", "-m"]):
+        with pytest.raises(SystemExit):
+            main(words)
+    said = capsys.readouterr()
+    assert "0123456789abcdef" not in said.err + said.out
+
+
+# --- multiruns ------------------------------------------------------------------------------------
+
+
+def test_the_jobs_after_a_failed_one_still_run_and_the_first_failure_decides(here, capsys):
+    assert _main(["-m", "task=probe", "code=0,4,3,0", "lr=1"]) == 4
+    assert notes(here) == [f"1.0-dit-{c}" for c in (0, 3, 4)]
+    said = capsys.readouterr().out
+    assert "job 1 (task=probe task.code=4 lr=1): failed (exit code 4): as it was told" in said
+    assert "job 3 (task=probe task.code=0 lr=1): done" in said
+
+
+def test_a_sweep_leaves_an_outcome_for_each_job(here):
+    _main(["-m", "task=probe", "code=0,4", "lr=1"])
+    (folder,) = (here / "outputs" / "sweeps").iterdir()
+    found = [json.loads((folder / f"job-{i}.json").read_text()) for i in range(2)]
+    assert [o["exit_code"] for o in found] == [0, 4]
+    assert found[0]["result"] == {"objective": 1.0}
+    assert found[1]["error"] == "as it was told"
+    assert sorted(p.name for p in folder.iterdir()) == ["job-0.json", "job-1.json"]
+
+
+def test_a_job_that_exits_takes_no_other_along(here, capsys):
+    assert _main(["-m", "task=probe", "code=-2,0", "lr=1"]) == 1
+    assert notes(here) == ["1.0-dit--2", "1.0-dit-0"]
+    assert "left with exit code 9" in capsys.readouterr().out
+
+
+def test_a_bug_in_a_job_is_shown_and_the_others_run(here, capsys):
+    assert _main(["-m", "task=probe", "code=-1,0", "lr=1"]) == 1
+    assert notes(here) == ["1.0-dit--1", "1.0-dit-0"]
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+def test_a_multirun_that_is_asked_to_stop_starts_no_further_job(here, capsys):
+    assert _main(["-m", "task=probe", "code=75,0", "lr=1"]) == 75
+    assert notes(here) == ["1.0-dit-75"]
+    assert "not started" in capsys.readouterr().out
+
+
+def test_a_multirun_with_an_invalid_job_is_refused_whole(here):
+    with pytest.raises(ConfigError) as e:
+        _main(["task=probe", "-m", "lr=1,abc", "backbone=dit,dti"])
+    assert e.value.problems == (
+        "jobs 1, 3: backbone=dti: no such option; did you mean 'dit'?",
+        "jobs 2, 3: lr=abc: want a number or null",
+    )
+    assert e.value.__notes__ == ["none of the 4 jobs was started"]
+    assert not list(here.glob("notes"))
+
+
+def test_a_problem_that_all_jobs_have_is_said_once(here):
+    with pytest.raises(ConfigError) as e:
+        _main(["task=probe", "-m", "lr=1,2,3", "steps=0"])
+    assert e.value.problems == ("steps=0: want >= 1",)
+
+
+def test_jobs_of_a_task_that_trains_are_wired_before_the_first_starts(here):
+    with pytest.raises(ConfigError, match="job 1: data.frames=8 does not fit vae=pca"):
+        _main(["-m", "data.frames=9,8", "data.width=32"])
+    assert not (here / "outputs").exists()
+
+
+def test_a_sweeper_that_finds_its_jobs_as_it_goes_is_left_to_it():
+    config.setup()
+    assert jobs(["hydra/sweeper=optuna", "lr=interval(1,2)"]) is None
+    assert jobs(["lr=1,2", "seed=3"]) == [["lr=1", "seed=3"], ["lr=2", "seed=3"]]
+
+
+@pytest.mark.parametrize("words", [["lr=interval(1,2)"], ["lr=1e-5,[1"], ["lr"]])
+def test_a_sweep_that_cannot_be_read_is_refused(here, words):
+    with pytest.raises(ConfigError):
+        _main(["-m", "task=probe", *words])
+
+
+def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
+    assert _main(["-m", "task=probe", "lr=1,2", "out=there"]) == 0
+    assert len(list((here / "there" / "sweeps").glob("*/job-*.json"))) == 2
+    assert _main(["-m", "task=probe", "lr=1", "hydra.sweep.dir=named"]) == 0
+    assert (here / "named" / "job-0.json").is_file()
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_other_launchers_run_every_job_too(here, launcher):
+    limits = ["hydra.launcher.timeout_min=2"] if launcher == "submitit_local" else []
+    done = run("hydra/launcher=" + launcher, "-m", "task=probe", "code=0,4,0", "lr=1", *limits, code=4)
+    assert "job 1 (task=probe task.code=4 lr=1): failed (exit code 4): as it was told" in done.stdout
+    assert done.stdout.count("): done") == 2
+    assert notes(here) == ["1.0-dit-0", "1.0-dit-4"]
+
+
+def test_the_line_of_the_readme_trains_two_runs(tmp_path, monkeypatch):
+    """Exactly as typed; what follows makes it small."""
+    monkeypatch.chdir(tmp_path)
+    small = ["debug=fast", "vae.weights=null", "vae.ch=8", "data.batch_size=2", "sampler.steps=1",
+             "backbone.width=8", "conditioning.width=8", "task.untrained=false", "task.samples=0",
+             "trainer.threads=1"]  # fmt: skip
+    done = run("backbone=dit", "vae=magvit", "-m", "lr=1e-5,2e-6", *small)
+    assert done.stdout.count("): done") == 2
+    runs = [p.parent for p in (tmp_path / "outputs").glob("*/result.json")]
+    rates = sorted(re.findall(r"^lr: (.*)$", (r / "config.yaml").read_text(), re.M)[0] for r in runs)
+    assert rates == ["1.0e-05", "2.0e-06"]

@@ -1,0 +1,285 @@
+"""Every combination of components either works or is refused with its reasons: wired, trained, sampled, saved.
+
+Three nets of different mesh: all combinations of plugins are wired; a set that has every pair of options that fit
+takes two steps in the real engine; and so do 200 configurations with random settings.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import cache
+from itertools import combinations, product
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+
+from sandbox import config, registry
+from sandbox.config import Root
+from sandbox.contracts import ConfigError, PluginConfig
+from sandbox.parts import build
+from sandbox.systems import load_system
+from sandbox.wiring import Wiring, wire
+from tests.helpers import plugin_configs, preset, presets, sampled, tiny, train, with_part
+from tests.inputs import write_clips
+
+GROUPS = ("data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance", "optimizer",
+          "lr_schedule", "ema", "metric")  # fmt: skip
+SMALL = 1_000_000  # parameters: presets that are larger are built elsewhere, on the meta device
+CALLS = 3  # sampling steps
+Choice = dict[str, str]  # group -> option
+
+config.setup()
+
+
+# --- options and combinations ---------------------------------------------------------------------
+
+
+def shrunk(cfg: PluginConfig) -> PluginConfig:
+    """The same component, made cheap where that does not change what fits."""
+    sizes = {"width": 8, "num_blocks": 1, "time_features": 8, "buckets": 32, "clips_per_epoch": 16,
+             "batch_size": 2, "steps": CALLS, "fit_clips": 16}  # fmt: skip
+    if "num_heads" in vars(cfg):
+        sizes["num_heads"] = 2
+    return replace(cfg, **{k: v for k, v in sizes.items() if k in vars(cfg)})
+
+
+@cache
+def options(group: str, with_presets: bool = False) -> dict[str, PluginConfig | None]:
+    """Name -> Config of everything that `group=` takes."""
+    found = {key.partition("/")[2]: cfg for key, cfg in plugin_configs(group)}
+    if with_presets:
+        found |= {name: preset(g, name) for g, name, _ in presets() if g == group}
+    made: dict[str, PluginConfig | None] = {name: shrunk(cfg) for name, cfg in found.items()}
+    return made | ({"null": None} if group == "metric" else {})
+
+
+def rooted(choice: Choice) -> Root:
+    root = tiny()
+    for group, name in choice.items():
+        root = with_part(root, group, options(group, True)[name])
+    return root
+
+
+def wired(choice: Choice) -> Wiring | None:
+    """None where it is refused, which must be by a ConfigError with reasons; nothing else may be raised."""
+    return wired_root(rooted(choice))
+
+
+def wired_root(root: Root) -> Wiring | None:
+    try:
+        return wire(root)
+    except ConfigError as e:
+        assert e.problems
+        assert all(isinstance(p, str) and ("=" in p or ":" in p) for p in e.problems)
+        return None
+
+
+def covering(valid: list[Choice], seed: int = 0) -> list[Choice]:
+    """A small subset of `valid` that has every pair of options that any of them has."""
+    names = {g: sorted({c[g] for c in valid}) for g in valid[0]}
+    codes = np.array([[names[g].index(c[g]) for g in names] for c in valid])
+    pairs = [
+        codes[:, i] * 100 + codes[:, j] + 10_000 * n
+        for n, (i, j) in enumerate(combinations(range(len(names)), 2))
+    ]
+    table = np.stack(pairs, 1)  # (combinations, pairs)
+    missing = np.ones(table.max() + 1, bool)
+    order = np.random.default_rng(seed).permutation(len(valid))
+    chosen = []
+    while (gain := missing[table[order]].sum(1)).any():
+        best = order[gain.argmax()]
+        chosen.append(valid[best])
+        missing[table[best]] = False
+    return chosen
+
+
+@cache
+def all_choices() -> tuple[list[Choice], list[Choice]]:
+    """Every combination of plugins: those that wire, and those that are refused."""
+    found: tuple[list[Choice], list[Choice]] = [], []
+    for names in product(*(options(g) for g in GROUPS)):
+        choice = dict(zip(GROUPS, names, strict=True))
+        found[wired(choice) is None].append(choice)
+    return found
+
+
+def to_words(choice: Choice) -> str:
+    return " ".join(f"{g}={n}" for g, n in choice.items())
+
+
+# --- wiring ---------------------------------------------------------------------------------------
+
+
+def test_every_combination_of_plugins_wires_or_is_refused_with_reasons():
+    valid, refused = all_choices()
+    assert len(valid) > 1000
+    assert refused, "some samplers and losses do not fit some schedules"
+
+
+def test_every_plugin_is_in_some_combination_that_wires():
+    valid, _ = all_choices()
+    for group in GROUPS:
+        assert {c[group] for c in valid} == set(options(group)), group
+
+
+def test_presets_wire_or_are_refused_with_reasons_too():
+    denoising, noise = (
+        ("data", "vae", "backbone", "conditioning", "schedule"),
+        ("schedule", "loss", "sampler", "guidance"),
+    )
+    for groups in (denoising, noise):
+        for names in product(*(options(g, True) for g in groups)):
+            wired(dict(zip(groups, names, strict=True)))
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
+    """Trains, samples, saves and reloads; fails with the configuration where anything is wrong."""
+    root = wiring.root
+    if (
+        root.data.root is None
+        and "root" in vars(root.data)
+        and root.data.plugin == "data/video_folder"
+    ):
+        folder = tmp_path / f"clips_{root.data.frames}_{root.data.height}_{root.data.width}"
+        if not folder.exists():
+            write_clips(folder, root.data)
+        wiring = replace(wiring, root=replace(root, data=replace(root.data, root=str(folder))))
+    try:
+        trained = train(wiring, tmp_path / "runs")
+        clips = sampled(trained.system)
+        again = sampled(load_system(trained.folder, "live"))
+    except Exception as e:
+        e.add_note(words)
+        raise
+    size = wiring.clips[0]
+    assert clips.shape == (2, size.channels, size.frames, size.height, size.width), words
+    assert clips.isfinite().all(), words
+    assert len(trained.losses) == 2, words
+    assert np.isfinite(trained.losses).all(), words
+    assert torch.equal(clips, again), words
+
+
+def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
+    for choice in covering(all_choices()[0]):
+        take_two_steps(wired(choice), tmp_path, to_words(choice))
+
+
+@pytest.mark.slow
+def test_every_pair_of_small_presets_that_fit_trains_samples_and_reloads(tmp_path):
+    generator = random.Random(0)
+    names = {g: [n for n in options(g, True) if is_small(g, n)] for g in GROUPS}
+    drawn = [{g: generator.choice(names[g]) for g in GROUPS} for _ in range(20_000)]
+    for choice in covering([c for c in drawn if wired(c)]):
+        take_two_steps(wired(choice), tmp_path, to_words(choice))
+
+
+def is_small(group: str, name: str) -> bool:
+    """Whether it is cheap to build and to run."""
+    if group not in ("vae", "backbone"):
+        return True
+    with torch.device("meta"):
+        module = build(group, wire(rooted({group: name})).root)
+    return sum(p.numel() for p in module.parameters()) < SMALL
+
+
+# --- random settings ------------------------------------------------------------------------------
+
+WIRED = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
+COSTLY = {"clips_per_epoch", "num_workers", "timesteps", "val_clips"}
+FIXED = {"plugin", "weights", "root", "steps", "include", "exclude", *COSTLY}
+NUMBERS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24)
+
+
+def choices_of(cfg: PluginConfig, name: str) -> list[str]:
+    """What a setting that is a word may be, from the Config's own words about a wrong one."""
+    for problem in replace(cfg, **{name: "?"}).problems():
+        if found := re.match(rf"{name}='\?': want one of (\[.*?\])", problem):
+            return re.findall(r"'([^']*)'", found[1])
+    return []
+
+
+def drawn(cfg: PluginConfig, name: str, hint: Any, generator: random.Random) -> Any:
+    """A value of a field's type, near what is sensible; now and then one that is not."""
+    default = getattr(cfg, name)
+    kinds = get_args(hint) or (hint,)
+    if type(None) in kinds and generator.random() < 0.3:
+        return None
+    if bool in kinds:
+        return generator.random() < 0.5
+    if str in kinds:
+        return generator.choice(choices_of(cfg, name) or [default])
+    if isinstance(default, tuple):
+        return drawn_tuple(cfg, name, default, generator)
+    if int in kinds:
+        return generator.choice((*NUMBERS, default if default is not None else 0))
+    if float in kinds:
+        base = default if default else 1.0
+        return generator.choice(
+            (0.0, 0.5, 1.0, round(generator.random(), 3), base, base / 2, base * 2)
+        )
+    return default
+
+
+def drawn_tuple(cfg: PluginConfig, name: str, default: tuple, generator: random.Random) -> tuple:
+    """Other entries, and now and then another length."""
+    length = len(default) + generator.choice((-1, 0, 0, 0, 1))
+    if name in ("scalars", "attn_resolutions"):
+        return ()
+    if all(isinstance(v, str) for v in default):
+        return tuple(generator.choice(default) for _ in range(length)) if default else ()
+    scale = generator.choice((0.5, 1, 1, 2))
+    entries = [default[i % len(default)] * scale for i in range(max(length, 0))] if default else []
+    return tuple(type(d)(v) for v, d in zip(entries, default * 2, strict=False))
+
+
+def settings(seed: int) -> tuple[Root, str]:
+    """A random combination of options with one to three random settings in some groups."""
+    generator = random.Random(seed)
+    choice = {g: generator.choice([*options(g)]) for g in GROUPS}
+    root, words = rooted(choice), [to_words(choice)]
+    for group in generator.sample(GROUPS, 4):
+        cfg = getattr(root, group)
+        free = (
+            [f.name for f in fields(cfg) if f.name not in FIXED and f.name not in WIRED]
+            if cfg
+            else []
+        )
+        for name in generator.sample(free, min(len(free), generator.choice((1, 1, 2, 3)))):
+            value = drawn(cfg, name, get_type_hints(type(cfg))[name], generator)
+            cfg = replace(cfg, **{name: value})
+            words.append(f"{group}.{name}={value!r}")
+        root = replace(root, **{group: cfg})
+    root = replace(root, precision=generator.choice(("fp32", "fp32", "bf16")))
+    return root, " ".join([*words, f"precision={root.precision}"])
+
+
+def accepted(seeds: range) -> Iterator[tuple[Wiring, str]]:
+    for seed in seeds:
+        root, words = settings(seed)
+        wiring = wired_root(root)
+        if wiring is not None:
+            yield wiring, f"seed {seed}: {words}"
+
+
+def test_some_random_settings_that_are_accepted_train(tmp_path):
+    for wiring, words in accepted(range(40)):
+        take_two_steps(wiring, tmp_path, words)
+
+
+@pytest.mark.slow
+def test_two_hundred_random_settings_that_are_accepted_train(tmp_path):
+    for wiring, words in accepted(range(40, 240)):
+        take_two_steps(wiring, tmp_path, words)
+
+
+def test_enough_random_settings_are_accepted_and_enough_refused():
+    share = len(list(accepted(range(240)))) / 240
+    assert 0.25 < share < 0.9

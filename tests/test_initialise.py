@@ -1,0 +1,155 @@
+"""init_from: weights only, strict, from every place where this program leaves them."""
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from sandbox import build, checkpoint, compose
+from sandbox.contracts import SandboxError, StorageError
+from sandbox.initialise import init_from
+from sandbox.runs import Run
+
+STEP = 7
+TINY = ("vae.weights=null", "backbone.width=8", "backbone.num_blocks=1", "backbone.time_features=8",
+        "conditioning.width=8", "conditioning.buckets=32", "logger=null")  # fmt: skip
+
+
+def system(*overrides: str, seed: int = 0):
+    """A small system that is built in milliseconds."""
+    return build(compose(*TINY, *overrides, f"seed={seed}"))
+
+
+def weights(of) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in of.trainable_state().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Stands for a trained system: other weights than a fresh one."""
+    return system(seed=1)
+
+
+def averages(of) -> dict[str, torch.Tensor]:
+    return {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad}
+
+
+def save(of, folder: Path, average: dict | None = None) -> Path:
+    """A run folder with one checkpoint of the system `of`."""
+    ema = None if average is None else {"updates": 3, "average": average}
+    state = {"step": STEP, "weights": of.trainable_state(), "ema": ema, "optimizer": {}, "loader": {},
+             "frozen": of.frozen_parts()}  # fmt: skip
+    run = Run(folder)
+    checkpoint.save(run.checkpoints, state, STEP)
+    run.config_file.write_text("seed: 1\n")
+    return folder
+
+
+def test_a_run_folder_gives_the_weights_of_its_newest_checkpoint(trained, tmp_path):
+    fresh = system()
+    assert not same(weights(fresh), weights(trained))
+    init_from(fresh, save(trained, tmp_path / "run"))
+    assert same(weights(fresh), weights(trained))
+
+
+def test_averaged_weights_are_taken_where_there_are_any(trained, tmp_path):
+    fresh = system()
+    init_from(fresh, save(trained, tmp_path / "run", averages(trained)))
+    assert same(weights(fresh), weights(trained) | averages(trained))
+
+
+def test_one_checkpoint_can_be_named(trained, tmp_path):
+    fresh = system()
+    init_from(fresh, checkpoint.newest(save(trained, tmp_path / "run") / "checkpoints"))
+    assert same(weights(fresh), weights(trained))
+
+
+def test_exported_weights_can_be_named_also_with_another_first_stage(trained, tmp_path):
+    path = checkpoint.export_weights(trained.trainable_state(), tmp_path / "weights.safetensors")
+    fresh = system()
+    with torch.no_grad():
+        fresh.first_stage.first.mean.add_(1)
+    init_from(fresh, path)
+    assert same(weights(fresh), weights(trained))
+
+
+def test_it_says_that_this_is_no_resume(trained, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        init_from(system(), save(trained, tmp_path / "run"))
+    assert "step 0" in caplog.text and "resume.run" in caplog.text
+
+
+def test_another_first_stage_is_refused_with_the_cure(trained, tmp_path):
+    fresh = system()
+    with torch.no_grad():
+        fresh.first_stage.first.mean.add_(1)
+    before = weights(fresh)
+    with pytest.raises(StorageError, match="first_stage.*vae.weights"):
+        init_from(fresh, save(trained, tmp_path / "run"))
+    assert same(weights(fresh), before)
+
+
+def test_a_model_of_another_size_is_refused_with_both_shapes(trained, tmp_path):
+    other = system("backbone.mlp_ratio=2")
+    before = weights(other)
+    with pytest.raises(StorageError, match=r"backbone\.blocks\.0\.mlp\S* is 32\S* and 16\S* here"):
+        init_from(other, save(trained, tmp_path / "run"))
+    assert same(weights(other), before)
+
+
+def test_of_many_names_that_differ_ten_are_shown(trained, tmp_path):
+    other = build(compose(*(o for o in TINY if "num_blocks" not in o)))
+    with pytest.raises(StorageError, match="is missing") as e:
+        init_from(other, save(trained, tmp_path / "run"))
+    assert str(e.value).count("is missing") == 10
+
+
+def make_foreign(kind: str, folder: Path) -> Path:
+    if kind == "absent":
+        return folder / "nothing"
+    if kind == "no run":
+        return folder
+    if kind == "empty run":
+        (folder / "config.yaml").write_text("seed: 1\n")
+        return folder
+    path = folder / ("model.safetensors" if kind == "not safetensors" else "model.ckpt")
+    if kind == "foreign checkpoint":
+        torch.save({"state_dict": {"a": torch.zeros(1)}}, path)
+    elif kind == "code":
+        path.write_bytes(pickle.dumps(Evil(str(folder / "ran"))))
+        path.with_suffix(".json").write_text("{}")
+    else:
+        path.write_bytes(b"nothing of the kind")
+    return path
+
+
+class Evil:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("absent", "no such file"),
+        ("no run", "not a run folder"),
+        ("empty run", "no good checkpoint"),
+        ("foreign checkpoint", "not a checkpoint of this program"),
+        ("not safetensors", "not a safetensors file"),
+        ("code", "not the manifest"),
+    ],
+)
+def test_what_is_no_start_is_refused_and_nothing_in_it_runs(trained, tmp_path, kind, words):
+    with pytest.raises(SandboxError, match=words) as e:
+        init_from(trained, make_foreign(kind, tmp_path))
+    assert e.value.exit_code == 5
+    assert not (tmp_path / "ran").exists()

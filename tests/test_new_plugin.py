@@ -1,0 +1,190 @@
+"""task=new: what it writes works as it is, for every group, in the checkout and outside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sandbox import config, registry
+from sandbox.config import GROUPS, HOME
+from sandbox.main import main
+from sandbox.tasks.new import presets, rendered, templates
+from tests.helpers import sampled, tiny, train, wired_around, with_part
+
+WITHOUT = {"trainer", "resume", "kernels"}  # one plugin each, which belongs to the frame
+each_group = pytest.mark.parametrize("group", templates())
+
+
+def new(*words: str) -> int:
+    """The exit code of `python run.py task=new ...`."""
+    with pytest.raises(SystemExit) as left:
+        main(["task=new", *words])
+    return int(left.value.code or 0)
+
+
+def write(group: str, name: str, folder: Path) -> list[Path]:
+    assert new(f"group={group}", f"name={name}", f"plugins_path={folder}") == 0
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_every_group_has_a_template_but_those_of_the_frame():
+    assert set(templates()) == set(GROUPS) - WITHOUT
+    assert all(len(presets(group)) == 1 for group in templates())
+
+
+# --- what it writes -------------------------------------------------------------------------------
+
+
+@each_group
+def test_a_new_plugin_trains_samples_and_is_found_by_its_place(group, plugin_folder, tmp_path):
+    write(group, "mine", plugin_folder)
+    config.setup()
+    plugin = registry.find(f"{group}/mine")
+    assert plugin.path == plugin_folder / group / "mine.py"
+    cfg = registry.default(group, "mine")
+    if group == "task":
+        wiring = wired_around("task", registry.default("task", "train"))
+        assert registry.create(cfg)(replace(wiring, root=replace(wiring.root, task=cfg)))
+        return
+    wiring = wired_around(group, cfg)
+    trained = train(wiring, tmp_path / "runs")
+    assert len(trained.losses) == 2
+    assert sampled(trained.system).isfinite().all()
+
+
+@each_group
+def test_a_new_preset_is_an_option_of_its_group(group, plugin_folder):
+    write(group, "mine", plugin_folder)
+    config.setup()
+    (size,) = presets(group)
+    name = f"mine_{size}"
+    override = f"callbacks=[{name}]" if group == "callbacks" else f"{group}={name}"
+    found = getattr(config.to_root(config.compose([override])), group)
+    cfg = found["mine"] if group == "callbacks" else found
+    assert cfg.plugin == f"{group}/mine"
+    assert cfg != registry.default(group, "mine")
+
+
+def test_it_says_what_it_wrote_and_what_to_do_next(plugin_folder, capsys):
+    files = write("backbone", "mine", plugin_folder)
+    said = capsys.readouterr().out
+    assert [f for f in files if str(f) not in said] == []
+    assert f"python run.py backbone=mine debug=fast plugins_path={plugin_folder}" in said
+    assert "python -m pytest" in said
+
+
+def test_in_the_checkout_files_go_to_their_places():
+    places = [str(p.relative_to(HOME)) for p in rendered("vae", "mine")]
+    assert places == [
+        "plugins/vae/mine.py",
+        "conf/vae/mine_p8.yaml",
+        "tests/plugins/vae/test_mine.py",
+    ]
+    assert rendered("task", "mine").keys() >= {HOME / "sandbox" / "tasks" / "mine.py"}
+
+
+@pytest.mark.parametrize("name", ["clip", "tensor", "iterator", "config", "nn"])
+def test_a_name_that_the_template_uses_itself_does_no_harm(name, plugin_folder):
+    for group in ("vae", "metric"):
+        write(group, name, plugin_folder)
+        config.setup()
+        assert (
+            registry.plugin_class(f"{group}/{name}").Config
+            is registry.find(f"{group}/{name}").config
+        )
+
+
+@each_group
+def test_files_are_formatted_and_clean(group):
+    ruff = [sys.executable, "-m", "ruff"]
+    if subprocess.run([*ruff, "--version"], capture_output=True).returncode:
+        pytest.skip("ruff is not installed")
+    for path, text in rendered(group, "mine").items():
+        for words in (["check"], ["format", "--diff"]) if path.suffix == ".py" else ():
+            done = subprocess.run(
+                [*ruff, *words, "--stdin-filename", str(path), "-"],
+                cwd=HOME, input=text, capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no group and no name": ([], ["task.group=null", "task.name=null"]),
+    "unknown group": (["group=bakbone", "name=mine"], ["task.group='bakbone': no such group"]),
+    "group of the frame": (["group=kernels", "name=mine"], ["belong to the frame; want one of"]),
+    "no identifier": (["group=vae", "name=my-net"], ["task.name='my-net'", "name=my_net"]),
+    "a word of Python": (["group=vae", "name=class"], ["task.name='class'", "name=my_class"]),
+    "a word of YAML": (["group=vae", "name='true'"], ["task.name='true'", "name=my_true"]),
+    "capitals": (["group=vae", "name=Mine"], ["task.name='Mine'", "name=mine"]),
+    "taken by a plugin": (["group=vae", "name=pca"], ["vae=pca is there", "vae/pca.py"]),
+    "taken by a preset": (["group=vae", "name=kl_f8"], ["vae=kl_f8 is there", "a preset"]),
+    "misspelt setting": (["group=vae", "nam=mine"], ["nam"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_and_writes_nothing(mistake, plugin_folder, capsys):
+    words, expected = MISTAKES[mistake]
+    assert new(*words, f"plugins_path={plugin_folder}") == 2
+    said = capsys.readouterr().err
+    assert [e for e in expected if e not in said] == [], said
+    assert not list(plugin_folder.iterdir())
+
+
+def test_a_file_that_is_there_is_never_written_over(plugin_folder, capsys):
+    there = plugin_folder / "tests" / "vae" / "test_mine.py"
+    there.parent.mkdir(parents=True)
+    there.write_text("precious")
+    assert new("group=vae", "name=mine", f"plugins_path={plugin_folder}") == 2
+    assert "test_mine.py: it is there already" in capsys.readouterr().err
+    assert there.read_text() == "precious"
+    assert [p.name for p in plugin_folder.rglob("*.py")] == ["test_mine.py"]
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert new("group=vae", "name=mine", f"plugins_path={tmp_path / 'nowhere'}") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_default_recipe_is_as_it_was(plugin_folder):
+    """A plugin that is only there changes nothing."""
+    before = with_part(tiny(), "vae", tiny().vae)
+    write("vae", "mine", plugin_folder)
+    config.setup()
+    assert with_part(tiny(), "vae", tiny().vae) == before
+
+
+# --- the whole way, in processes of its own -------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tests_of_new_plugins_pass_in_a_checkout_and_outside(tmp_path):
+    checkout, outside = tmp_path / "checkout", tmp_path / "outside"
+    outside.mkdir()
+    for part in ("sandbox", "plugins", "kernels", "conf"):
+        shutil.copytree(HOME / part, checkout / part)
+    for part in ("run.py", "pyproject.toml"):
+        shutil.copy(HOME / part, checkout)
+
+    def python(*words: str) -> str:
+        """Runs it in the copy of the checkout."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=checkout, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    for group in templates():
+        python("run.py", "task=new", f"group={group}", "name=mine")
+        python("run.py", "task=new", f"group={group}", "name=yours", f"plugins_path={outside}")
+    for folder in ("tests", str(outside / "tests")):
+        assert " passed" in python("-m", "pytest", folder, "--import-mode=importlib")
