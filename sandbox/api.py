@@ -1,10 +1,12 @@
 """The same configuration and the same results as the command, for notebooks and tests.
 
+A notebook begins with
+
     from sandbox import compose, build, train, sample
 
     cfg = compose("backbone=dit", "vae=pca", "steps=200")
-    run = train(cfg)                                # a finished run folder, as `python run.py ...` makes it
-    video = sample(run, ["a red 3 moving left"])    # (B, 3, T, H, W) in [-1, 1]
+    run = train(cfg)  # a finished run folder, as the command makes it
+    video = sample(run, ["a red 3 moving left"])  # (B, 3, T, H, W) in [-1, 1]
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ if TYPE_CHECKING:
 
 
 def compose(*overrides: str) -> Root:
-    """Typed configuration of a command line's overrides. Raises ConfigError with everything that is wrong."""
+    """Typed and complete configuration of a command line. Raises ConfigError with all problems."""
     config.setup(overrides)
     expanded = config.expand(overrides)
     return wire(config.to_root(config.compose(expanded))).root
 
 
 def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffusion:
-    """The system of a configuration (fresh weights), or of a run folder with the weights of its newest checkpoint.
+    """The system of a configuration, with fresh weights, or of a run folder, with trained ones.
 
-    `weights`: "ema" or "live"; ema falls to live only where the run has no average, which it says.
+    `weights` of a run folder: "ema" or "live" of its newest checkpoint; the live ones where the run
+    has no average.
     """
     from sandbox.systems import build_system, load_system
 
@@ -43,19 +46,21 @@ def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffus
 
 
 def train(cfg: Root) -> Path:
-    """Runs `task=train` (or the task of `cfg`) and returns the run folder."""
+    """Runs the task of `cfg` as the command does, and returns the run folder."""
     from sandbox.main import perform
 
     return Path(perform(cfg)["folder"])
 
 
-def sample(run: Path | str | LatentDiffusion, captions: list[str], steps: int | None = None) -> Tensor:
-    """Clips (B, 3, T, H, W) in [-1, 1], equal to those of `task=sample` for the same captions."""
+def sample(
+    run: Path | str | LatentDiffusion, captions: list[str], steps: int | None = None
+) -> Tensor:
+    """Clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`."""
+    from sandbox.evaluation import generate
     from sandbox.latent_diffusion import prompts_batch
 
     system = build(run) if isinstance(run, Path | str) else run
-    system.eval()
-    return system.sample(prompts_batch(captions, system.device), steps=steps)
+    return generate(system.eval(), prompts_batch(captions), steps=steps)
 
 
 __all__ = ["build", "compose", "registry", "sample", "train"]

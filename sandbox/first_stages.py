@@ -1,7 +1,8 @@
 """Where a first stage gets its weights: a file, the cache, or training it now (`vae.weights`).
 
-With weights=auto a first stage is fitted or trained once for its exact (configuration, data, seed, code) and kept in
-the cache; later runs and the other jobs of a sweep use it. A lock keeps jobs that start together from training it twice.
+With weights=auto a first stage is fitted or trained once for its exact (configuration, data, seed,
+code) and kept in the cache; later runs and the other jobs of a sweep use it, whatever optimizer or
+schedule they compare. A lock keeps jobs that start together from training it twice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,21 @@ from torch import nn
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import ConfigError, DataConfig, StorageError
+from sandbox.contracts import ConfigError, DataConfig, StorageError, TrainerConfig
 from sandbox.data import batches
 from sandbox.files import storing
 
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
 LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, not what they are
+TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
 
 
 def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None = None) -> None:
     """Gives `first_stage` its weights. Raises StorageError for a file that does not fit.
 
-    A run keeps the first stage that it trains on in its `folder`, and goes on with that one whatever becomes of the
-    cache: latents of another first stage would mean something else.
+    A run keeps the first stage that it trains on in its `folder`, and goes on with that one
+    whatever becomes of the cache: latents of another first stage would mean something else.
     """
     cfg, kept = root.vae, folder / KEPT if folder else None
     if cfg.weights is None or cfg.fitted() == "none":
@@ -59,7 +61,7 @@ def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None 
 
 
 def _keep(path: Path, kept: Path) -> None:
-    """The same file under another name where the file system can, else a copy; whole or not at all."""
+    """The same file under another name, or a copy where the file system cannot; whole, or not."""
     part = kept.with_name(f".{kept.name}.part")
     with storing(kept):
         part.unlink(missing_ok=True)
@@ -72,49 +74,65 @@ def _keep(path: Path, kept: Path) -> None:
 
 def make(root: Root, first_stage: Any) -> None:
     """Fits or trains `first_stage` on the training split."""
-    train = registry.create(root.data).split("train")
     if root.vae.fitted() == "closed_form":
+        train = registry.create(root.data).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
     from sandbox.tasks.train_vae import train_in_cache
 
-    load_weights(first_stage, train_in_cache(root))
+    load_weights(first_stage, train_in_cache(_plain(root)))
+
+
+def _plain(root: Root) -> Root:
+    """`root` without settings of the run that a shared first stage must not depend on."""
+    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
+    plain = {f.name: f.default for f in fields(TrainerConfig)}
+    kept = {name: plain[name] for name in ("accumulate", "clip", "repeat")}
+    return replace(root, precision="fp32", trainer=replace(root.trainer, **kept), **fixed)
 
 
 def calibrate(root: Root, first_stage: Any) -> None:
-    """Measures the scale of the latents on training clips, where the configuration leaves it to the data."""
+    """Measures the scale of the latents on training clips, where it is left to the data."""
     train = registry.create(root.data).split("train")
 
     def some() -> Iterator[torch.Tensor]:
         for i, batch in enumerate(batches(train, 64, root.seed)):
             if i * 64 >= CALIBRATION_CLIPS:
                 return
+            assert batch.video is not None  # `batches` loads clips
             yield batch.video
 
     first_stage.calibrate(some())
 
 
 def load_weights(first_stage: nn.Module, path: Path) -> None:
-    """Strictly loads a file of any origin. Raises StorageError with the first ten names that differ."""
+    """Strictly loads a file of any origin. Raises StorageError with names that differ."""
     if not path.is_file():
         raise StorageError(f"vae.weights={path}: no such file; name one, or use vae.weights=auto")
     state, own = checkpoint.read_foreign(path), first_stage.state_dict()
-    strange = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
+    strange = sorted(set(own) ^ set(state))
+    strange += [k for k in own if k in state and own[k].shape != state[k].shape]
     if strange:
         raise StorageError(
-            f"vae.weights={path}: {len(strange)} names or shapes differ from this configuration: {', '.join(strange[:10])}"
+            f"vae.weights={path}: {len(strange)} names or shapes differ from this configuration: "
+            f"{', '.join(strange[:10])}; choose the vae settings it was made with, or weights=auto"
         )
     first_stage.load_state_dict(state)
 
 
 def cached(root: Root) -> Path:
-    """Where the first stage of this configuration is kept; every number that shapes it is in the name's hash."""
-    vae = to_container(root.vae) | {"weights": None}
-    data = data_identity(root.data)
-    files = [registry.find(root.vae.plugin).path, *Path(registry.__file__).parent.parent.glob("plugins/_blocks/*.py")]
+    """Where the first stage of this configuration is kept.
+
+    All that shapes it is in the name's hash: settings, data, seed, code. Files in `data.root` are
+    not looked at.
+    """
+    vae, parts = to_container(root.vae) | {"weights": None}, [root.vae.plugin, root.data.plugin]
+    if root.vae.fitted() == "trained":
+        parts.append(f"reconstruction/{root.vae.regularizer()}")
+    files = [registry.find(part).path for part in parts]
+    files += Path(registry.__file__).parent.parent.glob("plugins/_blocks/*.py")
     code = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(filter(None, files))]
-    recipe = to_container(registry.default("task", "train_vae")) if root.vae.fitted() == "trained" else None
-    key = json.dumps([vae, data, root.seed, code, recipe], sort_keys=True)
+    key = json.dumps([vae, data_identity(root.data), root.seed, code], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
     return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
 
@@ -126,7 +144,9 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
     except OSError as e:
-        raise ConfigError(f"cache={path.parent}: cannot be written ({e.strerror}); choose another folder") from e
+        raise ConfigError(
+            f"cache={path.parent}: cannot be written ({e.strerror}); choose another folder"
+        ) from e
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,4 +160,5 @@ def locked(path: Path) -> Iterator[None]:
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
     """What of a data configuration decides what clips are."""
-    return {f.name: to_container(getattr(data, f.name)) for f in fields(data) if f.name not in LOADING}
+    names = [f.name for f in fields(data) if f.name not in LOADING]
+    return {name: to_container(getattr(data, name)) for name in names}

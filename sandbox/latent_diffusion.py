@@ -1,7 +1,8 @@
 """Latent diffusion: one training step and one sampling call for every system. THE page to read.
 
-Rombach et al. 2022, section 3: a first stage maps pixels to latents, a backbone learns to remove noise from them, told
-by conditions. What differs between systems is in the plugins; nothing here branches on a name.
+Rombach et al. 2022, section 3: a first stage maps pixels to latents, a backbone learns to remove
+noise from them, told by conditions. What differs between systems is in the plugins; nothing here
+branches on a name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sandbox.contracts import Batch, Clip, Conditions, Draws, Hooks, Posterior, Terms
+from sandbox.contracts import (
+    Backbone,
+    Batch,
+    Clip,
+    Conditioner,
+    Conditions,
+    Draws,
+    FirstStage,
+    Hooks,
+    Posterior,
+    Terms,
+)
 from sandbox.module import Trainable, freeze
 from sandbox.parts import Parts
 from sandbox.sampling import denoise
@@ -24,7 +36,14 @@ pytree.register_dataclass(Conditions)
 
 
 class LatentDiffusion(Trainable):
-    """A wired system: components as attributes, `training_step`, `sample`. Pixels and latents are (B, C, T, H, W)."""
+    """A wired system: components as attributes, `training_step`, `sample`.
+
+    Pixels and latents are (B, C, T, H, W).
+    """
+
+    first_stage: FirstStage  # these three are modules
+    conditioner: Conditioner
+    backbone: Backbone
 
     def __init__(self, wiring: Wiring, parts: Parts, group: int) -> None:
         super().__init__(wiring.root, group)
@@ -37,13 +56,14 @@ class LatentDiffusion(Trainable):
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms = self.step(batch, self.draws(batch))
-        self.metrics = {"loss": terms.total.detach(), **{k: v.detach() for k, v in terms.log.items()}}
+        self.note(terms)
         return terms.total
 
     def step(self, batch: Batch, draws: Draws) -> Terms:
-        """The loss of one micro-batch. `draws` holds all randomness, so a recorded step replays exactly."""
+        """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
         z0 = self.latents(batch, draws)  # (B, C, T, H, W), scaled
-        cond = self.conditioner(batch, clip_of(z0), self.conditioner.drop(draws), draws, self.encoder(draws), z0)
+        drop, encode = self.conditioner.drop(draws), self.encoder(draws)
+        cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
         t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
         out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
         return self.loss(self.schedule, out, z0, eps, t)
@@ -54,14 +74,14 @@ class LatentDiffusion(Trainable):
             posterior = (
                 self.first_stage.encode(batch.video)
                 if batch.video is not None
-                else self.first_stage.posterior(batch.stored)
+                else self.first_stage.posterior(batch.stored)  # type: ignore[arg-type]
             )
             z = self.first_stage.scaled(sampled(posterior, draws, "posterior"))
         padding = self.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
     def encoder(self, draws: Draws) -> Callable[[Tensor, str], Tensor]:
-        """What conditioning may ask of the first stage: (pixels, name of the draw) -> scaled latents."""
+        """What conditioning may ask of the first stage: (pixels, name of the draw) -> latents."""
 
         @torch.no_grad()
         def encode(pixels: Tensor, name: str) -> Tensor:
@@ -83,39 +103,44 @@ class LatentDiffusion(Trainable):
     ) -> Tensor:
         """Clips (B, 3, T, H, W) in [-1, 1] for the captions, images and scalars of `batch`.
 
-        `clip` is the size in pixels (default: the first of the data); randomness is that of the batch's positions.
+        `clip` is the size in pixels (default: the first of the data); randomness is that of the
+        batch's positions. The caller has set eval mode.
         """
+        batch = self.transfer_batch_to_device(replace(batch), self.device)
         clip = clip or self.wiring.clips[0]
         z_clip = self.root.vae.latents(clip)
         grid, draws = self.grid(z_clip), self.draws(batch)
-        like = torch.empty(batch.size, grid.channels, grid.frames, grid.height, grid.width, device=self.device)
-        signals = self.root.conditioning.signals()
-        passes = [
-            self.conditioner(
-                batch, grid, {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals},
-                draws, self.encoder(draws), None,
-            )
-            for dropped in self.guidance.passes(signals)
-        ]  # fmt: skip
-        noise = draws.normal("start", like)
-        steps = steps or self.root.sampler.steps
+        signals, encode = self.root.conditioning.signals(), self.encoder(draws)
+
+        def told(dropped: frozenset[str]) -> Conditions:
+            drop = {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals}
+            return self.conditioner(batch, grid, drop, draws, encode, None)
+
+        size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
         z = denoise(
-            self.backbone, self.schedule, self.guidance, passes, self.sampler, noise, steps, draws, hooks, progress
-        )
+            self.backbone, self.schedule, self.guidance,
+            [told(dropped) for dropped in self.guidance.passes(signals)],
+            self.sampler, draws.normal("start", torch.empty(size, device=self.device)),
+            steps or self.root.sampler.steps, draws, hooks, progress,
+        )  # fmt: skip
         video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
 
 
 def sampled(posterior: Posterior, draws: Draws, name: str) -> Tensor:
-    return posterior.sample(draws.normal(name, posterior.mean)) if posterior.is_random else posterior.mean
+    """Unscaled latents of a posterior; a draw only where it needs one."""
+    if not posterior.is_random:
+        return posterior.mean
+    return posterior.sample(draws.normal(name, posterior.mean))
 
 
 def clip_of(z: Tensor) -> Clip:
     return Clip(*z.shape[1:])
 
 
-def prompts_batch(captions: list[str], device: Any = "cpu", epoch: int = 0, start: int = 0, **fields: Any) -> Batch:
+def prompts_batch(
+    captions: list[str], device: Any = "cpu", epoch: int = 0, start: int = 0, **fields: Any
+) -> Batch:
     """A batch to sample from: caption i has position start + i, which keys its noise."""
     position = torch.arange(start, start + len(captions), device=device)
     return replace(Batch(captions=captions, ids=captions, epoch=epoch, position=position), **fields)
-

@@ -1,4 +1,4 @@
-"""What both trainable systems share: keyed randomness, the metrics of the last step, frozen parts."""
+"""What both trainable systems share: keyed randomness, metrics of the last step, frozen parts."""
 
 from __future__ import annotations
 
@@ -11,40 +11,53 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from sandbox.config import Root
-from sandbox.contracts import Batch, StorageError
+from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.randomness import Keyed
 
 
 class Trainable(LightningModule):
     """A system that `sandbox.training.fit` trains.
 
-    `group`: clips in one optimizer step over all processes, over which stratified draws spread. `metrics` holds the
-    detached tensors of the last micro-batch by name; the engine gathers and writes them. `optimizer` is set by the
-    engine before training.
+    `group`: clips in one optimizer step over all processes, over which stratified draws spread.
+    `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
+    (B,) where they are told; the engine gathers them. `optimizer` is set by the engine.
     """
 
     def __init__(self, root: Root, group: int) -> None:
         super().__init__()
         self.root, self.group = root, group
         self.metrics: dict[str, Tensor] = {}
+        self.per_sample: Tensor | None = None
         self.optimizer: Any = None
         self._fingerprints: dict[str, str] | None = None
 
     def draws(self, batch: Batch) -> Keyed:
         """All randomness of a batch, keyed by the position of each of its clips."""
         assert batch.position is not None  # the loader writes it
-        return Keyed(self.root.seed, batch.epoch, batch.position, self.group)
+        return Keyed(self.root.seed, batch.epoch, batch.position, self.group, self.device)
+
+    def step(self, batch: Batch, draws: Draws) -> Terms:
+        """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
+        raise NotImplementedError
+
+    def note(self, terms: Terms, **others: Tensor) -> None:
+        """Keeps what the engine asks for after a training step; nothing is copied or waited for."""
+        numbers = {"loss": terms.total, **terms.log, **others}
+        self.metrics = {name: value.detach() for name, value in numbers.items()}
+        self.per_sample = terms.per_sample.detach()
 
     def configure_optimizers(self) -> Any:
         return self.optimizer
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Moves the tensors of a batch in place; nothing is copied where they are there already."""
+    def transfer_batch_to_device(
+        self, batch: Batch, device: torch.device, dataloader_idx: int = 0
+    ) -> Batch:
+        """Moves the tensors of a batch in place; positions stay, which are keys of randomness."""
         if device.type == "cpu":
             return batch
         for f in fields(batch):
             value = getattr(batch, f.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and f.name != "position":
                 setattr(batch, f.name, value.to(device, non_blocking=True))
         batch.scalars = {k: v.to(device, non_blocking=True) for k, v in batch.scalars.items()}
         return batch
@@ -58,8 +71,9 @@ class Trainable(LightningModule):
         return self
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """What training changes: parameters with gradients, and buffers outside frozen parts, by name."""
-        frozen = {id(m) for part in self.modules() if getattr(part, "_frozen", False) for m in part.modules()}
+        """By name what training changes: parameters with gradients, buffers not in frozen parts."""
+        parts = [m for m in self.modules() if getattr(m, "_frozen", False)]
+        frozen = {id(m) for part in parts for m in part.modules()}
         return {
             f"{prefix}.{name}" if prefix else name: tensor.detach()
             for prefix, module in self.named_modules()
@@ -80,17 +94,21 @@ class Trainable(LightningModule):
         for name, digest in self.frozen_parts().items():
             if recorded.get(name) != digest:
                 raise StorageError(
-                    f"{name}: its weights are not those that this run was trained with (SHA-256 {digest[:12]}, the "
-                    f"checkpoint says {recorded.get(name, 'nothing')[:12]}); bring back the file that was used"
+                    f"{name}: its weights are not those that this run was trained with (SHA-256 "
+                    f"{digest[:12]}, the checkpoint says {recorded.get(name, 'nothing')[:12]}); "
+                    "bring back the file that was used"
                 )
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
-        """The opposite of `trainable_state`; strict. Raises ValueError with the first ten names that differ."""
+        """The opposite of `trainable_state`; strict. Raises StorageError with names that differ."""
         own = self.trainable_state()
         strange = sorted(set(own) ^ set(state))
         strange += [k for k in own if k in state and own[k].shape != state[k].shape]
         if strange:
-            raise ValueError(f"the weights do not fit this model; {len(strange)} names differ: {', '.join(strange[:10])}")
+            raise StorageError(
+                f"the weights do not fit this model; {len(strange)} names or shapes differ: "
+                f"{', '.join(strange[:10])}"
+            )
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
@@ -104,11 +122,12 @@ def fingerprint(module: nn.Module) -> str:
     return found.hexdigest()
 
 
-def freeze(module: nn.Module) -> nn.Module:
+def freeze(module: Any) -> Any:
     """Marks a part as frozen: no gradients, always in eval mode, not in training checkpoints."""
-    module._frozen = True  # type: ignore[assignment]
+    module._frozen = True
     return module.requires_grad_(False).eval()
 
 
 def _persistent(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    return [(n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
+    derived = module._non_persistent_buffers_set
+    return [(name, b) for name, b in module._buffers.items() if name not in derived]

@@ -1,36 +1,46 @@
-"""What a finished run leaves: scores, videos, a contact sheet, a page, and last of all the result file."""
+"""What a finished run leaves: weights, scores, videos, a sheet, a page; the result file last."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sandbox import media
+from sandbox import checkpoint, media, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import PluginConfig
+from sandbox.contracts import ConfigError, PluginConfig
 from sandbox.evaluation import Evaluation, evaluate
 from sandbox.files import storing, write_atomic
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.report import Report, ScoreRow, read_curves, terminal_table, write_report
 from sandbox.runs import Run
-from sandbox.training import Training
+
+if TYPE_CHECKING:
+    from sandbox.training import Training
 
 FPS = 8.0  # of sample videos where the data name none
 SHEET_COLUMNS = ("real clips", "model", "untrained model")
 
 
-def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict[str, float]) -> dict[str, Any]:
-    """Scores the averaged weights, writes everything, and marks the run as finished."""
+def finish_run(
+    training: Training, cfg: Any, overrides: list[str], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """Exports weights, scores the averaged ones, writes everything, marks the run as finished.
+
+    All of it comes from what the last checkpoint holds, so that it can be done again after a kill.
+    """
     system, run, root = training.system, training.run, training.root
     assert isinstance(system, LatentDiffusion)
     began = time.monotonic()
+    checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.LIVE)
     with training.averaged():
-        system.eval()
-        found = evaluate(system, cfg.score_clips, cfg.untrained)
+        if training.ema:
+            checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.AVERAGED)
+        found = evaluate(system.eval(), cfg.score_clips, cfg.untrained)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)
     captions = [found.captions[i] for i in picked]
@@ -46,29 +56,61 @@ def finish_run(training: Training, cfg: Any, overrides: list[str], seconds: dict
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "steps": training.step,
         "skipped": training.loader.bad,
+        "skipped_steps": training.skipped,
     }
     with storing(run.folder):
         write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    page = write_report(run.folder, report(root, run, found, overrides, seconds, training.loader.bad, sheet, shown))
-    training.trackers.summary({f"score/{k}": v for k, v in found.scores.get("model", {}).items()})
+    bad = training.loader.bad
+    page = write_report(run.folder, report(root, run, found, overrides, seconds, bad, sheet, shown))
+    scores = found.scores.get("model", {})
+    loss = final_loss(run)
+    objective = {**scores, "loss": loss}.get(cfg.objective or next(iter(found.meaning), "loss"))
+    training.trackers.summary({f"score/{k}": v for k, v in scores.items()})
     for caption, path in shown[:4]:
         training.trackers.video(training.step, f"samples/{path.stem}", path, caption)
-    result = {"folder": str(run.folder), "steps": training.step, "scores": found.scores.get("model", {})}
+    result = {
+        "folder": str(run.folder),
+        "steps": training.step,
+        "scores": scores,
+        "loss": loss,
+        "objective": objective,
+    }
     run.finish(result)
     say_scores(root, found)
-    print(f"videos  {run.samples}\nsheet   {sheet}\npage    {page}\nscores  {run.folder / 'metrics.json'}", flush=True)
+    where = f"videos  {run.samples}\nsheet   {sheet}\npage    {page}"
+    print(f"{where}\nscores  {run.folder / 'metrics.json'}", flush=True)
     return result
 
 
+def final_loss(run: Run) -> float:
+    """Mean loss over the last tenth of the steps."""
+    losses = [m["loss"] for m in run.metrics().values() if "loss" in m]
+    last = losses[-max(1, len(losses) // 10) :]
+    return sum(last) / len(last) if last else float("nan")
+
+
+def check_objective(root: Root, name: str | None) -> None:
+    """Raises ConfigError for an objective that no run of this configuration has."""
+    scores = registry.create(root.metric).meaning() if root.metric is not None else {}
+    if name is not None and name not in (*scores, "loss"):
+        raise ConfigError(f"task.objective={name!r}: want one of {[*scores, 'loss']}")
+
+
+def captions_of(root: Root, prompts: Sequence[str], count: int) -> list[str]:
+    """`prompts`, else the first `count` of the data, else so many empty ones."""
+    return [*prompts] or registry.create(root.data).prompts()[:count] or [""] * count
+
+
 def write_clips(folder: Path, captions: list[str], video: Tensor) -> list[Path]:
-    """An mp4 for each clip (N, 3, T, H, W), named by number and caption, and last the contact sheet of all."""
+    """An mp4 for each clip (N, 3, T, H, W), and last the contact sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
         paths.append(folder / f"{i:03}-{file_name(caption)}.mp4")
         media.write_video(paths[-1], clip, FPS, media.enlargement(*clip.shape[2:]))
     sheet = folder / "sheet.png"
-    media.contact_sheet(sheet, [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)])
+    rows = [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]
+    media.contact_sheet(sheet, rows)
     return [*paths, sheet]
 
 
@@ -79,7 +121,7 @@ def file_name(caption: str) -> str:
 
 
 def spread(captions: list[str], count: int) -> list[int]:
-    """Places of `count` clips with different captions, spread evenly over them; fewer where there are fewer."""
+    """Places of at most `count` clips with different captions, spread evenly over them."""
     first = list({caption: i for i, caption in reversed([*enumerate(captions)])}.values())[::-1]
     places = first if len(first) > 1 else list(range(len(captions)))
     count = min(count, len(places))
@@ -98,21 +140,29 @@ def report(
     skipped: dict[str, str], sheet: Path, samples: list[tuple[str, Path]],
 ) -> Report:  # fmt: skip
     """The page's contents."""
-    notes = [f"The first stage reaches {found.first_stage_psnr:.1f} dB on held-out clips: no sample can look better."]
-    settings = to_container(root)
+    notes = [
+        f"The first stage reaches {found.first_stage_psnr:.1f} dB on held-out clips: "
+        "no sample can look better."
+    ]
     return Report(
         title=root.recipe,
-        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, told by {_name(root.conditioning)}, "
-        f"trained with {_name(root.schedule)} on {_name(root.data)}",
+        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, told by "
+        f"{_name(root.conditioning)}, trained with {_name(root.schedule)} on {_name(root.data)}",
         command=" ".join(["python run.py", *overrides]),
-        facts={"seed": root.seed, "steps": root.steps, "lr": root.lr, "batch": root.data.batch_size,
-               "precision": root.precision, "time": f"{sum(seconds.values()):.0f} s"},  # fmt: skip
-        settings=settings,
+        facts={
+            "seed": root.seed,
+            "steps": root.steps,
+            "lr": root.lr,
+            "batch": root.data.batch_size,
+            "precision": root.precision,
+            "time": f"{sum(seconds.values()):.0f} s",
+        },
+        settings=to_container(root),
         scores=[ScoreRow(name, values, found.count) for name, values in found.scores.items()],
         meanings=found.meaning,
         samples=[(caption, path.resolve()) for caption, path in samples],
         sheet=sheet.resolve(),
-        curves=read_curves(run.metrics_file),
+        curves={**read_curves(run.metrics_file)},
         notes=notes,
         environment=json.loads(run.environment.read_text()),
         skipped=skipped,
@@ -129,4 +179,4 @@ def say_scores(root: Root, found: Evaluation) -> None:
     if found.scores:
         rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
         print("\n" + terminal_table(rows, found.meaning) + "\n")
-    print(f"first stage {root.vae.plugin.split('/')[1]}: {found.first_stage_psnr:.1f} dB on held-out clips")
+    print(f"first stage {_name(root.vae)}: {found.first_stage_psnr:.1f} dB on held-out clips")

@@ -1,4 +1,4 @@
-"""Progress of long work on a terminal: one line that is rewritten, or a line every few seconds in a log file."""
+"""Progress of long work: one line of a terminal that is rewritten, or now and then one of a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ class Progress:
     Shows what, done/total, speed and time left; `first` is where a resumed count starts.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "step", first: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str = "step",
+        first: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
         self.what, self.total, self.unit, self.first = what, total, unit, first
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()

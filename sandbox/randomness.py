@@ -29,7 +29,8 @@ class _Digest(np.random.bit_generator.ISeedSequence):
 
 def keyed(*key: object) -> np.random.Generator:
     """A generator that depends on `key` alone (about 4 us)."""
-    return np.random.Generator(np.random.Philox(_Digest(_hash(key, 16))))
+    digest: Any = _Digest(_hash(key, 16))  # numpy takes it, its types do not say so
+    return np.random.Generator(np.random.Philox(digest))
 
 
 def seed_of(*key: object) -> int:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from sandbox import checkpoint, registry
+from sandbox import checkpoint
 from sandbox.config import Root
 from sandbox.contracts import StorageError
+from sandbox.devices import device_of, use_threads
 from sandbox.earlier import read_root
-from sandbox.ema import EMA
 from sandbox.first_stages import prepare_first_stage
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
@@ -18,9 +17,12 @@ from sandbox.wiring import Wiring, wire
 
 
 def build_system(wiring: Wiring, folder: Path | None = None) -> LatentDiffusion:
-    """Fresh weights, but a ready first stage: that of the run `folder`, else from the cache, a file, or trained now."""
+    """Fresh weights on the CPU, but a ready first stage.
+
+    That of the run `folder`, else from the cache, from a file, or trained now.
+    """
     parts = build_parts(wiring)
-    prepare_first_stage(wiring.root, parts.first_stage, folder)
+    prepare_first_stage(wiring.root, parts.first_stage, folder)  # type: ignore[arg-type]
     return LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
 
 
@@ -29,27 +31,29 @@ def clips_per_step(root: Root) -> int:
     return root.data.batch_size * root.trainer.processes * root.trainer.accumulate
 
 
-def load_system(folder: Path, weights: str = "ema", wiring: Wiring | None = None) -> LatentDiffusion:
-    """The system of a run folder with the weights of its newest good checkpoint ("ema" or "live").
+def load_system(
+    folder: Path, weights: str = "ema", wiring: Wiring | None = None
+) -> LatentDiffusion:
+    """The system of a run folder with the weights of its newest good checkpoint, to sample from.
 
-    Raises StorageError where there is none.
+    `weights`: "ema" or "live"; the live ones where the run has no average. It is on its device, in
+    eval mode, with the threads of training. Raises StorageError where there is no checkpoint.
     """
     wiring = wiring or wire(read_root(folder))
+    device = device_of(wiring.root)
+    use_threads(wiring.root)
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:
-        raise StorageError(f"{folder}: it has no good checkpoint; train it first, or name another run=FOLDER")
+        raise StorageError(
+            f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
+        )
     system = build_system(wiring, folder)
     restore_weights(system, checkpoint.load(newest), weights)
-    return system
+    return system.to(device).eval()
 
 
-@torch.no_grad()
-def restore_weights(system: LatentDiffusion, state: dict, weights: str = "ema") -> None:
-    """Puts a checkpoint's live weights, or their average over them, into a system."""
+def restore_weights(system: LatentDiffusion, state: dict[str, Any], weights: str = "ema") -> None:
+    """Puts the weights of a checkpoint, or their average where there is one, into a system."""
     system.check_frozen(state["frozen"])
-    system.load_trainable(state["weights"])
-    if weights == "ema" and state["ema"] is not None:
-        ema = EMA.of(system, registry.create(system.root.ema))
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-            ema.copy_to(system)
+    average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
+    system.load_trainable(state["weights"] | average)

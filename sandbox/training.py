@@ -24,12 +24,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import Batch, Diverged, Preempted
+from sandbox.contracts import Batch, ConfigError, Diverged, Preempted
 from sandbox.data import Loader, batches
 from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
+from sandbox.evaluation import generate
 from sandbox.latent_diffusion import prompts_batch
 from sandbox.module import Trainable
+from sandbox.outcome import captions_of, write_clips
 from sandbox.progress import Progress
 from sandbox.randomness import seed_dropout, seed_of
 from sandbox.runs import Run
@@ -48,7 +50,7 @@ class Training:
     with their samples. `scaler`: that of fp16, as its state.
     """
 
-    system: Trainable
+    system: Any  # a Trainable
     root: Root
     loader: Loader
     run: Run
@@ -61,8 +63,14 @@ class Training:
     just_stepped: bool = False
     skipped: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
-    waiting: dict[int, list[Seen]] = field(default_factory=dict)
+    waiting: dict[int, list[Seen]] = field(default_factory=dict)  # of the steps in the buffer
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.root.steps or 0
 
     # what a run continues from
 
@@ -110,21 +118,21 @@ class Training:
         self.buffer.add(self.step, metrics)
         self.waiting[self.step] = seen
 
-    def flush(self) -> dict[str, float]:
-        """Writes the metrics since the last time and returns the newest.
-
-        Raises Diverged for a loss or gradient that is not finite.
-        """
-        rows = self.buffer.flush()
-        if not rows:
-            return {}
-        for step, metrics in rows:
+    def flush(self) -> None:
+        """Writes the metrics since the last time, up to a step that is not finite: Diverged."""
+        good: list[tuple[int, dict[str, float]]] = []
+        bad: tuple[int, dict[str, float]] | None = None
+        for step, metrics in self.buffer.flush():
             if "skipped" not in metrics and not all(map(math.isfinite, self._checked(metrics))):
-                raise Diverged(self._diverged(step, metrics))
+                bad = step, metrics
+                break
+            good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
+        if good:
+            self.trackers.metrics_of(good)
+            self.latest = good[-1][1]
+        if bad:
+            raise Diverged(self._diverged(*bad))
         self.waiting.clear()
-        rows = [(step, {k: v for k, v in m.items() if math.isfinite(v)}) for step, m in rows]
-        self.trackers.metrics_of(rows)
-        return rows[-1][1]
 
     def _checked(self, metrics: dict[str, float]) -> list[float]:
         """What must be finite: under fp16 a gradient need not be, its scaler passes over it."""
@@ -140,16 +148,13 @@ class Training:
 
     # what callbacks may call
 
-    def sample(self, prompts: list[str], count: int) -> None:
+    def sample(self, prompts: Sequence[str], count: int) -> None:
         """Videos and a sheet of `prompts`, else of the data's first `count`.
 
         Equal to those of task=sample for this step.
         """
-        from sandbox.evaluation import generate
-        from sandbox.outcome import write_clips
-
         self.flush()
-        captions = prompts or registry.create(self.root.data).prompts()[:count] or [""] * count
+        captions = captions_of(self.root, prompts, count)
         with self.averaged(), self.evaluating():
             video = generate(self.system, prompts_batch(captions))
         paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
@@ -158,7 +163,7 @@ class Training:
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
 
     def validate(self, count: int) -> None:
-        """Loss on `count` held-out clips, live and averaged weights, on the same noise each time."""
+        """Loss on `count` held-out clips, live and averaged weights, always on the same noise."""
         self.flush()
         val = registry.create(self.root.data).split("val")
         found = {"val/loss": self._loss(val, count)}
@@ -200,14 +205,18 @@ class Seen:
     ids: list[str]
     losses: Tensor | None  # (B,), where the system tells them
 
+    def bad(self) -> list[str]:
+        """Those whose loss is not finite."""
+        losses = [] if self.losses is None else self.losses.tolist()
+        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
+
 
 def _samples(seen: list[Seen]) -> str:
     """The samples whose loss is not finite; all of the step where none is to blame."""
-    told = [s for s in seen if s.losses is not None]
-    guilty = [i for s in told for i, loss in zip(s.ids, s.losses.tolist(), strict=True) if not math.isfinite(loss)]  # type: ignore[union-attr]
-    ids = guilty or [i for s in seen for i in s.ids]
+    bad = [i for s in seen for i in s.bad()]
+    ids = bad or [i for s in seen for i in s.ids]
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    what = "samples with such a loss" if guilty else "samples of this step"
+    what = "samples with such a loss" if bad else "samples of this step"
     return f"{what}: {', '.join(ids[:NAMED])}{more}"
 
 
@@ -223,9 +232,15 @@ def start(
     Trackers are told the end when the block is left. Raises DataError, StorageError, ConfigError.
     """
     root, rank = system.root, rank or Alone()
+    device, cfg = device_of(root), root.data
+    if root.precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
     use_threads(root)
-    system.to(device_of(root))
-    cfg = root.data
+    system.to(device)
+    trained = [(n, p) for n, p in system.named_parameters() if p.requires_grad]
+    optimizer = registry.create(root.optimizer).build(trained, root.lr)
+    for g in optimizer.param_groups:
+        g.setdefault("initial_lr", g["lr"])
     training = Training(
         system=system,
         root=root,
@@ -237,7 +252,7 @@ def start(
         rank=rank,
         trackers=Trackers(run, [registry.create(root.logger)] if root.logger else []),
         ema=EMA.of(system, registry.create(root.ema)),
-        optimizer=registry.create(root.optimizer).build(system.named_parameters(), root.lr),
+        optimizer=optimizer,
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
     )  # fmt: skip
     try:
@@ -280,15 +295,13 @@ class Stream:
 # --- training -------------------------------------------------------------------------------------
 
 
-def fit(
-    training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None
-) -> None:
+def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
     """Trains from `training.step` to `root.steps`; `callbacks` come after those of the settings.
 
     Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
     """
     root, system, cfg = training.root, training.system, training.root.trainer
-    if training.step >= root.steps:
+    if training.step >= training.steps:
         return
     use_threads(root, threads)
     system.optimizer = training.optimizer
@@ -297,13 +310,13 @@ def fit(
     stream = Stream(training.loader, cfg.repeat, first=training.step * cfg.accumulate)
     device = system.device
     _quiet()
-    with Progress("training", root.steps, first=training.step) as progress:
+    with Progress("training", training.steps, first=training.step) as progress:
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=1,
+            devices=[device.index or 0] if device.type == "cuda" else 1,
             strategy=registry.create(cfg).strategy(),
             precision=PRECISION[root.precision],  # type: ignore[arg-type]
-            max_steps=root.steps - training.step,
+            max_steps=training.steps - training.step,
             max_epochs=-1,
             accumulate_grad_batches=cfg.accumulate,
             callbacks=[
@@ -349,41 +362,43 @@ class Stepping(Callback):
     def __init__(self, training: Training) -> None:
         self.training, self.root, self.cfg = training, training.root, training.root.trainer
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
+        self.skips = getattr(self.cfg, "bad_step", "raise") == "skip"
+        self.limit = getattr(self.cfg, "max_bad_steps", 10)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
         self.of_step: dict[str, Tensor | float] = {}
         self.is_bad = False
 
-    def on_train_start(self, trainer: Trainer, system: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.training.scaler:
             trainer.precision_plugin.load_state_dict(self.training.scaler)
 
     def on_train_batch_start(
-        self, trainer: Trainer, system: Any, batch: Batch, index: int
+        self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
     ) -> None:
         first = int(batch.position[0])  # type: ignore[index]
-        seed_dropout(system.device, seed_of(self.root.seed, "dropout", batch.epoch, first))
+        seed_dropout(pl_module.device, seed_of(self.root.seed, "dropout", batch.epoch, first))
 
-    def on_before_optimizer_step(self, trainer: Trainer, system: Any, optimizer: Any) -> None:
-        rate = self.root.lr_schedule.factor(self.training.step, self.root.steps)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        rate = self.root.lr_schedule.factor(self.training.step, self.training.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters])
         if self.cfg.clip is not None:
             clip_grads_with_norm_(parameters, self.cfg.clip, norm)
-        self.of_step = {"grad_norm": norm, "lr": self.root.lr * rate}
-        if self.cfg.bad_step == "skip" and not norm.isfinite():  # waits for the device
+        self.of_step = {"grad_norm": norm, "lr": (self.root.lr or 0.0) * rate}
+        if self.skips and not norm.isfinite():  # waits for the device
             self.is_bad = True
             optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
 
     def on_train_batch_end(
-        self, trainer: Trainer, system: Any, out: Any, batch: Batch, index: int
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         training = self.training
-        training.just_stepped = (index + 1) % self.cfg.accumulate == 0
-        self.metrics.append(system.metrics)
-        self.seen.append(Seen(batch.ids, system.per_sample))
+        training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
+        self.metrics.append(pl_module.metrics)
+        self.seen.append(Seen(batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
             training.ema.update()
@@ -399,10 +414,10 @@ class Stepping(Callback):
             metrics["skipped"] = len(training.skipped)
         training.note(metrics, self.seen)
         self.metrics, self.seen, self.is_bad = [], [], False
-        if len(training.skipped) > self.cfg.max_bad_steps:
+        if len(training.skipped) > self.limit:
             raise Diverged(
                 f"{len(training.skipped)} steps have gradients that are not finite, more than "
-                f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
+                f"trainer.max_bad_steps={self.limit}: "
                 + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
             )
 
@@ -414,20 +429,23 @@ class Keeping(Callback):
         self.training, self.progress = training, progress
         self.policy = registry.create(training.root.checkpoint)
 
-    def on_train_start(self, trainer: Trainer, system: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.training.rank.listen()
         if why := self.training.rank.agree_to_stop():
             raise Preempted(f"stopped by {why} before a step was made; run it again to go on")
 
-    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
-        training, root = self.training, self.training.root
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        training, cfg = self.training, self.training.root.trainer
         if not training.just_stepped:
             return
         step, why = training.step, training.rank.agree_to_stop()
-        ends = why is not None or step == root.steps
-        if ends or step == 1 or step % root.trainer.log_every == 0:
-            shown = [*training.flush().items()][:1]
-            self.progress.update(step, **{k: f"{v:.4g}" for k, v in shown})
+        ends = why is not None or step == training.steps
+        if ends or step == 1 or step % cfg.log_every == 0:
+            training.flush()
+            shown = {k: v for k, v in training.latest.items() if k in ("loss", "lr")}
+            self.progress.update(step, **{k: f"{v:.4g}" for k, v in shown.items()})
         if ends or self.policy.due(step):
             training.scaler = trainer.precision_plugin.state_dict()
             training.save()

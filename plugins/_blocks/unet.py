@@ -1,7 +1,7 @@
 """The U-shaped network of latent diffusion (Rombach et al. 2022, 2112.10752) and its blocks.
 
-DynamiCrafter's (Xing et al. 2023, 2310.12190) is the same with layers over time. Parameter names are
-the published ones. Pictures are (N, C, H, W); those of clips are frame-major, N = B * T.
+DynamiCrafter's (Xing et al. 2023, 2310.12190) is the same with layers over time. Parameter names
+are the published ones. Pictures are (N, C, H, W); those of clips are frame-major, N = B * T.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def checkpointed(
 ) -> Tensor:
     """f(*args); where `on`, its activations are computed again in the backward pass.
 
-    Outputs and gradients are the same, and parameters may be frozen. `random`: f draws dropout, which
-    the second time must be the same.
+    Outputs and gradients are the same, and parameters may be frozen. `random`: f draws dropout,
+    which must be the same the second time.
     """
     if on and torch.is_grad_enabled():
         return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=random)
@@ -367,7 +367,10 @@ class UNet(nn.Module):
         return self.out(x)
 
     def joined(self, z_t: Tensor, cond: Conditions) -> Tensor:
-        """z_t with the channels of cond.concat. Raises ValueError for what these settings cannot take."""
+        """z_t with the channels of cond.concat.
+
+        Raises ValueError for latents and conditions that these settings cannot take.
+        """
         z = z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
         if z.ndim != 5:
             raise ValueError(f"backbone: z_t has shape {tuple(z.shape)}: want (B, C, T, H, W)")
@@ -378,8 +381,6 @@ class UNet(nn.Module):
         }
         for name, number in given.items():
             if number != (getattr(self.cfg, name) or 0):
-                stated = getattr(self.cfg, name)
-                raise ValueError(
-                    f"backbone.{name}={stated}, but latents and conditions bring {number}"
-                )
+                stated = f"backbone.{name}={getattr(self.cfg, name)}"
+                raise ValueError(f"{stated}, but latents and conditions bring {number}")
         return z

@@ -1,7 +1,7 @@
 """Transformers in space and in time of the LDM and DynamiCrafter UNets, with published names.
 
-Rombach et al. 2022 (2112.10752), appendix E.2; Xing et al. 2023 (2310.12190), section 3. Frames of a
-clip are consecutive pictures of a batch, N = B * T; S = H * W.
+Rombach et al. 2022 (2112.10752), appendix E.2; Xing et al. 2023 (2310.12190), section 3. Frames of
+a clip are consecutive pictures of a batch, N = B * T; S = H * W.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class TextImageAttention(Attention):
 
 
 class RelativePosition(nn.Module):
-    """A vector for each distance between two frames; those beyond `limit` share the last (Shaw et al. 2018)."""
+    """A vector for each distance between two frames; distances beyond `limit` share the last."""
 
     def __init__(self, width: int, limit: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class TemporalAttention(Attention):
         return self.to_out(seen)
 
     def look_around(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, T, S, H, d) -> (B, T, S, H*d), with a vector of the distance in k and in v."""
+        """q, k, v (B, T, S, H, d) -> (B, T, S, H*d); k and v have a vector of distance added."""
         frames = q.shape[1]
         near_k, near_v = self.relative_position_k(frames), self.relative_position_v(frames)
         q = q * q.shape[-1] ** -0.5
@@ -130,7 +130,7 @@ class TemporalAttention(Attention):
 
 
 class GEGLU(nn.Module):
-    """(..., D) -> (..., hidden): one half times the gelu of the other (Shazeer 2020, 2002.05202)."""
+    """(..., D) -> (..., hidden): a value times the gelu of a gate (Shazeer 2020, 2002.05202)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, a second attention that may be told something, and an MLP, each with a residual."""
+    """Attention, a second one that may be told something, and an MLP, each with a residual."""
 
     def __init__(
         self, width: int, attn1: nn.Module, attn2: nn.Module, use_checkpoint: bool

@@ -1,4 +1,4 @@
-"""UNet of latent diffusion for images (Rombach et al. 2022, 2112.10752), published parameter names."""
+"""UNet of latent diffusion for images (Rombach et al. 2022, 2112.10752), published names."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,11 +32,12 @@ class UNet2D(UNet):
         """The published hyper-parameters; what is not a size has the published default.
 
         attention_resolutions: downsampling factors (not sizes) at which there is attention; the
-        middle always has it. num_head_channels: width of a head, which then decides num_heads; -1
-        for num_heads. num_heads_upsample: heads of output blocks where num_heads decides, -1 for the
-        same. legacy: false ignores num_heads_upsample, as published. use_new_attention_order: order
-        of q, k and v in `qkv`. use_spatial_transformer: to be told tokens; null where there are any.
-        image_size is only written down: any size that divides works.
+        middle always has it. num_head_channels: width of a head, which decides instead of
+        num_heads; -1 for num_heads. num_heads_upsample: heads of output blocks where num_heads
+        decides, -1 for the same. legacy: false ignores num_heads_upsample, as published.
+        use_new_attention_order: order of q, k and v in `qkv`. use_spatial_transformer: to be told
+        tokens; null where there are any. image_size is only written down: any size that divides
+        works.
 
         null is what the latents and the conditioning need, 0 is none. in_channels counts concat
         channels too. adm_in_channels: width of a vector that joins the time embedding, under the
@@ -47,9 +48,9 @@ class UNet2D(UNet):
         in_channels: int | None = None
         out_channels: int | None = None
         model_channels: int = 64
-        attention_resolutions: tuple[int, ...] = (1, 2)
+        attention_resolutions: tuple[int, ...] = (2,)
         num_res_blocks: int = 1
-        channel_mult: tuple[int, ...] = (1, 2)
+        channel_mult: tuple[int, ...] = (1, 1)
         num_heads: int = 4
         num_head_channels: int = -1
         num_heads_upsample: int = -1
@@ -116,9 +117,8 @@ class UNet2D(UNet):
         def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
             self.grid(z)
             if slots.context and slots.context.frames != 1:
-                raise ConfigError(
-                    f"unet2d: context is for {slots.context.frames} frames: want tokens for an image"
-                )
+                frames = slots.context.frames
+                raise ConfigError(f"unet2d: context is for {frames} frames: want it for one image")
             context = slots.context if "context" in self.takes() else None
             return self.agree(
                 in_channels=z.channels + slots.concat,

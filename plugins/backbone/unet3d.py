@@ -1,7 +1,7 @@
 """Video UNet of DynamiCrafter (Xing et al. 2023, 2310.12190), published parameter names.
 
-The UNet of latent diffusion on the frames of a clip, with attention and convolutions over time, told a
-text, an image's tokens, the image's latents as channels, and a frame rate or stride.
+The UNet of latent diffusion on the frames of a clip, with attention and convolutions over time. It
+is told a text, an image's tokens, the image's latents as channels, and a frame rate or stride.
 """
 
 from collections.abc import Iterator
@@ -41,31 +41,32 @@ class UNet3D(UNet):
         """The published hyper-parameters; what is not a size has the published default.
 
         attention_resolutions: downsampling factors (not sizes) at which there is attention; the
-        middle always has it. num_head_channels: width of a head, which then decides num_heads; -1
-        for num_heads. use_linear: linear layers around transformers, not 1x1 convolutions of the
-        same function. temporal_conv: four convolutions over time after every ResBlock, over space too
-        with tempspatial_aware, with temporal_dropout (published as 0.1 whatever dropout is).
-        addition_attention: one temporal transformer before all else. use_relative_position: temporal
-        attention knows how far frames are apart, up to temporal_length; without it and without
-        temporal_conv frames have no order. image_cross_attention: an image's tokens beside the text;
-        ..._scale_learnable: with a learned weight in each layer. fs_condition: is told fps or
-        frame_stride, default_fs where the conditioning tells neither.
+        middle always has it. num_head_channels: width of a head, which decides instead of
+        num_heads; -1 for num_heads. use_linear: linear layers around transformers, not 1x1
+        convolutions of the same function. temporal_conv: four convolutions over time after every
+        ResBlock, over space too with tempspatial_aware, with temporal_dropout (published as 0.1
+        whatever dropout is). addition_attention: one temporal transformer before all else.
+        use_relative_position: temporal attention knows how far frames are apart, up to
+        temporal_length; without it, temporal_conv and use_causal_attention frames have no order.
+        image_cross_attention: an image's tokens beside the text; ..._scale_learnable: with a
+        learned weight in each layer. fs_condition: is told fps or frame_stride, default_fs where
+        the conditioning tells neither.
 
         Any number of frames works: temporal_length, which the published network was trained with,
         only says how many distances have positions of their own.
 
         null is what the latents and the conditioning need, 0 is none. in_channels counts concat
-        channels too. Without context the cross-attention is a second self-attention. adm_in_channels:
-        width of a vector that joins the time embedding, under the name of Stability's models;
-        DynamiCrafter has none.
+        channels too. Without context the cross-attention is a second self-attention.
+        adm_in_channels: width of a vector that joins the time embedding, under the name of
+        Stability's models; DynamiCrafter has none.
         """
 
         in_channels: int | None = None
         out_channels: int | None = None
         model_channels: int = 64
-        attention_resolutions: tuple[int, ...] = (1, 2)
+        attention_resolutions: tuple[int, ...] = (2,)
         num_res_blocks: int = 1
-        channel_mult: tuple[int, ...] = (1, 2)
+        channel_mult: tuple[int, ...] = (1, 1)
         num_heads: int = 4
         num_head_channels: int = -1
         dropout: float = 0.0
@@ -107,7 +108,7 @@ class UNet3D(UNet):
             if self.addition_attention and self.num_head_channels < 1:
                 yield "addition_attention=True: want num_head_channels > 0, which it reads"
             if self.image_cross_attention and self.context_dim == 0:
-                yield "image_cross_attention=True: want context_dim > 0, the width of its tokens too"
+                yield "image_cross_attention=True: want context_dim > 0, also its tokens' width"
             if not self.channel_mult or min(self.channel_mult) < 1:
                 yield f"channel_mult={list(self.channel_mult)}: want at least one level, each >= 1"
                 return
@@ -170,10 +171,8 @@ class UNet3D(UNet):
             if image and not context:
                 yield "unet3d: image_context without context: want text tokens beside it"
             elif image and context and image.width != context.width:
-                yield (
-                    f"unet3d: image_context is {image.width} wide and context {context.width}: want "
-                    "one width"
-                )
+                widths = f"{image.width} wide and context {context.width}"
+                yield f"unet3d: image_context is {widths}: want one width"
             if self.fs_condition and set(RATES) <= scalars:
                 yield "fs_condition=True: takes fps or frame_stride, and it is offered both"
 
@@ -231,8 +230,8 @@ class UNet3D(UNet):
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        context is (B, L, D), or (B, T, L, D) for each frame; image_context (B, T or 1, L, D). Raises
-        ValueError for what these settings cannot take, Misfit for sizes.
+        context is (B, L, D), or (B, T, L, D) for each frame; image_context (B, T or 1, L, D).
+        Raises ValueError for what these settings cannot take, Misfit for sizes.
         """
         z = self.joined(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))
@@ -243,16 +242,13 @@ class UNet3D(UNet):
             mask = None if mask is None else mask.repeat_interleave(len(context) // len(mask), 0)
         has_image = cond.image_context is not None
         if has_image != bool(self.cfg.image_cross_attention):
-            state = self.cfg.image_cross_attention
-            found = "one" if has_image else "none"
-            raise ValueError(
-                f"backbone.image_cross_attention={state}, but conditions bring {found} image_context"
-            )
+            stated = f"backbone.image_cross_attention={self.cfg.image_cross_attention}"
+            found = "an" if has_image else "no"
+            raise ValueError(f"{stated}, but conditions bring {found} image_context")
         image = self.sets("image_context", cond.image_context, frames) if has_image else None
         emb = self.embedding(z_t, t, cond) + self.rate(z_t, cond)
-        x = self.run(
-            rearrange(z, "b c t h w -> (b t) c h w"), Told(emb, frames, context, mask, image)
-        )
+        told = Told(emb, frames, context, mask, image)
+        x = self.run(rearrange(z, "b c t h w -> (b t) c h w"), told)
         return rearrange(x, "(b t) c h w -> b c t h w", t=frames)
 
     @staticmethod
@@ -260,8 +256,8 @@ class UNet3D(UNet):
         """(B, 1, L, D) -> (B, L, D), serving all frames; (B, T, L, D) -> (B*T, L, D)."""
         if tokens.shape[1] not in (1, frames):
             raise ValueError(
-                f"backbone: {name} is for {tokens.shape[1]} frames, and z_t has {frames}: want tokens "
-                "for each of them, or one set for all"
+                f"backbone: {name} is for {tokens.shape[1]} frames, and z_t has {frames}: want "
+                "tokens for each of them, or one set for all"
             )
         return tokens.flatten(0, 1)
 

@@ -13,11 +13,14 @@ from sandbox.registry import register
 
 @register("callbacks", "profile")
 class Profile(Callback):
-    """torch's profiler over some steps: profile.txt (costliest operations) and profile.json (a Chrome trace)."""
+    """torch's profiler over some steps: profile.txt (costly operations), profile.json (trace)."""
 
     @dataclass
     class Config(PluginConfig):
-        """first: optimizer step at which it starts; steps: how many; rows: operations in the table."""
+        """first: optimizer step at which it starts; steps: how many; rows: of the table.
+
+        profile.json is in the format of Chrome's tracing page.
+        """
 
         first: int = 20
         steps: int = 20
@@ -32,7 +35,8 @@ class Profile(Callback):
     training: Any  # sandbox.training.Training; the engine sets it
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg, self.profiler, self.done = cfg, None, False
+        self.cfg, self.done = cfg, False
+        self.profiler: Any = None
 
     def on_train_batch_start(self, trainer: Any, system: Any, *rest: Any) -> None:
         if self.training.step == self.cfg.first and not self.done and self.profiler is None:

@@ -12,11 +12,11 @@ from sandbox.registry import register
 
 @register("callbacks", "samples")
 class Samples(Callback):
-    """Samples the data's first prompts every so many steps, with averaged weights, as videos and a sheet."""
+    """Samples from averaged weights every so many steps, as videos and a sheet."""
 
     @dataclass
     class Config(PluginConfig):
-        """every: optimizer steps; count: prompts; prompts: captions in place of the data's."""
+        """every: optimizer steps; count: the data's prompts; prompts: captions in their place."""
 
         every: int = 500
         count: int = 8
@@ -34,4 +34,4 @@ class Samples(Callback):
 
     def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
         if self.training.just_stepped and self.training.step % self.cfg.every == 0:
-            self.training.sample(list(self.cfg.prompts), self.cfg.count)
+            self.training.sample(self.cfg.prompts, self.cfg.count)

@@ -12,11 +12,11 @@ from sandbox.registry import register
 
 @register("callbacks", "val_loss")
 class ValLoss(Callback):
-    """Loss on held-out clips every so many steps, with live and with averaged weights, on the same noise each time."""
+    """Loss on held-out clips every so many steps, of live and of averaged weights."""
 
     @dataclass
     class Config(PluginConfig):
-        """every: optimizer steps; clips: how many of the validation split."""
+        """every: optimizer steps; clips: how many of the validation split, always on one noise."""
 
         every: int = 200
         clips: int = 192

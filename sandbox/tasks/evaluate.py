@@ -12,11 +12,14 @@ from sandbox.registry import register
 
 @register("task", "evaluate")
 class Evaluate:
-    """Scores a finished run (task.run, else the newest) beside real clips, its ceiling, baselines and an untrained model."""
+    """Scores a finished run (task.run, else the newest) beside real clips and other baselines."""
 
     @dataclass
     class Config(TaskConfig):
-        """clips: how many are scored; weights: ema or live; untrained: also score an untrained model."""
+        """clips: how many are scored; weights: ema or live; samples: clips on the sheet.
+
+        untrained: also score an untrained model.
+        """
 
         clips: int = 192
         weights: str = "ema"
@@ -34,25 +37,36 @@ class Evaluate:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
+        import itertools
         import json
         from pathlib import Path
 
         from sandbox.evaluation import evaluate
-        from sandbox.files import write_atomic
+        from sandbox.files import storing, write_atomic
         from sandbox.outcome import say_scores, spread, write_sheet
         from sandbox.systems import load_system
 
         folder = Path(self.cfg.run or "")
-        system = load_system(folder, self.cfg.weights, wiring).eval()
+        system = load_system(folder, self.cfg.weights, wiring)
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
         to = folder / "evaluations"
-        to.mkdir(exist_ok=True)
-        name = f"evaluation-{len(list(to.glob('*.json'))) + 1:02}"
-        write_sheet(to / f"{name}.png", found, spread(found.captions, self.cfg.samples) or [0])
-        scores = {"overrides": list(overrides), "weights": self.cfg.weights, "clips": found.count, "scores": found.scores,
-                  "meaning": found.meaning, "first_stage_psnr_db": found.first_stage_psnr}  # fmt: skip
-        write_atomic(to / f"{name}.json", json.dumps(scores, indent=1) + "\n")
+        numbers = (f"evaluation-{n:02}" for n in itertools.count(1))
+        name = next(n for n in numbers if not (to / f"{n}.json").exists())
+        scores = {
+            "overrides": list(overrides),
+            "weights": self.cfg.weights,
+            "clips": found.count,
+            "scores": found.scores,
+            "meaning": found.meaning,
+            "first_stage_psnr_db": found.first_stage_psnr,
+        }
+        with storing(to):
+            to.mkdir(exist_ok=True)
+            write_sheet(to / f"{name}.png", found, spread(found.captions, self.cfg.samples) or [0])
+            write_atomic(to / f"{name}.json", json.dumps(scores, indent=1) + "\n")
         say_scores(wiring.root, found)
         print(f"scores  {to / name}.json\nsheet   {to / name}.png")
         return {"folder": str(folder), "scores": found.scores.get("model", {})}

@@ -12,16 +12,19 @@ from sandbox.registry import register
 
 @register("task", "sample")
 class Sample:
-    """Makes videos from a finished run (task.run, else the newest) for task.prompts, else those of the data."""
+    """Makes videos from a finished run (task.run, else the newest) for task.prompts."""
 
     @dataclass
     class Config(TaskConfig):
-        """prompts: captions, empty for those of the data; count: how many of those; weights: ema or live."""
+        """prompts: captions, empty for the data's; count: how many of those; weights: ema or live.
+
+        to: folder for the videos; null is samples/prompts in the run folder.
+        """
 
         prompts: tuple[str, ...] = ()
         count: int = 8
         weights: str = "ema"
-        to: str | None = None  # folder for the videos; null: samples/ in the run folder
+        to: str | None = None
 
         def problems(self) -> Iterator[str]:
             yield from in_range("count", self.count, 1)
@@ -33,23 +36,20 @@ class Sample:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox import registry
+        from sandbox.evaluation import generate
         from sandbox.latent_diffusion import prompts_batch
-        from sandbox.outcome import write_clips
-        from sandbox.progress import Progress
+        from sandbox.outcome import captions_of, write_clips
         from sandbox.systems import load_system
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
-        captions = list(cfg.prompts) or registry.create(wiring.root.data).prompts()[: cfg.count] or [""] * cfg.count
-        system = load_system(folder, cfg.weights, wiring).eval()
-        with Progress("sampling", wiring.root.sampler.steps) as progress:
-            video = system.sample(
-                prompts_batch(captions, system.device), progress=lambda done, total: progress.update(done)
-            )
+        captions = captions_of(wiring.root, cfg.prompts, cfg.count)
+        system = load_system(folder, cfg.weights, wiring)
         to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
-        write_clips(to, captions, video.cpu())
+        write_clips(to, captions, generate(system, prompts_batch(captions)))
         print(f"{len(captions)} videos and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}

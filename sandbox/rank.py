@@ -1,0 +1,377 @@
+"""What runs inside a rank: how it hears that it shall stop, how ranks meet, and their last words.
+
+A rank is one of the processes of a run. `sandbox.launch` starts them; torchrun and srun may, too;
+and in a notebook or a test it is the process that is there. A function that runs in a rank is
+called with plain settings and its `Rank`. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # all ask to stop
+LOST_CONTACT = (  # what gloo, NCCL and their store say when another rank is gone or does not answer
+    "/gloo/",
+    "Gloo",
+    "NCCL",
+    "TCPStore",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timeout waiting for key",
+)
+
+
+# --- one of the processes of a run ----------------------------------------------------------------
+
+
+class Rank:
+    """Process number `index` of `world`, and number `local` of the `local_world` on its machine.
+
+    A signal only sets a flag, which training looks at after an optimizer step: what is saved is
+    whole. Where no supervisor is in between, the same signal again does what it did before: Ctrl-C
+    raises KeyboardInterrupt. Signals reach only the main thread; in another one nobody asks.
+    """
+
+    def __init__(
+        self,
+        index: int = 0,
+        world: int = 1,
+        local: int | None = None,
+        local_world: int | None = None,
+        supervised: bool = False,
+    ) -> None:
+        self.index, self.world = index, world
+        self.local = index if local is None else local
+        self.local_world = world if local_world is None else local_world
+        self.supervised = supervised
+        self._number = 0  # the signal that asked
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> str | None:
+        """The name of the signal that asked this rank to stop."""
+        return signal.Signals(self._number).name if self._number else None
+
+    def stop_requested(self) -> bool:
+        """Whether this rank has been asked; another one may not know of it yet."""
+        return self._number > 0
+
+    def agree_to_stop(self) -> str | None:
+        """The name of a signal that asked any rank to stop, or None; the same on all ranks.
+
+        All ranks call it, after the same step.
+        """
+        if self.world > 1:
+            agreed = self._greatest(self._number)
+            if not agreed:  # a signal that came meanwhile counts at the next step
+                return None
+            self._number = agreed
+        return self.asked
+
+    def barrier(self) -> None:
+        """No rank leaves before all are here."""
+        if self.world > 1:
+            self._greatest(0)
+
+    def broadcast_plain(self, value: Any) -> Any:
+        """The value of rank 0 (plain containers), on all ranks."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        held = [plain(value, "value") if self.index == 0 else None]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside the block a signal asks to stop, and does nothing else."""
+        if self._before:  # already so, further out
+            self.listen()
+            yield
+            return
+        self._before = handlers()
+        self.listen()
+        try:
+            yield
+        finally:
+            handle(self._before)
+            self._before = {}
+
+    def listen(self) -> None:
+        """The same again, where a library has put handlers of its own in place."""
+        handle(dict.fromkeys(self._before, self._note))
+
+    def ask(self, number: int) -> None:
+        """Asks this rank to stop because of a signal."""
+        self._number = number
+
+    def _note(self, number: int, frame: object) -> None:
+        self.ask(number)
+        if not self.supervised:
+            handle({number: self._before[number]})
+            say("stopping after this step; the same again stops at once")
+
+    def _greatest(self, number: int) -> int:
+        # On the CPU, where it waits for no kernel.
+        import torch
+        import torch.distributed as dist
+
+        held = torch.tensor(number)
+        dist.all_reduce(held, op=dist.ReduceOp.MAX)
+        return int(held)
+
+
+def handlers() -> dict[int, Any]:
+    """What the signals do now, without those that are ignored (nohup) and stay so."""
+    present = {number: signal.getsignal(number) for number in SIGNALS}
+    return {k: v or signal.SIG_DFL for k, v in present.items() if v is not signal.SIG_IGN}
+
+
+def handle(wanted: Mapping[int, Any]) -> None:
+    """Puts handlers in place, in the main thread, which alone may do so."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in wanted.items():
+            signal.signal(number, handler)
+
+
+def say(text: str) -> None:
+    """A line on stderr from a signal handler: print cannot be entered again where it met it."""
+    os.write(2, f"\n{text}\n".encode())
+
+
+# --- what it is told ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one rank does, where and with whom.
+
+    device: "cpu" or "cuda"; timeout: seconds that a rank waits for the others; threads: torch
+    threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks SLURM;
+    folder: of the meeting, removed when the supervisor is gone; environment: the whole of it.
+    """
+
+    target: str
+    settings: Any
+    index: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+    node: int = 0
+    device: str = "cpu"
+    timeout: float = 600.0
+    threads: int | None = None
+    meeting: str = ""
+    folder: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def names(self) -> dict[str, str]:
+        """The names under which Lightning and others look for these numbers."""
+        return {
+            "RANK": str(self.index),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "NODE_RANK": str(self.node),
+        }
+
+    def rank(self, supervised: bool = False) -> Rank:
+        return Rank(self.index, self.world, self.local, self.local_world, supervised)
+
+
+def place(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Which rank this process is where torchrun or srun started it, as fields of `Order`.
+
+    None elsewhere: left-over names alone (LOCAL_RANK, WORLD_SIZE) say nothing, and a job step of
+    one task (submitit) is an ordinary process.
+    """
+    if "TORCHELASTIC_RUN_ID" in environ and "RANK" in environ:
+        return {
+            "index": int(environ["RANK"]),
+            "world": int(environ["WORLD_SIZE"]),
+            "local": int(environ["LOCAL_RANK"]),
+            "local_world": int(environ["LOCAL_WORLD_SIZE"]),
+            "node": int(environ.get("GROUP_RANK", 0)),
+            "meeting": "env://",
+        }
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and tasks > 1:
+        return {
+            "index": int(environ["SLURM_PROCID"]),
+            "world": tasks,
+            "local": int(environ["SLURM_LOCALID"]),
+            "local_world": tasks // int(environ.get("SLURM_STEP_NUM_NODES", 1)),
+            "node": int(environ.get("SLURM_NODEID", 0)),
+            "meeting": "srun",
+        }
+    return None
+
+
+def plain(value: Any, name: str) -> Any:
+    """`value`, which may hold dicts, lists, tuples, numbers, strings and None. Raises TypeError."""
+    if type(value) is dict:
+        for key, item in value.items():
+            plain(key, f"a key of {name}")
+            plain(item, f"{name}.{key}")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            plain(item, f"{name}.{i}")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise TypeError(f"{name} is a {type(value).__qualname__}: want plain containers")
+    return value
+
+
+# --- work -----------------------------------------------------------------------------------------
+
+
+def work(order: Order, rank: Rank) -> Any:
+    """Calls the target, connected with the other ranks; its result, which is plain."""
+    if order.threads is not None:
+        import torch
+
+        torch.set_num_threads(order.threads)
+    module, _, function = order.target.partition(":")
+    call = getattr(importlib.import_module(module), function)
+    with connected(order), rank.listening():
+        return plain(call(order.settings, rank), "the result")
+
+
+@contextmanager
+def connected(order: Order) -> Iterator[None]:
+    """The process group exists inside the block. Lightning finds and uses it."""
+    if order.device == "cuda":
+        import torch
+
+        torch.cuda.set_device(order.local)
+    if order.world == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if order.device == "cuda" else "gloo",
+        init_method=_meeting(order.meeting),
+        rank=order.index,
+        world_size=order.world,
+        timeout=timedelta(seconds=order.timeout),
+    )
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
+
+
+def _meeting(meeting: str) -> str:
+    if meeting != "srun":
+        return meeting
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    return f"tcp://{slurm.main_address}:{slurm.main_port}"
+
+
+def serve_outside(order: Order) -> Any:
+    """Is the rank that torchrun or srun started. Errors stay as they are."""
+    os.environ.update(order.names())
+    if order.index > 0:
+        _mute()
+    return work(order, order.rank())
+
+
+# --- under a supervisor ---------------------------------------------------------------------------
+
+
+def serve(order: Order, word: Connection, orders: Connection, streams: list[Connection]) -> None:
+    """A rank that the supervisor has started, from its first act to its last word.
+
+    A session of its own keeps away what a terminal or a scheduler sends to a process group, from
+    data workers, too: the supervisor alone tells it to stop, by a byte in the pipe `orders`.
+    """
+    os.setsid()
+    rank = order.rank(supervised=True)
+    with rank.listening():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        os.environ.clear()
+        os.environ.update(order.environment | order.names())
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream.fileno(), number)
+            stream.close()
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        faulthandler.enable()
+        threading.Thread(target=_obey, args=(orders, rank, order.folder), daemon=True).start()
+        try:
+            word.send_bytes(pickle.dumps({"result": work(order, rank)}))
+        except BaseException as e:  # whatever it is, the supervisor hears of it
+            word.send_bytes(pickle.dumps(last_word(e)))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # nothing that waits for other ranks or for threads
+
+
+def _obey(orders: Connection, rank: Rank, folder: str) -> None:
+    """Reads the supervisor's pipe; at its end the supervisor is gone, and nothing may be left."""
+    while number := os.read(orders.fileno(), 1):
+        rank.ask(number[0])
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _mute() -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def last_word(error: BaseException) -> dict[str, Any]:
+    """An error as plain facts, with itself where it is one of ours."""
+    from sandbox.contracts import SandboxError
+
+    ours, text = isinstance(error, SandboxError), str(error)
+    lost = not ours and _lost_contact(error)
+    if lost:
+        text = re.sub(r"^\[\S+\] ", "", text)  # the line in gloo's sources
+    elif not ours:
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    itself = None
+    if ours:
+        try:
+            itself = pickle.dumps(error)
+            pickle.loads(itself)
+        except Exception:  # a class that does not survive it, for reasons of its own
+            itself = None
+    return {
+        "itself": itself,
+        "module": type(error).__module__,
+        "code": error.exit_code if isinstance(error, SandboxError) else None,
+        "text": text,
+        "lost_contact": lost,
+        "trace": "".join(traceback.format_exception(error)),
+    }
+
+
+def _lost_contact(error: BaseException | None) -> bool:
+    """Whether another rank's end is behind an error, also where it came up in dealing with one."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        kinds = {c.__name__ for c in type(error).__mro__}
+        said = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
+        if said or "DistError" in kinds:
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
