@@ -30,8 +30,8 @@ def explain(
     from omegaconf.errors import OmegaConfBaseException
 
     folders = config.conf_folders(overrides, config_dir)
-    if not any((f / f"{name}.yaml").is_file() for f in folders):
-        there = [p.stem for f in folders for p in f.glob("*.yaml")]
+    if not (config.CONF / f"{name}.yaml").is_file():
+        there = [p.stem for p in config.CONF.glob("*.yaml")]
         return ConfigError(f"--config-name {name}: no such file{registry.nearest(name, there)}")
     problems, groups, values = [], [], []
     for words, problem in _readable(overrides):
@@ -45,7 +45,7 @@ def explain(
         cfg = config.raw(groups, name, config_dir)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
         # a preset or recipe is at fault
-        return ConfigError(*(p for _, p in problems), _in_file(e, folders))
+        return ConfigError(*(p for _, p in problems), _in_file(e, groups, folders))
     for override in values:
         if _top(override) not in wrong and (problem := _value_problem(override, cfg)):
             problems.append((_top(override), problem))
@@ -168,6 +168,8 @@ def _spelling(words: str) -> str:
 
 def _is_group(override: str, folders: Sequence[Path]) -> bool:
     key = _key(override).partition("@")[0]
+    if _value(override).startswith("{"):  # sets several of its numbers at once
+        return False
     return key in (*GROUPS, *PRESETS) or ("/" in key and bool(config.options(key, folders)))
 
 
@@ -184,9 +186,6 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
     if override.startswith("~"):
         return None
     known = config.options(key, folders)
-    if value.startswith("{"):
-        return f"{override}: want the name of an option{registry.nearest('', known)}; set one " \
-               f"number of it with {key}.NAME=VALUE"  # fmt: skip
     if value == "null":
         return f"{override}: in a multirun a group cannot be emptied; want {', '.join(known)}"
     if config.is_list(override) and key != "callbacks":
@@ -279,17 +278,20 @@ def _type_problem(override: str, cfg: Any, reason: str) -> str:
     if override.startswith("+"):
         return f"{override}: it is a setting already; write it without +"
     kind = OmegaConf.get_type(OmegaConf.select(cfg, path) if path else cfg)
-    if is_dataclass(kind) and name in registry.kinds(kind):
+    chosen = OmegaConf.get_type(OmegaConf.select(cfg, _key(override)))
+    if is_dataclass(kind) and name in registry.kinds(kind) and name not in GROUPS:
         return f"{override}: want {_wanted(kind, name, override)}{_none(override)}"
+    if is_dataclass(chosen) and (m := re.search(r"Key '(\w+)' not in", reason)):
+        names = [f.name for f in fields(chosen) if f.name != "plugin"]
+        return f"{override}: it has no setting {m[1]!r}{registry.nearest(m[1], names)}"
     return f"{override}: {reason}"
 
 
 def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:
-    """The group in which a setting of this name is, else the nearest name."""
-    for group in GROUPS:
-        node = cfg.get(group)
-        if node is not None and name in node:
-            return f" of the run; did you mean {group}.{name}?"
+    """The groups in which a setting of this name is, else the nearest name."""
+    known = [g for g in GROUPS if cfg.get(g) is not None and name in cfg[g]]
+    if known:
+        return f" of the run; did you mean {' or '.join(f'{g}.{name}' for g in known[:4])}?"
     near = registry.nearest(name, [*names, *PRESETS])
     return near if "did you mean" in near else registry.nearest(name, set(names) - set(GROUPS))
 
@@ -317,8 +319,8 @@ def _none(override: str) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _in_file(error: Exception, folders: Sequence[Path]) -> str:
-    """What is wrong in a preset or recipe, with its file."""
+def _in_file(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -> str:
+    """What is wrong in a preset or recipe that `groups` choose, with its file."""
     import yaml
     from hydra.errors import MissingConfigException
 
@@ -328,19 +330,23 @@ def _in_file(error: Exception, folders: Sequence[Path]) -> str:
         return f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        by = re.search(r"In '([^']+)'", text)
         said = _option_problem(group, name, config.options(group, folders)) or first_line(text)
-        return f"{_file(by[1], folders)}: {said}" if by else said
+        return f"{_chosen_file(name, groups, folders)}{said}"
     if m := re.search(r"In '([^']+)': .*?\n(.+)", text):
         key = re.search(r"full_key: (\S+)", text)
-        return f"{_file(m[1], folders)}: {key[1] + ': ' if key else ''}{m[2].strip()}"
+        path = next((p for f in folders if (p := f / f"{m[1]}.yaml").is_file()), m[1])
+        return f"{path}: {key[1] + ': ' if key else ''}{m[2].strip()}"
     if m := re.search(r"Could not override '([^']+)'", text):
         group = m[1].lstrip("/")
-        known = registry.nearest(group, [*GROUPS, *PRESETS])
-        return f"{group}: a recipe or preset overrides it, but there is no such group{known}"
+        near = registry.nearest(group, [*GROUPS, *PRESETS])
+        return f"{_chosen_file(group, groups, folders)}{group}: no such group{near}"
     return first_line(text)
 
 
-def _file(key: str, folders: Sequence[Path]) -> str:
-    path = next((p for f in folders if (p := f / f"{key}.yaml").is_file()), None)
-    return str(path) if path else key
+def _chosen_file(word: str, groups: Sequence[str], folders: Sequence[Path]) -> str:
+    """"FILE: " of the chosen file in which `word` is; empty where it is in none."""
+    for override in groups:
+        for path in (f / _key(override) / f"{_value(override)}.yaml" for f in folders):
+            if path.is_file() and word in path.read_text(encoding="utf-8"):
+                return f"{path}: "
+    return ""

@@ -150,6 +150,15 @@ def handle(wanted: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+def ignore_signals(worker: int) -> None:
+    """A data worker's first act (`worker_init_fn`): its rank alone ends it.
+
+    Schedulers send their signal to every process of a job, and a rank without its workers cannot
+    finish the step.
+    """
+    handle(dict.fromkeys(SIGNALS, signal.SIG_IGN))
+
+
 def say(text: str) -> None:
     """A line on stderr from a signal handler: print cannot be entered again where it met it."""
     os.write(2, f"\n{text}\n".encode())
@@ -278,7 +287,7 @@ def connected(order: Order) -> Iterator[None]:
 def _meeting(meeting: str) -> str:
     if meeting != "srun":
         return meeting
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     slurm = SLURMEnvironment(auto_requeue=False)
     return f"tcp://{slurm.main_address}:{slurm.main_port}"

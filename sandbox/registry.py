@@ -329,7 +329,7 @@ def find(key: str) -> Plugin:
 def nearest(word: str, words: Iterable[str]) -> str:
     """"; did you mean X?" or what there is."""
     words = sorted(words)
-    close = difflib.get_close_matches(word, words, 1, 0.5)
+    close = difflib.get_close_matches(word, words, 1, 0.65)
     if close:
         return f"; did you mean {close[0]!r}?"
     more = f" and {len(words) - SHOWN} more (--help)" if len(words) > SHOWN else ""

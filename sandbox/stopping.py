@@ -47,6 +47,7 @@ class Alone:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -64,6 +65,10 @@ class Alone:
         return self.asked
 
     def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a loader's worker, forked with these handlers
+            if number != signal.SIGINT:  # which a terminal sends to all: the parent sees to it
+                os._exit(128 + number)
+            return
         self.asked = signal.Signals(number).name
         self._set({number: self._before[number]})
         # Not print, which cannot be entered again where the signal met it.

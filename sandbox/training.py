@@ -337,6 +337,8 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
                 trainer.fit(system, train_dataloaders=stream)
         except SystemExit as e:  # Lightning's answer to a KeyboardInterrupt
             raise KeyboardInterrupt from e
+        finally:
+            training.loader.close()
     training.optimizer.zero_grad()
     system.to(device)  # Lightning has put it on the CPU
 

@@ -9,57 +9,48 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sandbox.contracts import DataError, Diverged, Misfit, Preempted
-from sandbox.rank import Rank
+from sandbox.contracts import Diverged, Misfit, Preempted
+from sandbox.rank import Rank, ignore_signals
 
 
 def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """What a rank finds around it."""
+    """What a rank finds around it, and what it was given."""
+    import multiprocessing
+
     import torch
 
     return {
         "settings": settings,
-        "ranks": [rank.index, rank.local, rank.world, rank.local_world],
+        "numbers": [rank.index, rank.world, rank.local, rank.local_world],
         "environment": dict(os.environ),
         "threads": torch.get_num_threads(),
         "folder": os.getcwd(),
         "pid": os.getpid(),
-        "session": os.getsid(0),
-        "default_group": torch.distributed.is_initialized(),
+        "start_method": multiprocessing.get_start_method(),
     }
 
 
 def greet(settings: dict[str, Any], rank: Rank) -> list[Any]:
-    """What all ranks have in common, and a word of each on stdout and stderr."""
-    print(f"stdout of {rank.index}", flush=True)
-    print(f"stderr of {rank.index}", file=sys.stderr, flush=True)
+    """A word of each rank on stdout and stderr; returns what rank 0 told rank 1."""
+    print(f"stdout of {rank.index}")
+    print(f"stderr of {rank.index}", file=sys.stderr)
     rank.barrier()
-    return rank.broadcast_plain([rank.index, settings])
+    heard = rank.broadcast_plain({"from": rank.index})
+    note(settings, f"heard {heard['from']}")
+    return [rank.index, heard]
+
+
+def unplain(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    return {"path": Path("here")}
 
 
 def fail(settings: dict[str, Any], rank: Rank) -> None:
-    """Rank `settings["rank"]` ends in the way `settings["how"]` and the others wait for it."""
+    """Rank `settings["rank"]` ends as `settings["how"]` says, the others wait for it for ever."""
     rank.barrier()
+    note(settings, "working")
     if rank.index == settings["rank"]:
-        note(settings, "failing")
-        how = settings["how"]
-        if how == "error":
-            raise ValueError("planned failure")
-        if how == "diverged":
-            raise Diverged("step 3: loss=nan is not finite")
-        if how == "misfit":
-            raise Misfit("frames", 7, "4 k + 1")
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if how == "leave":
-            os._exit(3)
-        if how == "hang":
-            time.sleep(600)
-        if how == "own":
-            raise Stranger("planned", 4)
-        if how == "exit":
-            sys.exit("left early")
-    for _ in range(10**6):
+        FAILURES[settings["how"]]()
+    while True:
         rank.barrier()
 
 
@@ -70,29 +61,81 @@ class Stranger(Exception):
         super().__init__(f"{what} of size {size}")
 
 
+def _planned() -> None:
+    raise ValueError("planned failure")
+
+
+def _strange() -> None:
+    raise Stranger("a failure", 4)
+
+
+def _diverged() -> None:
+    raise Diverged("step 3: loss=nan is not finite")
+
+
+def _misfit() -> None:
+    raise Misfit("frames", 7, "4 k + 1")
+
+
+FAILURES = {
+    "error": _planned,
+    "strange error": _strange,
+    "diverged": _diverged,
+    "misfit": _misfit,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "leave": lambda: os._exit(3),
+    "hang": lambda: time.sleep(600),
+}
+
+
 def count(settings: dict[str, Any], rank: Rank) -> None:
-    """Steps until it is asked to stop; all ranks stop at the same one."""
-    for step in range(10**6):
-        if rank.index == 0 and step == 2:
-            note(settings, "stepping")
+    """Steps until any rank is asked to stop."""
+    for step in range(100_000):
+        if step == 2:
+            note(settings, "working")
         time.sleep(0.01)
         if why := rank.agree_to_stop():
-            note(settings, f"rank {rank.index} stopped after {step}")
+            note(settings, f"stopped after {step}")
             raise Preempted(f"stopped by {why}")
 
 
+def count_items(settings: dict[str, Any], rank: Rank) -> None:
+    """The same with data workers, which the signal must not end."""
+    from torch.utils.data import DataLoader
+
+    items: Any = range(100_000)
+    loader = DataLoader(items, num_workers=2, batch_size=None, worker_init_fn=ignore_signals)
+    asked_at = 0
+    for step, _ in enumerate(loader):
+        if step == 2:
+            note(settings, "working")
+        time.sleep(0.01)
+        asked_at = asked_at or (step if rank.agree_to_stop() else 0)
+        if asked_at and step > asked_at + 20:  # more than the workers have prepared
+            note(settings, f"stopped after {asked_at}")
+            raise Preempted(f"stopped by {rank.asked}")
+
+
 def deaf(settings: dict[str, Any], rank: Rank) -> None:
-    """Never asks whether it shall stop."""
-    note(settings, "stepping")
+    """Never looks whether it shall stop."""
+    note(settings, "working")
     time.sleep(600)
 
 
+def total(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    """A job of a sweep: what all ranks make of its seed."""
+    import torch
+    import torch.distributed as dist
+
+    seed, held = settings["seed"], torch.tensor(float(settings["seed"] + rank.index))
+    if seed == settings.get("bad") and rank.index == 1:
+        raise ValueError("planned failure")
+    dist.all_reduce(held)
+    return {"seed": seed, "total": held.item(), "pid": os.getpid()}
+
+
 def note(settings: dict[str, Any], text: str) -> None:
-    """Adds a line to the file `settings["log"]`, with this process."""
-    if "log" in settings:
+    """Adds a line to the file `settings["log"]`, with this process in front."""
+    if settings.get("log"):
         with Path(settings["log"]).open("a") as file:
             file.write(f"{os.getpid()} {text}\n")
-
-
-def no_data(settings: dict[str, Any], rank: Rank) -> None:
-    raise DataError("no clips")

@@ -265,3 +265,8 @@ def test_log_variance_is_clamped_as_published() -> None:
 def test_posterior_of_an_odd_channel_count_is_refused() -> None:
     with pytest.raises(ValueError, match="even channel count"):
         Gaussian(torch.zeros(1, 3, 1, 1, 1))
+
+
+def test_wider_networks_train_with_a_smaller_rate() -> None:
+    assert AutoencoderKL.Config().recipe().lr == 4e-3
+    assert KL_F8.recipe().lr == 4e-3 / 8
