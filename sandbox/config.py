@@ -48,7 +48,10 @@ GROUPS = {  # every config group, with what it is; the order is that of --help
 
 @dataclass
 class Root:
-    """The whole configuration of a run. Groups hold Configs of plugins; the rest belongs to the run."""
+    """The whole configuration of a run.
+
+    Groups hold Configs of plugins; the rest belongs to the run.
+    """
 
     recipe: str = "default"  # its name; part of the run folder's name
     lr: float | None = None  # peak learning rate; null: that of the task
@@ -107,7 +110,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, PluginConfig]]:
             yield from _parts(f"{path}.{name}", part)
 
 
-# --- set-up ----------------------------------------------------------------------------------
+# --- set-up ---------------------------------------------------------------------------------------
 
 
 def setup(overrides: Sequence[str] = ()) -> None:
@@ -141,7 +144,10 @@ def plugin_folders(overrides: Sequence[str]) -> list[Path]:
 
 
 def conf_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[Path]:
-    """Where YAML files are looked for: the project's conf/, those of plugin folders, --config-dir."""
+    """Where YAML files are looked for.
+
+    The project's conf/, those of plugin folders, --config-dir.
+    """
     found = [CONF, *(f / "conf" for f in plugin_folders(overrides) if (f / "conf").is_dir())]
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
@@ -203,7 +209,7 @@ def expand(overrides: Sequence[str]) -> list[str]:
     return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides]
 
 
-# --- composition -----------------------------------------------------------------------------
+# --- composition ----------------------------------------------------------------------------------
 
 
 def compose(
@@ -318,9 +324,7 @@ def from_container(node: dict[str, Any]) -> Root:
     known = [f.name for f in fields(Root)]
     unknown = [k for k in node if k not in known]
     if unknown:
-        raise ConfigError(
-            *(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown)
-        )
+        raise ConfigError(*(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown))
     return Root(**{k: registry.typed(v) for k, v in node.items()})
 
 
@@ -335,7 +339,7 @@ def to_container(root: Any) -> Any:
     return root
 
 
-# --- on top of an earlier run ----------------------------------------------------------------
+# --- on top of an earlier run ---------------------------------------------------------------------
 
 
 def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
@@ -358,7 +362,9 @@ def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
             was, now = getattr(result, top), getattr(composed, top)
             if rest and type(was) is not type(now):
                 chosen = was.plugin.partition("/")[2] if was else "null"
-                problems.append(f"{override}: the run has {top}={chosen}, which has no such setting")
+                problems.append(
+                    f"{override}: the run has {top}={chosen}, which has no such setting"
+                )
             else:
                 result = replace(result, **{top: _with(was, now, rest.split(".")) if rest else now})
     if problems:

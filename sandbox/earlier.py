@@ -23,7 +23,8 @@ def find_run(out: str, named: str | None) -> Path:
         folder = Path(named)
         if not Run(folder).config_file.is_file():
             raise ConfigError(
-                f"task.run={named}: no run there (it has no config.yaml); there is {_some(Path(out))}"
+                f"task.run={named}: no run there (it has no config.yaml); there is "
+                + _some(Path(out))
             )
         task = _task(folder)
         if task != TRAINED_BY:
@@ -61,7 +62,9 @@ def choices(overrides: Sequence[str]) -> list[str]:
     plugin = config.chosen_plugin("task", said.get("task", "train"))
     if plugin is None or plugin.config is None or not plugin.config().uses_run():  # type: ignore[attr-defined]
         return []
-    named, out = (said.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out)))
+    named, out = (
+        said.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out))
+    )
     try:
         root = read_root(find_run(out, None if named == "null" else named))
     except (ConfigError, StorageError):

@@ -57,7 +57,10 @@ def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None 
             checkpoint.export_weights(first_stage.state_dict(), path)
         if kept:
             _keep(path, kept)
-    load_weights(first_stage, kept or path)
+    try:
+        load_weights(first_stage, kept or path)
+    except StorageError as e:
+        raise StorageError(f"{e}; it is only kept to save time: delete {path}") from e
 
 
 def _keep(path: Path, kept: Path) -> None:

@@ -324,8 +324,8 @@ _lock = threading.Lock()
 def _starting(preload: Sequence[str]) -> Iterator[None]:
     """Inside the block multiprocessing starts processes as ranks want them.
 
-    They do not run the user's script again, which need not be guarded by `__name__`, and have the
-    platform's start method for their data workers, also below joblib, whose own they do not know.
+    They do not run the user's script again, which need not be guarded by `__name__`, and are not
+    told of joblib's start method, which they do not know.
     """
     with _lock:
         _serve(preload)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import config, registry
-from sandbox.config import GROUPS, Root
+from sandbox.config import GROUPS
 from sandbox.contracts import ConfigError, PluginError
 from sandbox.wiring import REQUIRED, wire
 
@@ -80,7 +80,7 @@ def first_line(text: str) -> str:
     return lines[0] if lines else "cannot be read"
 
 
-# --- the words of the command line -----------------------------------------------------------
+# --- the words of the command line ----------------------------------------------------------------
 
 
 def _top(override: str) -> str:
@@ -96,9 +96,7 @@ def _value(override: str) -> str:
     return override.partition("=")[2]
 
 
-def _readable(
-    overrides: Sequence[str], multirun: bool = False
-) -> list[tuple[str, str | None]]:
+def _readable(overrides: Sequence[str], multirun: bool = False) -> list[tuple[str, str | None]]:
     """Each override with what is wrong with its spelling; words that a shell split are joined."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -163,7 +161,7 @@ def _spelling(words: str) -> str:
     )
 
 
-# --- groups ----------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 def _is_group(override: str, folders: Sequence[Path]) -> bool:
@@ -206,7 +204,7 @@ def _option_problem(group: str, name: str, known: list[str]) -> str | None:
     return f"{group}={name}: no such option{registry.nearest(name, known)}{null}"
 
 
-# --- settings --------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def _value_problem(override: str, cfg: Any) -> str | None:
@@ -316,7 +314,7 @@ def _none(override: str) -> str:
     return "; an empty value is written null" if _value(override) == "None" else ""
 
 
-# --- files -----------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def _in_file(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -> str:
@@ -344,7 +342,7 @@ def _in_file(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -
 
 
 def _chosen_file(word: str, groups: Sequence[str], folders: Sequence[Path]) -> str:
-    """"FILE: " of the chosen file in which `word` is; empty where it is in none."""
+    """The chosen file in which `word` is, and a colon; empty where it is in none."""
     for override in groups:
         for path in (f / _key(override) / f"{_value(override)}.yaml" for f in folders):
             if path.is_file() and word in path.read_text(encoding="utf-8"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
+import multiprocessing
 import os
 import pickle
 import re
@@ -289,8 +290,9 @@ def _meeting(meeting: str) -> str:
         return meeting
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    slurm = SLURMEnvironment(auto_requeue=False)
-    return f"tcp://{slurm.main_address}:{slurm.main_port}"
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_NODELIST"]
+    port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000
+    return f"tcp://{SLURMEnvironment.resolve_root_node_address(nodes)}:{port}"
 
 
 def serve_outside(order: Order) -> Any:
@@ -321,6 +323,8 @@ def serve(order: Order, word: Connection, orders: Connection, streams: list[Conn
             stream.close()
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         faulthandler.enable()
+        # For data workers; a forked rank would have "forkserver".
+        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
         threading.Thread(target=_obey, args=(orders, rank, order.folder), daemon=True).start()
         try:
             word.send_bytes(pickle.dumps({"result": work(order, rank)}))

@@ -1,14 +1,15 @@
-"""The plugin registry: one file, one decorator, a `Config` that is read without importing the file.
+"""The plugin registry: one file, one decorator, a `Config` that is read without importing the
+file.
 
-`discover` parses plugin files (ast), takes the nested `Config` class and the module-level names that it uses, and
-stores it in Hydra's ConfigStore. Nothing heavy is imported until `create` is asked for a plugin; a broken plugin
-breaks only itself. When the plugin is imported later, `register` puts the classes that were read in place of the
-module's own, so that there is one class for each Config.
+`discover` parses plugin files (ast), takes the nested `Config` class and the module-level names
+that it uses, and stores it in Hydra's ConfigStore. Nothing heavy is imported until `create` is
+asked for a plugin; a broken plugin breaks only itself. When the plugin is imported later,
+`register` puts the classes that were read in place of the module's own, so that there is one class
+for each Config.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
 import importlib
@@ -24,11 +25,11 @@ from types import ModuleType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
+from sandbox.reading import first_line, line_in, read
 
 ENTRY_POINTS = "sandbox.plugins"
 NOT_GROUPS = ("conf", "tests")  # what a folder of plugins may hold besides them
 SHOWN = 12  # names in a message; of more, --help has the list
-LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
 
 T = TypeVar("T", bound=type)
 
@@ -47,7 +48,9 @@ class Plugin:
     config: type[PluginConfig] | None = None
     error: str | None = None
     helpers: tuple[type, ...] = ()  # other classes that were read with the Config
-    stamp: tuple[int, int] | None = None  # (time, size) of the file when it was read; None: registered by live code
+    stamp: tuple[int, int] | None = (
+        None  # (time, size) of the file when it was read; None: registered by live code
+    )
 
     @property
     def key(self) -> str:
@@ -62,7 +65,7 @@ _plugins: dict[str, Plugin] = {}
 _classes: dict[str, type] = {}
 
 
-# --- the decorator ------------------------------------------------------------------------------------------
+# --- the decorator --------------------------------------------------------------------------------
 
 
 def register(group: str, name: str) -> Callable[[T], T]:
@@ -82,27 +85,33 @@ def register(group: str, name: str) -> Callable[[T], T]:
         else:
             if not is_dataclass(getattr(cls, "Config", None)):
                 raise PluginError(f"{key}: {cls.__name__} needs a nested dataclass named Config")
-            _add(Plugin(group, name, cls.__module__, path, _first_line(cls.__doc__), cls.Config))  # type: ignore[attr-defined]
+            _add(Plugin(group, name, cls.__module__, path, first_line(cls.__doc__), cls.Config))  # type: ignore[attr-defined]
         _classes[key] = cls
         return cls
 
     return file
 
 
-# --- discovery ----------------------------------------------------------------------------------------------
+# --- discovery ------------------------------------------------------------------------------------
 
 
 def discover(folder: Path, package: str | None, group: str = "") -> None:
-    """Reads every plugin file below `folder` without importing it; again only where a file has changed.
+    """Reads every plugin file below `folder` without importing it; again only where a file has
+    changed.
 
-    `package` is the import name of the folder, None for a folder outside the import path; `group` is put in front of
-    the subfolder's name. Files and folders whose names start with "_" or "." hold helpers and are passed over, as are
-    `conf` and `tests`. Raises PluginError where a name is taken by another file.
+    `package` is the import name of the folder, None for a folder outside the import path; `group`
+    is put in front of the subfolder's name. Files and folders whose names start with "_" or "."
+    hold helpers and are passed over, as are `conf` and `tests`. Raises PluginError where a name is
+    taken by another file.
     """
     prefix = package or _package_of(folder)
     for path in sorted(folder.rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
-        if any(p[0] in "_." for p in parts) or parts[0] in NOT_GROUPS or not (group or len(parts) > 1):
+        if (
+            any(p[0] in "_." for p in parts)
+            or parts[0] in NOT_GROUPS
+            or not (group or len(parts) > 1)
+        ):
             continue
         where = "/".join((*([group] if group else []), *parts[:-1]))
         known, path = _plugins.get(f"{where}/{parts[-1]}"), path.resolve()
@@ -111,14 +120,15 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
         stat = path.stat()
         stamp = (stat.st_mtime_ns, stat.st_size)
         if known is None or known.stamp not in (None, stamp):
-            found = _read(path, ".".join((prefix, *parts)), where, parts[-1])
-            found.stamp = stamp
-            _forget(found)
-            _add(found)
+            module = ".".join((prefix, *parts))
+            said = read(path, module, where, parts[-1])
+            plugin = Plugin(where, parts[-1], module, path, **vars(said), stamp=stamp)
+            _forget(plugin)
+            _add(plugin)
 
 
 def _package_of(folder: Path) -> str:
-    """The import name of a folder outside the import path, so that its files import like any other module."""
+    """The import name of a folder outside the import path; its files import like any module."""
     name = "plugin_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     if name not in sys.modules:
         sys.modules[name] = package = ModuleType(name)
@@ -133,19 +143,26 @@ def _forget(plugin: Plugin) -> None:
 
 
 def discover_entry_points() -> None:
-    """Reads the plugin folders that installed distributions name in the entry-point group `sandbox.plugins`.
+    """Reads the plugin folders that installed distributions name in the entry-point group
+    `sandbox.plugins`.
 
-    A distribution whose folder is not there is passed over with a warning: nothing can have been chosen from it.
+    A distribution whose folder is not there is passed over with a warning: nothing can have been
+    chosen from it.
     """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         top, *rest = point.value.split(".")
         spec = importlib.util.find_spec(top)  # the top package alone: nothing is imported
-        folder = Path(spec.submodule_search_locations[0], *rest) if spec and spec.submodule_search_locations else None
+        folder = (
+            Path(spec.submodule_search_locations[0], *rest)
+            if spec and spec.submodule_search_locations
+            else None
+        )
         if folder and folder.is_dir():
             discover(folder, point.value)
         else:
             log.warning(
-                "entry point %s=%s of %s: there is no such folder; reinstall or remove its distribution",
+                "entry point %s=%s of %s: there is no such folder; reinstall or remove its "
+                "distribution",
                 point.name, point.value, ENTRY_POINTS,
             )  # fmt: skip
 
@@ -159,7 +176,9 @@ def _add(plugin: Plugin) -> None:
     else:
         node = plugin.config(plugin=plugin.key)
         package = f"callbacks.{plugin.name}" if plugin.group == "callbacks" else None
-        ConfigStore.instance().store(plugin.name, node, plugin.group, package, provider=plugin.place)
+        ConfigStore.instance().store(
+            plugin.name, node, plugin.group, package, provider=plugin.place
+        )
 
 
 def _unstore(plugin: Plugin) -> None:
@@ -176,130 +195,7 @@ def _twice(key: str, first: str, second: str) -> str:
     return f"plugin {key} is there twice: in {first} and in {second}; rename or remove one"
 
 
-# --- static reading -----------------------------------------------------------------------------------------
-
-
-def _read(path: Path, module: str, group: str, name: str) -> Plugin:
-    plugin = Plugin(group, name, module, path)
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-        cls = _registered_class(tree, group, name)
-        plugin.doc = _first_line(ast.get_docstring(cls)) or _first_line(ast.get_docstring(tree))
-        plugin.config, plugin.helpers = _config_class(tree, cls, module, path)
-    except SyntaxError as e:
-        plugin.error = f"{path}:{e.lineno}: {e.msg}"
-    except (OSError, ValueError) as e:  # no access, not UTF-8, a null byte
-        plugin.error = f"{path}:1: cannot be read ({e})"
-    except _Unreadable as e:
-        plugin.error = f"{path}:{e.args[1]}: {e.args[0]}"
-    return plugin
-
-
-class _Unreadable(Exception):
-    """(reason, line)"""
-
-
-def _registered_class(tree: ast.Module, group: str, name: str) -> ast.ClassDef:
-    for node in tree.body:
-        for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("register"):
-                said = tuple(a.value for a in decorator.args if isinstance(a, ast.Constant))
-                if said != (group, name):
-                    raise _Unreadable(
-                        f"registers {said}, but its place says @register({group!r}, {name!r})", node.lineno
-                    )
-                return node  # type: ignore[return-value]
-    raise _Unreadable(f"no class has the decorator @register({group!r}, {name!r})", 1)
-
-
-def _config_class(
-    tree: ast.Module, cls: ast.ClassDef, module: str, path: Path
-) -> tuple[type[PluginConfig], tuple[type, ...]]:
-    """Executes the Config class with the module-level statements that it needs, and nothing else."""
-    config = next((n for n in cls.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
-    if config is None:
-        raise _Unreadable(f"{cls.name} needs a nested dataclass named Config", cls.lineno)
-    needed = _closure(tree, config)
-    body = [n for n in tree.body if n in needed] + [config]
-    space: dict[str, Any] = {"__name__": module, "__file__": str(path)}
-    try:
-        exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
-    except Exception as e:  # the plugin's own code: whatever it raises disables this plugin alone
-        line = _line_in(path, e) or config.lineno
-        raise _Unreadable(f"Config cannot be read: {type(e).__name__}: {e}", line) from e
-    made = space["Config"]
-    if not (isinstance(made, type) and is_dataclass(made) and issubclass(made, PluginConfig)):
-        raise _Unreadable("Config must be a dataclass derived from a Config of sandbox.contracts", config.lineno)
-    made.__qualname__ = f"{cls.name}.Config"
-    _check_defaults(made, config.lineno)
-    helpers = tuple(space[n.name] for n in body if isinstance(n, ast.ClassDef) and n is not config)
-    return made, helpers
-
-
-def _check_defaults(config: type[PluginConfig], line: int) -> None:
-    """Raises _Unreadable for a Config that Hydra cannot hold: a field without a default, or of a type it does not know."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        OmegaConf.structured(config())
-    except (TypeError, NameError, ValueError, OmegaConfBaseException) as e:
-        raise _Unreadable(f"Config cannot be used: {_first_line(str(e))}", line) from e
-
-
-def _closure(tree: ast.Module, config: ast.ClassDef) -> set[ast.stmt]:
-    """Module-level statements that define the names that `config` uses, transitively; all of a name, in their order."""
-    defined: dict[str, list[ast.stmt]] = {}
-    for node in tree.body:
-        for name in _defines(node):
-            defined.setdefault(name, []).append(node)
-    needed: set[ast.stmt] = set()
-    todo: list[ast.stmt] = [config]
-    while todo:
-        for name in _uses(todo.pop()):
-            for node in defined.get(name, ()):
-                if node not in needed:
-                    if isinstance(node, ast.Import | ast.ImportFrom):
-                        _check_light(node, name)
-                    needed.add(node)
-                    todo.append(node)
-    return needed
-
-
-def _check_light(node: ast.Import | ast.ImportFrom, name: str) -> None:
-    if isinstance(node, ast.ImportFrom):
-        sources = ["." * node.level + (node.module or "")]
-    else:
-        sources = [a.name for a in node.names]
-    heavy = [s for s in sources if not {s, s.partition(".")[0]} & LIGHT_IMPORTS]
-    if heavy:
-        raise _Unreadable(
-            f"Config uses {name}, which comes from {', '.join(heavy)}; a Config may use the "
-            "standard library and sandbox.contracts only",
-            node.lineno,
-        )
-
-
-def _defines(node: ast.stmt) -> Iterator[str]:
-    if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "module", "") != "__future__":
-        yield from ((a.asname or a.name).split(".")[0] for a in node.names)
-    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-        yield node.name
-    elif isinstance(node, ast.Assign):
-        yield from (n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
-    elif isinstance(node, ast.AnnAssign | ast.AugAssign) and isinstance(node.target, ast.Name):
-        yield node.target.id
-
-
-def _uses(node: ast.AST) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
-
-
-# --- looking up ---------------------------------------------------------------------------------------------
+# --- looking up -----------------------------------------------------------------------------------
 
 
 def plugins(group: str | None = None) -> list[Plugin]:
@@ -312,7 +208,10 @@ def groups() -> list[str]:
 
 
 def find(key: str) -> Plugin:
-    """The plugin `group/name`. Raises PluginError with the nearest name, or with why it cannot be read."""
+    """The plugin `group/name`.
+
+    Raises PluginError with the nearest name, or with why it cannot be read.
+    """
     plugin = _plugins.get(key)
     if plugin is None:
         group, _, name = key.rpartition("/")
@@ -327,7 +226,7 @@ def find(key: str) -> Plugin:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """"; did you mean X?" or what there is."""
+    """What to say after an unknown name: the nearest one, or those that there are."""
     words = sorted(words)
     close = difflib.get_close_matches(word, words, 1, 0.65)
     if close:
@@ -337,15 +236,23 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def plugin_class(key: str) -> type:
-    """The class of the plugin `group/name`, imported now. Raises PluginError with the plugin's own error."""
+    """The class of the plugin `group/name`, imported now.
+
+    Raises PluginError with the plugin's own error.
+    """
     if key not in _classes:
         plugin = find(key)
         try:
             importlib.import_module(plugin.module)
         except PluginError:
             raise
-        except Exception as e:  # third-party code at import: any error is that plugin's, and is said
-            raise PluginError(f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: {type(e).__name__}: {e}") from e
+        except (
+            Exception
+        ) as e:  # third-party code at import: any error is that plugin's, and is said
+            raise PluginError(
+                f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: "
+                f"{type(e).__name__}: {e}"
+            ) from e
     return _classes[key]
 
 
@@ -353,18 +260,8 @@ def _where(error: BaseException, plugin: Plugin) -> str:
     """file:line of the plugin where its import failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
-    line = _line_in(plugin.path, error)
+    line = line_in(plugin.path, error)
     return f"{plugin.place}:{line}" if line else plugin.place
-
-
-def _line_in(path: Path | None, error: BaseException) -> int:
-    """The last line of the file `path` on the way to an error; 0 where it was not there."""
-    line, trace = 0, error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
 
 
 def create(cfg: PluginConfig) -> Any:
@@ -372,7 +269,7 @@ def create(cfg: PluginConfig) -> Any:
     return plugin_class(cfg.plugin)(cfg)
 
 
-# --- Configs out of plain containers ------------------------------------------------------------------------
+# --- Configs out of plain containers --------------------------------------------------------------
 
 
 def default(group: str, name: str) -> PluginConfig:
@@ -383,7 +280,8 @@ def default(group: str, name: str) -> PluginConfig:
 
 
 def typed(node: Any) -> Any:
-    """Plain containers (a resolved YAML) -> Config objects; a dict with a `plugin` entry becomes that plugin's Config.
+    """Plain containers (a resolved YAML) -> Config objects; a dict with a `plugin` entry becomes
+    that plugin's Config.
 
     Raises PluginError for unknown plugins, ConfigError for fields that the Config does not have.
     """
@@ -398,7 +296,12 @@ def typed(node: Any) -> Any:
     names = [f.name for f in fields(plugin.config)]
     unknown = [k for k in node if k not in names and k != "defaults"]
     if unknown:
-        raise ConfigError(*(f"{plugin.group}.{k}: {plugin.key} has no such setting{nearest(k, names)}" for k in unknown))
+        raise ConfigError(
+            *(
+                f"{plugin.group}.{k}: {plugin.key} has no such setting{nearest(k, names)}"
+                for k in unknown
+            )
+        )
     return tuples(plugin.config(**{k: typed(v) for k, v in node.items()}))
 
 
@@ -409,7 +312,9 @@ def tuples(config: Any) -> Any:
     changes = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, list) and any(get_origin(t) is tuple for t in kinds(type(config))[f.name]):
+        if isinstance(value, list) and any(
+            get_origin(t) is tuple for t in kinds(type(config))[f.name]
+        ):
             changes[f.name] = _tuple(value)
         elif is_dataclass(value):
             changes[f.name] = tuples(value)
@@ -426,11 +331,17 @@ def _tuple(value: Any) -> Any:
 def kinds(config: type) -> dict[str, tuple[Any, ...]]:
     """Field -> the types that it may have: `int | None` is (int, NoneType)."""
     hints = get_type_hints(config)
-    return {k: get_args(v) if isinstance(v, UnionType) or get_origin(v) is Union else (v,) for k, v in hints.items()}
+    return {
+        k: get_args(v) if isinstance(v, UnionType) or get_origin(v) is Union else (v,)
+        for k, v in hints.items()
+    }
 
 
 def misshapen(config: Any) -> Iterator[str]:
-    """What OmegaConf's types let pass: tuples of a wrong length, and the word None, which is only a text there."""
+    """What OmegaConf's types let pass.
+
+    Tuples of a wrong length, and the word None, which is only a text there.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
         for kind in kinds(type(config))[f.name]:

@@ -67,9 +67,7 @@ def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | Non
 
 
 @cache
-def _without_recipes(
-    own: tuple[str, ...], config: str, config_dir: str | None
-) -> dict[str, Any]:
+def _without_recipes(own: tuple[str, ...], config: str, config_dir: str | None) -> dict[str, Any]:
     """What stands under `hydra` with the overrides of the command line that are about it alone."""
     from omegaconf import OmegaConf
 
@@ -88,7 +86,11 @@ def _settings(hydra: dict[Any, Any]) -> dict[Any, Any]:
 
 def _calls(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every key that something would call."""
-    items = node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else ())
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node if isinstance(node, list) else ())
+    )
     for key, value in items:
         here = f"{path}.{key}" if path else str(key)
         if key in CALLED:

@@ -19,7 +19,7 @@ from sandbox.config import GROUPS, Root, conf_folders
 HEAD = """\
 Latent video sandbox: trains, samples and scores latent diffusion models of images and video.
 
-  python run.py                                          text to video on real digits, about two minutes
+  python run.py                                          text to video on real digits: two minutes
   python run.py backbone=dit vae=magvit -m lr=1e-5,2e-6  a sweep (-m): one run for each value
   python run.py experiment=NAME                          a recipe
   python run.py task=sample 'prompts=[a red 3 moving left]'
@@ -72,7 +72,7 @@ def _chosen(overrides: Sequence[str], config_dir: str | None, width: int) -> Ite
 
 
 def _settings(cfg: Any) -> Iterator[str]:
-    """"name=default" as one types it."""
+    """Each setting as one types it: name=value."""
     words = {None: "null", True: "true", False: "false"}
     for f in fields(cfg):
         if f.name not in (*GROUPS, "plugin"):

@@ -1,6 +1,7 @@
-"""Does everything agree? From a Root to a checked, complete Wiring, in plain Python and before anything heavy starts.
+"""Does everything agree? From a Root to a checked, complete Wiring, before anything heavy starts.
 
-All problems are found together. Each line names both sides' settings and numbers and the nearest values that work.
+All problems are found together. Each line names both sides' settings and numbers and the nearest
+values that work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from sandbox.contracts import Clip, ConfigError, Misfit, PluginConfig, Slots
 
 @dataclass(frozen=True)
 class Wiring:
-    """A configuration whose parts agree. `root` is complete: no number is left to another component."""
+    """A configuration whose parts agree.
+
+    `root` is complete: no number is left to another component.
+    """
 
     root: Root
     clips: tuple[Clip, ...]  # every size of a batch, in pixels
@@ -32,7 +36,9 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
     `unasked`: groups and settings whose problems are known already; nothing more is asked of them.
     """
     if root.task is not None and root.vae is not None:
-        missing = {k: v for k, v in root.task.defaults(root.vae).items() if getattr(root, k) is None}
+        missing = {
+            k: v for k, v in root.task.defaults(root.vae).items() if getattr(root, k) is None
+        }
         root = replace(root, **missing)
     absent = {g for g in REQUIRED if getattr(root, g) is None} - unasked
     found = [p for p in root.problems() if re.split(r"\W", p)[0] not in unasked]
@@ -55,8 +61,10 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
     return wiring
 
 
-REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance", "optimizer",
-            "lr_schedule", "ema", "trainer", "checkpoint", "resume", "kernels")  # fmt: skip
+REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler",
+            "guidance", "optimizer", "lr_schedule", "ema", "trainer", "checkpoint", "resume",
+            "kernels")  # fmt: skip
+CHANGE = "change a setting of one of them, or choose another (task=plugins lists what each takes)"
 
 
 @dataclass
@@ -95,8 +103,9 @@ class _Check:
         run = getattr(self.root.resume, "run", None)
         if self.sound("resume") and run is not None and self.root.init_from is not None:
             self.say(
-                f"init_from={self.root.init_from} and resume.run={run}: resuming goes on with the weights, optimizer "
-                "and step of that run, init_from begins a new run at step 0 with other weights; give one of them"
+                f"init_from={self.root.init_from} and resume.run={run}: resuming goes on with the "
+                "weights, optimizer and step of that run, init_from begins a new run at step 0 "
+                "with other weights; give one of them"
             )
 
     def schedule(self) -> None:
@@ -107,7 +116,12 @@ class _Check:
             if self.sound(part):
                 cfg = getattr(self.root, part)
                 schedule = self.root.schedule
-                self.say(*(_of(part, cfg, p, f" (schedule={_name(schedule)})") for p in cfg.accepts(schedule)))
+                self.say(
+                    *(
+                        _of(part, cfg, p, f" (schedule={_name(schedule)})")
+                        for p in cfg.accepts(schedule)
+                    )
+                )
 
     def fields(self) -> None:
         """What conditioning reads against what the data provide."""
@@ -117,13 +131,14 @@ class _Check:
         lacking = conditioning.needs() - data.provides()
         if lacking:
             self.say(
-                f"conditioning={_name(conditioning)} needs {_list(lacking)}, but data={_name(data)} provides "
-                f"{_list(data.provides())}: use " + _options("conditioning", lambda c: c.needs() <= data.provides())
-                + ", or other data"
+                f"conditioning={_name(conditioning)} needs {_list(lacking)}, but "
+                f"data={_name(data)} provides "
+                f"{_list(data.provides())}: use "
+                + _options("conditioning", lambda c: c.needs() <= data.provides())
             )
 
     def metric(self, root: Root) -> Root:
-        """The metric of the data where none was chosen; else what it needs against what the data provide."""
+        """The metric of the data where none is chosen; else its needs against what data have."""
         if not self.sound("data"):
             return root
         if root.metric is None and root.data.metric():
@@ -132,7 +147,8 @@ class _Check:
             lacking = root.metric.needs() - root.data.provides()
             if lacking:
                 self.say(
-                    f"metric={_name(root.metric)} needs {_list(lacking)}, but data={_name(root.data)} provides "
+                    f"metric={_name(root.metric)} needs {_list(lacking)}, but "
+                    f"data={_name(root.data)} provides "
                     f"{_list(root.data.provides())}: use metric=null"
                 )
             for clip in root.data.clips():
@@ -140,45 +156,51 @@ class _Check:
         return root
 
     def sizes(self, clip: Clip) -> tuple[Clip, Clip] | None:
-        """(latents, grid) of a clip, through the first stage and the backbone; None where it does not fit.
+        """(latents, grid) of a clip; None where first stage or backbone do not take it.
 
-        Each of the clip's numbers that does not fit is named with the nearest that do; the next is looked for as if it
-        had that value.
+        Each of the clip's numbers that does not fit is named with the nearest that do; the next is
+        looked for as if it had that value.
         """
         vae, backbone = self.root.vae, self.root.backbone
         if not self.sound("data", "vae"):
             return None
-        fitting, with_backbone = clip, self.sound("backbone")
+        fitting, first, with_backbone = clip, None, self.sound("backbone")
         for _ in range(3):  # frames, height, width
             z = None
             try:
                 z = vae.latents(fitting)
+                first = first or z
                 if with_backbone:
                     grid = backbone.grid(z)
                     return (z, grid) if fitting == clip else None
                 return None
             except Misfit as e:
                 near = self.near(fitting, e.field)
-                size, use = getattr(clip, e.field), [f"data.{e.field}={v}" for v in near]
-                cure = f": use {' or '.join(use)}" if use else ""
-                if z is None:
-                    self.say(f"data.{e.field}={size} does not fit vae={_name(vae)}, which wants {e.rule}{cure}")
-                else:
-                    self.say(
-                        f"data.{e.field}={size}: clips of {clip} become latents of {z} with vae={_name(vae)}, and "
-                        f"{e.field} {e.value} does not fit backbone={_name(backbone)}, which wants {e.rule}{cure}"
-                    )
+                self.say(self.misfit(clip, first if z else None, e, near))
                 if not near:
                     return None
                 fitting = replace(fitting, **{e.field: near[-1]})
             except ConfigError as e:
-                part, cfg, size = ("vae", vae, clip) if z is None else ("backbone", backbone, z)
-                self.say(*(_of(part, cfg, p, f" (it gets clips of {size})") for p in e.problems))
+                part, cfg, size = ("backbone", backbone, z) if z else ("vae", vae, clip)
+                why = f" (it gets clips of {size})"
+                self.say(*(_of(part, cfg, p, why) for p in e.problems))
                 return None
         return None
 
+    def misfit(self, clip: Clip, z: Clip | None, e: Misfit, near: list[int]) -> str:
+        """A number of `clip` that does not fit the first stage or, with latents `z`, backbone."""
+        size, vae = f"data.{e.field}={getattr(clip, e.field)}", f"vae={_name(self.root.vae)}"
+        use = " or ".join(f"data.{e.field}={v}" for v in near)
+        cure = f": use {use}" if use else ""
+        if z is None:
+            return f"{size} does not fit {vae}, which wants {e.rule}{cure}"
+        return (
+            f"{size}: clips of {clip} become latents of {z} with {vae}, and {e.field} {e.value} "
+            f"does not fit backbone={_name(self.root.backbone)}, which wants {e.rule}{cure}"
+        )
+
     def near(self, clip: Clip, field: str) -> list[int]:
-        """The nearest values of `field`, below and above, with which it goes through first stage and backbone."""
+        """The nearest values of `field`, below and above, that first stage and backbone take."""
         if field == "channels":
             return []
 
@@ -201,8 +223,10 @@ class _Check:
         over = next((v for v in range(value + 1, 4 * value + 65) if fits(v)), None)
         return [v for v in (below, over) if v is not None]
 
-    def told(self, root: Root, clips: tuple[Clip, ...], grids: list[Clip]) -> tuple[Root, tuple[Slots, ...]]:
-        """Slots offered against slots taken and needed; then the numbers that components decide for one another."""
+    def told(
+        self, root: Root, clips: tuple[Clip, ...], grids: list[Clip]
+    ) -> tuple[Root, tuple[Slots, ...]]:
+        """Slots offered against slots taken, then the numbers that others decide."""
         if not self.sound("conditioning", "schedule", "backbone"):
             return root, ()
         conditioning, backbone, slots = root.conditioning, root.backbone, []
@@ -220,8 +244,9 @@ class _Check:
                 backbone = backbone.wired(grid, slots[-1], outputs)
             except ConfigError as e:
                 why = (
-                    f" (vae={_name(root.vae)} gives latents of {grid}, conditioning={_name(conditioning)} offers "
-                    f"{_slots(slots[-1])}, schedule={_name(root.schedule)} wants {outputs} output(s) a channel); "
+                    f" (vae={_name(root.vae)} gives latents of {grid}, "
+                    f"conditioning={_name(conditioning)} offers {_slots(slots[-1])}, "
+                    f"schedule={_name(root.schedule)} wants {outputs} output(s) a channel); "
                     "null takes what is needed"
                 )
                 self.say(*(_of("backbone", backbone, p, why) for p in e.problems))
@@ -234,19 +259,19 @@ class _Check:
         ignored = slots.names() - backbone.takes()
         if ignored:
             self.say(
-                f"{told} offers {_list(ignored)}, but {network} takes {_list(backbone.takes())} with these settings: "
-                f"change a setting of one of them, or choose another (task=plugins lists what each takes)"
+                f"{told} offers {_list(ignored)}, but {network} takes {_list(backbone.takes())} "
+                f"with these settings: {CHANGE}"
             )
         lacking = backbone.needs() - slots.names()
         if lacking:
             self.say(
-                f"{network} needs {_list(lacking)} with these settings, but {told} offers {_list(slots.names())}: "
-                f"change a setting of one of them, or choose another (task=plugins lists what each takes)"
+                f"{network} needs {_list(lacking)} with these settings, but {told} offers "
+                f"{_list(slots.names())}: {CHANGE}"
             )
 
 
 def _of(part: str, cfg: PluginConfig, problem: str, why: str = "") -> str:
-    """A problem that a Config names by one of its settings, or by its own name, as the user types either."""
+    """A problem that a Config names by a setting, or by its own name, as the user types it."""
     name, rest = re.match(r"(\w*)(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]
     if name == _name(cfg):
         return f"{part}={name}{rest}{why}"
@@ -271,17 +296,18 @@ def _list(names: frozenset[str] | set[str]) -> str:
 
 
 def _slots(slots: Slots) -> str:
-    return ", ".join(f"{n}={getattr(slots, n)}" for n in sorted(slots.names() - slots.scalars)) or "nothing"
+    return (
+        ", ".join(f"{n}={getattr(slots, n)}" for n in sorted(slots.names() - slots.scalars))
+        or "nothing"
+    )
 
 
 def _options(group: str, works: Callable[[Any], bool]) -> str:
-    """"a or b": the plugins of a group whose defaults work."""
+    """The plugins of a group whose defaults work: a=x or a=y."""
 
     def candidates() -> Iterator[str]:
         for p in registry.plugins(group):
             if p.config and works(p.config(plugin=p.key)):
                 yield f"{group}={p.name}"
 
-    return " or ".join(candidates()) or "other data"
-
-
+    return " or ".join([*candidates(), "other data"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sandbox import registry
-from sandbox.contracts import Batch, Clip, Conditions, DataError, Items, Slots
+from sandbox.contracts import Batch, Clip, Conditions, DataConfig, DataError, Items, Slots
 from sandbox.randomness import Keyed
 from sandbox.wiring import Wiring
 
@@ -67,27 +68,31 @@ def conditions(slots: Slots, grid: Clip, count: int = 2, seed: int = 1) -> Condi
     )
 
 
-def items_of(cfg: Any, split: str, folder: Path) -> tuple[Any, Items]:
-    """A data source and one of its splits; data that are read get clips in `folder`."""
-    from dataclasses import replace
+def items_of(cfg: DataConfig, split: str, folder: Path) -> tuple[Any, Items]:
+    """A data source and one of its splits; data that are read get clips below `folder`."""
+    source = registry.create(with_clips(cfg, folder))
+    return source, source.split(split)
 
-    source = registry.create(cfg)
+
+def with_clips(cfg: DataConfig, folder: Path) -> DataConfig:
+    """`cfg` with a root below `folder` that holds clips for it, where it reads files."""
     try:
-        return source, source.split(split)
+        registry.create(cfg).split("train")
+        return cfg
     except DataError:
-        write_clips(folder, cfg)
-        source = registry.create(replace(cfg, root=str(folder)))
-        return source, source.split(split)
+        frames = cfg.frames * getattr(cfg, "stride", 1)
+        root = folder / f"clips_{frames}x{cfg.height}x{cfg.width}"
+        if not root.exists():
+            write_clips(root, Clip(3, frames + 3, cfg.height, cfg.width))
+        return replace(cfg, root=str(root))
 
 
-def write_clips(folder: Path, cfg: Any) -> None:
-    """Videos with captions, four to train on and two to validate, a little longer than needed."""
+def write_clips(folder: Path, size: Clip) -> None:
+    """Videos with captions, four to train on and two to validate."""
     from sandbox.media import write_video
 
-    size = Clip(3, cfg.frames + 3, cfg.height, cfg.width)
     for i in range(6):
         path = folder / ("train" if i < 4 else "val") / f"{i}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_video(path, video(size, 1, seed=i)[0], 8.0)
-            path.with_suffix(".txt").write_text(WORDS[i % 3])
+        write_video(path, video(size, 1, seed=i)[0], 8.0)
+        path.with_suffix(".txt").write_text(WORDS[i % 3])

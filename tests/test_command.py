@@ -12,7 +12,8 @@ import pytest
 
 from sandbox import config
 from sandbox.contracts import ConfigError
-from sandbox.main import _main, jobs, main, parse
+from sandbox.main import _main, main, parse
+from sandbox.multirun import jobs
 
 HOME = config.HOME
 PROBE = '''
@@ -167,7 +168,9 @@ def counted(*words: str, **env: str) -> tuple[str, str, list[str]]:
         (["-m", "lr=1e-5,abc"], "2", "job 1: lr=abc: want a number or null"),
     ],
 )
-def test_what_needs_no_training_answers_without_heavy_imports(tmp_path, monkeypatch, words, code, says):
+def test_what_needs_no_training_answers_without_heavy_imports(
+    tmp_path, monkeypatch, words, code, says
+):
     monkeypatch.chdir(tmp_path)
     text, left, heavy = counted(*words)
     assert says in text
@@ -240,7 +243,10 @@ def test_a_bug_shows_its_traceback_and_says_that_it_is_one(here, capsys):
 
 
 def test_secrets_of_the_command_line_are_not_repeated(here, capsys):
-    for words in (["logger.api_key=0123456789abcdef"], ["task=probe", "note.api_key=0123456789abcdef", "-m"]):
+    for words in (
+        ["logger.api_key=0123456789abcdef"],
+        ["task=probe", "note.api_key=0123456789abcdef", "-m"],
+    ):
         with pytest.raises(SystemExit):
             main(words)
     said = capsys.readouterr()
@@ -304,7 +310,7 @@ def test_a_problem_that_all_jobs_have_is_said_once(here):
 
 
 def test_jobs_of_a_task_that_trains_are_wired_before_the_first_starts(here):
-    with pytest.raises(ConfigError, match="job 1: data.frames=8 does not fit vae=pca"):
+    with pytest.raises(ConfigError, match=r"job 1: data.frames=8 does not fit vae=pca"):
         _main(["-m", "data.frames=9,8", "data.width=32"])
     assert not (here / "outputs").exists()
 
@@ -331,8 +337,12 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_run_every_job_too(here, launcher):
     limits = ["hydra.launcher.timeout_min=2"] if launcher == "submitit_local" else []
-    done = run("hydra/launcher=" + launcher, "-m", "task=probe", "code=4,0", "lr=1", *limits, code=4)
-    assert "job 0 (task=probe task.code=4 lr=1): failed (exit code 4): as it was told" in done.stdout
+    done = run(
+        "hydra/launcher=" + launcher, "-m", "task=probe", "code=4,0", "lr=1", *limits, code=4
+    )
+    assert (
+        "job 0 (task=probe task.code=4 lr=1): failed (exit code 4): as it was told" in done.stdout
+    )
     assert "job 1 (task=probe task.code=0 lr=1): done" in done.stdout
     assert notes(here) == ["1.0-dit-0", "1.0-dit-4"]
 
@@ -346,5 +356,7 @@ def test_the_line_of_the_readme_trains_two_runs(tmp_path, monkeypatch):
     done = run("backbone=dit", "vae=magvit", "-m", "lr=1e-5,2e-6", *small)
     assert done.stdout.count("): done") == 2
     runs = [p.parent for p in (tmp_path / "outputs").glob("*/result.json")]
-    rates = sorted(re.findall(r"^lr: (.*)$", (r / "config.yaml").read_text(), re.M)[0] for r in runs)
+    rates = sorted(
+        re.findall(r"^lr: (.*)$", (r / "config.yaml").read_text(), re.M)[0] for r in runs
+    )
     assert rates == ["1.0e-05", "2.0e-06"]

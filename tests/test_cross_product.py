@@ -24,8 +24,17 @@ from sandbox.contracts import ConfigError, PluginConfig
 from sandbox.parts import build
 from sandbox.systems import load_system
 from sandbox.wiring import Wiring, wire
-from tests.helpers import plugin_configs, preset, presets, sampled, tiny, train, with_part
-from tests.inputs import write_clips
+from tests.helpers import (
+    plugin_configs,
+    preset,
+    presets,
+    sampled,
+    tiny,
+    train,
+    wired_around,
+    with_part,
+)
+from tests.inputs import with_clips
 
 GROUPS = (
     "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance",
@@ -34,6 +43,8 @@ GROUPS = (
 APART = ("optimizer", "lr_schedule", "ema")
 SMALL = 1_000_000  # parameters: presets that are larger are built elsewhere, on the meta device
 CALLS = 3  # sampling steps
+# Names of parameters are known when a network is built: the one refusal that comes after wiring.
+LATE = "optimizer.include="
 Choice = dict[str, str]  # group -> option
 
 config.setup()
@@ -159,21 +170,15 @@ def test_presets_wire_or_are_refused_with_reasons_too():
 
 def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     """Trains, samples, saves and reloads; fails with the configuration where anything is wrong."""
-    root = wiring.root
-    if (
-        root.data.root is None
-        and "root" in vars(root.data)
-        and root.data.plugin == "data/video_folder"
-    ):
-        folder = tmp_path / f"clips_{root.data.frames}_{root.data.height}_{root.data.width}"
-        if not folder.exists():
-            write_clips(folder, root.data)
-        wiring = replace(wiring, root=replace(root, data=replace(root.data, root=str(folder))))
+    data = with_clips(wiring.root.data, tmp_path)
+    wiring = replace(wiring, root=replace(wiring.root, data=data))
     try:
         trained = train(wiring, tmp_path / "runs")
         clips = sampled(trained.system)
         again = sampled(load_system(trained.folder, "live"))
     except Exception as e:
+        if isinstance(e, ConfigError) and str(e).startswith(LATE):
+            return
         e.add_note(words)
         raise
     size = wiring.clips[0]
@@ -203,7 +208,7 @@ def is_small(group: str, name: str) -> bool:
     if group not in ("vae", "backbone"):
         return True
     with torch.device("meta"):
-        module = build(group, wire(rooted({group: name})).root)
+        module = build(group, wired_around(group, options(group, True)[name]).root)
     return sum(p.numel() for p in module.parameters()) < SMALL
 
 

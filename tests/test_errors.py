@@ -4,6 +4,7 @@ Each row is a command line, as a shell would hand it over, with the exit code an
 must be said. Rows of the first table are refused before anything is built.
 """
 
+# ruff: noqa: E501 (a row of a table is a line)
 from __future__ import annotations
 
 import os
@@ -191,7 +192,9 @@ WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("typed", "kind", "said"), WHILE_RUNNING, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("typed", "kind", "said"), WHILE_RUNNING, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_a_mistake_that_shows_only_in_the_world_has_its_exit_code(here, typed, kind, said):
     make_files(here)
     words = shlex.split(typed)
@@ -222,7 +225,9 @@ def test_a_shell_sees_a_short_message_and_the_exit_code(tmp_path, typed, code, s
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert done.returncode == code and done.stdout == ""
-    assert len(lines) == len(said) and all(a.startswith(b) for a, b in zip(lines, said, strict=True))
+    assert len(lines) == len(said) and all(
+        a.startswith(b) for a, b in zip(lines, said, strict=True)
+    )
 
 
 def test_an_error_keeps_to_one_line_for_each_problem(here, capsys):

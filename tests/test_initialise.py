@@ -43,8 +43,14 @@ def averages(of) -> dict[str, torch.Tensor]:
 def save(of, folder: Path, average: dict | None = None) -> Path:
     """A run folder with one checkpoint of the system `of`."""
     ema = None if average is None else {"updates": 3, "average": average}
-    state = {"step": STEP, "weights": of.trainable_state(), "ema": ema, "optimizer": {}, "loader": {},
-             "frozen": of.frozen_parts()}  # fmt: skip
+    state = {
+        "step": STEP,
+        "weights": of.trainable_state(),
+        "ema": ema,
+        "optimizer": {},
+        "loader": {},
+        "frozen": of.frozen_parts(),
+    }
     run = Run(folder)
     checkpoint.save(run.checkpoints, state, STEP)
     run.config_file.write_text("seed: 1\n")
@@ -90,7 +96,7 @@ def test_another_first_stage_is_refused_with_the_cure(trained, tmp_path):
     with torch.no_grad():
         fresh.first_stage.first.mean.add_(1)
     before = weights(fresh)
-    with pytest.raises(StorageError, match="first_stage.*vae.weights"):
+    with pytest.raises(StorageError, match=r"first_stage.*vae.weights"):
         init_from(fresh, save(trained, tmp_path / "run"))
     assert same(weights(fresh), before)
 

@@ -1,5 +1,6 @@
 """The supervisor: what ranks get, how failures are told, how they stop, and that none is left."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -87,6 +88,10 @@ def test_what_another_launcher_left_in_the_environment_does_no_harm(monkeypatch)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "MASTER_PORT")
     found = [result["environment"].get(n) for n in names]
     assert found == ["0", "2", "0", "0", None]
+
+
+def test_data_workers_of_a_rank_start_as_they_do_in_any_process():
+    assert run("facts")["start_method"] == multiprocessing.get_all_start_methods()[0]
 
 
 def test_ranks_work_in_the_present_folder(tmp_path, monkeypatch):

@@ -170,20 +170,22 @@ def test_wiring_needs_no_torch():
 
 
 def test_a_size_that_does_not_fit_comes_with_the_nearest_that_go_through_everything():
-    data = replace(default().data, width=20, height=14)
+    data = DataConfig("data/plain", width=20, height=14)
     vae = replace(default().vae, patch=2, components=8)
     assert problems(data=data, vae=vae, backbone=Network(divisor=4), conditioning=untold()) == (
         "data.width=20: clips of 3x9x14x20 become latents of 8x3x7x10 with vae=pca, and width 10 "
         "does not fit backbone=network, which wants a multiple of 4: use data.width=16 or "
         "data.width=24",
         "data.height=14: clips of 3x9x14x20 become latents of 8x3x7x10 with vae=pca, and height 7 "
-        "does not fit backbone=network, which wants a multiple of 4: use data.height=16",
+        "does not fit backbone=network, which wants a multiple of 4: use data.height=8 or "
+        "data.height=16",
     )
 
 
 def test_values_that_the_data_refuse_are_not_offered():
     assert problems(data=Buckets(frames=11), conditioning=untold()) == (
-        "data.frames=11 does not fit vae=pca, which wants 1 plus a multiple of 4: use data.frames=9",
+        "data.frames=11 does not fit vae=pca, which wants 1 plus a multiple of 4: use "
+        "data.frames=9",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._dispatch import implementation
+from kernels._dispatch import run
 
 ACTS = ("none", "silu")
 
@@ -51,8 +51,9 @@ def group_norm(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"group_norm: {name} has shape {tuple(value.shape)}: want {shape}")
-    run = implementation("group_norm", impl)
     return run(
+        "group_norm",
+        impl,
         x,
         num_groups,
         weight,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels._dispatch import implementation
+from kernels._dispatch import run
 
 
 def temporal_attention(
@@ -44,6 +44,4 @@ def temporal_attention(
     if bias is not None and bias.shape != want:
         raise ValueError(f"temporal_attention: bias has shape {tuple(bias.shape)}: want {want}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("temporal_attention", impl)(
-        q, k, v, bias=bias, causal=causal, scale=scale
-    )
+    return run("temporal_attention", impl, q, k, v, bias=bias, causal=causal, scale=scale)

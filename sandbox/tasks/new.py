@@ -19,9 +19,7 @@ OPTIONS = {
     "callbacks": "'callbacks=[{name}]'",
     "reconstruction": "task=train_vae vae=kl reconstruction={name}",
 }
-ELSEWHERE = re.compile(
-    r"^#\? ?(.*\n)", re.MULTILINE
-)  # lines of a test that only a folder outside needs
+ELSEWHERE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test that a folder outside needs
 
 
 @register("task", "new")

@@ -1,0 +1,185 @@
+"""Multiruns: every job is checked before the first starts, and each leaves word of its outcome.
+
+Hydra's sweeper makes the jobs and its launcher runs them, here or elsewhere. A job raises and never
+exits; the jobs after one that failed still run; the first failure decides the exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandbox import config
+from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
+from sandbox.files import storing
+from sandbox.main import Line, check, report, run
+from sandbox.secrets import mask_text
+
+
+def multirun(line: Line, earlier: list[str]) -> int:
+    """Checks every job, then lets Hydra's sweeper and launcher run them."""
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    planned = jobs(line.overrides)
+    _check_all(line, earlier, planned)
+    fixed = [o for o in line.overrides if not _sweeps(o)]
+    folder = Path(line.compose([*earlier, *fixed]).hydra.sweep.dir)
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    overrides = [*earlier, *line.overrides, *config.search_path(line.overrides, line.config_dir)]
+    overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+    overrides.append(f"hydra.sweep.dir='{folder}'")
+    job = Job(folder, tuple(earlier), "--traceback" in line.flags)
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
+    try:
+        with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
+            hydra.multirun(line.config_name, job, overrides, with_log_configuration=False)
+    except Exception as e:  # a job's own, said below by that job; or the launcher's
+        outcomes = list(folder.glob("job-*.json"))
+        if not outcomes or all(json.loads(p.read_text())["exit_code"] == 0 for p in outcomes):
+            raise
+        if "--traceback" in line.flags:
+            traceback.print_exception(e)
+    finally:
+        GlobalHydra.instance().clear()
+        (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; it may hold secrets
+    return _sum_up(folder, len(planned or ()))
+
+
+class _WithoutOverrides:
+    """stderr without Hydra's line that repeats the overrides of a failed job, secrets included."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if text.startswith("Error executing job with overrides"):
+            return len(text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _check_all(line: Line, earlier: list[str], planned: list[list[str]] | None) -> None:
+    """Raises ConfigError with the problems of all jobs, each with the jobs that have it."""
+    if planned is None:
+        planned = [[o for o in line.overrides if not _sweeps(o)]]
+    found: dict[str, list[int]] = {}
+    for i, job in enumerate(planned):
+        try:
+            check(line.compose([*earlier, *job]), job)
+        except (ConfigError, PluginError) as e:
+            for problem in e.problems if isinstance(e, ConfigError) else e.args:
+                found.setdefault(problem, []).append(i)
+    if not found:
+        return
+    every = list(range(len(planned)))
+    problems = [p if jobs == every else f"{_numbers(jobs)}: {p}" for p, jobs in found.items()]
+    error = ConfigError(*problems)
+    error.add_note(f"none of the {len(planned)} jobs was started")
+    raise error
+
+
+def _numbers(jobs: list[int]) -> str:
+    """In words: job 3, or jobs 0, 2, 3, 4, 5 and 7 more."""
+    shown = ", ".join(map(str, jobs[:5]))
+    more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
+    return f"job{'s' * (len(jobs) > 1)} {shown}{more}"
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]] | None:
+    """The overrides of a multirun's jobs; None where the sweeper decides them as it goes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    sweeper = next(
+        (o.partition("=")[2] for o in overrides if o.startswith("hydra/sweeper=")), "basic"
+    )
+    if sweeper != "basic":
+        return None
+    try:
+        parsed = OverridesParser.create().parse_overrides([*overrides])
+        return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+    except HydraException as e:
+        from sandbox.mistakes import explain_words
+
+        raise explain_words(e, overrides) from e
+
+
+def _sweeps(override: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(override).is_sweep_override()
+
+
+@dataclass
+class Job:
+    """The task function of a multirun: runs a job, notes its outcome in the sweep's folder, and
+    raises its error. It never exits: that would take the other jobs along.
+
+    `earlier`: overrides that were put in front and are not the user's.
+    """
+
+    folder: Path
+    earlier: tuple[str, ...] = ()
+    traceback: bool = False
+    preempted: bool = False
+
+    def __call__(self, cfg: Any) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        overrides = [o for o in hydra.overrides.task if o not in self.earlier]
+        said = mask_text(" ".join(overrides))
+        outcome: dict[str, Any] = {"number": int(hydra.job.num), "overrides": said, "exit_code": 1}
+        try:
+            if self.preempted:
+                raise Preempted("not started: the multirun was asked to stop")
+            config.setup(overrides)
+            print(f"job {hydra.job.num}: {said}", flush=True)
+            result = run(cfg, overrides, group=self.folder.name)
+            outcome |= {"exit_code": 0, "result": result if isinstance(result, dict) else None}
+            return result.get("objective") if isinstance(result, dict) else None
+        except SandboxError as e:
+            self.preempted |= isinstance(e, Preempted)
+            outcome |= {"exit_code": e.exit_code, "error": mask_text(str(e))}
+            report(e, f"job {hydra.job.num}: ")
+            if self.traceback:
+                traceback.print_exception(e)
+            raise
+        except SystemExit as e:
+            outcome |= {"error": f"it left with exit code {e.code}"}
+            raise RuntimeError(f"a job tried to leave with exit code {e.code}") from e
+        except Exception as e:  # a bug: shown whole, noted and raised again
+            outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
+            traceback.print_exception(e)
+            raise
+        finally:
+            path = self.folder / f"job-{hydra.job.num}.json"
+            path.write_text(json.dumps(outcome, indent=2, default=str))
+
+
+def _sum_up(folder: Path, planned: int) -> int:
+    """Prints one line a job; the exit code is that of the first job that failed."""
+    outcomes = {
+        o["number"]: o for p in folder.glob("job-*.json") if (o := json.loads(p.read_text()))
+    }
+    print()
+    for i in range(max([planned, *(n + 1 for n in outcomes)])):
+        o = outcomes.setdefault(i, {"overrides": "", "exit_code": 1, "error": "it left no word"})
+        text = str(o.get("error", "")).partition("\n")[0]
+        said = "done" if o["exit_code"] == 0 else f"failed (exit code {o['exit_code']}): {text}"
+        print(f"job {i} ({o['overrides']}): {said}")
+    print(f"multirun  {folder}", flush=True)
+    return next((o["exit_code"] for _, o in sorted(outcomes.items()) if o["exit_code"]), 0)

@@ -1,0 +1,182 @@
+"""First stages get their weights from a file or from the cache, which makes them once."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sandbox import checkpoint, registry
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.first_stages import KEPT, cached, load_weights, prepare_first_stage
+from sandbox.parts import build
+from sandbox.systems import build_system, load_system
+from sandbox.wiring import wire
+from tests.engine import differing, session, small, train_until
+
+AUTO = ("vae.weights=auto", "vae.fit_clips=32", "data.clips_per_epoch=32")
+
+
+def root_in(tmp_path, *overrides):
+    root = small(*AUTO, *overrides)
+    return replace(root, cache=str(tmp_path / "cache"), out=str(tmp_path / "out"))
+
+
+def prepared(root, folder=None):
+    first_stage = build("vae", root)
+    prepare_first_stage(root, first_stage, folder)
+    return first_stage.state_dict()
+
+
+def files(tmp_path):
+    return sorted((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_a_first_stage_is_made_once_and_then_read(tmp_path, capsys):
+    root = root_in(tmp_path)
+    first = prepared(root)
+    assert "fitting the first stage vae/pca once" in capsys.readouterr().out
+    written = files(tmp_path)[0].stat().st_mtime_ns
+    assert not differing(first, prepared(root))
+    assert capsys.readouterr().out == ""
+    assert [p.stat().st_mtime_ns for p in files(tmp_path)] == [written]
+    fresh = registry.create(root.vae).state_dict()
+    assert differing(first, fresh)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["vae.components=16", "vae.fit_clips=16", "seed=1", "data.speed=2", "vae.components=8"],
+)
+def test_another_setting_seed_or_data_is_another_first_stage(tmp_path, override):
+    more = ["data.height=24", "data.width=24"] if "speed" in override else []
+    assert cached(root_in(tmp_path, override, *more)) != cached(root_in(tmp_path, *more))
+
+
+@pytest.mark.parametrize(
+    "override", ["lr=0.1", "optimizer=muon", "ema=none", "data.num_workers=2", "steps=7",
+                 "data.batch_size=4", "trainer.accumulate=2"]
+)  # fmt: skip
+def test_what_a_sweep_varies_shares_one_first_stage(tmp_path, override):
+    assert cached(root_in(tmp_path, override)) == cached(root_in(tmp_path))
+
+
+def test_other_code_is_another_first_stage(tmp_path, monkeypatch):
+    root = root_in(tmp_path)
+    before = cached(root)
+    changed = tmp_path / "pca.py"
+    plugin = registry.find("vae/pca")
+    changed.write_bytes(plugin.path.read_bytes() + b"\n# another idea\n")
+    monkeypatch.setitem(registry._plugins, "vae/pca", replace(plugin, path=changed))
+    assert cached(root) != before
+
+
+def test_two_that_start_together_make_it_once(tmp_path, capsys):
+    """Threads, as the lock is one of files: it keeps them apart like processes."""
+    root = root_in(tmp_path)
+    found, ready = [], threading.Barrier(3)
+
+    def one():
+        first_stage = build("vae", root)
+        ready.wait()
+        prepare_first_stage(root, first_stage)
+        found.append(first_stage.state_dict())
+
+    threads = [threading.Thread(target=one) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert not differing(found[0], found[1]) and not differing(found[0], found[2])
+    assert capsys.readouterr().out.count("fitting the first stage") == 1
+
+
+def test_a_run_keeps_its_first_stage_when_the_cache_is_gone(tmp_path, capsys):
+    root = root_in(tmp_path, "steps=4")
+    state = train_until(2, root, tmp_path)
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    capsys.readouterr()
+    whole = train_until(None, root, tmp_path)
+    assert "fitting" not in capsys.readouterr().out
+    assert whole["frozen"] == state["frozen"]
+
+
+def test_a_changed_first_stage_is_refused_by_resuming_and_sampling(tmp_path):
+    root = root_in(tmp_path, "steps=4")
+    train_until(2, root, tmp_path)
+    (kept,) = tmp_path.glob(f"*/{KEPT}")
+    state = checkpoint.read_foreign(kept)
+    state["first.mean"] = state["first.mean"] + 1
+    checkpoint.export_weights(state, kept)
+    with pytest.raises(StorageError, match="first_stage: its weights are not those"):
+        train_until(None, root, tmp_path)
+    with pytest.raises(StorageError, match="first_stage: its weights are not those"):
+        load_system(kept.parent)
+
+
+def test_a_file_is_used_as_it_is(tmp_path):
+    made = prepared(root_in(tmp_path))
+    path = checkpoint.export_weights(made, tmp_path / "mine.safetensors")
+    root = small(f"vae.weights={path}")
+    assert not differing(made, prepared(root))
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    path = checkpoint.export_weights(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
+    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
+        prepared(small(f"vae.weights={path}", "vae.components=16"))
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    checkpoint.export_weights({"encoder.weight": torch.zeros(2)}, path)
+    with pytest.raises(StorageError, match="names or shapes differ from this configuration"):
+        load_weights(registry.create(small().vae), path)
+    path.write_bytes(b"not a file of weights")
+    with pytest.raises(StorageError, match="not a safetensors file"):
+        load_weights(registry.create(small().vae), path)
+    with pytest.raises(StorageError, match="no such file"):
+        load_weights(registry.create(small().vae), tmp_path / "absent.safetensors")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cache=.*: cannot be written"):
+        prepared(root_in(tmp_path))
+
+
+def test_a_first_stage_without_weights_needs_no_cache(tmp_path):
+    root = replace(small("vae=identity"), cache=str(tmp_path / "cache"))
+    build_system(wire(root))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_broken_file_in_the_cache_is_named(tmp_path):
+    root = root_in(tmp_path)
+    prepared(root)
+    (path,) = files(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StorageError, match=f"delete .*{path.name}"):
+        prepared(root)
+
+
+def test_a_trained_first_stage_does_not_depend_on_the_run_that_needs_it(tmp_path):
+    """Two runs with other optimizers: whichever comes first, the cache holds the same."""
+    made = []
+    for i, override in enumerate(["optimizer=muon", "ema=none"]):
+        root = small("vae=kl", "vae.ch=8", "vae.weights=auto", "data.clips_per_epoch=32", override)
+        root = replace(root, cache=str(tmp_path / str(i)), vae=quick(root.vae))
+        with session(root, tmp_path / f"out{i}") as training:
+            made.append(training.system.first_stage.state_dict())
+    assert not differing(made[0], made[1])
+
+
+def quick(vae):
+    """The same first stage, trained for two steps."""
+    kind = type(vae)
+    recipe = replace(vae.recipe(), steps=2)
+    return type("Quick", (kind,), {"recipe": lambda self: recipe})(**vars(vae))
