@@ -7,7 +7,9 @@ untrained (the floor).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
 from sandbox.contracts import Batch
-from sandbox.data import batches
+from sandbox.data import Loader, batches
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.progress import Progress
@@ -62,7 +64,7 @@ def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Eva
         )
     if root.metric is not None:
         metric = registry.create(root.metric)
-        train = gather(source.split("train"), FITTING_CLIPS, root.seed)
+        train = training_clips(source.split("train"), FITTING_CLIPS, root.seed)
         metric.fit(train.video, train.captions)
         clips |= metric.baselines(captions)
         result.meaning = metric.meaning()
@@ -112,8 +114,19 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 
 def gather(items: Any, count: int, seed: int) -> Batch:
     """The first `count` clips of a split, or as many as there are, as one batch."""
+    return _first(count, batches(items, min(count, 256), seed))
+
+
+def training_clips(items: Any, count: int, seed: int) -> Batch:
+    """`count` clips as training sees them; of a small split several epochs."""
+    loader = Loader(items, min(count, len(items), 64), seed)
+    return _first(count, chain.from_iterable(repeat(loader)))
+
+
+def _first(count: int, stream: Iterable[Batch]) -> Batch:
+    """The first `count` clips of a stream as one batch, at positions 0, 1, ..."""
     found: list[Batch] = []
-    for batch in batches(items, min(count, 256), seed):
+    for batch in stream:
         found.append(batch)
         if sum(b.size for b in found) >= count:
             break

@@ -209,6 +209,7 @@ def check(cfg: Any, overrides: Sequence[str]) -> None:
 def _hydra_shows(line: Line) -> int:
     """--cfg, --info, shell completion: Hydra answers, once the configuration is found sound."""
     import hydra
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     if line.flags.keys() & SHOW.keys():
@@ -222,6 +223,7 @@ def _hydra_shows(line: Line) -> int:
     words = [w for flag, value in flags.items() for w in ((flag, value) if value else (flag,))]
     path = config.search_path(line.overrides, line.config_dir)
     sys.argv = [sys.argv[0], *words, *line.overrides, *path]
+    GlobalHydra.instance().clear()
     hydra.main(str(config.CONF), "config", version_base="1.3")(lambda cfg: None)()
     return 0
 

@@ -122,7 +122,7 @@ def file_name(caption: str) -> str:
 
 def spread(captions: list[str], count: int) -> list[int]:
     """Places of at most `count` clips with different captions, spread evenly over them."""
-    first = list({caption: i for i, caption in reversed([*enumerate(captions)])}.values())[::-1]
+    first = sorted({caption: i for i, caption in reversed([*enumerate(captions)])}.values())
     places = first if len(first) > 1 else list(range(len(captions)))
     count = min(count, len(places))
     return [places[i * len(places) // count] for i in range(count)]

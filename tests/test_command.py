@@ -84,7 +84,7 @@ def run(*words: str, code: int | None = 0, **env: str) -> subprocess.CompletedPr
 # --- words in any order ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", range(6))
+@pytest.mark.parametrize("order", [0, 3, 5])
 def test_a_multirun_may_be_asked_for_anywhere(here, order):
     words = ["backbone=dit", "vae=magvit", "lr=1e-5,2e-6", "task=probe", "-cn=config"]
     flag = "-m" if order % 2 else "--multirun"
@@ -129,74 +129,69 @@ def test_settings_of_the_task_need_no_prefix(here):
 
 HEAVY = ("torch", "lightning", "wandb", "torchvision", "numpy", "sklearn", "plugins", "kernels")
 COUNTED = """
-import sys, time
+import contextlib, io, json, os, sys
 sys.path.insert(0, {home!r})
 from sandbox.main import main
-try:
-    main({words!r})
-except SystemExit as e:
-    code = e.code
-print("\\ncounted", code, *sorted({heavy!r} & sys.modules.keys()), file=sys.stderr)
+for words, completed in {lines!r}:
+    os.environ["COMP_LINE"] = completed
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main(words)
+        except SystemExit as e:
+            code = e.code
+    print(json.dumps([code, said.getvalue(), sorted({heavy!r} & sys.modules.keys())]))
 """
 
 
-def counted(*words: str, **env: str) -> tuple[str, str, list[str]]:
-    """(stdout, exit code, heavy modules) of a command line in a fresh process."""
-    code = COUNTED.format(home=str(HOME), words=list(words), heavy=set(HEAVY))
+def counted(lines: list[tuple[list[str], str]], folder: Path) -> list[tuple[int, str, list[str]]]:
+    """(exit code, text, heavy modules) of command lines, one after another in a fresh process."""
+    code = COUNTED.format(home=str(HOME), lines=lines, heavy=set(HEAVY))
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env},
-        check=False,
-    )  # fmt: skip
-    counts = done.stderr.rpartition("counted ")[2].split()
-    return done.stdout + done.stderr, counts[0], counts[1:]
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "says"),
-    [
-        (["--help"], "0", "conditioning: what the network is told"),
-        (["--help", "vae=pca"], "0", "vae.components=32"),
-        (["--cfg", "job"], "0", "plugin: backbone/dit"),
-        (["vae=kl", "--cfg", "job", "--package", "vae", "--resolve"], "0", "ch_mult:"),
-        (["--info", "defaults"], "0", "backbone/dit"),
-        (["--version"], "0", "Hydra"),
-        (["-sc", "install=bash"], "0", "hydra_bash_completion"),
-        (["task=plugins"], "0", "vae/pca.py"),
-        (["task=sample"], "2", "task.run=null: no finished run"),
-        (["backbone.widht=3"], "2", "did you mean 'width'?"),
-        (["data.height=18"], "2", "data.height=18"),
-        (["-m", "lr=1e-5,abc"], "2", "job 1: lr=abc: want a number or null"),
-    ],
-)
-def test_what_needs_no_training_answers_without_heavy_imports(
-    tmp_path, monkeypatch, words, code, says
-):
-    monkeypatch.chdir(tmp_path)
-    text, left, heavy = counted(*words)
-    assert says in text
-    assert (left, heavy) == (code, [])
+def test_what_needs_no_training_answers_without_heavy_imports(tmp_path):
+    lines = [
+        ("--help", 0, "conditioning: what the network is told"),
+        ("--help vae=pca", 0, "vae.components=32"),
+        ("--cfg job", 0, "plugin: backbone/dit"),
+        ("vae=kl --cfg job --package vae --resolve", 0, "ch_mult:"),
+        ("--info defaults", 0, "backbone/dit"),
+        ("--version", 0, "Hydra"),
+        ("-sc install=bash", 0, "hydra_bash_completion"),
+        ("task=plugins", 0, "vae/pca.py"),
+        ("task=sample", 2, "task.run=null: no finished run"),
+        ("backbone.widht=3", 2, "did you mean 'width'?"),
+        ("data.height=18", 2, "data.height=18"),
+        ("-m lr=1e-5,abc", 2, "job 1: lr=abc: want a number or null"),
+        ("-m lr=1e-5,2e-6 task=plugins", 0, "job 1 (lr=2e-06 task=plugins): done"),
+    ]
+    found = counted([(words.split(), "") for words, _, _ in lines], tmp_path)
+    assert [(code, heavy) for code, _, heavy in found] == [(code, []) for _, code, _ in lines]
+    for (_, text, _), (words, _, says) in zip(found, lines, strict=True):
+        assert says in text, words
 
 
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("python run.py backbone=di", "backbone=dit"),
-        ("python run.py vae.pa", "vae.patch="),
-        ("python run.py vae=kl sam", "sampler."),
-        ("python run.py experiment=", "experiment=digits_long"),
-    ],
-)
-def test_a_shell_completes_names(typed, offered):
-    line = {"COMP_LINE": typed, "COMP_POINT": str(len(typed))}
-    text, code, heavy = counted("-sc", "query=bash", **line)
-    assert offered in text
-    assert (code, heavy) == ("0", [])
+def test_a_shell_completes_names(tmp_path):
+    lines = {
+        "python run.py backbone=di": "backbone=dit",
+        "python run.py vae.pa": "vae.patch=",
+        "python run.py vae=kl sam": "sampler.",
+        "python run.py experiment=": "experiment=digits_long",
+    }
+    found = counted([(["-sc", "query=bash"], typed) for typed in lines], tmp_path)
+    for (code, text, heavy), offered in zip(found, lines.values(), strict=True):
+        assert (code, heavy) == (0, []) and offered in text
 
 
 def test_a_shell_completes_plugins_of_the_folder_on_its_line(here, plugin_folder, monkeypatch):
     typed = f"python run.py plugins_path={plugin_folder} task=pro"
     monkeypatch.delenv("SANDBOX_PLUGINS")
-    assert "task=probe" in counted("-sc", "query=bash", COMP_LINE=typed)[0]
+    ((_, text, _),) = counted([(["-sc", "query=bash"], typed)], here)
+    assert "task=probe" in text
 
 
 @pytest.mark.parametrize("words", [["-sc"], ["-sc", "install=word"], ["-sc", "query=bash"]])
@@ -334,7 +329,9 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert (here / "named" / "job-0.json").is_file()
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)]
+)
 def test_other_launchers_run_every_job_too(here, launcher):
     limits = ["hydra.launcher.timeout_min=2"] if launcher == "submitit_local" else []
     done = run(

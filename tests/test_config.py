@@ -93,9 +93,9 @@ GLOBAL = "# @package _global_\n"
 
 def refused(words: list[str], folder: Path, *expected: str) -> None:
     """The line is refused, alone and as a multirun, and nothing in it has run."""
-    for more in ([], ["-m"]):
+    for more in (["task=plugins"], ["task=plugins", "-m"]):
         with pytest.raises(ConfigError) as e:
-            _main([*words, *more, "task=plugins"])
+            _main([*words, *more])
         for text in expected:
             assert text in str(e.value)
     assert not list(folder.rglob("ran"))
@@ -143,8 +143,9 @@ PLACES = {  # what somebody else's folder may hold, and the words that choose it
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["--config-dir", "plugins_path"])
-@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize(
+    ("kind", "how"), [("recipe", "plugins_path"), *((kind, "--config-dir") for kind in PLACES)]
+)
 def test_a_file_of_others_sets_nothing_under_hydra(here, kind, how):
     name, text, chosen = PLACES[kind]
     folder = here / "theirs" / ("conf" if how == "plugins_path" else "")

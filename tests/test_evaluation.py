@@ -11,7 +11,7 @@ from sandbox import evaluation, registry
 from sandbox.autoencoding import psnr
 from sandbox.contracts import Batch
 from sandbox.data import batches
-from sandbox.evaluation import evaluate, gather, generate, take
+from sandbox.evaluation import evaluate, gather, generate, take, training_clips
 from sandbox.latent_diffusion import prompts_batch
 from sandbox.parts import build
 from sandbox.systems import build_system
@@ -79,8 +79,8 @@ def test_more_clips_than_there_are_is_all_there_are(system):
 
 def test_gathered_clips_are_the_first_of_the_split(system):
     items = registry.create(system.root.data).split("val")
-    found = gather(items, 300 if len(items) > 300 else len(items) - 1, 0)
-    singly = [b for b in batches(items, 1, 0)][: found.size]
+    found = gather(items, len(items) - 1, 0)
+    singly = list(batches(items, 1, 0))[: found.size]
     assert torch.equal(found.video, torch.cat([b.video for b in singly]))
     assert found.ids == [b.ids[0] for b in singly]
     assert found.captions == [b.captions[0] for b in singly]
@@ -122,3 +122,10 @@ def test_components_start_from_the_same_weights_beside_another_first_stage():
         )
         == []
     )
+
+
+def test_a_metric_has_enough_training_clips_of_a_small_split(system):
+    items = registry.create(replace(system.root.data, clips_per_epoch=5)).split("train")
+    found = training_clips(items, 12, 0)
+    assert found.size == 12 and found.position.tolist() == list(range(12))
+    assert not torch.equal(found.video[:5], found.video[5:10])  # another epoch, drawn anew

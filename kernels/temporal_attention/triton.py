@@ -37,7 +37,7 @@ MAX_FRAMES_FLOAT32 = 64
 # (bytes of an element, padded frames) -> (width of a chunk of D at most, warps). Chunks bound the
 # registers whatever D is, and cost no memory traffic: what is read again is in the first cache.
 TABLE = {
-    (2, 16): (64, 1), (2, 32): (64, 2), (2, 64): (64, 4), (2, 128): (64, 8),
+    (2, 16): (64, 1), (2, 32): (64, 2), (2, 64): (64, 4), (2, 128): (32, 8),
     (4, 16): (32, 1), (4, 32): (32, 4), (4, 64): (16, 4),
 }  # fmt: skip
 CHUNK = 32  # of heads wider than that, in half precision: two tensors of 64 columns spill
@@ -169,19 +169,19 @@ def temporal_attention_bwd_kernel(
 
         q = _load(q_ptr, q_rows, d, ok, D)
         k = _load(k_ptr, k_rows, d, ok, D)
-        v = _load(v_ptr, v_rows, d, ok, D)
-        g = _load(g_ptr, g_rows, d, ok, D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        for chunk in tl.range(1, CHUNKS):
+            qc = _load(q_ptr, q_rows, chunk * WIDTH + d, ok, D)
+            kc = _load(k_ptr, k_rows, chunk * WIDTH + d, ok, D)
+            scores = tl.dot(qc, tl.trans(kc), scores, input_precision=PRECISION)
+        p = _softmax(scores, bias_ptr, scale, h, T, t, FRAMES, CAUSAL)
+        g = _load(g_ptr, g_rows, d, ok, D)
+        v = _load(v_ptr, v_rows, d, ok, D)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         for chunk in tl.range(1, CHUNKS):
-            c = chunk * WIDTH + d
-            qc = _load(q_ptr, q_rows, c, ok, D)
-            kc = _load(k_ptr, k_rows, c, ok, D)
-            vc = _load(v_ptr, v_rows, c, ok, D)
-            gc = _load(g_ptr, g_rows, c, ok, D)
-            scores = tl.dot(qc, tl.trans(kc), scores, input_precision=PRECISION)
+            gc = _load(g_ptr, g_rows, chunk * WIDTH + d, ok, D)
+            vc = _load(v_ptr, v_rows, chunk * WIDTH + d, ok, D)
             dp = tl.dot(gc, tl.trans(vc), dp, input_precision=PRECISION)
-        p = _softmax(scores, bias_ptr, scale, h, T, t, FRAMES, CAUSAL)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if part_ptr is not None:
             # In memory, not in registers: with this sum beside everything else they run out.

@@ -92,7 +92,7 @@ def _amd(made) -> Compiled:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
 
     return Compiled(
-        number("vgpr_count"), number("vgpr_spill_count") + number("sgpr_spill_count"),
+        number("vgpr_count"), number("vgpr_spill_count"),
         made.metadata.shared,
         wide=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
         loads=len(re.findall(r"(?:global|buffer)_load_", text)),

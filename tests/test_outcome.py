@@ -1,0 +1,169 @@
+"""What a finished run leaves behind, and that finishing can be done again."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sandbox import checkpoint, registry
+from sandbox.config import to_container
+from sandbox.contracts import ConfigError
+from sandbox.main import perform
+from sandbox.outcome import captions_of, file_name, final_loss, spread, write_clips
+from sandbox.runs import Run
+from sandbox.stopping import Alone
+from sandbox.systems import load_system
+from sandbox.tasks.train import train
+from tests.engine import differing, small
+
+QUICK = ("steps=5", "task.score_clips=6", "task.samples=3", "task.untrained=false")
+
+
+def settings(out, *overrides):
+    root = replace(small(*QUICK, *overrides), out=str(out), cache=str(out / "cache"))
+    return {"root": to_container(root), "overrides": [*QUICK, *overrides], "group": None}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return train(settings(tmp_path_factory.mktemp("outcome")), Alone())
+
+
+@pytest.fixture
+def folder(result):
+    return Run(result["folder"]).folder
+
+
+# --- a run folder ---------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_complete(folder):
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "checkpoints", "config.yaml", "environment.json", "lock", "metrics.json", "metrics.jsonl",
+        "report.html", "result.json", "samples", "samples.png", "weights.safetensors",
+        "weights_ema.safetensors",
+    }  # fmt: skip
+    videos = sorted(p.name for p in (folder / "samples").glob("*.mp4"))
+    assert len(videos) == 3 and videos[0].startswith("000-a-")
+
+
+def test_the_result_is_written_last(folder):
+    others = [p for p in folder.rglob("*") if p.is_file() and p.name != "result.json"]
+    newest = max(p.stat().st_mtime_ns for p in others)
+    assert (folder / "result.json").stat().st_mtime_ns >= newest
+
+
+def test_scores_and_what_they_mean_are_in_the_metrics(folder, result):
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["scores"]["model"] == result["scores"]
+    assert {"model", "real clips", "mean clip"} <= found["scores"].keys()
+    assert found["meaning"].keys() >= result["scores"].keys()
+    assert found["clips"] == 6 and found["steps"] == 5 and found["skipped"] == {}
+
+
+def test_exported_weights_are_those_of_the_checkpoint(folder):
+    for name, weights in ((checkpoint.LIVE, "live"), (checkpoint.AVERAGED, "ema")):
+        system = load_system(folder, weights)
+        assert not differing(dict(system.trainable_state()), checkpoint.read_foreign(folder / name))
+
+
+def test_exported_weights_can_be_started_from(folder, tmp_path):
+    start = folder / checkpoint.AVERAGED
+    found = train(settings(tmp_path, f"init_from={start}", "lr=0", "steps=1"), Alone())
+    weights = checkpoint.read_foreign(Run(found["folder"]).folder / checkpoint.LIVE)
+    assert not differing(checkpoint.read_foreign(start), weights)
+
+
+# --- again ----------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, folder, capsys):
+    before = {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")}
+    metrics = (folder / "metrics.jsonl").read_text()
+    for name in ("result.json", "metrics.json", "report.html", checkpoint.LIVE):
+        (folder / name).unlink()
+    again = train(settings(folder.parent), Alone())
+    assert again == result
+    assert {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")} == before
+    assert (folder / "metrics.jsonl").read_text().startswith(metrics)
+    said = capsys.readouterr().out
+    assert "(continued)" in said and "continuing from step 5" in said
+
+
+def test_a_finished_run_is_left_alone_and_another_begins(result, folder):
+    other = train(settings(folder.parent), Alone())
+    assert other["folder"] == f"{folder}-2"
+    assert other["scores"] == result["scores"]
+    assert other["loss"] == result["loss"]
+
+
+def test_the_evaluating_task_gives_the_same_scores(result, folder):
+    root = replace(small(*QUICK), out=str(folder.parent), cache=str(folder.parent / "cache"))
+    task = replace(registry.default("task", "evaluate"), run=str(folder), clips=6, samples=2)
+    found = [perform(replace(root, task=task))["scores"] for _ in range(2)]
+    assert found == [result["scores"]] * 2
+    names = sorted(p.name for p in (folder / "evaluations").iterdir())
+    stems = ("evaluation-01", "evaluation-02")
+    assert names == [f"{s}.{end}" for s in stems for end in ("json", "png")]
+
+
+# --- what a sweeper gets --------------------------------------------------------------------------
+
+
+def test_the_objective_is_the_first_score(result):
+    assert result["objective"] == result["scores"]["direction"]
+
+
+def test_the_objective_may_be_named(tmp_path):
+    found = train(settings(tmp_path, "task.objective=loss"), Alone())
+    run = Run(found["folder"])
+    assert found["objective"] == found["loss"] == run.metrics()[5]["loss"] == final_loss(run)
+
+
+def test_an_objective_that_is_not_there_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"task\.objective='beauty': want one of \['direction'"):
+        train(settings(tmp_path, "task.objective=beauty"), Alone())
+    assert not list(tmp_path.glob("*/config.yaml"))
+
+
+def test_the_final_loss_is_the_mean_over_the_last_tenth(tmp_path):
+    run = Run(tmp_path)
+    run.record_all([(i, {"loss": float(i)}) for i in range(1, 41)])
+    assert final_loss(run) == (37 + 38 + 39 + 40) / 4
+    assert math.isnan(final_loss(Run(tmp_path / "none")))
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_captions_come_from_the_prompts_or_the_data():
+    root = small()
+    assert captions_of(root, ("one", "two"), 9) == ["one", "two"]
+    assert captions_of(root, (), 3) == registry.create(root.data).prompts()[:3]
+
+
+def test_file_names_hold_letters_digits_and_dashes():
+    assert file_name("A red 3, moving left!") == "a-red-3-moving-left"
+    assert file_name("../../etc/passwd") == "etc-passwd"
+    assert file_name("\u732b") == "clip"
+    assert len(file_name("word " * 50)) <= 60
+
+
+def test_shown_clips_have_different_captions_spread_over_all():
+    captions = ["a", "b", "a", "c", "d", "b"]
+    assert spread(captions, 2) == [0, 3]
+    assert spread(captions, 9) == [0, 1, 3, 4]
+    assert spread(["", "", ""], 2) == [0, 1]
+    assert spread(captions, 0) == []
+
+
+def test_clips_are_written_with_a_sheet(tmp_path):
+    video = torch.rand(2, 3, 3, 16, 16) * 2 - 1
+    paths = write_clips(tmp_path / "new", ["a red 3", "a red 3"], video)
+    assert [p.name for p in paths] == ["000-a-red-3.mp4", "001-a-red-3.mp4", "sheet.png"]
+    assert all(p.stat().st_size for p in paths)
