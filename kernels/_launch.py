@@ -27,9 +27,7 @@ class Launch(NamedTuple):
     warps: int
 
     def __call__(self) -> None:
-        self.kernel[(self.programs,)](
-            **self.args, num_warps=self.warps, num_stages=1, **PINNED
-        )
+        self.kernel[(self.programs,)](**self.args, num_warps=self.warps, num_stages=1, **PINNED)
 
     def bytes(self) -> int:
         """Each tensor of the call read or written once, the numbers of memory traffic."""
@@ -72,11 +70,7 @@ def no_device(tensors: Sequence[Tensor | None]) -> str | None:
 
 def traced(x: Tensor) -> bool:
     """Whether a call is recorded and not run: torch.compile, meta and fake tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or type(x) not in (Tensor, torch.nn.Parameter)
-    )
+    return torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
 
 
 def differentiated(tensors: Sequence[Tensor | None]) -> bool:

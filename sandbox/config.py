@@ -15,6 +15,7 @@ from typing import Any
 
 from sandbox import registry
 from sandbox.contracts import ConfigError, PluginConfig, PluginError, in_range, one_of
+from sandbox.reading import first_line
 
 HOME = Path(__file__).resolve().parent.parent  # the checkout
 CONF = HOME / "conf"
@@ -280,8 +281,6 @@ def to_root(cfg: Any) -> Root:
         plain = OmegaConf.to_container(cfg, resolve=True)
         made = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
-        from sandbox.mistakes import first_line
-
         raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(e.msg or str(e))}") from e
     assert isinstance(made, Root)
     added = [*_added(plain, made), *_shapeless(made)]
@@ -321,11 +320,19 @@ def from_container(node: dict[str, Any]) -> Root:
 
     Raises ConfigError for what it does not know.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     known = [f.name for f in fields(Root)]
     unknown = [k for k in node if k not in known]
     if unknown:
         raise ConfigError(*(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown))
-    return Root(**{k: registry.typed(v) for k, v in node.items()})
+    root = Root(**{k: registry.typed(v) for k, v in node.items()})
+    try:
+        OmegaConf.structured(root)  # for its check of types
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(str(e))}") from e
+    return root
 
 
 def to_container(root: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from sandbox import config, registry
 from sandbox.config import GROUPS
 from sandbox.contracts import ConfigError, PluginError
+from sandbox.reading import first_line
 from sandbox.wiring import REQUIRED, wire
 
 PRESETS = ("experiment", "debug")  # groups that hold YAML files only
@@ -73,11 +74,6 @@ def _further(cfg: Any, wrong: set[str]) -> Sequence[str]:
     except PluginError as e:
         return [str(e)]
     return ()
-
-
-def first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else "cannot be read"
 
 
 # --- the words of the command line ----------------------------------------------------------------

@@ -36,13 +36,16 @@ def multirun(line: Line, earlier: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     overrides = [*earlier, *line.overrides, *config.search_path(line.overrides, line.config_dir)]
     overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-    overrides.append(f"hydra.sweep.dir='{folder}'")
+    overrides.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     job = Job(folder, tuple(earlier), "--traceback" in line.flags)
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
     try:
         with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
             hydra.multirun(line.config_name, job, overrides, with_log_configuration=False)
+    except KeyboardInterrupt:
+        _sum_up(folder, len(planned or ()))
+        raise
     except Exception as e:  # a job's own, said below by that job; or the launcher's
         outcomes = list(folder.glob("job-*.json"))
         if not outcomes or all(json.loads(p.read_text())["exit_code"] == 0 for p in outcomes):

@@ -56,7 +56,8 @@ def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | Non
                 f"hydra.{path}={target}: runs code that Hydra does not bring; choose a launcher "
                 "by its name, such as hydra/launcher=joblib"
             )
-    own = tuple(o for o in overrides if o.lstrip("+~").startswith(("hydra.", "hydra/")))
+    about = ("hydra.", "hydra/", "plugins_path=")
+    own = tuple(o for o in overrides if o.lstrip("+~").startswith(about))
     for path in _differences(_without_recipes(own, config, config_dir), _settings(hydra)):
         problems.append(
             f"hydra.{path}: {_culprits(hydra)} sets it; only the command line may set anything "

@@ -63,14 +63,19 @@ def wired_around(group: str, cfg: PluginConfig) -> Wiring:
     try:
         return wire(root)
     except ConfigError as e:
-        for partner in (g for g in PARTNERS if g != group):
-            for plugin in registry.plugins(partner):
-                other = plugin.config and with_part(
-                    root, partner, registry.default(partner, plugin.name)
-                )
-                if other and (found := _wired(other)):
-                    return found
+        for other in _exchanged(root, group):
+            if found := _wired(other):
+                return found
         raise e
+
+
+def _exchanged(root: Root, group: str) -> Iterator[Root]:
+    """`root` with pictures in place of clips, then with another component in one other group."""
+    if group != "data":
+        yield replace(root, data=replace(root.data, frames=1))
+    for partner in (g for g in PARTNERS if g != group):
+        for _, cfg in plugin_configs(partner):
+            yield with_part(root, partner, cfg)
 
 
 def _wired(root: Root) -> Wiring | None:

@@ -57,11 +57,11 @@ def supervisor(
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    for _ in range(6000):
+    for _ in range(3000):
         if true():
             return
         time.sleep(0.02)
-    raise AssertionError("it did not come to pass within two minutes")
+    raise AssertionError("it did not come to pass within a minute")
 
 
 def lines(log: Path, text: str) -> list[str]:

@@ -327,6 +327,8 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert len(list((here / "there" / "sweeps").glob("*/job-*.json"))) == 2
     assert _main(["-m", "task=probe", "lr=1", "hydra.sweep.dir=named"]) == 0
     assert (here / "named" / "job-0.json").is_file()
+    assert _main(["-m", "task=probe", "lr=1", "out=\"it's\""]) == 0
+    assert len(list((here / "it's" / "sweeps").glob("*/job-*.json"))) == 1
 
 
 @pytest.mark.parametrize(

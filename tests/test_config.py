@@ -339,6 +339,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample", "run=mine", "sampler.eta=1"], "sampler=euler has no such setting"),
         (["task=sample", "run=mine", "sampler=ddim", "schedule.timesteps=3"], "schedule=flow has"),
         (["task=sample", "run=broken"], "broken: vae.pach: vae/pca has no such setting"),
+        (["task=sample", "run=wrong"], "wrong: vae.patch: Value 'four'"),
         (["task=sample", "run=mine", "data.frames=8"], "data.frames=8 does not fit vae=pca"),
     ],
 )
@@ -347,6 +348,8 @@ def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
     earlier(here / "first", task="task/train_vae")
     path = earlier(here / "broken") / "config.yaml"
     path.write_text(path.read_text().replace("patch: 4", "pach: 4"))
+    path = earlier(here / "wrong") / "config.yaml"
+    path.write_text(path.read_text().replace("patch: 4", "patch: four"))
     assert expected in complaint(words)
     with pytest.raises(SandboxError, match=re.escape(expected)):
         _main(["-m", *words])

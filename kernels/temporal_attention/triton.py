@@ -8,17 +8,18 @@ neighbours (head fastest), and read neighbouring runs of D numbers of the same t
 # no `from __future__ import annotations`: Triton reads the annotations
 
 from functools import lru_cache
-from math import log2, e as EULER
+from math import e, log2
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import HIP, Launch
 
-LOG2E = tl.constexpr(log2(EULER))
+LOG2E = tl.constexpr(log2(e))
 
 
 class Tile(NamedTuple):
@@ -30,27 +31,30 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Wider heads, more frames and float32 with more frames run out of registers (tests/kernels/
-# test_compiled.py compiles everything that passes here, and finds no spills).
-MAX_FRAMES, MAX_DIM = 128, 160
-MAX_FRAMES_FLOAT32 = 64
-# (bytes of an element, padded frames) -> (width of a chunk of D at most, warps). Chunks bound the
-# registers whatever D is, and cost no memory traffic: what is read again is in the first cache.
+MAX_DIM = 160
+# (bytes of an element, with bias) -> frames at most. Beyond it some GPU would spill registers;
+# tests/kernels/test_compiled.py compiles all that `tile` can return, and finds no spill.
+MAX_FRAMES = {(2, False): 128, (2, True): 64, (4, False): 64, (4, True): 32}
+# (bytes of an element, padded frames) -> (width of a chunk of D at most, warps of 32). Chunks bound
+# the registers whatever D is, and cost no memory traffic: what is read again is in the first cache.
 TABLE = {
     (2, 16): (64, 1), (2, 32): (64, 2), (2, 64): (64, 4), (2, 128): (32, 8),
     (4, 16): (32, 1), (4, 32): (32, 4), (4, 64): (16, 4),
 }  # fmt: skip
-CHUNK = 32  # of heads wider than that, in half precision: two tensors of 64 columns spill
+CHUNK = 32  # of heads wider than a chunk of the table, in half precision
 SITES_FOR_BIAS = 16  # places a program adds up before it writes its part of the bias's gradient
+MERGED_FRAMES = 32  # up to which one launch has registers for the bias's gradient and the others
 
 
-def tile(frames: int, dim: int, itemsize: int) -> Tile:
-    """The launch configuration; everything that it can return is compiled by the tests."""
+def tile(frames: int, dim: int, itemsize: int, hip: bool = HIP) -> Tile:
+    """The launch configuration: the only place that picks one."""
     padded = max(16, triton.next_power_of_2(frames))  # 16: the smallest tl.dot
     width, warps = TABLE[itemsize, padded]
     if dim > width and itemsize == 2:
         width = CHUNK
     width = max(16, min(width, triton.next_power_of_2(dim)))
+    if hip:  # a warp of these has 64 threads
+        warps = max(1, warps // 2)
     return Tile(padded, width, triton.cdiv(dim, width), warps)
 
 
@@ -215,17 +219,23 @@ def output(q: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    hip: bool = HIP,
 ) -> tuple[Tensor, list[Launch]]:
-    """(output, the launch that fills it): q, k, v (B, T, S, H, D) with unit stride in D."""
+    """(output, the launches that fill it): q, k, v (B, T, S, H, D) with unit stride in D."""
     b, t, s, h, d = q.shape
     o = output(q)
     strides = (*_outer(q), *_outer(k), *_outer(v), *_outer(o.view(q.shape)))
-    plan = tile(t, d, q.element_size())
+    plan = tile(t, d, q.element_size(), hip)
     args = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": bias, "o_ptr": o,
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "bias_ptr": _padded(bias, plan), "o_ptr": o,
         "scale": scale, "T": t, "S": s, "H": h, **_named("qkvo", strides),
-        **_constants(plan, d, strides, q, causal),
+        **_constants(plan, d, strides, causal, precision(q.dtype, hip)),
     }  # fmt: skip
     return o, [Launch(temporal_attention_fwd_kernel, b * s * h, args, plan.warps)]
 
@@ -233,6 +243,7 @@ def forward(
 def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float,
     into: tuple[Tensor | None, Tensor | None, Tensor | None], needs_bias: bool,
+    hip: bool = HIP,
 ) -> tuple[Tensor | None, list[Launch]]:  # fmt: skip
     """(parts of the bias's gradient, the launch): fills `into`, dq, dk and dv of one stride each.
 
@@ -240,16 +251,16 @@ def backward(
     unit stride in D.
     """
     b, t, s, h, d = q.shape
-    plan = tile(t, d, q.element_size())
+    plan = tile(t, d, q.element_size(), hip)
     groups = b * triton.cdiv(s, SITES_FOR_BIAS)
     square = (groups, h, plan.frames, plan.frames)
     part = q.new_empty(square, dtype=torch.float32) if needs_bias else None
     one = next((x for x in into if x is not None), q)
     strides = (*_outer(q), *_outer(k), *_outer(v), *_outer(g), *_outer(one))
     common = {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "g_ptr": g, "bias_ptr": bias,
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "g_ptr": g, "bias_ptr": _padded(bias, plan),
         "scale": scale, "T": t, "S": s, "H": h, **_named("qkvgd", strides),
-        **_constants(plan, d, strides, q, causal),
+        **_constants(plan, d, strides, causal, precision(q.dtype, hip)),
     }  # fmt: skip
 
     def one_launch(into: Any, part: Tensor | None) -> Launch:
@@ -260,10 +271,18 @@ def backward(
             temporal_attention_bwd_kernel, programs, common | outputs | {"SITES": sites}, plan.warps
         )
 
-    if part is None or (plan.frames <= 32 and q.element_size() == 2):
+    if part is None or (plan.frames <= MERGED_FRAMES and q.element_size() == 2):
         return part, [one_launch(into, part)]
     rest = [one_launch(into, None)] if any(x is not None for x in into) else []
     return part, [*rest, one_launch((None, None, None), part)]  # together they would spill
+
+
+def _padded(bias: Tensor | None, plan: Tile) -> Tensor | None:
+    """(H, T, T) -> (H, T', T'): rows of whole tiles, which threads read four numbers at a time."""
+    if bias is None:
+        return None
+    more = plan.frames - bias.shape[-1]
+    return F.pad(bias, (0, more, 0, more)) if more else bias.contiguous()
 
 
 def _outer(x: Tensor) -> tuple[int, ...]:
@@ -276,11 +295,11 @@ def _named(tensors: str, strides: tuple[int, ...]) -> dict[str, int]:
 
 
 def _constants(
-    plan: Tile, dim: int, strides: tuple[int, ...], q: Tensor, causal: bool
+    plan: Tile, dim: int, strides: tuple[int, ...], causal: bool, precision: str
 ) -> dict[str, Any]:
     return {
         "D": dim, "FRAMES": plan.frames, "WIDTH": plan.width, "CHUNKS": plan.chunks,
-        "V": aligned((dim, *strides)), "CAUSAL": causal, "PRECISION": precision(q.dtype),
+        "V": aligned((dim, *strides)), "CAUSAL": causal, "PRECISION": precision,
     }  # fmt: skip
 
 

@@ -59,8 +59,6 @@ def compiled(launch: Launch, target: str) -> Compiled:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    if target == "gfx942" and "PRECISION" in constants:
-        constants["PRECISION"] = "ieee"
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.warps, "num_stages": 1, **PINNED}
     made = triton.compile(source, target=TARGETS[target], options=options)
