@@ -320,18 +320,12 @@ def from_container(node: dict[str, Any]) -> Root:
 
     Raises ConfigError for what it does not know.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     known = [f.name for f in fields(Root)]
     unknown = [k for k in node if k not in known]
     if unknown:
         raise ConfigError(*(f"{k}: no such setting{registry.nearest(k, known)}" for k in unknown))
     root = Root(**{k: registry.typed(v) for k, v in node.items()})
-    try:
-        OmegaConf.structured(root)  # for its check of types
-    except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(str(e))}") from e
+    registry.check_types(root)
     return root
 
 

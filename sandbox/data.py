@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sandbox.contracts import SCALARS, BadItem, Batch, DataError, Items, Sample
 from sandbox.randomness import keyed
+from sandbox.rank import ignore_signals
 
 TRIES = 20  # other items that are tried in the place of a bad one
 SHOWN = 5  # bad items that an error names
@@ -92,6 +93,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             collate_fn=_as_it_is,
+            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else the global generator is drawn from
         )
 

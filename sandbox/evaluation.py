@@ -7,7 +7,7 @@ untrained (the floor).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from itertools import chain, repeat
 from typing import Any
@@ -25,6 +25,7 @@ from sandbox.progress import Progress
 
 FITTING_CLIPS = 2048  # real training clips that a metric learns from
 CHUNK = 96  # clips sampled at a time
+Between = Callable[[], None]
 
 
 @dataclass
@@ -39,10 +40,12 @@ class Evaluation:
     count: int = 0
 
 
-def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Evaluation:
+def evaluate(
+    system: LatentDiffusion, count: int, untrained: bool = True, between: Between | None = None
+) -> Evaluation:
     """Samples for the first `count` validation clips' captions, and scores them and the rest.
 
-    The caller has set eval mode.
+    The caller has set eval mode. `between` is called now and then, and may raise to end it.
     """
     root = system.root
     source = registry.create(root.data)
@@ -52,16 +55,15 @@ def evaluate(system: LatentDiffusion, count: int, untrained: bool = True) -> Eva
     assert video is not None  # gathered
     ceiling = _through(system, video)
     clips = {
-        "model": generate(system, real),
+        "model": generate(system, real, between=between),
         "real clips": video,
         "real through first stage": ceiling,
     }
     result = Evaluation({}, {}, captions, clips, psnr(ceiling, video).mean().item(), real.size)
     floor = {}
     if untrained:
-        floor["untrained model"] = generate(
-            _untrained(system), real, "sampling the untrained model"
-        )
+        what = "sampling the untrained model"
+        floor["untrained model"] = generate(_untrained(system), real, what, between=between)
     if root.metric is not None:
         metric = registry.create(root.metric)
         train = training_clips(source.split("train"), FITTING_CLIPS, root.seed)
@@ -83,7 +85,11 @@ def _untrained(system: LatentDiffusion) -> LatentDiffusion:
 
 
 def generate(
-    system: LatentDiffusion, like: Batch, what: str = "sampling", steps: int | None = None
+    system: LatentDiffusion,
+    like: Batch,
+    what: str = "sampling",
+    steps: int | None = None,
+    between: Between | None = None,
 ) -> Tensor:
     """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU."""
     calls: int = steps or system.root.sampler.steps
@@ -93,6 +99,8 @@ def generate(
 
         def show(step: int, of: int) -> None:
             progress.update(len(made) * calls + step + 1)
+            if between:
+                between()
 
         for start in starts:
             part = take(like, start, start + CHUNK)

@@ -29,7 +29,19 @@ from sandbox import rank
 from sandbox.contracts import ConfigError, Preempted, SandboxError
 from sandbox.rank import SIGNALS, Order, Rank, plain
 
-PRELOAD = ("torch", "lightning.pytorch", "sandbox.training", "sandbox.outcome", "sandbox.systems")
+PRELOAD = (
+    "torch",
+    "lightning.pytorch",
+    "hydra._internal.hydra",
+    "sandbox.initialise",
+    "sandbox.outcome",
+    "sandbox.systems",
+    "sandbox.tasks.train",
+    "sandbox.training",
+    "av",
+    "einops",
+    "safetensors.torch",
+)
 LEFT_OVER = (  # of another launcher: not for our ranks
     "LOCAL_RANK",
     "RANK",
@@ -107,7 +119,8 @@ def launch(
         order = Order(target, settings, device=device, timeout=timeout, threads=threads)
         return rank.work(order, Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LEFT_OVER} | dict(environment or {})
-    environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here, whatever the host is called
+    if sys.platform == "linux":
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here, whatever the host is called
     threads = threads or _share(environ, processes)
     members: list[_Member] = []
     with _folder() as folder, _Stop(members) as stop:
@@ -130,7 +143,7 @@ def launch(
 def _share(environ: Mapping[str, str], processes: int) -> int:
     """Torch threads of a rank; the variable itself comes too late for a forked rank."""
     if environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return int(environ["OMP_NUM_THREADS"])
+        return max(1, int(environ["OMP_NUM_THREADS"]))
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return max(1, cores // processes)
@@ -250,27 +263,34 @@ class _Member:
         if self._stderr in ready:
             self._relay()
         if self._hears in ready or (leaves and not self._hears.closed and self._hears.poll()):
-            with suppress(EOFError):
+            with suppress(EOFError, OSError):  # it has ended before or within its last word
                 self.word = pickle.loads(self._hears.recv_bytes())
             self._hears.close()
-        self.left = leaves
+        if leaves:
+            self._sweep()
+            self.left = True
         if self.failed and self.failed_at is None:
             self.failed_at = time.monotonic()
 
     def end(self) -> None:
         """Leaves nothing of it: neither its process nor what that has started."""
-        self.killed = self.killed or not self.left
-        with suppress(OSError):  # nothing is left, or it has no session of its own yet
-            os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-        self._process.kill()
+        if not self.left:
+            self.killed = True
+            self._sweep()
+            self._process.kill()
+            self.left = True
         self._process.join()
-        self.left = True
         while not self._stderr.closed and self._stderr.poll():
             self._relay()
         if self._said:
             self._write([self._said])
         for pipe in (self._hears, self._orders, self._stderr):
             pipe.close()
+
+    def _sweep(self) -> None:
+        """Ends what is in its session; only while it runs or has just ended, as numbers return."""
+        with suppress(OSError):  # nothing is left, or it has no session of its own yet
+            os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
     def _relay(self) -> None:
         """Passes on whole lines of stderr, with the rank in front."""

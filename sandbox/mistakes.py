@@ -39,8 +39,10 @@ def explain(
         problem = problem or _group_problem(words, folders)
         if problem:
             problems.append((_top(words), problem))
+        elif _is_group(words, folders) or _top(words) == "plugins_path":
+            groups.append(words)
         else:
-            (groups if _is_group(words, folders) else values).append(words)
+            values.append(words)
     wrong = {top for top, _ in problems}
     try:
         cfg = config.raw(groups, name, config_dir)

@@ -29,9 +29,9 @@ def multirun(line: Line, earlier: list[str]) -> int:
     from hydra.core.global_hydra import GlobalHydra
 
     planned = jobs(line.overrides)
-    _check_all(line, earlier, planned)
-    fixed = [o for o in line.overrides if not _sweeps(o)]
-    folder = Path(line.compose([*earlier, *fixed]).hydra.sweep.dir)
+    known = planned or [[o for o in line.overrides if not _sweeps(o)]]
+    _check_all(line, earlier, known)
+    folder = Path(line.compose([*earlier, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     overrides = [*earlier, *line.overrides, *config.search_path(line.overrides, line.config_dir)]
@@ -73,10 +73,8 @@ class _WithoutOverrides:
         return getattr(self.stream, name)
 
 
-def _check_all(line: Line, earlier: list[str], planned: list[list[str]] | None) -> None:
+def _check_all(line: Line, earlier: list[str], planned: list[list[str]]) -> None:
     """Raises ConfigError with the problems of all jobs, each with the jobs that have it."""
-    if planned is None:
-        planned = [[o for o in line.overrides if not _sweeps(o)]]
     found: dict[str, list[int]] = {}
     for i, job in enumerate(planned):
         try:

@@ -40,7 +40,7 @@ def finish_run(
     with training.averaged():
         if training.ema:
             checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.AVERAGED)
-        found = evaluate(system.eval(), cfg.score_clips, cfg.untrained)
+        found = evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.leave_if_asked)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)
     captions = [found.captions[i] for i in picked]

@@ -62,6 +62,7 @@ class Rank:
         self.supervised = supervised
         self._number = 0  # the signal that asked
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @property
     def asked(self) -> str | None:
@@ -123,6 +124,10 @@ class Rank:
         self._number = number
 
     def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._process:  # a child, forked with this handler
+            if number != signal.SIGINT:  # which a terminal sends to all: the rank sees to it
+                os._exit(128 + number)
+            return
         self.ask(number)
         if not self.supervised:
             handle({number: self._before[number]})

@@ -302,7 +302,20 @@ def typed(node: Any) -> Any:
                 for k in unknown
             )
         )
-    return tuples(plugin.config(**{k: typed(v) for k, v in node.items()}))
+    made = tuples(plugin.config(**{k: typed(v) for k, v in node.items()}))
+    check_types(made, f"{plugin.group}.")
+    return made
+
+
+def check_types(config: Any, path: str = "") -> None:
+    """Raises ConfigError for a value that is not of its field's type."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        OmegaConf.structured(config)
+    except OmegaConfBaseException as e:
+        raise ConfigError(f"{path}{e.full_key or ''}: {first_line(str(e))}") from e
 
 
 def tuples(config: Any) -> Any:

@@ -34,8 +34,8 @@ from sandbox.module import Trainable
 from sandbox.outcome import captions_of, write_clips
 from sandbox.progress import Progress
 from sandbox.randomness import seed_dropout, seed_of
+from sandbox.rank import Rank
 from sandbox.runs import Run
-from sandbox.stopping import Alone, Rank
 from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
@@ -110,6 +110,14 @@ class Training:
             checkpoint.save_and_prune(folder, self.state(), self.step, policy)
         except Diverged as e:
             raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
+
+    def leave_if_asked(self) -> None:
+        """For long work after the last step, which can be done again. Raises Preempted."""
+        if self.rank.stop_requested():
+            raise Preempted(
+                f"stopped by {self.rank.asked} after the last step; all weights are saved in "
+                f"{self.run.folder}, and the same command finishes the run"
+            )
 
     # metrics
 
@@ -231,7 +239,7 @@ def start(
 
     Trackers are told the end when the block is left. Raises DataError, StorageError, ConfigError.
     """
-    root, rank = system.root, rank or Alone()
+    root, rank = system.root, rank or Rank()
     device, cfg = device_of(root), root.data
     if root.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sandbox.config import Root
 from sandbox.contracts import Preempted
+from sandbox.rank import Rank
 from sandbox.runs import open_root
-from sandbox.stopping import Alone
 from sandbox.systems import build_system
 from sandbox.training import Training, fit, start
 from sandbox.wiring import wire
@@ -47,7 +47,7 @@ def session(
             yield training
 
 
-class StopAfter(Alone):
+class StopAfter(Rank):
     """A process that is asked to stop when `step` is done."""
 
     def __init__(self, step: int) -> None:

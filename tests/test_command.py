@@ -316,6 +316,10 @@ def test_a_sweeper_that_finds_its_jobs_as_it_goes_is_left_to_it():
     assert jobs(["lr=1,2", "seed=3"]) == [["lr=1", "seed=3"], ["lr=2", "seed=3"]]
 
 
+def test_a_setting_may_belong_to_a_component_that_is_swept_over(here):
+    assert _main(["-m", "task=probe", "lr=1", "sampler=ddim,ddim_ldm", "sampler.eta=0.5"]) == 0
+
+
 @pytest.mark.parametrize("words", [["lr=interval(1,2)"], ["lr=1e-5,[1"], ["lr"]])
 def test_a_sweep_that_cannot_be_read_is_refused(here, words):
     with pytest.raises(ConfigError):
@@ -327,7 +331,7 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert len(list((here / "there" / "sweeps").glob("*/job-*.json"))) == 2
     assert _main(["-m", "task=probe", "lr=1", "hydra.sweep.dir=named"]) == 0
     assert (here / "named" / "job-0.json").is_file()
-    assert _main(["-m", "task=probe", "lr=1", "out=\"it's\""]) == 0
+    assert _main(["-m", "task=probe", "lr=1", 'out="it\'s"']) == 0
     assert len(list((here / "it's" / "sweeps").glob("*/job-*.json"))) == 1
 
 

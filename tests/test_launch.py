@@ -295,6 +295,15 @@ def test_handlers_that_a_library_has_replaced_are_put_back():
         assert alone.stop_requested()
 
 
+def test_a_process_that_a_rank_forks_can_be_terminated():
+    with Rank().listening():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(60)
+    assert child.exitcode is not None
+
+
 @pytest.mark.parametrize(
     "environ, expected",
     [

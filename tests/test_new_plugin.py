@@ -165,6 +165,18 @@ def test_the_default_recipe_is_as_it_was(plugin_folder):
 # --- the whole way, in processes of its own -------------------------------------------------------
 
 
+WRITE_ALL = """
+import sys
+from sandbox.main import main
+from sandbox.tasks.new import templates
+for group in templates():
+    try:
+        main(["task=new", f"group={group}", *sys.argv[1:]])
+    except SystemExit as e:
+        assert not e.code, group
+"""
+
+
 @pytest.mark.slow
 def test_tests_of_new_plugins_pass_in_a_checkout_and_outside(tmp_path):
     checkout, outside = tmp_path / "checkout", tmp_path / "outside"
@@ -183,8 +195,7 @@ def test_tests_of_new_plugins_pass_in_a_checkout_and_outside(tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    for group in templates():
-        python("run.py", "task=new", f"group={group}", "name=mine")
-        python("run.py", "task=new", f"group={group}", "name=yours", f"plugins_path={outside}")
+    python("-c", WRITE_ALL, "name=mine")
+    python("-c", WRITE_ALL, "name=yours", f"plugins_path={outside}")
     for folder in ("tests", str(outside / "tests")):
         assert " passed" in python("-m", "pytest", folder, "--import-mode=importlib")

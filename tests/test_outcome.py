@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 
 from sandbox import checkpoint, registry
 from sandbox.config import to_container
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, Preempted
 from sandbox.main import perform
 from sandbox.outcome import captions_of, file_name, final_loss, spread, write_clips
+from sandbox.rank import Rank
 from sandbox.runs import Run
-from sandbox.stopping import Alone
 from sandbox.systems import load_system
 from sandbox.tasks.train import train
 from tests.engine import differing, small
@@ -30,7 +31,7 @@ def settings(out, *overrides):
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    return train(settings(tmp_path_factory.mktemp("outcome")), Alone())
+    return train(settings(tmp_path_factory.mktemp("outcome")), Rank())
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_exported_weights_are_those_of_the_checkpoint(folder):
 
 def test_exported_weights_can_be_started_from(folder, tmp_path):
     start = folder / checkpoint.AVERAGED
-    found = train(settings(tmp_path, f"init_from={start}", "lr=0", "steps=1"), Alone())
+    found = train(settings(tmp_path, f"init_from={start}", "lr=0", "steps=1"), Rank())
     weights = checkpoint.read_foreign(Run(found["folder"]).folder / checkpoint.LIVE)
     assert not differing(checkpoint.read_foreign(start), weights)
 
@@ -87,7 +88,7 @@ def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, fo
     metrics = (folder / "metrics.jsonl").read_text()
     for name in ("result.json", "metrics.json", "report.html", checkpoint.LIVE):
         (folder / name).unlink()
-    again = train(settings(folder.parent), Alone())
+    again = train(settings(folder.parent), Rank())
     assert again == result
     assert {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")} == before
     assert (folder / "metrics.jsonl").read_text().startswith(metrics)
@@ -95,8 +96,23 @@ def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, fo
     assert "(continued)" in said and "continuing from step 5" in said
 
 
+def test_finishing_stops_when_asked_and_is_done_later(result, tmp_path):
+    class Asked(Rank):
+        """A process that is asked to stop during the scoring."""
+
+        def agree_to_stop(self):
+            return None
+
+    rank = Asked()
+    rank.ask(signal.SIGTERM)
+    with pytest.raises(Preempted, match="stopped by SIGTERM after the last step"):
+        train(settings(tmp_path), rank)
+    assert not list(tmp_path.glob("*/result.json"))
+    assert train(settings(tmp_path), Rank())["scores"] == result["scores"]
+
+
 def test_a_finished_run_is_left_alone_and_another_begins(result, folder):
-    other = train(settings(folder.parent), Alone())
+    other = train(settings(folder.parent), Rank())
     assert other["folder"] == f"{folder}-2"
     assert other["scores"] == result["scores"]
     assert other["loss"] == result["loss"]
@@ -120,14 +136,14 @@ def test_the_objective_is_the_first_score(result):
 
 
 def test_the_objective_may_be_named(tmp_path):
-    found = train(settings(tmp_path, "task.objective=loss"), Alone())
+    found = train(settings(tmp_path, "task.objective=loss"), Rank())
     run = Run(found["folder"])
     assert found["objective"] == found["loss"] == run.metrics()[5]["loss"] == final_loss(run)
 
 
 def test_an_objective_that_is_not_there_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match=r"task\.objective='beauty': want one of \['direction'"):
-        train(settings(tmp_path, "task.objective=beauty"), Alone())
+        train(settings(tmp_path, "task.objective=beauty"), Rank())
     assert not list(tmp_path.glob("*/config.yaml"))
 
 

@@ -198,10 +198,12 @@ def test_a_run_does_not_go_on_with_another_first_stage(tmp_path):
 
 def test_a_stopped_run_says_where_it_goes_on(tmp_path):
     root = small(*SETTINGS)
-    with pytest.raises(Preempted, match="after step 4, which is saved in") as e:
-        with session(root, tmp_path) as training:
-            training.rank.agree_to_stop = lambda: "SIGTERM" if training.step == 4 else None
-            fit(training)
+    with (
+        pytest.raises(Preempted, match="after step 4, which is saved in") as e,
+        session(root, tmp_path) as training,
+    ):
+        training.rank.agree_to_stop = lambda: "SIGTERM" if training.step == 4 else None
+        fit(training)
     assert e.value.exit_code == 75
     newest = checkpoint.newest(run_folder(tmp_path) / "checkpoints")
     assert checkpoint.load(newest)["step"] == 4

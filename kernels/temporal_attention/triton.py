@@ -145,7 +145,7 @@ def temporal_attention_bwd_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr,  # (B, T, S, H, D) through their strides; g is the output's gradient
     bias_ptr,  # (H, FRAMES, FRAMES) contiguous, zeros outside (T, T), or None
     dq_ptr, dk_ptr, dv_ptr,  # (B, T, S, H, D) through strides of their own, each may be None
-    part_ptr,  # (B * groups of places, H, FRAMES, FRAMES) float32 parts of the bias's gradient, or None
+    part_ptr,  # (programs, FRAMES, FRAMES) float32 parts of the bias's gradient, or None
     scale, T, S, H,
     q_b, q_t, q_s, q_h, k_b, k_t, k_s, k_h, v_b, v_t, v_s, v_h, g_b, g_t, g_s, g_h,
     d_b, d_t, d_s, d_h,
@@ -164,7 +164,7 @@ def temporal_attention_bwd_kernel(
 
     for i in tl.range(SITES):
         site = group * SITES + i
-        ok = (t < T) & (site < S)
+        ok = t < tl.where(site < S, T, 0)
         q_rows = _rows(b, t, site, h, q_b, q_t, q_s, q_h, V)
         k_rows = _rows(b, t, site, h, k_b, k_t, k_s, k_h, V)
         v_rows = _rows(b, t, site, h, v_b, v_t, v_s, v_h, V)
@@ -245,9 +245,9 @@ def backward(
     into: tuple[Tensor | None, Tensor | None, Tensor | None], needs_bias: bool,
     hip: bool = HIP,
 ) -> tuple[Tensor | None, list[Launch]]:  # fmt: skip
-    """(parts of the bias's gradient, the launch): fills `into`, dq, dk and dv of one stride each.
+    """(parts of the bias's gradient, the launches): fills `into`, which is dq, dk and dv.
 
-    The parts are (-1, H, T', T') float32 with T' >= T, to be added up; g is (B, T, S, H, D) with
+    Each of these may be None, and their strides are equal. The parts are (-1, H, T', T') float32 with T' >= T, to be added up; g is (B, T, S, H, D) with
     unit stride in D.
     """
     b, t, s, h, d = q.shape

@@ -28,6 +28,7 @@ from sandbox.contracts import (
 from sandbox.registry import register
 
 INDENT = 4
+BROKEN = "BROKEN: "
 
 
 @register("task", "plugins")
@@ -56,31 +57,31 @@ class Plugins:
             raise ConfigError(f"task.only={self.cfg.only!r}: no such group{near}")
         clip = root.data.clips()[0] if root.data is not None else Clip(3, 9, 16, 16)
         found = [p for g in groups if self.cfg.only in (None, g) for p in registry.plugins(g)]
-        group = None
+        group, broken = None, []
         for plugin in found:
             if plugin.group != group:
                 group = plugin.group
                 print(f"\n{group}: {GROUPS[group]}" if group in GROUPS else f"\n{group}")
-            print("\n".join(described(plugin, clip)))
-        broken = [p for p in found if p.error]
-        print(
-            f"\n{len(found)} plugins"
-            + (f", {len(broken)} broken: {', '.join(p.key for p in broken)}" if broken else "")
-        )
-        return {"plugins": len(found), "broken": [p.key for p in broken]}
+            lines = list(described(plugin, clip))
+            print("\n".join(lines))
+            if any(line.lstrip().startswith(BROKEN) for line in lines):
+                broken.append(plugin.key)
+        ending = f", {len(broken)} broken: {', '.join(broken)}" if broken else ""
+        print(f"\n{len(found)} plugins{ending}")
+        return {"plugins": len(found), "broken": broken}
 
 
 def described(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
     """Name, file, what it is, its contract and its settings; or why it cannot be read."""
     yield f"  {plugin.name}  ({_short(plugin.path)})"
     if plugin.config is None:
-        yield from _wrapped(f"BROKEN: {plugin.error}")
+        yield from _wrapped(f"{BROKEN}{plugin.error}")
         return
     yield from _wrapped(plugin.doc)
     try:
         said = list(_contract(plugin.config(plugin=plugin.key), clip))
     except Exception as e:  # a plugin's own code: whatever it raises is that plugin's, and is said
-        said = [f"BROKEN: its Config raises {type(e).__name__}: {e}"]
+        said = [f"{BROKEN}its Config raises {type(e).__name__}: {e}"]
     if said:
         yield from _wrapped("; ".join(said))
     settings = ", ".join(_settings(plugin.config))

@@ -11,7 +11,7 @@ from sandbox.contracts import TaskConfig, in_range
 from sandbox.registry import register
 
 if TYPE_CHECKING:
-    from sandbox.stopping import Rank
+    from sandbox.rank import Rank
 
 
 @register("task", "train")
@@ -42,10 +42,10 @@ class Train:
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
         from sandbox.config import to_container
-        from sandbox.stopping import Alone
+        from sandbox.rank import Rank
 
         root = to_container(wiring.root)
-        return train({"root": root, "overrides": [*overrides], "group": group}, Alone())
+        return train({"root": root, "overrides": [*overrides], "group": group}, Rank())
 
 
 def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
