@@ -23,39 +23,67 @@ from sandbox.secrets import mask_text
 
 
 def multirun(line: Line, earlier: list[str]) -> int:
-    """Checks every job, then lets Hydra's sweeper and launcher run them."""
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
-    from hydra.core.global_hydra import GlobalHydra
-
+    """Checks every job, then has Hydra's launcher run them; the exit code of the first failure."""
     planned = jobs(line.overrides)
     known = planned or [[o for o in line.overrides if not _sweeps(o)]]
     _check_all(line, earlier, known)
     folder = Path(line.compose([*earlier, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    overrides = [*earlier, *line.overrides, *config.search_path(line.overrides, line.config_dir)]
-    overrides = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-    overrides.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     job = Job(folder, tuple(earlier), "--traceback" in line.flags)
-    GlobalHydra.instance().clear()
-    hydra = Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
+    place = config.search_path(line.overrides, line.config_dir)
+    place.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     try:
-        with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
-            hydra.multirun(line.config_name, job, overrides, with_log_configuration=False)
+        if planned is None:
+            _swept(line, [*earlier, *line.overrides, *place], job)
+        else:
+            _launched(line, [[*earlier, *words] for words in planned], place, job)
     except KeyboardInterrupt:
         _sum_up(folder, len(planned or ()))
         raise
-    except Exception as e:  # a job's own, said below by that job; or the launcher's
-        outcomes = list(folder.glob("job-*.json"))
-        if not outcomes or all(json.loads(p.read_text())["exit_code"] == 0 for p in outcomes):
+    except Exception as e:  # the launcher's own; errors of jobs are said below, job by job
+        if not list(folder.glob("job-*.json")):
             raise
-        if "--traceback" in line.flags:
-            traceback.print_exception(e)
-    finally:
-        GlobalHydra.instance().clear()
-        (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's; it may hold secrets
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
     return _sum_up(folder, len(planned or ()))
+
+
+def _hydra() -> Any:
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    return Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
+
+
+def _launched(line: Line, planned: list[list[str]], place: list[str], job: Job) -> None:
+    """What Hydra's basic sweeper does once it knows the jobs.
+
+    It would first compose what all jobs share, and so refuse a setting of a component that is swept
+    over (`sampler=ddim,ddim_ldm sampler.eta=1`), and write the whole command line down, secrets
+    included.
+    """
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    hydra = _hydra()
+    words = [o for o in (*planned[0], *place) if not o.startswith("hydra.sweep.dir=")] + place[-1:]
+    shared = hydra.compose_config(line.config_name, words, RunMode.MULTIRUN)
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+    launcher = Plugins.instance().instantiate_launcher(context, job, shared)
+    own = [[o for o in words if not _is_hydras(o)] for words in planned]
+    size = shared.hydra.sweeper.max_batch_size or len(own)
+    for first in range(0, len(own), size):
+        launcher.launch(own[first : first + size], first)
+
+
+def _swept(line: Line, overrides: list[str], job: Job) -> None:
+    """The jobs of a sweeper that finds them as it goes, such as hydra/sweeper=optuna."""
+    with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
+        _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
+    (job.folder / "multirun.yaml").unlink(missing_ok=True)  # it may hold secrets
 
 
 class _WithoutOverrides:
@@ -116,6 +144,10 @@ def jobs(overrides: Sequence[str]) -> list[list[str]] | None:
         from sandbox.mistakes import explain_words
 
         raise explain_words(e, overrides) from e
+
+
+def _is_hydras(override: str) -> bool:
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def _sweeps(override: str) -> bool:

@@ -316,6 +316,14 @@ def test_a_sweeper_that_finds_its_jobs_as_it_goes_is_left_to_it():
     assert jobs(["lr=1,2", "seed=3"]) == [["lr=1", "seed=3"], ["lr=2", "seed=3"]]
 
 
+def test_values_reach_the_jobs_as_they_were_typed(here):
+    words = ["optimizer.betas=[0.9,0.99]", 'logger.tags=["a b",c]', 'logger.project="x, y"',
+             "data.root=null", "callbacks=[samples]", "callbacks.samples.every=3", "ema.decay=1e-3",
+             "+hydra.job.env_set={A: b}", "hydra.sweeper.max_batch_size=1"]  # fmt: skip
+    assert _main(["-m", "task=probe", "lr=1,2", *words]) == 0
+    assert notes(here) == ["1.0-dit-0", "2.0-dit-0"]
+
+
 def test_a_setting_may_belong_to_a_component_that_is_swept_over(here):
     assert _main(["-m", "task=probe", "lr=1", "sampler=ddim,ddim_ldm", "sampler.eta=0.5"]) == 0
 

@@ -15,7 +15,7 @@ from sandbox import config, registry
 from sandbox.config import GROUPS, HOME
 from sandbox.main import main
 from sandbox.tasks.new import presets, rendered, templates
-from tests.helpers import sampled, tiny, train, wired_around, with_part
+from tests.helpers import composed, sampled, train, wired_around
 
 WITHOUT = {"trainer", "resume", "kernels"}  # one plugin each, which belongs to the frame
 each_group = pytest.mark.parametrize("group", templates())
@@ -154,12 +154,10 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_the_default_recipe_is_as_it_was(plugin_folder):
-    """A plugin that is only there changes nothing."""
-    before = with_part(tiny(), "vae", tiny().vae)
+def test_a_plugin_that_is_only_there_changes_no_configuration(plugin_folder):
+    before = composed()
     write("vae", "mine", plugin_folder)
-    config.setup()
-    assert with_part(tiny(), "vae", tiny().vae) == before
+    assert composed() == before
 
 
 # --- the whole way, in processes of its own -------------------------------------------------------

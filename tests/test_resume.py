@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,10 @@ from sandbox import checkpoint
 from sandbox.contracts import Preempted, StorageError
 from sandbox.runs import Run
 from sandbox.training import fit
+from sandbox.wiring import wire
+from tests.command import SMALL, folder_of, run_until, said
 from tests.engine import differing, record, session, small, train_until
+from tests.helpers import composed
 
 STEPS = 12
 # 13 clips in micro-batches of two: 7 an epoch, of which the last has one clip.
@@ -222,3 +226,18 @@ def test_global_generators_have_no_say(tmp_path):
     one = record(root, tmp_path / "a", with_dropout)
     torch.manual_seed(12345)
     assert_equal_runs(one, record(root, tmp_path / "b", with_dropout).states, tmp_path)
+
+
+def test_the_command_killed_in_the_middle_goes_on(tmp_path):
+    """kill -9 of the real command; then the same settings in this process."""
+    words = ("steps=24",)
+    assert run_until(tmp_path, 10, signal.SIGKILL, *words) == -signal.SIGKILL, said(tmp_path)
+    killed = folder_of(tmp_path)
+    assert not Run(killed).finished
+    root = wire(composed(*SMALL, *words, f"out={tmp_path}", f"cache={tmp_path}/cache")).root
+    state = train_until(None, root, tmp_path)
+    assert [p.parent for p in tmp_path.glob("*/config.yaml")] == [killed]
+    one = record(root, tmp_path / "a")
+    assert not differing(one.states[24], state)
+    assert metrics(killed) == metrics(run_folder(tmp_path / "a"))
+    assert len(metrics(killed)) == 24

@@ -105,7 +105,9 @@ class _TemporalAttention(torch.autograd.Function):
 
         def compute() -> tuple[Tensor | None, ...]:
             if packed is None:
-                into = tuple(_like(x) if n else None for x, n in zip((q, k, v), needs, strict=False))
+                into = tuple(
+                    _like(x) if n else None for x, n in zip((q, k, v), needs, strict=False)
+                )
                 whole, parts = None, (q, k, v)
             else:
                 whole, parts = _like(packed) if needs[3] else None, packed.unbind(3)
@@ -183,9 +185,7 @@ def _backward(
 
 
 @_forward.register_kernel("cpu")
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     return eager.temporal_attention(q, k, v, bias=bias, causal=causal, scale=scale)
 
 
@@ -209,9 +209,7 @@ def _(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     return fused.output(q)
 
 

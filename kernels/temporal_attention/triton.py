@@ -161,10 +161,11 @@ def temporal_attention_bwd_kernel(
     t = tl.arange(0, FRAMES)
     d = tl.arange(0, WIDTH)
     half = q_ptr.dtype.element_ty
+    ok = t < T
 
-    for i in tl.range(SITES):
+    here = 1 if SITES == 1 else tl.minimum(SITES, S - group * SITES)
+    for i in tl.range(here):
         site = group * SITES + i
-        ok = t < tl.where(site < S, T, 0)
         q_rows = _rows(b, t, site, h, q_b, q_t, q_s, q_h, V)
         k_rows = _rows(b, t, site, h, k_b, k_t, k_s, k_h, V)
         v_rows = _rows(b, t, site, h, v_b, v_t, v_s, v_h, V)

@@ -1,0 +1,61 @@
+"""The real command, killed again and again, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+
+import pytest
+
+from sandbox import checkpoint
+from sandbox.runs import Run
+from tests.command import folder_of, reached, run_until, said
+from tests.engine import differing
+
+pytestmark = pytest.mark.slow
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run_until(out, None, signal.SIGKILL, f"steps={STEPS}") == 0, said(out)
+    return folder_of(out)
+
+
+def assert_equal_runs(one, other):
+    states = [checkpoint.load(checkpoint.newest(f / "checkpoints")) for f in (one, other)]
+    assert states[0]["step"] == states[1]["step"] == STEPS
+    assert not differing(*states)  # weights, average, optimizer, loader
+    found = [Run(f).metrics() for f in (one, other)]
+    assert [*found[0]] == list(range(1, STEPS + 1))
+    assert found[0] == found[1]  # every loss, gradient norm and rate
+    scores = [json.loads((f / "result.json").read_text())["scores"] for f in (one, other)]
+    assert scores[0] == scores[1]
+    for name in (checkpoint.LIVE, checkpoint.AVERAGED):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_kills_at_random_change_nothing(one, tmp_path):
+    """Each kill comes after the trace has grown; the number of workers changes as well."""
+    dice, kills = random.Random(7), 0
+    for workers in (0, 2, 0, 2):
+        target = reached(tmp_path) + dice.randint(2, 9)
+        words = (f"steps={STEPS}", f"data.num_workers={workers}")
+        kills += run_until(tmp_path, target, signal.SIGKILL, *words) == -signal.SIGKILL
+    assert kills == 4
+    assert run_until(tmp_path, None, signal.SIGKILL, f"steps={STEPS}") == 0, said(tmp_path)
+    assert said(tmp_path).count("(continued)") == 4
+    assert_equal_runs(one, folder_of(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_group_saves_and_leaves_with_75(one, tmp_path, number):
+    words = (f"steps={STEPS}", "data.num_workers=2")
+    assert run_until(tmp_path, 8, number, *words) == 75, said(tmp_path)
+    assert f"stopped by {number.name} after step" in said(tmp_path)
+    assert "Traceback" not in said(tmp_path)
+    assert run_until(tmp_path, None, number, *words) == 0, said(tmp_path)
+    assert_equal_runs(one, folder_of(tmp_path))
