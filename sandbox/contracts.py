@@ -270,6 +270,10 @@ class BackboneConfig(PluginConfig):
         """Default LoRA targets, as suffixes of module names."""
         return ()
 
+    def has_matrices(self) -> bool:
+        """Whether its blocks hold weights of two axes, which optimizers such as Muon are made for."""
+        return True
+
 
 @dataclass
 class ConditioningConfig(PluginConfig):
@@ -393,6 +397,10 @@ class GuidanceConfig(PluginConfig):
 @dataclass
 class OptimizerConfig(PluginConfig):
     """How gradients change parameters. The peak learning rate is the top-level `lr`."""
+
+    def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
+        """Problems with this wired backbone, one line each."""
+        yield from ()
 
 
 @dataclass

@@ -92,6 +92,9 @@ class _Check:
         if len(sizes) < len(clips) or not sizes:
             return None
         root, slots = self.told(root, clips, [grid for _, grid in sizes])
+        if self.sound("optimizer", "backbone") and not self.found:
+            for problem in root.optimizer.accepts(root.backbone):
+                self.say(_of("optimizer", root.optimizer, problem, f" (backbone={_name(root.backbone)})"))
         if self.found:
             return None
         return Wiring(root, clips, tuple(z for z, _ in sizes), tuple(g for _, g in sizes), slots)

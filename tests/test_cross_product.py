@@ -43,8 +43,6 @@ GROUPS = (
 APART = ("optimizer", "lr_schedule", "ema")
 SMALL = 1_000_000  # parameters: presets that are larger are built elsewhere, on the meta device
 CALLS = 3  # sampling steps
-# Names of parameters are known when a network is built: the one refusal that comes after wiring.
-LATE = "optimizer.include="
 Choice = dict[str, str]  # group -> option
 
 config.setup()
@@ -177,8 +175,6 @@ def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
         clips = sampled(trained.system)
         again = sampled(load_system(trained.folder, "live"))
     except Exception as e:
-        if isinstance(e, ConfigError) and str(e).startswith(LATE):
-            return
         e.add_note(words)
         raise
     size = wiring.clips[0]

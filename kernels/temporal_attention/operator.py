@@ -69,10 +69,7 @@ def temporal_attention(
         return eager.temporal_attention(q, k, v, bias=bias, causal=causal, scale=scale)
     if traced(q):
         return _forward(q, k, v, bias, causal, scale)
-    if packed is not None:
-        inputs = (None, None, None, packed, bias)
-    else:
-        inputs = (q, k, v, None, bias)
+    inputs = (q, k, v, None, bias) if packed is None else (None, None, None, packed, bias)
     if differentiated(inputs):
         return _TemporalAttention.apply(*inputs, causal, scale)
     return _run_forward(q, k, v, bias, causal, scale)

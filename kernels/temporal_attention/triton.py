@@ -248,8 +248,8 @@ def backward(
 ) -> tuple[Tensor | None, list[Launch]]:  # fmt: skip
     """(parts of the bias's gradient, the launches): fills `into`, which is dq, dk and dv.
 
-    Each of these may be None, and their strides are equal. The parts are (-1, H, T', T') float32 with T' >= T, to be added up; g is (B, T, S, H, D) with
-    unit stride in D.
+    Each of these may be None, and their strides are equal. The parts are (-1, H, T', T') float32
+    with T' >= T, to be added up. g is (B, T, S, H, D) with unit stride in D.
     """
     b, t, s, h, d = q.shape
     plan = tile(t, d, q.element_size(), hip)

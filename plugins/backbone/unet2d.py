@@ -133,6 +133,9 @@ class UNet2D(UNet):
                 return ("to_q", "to_k", "to_v", "to_out.0")
             return ("qkv", "proj_out")
 
+        def has_matrices(self) -> bool:
+            return self.is_told_tokens()
+
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from plugins._blocks.optimizers import can_fuse, settings_stay
-from sandbox.contracts import ConfigError, OptimizerConfig, above, in_range
+from sandbox.contracts import BackboneConfig, ConfigError, OptimizerConfig, above, in_range
 from sandbox.registry import register
 
 
@@ -75,6 +75,10 @@ class MuonPlugin:
                         re.compile(pattern)
                     except re.error as e:
                         yield f"{field}[{i}]={pattern!r}: not a regular expression ({e})"
+
+        def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
+            if not backbone.has_matrices():
+                yield "muon: the blocks of this backbone are convolutions, muon is for matrices; use adamw"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
