@@ -97,7 +97,7 @@ def chosen() -> dict[str, str]:
 def calls() -> dict[str, dict[str, int]]:
     """How often each implementation ran since the start, and why eager ran instead of Triton.
 
-    Compiled graphs count once, when they are traced.
+    Calls in compiled graphs are not counted.
     """
     ran: dict[str, dict[str, int]] = {op: {} for op in OPS}
     for (op, name), times in _ran.items():
@@ -110,9 +110,11 @@ def run(op: str, impl: str | None, *args: Any, **options: Any) -> Any:
     name = impl or _settings.choice[op]
     if name in ("auto", "triton"):
         name = _supported(op, name, impl is not None, args, options)
-    module = _module(op, name)
-    _count(op, name)
-    return getattr(module, op)(*args, **options)
+    elif (op, name) not in _modules:
+        _known(op, name)
+    if not _tracing():  # counts would be part of what a compiled graph depends on
+        _ran[op, name] += 1
+    return getattr(_modules[op, name], op)(*args, **options)
 
 
 def _supported(op: str, name: str, named: bool, args: tuple, options: dict[str, Any]) -> str:
@@ -120,10 +122,10 @@ def _supported(op: str, name: str, named: bool, args: tuple, options: dict[str, 
     x = args[0]
     if name == "auto" and (x.is_meta or x.numel() < CROSSOVER[op]):
         return "eager"
-    if find_spec("triton") is None:
-        reason = "the package triton is not installed"
+    if (op, "triton") in _modules:
+        reason = _modules[op, "triton"].unsupported(*args, **options)
     else:
-        reason = _module(op, "triton").unsupported(*args, **options)
+        reason = "the package triton is not installed"
     if reason is None:
         return "triton"
     said = f"kernels.{op}={name}: {reason}"
@@ -142,11 +144,11 @@ def _here() -> str:
     return "triton" if torch.cuda.is_available() else "eager"
 
 
-def _module(op: str, name: str) -> Any:
-    if (op, name) not in _modules:
-        _known(op, name)
-        _modules[op, name] = import_module(OPS[op][name])
-    return _modules[op, name]
+def load(op: str) -> None:
+    """Imports what runs `op`; done when the operation is, since no graph can trace an import."""
+    for name, module in OPS[op].items():
+        if name != "triton" or find_spec("triton") is not None:
+            _modules[op, name] = import_module(module)
 
 
 def _known(op: str, name: str) -> None:
@@ -154,11 +156,15 @@ def _known(op: str, name: str) -> None:
         raise ValueError(f"kernels.{op}={name!r}: want one of {implementations(op)}")
 
 
-def _count(op: str, name: str) -> None:
-    _ran[op, name] += 1
+def _tracing() -> bool:
+    import torch
+
+    return torch.compiler.is_compiling()
 
 
 def _note(said: str) -> None:
+    if _tracing():
+        return
     _fallbacks[said] += 1
     if said not in _said:
         _said.add(said)

@@ -93,8 +93,9 @@ class _Check:
             return None
         root, slots = self.told(root, clips, [grid for _, grid in sizes])
         if self.sound("optimizer", "backbone") and not self.found:
+            why = f" (backbone={_name(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
-                self.say(_of("optimizer", root.optimizer, problem, f" (backbone={_name(root.backbone)})"))
+                self.say(_of("optimizer", root.optimizer, problem, why))
         if self.found:
             return None
         return Wiring(root, clips, tuple(z for z, _ in sizes), tuple(g for _, g in sizes), slots)

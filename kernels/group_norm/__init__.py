@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._dispatch import run
+from kernels._dispatch import load, run
 
 ACTS = ("none", "silu")
 
@@ -74,3 +74,6 @@ def group_norm(
         per_frame=per_frame,
         out_dtype=out_dtype or x.dtype,
     )
+
+
+load("group_norm")

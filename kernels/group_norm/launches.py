@@ -204,7 +204,7 @@ def forward(
     a = call(x, groups, weight, bias, pre_shift, scale, shift, frames, per_frame)
     y = empty_like(x, out_dtype, per_frame)
     mean, rstd = statistics(x, groups, frames, per_frame)
-    places, last = a.shape.rows, a.shape.places, a.shape.last
+    places, last = a.shape.places, a.shape.last
     common = {
         "x_ptr": x, "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, **a.parameters,
         "eps": eps, "C": a.channels, "G": groups, "S": places, "share": a.share, "frames": frames,

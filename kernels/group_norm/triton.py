@@ -16,9 +16,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _start(r, inner, outer, step):
-    """int64 offset of row r."""
-    return (r // inner).to(tl.int64) * outer + (r % inner).to(tl.int64) * step
+def _whole(x, V: tl.constexpr):
+    """x, a multiple of V, in a form that tells the compiler so; a hint would not survive it."""
+    return x // V * V
+
+
+@triton.jit
+def _start(r, inner, outer, step, V: tl.constexpr):
+    """int64 offset of row r, a multiple of V."""
+    return _whole((r // inner).to(tl.int64) * outer + (r % inner).to(tl.int64) * step, V)
 
 
 @triton.jit
@@ -103,8 +109,8 @@ def group_norm_fwd_kernel(
     r = (pid // G) * FRAMES + e // (CPG * S)
     if FRAMES == 1:
         r = pid // G
-    x_at = _start(r, inner, x_outer, x_step) + c.to(tl.int64) * x_channel + s
-    y_at = _start(r, inner, y_outer, y_step) + c.to(tl.int64) * y_channel + s
+    x_at = _start(r, inner, x_outer, x_step, V) + c.to(tl.int64) * x_channel + s
+    y_at = _start(r, inner, y_outer, y_step, V) + c.to(tl.int64) * y_channel + s
     run = tl.arange(0, V)[None, :]
     x = tl.load(x_ptr + tl.multiple_of(x_at, [V])[:, None] + run, mask=ok[:, None], other=0.0)
     u = x.to(tl.float32) + _pre(c, ok, r // share, pre_ptr, pre_row)[:, None]
@@ -137,7 +143,7 @@ def group_norm_stats_kernel(
     split = pid % splits
     group = (pid // splits) % G
     r = pid // splits // G
-    start = _start(r, inner, x_outer, x_step)
+    start = _start(r, inner, x_outer, x_step, V)
     size = CPG * S
     n = 0.0
     mean = 0.0
@@ -169,14 +175,13 @@ def group_norm_last_stats_kernel(
 ):  # fmt: skip
     """One program is a block of channels in one of `splits` pieces of a row; each channel alone."""
     pid = tl.program_id(0)
-    if V > 1:
-        C = tl.multiple_of(C, V)
-        x_place = tl.multiple_of(x_place, V)
+    C = _whole(C, V)
+    x_place = _whole(x_place, V)
     chunks = tl.cdiv(C, CHANNELS)
     split = (pid // chunks) % splits
     r = pid // chunks // splits
     c = (pid % chunks) * CHANNELS + tl.arange(0, CHANNELS)
-    x_ptr += tl.multiple_of(_start(r, inner, x_outer, x_step), V)
+    x_ptr += _start(r, inner, x_outer, x_step, V)
     pre = _pre(c, c < C, r // share, pre_ptr, pre_row)
     n = 0.0
     mean = tl.zeros((CHANNELS,), tl.float32)
@@ -245,21 +250,20 @@ def group_norm_apply_kernel(
     It walks from the end: what the launch before it read last is still in the second cache.
     """
     pid = tl.program_id(0)
-    if V > 1:
-        if LAST:
-            C = tl.multiple_of(C, V)
-            x_place = tl.multiple_of(x_place, V)
-            y_place = tl.multiple_of(y_place, V)
-        else:
-            S = tl.multiple_of(S, V)
-            x_channel = tl.multiple_of(x_channel, V)
-            y_channel = tl.multiple_of(y_channel, V)
+    if LAST:
+        C = _whole(C, V)
+        x_place = _whole(x_place, V)
+        y_place = _whole(y_place, V)
+    else:
+        S = _whole(S, V)
+        x_channel = _whole(x_channel, V)
+        y_channel = _whole(y_channel, V)
     per_row = tl.cdiv(C, CHANNELS) if LAST else G
     which = pid % per_row
     split = (pid // per_row) % splits
     r = pid // per_row // splits
-    x_ptr += tl.multiple_of(_start(r, inner, x_outer, x_step), V)
-    y_ptr += tl.multiple_of(_start(r, inner, y_outer, y_step), V)
+    x_ptr += _start(r, inner, x_outer, x_step, V)
+    y_ptr += _start(r, inner, y_outer, y_step, V)
     begin = which * (CHANNELS if LAST else CPG)
     end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
 
@@ -378,16 +382,15 @@ def group_norm_bwd_kernel(
 ):  # fmt: skip
     """One program is one group of one row: its sums, then dx, for which it reads all again."""
     pid = tl.program_id(0)
-    if V > 1:
-        S = tl.multiple_of(S, V)
-        x_channel = tl.multiple_of(x_channel, V)
-        g_channel = tl.multiple_of(g_channel, V)
-        d_channel = tl.multiple_of(d_channel, V)
+    S = _whole(S, V)
+    x_channel = _whole(x_channel, V)
+    g_channel = _whole(g_channel, V)
+    d_channel = _whole(d_channel, V)
     group = pid % G
     r = pid // G
-    x_ptr += tl.multiple_of(_start(r, inner, x_outer, x_step), V)
-    g_ptr += tl.multiple_of(_start(r, inner, g_outer, g_step), V)
-    dx_ptr += tl.multiple_of(_start(r, inner, d_outer, d_step), V)
+    x_ptr += _start(r, inner, x_outer, x_step, V)
+    g_ptr += _start(r, inner, g_outer, g_step, V)
+    dx_ptr += _start(r, inner, d_outer, d_step, V)
     j = tl.arange(0, CHANNELS)
     ones = tl.full((CHANNELS,), 1.0, tl.float32)
     mean = tl.load(mean_ptr + pid) * ones
@@ -454,21 +457,20 @@ def group_norm_bwd_sums_kernel(
 ):  # fmt: skip
     """One program is one of `splits` pieces of a group (LAST: of a block of channels) of a row."""
     pid = tl.program_id(0)
-    if V > 1:
-        if LAST:
-            C = tl.multiple_of(C, V)
-            x_place = tl.multiple_of(x_place, V)
-            g_place = tl.multiple_of(g_place, V)
-        else:
-            S = tl.multiple_of(S, V)
-            x_channel = tl.multiple_of(x_channel, V)
-            g_channel = tl.multiple_of(g_channel, V)
+    if LAST:
+        C = _whole(C, V)
+        x_place = _whole(x_place, V)
+        g_place = _whole(g_place, V)
+    else:
+        S = _whole(S, V)
+        x_channel = _whole(x_channel, V)
+        g_channel = _whole(g_channel, V)
     per_row = tl.cdiv(C, CHANNELS) if LAST else G
     which = pid % per_row
     split = (pid // per_row) % splits
     r = pid // per_row // splits
-    x_ptr += tl.multiple_of(_start(r, inner, x_outer, x_step), V)
-    g_ptr += tl.multiple_of(_start(r, inner, g_outer, g_step), V)
+    x_ptr += _start(r, inner, x_outer, x_step, V)
+    g_ptr += _start(r, inner, g_outer, g_step, V)
     begin = which * (CHANNELS if LAST else CPG)
     end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
     first = split * blocks
@@ -555,24 +557,23 @@ def group_norm_bwd_dx_kernel(
 ):  # fmt: skip
     """One program is one of `splits` pieces of a group (LAST: of a block of channels) of a row."""
     pid = tl.program_id(0)
-    if V > 1:
-        if LAST:
-            C = tl.multiple_of(C, V)
-            x_place = tl.multiple_of(x_place, V)
-            g_place = tl.multiple_of(g_place, V)
-            d_place = tl.multiple_of(d_place, V)
-        else:
-            S = tl.multiple_of(S, V)
-            x_channel = tl.multiple_of(x_channel, V)
-            g_channel = tl.multiple_of(g_channel, V)
-            d_channel = tl.multiple_of(d_channel, V)
+    if LAST:
+        C = _whole(C, V)
+        x_place = _whole(x_place, V)
+        g_place = _whole(g_place, V)
+        d_place = _whole(d_place, V)
+    else:
+        S = _whole(S, V)
+        x_channel = _whole(x_channel, V)
+        g_channel = _whole(g_channel, V)
+        d_channel = _whole(d_channel, V)
     per_row = tl.cdiv(C, CHANNELS) if LAST else G
     which = pid % per_row
     split = (pid // per_row) % splits
     r = pid // per_row // splits
-    x_ptr += tl.multiple_of(_start(r, inner, x_outer, x_step), V)
-    g_ptr += tl.multiple_of(_start(r, inner, g_outer, g_step), V)
-    dx_ptr += tl.multiple_of(_start(r, inner, d_outer, d_step), V)
+    x_ptr += _start(r, inner, x_outer, x_step, V)
+    g_ptr += _start(r, inner, g_outer, g_step, V)
+    dx_ptr += _start(r, inner, d_outer, d_step, V)
     begin = which * (CHANNELS if LAST else CPG)
     end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
     first = split * blocks

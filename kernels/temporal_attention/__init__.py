@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels._dispatch import run
+from kernels._dispatch import load, run
 
 
 def temporal_attention(
@@ -65,3 +65,6 @@ def temporal_attention(
         scale=scale,
         packed=packed,
     )
+
+
+load("temporal_attention")
