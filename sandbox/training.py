@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -353,6 +354,9 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
 
 def _quiet() -> None:
     """Without Lightning's advice on devices, and on modules that are frozen on purpose."""
+    if not torch.cuda.is_available():
+        # Set by Lightning; an optimizer then looks for a driver in every step (0.1 ms).
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for text in (
         "Found .* module.* in eval mode",

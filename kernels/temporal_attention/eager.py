@@ -13,16 +13,9 @@ MAX_SEQUENCES = 65_535
 
 
 def temporal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    packed: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed` is not used."""
+    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D)."""
     batch, frames = q.shape[:2]
     if q.numel() == 0:
         return (q + k + v).flatten(3)  # nothing to attend to, and the graph stays connected
