@@ -1,6 +1,7 @@
-"""CPU time of answers that need no training, and of imports, beside bare Python and bare Hydra in the same run.
+"""CPU time of answers that need no training, and of imports, beside bare Python and bare Hydra in
+the same run.
 
-    python benchmarks/startup.py        # writes benchmarks/results/startup.{json,md}
+python benchmarks/startup.py        # writes benchmarks/results/startup.{json,md}
 """
 
 from __future__ import annotations
@@ -42,9 +43,17 @@ def cpu_seconds(command: list[str]) -> float:
 def heavy_imports(command: list[str]) -> list[str]:
     """Which heavy packages a command imports, from -X importtime."""
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", *command], cwd=HOME, capture_output=True, text=True, check=False
+        [sys.executable, "-X", "importtime", *command],
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    names = {
+        line.rpartition("|")[2].strip()
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     return sorted(names.intersection(HEAVY))
 
 
@@ -53,17 +62,41 @@ def main() -> None:
     rows = []
     for name, command in COMMANDS.items():
         times = [cpu_seconds(command) for _ in range(ROUNDS)]
-        rows.append({"command": name, "cpu_s": statistics.median(times), "all_s": times, "heavy": heavy_imports(command)})
-        print(f"{name}: {rows[-1]['cpu_s']:.2f} s of CPU, imports {rows[-1]['heavy'] or 'nothing heavy'}", flush=True)
+        rows.append(
+            {
+                "command": name,
+                "cpu_s": statistics.median(times),
+                "all_s": times,
+                "heavy": heavy_imports(command),
+            }
+        )
+        print(
+            f"{name}: {rows[-1]['cpu_s']:.2f} s of CPU, "
+            f"imports {rows[-1]['heavy'] or 'nothing heavy'}",
+            flush=True,
+        )
     base = rows[1]["cpu_s"]
-    machine = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count()}
+    machine = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    table = ["| command | CPU | over `import hydra` | torch, lightning, wandb |", "|---|---|---|---|"]
-    table += [
-        f"| `{r['command']}` | {r['cpu_s']:.2f} s | {r['cpu_s'] / base:.1f} | {', '.join(r['heavy']) or 'none'} |" for r in rows
+    (RESULTS / "startup.json").write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+    )
+    table = [
+        "| command | CPU | over `import hydra` | torch, lightning, wandb |",
+        "|---|---|---|---|",
     ]
-    (RESULTS / "startup.md").write_text(f"# Start-up\n\nMedian of {ROUNDS}, {machine}\n\n" + "\n".join(table) + "\n")
+    table += [
+        f"| `{r['command']}` | {r['cpu_s']:.2f} s | {r['cpu_s'] / base:.1f} | "
+        f"{', '.join(r['heavy']) or 'none'} |"
+        for r in rows
+    ]
+    (RESULTS / "startup.md").write_text(
+        f"# Start-up\n\nMedian of {ROUNDS}, {machine}\n\n" + "\n".join(table) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """What our training step costs over a bare PyTorch loop of the same model, measured in one run.
 
-    python benchmarks/step_overhead.py            # writes benchmarks/results/step_overhead.{json,md}
+    python benchmarks/step_overhead.py            # writes
+    benchmarks/results/step_overhead.{json,md}
 
-Both sides train the same backbone with the same optimizer, clipping and batches (rendered before). The bare loop draws
-noise and times with torch's global generator and logs nothing. Ours is `sandbox.training.fit`: keyed randomness per
-sample and name, Lightning, metrics to disk every 20 steps, finite checks. Rounds alternate; medians of rounds.
+Both sides train the same backbone with the same optimizer, clipping and batches (rendered before).
+The bare loop draws noise and times with torch's global generator and logs nothing. Ours is
+`sandbox.training.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
+steps, finite checks. Rounds alternate; medians of rounds.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ CASES = {  # name: overrides
     "default DiT, batch 16": ["data.batch_size=16"],
     "default DiT, batch 32": [],
     "DiT d=192, 6 blocks, batch 16": [
-        "data.batch_size=16", "backbone.width=192", "backbone.num_blocks=6", "backbone.num_heads=3", "conditioning.width=192",
+        "data.batch_size=16",
+        "backbone.width=192",
+        "backbone.num_blocks=6",
+        "backbone.num_heads=3",
+        "conditioning.width=192",
     ],
-}  # fmt: skip
+}
 BATCHES = 8  # rendered before, used in turn
 
 
@@ -86,7 +92,9 @@ class Clock(Callback):
 
 
 def our_loop(overrides: list[str], steps: int) -> float:
-    """Seconds per step of `fit` between its 10th and its last step (the checkpoint at the end is not in it)."""
+    """Seconds per step of `fit` between its 10th and its last step (the checkpoint at the end is
+    not in it).
+    """
     with tempfile.TemporaryDirectory() as out:
         total = steps + 11
         root = compose(
@@ -102,7 +110,9 @@ def our_loop(overrides: list[str], steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -110,18 +120,51 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = []
     for name, overrides in CASES.items():
-        pairs = [(bare_loop(overrides, args.steps), our_loop(overrides, args.steps)) for _ in range(args.rounds)]
+        pairs = [
+            (bare_loop(overrides, args.steps), our_loop(overrides, args.steps))
+            for _ in range(args.rounds)
+        ]
         bare, ours = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
         extra = 1000 * statistics.median(b - a for a, b in pairs)
-        rows.append({"case": name, "bare_ms": bare, "ours_ms": ours, "extra_ms": extra, "ratio": ours / bare, "pairs_s": pairs})
-        print(f"{name}: bare {bare:.2f} ms, ours {ours:.2f} ms, {extra:+.2f} ms ({100 * (ours / bare - 1):+.1f} %)", flush=True)
-    versions = {"torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version()}
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads, **versions}
+        rows.append(
+            {
+                "case": name,
+                "bare_ms": bare,
+                "ours_ms": ours,
+                "extra_ms": extra,
+                "ratio": ours / bare,
+                "pairs_s": pairs,
+            }
+        )
+        print(
+            f"{name}: bare {bare:.2f} ms, ours {ours:.2f} ms, {extra:+.2f} ms "
+            f"({100 * (ours / bare - 1):+.1f} %)",
+            flush=True,
+        )
+    versions = {
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+    }
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        **versions,
+    }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step_overhead.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "step_overhead.json").write_text(
+        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
+    )
     table = ["| model | bare loop | ours | extra | ratio |", "|---|---|---|---|---|"]
-    table += [f"| {r['case']} | {r['bare_ms']:.2f} ms | {r['ours_ms']:.2f} ms | {r['extra_ms']:+.2f} ms | {r['ratio']:.3f} |" for r in rows]
-    heading = f"# Training step over a bare loop\n\n{args.rounds} rounds of {args.steps} steps, {machine}\n\n"
+    table += [
+        f"| {r['case']} | {r['bare_ms']:.2f} ms | {r['ours_ms']:.2f} ms | {r['extra_ms']:+.2f} ms "
+        f"| {r['ratio']:.3f} |"
+        for r in rows
+    ]
+    heading = (
+        "# Training step over a bare loop\n\n"
+        f"{args.rounds} rounds of {args.steps} steps, {machine}\n\n"
+    )
     (RESULTS / "step_overhead.md").write_text(heading + "\n".join(table) + "\n")
 
 

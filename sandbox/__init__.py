@@ -1,4 +1,6 @@
-"""A research sandbox for latent diffusion of images and video: `from sandbox import compose, build, train, sample`."""
+"""A research sandbox for latent diffusion of images and video: `from sandbox import compose, build,
+train, sample`.
+"""
 
 from typing import Any
 

@@ -26,25 +26,28 @@ class TrainableFirstStage(FirstStage, Protocol):
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstructed: ...
 
 
-Reconstruct = Callable[[Any], Terms]  # Reconstructed -> the loss: a plugin of group `reconstruction`
+# Reconstructed -> the loss: a plugin of group `reconstruction`
+Reconstruct = Callable[[Any], Terms]
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip (B, ...), data in [-1, 1] (peak 2); equal clips give 106."""
+    """Peak signal-to-noise ratio (dB) of each clip (B, ...) in [-1, 1]; equal clips give 106."""
     error = (x - y).float().square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
 @torch.no_grad()
 def through(first_stage: FirstStage, x: Tensor) -> Tensor:
-    """What is left of x (B, 3, T, H, W) after encoding to the posterior mean and decoding: the ceiling of samples."""
+    """x (B, 3, T, H, W) encoded to the posterior mean and decoded: the ceiling of samples."""
     return first_stage.decode(first_stage.scaled(first_stage.encode(x).mean))
 
 
 class Autoencoding(Trainable):
     """Trains `first_stage` on batches of video with a loss of group `reconstruction`."""
 
-    def __init__(self, root: Root, first_stage: TrainableFirstStage, reconstruction: Reconstruct, group: int) -> None:
+    def __init__(
+        self, root: Root, first_stage: TrainableFirstStage, reconstruction: Reconstruct, group: int
+    ) -> None:
         super().__init__(root, group)
         self.first_stage = first_stage
         self.reconstruction = reconstruction

@@ -1,8 +1,9 @@
-"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and tensor Protocols.
+"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and
+tensor Protocols.
 
-Two halves. The Config side answers every question before a run (does it fit, what goes where, what does it
-cost) and never imports torch. The tensor side names the few calls that the training step and the samplers
-make. A plugin sees this file and never another group's plugin.
+Two halves. The Config side answers every question before a run (does it fit, what goes where, what
+does it cost) and never imports torch. The tensor side names the few calls that the training step
+and the samplers make. A plugin sees this file and never another group's plugin.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ if TYPE_CHECKING:
 SCALARS = frozenset({"fps", "frame_stride", "height", "width", "aspect_ratio", "ofs"})
 
 
-# --- errors -------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
+# ------------
 
 
 class SandboxError(Exception):
-    """An error that ends the program with its own exit code; survives pickling (all of it is in args)."""
+    """An error that ends the program with its own exit code; survives pickling (all of it is in
+    args).
+    """
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(SandboxError):
-    """The user's settings are wrong (exit code 2). Holds one line per problem, each with its cure."""
+    """The user's settings are wrong (exit code 2); one line per problem, each with its cure."""
 
     exit_code = 2
 
@@ -44,7 +48,8 @@ class ConfigError(SandboxError):
 
 
 class Misfit(ConfigError):
-    """A clip does not fit a component: `field` (frames, height, width or channels) has `value`, `rule` says what fits.
+    """A clip does not fit a component: `field` (frames, height, width or channels) has `value`,
+    `rule` says what fits.
 
     Wiring adds which setting that is and probes for the nearest values that fit.
     """
@@ -103,10 +108,13 @@ class Preempted(SandboxError):
 
 
 class BadItem(Exception):
-    """One item of a data set cannot be used (corrupt, too short); the loader skips, counts and lists it."""
+    """One item of a data set cannot be used (corrupt, too short); the loader skips, counts and
+    lists it.
+    """
 
 
-# --- checks that Configs share ------------------------------------------------------------------------------
+# --- checks that Configs share
+# ------------------------------------------------------------------------------
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Iterator[str]:
@@ -116,14 +124,19 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Iterator[str]:
         yield f"{name}={value!r}: want one of {choices}"
 
 
-def in_range(name: str, value: float | None, low: float, high: float = float("inf")) -> Iterator[str]:
-    """Yields a problem unless low <= value <= high; NaN is a problem, None (left to wiring) is not."""
+def in_range(
+    name: str, value: float | None, low: float, high: float = float("inf")
+) -> Iterator[str]:
+    """Yields a problem unless low <= value <= high; NaN is one, None (left to wiring) is not."""
     if value is not None and not low <= value <= high:
-        yield f"{name}={value}: want " + (f">= {low}" if high == float("inf") else f"{low} to {high}")
+        allowed = f">= {low}" if high == float("inf") else f"{low} to {high}"
+        yield f"{name}={value}: want {allowed}"
 
 
 def above(name: str, value: float | None, low: float, high: float = float("inf")) -> Iterator[str]:
-    """Yields a problem unless low < value <= high and value is finite; NaN is a problem, None is not."""
+    """Yields a problem unless low < value <= high and value is finite; NaN is a problem, None is
+    not.
+    """
     if value is not None and not low < value <= min(high, 1e300):
         yield f"{name}={value}: want > {low}" + ("" if high == float("inf") else f" and <= {high}")
 
@@ -140,7 +153,8 @@ def must_divide(field: str, value: int, by: int) -> None:
         raise Misfit(field, value, f"a multiple of {by}")
 
 
-# --- sizes and slots ----------------------------------------------------------------------------------------
+# --- sizes and slots
+# ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence that conditioning offers: `length` tokens of `width`, for each of `frames` (1: the same for all)."""
+    """A sequence that conditioning offers: `length` tokens of `width`, for each of `frames` (1: the
+    same for all).
+    """
 
     width: int
     length: int
@@ -168,7 +184,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Slots:
-    """What conditioning offers a backbone. `concat` counts channels, `vector` is a width, 0 or None is absent."""
+    """What conditioning offers a backbone. `concat` counts channels, `vector` is a width, 0 or None
+    is absent.
+    """
 
     context: Tokens | None = None
     image_context: Tokens | None = None
@@ -182,17 +200,22 @@ class Slots:
         return frozenset(filled) | self.scalars
 
 
-# --- Configs ------------------------------------------------------------------------------------------------
+# --- Configs
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class PluginConfig:
-    """Base of every plugin's `Config`. `plugin` ("vae/magvit") is written by the registry, never by a user."""
+    """Base of every plugin's `Config`. `plugin` ("vae/magvit") is written by the registry, never by
+    a user.
+    """
 
     plugin: str = ""
 
     def problems(self) -> Iterator[str]:
-        """Every bad range, choice, length or NaN, one line each, starting with the field: "act='relu': want ..."."""
+        """Every bad range, choice, length or NaN, one line each, starting with the field:
+        "act='relu': want ...".
+        """
         yield from ()
 
     def agree(self, **numbers: int | None) -> Self:
@@ -212,7 +235,8 @@ class PluginConfig:
 
 @dataclass(frozen=True)
 class FirstStageRecipe:
-    """How a first stage is trained where the run does not say (vae.weights=auto, and defaults of task=train_vae).
+    """How a first stage is trained where the run does not say (vae.weights=auto, and defaults of
+    task=train_vae).
 
     `reconstruction`: settings of the loss that differ from its defaults.
     """
@@ -225,7 +249,9 @@ class FirstStageRecipe:
 
 @dataclass
 class FirstStageConfig(PluginConfig):
-    """Between pixels and latents. `weights`: "auto" (cached, else trained first), a file, or null (random)."""
+    """Between pixels and latents. `weights`: "auto" (cached, else trained first), a file, or null
+    (random).
+    """
 
     weights: str | None = "auto"
 
@@ -234,15 +260,21 @@ class FirstStageConfig(PluginConfig):
         raise NotImplementedError
 
     def fitted(self) -> str:
-        """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or "trained"."""
+        """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or
+        "trained".
+        """
         return "trained"
 
     def regularizer(self) -> str:
-        """What its training holds the latents with, which is the plugin of group reconstruction: "kl" or "codebook"."""
+        """What its training holds the latents with, which is the plugin of group reconstruction:
+        "kl" or "codebook".
+        """
         return "kl"
 
     def recipe(self) -> FirstStageRecipe:
-        """Learning rate, steps, batch and loss with which it trains in about a minute on the default data."""
+        """Learning rate, steps, batch and loss with which it trains in about a minute on the
+        default data.
+        """
         return FirstStageRecipe()
 
 
@@ -263,7 +295,9 @@ class BackboneConfig(PluginConfig):
         return z
 
     def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
-        """Complete config for latents `z`, by `agree`; `outputs` is channels out per channel in. Raises ConfigError."""
+        """Complete config for latents `z`, by `agree`; `outputs` is channels out per channel in.
+        Raises ConfigError.
+        """
         raise NotImplementedError
 
     def adapter_targets(self) -> tuple[str, ...]:
@@ -271,7 +305,7 @@ class BackboneConfig(PluginConfig):
         return ()
 
     def has_matrices(self) -> bool:
-        """Whether its blocks hold weights of two axes, which optimizers such as Muon are made for."""
+        """Whether its blocks hold weights of two axes, which Muon and its like are made for."""
         return True
 
 
@@ -303,9 +337,10 @@ class ConditioningConfig(PluginConfig):
 class DataConfig(PluginConfig):
     """The source of clips. Every data plugin has these fields, under these names.
 
-    root: folder of the data (null where the plugin makes or ships them); frames, height, width: size of a clip in
-    frames and pixels; batch_size: clips per process and micro-batch; num_workers: loader processes, 0 loads in the
-    training process; max_bad: items that may be unusable before the run ends with exit code 3.
+    root: folder of the data (null where the plugin makes or ships them); frames, height, width:
+    size of a clip in frames and pixels; batch_size: clips per process and micro-batch; num_workers:
+    loader processes, 0 loads in the training process; max_bad: items that may be unusable before
+    the run ends with exit code 3.
     """
 
     root: str | None = None
@@ -327,7 +362,9 @@ class DataConfig(PluginConfig):
         return (Clip(3, self.frames, self.height, self.width),)
 
     def provides(self) -> frozenset[str]:
-        """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not empty."""
+        """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not
+        empty.
+        """
         return frozenset({"video"})
 
     def metric(self) -> str | None:
@@ -354,7 +391,9 @@ class ScheduleConfig(PluginConfig):
         return False
 
     def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
-        """Problems with `times(steps, spacing)`, one line each: unknown spacings, too many steps, T not reached."""
+        """Problems with `times(steps, spacing)`, one line each: unknown spacings, too many steps, T
+        not reached.
+        """
         yield from ()
 
 
@@ -369,7 +408,9 @@ class LossConfig(PluginConfig):
 
 @dataclass
 class SamplerConfig(PluginConfig):
-    """From noise to latents in `steps` calls of the model (or about twice as many, for second-order solvers)."""
+    """From noise to latents in `steps` calls of the model (or about twice as many, for second-order
+    solvers).
+    """
 
     steps: int = 20
 
@@ -390,7 +431,9 @@ class GuidanceConfig(PluginConfig):
         yield from ()
 
     def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        """Signals dropped in each pass, the full pass first: ({}, {"text"}). One pass where nothing can be dropped."""
+        """Signals dropped in each pass, the full pass first: ({}, {"text"}). One pass where nothing
+        can be dropped.
+        """
         return (frozenset(),)
 
 
@@ -416,10 +459,11 @@ class LRScheduleConfig(PluginConfig):
 class TrainerConfig(PluginConfig):
     """Devices and the shape of an optimizer step.
 
-    accelerator: auto, cpu, cuda or mps; processes: ranks, one a device; accumulate: micro-batches in one optimizer
-    step; clip: largest gradient norm, null for none; threads: torch threads of a process on a CPU, null for what the
-    loader's workers leave; log_every: optimizer steps between two lines of metrics; repeat: the first so many
-    micro-batches come again and again, with the same noise (to see that a model can learn them), 0 for none.
+    accelerator: auto, cpu, cuda or mps; processes: ranks, one a device; accumulate: micro-batches
+    in one optimizer step; clip: largest gradient norm, null for none; threads: torch threads of a
+    process on a CPU, null for what the loader's workers leave; log_every: optimizer steps between
+    two lines of metrics; repeat: the first so many micro-batches come again and again, with the
+    same noise (to see that a model can learn them), 0 for none.
     """
 
     accelerator: str = "auto"
@@ -457,7 +501,8 @@ class TaskConfig(PluginConfig):
     """What a run does."""
 
     needs_torch: ClassVar[bool] = True  # False: answers at once, without a wired system
-    run: str | None = None  # folder of an earlier run that this task works on; its configuration is used
+    # Folder of an earlier run that this task works on; its configuration is used.
+    run: str | None = None
 
     def uses_run(self) -> bool:
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
@@ -468,12 +513,15 @@ class TaskConfig(PluginConfig):
         return {"lr": 4e-3, "steps": 1200}
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
+# --- tensors
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
-    """One micro-batch. B clips of one size. Not frozen: Lightning moves it between devices by assignment."""
+    """One micro-batch. B clips of one size. Not frozen: Lightning moves it between devices by
+    assignment.
+    """
 
     video: Tensor | None = None  # (B, 3, T, H, W) in [-1, 1]
     stored: Tensor | None = None  # (B, P, T, H, W) a cached Posterior.stored in place of video
@@ -481,12 +529,12 @@ class Batch:
     negative: list[str] | None = None  # replaces "" where text is dropped
     text: Tensor | None = None  # (B, L, D) cached embeddings
     text_mask: Tensor | None = None  # (B, L) bool
-    image: Tensor | None = None  # (B, 3, N, H, W) given condition frames; None: taken from the video
+    image: Tensor | None = None  # (B, 3, N, H, W) condition frames; None: taken from the video
     scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in SCALARS
     ids: list[str] = field(default_factory=list)
     epoch: int = 0
-    position: Tensor | None = None  # (B,) int64, place in the epoch's global order: the key of randomness
-    bad: list[str] = field(default_factory=list)  # items that were skipped for this batch, "id: reason"
+    position: Tensor | None = None  # (B,) int64, place in the epoch's global order: keys randomness
+    bad: list[str] = field(default_factory=list)  # items skipped for this batch, "id: reason"
 
     @property
     def size(self) -> int:
@@ -495,7 +543,9 @@ class Batch:
 
 @dataclass
 class Conditions:
-    """What a backbone is told besides z_t and t; absent is None. Registered as a pytree by the system."""
+    """What a backbone is told besides z_t and t; absent is None. Registered as a pytree by the
+    system.
+    """
 
     context: Tensor | None = None  # (B, L, D)
     context_mask: Tensor | None = None  # (B, L) bool, True is a real token
@@ -516,7 +566,9 @@ class Conditions:
 
 @dataclass
 class Terms:
-    """A loss: `total` () to be differentiated, `per_sample` (B,), and what is logged under published names."""
+    """A loss: `total` () to be differentiated, `per_sample` (B,), and what is logged under
+    published names.
+    """
 
     total: Tensor
     per_sample: Tensor
@@ -525,7 +577,9 @@ class Terms:
 
 @dataclass
 class Denoised:
-    """What a raw output says, each (B, C, T, H, W): clean latents, noise, and log-variance where it is learned."""
+    """What a raw output says, each (B, C, T, H, W): clean latents, noise, and log-variance where it
+    is learned.
+    """
 
     z0: Tensor
     eps: Tensor
@@ -533,10 +587,12 @@ class Denoised:
 
 
 class Draws(Protocol):
-    """All randomness of a step, by name. The same name gives the same numbers; a new name shifts no other."""
+    """All randomness of a step, by name. The same name gives the same numbers; a new name shifts no
+    other.
+    """
 
     def normal(self, name: str, like: Tensor) -> Tensor:
-        """Standard normal of the shape, dtype and device of `like`, whose first axis is the batch."""
+        """Standard normal of shape, dtype and device of `like`, whose first axis is the batch."""
         ...
 
     def uniform(self, name: str) -> Tensor:
@@ -544,7 +600,9 @@ class Draws(Protocol):
         ...
 
     def stratified(self, name: str) -> Tensor:
-        """(B,) float32 in [0, 1), each uniform, together one in each of G equal parts for the G clips of an optimizer step."""
+        """(B,) float32 in [0, 1), each uniform, together one in each of G equal parts for the G
+        clips of an optimizer step.
+        """
         ...
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
@@ -552,7 +610,9 @@ class Draws(Protocol):
         ...
 
     def shared(self) -> Draws:
-        """The same interface with one value for the whole micro-batch (some published steps do that)."""
+        """The same interface with one value for the whole micro-batch (some published steps do
+        that).
+        """
         ...
 
 
@@ -573,7 +633,10 @@ class FirstStage(Protocol):
     def encode(self, x: Tensor) -> Posterior: ...  # x (B, 3, T, H, W) in [-1, 1]
     def posterior(self, stored: Tensor) -> Posterior: ...  # the same from a cache
     def scaled(self, z: Tensor) -> Tensor: ...  # unscaled -> what the backbone sees
-    def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor: ...  # scaled z -> (B, 3, T, H, W)
+
+    def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
+        """Scaled z -> (B, 3, T, H, W)."""
+        ...
 
 
 class Backbone(Protocol):
@@ -586,7 +649,7 @@ Encode = Callable[["Tensor", str], "Tensor"]  # (pixels, name of the draw) -> sc
 
 
 class Conditioner(Protocol):
-    """`drop` holds the published joint rule; dropped inputs are replaced before they are encoded."""
+    """`drop` holds the published joint rule; what is dropped is replaced before it is encoded."""
 
     def drop(self, draws: Draws) -> dict[str, Tensor]: ...  # signal -> (B,) bool
 
@@ -602,7 +665,9 @@ class Conditioner(Protocol):
 
 
 class Schedule(Protocol):
-    """z_t = alpha(t) z0 + sigma(t) eps. t is in the schedule's own unit: (B,) int64, or float32 in [0, 1]."""
+    """z_t = alpha(t) z0 + sigma(t) eps. t is in the schedule's own unit: (B,) int64, or float32 in
+    [0, 1].
+    """
 
     def draw_t(self, draws: Draws) -> Tensor: ...
     def alpha(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1) float32
@@ -617,18 +682,24 @@ class Schedule(Protocol):
 
 
 class Loss(Protocol):
-    def __call__(self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Terms: ...
+    def __call__(
+        self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
+    ) -> Terms: ...
 
 
 class Guidance(Protocol):
-    """A wrapper around the model: which passes, and how raw outputs (variance channels included) combine."""
+    """A wrapper around the model: which passes, and how raw outputs (variance channels included)
+    combine.
+    """
 
     def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]: ...
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor: ...
 
 
 class Hooks(Protocol):
-    """Called by a sampler: `before` a model call (known regions), on the `denoised` estimate (quantising, previews)."""
+    """Called by a sampler: `before` a model call (known regions), on the `denoised` estimate
+    (quantising, previews).
+    """
 
     def before(self, z_t: Tensor, t: Tensor) -> Tensor: ...
     def denoised(self, d: Denoised, t: Tensor) -> Denoised: ...
@@ -651,7 +722,8 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-Sample = dict[str, Any]  # "video" (3, T, H, W) float32 in [-1, 1]; "caption" str; names in SCALARS: float
+# "video" (3, T, H, W) float32 in [-1, 1]; "caption" str; names in SCALARS: float
+Sample = dict[str, Any]
 
 
 class Items(Protocol):
@@ -669,11 +741,13 @@ class DataSource(Protocol):
     """What `data=` builds."""
 
     def split(self, name: str) -> Items:
-        """"train", or "val" (never shares a source with train; its items do not use `rng`). Raises DataError."""
+        """ "train", or "val" (never shares a source with train; its items do not use `rng`). Raises
+        DataError.
+        """
         ...
 
     def prompts(self) -> list[str]:
-        """Captions to sample and to score with, in a fixed order; empty where the data have none."""
+        """Captions to sample and to score with, in a fixed order; empty where there are none."""
         ...
 
 
@@ -699,7 +773,12 @@ State = dict[str, "Tensor"]
 
 
 class Layout(Protocol):
-    """A published file format of a whole system; `parts` and `whole` are pure and inverse to one another."""
+    """A published file format of a whole system; `parts` and `whole` are pure and inverse to one
+    another.
+    """
 
-    def parts(self, state: State) -> dict[str, State]: ...  # {"backbone", "vae", "conditioning", "ema", ...}
+    def parts(self, state: State) -> dict[str, State]:
+        """{"backbone": ..., "vae": ..., "conditioning": ..., "ema": ...}."""
+        ...
+
     def whole(self, parts: dict[str, State]) -> State: ...

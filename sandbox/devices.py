@@ -30,11 +30,14 @@ def device_of(root: Root, index: int = 0) -> torch.device:
 
 
 def use_threads(root: Root, threads: int | None = None) -> None:
-    """Torch threads of this process: those asked for, else the cores that loader workers leave.
+    """Torch threads of this process: those asked for (also by OMP_NUM_THREADS), else its share.
 
-    Sampling uses as many as training did, which sums in the same order.
+    That is what the loader's workers leave of its part of the cores. Sampling uses as many as
+    training did, which sums in the same order.
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    free = max(1, cores - root.data.num_workers)
-    torch.set_num_threads(threads or root.trainer.threads or free)
+    share = max(1, cores // root.trainer.processes - root.data.num_workers)
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    asked = threads or root.trainer.threads or (int(said) if said.isdigit() else 0)
+    torch.set_num_threads(asked or share)

@@ -44,4 +44,6 @@ def build(group: str, root: Root) -> Any:
 
 
 def _mix(seed: int, group: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=7).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=7).digest(), "little"
+    )

@@ -320,7 +320,9 @@ print(child.exitcode - 128 == signal.SIGTERM)
 
 def test_a_process_that_a_rank_forks_can_be_terminated():
     """In a process of its own: this one has threads, with which a fork may hang."""
-    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=150
+    )
     assert done.stdout.strip() == "True", done.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 from copy import copy, deepcopy
@@ -204,6 +205,15 @@ def test_overfitting_makes_the_loss_fall(tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_no_worker_is_left_after_training(tmp_path):
+    with session(small("data.num_workers=2", "steps=3"), tmp_path) as training:
+        fit(training)
+        assert not multiprocessing.active_children()
+        assert len(next(iter(training.loader)).ids) == 2  # others are started where needed
+        training.loader.close()
+        assert not multiprocessing.active_children()
+
+
 # --- divergence -----------------------------------------------------------------------------------
 
 
@@ -274,6 +284,18 @@ def test_a_skipped_step_changes_neither_weights_nor_average_nor_optimizer(tmp_pa
     assert found[4]["skipped"] == 1
     assert [*found] == [1, 2, 3, 4, 5, 6]
     assert states[6]["loader"]["taken"] == 6
+
+
+def test_under_fp16_a_gradient_may_overflow(tmp_path):
+    """Its scaler passes over such a step and scales less; a loss must be finite all the same."""
+    with session(small(*EPOCHS), tmp_path) as training:
+        training.root = replace(training.root, precision="fp16")
+        training.note({"loss": 1.0, "grad_norm": math.inf}, [])
+        training.flush()
+        training.note({"loss": math.nan, "grad_norm": math.inf}, [])
+        with pytest.raises(Diverged, match="loss=nan"):
+            training.flush()
+    assert metrics(tmp_path) == {0: {"loss": 1.0}}
 
 
 def test_more_skipped_steps_than_the_limit_end_the_run(tmp_path):
@@ -387,6 +409,18 @@ def test_samples_of_a_run_are_those_of_the_sampling_task(tmp_path):
     assert recorder.states[5]["ema"]["updates"] == 5
 
 
+def test_what_callbacks_measure_is_recorded_before_the_checkpoint_of_their_step(tmp_path):
+    """A run that is killed right after it would not measure again."""
+    root = small(*EPOCHS, "steps=9", "callbacks=[val_loss]", "callbacks.val_loss.every=5")
+    with (
+        pytest.raises(Preempted),
+        session(root, tmp_path) as training,
+    ):
+        training.rank.agree_to_stop = lambda: "a test" if training.step == 5 else None
+        fit(training)
+    assert "val/loss" in metrics(tmp_path)[5]
+
+
 def test_a_profile_is_written(tmp_path):
     root = small("steps=4", "callbacks=[profile]")
     profile = replace(root.callbacks["profile"], first=1, steps=2)
@@ -414,12 +448,19 @@ def test_bf16_keeps_weights_and_average_in_float32(tmp_path):
     assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path).values())
 
 
-def test_the_threads_of_the_settings_are_used(tmp_path):
-    before = torch.get_num_threads()
-    with session(small("trainer.threads=2"), tmp_path) as training:
-        fit(training)
-        assert torch.get_num_threads() == 2
+def test_threads_are_those_asked_for_else_what_workers_leave(tmp_path, monkeypatch):
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    found = []
+    for said, overrides in (
+        ("3", ["trainer.threads=2"]),
+        ("3", ["trainer.threads=null"]),
+        ("", ["trainer.threads=null", "data.num_workers=1"]),
+    ):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        with session(small(*overrides), tmp_path / str(len(found))):
+            found.append(torch.get_num_threads())
     torch.set_num_threads(before)
+    assert found == [2, 3, max(1, cores - 1)]
 
 
 def test_an_average_is_made_only_where_it_is_asked_for(tmp_path):

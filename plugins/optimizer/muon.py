@@ -78,7 +78,7 @@ class MuonPlugin:
 
         def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
             if not backbone.has_matrices():
-                yield "muon: the blocks of this backbone are convolutions, muon is for matrices; use adamw"
+                yield "muon is for matrices, and this backbone's blocks are convolutions; use adamw"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -13,7 +13,9 @@ class Resume:
 
     @dataclass
     class Config(PluginConfig):
-        """`run`: a run folder to continue, also with more steps; `allow`: settings that may differ from it."""
+        """`run`: a run folder to continue, also with more steps; `allow`: settings that may differ
+        from it.
+        """
 
         mode: str = "auto"
         run: str | None = None

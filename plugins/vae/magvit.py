@@ -169,9 +169,14 @@ class MagViT(FirstStage):
             return Clip(self.latent_channels, frames, clip.height // space, clip.width // space)
 
         def recipe(self) -> FirstStageRecipe:
-            """26 dB on moving digits after 60 CPU seconds; absolute error alone stays at 16 dB there."""
+            """26 dB on moving digits after 60 CPU seconds; absolute error alone stays at 16 dB
+            there.
+            """
             return FirstStageRecipe(
-                lr=1e-3, steps=600, batch_size=8, reconstruction={"l1_weight": 0.0, "l2_weight": 1.0}
+                lr=1e-3,
+                steps=600,
+                batch_size=8,
+                reconstruction={"l1_weight": 0.0, "l2_weight": 1.0},
             )
 
         def regularizer(self) -> str:

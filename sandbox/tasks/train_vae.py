@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 @register("task", "train_vae")
 class TrainVAE:
-    """Trains a first stage alone: reconstruction sheet, PSNR, and weights that vae.weights=FILE takes."""
+    """Trains a first stage alone: reconstructions, PSNR, weights that vae.weights=FILE takes."""
 
     @dataclass
     class Config(TaskConfig):
-        """batch_size: null takes the first stage's own; clips: held-out clips that are measured; shown: on the sheet."""
+        """batch_size: null takes the first stage's own; clips: measured, held out; shown: on the
+        sheet.
+        """
 
         batch_size: int | None = None
         clips: int = 192
@@ -38,22 +40,34 @@ class TrainVAE:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None) -> dict[str, Any]:
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
         return train_first_stage(wiring.root, group)
 
 
 def train_in_cache(root: Root) -> Path:
-    """The weights of the first stage of `root`, trained with this task's own settings in a run folder of the cache."""
+    """The weights of the first stage of `root`, trained with this task's own settings in a run
+    folder of the cache.
+    """
     from pathlib import Path
 
     from sandbox import registry
 
     task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
     own = replace(
-        root, task=task, lr=recipe.lr, steps=recipe.steps, recipe=root.vae.plugin.replace("/", "-"),
-        out=str(Path(root.cache) / "runs"), vae=replace(root.vae, weights=None), reconstruction=None, callbacks={},
-        logger=None, resume=registry.default("resume", "auto"),
-    )  # fmt: skip
+        root,
+        task=task,
+        lr=recipe.lr,
+        steps=recipe.steps,
+        recipe=root.vae.plugin.replace("/", "-"),
+        out=str(Path(root.cache) / "runs"),
+        vae=replace(root.vae, weights=None),
+        reconstruction=None,
+        callbacks={},
+        logger=None,
+        resume=registry.default("resume", "auto"),
+    )
     return Path(train_first_stage(own)["folder"]) / "first_stage.safetensors"
 
 
@@ -72,7 +86,10 @@ def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
     from sandbox.training import fit, start
 
     if root.vae.fitted() != "trained":
-        raise ConfigError(f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); want another vae")
+        raise ConfigError(
+            f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); "
+            "want another vae"
+        )
     recipe = root.vae.recipe()
     loss = root.reconstruction or replace(
         registry.default("reconstruction", root.vae.regularizer()), **recipe.reconstruction
@@ -93,13 +110,25 @@ def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
                 system.eval()
                 calibrate(root, first_stage)
                 val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-                made = torch.cat([through(first_stage, part) for part in val.video.split(32)]).clamp(-1, 1)
-                checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+                made = torch.cat(
+                    [through(first_stage, part) for part in val.video.split(32)]
+                ).clamp(-1, 1)
+                checkpoint.export_weights(
+                    first_stage.state_dict(), run.folder / "first_stage.safetensors"
+                )
             decibels = psnr(made, val.video).mean().item()
             sheet = run.folder / "reconstructions.png"
-            media.reconstruction_sheet(sheet, val.video[: task.shown], made[: task.shown], (val.captions or [])[: task.shown])
+            media.reconstruction_sheet(
+                sheet,
+                val.video[: task.shown],
+                made[: task.shown],
+                (val.captions or [])[: task.shown],
+            )
             training.trackers.summary({"psnr_db": decibels})
             result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
             run.finish(result)
-            print(f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}", flush=True)
+            print(
+                f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}",
+                flush=True,
+            )
             return result
