@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 
 def compose(*overrides: str) -> Root:
-    """Typed and complete configuration of a command line. Raises ConfigError with all problems."""
+    """Typed and complete configuration of a command line; a task that works on an earlier run has
+    that run's. Raises ConfigError with all problems.
+    """
+    from sandbox.earlier import choices
+    from sandbox.main import settled
+
     config.setup(overrides)
     expanded = config.expand(overrides)
-    return wire(config.to_root(config.compose(expanded))).root
+    cfg = config.compose([*choices(expanded), *expanded])
+    return wire(settled(config.to_root(cfg), expanded)).root
 
 
 def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffusion:

@@ -764,6 +764,10 @@ class Metric(Protocol):
         """Clips that a researcher compares with, by name: {"mean clip": (N, 3, T, H, W)}."""
         ...
 
+    def rates(self) -> frozenset[str]:
+        """Scores that are shares of the N clips, whose interval follows from N alone."""
+        ...
+
     def meaning(self) -> dict[str, str]:
         """One line for each score: what it measures, what chance and what perfect is."""
         ...

@@ -38,6 +38,7 @@ class Evaluation:
     clips: dict[str, Tensor] = field(default_factory=dict)  # by row
     first_stage_psnr: float = float("nan")  # dB, of the real clips through the first stage
     count: int = 0
+    rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
 
 
 def evaluate(
@@ -69,7 +70,7 @@ def evaluate(
         train = training_clips(source.split("train"), FITTING_CLIPS, root.seed)
         metric.fit(train.video, train.captions)
         clips |= metric.baselines(captions)
-        result.meaning = metric.meaning()
+        result.meaning, result.rates = metric.meaning(), metric.rates()
         result.scores = {
             row: metric.score(video, captions) for row, video in (clips | floor).items()
         }

@@ -139,7 +139,8 @@ def jobs(overrides: Sequence[str]) -> list[list[str]] | None:
         return None
     try:
         parsed = OverridesParser.create().parse_overrides([*overrides])
-        return [list(job) for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+        batches = BasicSweeper.split_arguments(parsed, None)
+        return [config.expand(job) for batch in batches for job in batch]
     except HydraException as e:
         from sandbox.mistakes import explain_words
 

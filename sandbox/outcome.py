@@ -160,6 +160,7 @@ def report(
         settings=to_container(root),
         scores=[ScoreRow(name, values, found.count) for name, values in found.scores.items()],
         meanings=found.meaning,
+        rates=found.rates,
         samples=[(caption, path.resolve()) for caption, path in samples],
         sheet=sheet.resolve(),
         curves={**read_curves(run.metrics_file)},
@@ -178,5 +179,5 @@ def say_scores(root: Root, found: Evaluation) -> None:
     """The score table with what each score means, on the terminal."""
     if found.scores:
         rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
-        print("\n" + terminal_table(rows, found.meaning) + "\n")
+        print("\n" + terminal_table(rows, found.meaning, found.rates) + "\n")
     print(f"first stage {_name(root.vae)}: {found.first_stage_psnr:.1f} dB on held-out clips")

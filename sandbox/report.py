@@ -55,24 +55,16 @@ class Report:
     title: str  # the recipe
     summary: str = ""  # what was trained, in a sentence
     command: str = ""
-    facts: dict[str, object] = field(
-        default_factory=dict
-    )  # top of the page: seed, steps, time, device, ...
+    facts: dict[str, object] = field(default_factory=dict)  # top of the page: seed, steps, ...
     notes: list[str] = field(default_factory=list)  # what a reader must know first
     scores: list[ScoreRow] = field(default_factory=list)
-    meanings: dict[str, str] = field(
-        default_factory=dict
-    )  # one line for each score, with chance and perfect
-    rates: frozenset[str] | None = (
-        None  # scores that are shares of n clips; None: those that can be
-    )
+    meanings: dict[str, str] = field(default_factory=dict)  # of each score: chance and perfect
+    rates: frozenset[str] | None = None  # scores that are shares of n clips; None: that can be
     samples: list[tuple[str, Path]] = field(default_factory=list)  # caption, mp4 or picture
     sheet: Path | None = None  # contact sheet or reconstruction sheet
     curves: dict[str, Points] = field(default_factory=dict)  # as `read_curves` gives them
     timings: dict[str, float] = field(default_factory=dict)  # seconds by part of the run
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # resolved config, secrets masked by the caller
+    settings: dict[str, Any] = field(default_factory=dict)  # resolved config, without secrets
     environment: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # data item -> reason
 

@@ -10,6 +10,7 @@ import torch
 import sandbox
 from sandbox import build, compose, sample, train
 from sandbox.contracts import ConfigError, StorageError
+from sandbox.earlier import read_root
 from tests.engine import differing
 from tests.helpers import TINY
 
@@ -72,3 +73,10 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path, run):
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     with pytest.raises(StorageError, match="no good checkpoint"):
         build(tmp_path)
+
+
+def test_a_task_on_an_earlier_run_has_that_runs_configuration(run):
+    cfg = compose("task=sample", f"run={run}", "count=2", "sampler.steps=3")
+    assert (cfg.task.run, cfg.task.count, cfg.sampler.steps) == (str(run), 2, 3)
+    assert cfg.backbone == read_root(run).backbone
+    assert len(list(train(cfg).glob("*.mp4"))) == 2

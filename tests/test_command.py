@@ -281,6 +281,10 @@ def test_a_bug_in_a_job_is_shown_and_the_others_run(here, capsys):
     assert "RuntimeError: a bug" in capsys.readouterr().err
 
 
+def test_a_multirun_may_leave_a_group_empty_in_some_jobs():
+    assert jobs(["logger=null,csv", "lr=1"]) == [["~logger", "lr=1"], ["logger=csv", "lr=1"]]
+
+
 def test_a_multirun_that_is_asked_to_stop_starts_no_further_job(here, capsys):
     assert _main(["-m", "task=probe", "code=75,0", "lr=1"]) == 75
     assert notes(here) == ["1.0-dit-75"]

@@ -114,6 +114,9 @@ class Digits:
             )
         return {"mean clip": torch.stack([self.means[w.colour, w.direction] for w in words])}
 
+    def rates(self) -> frozenset[str]:
+        return frozenset({"direction", "colour", "digit"})
+
     def meaning(self) -> dict[str, str]:
         return {
             "direction": "clips that move as their caption says; chance 0.25, perfect 1",

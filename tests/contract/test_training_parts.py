@@ -259,6 +259,7 @@ def test_a_metric_scores_clips_and_says_what_its_scores_mean(key, tmp_path):
     assert scores
     assert all(isinstance(v, float) for v in scores.values())
     assert set(scores) <= set(metric.meaning())
+    assert metric.rates() <= set(metric.meaning())
     assert scores == metric.score(held.video, captions)
     for clips in metric.baselines(captions).values():
         assert clips.shape == held.video.shape
