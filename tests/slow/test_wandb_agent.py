@@ -1,0 +1,90 @@
+"""Real `wandb sweep` and `wandb agent`, against a stand-in for the server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers import TINY
+from tests.wandb_server import Server, serving
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+WANDB = Path(sys.executable).with_name("wandb")
+pytestmark = pytest.mark.slow
+
+
+def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
+    """What an agent says that runs all trials of a sweep, each with these further settings."""
+    command = ["${env}", sys.executable, str(CHECKOUT / "run.py"), *settings]
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**sweep, "command": [*command, "${args_no_hyphens}"]}))
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environ |= {**server.environment(), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    said = ""
+    for words in (["sweep", "--project", "test", str(file)], ["agent"]):
+        if words == ["agent"]:
+            (name,) = server.sweeps
+            words += [f"us/test/{name}"]
+        found = subprocess.run(
+            [WANDB, *words], cwd=folder, env=environ, text=True, capture_output=True, timeout=400
+        )
+        said += found.stdout + found.stderr
+        assert found.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    """A sweep of two trials, the second of which is ended early; its server, folders and words."""
+    folder = tmp_path_factory.mktemp("sweep")
+    parameters = {"lr": {"value": 1e-3}, "steps": {"values": [3, 100_000]},
+                  "trainer.clip": {"value": "null"}}  # fmt: skip
+    sweep = {"program": "run.py", "method": "grid", "parameters": parameters}
+    settings = [s for s in TINY if not s.startswith(("logger", "steps", "lr="))]
+    settings += ["logger=wandb", f"out={folder}/out", f"cache={folder}/cache",
+                 "trainer.log_every=1", "task.score_clips=2", "task.samples=1"]  # fmt: skip
+    with serving() as server:
+        server.stop_after = {1: 3}
+        said = swept(folder, server, sweep, *settings)
+        yield server, folder, said
+
+
+def test_each_trial_is_one_run_with_its_nested_configuration(trials):
+    server, _, said = trials
+    assert sorted(server.runs) == ["sweep0-0", "sweep0-1"], said
+    for run, steps in zip(server.runs.values(), (3, 100_000), strict=True):
+        cfg = run.config["cfg"]["value"]
+        assert (cfg["lr"], cfg["steps"], cfg["trainer"]["clip"]) == (1e-3, steps, None)
+        assert cfg["backbone"]["plugin"] == "backbone/dit"
+        assert run.config["steps"]["value"] == steps  # the sweep's own word for it
+
+
+def test_a_finished_trial_has_history_scores_and_a_video(trials):
+    run = trials[0].runs["sweep0-0"]
+    assert run.exit_code == 0
+    assert [row["_step"] for row in run.history if "loss" in row] == [1, 2, 3]
+    assert any(name.startswith("score/") for name in run.summary)
+    assert any(name.endswith(".mp4") for name in run.files)
+
+
+def test_a_trial_that_is_ended_early_saves_and_leaves(trials):
+    server, folder, said = trials
+    assert server.sweeps["sweep0"].ended == {"sweep0-1"}
+    assert server.runs["sweep0-1"].exit_code == 75, said
+    ids = {p.read_text().strip(): p.parent for p in (folder / "out").glob("*/wandb_id")}
+    kept = ids["sweep0-1"]
+    last = json.loads((kept / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    names = " ".join(p.name for p in (kept / "checkpoints").iterdir())
+    assert re.search(rf"0*{last}\b", names)
+    assert not (kept / "result.json").exists()
+
+
+def test_the_client_asks_nothing_that_the_stand_in_cannot_answer(trials):
+    assert trials[0].refused == []
