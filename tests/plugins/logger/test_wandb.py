@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from plugins.logger.wandb import WandbLogger
+from tests.wandb_server import serving
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
 
@@ -226,3 +227,21 @@ def test_server_out_of_reach_means_offline_with_one_line(tmp_path, monkeypatch, 
     assert "recording offline" in caplog.text and "wandb sync" in caplog.text
     logged = [row["loss"] for record in records(tmp_path) for row in history(record)]
     assert logged == [2.0]
+
+
+@pytest.mark.slow
+def test_a_server_lost_in_mid_run_costs_no_record(tmp_path, monkeypatch, caplog):
+    """Metrics go on to the disk; the end waits so long for the server, and says how to send them."""
+    caplog.set_level(logging.INFO)
+    with serving() as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        run = logger(finish_timeout=2.0)
+        run.start(tmp_path, {"lr": 1}, "name", None)
+        run.metrics(1, {"loss": 2.0})
+    run.metrics(2, {"loss": 1.0})
+    run.finish(0)
+    assert list(server.runs) == [(tmp_path / "wandb_id").read_text().strip()]
+    assert "wandb sync" in caplog.text
+    logged = [row["loss"] for record in records(tmp_path) for row in history(record)]
+    assert logged == [2.0, 1.0]
