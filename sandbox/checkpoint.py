@@ -19,6 +19,7 @@ import struct
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +35,7 @@ PLAIN = (str, int, float, bool, bytes, type(None))
 STATE_KEYS = ("state_dict", "module", "model")  # where foreign checkpoints keep their weights
 NAME = re.compile(r"step_(\d+)(?:-(\d+))?")
 CHUNK = 1 << 22
+LARGE = 1 << 18  # bytes that are worth a hand-over to another thread
 # What torch.load was seen to raise on damaged files, besides UnpicklingError.
 TORN = (
     ArithmeticError,
@@ -110,8 +112,8 @@ def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]
     path = _free(folder, step)
     part = folder / f".{path.name}.part"
     try:
-        with part.open("wb") as file:
-            hashed = _Hashed(file)
+        with part.open("wb") as file, ThreadPoolExecutor(1) as pool:
+            hashed = _Hashed(file, pool)
             _serialise(state, hashed)
             file.flush()
             os.fsync(file.fileno())
@@ -134,20 +136,28 @@ def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]
 
 
 class _Hashed:
-    """A file that hashes what passes through it, so that no second copy is made or read."""
+    """A file that hashes what passes through it, so that no second copy is made or read.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+    Large pieces are hashed on another thread while they are written.
+    """
+
+    def __init__(self, file: BinaryIO, pool: Executor) -> None:
+        self.file, self.pool, self.sha256, self.size = file, pool, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        hashing = self.pool.submit(self.sha256.update, data) if size >= LARGE else None
         try:
             self.file.write(data)
         except OSError as e:
             self.error = e
             raise
-        size = memoryview(data).nbytes
-        self.sha256.update(data)
+        finally:
+            if hashing is not None:
+                hashing.result()
+        if hashing is None:
+            self.sha256.update(data)
         self.size += size
         return size
 
