@@ -1,0 +1,113 @@
+"""Fixed position tables of space-time grids: rotary (RoPE) and sinusoidal, as CogVideoX has them.
+
+Cells of a grid (T, H, W) run frame by frame, row by row. Tables are cached: a grid has one.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Size = tuple[int, int]  # height, width
+THETA = 10_000.0
+
+
+def crop_region(grid: Size, base: Size) -> tuple[Size, Size]:
+    """(top, left), (bottom, right) of the largest box of the grid's shape centred in `base`."""
+    (height, width), (base_height, base_width) = grid, base
+    if height / width > base_height / base_width:
+        box = base_height, round(base_height / height * width)
+    else:
+        box = round(base_width / width * height), base_width
+    top, left = (round((b - s) / 2) for b, s in zip(base, box, strict=True))
+    return (top, left), (top + box[0], left + box[1])
+
+
+def fitted_places(grid: Size, base: Size) -> tuple[Tensor, Tensor]:
+    """Rows (H,) and columns (W,) of a grid stretched over its crop region of `base`, float32."""
+    starts, stops = crop_region(grid, base)
+    # as published: the end leaves out a share of the stop, where the box would have one of its size
+    rows, columns = (
+        torch.linspace(start, stop * (n - 1) / n, n)
+        for n, start, stop in zip(grid, starts, stops, strict=True)
+    )
+    return rows, columns
+
+
+def whole_places(grid: Size) -> tuple[Tensor, Tensor]:
+    """Rows (H,) and columns (W,) counted from 0, float32."""
+    height, width = grid
+    return torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
+
+
+@lru_cache(maxsize=16)
+@torch.no_grad()
+def rotary_table(
+    frames: int, grid: Size, base: Size | None, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T * H * W, head_dim) float32; neighbours in pairs share an angle.
+
+    A quarter of the channels turn with the frame, 3/8 with the row, 3/8 with the column. `base`:
+    size in which the grid is fitted (`fitted_places`), None: rows and columns are counted.
+    `head_dim` is a multiple of 16.
+    """
+    with torch.device("cpu"):
+        rows, columns = fitted_places(grid, base) if base else whole_places(grid)
+        places = torch.arange(frames, dtype=torch.float32), rows, columns
+        sizes = head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8
+        angles = [
+            p[:, None] * THETA ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
+            for p, n in zip(places, sizes, strict=True)
+        ]
+    t, h, w = (len(p) for p in places)
+    shapes = (t, 1, 1, -1), (1, h, 1, -1), (1, 1, w, -1)
+    whole = [a.view(s).expand(t, h, w, a.shape[1]) for a, s in zip(angles, shapes, strict=True)]
+    turned = torch.cat(whole, -1).flatten(0, 2).repeat_interleave(2, -1)  # (N, head_dim)
+    return turned.cos().to(device), turned.sin().to(device)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channels (2i, 2i + 1) of x (..., N, heads, d) turned by their angles (N, d); in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    crossed = torch.stack((-odd, even), -1).flatten(-2)
+    return (x.float() * cos[:, None] + crossed * sin[:, None]).to(x.dtype)
+
+
+def sinusoidal_table(
+    frames: int, grid: Size, dim: int, scales: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """(T, H * W, dim) float64 on the default device: a quarter time, 3/8 column, 3/8 row.
+
+    Each part is all sines and then all cosines. Positions are divided by `scales` (time, space).
+    `dim` is a multiple of 16.
+    """
+    height, width = grid
+    in_time, in_space = scales
+    time = _sinusoids(frames, dim // 4, in_time).view(frames, 1, 1, -1)
+    column = _sinusoids(width, 3 * dim // 8, in_space).view(1, 1, width, -1)
+    row = _sinusoids(height, 3 * dim // 8, in_space).view(1, height, 1, -1)
+    parts = (x.expand(frames, height, width, -1) for x in (time, column, row))
+    return torch.cat(tuple(parts), -1).flatten(1, 2)
+
+
+@lru_cache(maxsize=16)
+@torch.no_grad()
+def cached_sinusoidal_table(
+    frames: int,
+    grid: Size,
+    dim: int,
+    scales: tuple[float, float],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """`sinusoidal_table`, on a device."""
+    with torch.device("cpu"):
+        return sinusoidal_table(frames, grid, dim, scales).to(device, dtype)
+
+
+def _sinusoids(number: int, dim: int, scale: float) -> Tensor:
+    """(number, dim) float64 of positions 0, 1, ... divided by `scale`."""
+    places = torch.arange(number, dtype=torch.float64) / scale
+    steps = torch.arange(dim // 2, dtype=torch.float64) / (dim / 2)
+    angles = places[:, None] * THETA**-steps
+    return torch.cat((angles.sin(), angles.cos()), -1)
