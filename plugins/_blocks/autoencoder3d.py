@@ -5,6 +5,7 @@ of the middle see the whole clip: the network as a whole is not strictly causal 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise, product
 
 import torch
@@ -271,29 +272,46 @@ class Decoder3D(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles along one axis: how long, how far apart, and of their outputs what is kept, blended."""
+
+    size: int
+    step: int
+    keep: int
+    blend: int
+
+
 def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, overlap: float) -> Tensor:
     """`fn` on square tiles of x (..., H, W), `size` wide, whose outputs are `out` wide.
 
-    Neighbours share the part `overlap` of their width, where their outputs are blended linearly.
+    Neighbours share the part `overlap` of their width, where their outputs are blended.
+    """
+    blend = round(out * overlap)
+    tiles = Tiles(size, size - round(size * overlap), out - blend, blend)
+    return in_tiles(fn, x, tiles, tiles)
+
+
+def in_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, rows: Tiles, columns: Tiles) -> Tensor:
+    """`fn` on tiles of x (..., H, W), whose outputs are blended linearly.
+
     As published: a tile is blended with the one above, then with the one at its left, both of which
     were blended before.
     """
-    step, blend = size - round(size * overlap), round(out * overlap)
-    keep = out - blend
     above: list[Tensor] = []
-    rows = []
-    for top in range(0, x.shape[-2], step):
+    whole = []
+    for top in range(0, x.shape[-2], rows.step):
         row: list[Tensor] = []
-        for i, left in enumerate(range(0, x.shape[-1], step)):
-            tile = fn(x[..., top : top + size, left : left + size])
+        for i, left in enumerate(range(0, x.shape[-1], columns.step)):
+            tile = fn(x[..., top : top + rows.size, left : left + columns.size])
             if above:
-                tile = blended(above[i], tile, blend, -2)
+                tile = blended(above[i], tile, rows.blend, -2)
             if row:
-                tile = blended(row[-1], tile, blend, -1)
+                tile = blended(row[-1], tile, columns.blend, -1)
             row.append(tile)
-        rows.append(torch.cat([tile[..., :keep, :keep] for tile in row], -1))
+        whole.append(torch.cat([tile[..., : rows.keep, : columns.keep] for tile in row], -1))
         above = row
-    return torch.cat(rows, -2)
+    return torch.cat(whole, -2)
 
 
 def blended(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
