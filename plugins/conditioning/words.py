@@ -1,15 +1,13 @@
 """Captions as bags of words: a learned vector for each word, without encoder or vocabulary."""
 
-import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from plugins._blocks.text import row, words_of
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -27,18 +25,6 @@ from sandbox.registry import register
 NONE = 0  # row of the table: no word
 
 log = logging.getLogger(__name__)
-
-
-@lru_cache(maxsize=65_536)
-def row(word: str, buckets: int) -> int:
-    """Row of `word` in 1..buckets, the same on every machine; words may share one."""
-    digest = hashlib.blake2b(word.encode(), digest_size=8).digest()
-    return 1 + int.from_bytes(digest) % buckets
-
-
-def words_of(caption: str) -> list[str]:
-    """Lower-case words without punctuation: "A red 3, moving." -> a, red, 3, moving."""
-    return re.findall(r"\w+", caption.lower())
 
 
 @register("conditioning", "words")

@@ -1,0 +1,236 @@
+"""The encoder of T5 v1.1 (Raffel et al. 2020, 1910.10683; v1.1: gated GELU), published names.
+
+Plain torch, so that text encoders of any size are built, checked and loaded without `transformers`,
+which only makes tokens of text (`tokenizer`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plugins._blocks.text import row, words_of
+from sandbox.contracts import StorageError
+
+PAD, END = 0, 1  # tokens of every T5
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # captions -> ids (B, L), real (B, L) bool
+
+
+class Sizes(Protocol):
+    """Settings of a T5 config.json under their names."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int
+    layer_norm_epsilon: float
+
+
+class RMSNorm(nn.Module):
+    """x over its root mean square, in float32, times a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(self.weight.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention without scaling of its scores; the first layer holds the position bias."""
+
+    def __init__(self, sizes: Sizes, has_bias: bool) -> None:
+        super().__init__()
+        inner = sizes.num_heads * sizes.d_kv
+        self.num_heads, self.max_distance = sizes.num_heads, sizes.relative_attention_max_distance
+        self.q, self.k, self.v = (nn.Linear(sizes.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, sizes.d_model, bias=False)
+        if has_bias:
+            buckets = sizes.relative_attention_num_buckets
+            self.relative_attention_bias = nn.Embedding(buckets, sizes.num_heads)
+
+    def bias(self, length: int) -> Tensor:
+        """(1, heads, L, L) from the distances of tokens."""
+        table = self.relative_attention_bias
+        places = torch.arange(length, device=table.weight.device)
+        found = buckets(places[None] - places[:, None], table.num_embeddings, self.max_distance)
+        return table(found).permute(2, 0, 1)[None]
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (
+            to(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for to in (self.q, self.k, self.v)
+        )  # (B, H, L, d_kv)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def buckets(distance: Tensor, number: int, max_distance: int) -> Tensor:
+    """Bucket of each distance: half for each direction, exact when near, logarithmic when far."""
+    half = number // 2
+    exact = half // 2
+    near = distance.abs()
+    far = (near.clamp_min(1).float() / exact).log() / math.log(max_distance / exact)
+    far = exact + (far * (half - exact)).long()
+    return torch.where(near < exact, near, far.clamp_max(half - 1)) + half * (distance > 0)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = (nn.Linear(sizes.d_model, sizes.d_ff, bias=False) for _ in range(2))
+        self.wo = nn.Linear(sizes.d_ff, sizes.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return self.wo(
+            hidden.to(self.wo.weight.dtype)
+        )  # float32 in a float16 model, see `to_dtype`
+
+
+class Layer(nn.Module):
+    """A norm and what follows it, added to the input; `name` is the published one of the part."""
+
+    def __init__(self, sizes: Sizes, name: str, part: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, part)
+        self.layer_norm = RMSNorm(sizes.d_model, sizes.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, *told: Tensor) -> Tensor:
+        return x + self.get_submodule(self.name)(self.layer_norm(x), *told)
+
+
+class Block(nn.Module):
+    def __init__(self, sizes: Sizes, has_bias: bool) -> None:
+        super().__init__()
+        attention = Layer(sizes, "SelfAttention", Attention(sizes, has_bias))
+        self.layer = nn.ModuleList([attention, Layer(sizes, "DenseReluDense", GatedMLP(sizes))])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.layer[1](self.layer[0](x, bias))
+
+
+class Stack(nn.Module):
+    def __init__(self, sizes: Sizes, shared: nn.Embedding) -> None:
+        super().__init__()
+        self.embed_tokens = shared
+        self.block = nn.ModuleList(Block(sizes, i == 0) for i in range(sizes.num_layers))
+        self.final_layer_norm = RMSNorm(sizes.d_model, sizes.layer_norm_epsilon)
+
+
+class T5Encoder(nn.Module):
+    """Tokens (B, L) -> (B, L, d_model). As published, the table of tokens has two names."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(sizes.vocab_size, sizes.d_model)
+        self.encoder = Stack(sizes, self.shared)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask` (B, L) is True where a token is real; None: pads are seen like the rest."""
+        x, blocks = self.shared(ids), self.encoder.block
+        bias = blocks[0].layer[0].SelfAttention.bias(ids.shape[1])  # (1, H, L, L)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
+        for block in blocks:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+    def to_dtype(self, dtype: torch.dtype) -> "T5Encoder":
+        """In float16 the last layer of each MLP stays in float32, which would overflow."""
+        self.to(dtype)
+        if dtype == torch.float16:
+            for block in self.encoder.block:
+                block.layer[1].DenseReluDense.wo.float()
+        return self
+
+    def load(self, folder: Path) -> None:
+        """Puts released weights (model*.safetensors) in place of what is there, on the CPU.
+
+        Raises StorageError where they are missing or of other names or shapes.
+        """
+        state, own = dict(tensors(folder)), self.state_dict()
+        names = "shared.weight", "encoder.embed_tokens.weight"
+        for name, other in (names, names[::-1]):  # files hold one of them, or both
+            if name not in state and other in state:
+                state[name] = state[other]
+        wrong = sorted(set(own) ^ set(state))
+        wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
+        if wrong:
+            raise StorageError(
+                f"conditioning.weights={folder}: {len(wrong)} names or shapes differ from this "
+                f"configuration: {', '.join(wrong[:10])}; choose the sizes it was made with"
+            )
+        types = {name: x.dtype for name, x in own.items()}
+        self.load_state_dict({k: v.to(types[k]) for k, v in state.items()}, assign=True)
+        self.encoder.embed_tokens = self.shared
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a model saved in one or more safetensors files."""
+    from safetensors import safe_open
+
+    index = next(folder.glob("model*.safetensors.index.json"), None)
+    if index:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = sorted(p.name for p in folder.glob("model*.safetensors"))
+    if not files:
+        raise StorageError(f"conditioning.weights={folder}: no model*.safetensors; convert the "
+                           "weights to that format where you trust them")  # fmt: skip
+    for name in files:
+        if not (folder / name).is_file():
+            raise StorageError(f"{folder / name}: no such file, though its index names it")
+        with safe_open(folder / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                yield key, file.get_tensor(key)
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def tokenizer(folder: Path, length: int) -> Tokenize:
+    """The released tokens of `folder`, cut and padded to `length`; needs `transformers`."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as e:
+        raise RuntimeError(
+            "conditioning.weights needs transformers and sentencepiece to read text: install the "
+            "extra `text` (uv sync --extra text, or pip install -e '.[text]')"
+        ) from e
+    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def tokenize(captions: list[str]) -> tuple[Tensor, Tensor]:
+        found = tokens(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return found.input_ids, found.attention_mask.bool()
+
+    return tokenize
+
+
+def hashed_words(vocab_size: int, length: int) -> Tokenize:
+    """A number for each word, by its hash, and the end: for networks with weights of their own."""
+
+    def tokenize(captions: list[str]) -> tuple[Tensor, Tensor]:
+        ids = torch.full((len(captions), length), PAD)
+        for place, caption in zip(ids, captions, strict=True):
+            found = [END + row(word, vocab_size - 2) for word in words_of(caption)[: length - 1]]
+            place[: len(found) + 1] = torch.tensor([*found, END])
+        return ids, ids != PAD
+
+    return tokenize
