@@ -1,6 +1,7 @@
 """Passes and their combination."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from plugins.guidance.cfg import ClassifierFree, rescaled
+from plugins.guidance.cogvideox_dynamic import CogVideoXDynamic
 from plugins.guidance.none import NoGuidance
+from plugins.schedule.flow import Flow
 
 GOLDEN = Path(__file__).parents[2] / "golden/dynamicrafter/ddim"
 T = torch.tensor([5, 5])
@@ -84,3 +87,20 @@ def test_no_guidance_takes_one_pass_as_it_is():
 def test_a_bad_setting_is_named(settings, field):
     (problem,) = ClassifierFree.Config(**settings).problems()
     assert problem.startswith(f"{field}=")
+
+
+@pytest.mark.parametrize(("steps", "t"), [(50, 999), (50, 19), (7, 142), (50, 0)])
+def test_dynamic_guidance_follows_the_published_formula(steps, t):
+    guidance = CogVideoXDynamic(CogVideoXDynamic.Config(guidance_scale=6.0))
+    want = 1 + 6.0 * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2)
+    full, uncond = outs(2)
+    got = guidance.combine([full, uncond], torch.tensor([t, t]), 0, steps)
+    torch.testing.assert_close(got, uncond + want * (full - uncond))
+
+
+def test_dynamic_guidance_of_0_takes_one_pass():
+    assert CogVideoXDynamic.Config(guidance_scale=0.0).passes(("text",)) == (frozenset(),)
+
+
+def test_dynamic_guidance_refuses_times_that_are_not_whole():
+    assert list(CogVideoXDynamic.Config().accepts(Flow.Config()))
