@@ -29,6 +29,7 @@ GROUPS = {  # every config group, with what it is; the order is that of --help
     "vae": "first stage, between pixels and latents",
     "backbone": "the denoising network",
     "conditioning": "what the network is told",
+    "adapter": "few weights to train in place of the backbone's; null trains all",
     "schedule": "noise process and prediction target",
     "loss": "from a prediction to a number",
     "sampler": "from noise to latents",
@@ -43,6 +44,7 @@ GROUPS = {  # every config group, with what it is; the order is that of --help
     "callbacks": "what else happens during training; several may be named",
     "metric": "scores of generated clips; null takes the one of the data",
     "reconstruction": "loss of a first stage (task=train_vae)",
+    "layout": "published file formats; init_from finds the one of its file or folder",
     "kernels": "which implementation the hot operations use",
 }
 
@@ -68,6 +70,7 @@ class Root:
     vae: Any = None
     backbone: Any = None
     conditioning: Any = None
+    adapter: Any = None
     schedule: Any = None
     loss: Any = None
     sampler: Any = None
@@ -82,6 +85,7 @@ class Root:
     callbacks: dict[str, Any] = field(default_factory=dict)
     metric: Any = None
     reconstruction: Any = None
+    layout: Any = None
     kernels: Any = None
 
     def problems(self) -> Iterator[str]:

@@ -497,6 +497,20 @@ class MetricConfig(PluginConfig):
 
 
 @dataclass
+class AdapterConfig(PluginConfig):
+    """Few weights that are trained in place of the backbone's own, which stay as they are."""
+
+
+@dataclass
+class LayoutConfig(PluginConfig):
+    """A published file format of a whole system."""
+
+    def recognises(self, names: frozenset[str]) -> bool:
+        """Whether a state with these names is of this layout."""
+        return False
+
+
+@dataclass
 class TaskConfig(PluginConfig):
     """What a run does."""
 
@@ -770,6 +784,22 @@ class Metric(Protocol):
 
     def meaning(self) -> dict[str, str]:
         """One line for each score: what it measures, what chance and what perfect is."""
+        ...
+
+
+class Adapter(Protocol):
+    def apply(self, backbone: Any, targets: tuple[str, ...], dtype: Any) -> None:
+        """Freezes `backbone`, in `dtype`, and gives it weights of its own, which train in float32.
+
+        Its own names stay as they are but for what the adapter puts between them: `published_name`
+        takes that away, and is None for weights of the adapter.
+        """
+        ...
+
+    def published_name(self, name: str) -> str | None: ...
+
+    def exported(self, backbone: Any) -> tuple[str, State, dict[str, str]]:
+        """A file for other programs: its name, tensors, and the text in its header."""
         ...
 
 

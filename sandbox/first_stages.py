@@ -26,6 +26,7 @@ from sandbox.config import Root, to_container
 from sandbox.contracts import ConfigError, DataConfig, StorageError, TrainerConfig
 from sandbox.data import batches
 from sandbox.files import storing
+from sandbox.published import read_model, read_parts
 
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
@@ -110,9 +111,10 @@ def calibrate(root: Root, first_stage: Any) -> None:
 
 def load_weights(first_stage: nn.Module, path: Path) -> None:
     """Strictly loads a file of any origin. Raises StorageError with names that differ."""
-    if not path.is_file():
+    if not path.exists():
         raise StorageError(f"vae.weights={path}: no such file; name one, or use vae.weights=auto")
-    state, own = checkpoint.read_foreign(path), first_stage.state_dict()
+    own = first_stage.state_dict()
+    state = _published(path) if path.is_dir() else checkpoint.read_foreign(path)
     strange = sorted(set(own) ^ set(state))
     strange += [k for k in own if k in state and own[k].shape != state[k].shape]
     if strange:
@@ -121,6 +123,12 @@ def load_weights(first_stage: nn.Module, path: Path) -> None:
             f"{', '.join(strange[:10])}; choose the vae settings it was made with, or weights=auto"
         )
     first_stage.load_state_dict(state)
+
+
+def _published(folder: Path) -> dict[str, torch.Tensor]:
+    """The first stage in the folder of a published system, or of that model alone."""
+    parts = read_parts(folder, "vae.weights")
+    return parts["vae"] if parts and "vae" in parts else read_model(folder, "vae.weights")
 
 
 def cached(root: Root) -> Path:

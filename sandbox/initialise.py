@@ -16,6 +16,7 @@ from torch import Tensor
 from sandbox import checkpoint
 from sandbox.contracts import StorageError
 from sandbox.module import Trainable
+from sandbox.published import files_of, read_model, read_parts
 from sandbox.runs import Run
 
 log = logging.getLogger(__name__)
@@ -24,12 +25,16 @@ log = logging.getLogger(__name__)
 def init_from(system: Trainable, path: Path | str) -> None:
     """Puts the trainable weights at `path` into a system that has not been trained.
 
-    `path`: a run folder (its newest good checkpoint), a checkpoint of ours, or an exported
-    .safetensors file. Of a run or checkpoint the averaged weights are taken where there are any.
-    Strict: raises StorageError with the first ten names and shapes that differ, and where a frozen
-    part, such as the first stage, is not the one that the weights were trained with.
+    `path`: a run folder (its newest good checkpoint), a checkpoint of ours, an exported
+    .safetensors file, or the folder of a published system or backbone (of a system the backbone is
+    taken). Of a run or checkpoint the averaged weights are taken where there are any. Strict:
+    raises StorageError with the first ten names and shapes that differ, and where a frozen part,
+    such as the first stage, is not the one that the weights were trained with.
     """
     path = Path(path)
+    if path.is_dir() and not Run(path).config_file.is_file():
+        _of_published(system, path)
+        return
     if path.suffix == ".safetensors":
         weights, which = checkpoint.read_foreign(path), "exported"
     else:
@@ -43,17 +48,48 @@ def init_from(system: Trainable, path: Path | str) -> None:
     )
 
 
+def _of_published(system: Trainable, path: Path) -> None:
+    """Puts the backbone of a published system into place, in the dtype that it has here."""
+    parts = read_parts(path, "init_from")
+    if parts is None and any(files_of(path)):
+        parts = {"backbone": read_model(path, "init_from")}
+    if parts is None or "backbone" not in parts:
+        raise StorageError(
+            f"init_from={path}: not a run folder (it has no config.yaml), nor that of a published "
+            "system; want one, a checkpoint (step_*.ckpt), or exported weights (*.safetensors)"
+        )
+    backbone: Any = system.backbone
+    state = parts["backbone"]
+    if hasattr(backbone, "from_published"):
+        state = backbone.from_published(state)
+    own = base_state(system)
+    _compare(own, state, path)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+    others = ", ".join(sorted(parts.keys() - {"backbone"})) or "nothing"
+    log.info(
+        "starting at step 0 from the published backbone of %s; its other parts (%s) are chosen by "
+        "settings of their own (vae.weights, conditioning.weights)",
+        path,
+        others,
+    )
+
+
+def base_state(system: Any) -> dict[str, Tensor]:
+    """The backbone's own weights by their published names, also below an adapter."""
+    adapter, state = getattr(system, "adapter", None), system.backbone.state_dict()
+    if adapter is None:
+        return state
+    named = ((adapter.published_name(name), tensor) for name, tensor in state.items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
 def _checkpoint(path: Path) -> Path:
     """The checkpoint that `path` stands for."""
     if not path.exists():
         raise StorageError(f"init_from={path}: no such file or folder")
     if not path.is_dir():
         return path
-    if not Run(path).config_file.is_file():
-        raise StorageError(
-            f"init_from={path}: not a run folder (it has no config.yaml); want one, a checkpoint "
-            "(step_*.ckpt), or exported weights (*.safetensors)"
-        )
     newest = checkpoint.newest(Run(path).checkpoints)
     if newest is None:
         raise StorageError(f"init_from={path}: this run has no good checkpoint yet")
@@ -83,6 +119,12 @@ def _of_checkpoint(system: Trainable, path: Path) -> tuple[dict[str, Tensor], st
 
 def _put(system: Trainable, weights: dict[str, Tensor], path: Path) -> None:
     own = system.trainable_state()
+    _compare(own, weights, path)
+    system.load_trainable({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """Raises StorageError with the first ten names and shapes that differ."""
     differing = [f"{k} is missing" for k in own if k not in weights]
     differing += [f"{k} is not in this model" for k in weights if k not in own]
     for name in own.keys() & weights.keys():
@@ -93,7 +135,6 @@ def _put(system: Trainable, weights: dict[str, Tensor], path: Path) -> None:
             f"init_from={path}: {len(differing)} of its weights do not fit this model: "
             f"{', '.join(sorted(differing)[:10])}; choose the components and sizes it was made with"
         )
-    system.load_trainable({k: v.to(own[k].dtype) for k, v in weights.items()})
 
 
 def _shape(tensor: Tensor) -> str:

@@ -17,7 +17,8 @@ from sandbox.main import main
 from sandbox.tasks.new import presets, rendered, templates
 from tests.helpers import composed, sampled, train, wired_around
 
-WITHOUT = {"trainer", "resume", "kernels"}  # one plugin each, which belongs to the frame
+# Of the frame, or as published: nobody begins one from a template.
+WITHOUT = {"trainer", "resume", "kernels", "adapter", "layout"}
 each_group = pytest.mark.parametrize("group", templates())
 
 

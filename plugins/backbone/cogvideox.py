@@ -28,6 +28,7 @@ from sandbox.contracts import (
     Conditions,
     Misfit,
     Slots,
+    State,
     above,
     in_range,
     must_divide,
@@ -186,6 +187,12 @@ class CogVideoX(nn.Module):
         cells = (cfg.patch_size_t or 1) * cfg.patch_size**2
         self.proj_out = nn.Linear(width, cells * cfg.out_channels)
         self.initialise()
+
+    def from_published(self, state: State) -> State:
+        """Released weights, without the stored table where the settings leave it out."""
+        if self.cfg.use_learned_positional_embeddings:
+            return state
+        return {k: v for k, v in state.items() if k != "patch_embed.pos_embedding"}
 
     def initialise(self) -> None:
         """For training from nothing: Xavier, and zero where layers join what they change."""

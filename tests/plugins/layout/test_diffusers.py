@@ -1,0 +1,132 @@
+"""Folders of diffusers pipelines, taken apart, put together, and as weights to start from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plugins.layout.diffusers import Diffusers
+from sandbox import build, compose
+from sandbox.contracts import StorageError
+from sandbox.initialise import init_from
+from sandbox.published import read_model, read_parts
+
+LAYOUT = Diffusers(Diffusers.Config())
+TINY = (
+    "backbone=cogvideox", "backbone.num_layers=1", "backbone.num_attention_heads=1",
+    "vae=cogvideox", "vae.block_out_channels=[4,4,4]", "vae.weights=null", "conditioning=t5",
+    "logger=null", "kernels=eager",
+)  # fmt: skip
+
+
+def system(*overrides: str, seed: int = 0):
+    return build(compose(*TINY, f"seed={seed}", *overrides))
+
+
+def write(folder: Path, state: dict[str, Tensor], files: int = 1) -> None:
+    """A model as diffusers saves it, in one file or in several with an index."""
+    folder.mkdir(parents=True)
+    names, stem = sorted(state), "diffusion_pytorch_model"
+    tensors = {k: v.contiguous().clone() for k, v in state.items()}
+    if files == 1:
+        save_file(tensors, folder / f"{stem}.safetensors")
+        return
+    held = {f"{stem}-{i + 1:05}-of-{files:05}.safetensors": names[i::files] for i in range(files)}
+    for file, own in held.items():
+        save_file({k: tensors[k] for k in own}, folder / file)
+    index = {"weight_map": {k: file for file, own in held.items() for k in own}}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_parts_and_whole_are_inverse_to_one_another() -> None:
+    names = ("transformer/a.weight", "vae/b.bias", "text_encoder/shared.weight")
+    state = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
+    parts = LAYOUT.parts(state)
+    assert set(parts) == {"backbone", "vae", "conditioning"}
+    assert set(parts["conditioning"]) == {"encoder.shared.weight"}
+    assert LAYOUT.whole(parts) == state
+
+
+def test_unknown_folders_and_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="scheduler/x: want a name in one of transformer"):
+        LAYOUT.parts({"scheduler/x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="loss: diffusers has no folder for it"):
+        LAYOUT.whole({"loss": {}})
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_training_starts_from_the_backbone_of_a_pipeline(tmp_path, files) -> None:
+    published = system(seed=1)
+    state = published.backbone.state_dict()
+    write(tmp_path / "transformer", state, files)
+    write(tmp_path / "vae", published.first_stage.state_dict())
+    (tmp_path / "scheduler").mkdir()
+    started = system(seed=2)
+    init_from(started, tmp_path)
+    assert all(torch.equal(state[k], v) for k, v in started.backbone.state_dict().items())
+
+
+def test_training_starts_from_a_folder_with_a_backbone_alone(tmp_path) -> None:
+    state = system(seed=1).backbone.state_dict()
+    write(tmp_path / "transformer", state)
+    started = system(seed=2)
+    init_from(started, tmp_path / "transformer")
+    assert torch.equal(started.backbone.proj_out.weight, state["proj_out.weight"])
+
+
+def test_half_precision_weights_come_in_the_dtype_of_the_model(tmp_path) -> None:
+    state = {k: v.bfloat16() for k, v in system(seed=1).backbone.state_dict().items()}
+    write(tmp_path / "transformer", state)
+    started = system()
+    init_from(started, tmp_path)
+    weight = started.backbone.patch_embed.text_proj.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, state["patch_embed.text_proj.weight"].float())
+
+
+def test_a_stored_table_is_left_out_where_the_settings_say_so(tmp_path) -> None:
+    published = system("backbone.use_learned_positional_embeddings=true", seed=1)
+    write(tmp_path / "transformer", published.backbone.state_dict())
+    started = system()
+    init_from(started, tmp_path)
+    assert torch.equal(started.backbone.proj_out.weight, published.backbone.proj_out.weight)
+
+
+def test_a_backbone_of_another_size_is_refused_by_name(tmp_path) -> None:
+    write(tmp_path / "transformer", system("backbone.num_layers=2").backbone.state_dict())
+    with pytest.raises(StorageError, match=r"do not fit this model: transformer_blocks\.1"):
+        init_from(system(), tmp_path)
+
+
+def test_the_first_stage_is_read_from_the_same_folder(tmp_path) -> None:
+    published = system(seed=1)
+    state = published.first_stage.state_dict()
+    write(tmp_path / "vae", state)
+    write(tmp_path / "transformer", published.backbone.state_dict())
+    for folder in (tmp_path, tmp_path / "vae"):
+        started = system(f"vae.weights={folder}", seed=2)
+        assert all(torch.equal(state[k], v) for k, v in started.first_stage.state_dict().items())
+
+
+def test_broken_and_missing_files_are_named(tmp_path) -> None:
+    write(tmp_path / "transformer", {"a": torch.zeros(1), "b": torch.zeros(1)}, 2)
+    missing = next((tmp_path / "transformer").glob("*00002-of*"))
+    missing.unlink()
+    with pytest.raises(StorageError, match=missing.name):
+        read_parts(tmp_path, "init_from")
+    missing.write_bytes(b"no weights")
+    with pytest.raises(StorageError, match="not a safetensors file"):
+        read_model(tmp_path / "transformer", "init_from")
+
+
+def test_files_that_an_index_names_are_looked_for_in_its_folder_only(tmp_path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    index = {"weight_map": {"a": "../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(StorageError, match="not a safetensors file"):
+        read_model(folder, "init_from")
