@@ -500,6 +500,10 @@ class MetricConfig(PluginConfig):
 class AdapterConfig(PluginConfig):
     """Few weights that are trained in place of the backbone's own, which stay as they are."""
 
+    def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
+        """Problems with this wired backbone, one line each."""
+        yield from ()
+
 
 @dataclass
 class LayoutConfig(PluginConfig):

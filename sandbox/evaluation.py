@@ -82,6 +82,10 @@ def _untrained(system: LatentDiffusion) -> LatentDiffusion:
     fresh = LatentDiffusion(system.wiring, build_parts(system.wiring), system.group)
     frozen = system.get_submodule("first_stage").state_dict()
     fresh.get_submodule("first_stage").load_state_dict(frozen)
+    if fresh.adapter is not None:
+        trained = system.base_state()
+        for name, tensor in fresh.base_state().items():
+            tensor.copy_(trained[name])
     return fresh.to(system.device).eval()
 
 

@@ -48,7 +48,7 @@ def init_from(system: Trainable, path: Path | str) -> None:
     )
 
 
-def _of_published(system: Trainable, path: Path) -> None:
+def _of_published(system: Any, path: Path) -> None:
     """Puts the backbone of a published system into place, in the dtype that it has here."""
     parts = read_parts(path, "init_from")
     if parts is None and any(files_of(path)):
@@ -58,14 +58,14 @@ def _of_published(system: Trainable, path: Path) -> None:
             f"init_from={path}: not a run folder (it has no config.yaml), nor that of a published "
             "system; want one, a checkpoint (step_*.ckpt), or exported weights (*.safetensors)"
         )
-    backbone: Any = system.backbone
     state = parts["backbone"]
-    if hasattr(backbone, "from_published"):
-        state = backbone.from_published(state)
-    own = base_state(system)
+    if hasattr(system.backbone, "from_published"):
+        state = system.backbone.from_published(state)
+    own = system.base_state()
     _compare(own, state, path)
     for name, tensor in own.items():
         tensor.copy_(state[name])
+    system.forget_fingerprints()
     others = ", ".join(sorted(parts.keys() - {"backbone"})) or "nothing"
     log.info(
         "starting at step 0 from the published backbone of %s; its other parts (%s) are chosen by "
@@ -73,15 +73,6 @@ def _of_published(system: Trainable, path: Path) -> None:
         path,
         others,
     )
-
-
-def base_state(system: Any) -> dict[str, Tensor]:
-    """The backbone's own weights by their published names, also below an adapter."""
-    adapter, state = getattr(system, "adapter", None), system.backbone.state_dict()
-    if adapter is None:
-        return state
-    named = ((adapter.published_name(name), tensor) for name, tensor in state.items())
-    return {name: tensor for name, tensor in named if name is not None}
 
 
 def _checkpoint(path: Path) -> Path:
@@ -107,7 +98,7 @@ def _of_checkpoint(system: Trainable, path: Path) -> tuple[dict[str, Tensor], st
     if not {"weights", "frozen"} <= state.keys():
         raise StorageError(f"init_from={path}: holds no weights of a system")
     try:
-        system.check_frozen(state["frozen"])
+        system.check_frozen(state["frozen"], but="backbone")  # it is what begins anew
     except StorageError as e:
         raise StorageError(
             f"init_from={path}: {e}. Where another is wanted on purpose, start from exported "
@@ -117,10 +108,15 @@ def _of_checkpoint(system: Trainable, path: Path) -> tuple[dict[str, Tensor], st
     return (state["weights"] | average, "averaged") if average else (state["weights"], "live")
 
 
-def _put(system: Trainable, weights: dict[str, Tensor], path: Path) -> None:
+def _put(system: Any, weights: dict[str, Tensor], path: Path) -> None:
     own = system.trainable_state()
+    if getattr(system, "adapter", None) is not None:  # then the backbone is not trained, but begins
+        own = {k: v for k, v in own.items() if not k.startswith("backbone.")}
+        own |= {f"backbone.{k}": v for k, v in system.base_state().items()}
     _compare(own, weights, path)
-    system.load_trainable({k: v.to(own[k].dtype) for k, v in weights.items()})
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+    system.forget_fingerprints()
 
 
 def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:

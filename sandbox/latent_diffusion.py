@@ -53,6 +53,14 @@ class LatentDiffusion(Trainable):
         self.backbone = parts.backbone
         self.schedule, self.loss = parts.schedule, parts.loss
         self.sampler, self.guidance = parts.sampler, parts.guidance
+        self.adapter = parts.adapter
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The backbone's own weights by their own names, also below an adapter."""
+        state, adapter = self.backbone.state_dict(), self.adapter  # type: ignore[attr-defined]
+        if adapter is None:
+            return state
+        return {own: x for name, x in state.items() if (own := adapter.published_name(name))}
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms = self.step(batch, self.draws(batch))

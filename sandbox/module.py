@@ -89,9 +89,18 @@ class Trainable(LightningModule):
             self._fingerprints = {name: fingerprint(module) for name, module in named}
         return self._fingerprints
 
-    def check_frozen(self, recorded: dict[str, str]) -> None:
-        """Raises StorageError where a frozen part is not the one that `recorded` says."""
+    def forget_fingerprints(self) -> None:
+        """After frozen parts were given other weights."""
+        self._fingerprints = None
+
+    def check_frozen(self, recorded: dict[str, str], but: str | None = None) -> None:
+        """Raises StorageError where a frozen part is not the one that `recorded` says.
+
+        Parts inside the one named `but` are passed over.
+        """
         for name, digest in self.frozen_parts().items():
+            if but and name.startswith(f"{but}."):
+                continue
             if recorded.get(name) != digest:
                 raise StorageError(
                     f"{name}: its weights are not those that this run was trained with (SHA-256 "

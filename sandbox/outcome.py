@@ -40,6 +40,9 @@ def finish_run(
     with training.averaged():
         if training.ema:
             checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.AVERAGED)
+        if system.adapter is not None:
+            name, weights, header = system.adapter.exported(system.backbone)
+            checkpoint.export_weights(weights, run.folder / name, header)
         found = evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.leave_if_asked)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,19 @@ import torch
 
 from sandbox import registry
 from sandbox.config import Root
-from sandbox.contracts import Backbone, Conditioner, FirstStage, Guidance, Loss, Sampler, Schedule
+from sandbox.contracts import (
+    Adapter,
+    Backbone,
+    Conditioner,
+    FirstStage,
+    Guidance,
+    Loss,
+    Sampler,
+    Schedule,
+)
 from sandbox.wiring import Wiring
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -23,6 +36,7 @@ class Parts:
     loss: Loss
     sampler: Sampler
     guidance: Guidance
+    adapter: Adapter | None = None
 
 
 def build_parts(wiring: Wiring) -> Parts:
@@ -30,7 +44,13 @@ def build_parts(wiring: Wiring) -> Parts:
     root = wiring.root
     registry.create(root.kernels).apply()
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
-    return Parts(*(build(group, root) for group in groups))
+    parts = Parts(*(build(group, root) for group in groups))
+    if root.adapter is not None:
+        parts.adapter = registry.create(root.adapter)
+        with seeded(root, "adapter"):
+            targets, dtype = root.backbone.adapter_targets(), DTYPES[root.precision]
+            parts.adapter.apply(parts.backbone, targets, dtype)
+    return parts
 
 
 def build(group: str, root: Root) -> Any:
@@ -38,9 +58,16 @@ def build(group: str, root: Root) -> Any:
 
     So a run with another first stage starts its backbone from the same weights.
     """
+    with seeded(root, group):
+        return registry.create(getattr(root, group))
+
+
+@contextmanager
+def seeded(root: Root, group: str) -> Iterator[None]:
+    """The global generator inside the block depends on (seed, group) alone."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(_mix(root.seed, group))
-        return registry.create(getattr(root, group))
+        yield
 
 
 def _mix(seed: int, group: str) -> int:

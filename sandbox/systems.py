@@ -11,6 +11,7 @@ from sandbox.contracts import StorageError
 from sandbox.devices import device_of, use_threads
 from sandbox.earlier import read_root
 from sandbox.first_stages import prepare_first_stage
+from sandbox.initialise import init_from
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.wiring import Wiring, wire
@@ -19,11 +20,15 @@ from sandbox.wiring import Wiring, wire
 def build_system(wiring: Wiring, folder: Path | None = None) -> LatentDiffusion:
     """Fresh weights on the CPU, but a ready first stage.
 
-    That of the run `folder`, else from the cache, from a file, or trained now.
+    That of the run `folder`, else from the cache, from a file, or trained now. Below an adapter the
+    backbone has the weights of `init_from`.
     """
     parts = build_parts(wiring)
     prepare_first_stage(wiring.root, parts.first_stage, folder)  # type: ignore[arg-type]
-    return LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
+    system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
+    if system.adapter is not None and wiring.root.init_from is not None:
+        init_from(system, wiring.root.init_from)  # no checkpoint holds a frozen backbone
+    return system
 
 
 def clips_per_step(root: Root) -> int:

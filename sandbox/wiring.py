@@ -96,6 +96,7 @@ class _Check:
             why = f" (backbone={_name(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
                 self.say(_of("optimizer", root.optimizer, problem, why))
+        self.adapter(root)
         if self.found:
             return None
         return Wiring(root, clips, tuple(z for z, _ in sizes), tuple(g for _, g in sizes), slots)
@@ -110,6 +111,19 @@ class _Check:
                 f"init_from={self.root.init_from} and resume.run={run}: resuming goes on with the "
                 "weights, optimizer and step of that run, init_from begins a new run at step 0 "
                 "with other weights; give one of them"
+            )
+
+    def adapter(self, root: Root) -> None:
+        """Weights beside a frozen backbone, which must have some of its own."""
+        if root.adapter is None or not self.sound("adapter", "backbone"):
+            return
+        why = f" (backbone={_name(root.backbone)})"
+        for problem in root.adapter.accepts(root.backbone):
+            self.say(_of("adapter", root.adapter, problem, why))
+        if root.init_from is None:
+            self.say(
+                f"adapter={_name(root.adapter)} leaves the backbone as it begins: name its weights "
+                "with init_from=FOLDER, or use adapter=null"
             )
 
     def schedule(self) -> None:

@@ -69,7 +69,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     with open_root(root) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         system = build_system(wiring, run.folder)
-        if root.init_from is not None:
+        if root.init_from is not None and root.adapter is None:
             init_from(system, root.init_from)
         ready = time.monotonic()
         with start(system, run, settings["group"], rank) as training:

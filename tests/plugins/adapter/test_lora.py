@@ -1,0 +1,219 @@
+"""LoRA against recorded outputs, in files that go both ways, and beside a frozen backbone."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from plugins.adapter.lora import FILE, METADATA, LoRA
+from plugins.backbone.cogvideox import CogVideoX
+from sandbox import build, checkpoint, compose, registry
+from sandbox.contracts import BackboneConfig, Conditions, ConfigError, StorageError
+from sandbox.wiring import wire
+from tests.helpers import composed, preset, train
+
+GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
+TINY = (
+    "vae.weights=null", "backbone.width=16", "backbone.num_blocks=1", "conditioning.width=16",
+    "conditioning.buckets=32", "data.batch_size=2", "data.clips_per_epoch=16", "logger=null",
+    "steps=2",
+)  # fmt: skip
+needs_peft = pytest.mark.usefixtures("peft")
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def recorded() -> tuple[CogVideoX, dict[str, Tensor], dict]:
+    """The tiny 5b transformer with its weights, and the LoRA fixture."""
+    with safe_open(GOLDEN / "transformer_5b.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["meta"])["config"]
+    known = {k: v for k, v in settings.items() if k in CogVideoX.Config.__dataclass_fields__}
+    model = CogVideoX(CogVideoX.Config(**known, vector_dim=0, rope_grid="fitted"))
+    state = load_file(GOLDEN / "transformer_5b.safetensors")
+    model.load_state_dict({k[11:]: v for k, v in state.items() if k.startswith("state_dict/")})
+    path = GOLDEN / "lora_5b.safetensors"
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["meta"])
+    return model.eval(), load_file(path), meta
+
+
+def adapted(model: nn.Module, **settings) -> LoRA:
+    lora = LoRA(LoRA.Config(**{"rank": 4} | settings))
+    targets = getattr(model, "cfg", BackboneConfig()).adapter_targets()
+    lora.apply(model, targets, torch.float32)
+    return lora
+
+
+def output(model: CogVideoX, fixture: dict[str, Tensor]) -> Tensor:
+    cond = Conditions(context=fixture["encoder_hidden_states"])
+    with torch.no_grad():
+        out = model(fixture["hidden_states"].transpose(1, 2), fixture["timestep"], cond)
+    return out.transpose(1, 2)
+
+
+def file_of(fixture: dict[str, Tensor], folder: Path, alpha: float | None) -> Path:
+    """The recorded LoRA as a file, with or without the metadata that say its alpha."""
+    path = folder / "lora.safetensors"
+    said = {"transformer.r": 4, "transformer.lora_alpha": alpha}
+    header = {METADATA: json.dumps(said)} if alpha is not None else {}
+    tensors = {k[5:]: v for k, v in fixture.items() if k.startswith("lora/")}
+    save_file(tensors, path, {"format": "pt", **header})
+    return path
+
+
+# numbers
+
+
+@needs_peft
+def test_a_fresh_adapter_changes_nothing() -> None:
+    model, fixture, meta = recorded()
+    adapted(model)
+    torch.testing.assert_close(output(model, fixture), fixture["output_base"], **meta["tolerance"])
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("alpha", "name"), [(2, "output_lora_alpha_over_r"), (None, "output_lora_scale_1")]
+)
+@pytest.mark.parametrize("own_alpha", [None, 2.0, 7.0])
+def test_a_file_has_its_own_strength(tmp_path, alpha, name, own_alpha) -> None:
+    model, fixture, meta = recorded()
+    adapted(model, weights=str(file_of(fixture, tmp_path, alpha)), alpha=own_alpha)
+    torch.testing.assert_close(output(model, fixture), fixture[name], **meta["tolerance"])
+
+
+@needs_peft
+def test_merged_equals_applied(tmp_path) -> None:
+    model, fixture, meta = recorded()
+    lora = adapted(model, weights=str(file_of(fixture, tmp_path, 2)), alpha=2.0)
+    lora.merge(model)
+    want = fixture["output_lora_alpha_over_r"]
+    torch.testing.assert_close(output(model, fixture), want, **meta["tolerance"])
+    merged = model.transformer_blocks[0].attn1.to_q.base_layer.weight
+    plain, _, _ = recorded()
+    assert not torch.equal(merged, plain.transformer_blocks[0].attn1.to_q.weight)
+
+
+# files
+
+
+@needs_peft
+def test_an_exported_file_is_the_one_that_was_loaded(tmp_path) -> None:
+    model, fixture, _ = recorded()
+    lora = adapted(model, weights=str(file_of(fixture, tmp_path, 2)), alpha=2.0)
+    name, state, header = lora.exported(model)
+    assert name == FILE
+    assert state.keys() == {k[5:] for k in fixture if k.startswith("lora/")}
+    assert all(torch.equal(v, fixture[f"lora/{k}"]) for k, v in state.items())
+    said = json.loads(header[METADATA])
+    assert said == {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 2.0,
+        "transformer.target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+
+
+@needs_peft
+def test_the_published_size_has_the_published_names_and_shapes() -> None:
+    with torch.device("meta"):
+        model = CogVideoX(preset("backbone", "cogvideox_2b"))
+        _, state, _ = adapted(model, rank=128).exported(model)
+    manifest = json.loads((GOLDEN / "cogvideox_2b_lora_r128.json").read_text())
+    assert {k: list(v.shape) for k, v in state.items()} == {
+        k: shape for k, (shape, _) in manifest.items()
+    }
+
+
+@needs_peft
+def test_a_file_of_another_rank_or_of_no_lora_is_refused(tmp_path) -> None:
+    model, fixture, _ = recorded()
+    path = file_of(fixture, tmp_path, 2)
+    with pytest.raises(StorageError, match=r"adapter.weights=.*names or shapes differ"):
+        adapted(model, rank=2, weights=str(path))
+    path.write_bytes(b"nothing")
+    with pytest.raises(StorageError, match="not a LoRA file"):
+        adapted(recorded()[0], weights=str(path))
+
+
+# beside a frozen backbone
+
+
+@needs_peft
+def test_only_the_adapter_trains_and_the_rest_is_in_the_dtype_asked_for() -> None:
+    model, _, _ = recorded()
+    lora = LoRA(LoRA.Config(rank=2))
+    lora.apply(model, model.cfg.adapter_targets(), torch.bfloat16)
+    for name, weight in model.named_parameters():
+        is_adapter = ".lora_" in name
+        assert weight.requires_grad == is_adapter, name
+        assert weight.dtype == (torch.float32 if is_adapter else torch.bfloat16), name
+
+
+@needs_peft
+def test_own_names_come_back_below_an_adapter() -> None:
+    model, _, _ = recorded()
+    before = set(model.state_dict())
+    lora = adapted(model)
+    names = {lora.published_name(name) for name in model.state_dict()}
+    assert names - {None} == before
+
+
+@needs_peft
+def test_a_run_begins_from_a_trained_backbone_and_keeps_it(tmp_path) -> None:
+    base = train(wire(composed(*TINY)), tmp_path)
+    words = (*TINY, "adapter=lora", f"init_from={base.folder}")
+    run = train(wire(composed(*words)), tmp_path / "lora")
+    averages = checkpoint.load(checkpoint.newest(base.folder / "checkpoints"))["ema"]["average"]
+    for name, weight in run.system.base_state().items():
+        assert torch.equal(weight, averages.get(f"backbone.{name}", weight)), name
+    saved = checkpoint.load(checkpoint.newest(run.folder / "checkpoints"))["weights"]
+    trained = {k for k in saved if k.startswith("backbone.")}
+    assert trained and all(".lora_" in k for k in trained)
+
+    again = build(run.folder, "live")
+    own, other = run.system.backbone.state_dict(), again.backbone.state_dict()
+    assert all(torch.equal(own[k], other[k]) for k in own)
+    assert any(v.any() for k, v in other.items() if ".lora_B." in k)
+
+
+@needs_peft
+def test_every_default_backbone_takes_an_adapter_or_says_why(tmp_path) -> None:
+    for plugin in registry.plugins("backbone"):
+        cfg = registry.default("backbone", plugin.name)
+        if not list(LoRA.Config().accepts(cfg)):
+            assert cfg.adapter_targets(), plugin.name
+
+
+def test_an_adapter_wants_weights_to_begin_with() -> None:
+    with pytest.raises(ConfigError, match="name its weights with init_from=FOLDER"):
+        compose(*TINY, "adapter=lora")
+
+
+def test_without_peft_the_error_says_how_to_install_it(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(RuntimeError, match="extra `lora`"):
+        adapted(recorded()[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"rank": 0}, "rank=0: want >= 1"),
+        ({"alpha": 0.0}, "alpha=0.0: want > 0"),
+        ({"dropout": 1.0}, "dropout=1.0: want 0 to 0.99"),
+        ({"targets": ()}, "targets=[]: want names of layers"),
+        ({"prefix": "a.b"}, "prefix='a.b': want a name such as transformer"),
+    ],
+)
+def test_a_bad_setting_is_said(changes, problem) -> None:
+    problems = list(replace(LoRA.Config(), **changes).problems())
+    assert any(p.startswith(problem) for p in problems), problems
