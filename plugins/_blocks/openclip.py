@@ -1,0 +1,324 @@
+"""Frozen text and image towers of OpenCLIP, with open_clip's parameter names and no ties to it.
+
+Radford et al. 2021 (2103.00020) in the form of Cherti et al. 2022 (2212.07143). The originals of
+latent video models drive open_clip's own blocks, whose order of axes changed with version 2.26;
+these towers take (B, L, D) throughout, and only the tokenizer is open_clip's.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sandbox.contracts import StorageError
+
+VOCABULARY = 49408  # of open_clip's tokenizer
+CONTEXT_LENGTH = 77
+RANDOM = "random"
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained with
+STD = (0.26862954, 0.26130258, 0.27577711)
+# (file on the hub, size): what a released ViT-H-14 is
+HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+TIMEOUT = 5.0  # seconds
+
+
+class Attention(nn.Module):
+    """Self-attention with the parameter names of torch's MultiheadAttention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.randn(3 * width, width) * width**-0.5)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (h.transpose(1, 2) for h in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, L, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(layers))
+
+
+class TextParts(nn.Module):
+    """What both towers keep of the text model: all of CLIP but the picture's or text's blocks."""
+
+    def __init__(self, width: int, embed_dim: int, vocab_size: int, context_length: int) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(context_length, width) * 0.01)
+        self.text_projection = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))  # log(1 / 0.07)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.ln_final = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+
+class TextModel(TextParts):
+    """CLIP without its picture tower."""
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        vocab_size: int = VOCABULARY,
+        context_length: int = CONTEXT_LENGTH,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__(width, embed_dim, vocab_size, context_length)
+        self.transformer = Transformer(width, layers, heads, mlp_ratio)
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, L) -> every token's features (B, L, width), after the final norm.
+
+    skip: blocks left out at the end; 1 is the published layer "penultimate", 0 is "last". Left-out
+    blocks and the projection stay in the state dict, as published.
+    """
+
+    def __init__(self, model: TextModel, skip: int) -> None:
+        super().__init__()
+        self.model, self.skip = model, skip
+
+    def forward(self, ids: Tensor) -> Tensor:
+        m = self.model
+        x = m.token_embedding(ids) + m.positional_embedding[: ids.shape[1]]
+        blocks = list(m.transformer.resblocks)
+        for block in blocks[: len(blocks) - self.skip]:
+            x = block(x, causal=True)
+        return m.ln_final(x)
+
+
+class Vision(nn.Module):
+    """Pictures (B, 3, S, S), normalised as CLIP wants -> tokens (B, 1 + (S / patch)^2, width).
+
+    All tokens of the last block, without `ln_post` and `proj`, which are there as published.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        head_width: int,
+        patch_size: int,
+        image_size: int,
+        embed_dim: int,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
+        tokens = 1 + (image_size // patch_size) ** 2
+        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.proj = nn.Parameter(torch.randn(width, embed_dim) * width**-0.5)
+        self.conv1 = nn.Conv2d(3, width, patch_size, patch_size, bias=False)
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, width // head_width, mlp_ratio)
+        self.ln_post = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        first = self.class_embedding.expand(len(x), 1, -1)
+        x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return x
+
+
+class ImageModel(TextParts):
+    """CLIP without its text blocks; the rest of the text model stays, as published."""
+
+    def __init__(
+        self,
+        visual: Vision,
+        text_width: int,
+        embed_dim: int,
+        vocab_size: int = VOCABULARY,
+        context_length: int = CONTEXT_LENGTH,
+    ) -> None:
+        super().__init__(text_width, embed_dim, vocab_size, context_length)
+        self.visual = visual
+
+
+class ImageEncoder(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] of any size -> tokens (B, N, width)."""
+
+    def __init__(self, model: ImageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.visual(normalised(resized(x, self.model.visual.image_size)))
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def resized(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size) whatever the aspect, bicubic, corners on corners.
+
+    As published (kornia 0.6): where either side shrinks both are blurred first, by
+    sigma = (factor - 1) / 2. Values are not clamped.
+    """
+    factors = [side / size for side in x.shape[-2:]]
+    if max(factors) > 1:
+        sigmas = [max((factor - 1) / 2, 0.001) for factor in factors]
+        x = blurred(x, [int(max(4 * sigma, 3)) | 1 for sigma in sigmas], sigmas)
+    return F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
+
+
+def blurred(x: Tensor, lengths: list[int], sigmas: list[float]) -> Tensor:
+    """Gaussian blur of (B, C, H, W) along both sides, reflecting at the border."""
+    b, c, h, w = x.shape
+    x = x.reshape(b * c, 1, h, w)
+    x = F.pad(x, [n // 2 for n in reversed(lengths) for _ in range(2)], mode="reflect")
+    for shape, length, sigma in zip([(-1, 1), (1, -1)], lengths, sigmas, strict=True):
+        places = torch.arange(length, dtype=x.dtype, device=x.device) - length // 2
+        weights = (-places.square() / (2 * sigma**2)).exp()
+        x = F.conv2d(x, (weights / weights.sum()).view(1, 1, *shape))
+    return x.view(b, c, h, w)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> what CLIP was trained with."""
+    mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
+    return ((x + 1) / 2 - mean) / std
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@cache
+def tokenizer() -> Callable[[list[str]], Tensor]:
+    """Captions -> ids (B, 77): a start, the byte pairs, an end, zeros; cut where too long."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return partial(SimpleTokenizer(), context_length=CONTEXT_LENGTH)
+
+
+def replaced(captions: list[str], drop: Tensor | None, negative: list[str] | None) -> list[str]:
+    """`captions` with the dropped ones replaced by their negative one, or by an empty one."""
+    if drop is None:
+        return captions
+    instead = negative or [""] * len(captions)
+    rows = zip(drop.tolist(), instead, captions, strict=True)
+    return [other if dropped else own for dropped, other, own in rows]
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """Never trained, never in training mode, not in training checkpoints (only its hash is)."""
+    module._frozen = True  # type: ignore[assignment]
+    return module.requires_grad_(False).eval()
+
+
+def load(model: nn.Module, weights: str, prefix: str) -> None:
+    """Fills `model`, a TextModel or an ImageModel, strictly; "random" leaves it as it is.
+
+    weights: a file (a CLIP, or a whole published system with the model under `prefix`), or a name
+    on the hub. On the meta device nothing is read. Raises StorageError that says what is missing
+    and how to get it.
+    """
+    if weights == RANDOM or next(model.parameters()).is_meta:
+        return
+    path, own = found(weights), model.state_dict()
+    state = read(path)
+    if any(k.startswith(prefix) for k in state):
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    differing = [f"{k} is missing" for k in own if k not in state]
+    differing += [
+        f"{k} is {list(state[k].shape)} and {list(v.shape)} here"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    if differing:
+        raise StorageError(
+            f"conditioning.weights={weights}: {len(differing)} of its weights do not fit this "
+            f"OpenCLIP: {', '.join(differing[:10])}"
+        )
+    model.load_state_dict({k: state[k] for k in own})
+
+
+def found(weights: str) -> Path:
+    """The file of `weights`, fetched from the hub where there is none of that name."""
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix or not HUB_NAME.fullmatch(weights):
+        raise StorageError(
+            f"conditioning.weights={weights}: no such file; want a file, a name on the hub such as "
+            "laion/CLIP-ViT-H-14-laion2B-s32B-b79K (3.9 GB), or weights=random for a dry run"
+        )
+    from huggingface_hub import hf_hub_download
+
+    reason: Exception | None = None
+    for name in HUB_FILES:
+        try:
+            return Path(hf_hub_download(weights, name, etag_timeout=TIMEOUT))
+        except (OSError, ValueError) as e:
+            reason = e
+    raise StorageError(
+        f"conditioning.weights={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not "
+        f"here and the hub does not give it ({type(reason).__name__}); download it where there is "
+        "a network and name the file, conditioning.weights=FILE, or use weights=random for a dry "
+        "run"
+    ) from reason
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a file; nothing in it is run. Raises StorageError."""
+    import pickle
+
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
+        raise StorageError(f"conditioning.weights={path}: cannot be read as weights ({e})") from e
+    for key in ("state_dict", "module"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return {
+        k.removeprefix("_forward_module.").removeprefix("module."): v for k, v in tensors.items()
+    }
