@@ -1,4 +1,4 @@
-"""What schedules and samplers share: constant tables, noise levels, the model along a run."""
+"""What schedules, samplers and guidance share: tables, noise levels, the model along a run."""
 
 from __future__ import annotations
 
@@ -114,3 +114,12 @@ class Trajectory:
 
     def end(self, z: Tensor) -> Tensor:
         return z.to(self.dtype)
+
+
+def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
+    """`guided` with a deviation nearer to that of `full` (Lin et al. 2023, eq. 15 and 16)."""
+    if not amount:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    factor = full.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (amount * factor + (1 - amount))

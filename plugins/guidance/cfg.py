@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from plugins._blocks.diffusion import rescaled
 from sandbox.contracts import GuidanceConfig, in_range
 from sandbox.registry import register
 
@@ -48,12 +49,3 @@ class ClassifierFree:
         return rescaled(
             uncond + self.cfg.guidance_scale * (full - uncond), full, self.cfg.guidance_rescale
         )
-
-
-def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
-    """`guided` with a deviation nearer to that of `full` (Lin et al. 2023, eq. 15 and 16)."""
-    if not amount:
-        return guided
-    axes = tuple(range(1, guided.ndim))
-    factor = full.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return guided * (amount * factor + (1 - amount))

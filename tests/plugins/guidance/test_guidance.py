@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugins.guidance.cfg import ClassifierFree, rescaled
+from plugins._blocks.diffusion import rescaled
+from plugins.guidance.cfg import ClassifierFree
 from plugins.guidance.cogvideox_dynamic import CogVideoXDynamic
 from plugins.guidance.none import NoGuidance
 from plugins.schedule.flow import Flow

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plugins._blocks.diffusion import CLEAN, levels
-from plugins.guidance.cfg import ClassifierFree, rescaled
+from plugins.guidance.cfg import ClassifierFree
+from plugins.guidance.text_image import TextImage
 from plugins.sampler.ddim import DDIM
 from plugins.sampler.ddpm import posterior_step
 from plugins.schedule.ddpm import DDPM
@@ -161,21 +162,19 @@ def test_dynamicrafter_trajectories_are_reproduced(case):
         dynamicrafter_stub(facts, tensors, tensors[f"in/{name}"])
         for name in ("context", "uncond_context", "uncond_context_img_nonetext")
     )
-    guidance = ClassifierFree(
-        ClassifierFree.Config(
-            guidance_scale=kwargs.get("unconditional_guidance_scale", 1.0),
-            guidance_rescale=kwargs.get("guidance_rescale", 0.0),
-        )
-    )
+    scales = {
+        "guidance_scale": kwargs.get("unconditional_guidance_scale", 1.0),
+        "guidance_rescale": kwargs.get("guidance_rescale", 0.0),
+    }
+    if "cfg_img" in kwargs:
+        guidance = TextImage(TextImage.Config(cfg_img=kwargs["cfg_img"], **scales))
+    else:
+        guidance = ClassifierFree(ClassifierFree.Config(**scales))
 
     def model(z: Tensor, t: Tensor, step: int) -> Tensor:
-        if "cfg_img" in kwargs:  # three passes: what a guidance of two conditions will do
-            outs = [m(z, t) for m in (uncond, image, full)]
-            out = outs[0] + kwargs["cfg_img"] * (outs[1] - outs[0])
-            out = out + kwargs["unconditional_guidance_scale"] * (outs[2] - outs[1])
-            return rescaled(out, outs[2], kwargs["guidance_rescale"])
         passes = guidance.passes(("text", "image"))
-        outs = [m(z, t) for m, _ in zip((full, uncond), passes, strict=False)]
+        told = {0: full, 1: image, 2: uncond}  # by how many signals are dropped
+        outs = [told[len(dropped)](z, t) for dropped in passes]
         return guidance.combine(outs, t, step, this["steps"])
 
     spacing = kwargs["timestep_spacing"].removeprefix("uniform_")
