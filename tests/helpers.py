@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
 def wired_around(group: str, cfg: PluginConfig) -> Wiring:
     """A tiny system that has `cfg`; another component is exchanged where the default does not fit.
 
-    Raises the ConfigError of the default system where no single exchange helps.
+    Raises the ConfigError of the default system where no exchange helps.
     """
     root = with_part(tiny(), group, cfg)
     try:
@@ -70,12 +71,18 @@ def wired_around(group: str, cfg: PluginConfig) -> Wiring:
 
 
 def _exchanged(root: Root, group: str) -> Iterator[Root]:
-    """`root` with pictures in place of clips, then with another component in one other group."""
+    """`root` with pictures in place of clips, then with another component in one other group.
+
+    Conditioning may want both another network and another first stage.
+    """
     if group != "data":
         yield replace(root, data=replace(root.data, frames=1))
     for partner in (g for g in PARTNERS if g != group):
         for _, cfg in plugin_configs(partner):
             yield with_part(root, partner, cfg)
+    if group == "conditioning":
+        for (_, backbone), (_, vae) in product(plugin_configs("backbone"), plugin_configs("vae")):
+            yield with_part(with_part(root, "backbone", backbone), "vae", vae)
 
 
 def _wired(root: Root) -> Wiring | None:
