@@ -98,8 +98,9 @@ def our_loop(overrides: list[str], steps: int) -> float:
     with tempfile.TemporaryDirectory() as out:
         total = steps + 11
         root = compose(
-            "logger=null", "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}", "checkpoint.every=1000000",
-            f"out={out}", f"cache={RESULTS.parent.parent}/outputs/cache", *overrides,
+            "logger=null", "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}",
+            "checkpoint.every=1000000", f"out={out}",
+            f"cache={RESULTS.parent.parent}/outputs/cache", *overrides,
         )  # fmt: skip
         wiring = wire(root)
         with open_run(root.out, "benchmark", {}, "never") as run:

@@ -25,7 +25,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     # names
     ("backbon=dit", ("backbon", "'backbone'")),
     ("backbone=dti", ("backbone=dti: no such option", "'dit'")),
-    ("vae=stable_diffusion", ("vae=stable_diffusion", "there is identity, kl")),
+    ("vae=stable_diffusion", ("vae=stable_diffusion", "; there is ", "identity, kl")),
     ("backbone.widht=128", ("backbone.widht: backbone=dit has no such setting", "'width'")),
     ("ema=none ema.decay=0.9", ("ema.decay", "ema=none has no such setting")),
     ("width=128", ("width: no such setting of the run", "backbone.width")),
@@ -53,7 +53,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("task=sample 'prompts=[a red 3'", ("prompts=[a red 3: a bracket or quote is left open",)),
     ("'optimizer.betas=(0.9,0.99)'", ("lists are written in brackets: 'optimizer.betas=[0.9,0.99]'",)),
     ("backbone={widht:64}", ("backbone={widht:64}: it has no setting 'widht'; did you mean 'width'?",)),
-    ("backbone=64", ("backbone=64: no such option; there is dit",)),
+    ("backbone=64", ("backbone=64: no such option; there is ", "dit, ")),
     ("'backbone=[dit,dit_b2]'", ("backbone=[dit,dit_b2]: want one option, not a list",)),
     ("logger=None", ("logger=None: no such option", "for none at all write logger=null")),
     ("vae.weights=None", ("vae.weights='None'", "an empty value is written null")),
@@ -100,7 +100,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("metric=digits data=video_folder", ("metric=digits needs", "data=video_folder provides", "metric=null")),
     ("resume.allow=[lr]", ("resume.allow=['lr']: only with resume.run=FOLDER",)),
     ("init_from=a.ckpt resume.run=b", ("init_from=a.ckpt and resume.run=b", "begins a new run at step 0")),
-    ("backbone=null", ("backbone=null: want one of dit",)),
+    ("backbone=null", ("backbone=null: want one of ", "dit, ")),
     ("data.root=/somewhere", ("data.root='/somewhere': want null",)),
     # what is not there
     ("init_from=lost.ckpt", ("init_from=lost.ckpt: no such file",)),

@@ -231,7 +231,7 @@ def test_server_out_of_reach_means_offline_with_one_line(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_a_server_lost_in_mid_run_costs_no_record(tmp_path, monkeypatch, caplog):
-    """Metrics go on to the disk; the end waits so long for the server, and says how to send them."""
+    """Metrics go on to the disk; the end waits for the server a while, and says what to do."""
     caplog.set_level(logging.INFO)
     with serving() as server:
         for name, value in server.environment().items():
