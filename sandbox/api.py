@@ -52,10 +52,15 @@ def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffus
 
 
 def train(cfg: Root) -> Path:
-    """Runs the task of `cfg` as the command does, and returns the run folder."""
+    """Runs the task of `cfg` as the command does, and returns the run folder.
+
+    One process is this one (`trainer.processes`); several are started beside it.
+    """
+    from sandbox.launch import in_this_process
     from sandbox.main import perform
 
-    return Path(perform(cfg)["folder"])
+    with in_this_process():
+        return Path(perform(cfg)["folder"])
 
 
 def sample(

@@ -333,6 +333,13 @@ def from_container(node: dict[str, Any]) -> Root:
     return root
 
 
+def received(node: dict[str, Any]) -> Root:
+    """A Root from another process; plugins, also those of its `plugins_path`, are read first."""
+    folder = node.get("plugins_path")
+    setup([f"plugins_path={folder}"] if folder else ())
+    return from_container(node)
+
+
 def to_container(root: Any) -> Any:
     """Plain containers of a Root (tuples become lists): what is saved, hashed and handed over."""
     if is_dataclass(root):

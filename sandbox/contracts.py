@@ -210,6 +210,7 @@ class PluginConfig:
     a user.
     """
 
+    imports: ClassVar[tuple[str, ...]] = ()  # slow packages of its; a multirun imports them once
     plugin: str = ""
 
     def problems(self) -> Iterator[str]:
@@ -463,9 +464,12 @@ class TrainerConfig(PluginConfig):
     in one optimizer step; clip: largest gradient norm, null for none; threads: torch threads of a
     process on a CPU, null for what the loader's workers leave; log_every: optimizer steps between
     two lines of metrics; repeat: the first so many micro-batches come again and again, with the
-    same noise (to see that a model can learn them), 0 for none.
+    same noise (to see that a model can learn them), 0 for none; timeout: seconds that a process
+    waits for the others; bad_step: what becomes of an optimizer step whose gradient is not finite,
+    raise or skip; max_bad_steps: so many may be skipped.
     """
 
+    shards: ClassVar[bool] = False  # True: each process holds a part of the trained weights
     accelerator: str = "auto"
     processes: int = 1
     accumulate: int = 1
@@ -473,6 +477,9 @@ class TrainerConfig(PluginConfig):
     threads: int | None = None
     log_every: int = 20
     repeat: int = 0
+    timeout: float = 600.0
+    bad_step: str = "raise"
+    max_bad_steps: int = 10
 
     def problems(self) -> Iterator[str]:
         yield from one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))
@@ -481,6 +488,9 @@ class TrainerConfig(PluginConfig):
         yield from in_range("threads", self.threads, 1)
         yield from in_range("repeat", self.repeat, 0)
         yield from above("clip", self.clip, 0)
+        yield from above("timeout", self.timeout, 0)
+        yield from one_of("bad_step", self.bad_step, ("raise", "skip"))
+        yield from in_range("max_bad_steps", self.max_bad_steps, 0)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.contracts import StorageError
+from sandbox.sharding import is_sharded, like, local, whole
 
 
 class EMA:
@@ -40,7 +41,8 @@ class EMA:
                 "the average is in the model's place just now: leave `with ema.applied(...)` first"
             )
         self.updates += 1
-        average, live = list(self.average.values()), [_wide(p) for p in self.live.values()]
+        average = [local(a) for a in self.average.values()]
+        live = [local(_wide(p)) for p in self.live.values()]
         rate = 1 - self.decay(self.updates)
         torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -64,7 +66,9 @@ class EMA:
         """Plain containers; sharded averages are gathered, so all ranks must call this."""
         return {
             "updates": self.updates,
-            "average": {name: _gathered(a) for name, a in self.average.items()},
+            "average": {
+                name: whole(a) if is_sharded(a) else a.clone() for name, a in self.average.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -92,18 +96,4 @@ def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
             f"{', '.join(strange[:10])}"
         )
     for name, value in target.items():
-        value.copy_(_like(source[name], value))
-
-
-def _gathered(value: Tensor) -> Tensor:
-    gather = getattr(value, "full_tensor", None)
-    return gather() if gather else value.clone()
-
-
-def _like(full: Tensor, target: Tensor) -> Tensor:
-    """`full` cut as `target` is, where that is sharded over processes (FSDP2)."""
-    if not hasattr(target, "full_tensor") or hasattr(full, "full_tensor"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.to(target.device), target.device_mesh, target.placements)  # type: ignore[attr-defined]
+        value.copy_(like(source[name], value))

@@ -23,10 +23,11 @@ from torch import nn
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import ConfigError, DataConfig, StorageError, TrainerConfig
+from sandbox.contracts import ConfigError, DataConfig, StorageError
 from sandbox.data import batches
 from sandbox.files import storing
 from sandbox.published import read_model, read_parts
+from sandbox.rank import Rank
 
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
@@ -34,7 +35,9 @@ LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, 
 TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
 
 
-def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None = None) -> None:
+def prepare_first_stage(
+    root: Root, first_stage: nn.Module, folder: Path | None = None, rank: Rank | None = None
+) -> None:
     """Gives `first_stage` its weights. Raises StorageError for a file that does not fit.
 
     A run keeps the first stage that it trains on in its `folder`, and goes on with that one
@@ -54,7 +57,7 @@ def prepare_first_stage(root: Root, first_stage: nn.Module, folder: Path | None 
         if not path.is_file():
             how = "fitting" if cfg.fitted() == "closed_form" else "training"
             print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
-            make(root, first_stage)
+            make(root, first_stage, rank)
             checkpoint.export_weights(first_stage.state_dict(), path)
         if kept:
             _keep(path, kept)
@@ -76,23 +79,23 @@ def _keep(path: Path, kept: Path) -> None:
         part.replace(kept)
 
 
-def make(root: Root, first_stage: Any) -> None:
-    """Fits or trains `first_stage` on the training split."""
+def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
+    """Fits or trains `first_stage` on the training split, in this process alone."""
     if root.vae.fitted() == "closed_form":
         train = registry.create(root.data).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
     from sandbox.tasks.train_vae import train_in_cache
 
-    load_weights(first_stage, train_in_cache(_plain(root)))
+    load_weights(first_stage, train_in_cache(_plain(root), (rank or Rank()).alone()))
 
 
 def _plain(root: Root) -> Root:
     """`root` without settings of the run that a shared first stage must not depend on."""
     fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
-    plain = {f.name: f.default for f in fields(TrainerConfig)}
-    kept = {name: plain[name] for name in ("accumulate", "clip", "repeat")}
-    return replace(root, precision="fp32", trainer=replace(root.trainer, **kept), **fixed)
+    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
+    trainer = replace(registry.default("trainer", "single"), **machine)
+    return replace(root, precision="fp32", trainer=trainer, **fixed)
 
 
 def calibrate(root: Root, first_stage: Any) -> None:

@@ -21,13 +21,17 @@ import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandbox import rank
 from sandbox.contracts import ConfigError, Preempted, SandboxError
 from sandbox.rank import SIGNALS, Order, Rank, plain
+
+if TYPE_CHECKING:
+    from sandbox.config import Root
 
 PRELOAD = (
     "torch",
@@ -37,6 +41,7 @@ PRELOAD = (
     "sandbox.outcome",
     "sandbox.systems",
     "sandbox.tasks.train",
+    "sandbox.tasks.train_vae",
     "sandbox.training",
     "av",
     "einops",
@@ -77,6 +82,48 @@ class RankError(SandboxError):
         return self.args[0]
 
 
+class RankTraceback(Exception):
+    """The cause of a rank's error in the supervisor: the traceback that it has in the rank."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+_in_process: ContextVar[bool] = ContextVar("in_process", default=False)
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """Inside the block a run of one process is this one, as notebooks want it."""
+    token = _in_process.set(True)
+    try:
+        yield
+    finally:
+        _in_process.reset(token)
+
+
+def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | None) -> Any:
+    """`launch` of a run with the processes that its configuration asks for.
+
+    The settings of `target` are "root" (the whole configuration), "overrides" as they were typed,
+    and "group", the name of a multirun or None.
+    """
+    from sandbox.config import to_container
+
+    trainer = root.trainer
+    imports = [name for _, cfg in root.parts() for name in cfg.imports]
+    return launch(
+        target,
+        {"root": to_container(root), "overrides": [*overrides], "group": group},
+        trainer.processes,
+        device=trainer.accelerator,
+        timeout=trainer.timeout,
+        threads=trainer.threads,
+        preload=[*dict.fromkeys((*PRELOAD, *imports))],
+        in_process=_in_process.get() and trainer.processes == 1,
+    )
+
+
 def launch(
     target: str,
     settings: Any,
@@ -91,16 +138,16 @@ def launch(
 ) -> Any:
     """Calls `target`, "module:function", as function(settings, rank) in each rank.
 
-    `settings` and the result, that of rank 0, are plain containers. `device` is "cpu" or "cuda",
-    where rank r has the r-th GPU; `timeout` is how long (seconds) a rank waits for the others;
+    `settings` and the result, that of rank 0, are plain containers. `device` is "cpu",
+    "cuda", where rank r has the r-th GPU, or "auto"; `timeout` is how long (seconds) a rank waits for the others;
     `threads` of torch in each rank are by default a fair share of the cores; `environment` is added
     to the present one; `preload` are modules that are imported once for all ranks of this process,
     by its first call. With `in_process` the one rank is this process, and so it is where torchrun
     or srun started this process as a rank.
 
     Raises a rank's SandboxError as it is (Preempted where the ranks were asked to stop), RankError
-    for any other end, and KeyboardInterrupt at the third signal. Every error has the traceback of
-    its rank as a note.
+    for any other end, and KeyboardInterrupt at the third signal. The cause of
+    every error is the RankTraceback.
     """
     plain(settings, "settings")
     outside = rank.place(os.environ)
@@ -319,7 +366,7 @@ class _Member:
             if self.lost_contact:
                 text = f"lost contact with the other ranks ({text})"
             found = RankError(f"rank {self.index}: {text}", self.word["trace"])
-        found.add_note(f"Rank {self.index}:\n{self.word['trace']}")
+        found.__cause__ = RankTraceback(f"rank {self.index}:\n{self.word['trace']}")
         return found
 
 
@@ -422,6 +469,6 @@ def _outcome(members: Sequence[_Member]) -> Any:
         waited, said = lost[0], lost[0].word or {}
         message = f"{' and '.join(silent)}: no answer to rank {waited.index}, which has given up"
         raise RankError(f"{message} ({said['text']})", said["trace"])
-    for member in lost or [m for m in members if m.preempted]:
+    for member in [m for m in members if m.preempted] or lost:
         raise member.error()
     return members[0].word["result"]  # type: ignore[index]

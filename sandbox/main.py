@@ -245,4 +245,6 @@ def report(error: SandboxError, before: str = "") -> None:
     else:
         text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
     text = "\n".join([text, *getattr(error, "__notes__", [])])
+    if trace := getattr(error, "traceback", ""):  # of a rank, where nobody foresaw it
+        text = f"{trace}{text}\n{BUG}"
     print(mask_text(text), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.randomness import Keyed
+from sandbox.sharding import like
 
 
 class Trainable(LightningModule):
@@ -119,7 +120,7 @@ class Trainable(LightningModule):
                 f"{', '.join(strange[:10])}"
             )
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(like(state[name], tensor))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -17,13 +17,20 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
+
+from sandbox.contracts import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # all ask to stop
 LOST_CONTACT = (  # what gloo, NCCL and their store say when another rank is gone or does not answer
@@ -35,6 +42,11 @@ LOST_CONTACT = (  # what gloo, NCCL and their store say when another rank is gon
     "Connection reset by peer",
     "Timeout waiting for key",
 )
+PATIENCE = 0.02  # seconds between two looks of a rank that waits for its turn
+
+
+class FirstFailed(RuntimeError):
+    """Rank 0 failed in what it was to do before the others; its own error says why."""
 
 
 # --- one of the processes of a run ----------------------------------------------------------------
@@ -60,9 +72,14 @@ class Rank:
         self.local = index if local is None else local
         self.local_world = world if local_world is None else local_world
         self.supervised = supervised
-        self._number = 0  # the signal that asked
+        self._signal = [0]  # the one that asked; shared with `alone`
+        self._turns = 0
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
+
+    @property
+    def _number(self) -> int:
+        return self._signal[0]
 
     @property
     def asked(self) -> str | None:
@@ -82,7 +99,7 @@ class Rank:
             agreed = self._greatest(self._number)
             if not agreed:  # a signal that came meanwhile counts at the next step
                 return None
-            self._number = agreed
+            self.ask(agreed)
         return self.asked
 
     def barrier(self) -> None:
@@ -99,6 +116,60 @@ class Rank:
         held = [plain(value, "value") if self.index == 0 else None]
         dist.broadcast_object_list(held, src=0)
         return held[0]
+
+    def gather_plain(self, value: Any) -> list[Any]:
+        """The values of all ranks (plain containers), in their order, on all ranks."""
+        if self.world == 1:
+            return [value]
+        import torch.distributed as dist
+
+        held: list[Any] = [None] * self.world
+        dist.all_gather_object(held, plain(value, "value"))
+        return held
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all ranks, the same on each; `tensor` itself where there is one."""
+        if self.world == 1:
+            return tensor
+        import torch.distributed as dist
+
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 goes through the block before the others do, who wait as long as that takes.
+
+        They raise FirstFailed where rank 0 leaves it with an error.
+        """
+        if self.world == 1:
+            yield
+            return
+        from torch.distributed import distributed_c10d
+
+        self._turns += 1
+        store, turn = distributed_c10d._get_default_store(), f"sandbox/turn/{self._turns}"
+        if self.index > 0:
+            while not store.check([turn]):  # a collective would end by its timeout
+                time.sleep(PATIENCE)
+            if store.get(turn) != b"done":
+                raise FirstFailed("rank 0 has failed before it was this rank's turn")
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            store.set(turn, "failed")
+            raise
+        store.set(turn, "done")
+
+    def alone(self) -> Self:
+        """This rank as the only one, for work that the others wait for; it hears what this hears."""
+        one = copy(self)
+        one.index = one.local = 0
+        one.world = one.local_world = 1
+        return one
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -121,7 +192,7 @@ class Rank:
 
     def ask(self, number: int) -> None:
         """Asks this rank to stop because of a signal."""
-        self._number = number
+        self._signal[0] = number
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self._process:  # a child, forked with this handler
@@ -177,7 +248,7 @@ def say(text: str) -> None:
 class Order:
     """What one rank does, where and with whom.
 
-    device: "cpu" or "cuda"; timeout: seconds that a rank waits for the others; threads: torch
+    device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; threads: torch
     threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks SLURM;
     folder: of the meeting, removed when the supervisor is gone; environment: the whole of it.
     """
@@ -270,7 +341,8 @@ def work(order: Order, rank: Rank) -> Any:
 @contextmanager
 def connected(order: Order) -> Iterator[None]:
     """The process group exists inside the block. Lightning finds and uses it."""
-    if order.device == "cuda":
+    is_cuda = _has_cuda(order)
+    if is_cuda:
         import torch
 
         torch.cuda.set_device(order.local)
@@ -280,7 +352,7 @@ def connected(order: Order) -> Iterator[None]:
     import torch.distributed as dist
 
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if order.device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
         init_method=_meeting(order.meeting),
         rank=order.index,
         world_size=order.world,
@@ -288,6 +360,22 @@ def connected(order: Order) -> Iterator[None]:
     )
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
+
+
+def _has_cuda(order: Order) -> bool:
+    """Whether this rank computes on a GPU of its own. Raises ConfigError where there are too few."""
+    if order.device not in ("cuda", "auto"):
+        return False
+    import torch
+
+    count = torch.cuda.device_count()
+    if count and order.local_world > count:
+        raise ConfigError(
+            f"trainer.processes={order.world}: this machine has {count} CUDA device(s) for "
+            f"{order.local_world} of them; want at most one process a device, or "
+            "trainer.accelerator=cpu"
+        )
+    return count > 0
 
 
 def _meeting(meeting: str) -> str:
@@ -389,7 +477,7 @@ def _lost_contact(error: BaseException | None) -> bool:
         seen.add(id(error))
         kinds = {c.__name__ for c in type(error).__mro__}
         said = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
-        if said or "DistError" in kinds:
+        if said or {"DistError", FirstFailed.__name__} & kinds:
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -30,12 +30,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.files import storing, write_atomic
+from sandbox.rank import Rank
 from sandbox.secrets import mask, mask_text
 
 # Settings that do not change a result, with all that is below them. They are no part of a run's
@@ -51,6 +53,7 @@ IGNORED = (
     "trainer.accelerator",
     "trainer.threads",
     "trainer.log_every",
+    "trainer.timeout",
     "hydra",
 )
 PACKAGES = (
@@ -152,6 +155,18 @@ def open_root(root: Any) -> Run:
 
     which = root.resume.run or root.resume.mode
     return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
+
+
+@contextmanager
+def opened(root: Any, rank: Rank) -> Iterator[Run]:
+    """`open_root` in rank 0, which alone writes there; the others get the folder to read from."""
+    mine: Run | None = None
+    with rank.first():
+        if rank.index == 0:
+            mine = open_root(root)
+    folder = rank.broadcast_plain(str(mine.folder) if mine else None)
+    with mine or Run(folder) as run:
+        yield run
 
 
 def _own(out: Path, stem: str, resume: bool) -> Run:

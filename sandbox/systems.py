@@ -14,17 +14,20 @@ from sandbox.first_stages import prepare_first_stage
 from sandbox.initialise import init_from
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
+from sandbox.rank import Rank
 from sandbox.wiring import Wiring, wire
 
 
-def build_system(wiring: Wiring, folder: Path | None = None) -> LatentDiffusion:
+def build_system(
+    wiring: Wiring, folder: Path | None = None, rank: Rank | None = None
+) -> LatentDiffusion:
     """Fresh weights on the CPU, but a ready first stage.
 
-    That of the run `folder`, else from the cache, from a file, or trained now. Below an adapter the
-    backbone has the weights of `init_from`.
+    That of the run `folder`, else from the cache, from a file, or trained now, by `rank` alone.
+    Below an adapter the backbone has the weights of `init_from`.
     """
     parts = build_parts(wiring)
-    prepare_first_stage(wiring.root, parts.first_stage, folder)  # type: ignore[arg-type]
+    prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
     if system.adapter is not None and wiring.root.init_from is not None:
         init_from(system, wiring.root.init_from)  # no checkpoint holds a frozen backbone

@@ -18,6 +18,8 @@ from sandbox.secrets import mask
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Mean = Callable[[Tensor], Tensor]
+
 log = logging.getLogger(__name__)
 
 
@@ -120,22 +122,26 @@ class MetricBuffer:
             row[name] = value if isinstance(value, int | float) else value.detach()
         self._rows.append((step, row))
 
-    def flush(self) -> list[tuple[int, dict[str, float]]]:
-        """What was added since the last time, as numbers, in order."""
+    def flush(self, mean: Mean | None = None) -> list[tuple[int, dict[str, float]]]:
+        """What was added since the last time, as numbers, in order.
+
+        `mean` makes of the tensors of this process, stacked, the means over all processes.
+        """
         rows, self._rows = self._rows, []
         waiting = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
-        numbers = iter(_numbers(waiting))
+        numbers = iter(_numbers(waiting, mean))
         return [
             (step, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()})
             for step, row in rows
         ]
 
 
-def _numbers(tensors: list[Tensor]) -> list[float]:
+def _numbers(tensors: list[Tensor], mean: Mean | None) -> list[float]:
     """One transfer for all; float32 and float64 arrive exactly."""
     if not tensors:
         return []
     import torch
 
     where = tensors[0].device
-    return torch.stack([t if t.device == where else t.to(where) for t in tensors]).tolist()
+    stacked = torch.stack([t if t.device == where else t.to(where) for t in tensors])
+    return (mean(stacked) if mean else stacked).tolist()

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
@@ -37,6 +39,7 @@ from sandbox.progress import Progress
 from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
+from sandbox.sharding import load_optimizer, total_norm, whole
 from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
@@ -48,7 +51,10 @@ class Training:
     """A system with all that changes while it trains. `step` counts finished optimizer steps.
 
     `just_stepped`: whether the last micro-batch ended one. `skipped`: bad steps that were left out,
-    with their samples. `scaler`: that of fp16, as its state.
+    with their samples. `scaler`: that of fp16, as its state. `processes` is the `trainer` plugin.
+
+    Each rank has one, in the same state. What computes is called on all ranks, as weights may be
+    cut over them; the first rank alone writes.
     """
 
     system: Any  # a Trainable
@@ -60,6 +66,7 @@ class Training:
     ema: EMA | None
     optimizer: torch.optim.Optimizer
     callbacks: dict[str, Callback]
+    processes: Any
     step: int = 0
     just_stepped: bool = False
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -73,16 +80,23 @@ class Training:
         """Optimizer steps of the whole run."""
         return self.root.steps or 0
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank.index == 0
+
     # what a run continues from
 
     def state(self) -> dict[str, Any]:
-        """Plain containers and tensors: what a checkpoint holds."""
+        """Plain containers and whole tensors: what a checkpoint holds, the same on all ranks."""
+        loader = self.loader.state_dict()
+        bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
         return {
             "step": self.step,
-            "weights": self.system.trainable_state(),
+            "weights": whole(self.system.trainable_state()),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "loader": self.loader.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
+            "loader": loader | {"bad": bad},
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
             "scaler": self.scaler,
             "skipped": self.skipped,
@@ -97,7 +111,7 @@ class Training:
         self.ema = EMA.of(self.system, registry.create(self.root.ema))
         if self.ema and state["ema"]:  # a run continued with an average that it had not starts one
             self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.loader.load_state_dict(state["loader"])
         for name, callback in self.callbacks.items():
             callback.load_state_dict(state["callbacks"].get(name, {}))
@@ -106,11 +120,25 @@ class Training:
     def save(self) -> None:
         """Writes a checkpoint; metrics first, as a resumed run does not repeat their steps."""
         self.flush()
-        folder, policy = self.run.checkpoints, self.root.checkpoint
+        state, policy = self.state(), self.root.checkpoint
+        if not self.leads:
+            return
         try:
-            checkpoint.save_and_prune(folder, self.state(), self.step, policy)
+            checkpoint.save_and_prune(self.run.checkpoints, state, self.step, policy)
         except Diverged as e:
             raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
+
+    def unshard(self, build: Callable[[], Trainable]) -> None:
+        """After training: the first rank goes on by itself, with a whole system from `build`."""
+        if not self.root.trainer.shards or self.rank.world == 1:
+            return
+        state = self.state()
+        if self.leads:
+            self.system = build().to(self.system.device)
+            self.system.load_trainable(state["weights"])
+            self.ema = EMA.of(self.system, registry.create(self.root.ema))
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
 
     def leave_if_asked(self) -> None:
         """For long work after the last step, which can be done again. Raises Preempted."""
@@ -131,17 +159,21 @@ class Training:
         """Writes the metrics since the last time, up to a step that is not finite: Diverged."""
         good: list[tuple[int, dict[str, float]]] = []
         bad: tuple[int, dict[str, float]] | None = None
-        for step, metrics in self.buffer.flush():
+        for step, metrics in self.buffer.flush(self.rank.mean if self.rank.world > 1 else None):
             if "skipped" not in metrics and not all(map(math.isfinite, self._checked(metrics))):
                 bad = step, metrics
                 break
             good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
         if good:
-            self.trackers.metrics_of(good)
+            self._record(good)
             self.latest = good[-1][1]
         if bad:
             raise Diverged(self._diverged(*bad))
         self.waiting.clear()
+
+    def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        if self.leads:
+            self.trackers.metrics_of(rows)
 
     def _checked(self, metrics: dict[str, float]) -> list[float]:
         """What must be finite: under fp16 a gradient need not be, its scaler passes over it."""
@@ -151,7 +183,7 @@ class Training:
     def _diverged(self, step: int, metrics: dict[str, float]) -> str:
         wrong = ", ".join(f"{k}={v}" for k, v in metrics.items() if not math.isfinite(v))
         return (
-            f"step {step}: {wrong} is not finite; {_samples(self.waiting[step])}; "
+            f"step {step}: {wrong} is not finite; {_samples(self.waiting[step], self.rank)}; "
             f"lower lr={self.root.lr}, or look at these samples"
         )
 
@@ -166,6 +198,8 @@ class Training:
         captions = captions_of(self.root, prompts, count)
         with self.averaged(), self.evaluating():
             video = generate(self.system, prompts_batch(captions))
+        if not self.leads:
+            return
         paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
@@ -179,7 +213,7 @@ class Training:
         if self.ema:
             with self.averaged():
                 found["val/loss_ema"] = self._loss(val, count)
-        self.trackers.metrics(self.step, found)
+        self._record([(self.step, found)])
 
     @torch.no_grad()
     def _loss(self, items: Any, count: int) -> float:
@@ -220,10 +254,12 @@ class Seen:
         return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
 
 
-def _samples(seen: list[Seen]) -> str:
-    """The samples whose loss is not finite; all of the step where none is to blame."""
+def _samples(seen: list[Seen], rank: Rank) -> str:
+    """The samples whose loss is not finite; all of the step where none is to blame. Of all ranks."""
     bad = [i for s in seen for i in s.bad()]
-    ids = bad or [i for s in seen for i in s.ids]
+    of_ranks = rank.gather_plain([bad, [i for s in seen for i in s.ids]])
+    bad = [i for part, _ in of_ranks for i in part]
+    ids = bad or [i for _, part in of_ranks for i in part]
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     what = "samples with such a loss" if bad else "samples of this step"
     return f"{what}: {', '.join(ids[:NAMED])}{more}"
@@ -241,10 +277,14 @@ def start(
     Trackers are told the end when the block is left. Raises DataError, StorageError, ConfigError.
     """
     root, rank = system.root, rank or Rank()
-    device, cfg = device_of(root), root.data
+    device, cfg = device_of(root, rank.local), root.data
     if root.precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
+    if root.trainer.shards and root.precision == "fp16" and rank.world > 1:
+        raise ConfigError("precision=fp16: its scaler does not know cut gradients; use bf16")
     use_threads(root)
+    processes = registry.create(root.trainer)
+    processes.prepare(system, device, rank.world)
     system.to(device)
     trained = [(n, p) for n, p in system.named_parameters() if p.requires_grad]
     optimizer = registry.create(root.optimizer).build(trained, root.lr)
@@ -259,24 +299,32 @@ def start(
         ),
         run=run,
         rank=rank,
-        trackers=Trackers(run, [registry.create(root.logger)] if root.logger else []),
+        trackers=Trackers(
+            run, [registry.create(root.logger)] if root.logger and rank.index == 0 else []
+        ),
         ema=EMA.of(system, registry.create(root.ema)),
         optimizer=optimizer,
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
+        processes=processes,
     )  # fmt: skip
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
-        newest = checkpoint.newest(run.checkpoints)
+        newest = rank.broadcast_plain(_newest(run) if training.leads else None)
         if newest is not None:
-            training.restore(checkpoint.load(newest))
-            print(f"continuing from step {training.step} ({newest.name})", flush=True)
-        if run.resumed:
+            training.restore(checkpoint.load(run.checkpoints / newest))
+            print(f"continuing from step {training.step} ({newest})", flush=True)
+        if run.resumed and training.leads:
             run.rewind(training.step)
         yield training
     except BaseException as e:
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise
     training.trackers.finish(0)
+
+
+def _newest(run: Run) -> str | None:
+    path = checkpoint.newest(run.checkpoints)
+    return path.name if path else None
 
 
 class Stream:
@@ -318,12 +366,22 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
         callback.training = training  # type: ignore[attr-defined]
     stream = Stream(training.loader, cfg.repeat, first=training.step * cfg.accumulate)
     device = system.device
+    rank, strategy = training.rank, training.processes.strategy(device, training.rank.world)
+    is_parallel = isinstance(strategy, ParallelStrategy)
     _quiet()
     with Progress("training", training.steps, first=training.step) as progress:
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=[device.index or 0] if device.type == "cuda" else 1,
-            strategy=registry.create(cfg).strategy(),
+            devices=(
+                rank.local_world
+                if is_parallel
+                else [device.index or 0]
+                if device.type == "cuda"
+                else 1
+            ),
+            num_nodes=rank.world // rank.local_world if is_parallel else 1,
+            strategy=strategy,
+            plugins=[LightningEnvironment()],
             precision=PRECISION[root.precision],  # type: ignore[arg-type]
             max_steps=training.steps - training.step,
             max_epochs=-1,
@@ -342,7 +400,7 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
             num_sanity_val_steps=0,
         )
         try:
-            with training.rank.listening():
+            with rank.listening():
                 trainer.fit(system, train_dataloaders=stream)
         except SystemExit as e:  # Lightning's answer to a KeyboardInterrupt
             raise KeyboardInterrupt from e
@@ -376,8 +434,6 @@ class Stepping(Callback):
     def __init__(self, training: Training) -> None:
         self.training, self.root, self.cfg = training, training.root, training.root.trainer
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
-        self.skips = getattr(self.cfg, "bad_step", "raise") == "skip"
-        self.limit = getattr(self.cfg, "max_bad_steps", 10)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
         self.of_step: dict[str, Tensor | float] = {}
@@ -391,6 +447,8 @@ class Stepping(Callback):
         self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
     ) -> None:
         first = int(batch.position[0])  # type: ignore[index]
+        is_last = (batch_idx + 1) % self.cfg.accumulate == 0
+        self.training.processes.begin_micro_batch(pl_module, is_last)
         seed_dropout(pl_module.device, seed_of(self.root.seed, "dropout", batch.epoch, first))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -398,11 +456,12 @@ class Stepping(Callback):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
+        norm = total_norm([p.grad for p in parameters])
         if self.cfg.clip is not None:
             clip_grads_with_norm_(parameters, self.cfg.clip, norm)
         self.of_step = {"grad_norm": norm, "lr": (self.root.lr or 0.0) * rate}
-        if self.skips and not norm.isfinite():  # waits for the device
+        # Waits for the device. The norm is that of all ranks together: they agree.
+        if self.cfg.bad_step == "skip" and not norm.isfinite():
             self.is_bad = True
             optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
 
@@ -424,14 +483,15 @@ class Stepping(Callback):
         training.step += 1
         metrics = {**_mean(self.metrics), **self.of_step}
         if self.is_bad:
-            training.skipped.append({"step": training.step, "samples": _samples(self.seen)})
+            samples = _samples(self.seen, training.rank)
+            training.skipped.append({"step": training.step, "samples": samples})
             metrics["skipped"] = len(training.skipped)
         training.note(metrics, self.seen)
         self.metrics, self.seen, self.is_bad = [], [], False
-        if len(training.skipped) > self.limit:
+        if len(training.skipped) > self.cfg.max_bad_steps:
             raise Diverged(
                 f"{len(training.skipped)} steps have gradients that are not finite, more than "
-                f"trainer.max_bad_steps={self.limit}: "
+                f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
                 + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
             )
 

@@ -174,8 +174,8 @@ def test_every_error_has_the_traceback_of_its_rank():
     with pytest.raises(Diverged) as caught:
         run("fail", {"rank": 1, "how": "diverged"}, 2)
     assert caught.value.exit_code == 4
-    assert "Rank 1:" in caught.value.__notes__[0]
-    assert "in _diverged" in caught.value.__notes__[0]
+    assert "rank 1:" in str(caught.value.__cause__)
+    assert "in _diverged" in str(caught.value.__cause__)
 
 
 def test_an_error_that_does_not_survive_pickling_is_told_all_the_same():

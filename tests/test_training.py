@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 
@@ -263,10 +263,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def skipping(*overrides, limit=10):
-    root = small(*EPOCHS, *overrides)
-    trainer = copy(root.trainer)
-    trainer.bad_step, trainer.max_bad_steps = "skip", limit
-    return replace(root, trainer=trainer)
+    policy = ("trainer.bad_step=skip", f"trainer.max_bad_steps={limit}")
+    return small(*EPOCHS, *policy, *overrides)
 
 
 @pytest.mark.parametrize("bad", [poisoned(4), poisoned_gradient(4)], ids=["loss", "gradient"])

@@ -66,6 +66,7 @@ class MovingDigits:
     class Config(DataConfig):
         """clips_per_epoch: length of an epoch (clips never repeat); speed: pixels a frame."""
 
+        imports = ("sklearn.datasets",)
         clips_per_epoch: int = 16384
         speed: int = 1
 

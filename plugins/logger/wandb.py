@@ -27,6 +27,7 @@ class WandbLogger:
     class Config(PluginConfig):
         """timeout, finish_timeout: seconds to reach the server, and to send the rest at the end."""
 
+        imports = ("wandb",)
         mode: str = "auto"
         project: str = "sandbox"
         entity: str | None = None

@@ -46,6 +46,8 @@ class Digits:
 
     @dataclass
     class Config(MetricConfig):
+        imports = ("sklearn.svm",)
+
         def needs(self) -> frozenset[str]:
             return frozenset({"captions", "digit_captions"})
 

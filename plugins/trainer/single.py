@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from plugins._blocks.processes import Processes
 from sandbox.contracts import TrainerConfig, one_of
 from sandbox.registry import register
 
 
 @register("trainer", "single")
-class Single:
+class Single(Processes):
     """One process on one device: a CPU, a GPU, or Apple's MPS."""
 
     @dataclass
@@ -17,10 +17,3 @@ class Single:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from one_of("processes", self.processes, (1,))
-
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
-
-    def strategy(self) -> Any:
-        """What Lightning's Trainer takes as its strategy."""
-        return "auto"

@@ -41,38 +41,41 @@ class Train:
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
-        from sandbox.config import to_container
-        from sandbox.rank import Rank
+        from sandbox.launch import launch_run
 
-        root = to_container(wiring.root)
-        return train({"root": root, "overrides": [*overrides], "group": group}, Rank())
+        return launch_run("sandbox.tasks.train:train", wiring.root, overrides, group)
 
 
 def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """All of the work in one process.
+    """All of the work of one rank; the result is that of rank 0, which alone writes and scores.
 
-    `settings` are plain: "root" (a whole configuration), "overrides" as they were typed, "group" of
-    a multirun or None.
+    `settings` are those of `sandbox.launch.launch_run`.
     """
-    from sandbox.config import from_container
+    from sandbox.config import received
     from sandbox.initialise import init_from
     from sandbox.outcome import check_objective, finish_run
-    from sandbox.runs import open_root
+    from sandbox.runs import opened
     from sandbox.systems import build_system
     from sandbox.training import fit, start
     from sandbox.wiring import wire
 
     began = time.monotonic()
-    wiring = wire(from_container(settings["root"]))
+    wiring = wire(received(settings["root"]))
     root = wiring.root
     check_objective(root, root.task.objective)
-    with open_root(root) as run:
+    with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
-        system = build_system(wiring, run.folder)
+        with rank.first():  # it makes the first stage, where there is none; the others load it
+            system = build_system(wiring, run.folder, rank)
         if root.init_from is not None and root.adapter is None:
             init_from(system, root.init_from)
         ready = time.monotonic()
         with start(system, run, settings["group"], rank) as training:
             fit(training)
+            training.unshard(lambda: build_system(wiring, run.folder, rank.alone()))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}
-            return finish_run(training, root.task, settings["overrides"], seconds)
+            result: dict[str, Any] = {}
+            with rank.first():
+                if rank.index == 0:
+                    result = finish_run(training, root.task, settings["overrides"], seconds)
+            return result

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandbox.config import Root
+    from sandbox.rank import Rank
+    from sandbox.training import Training
 
 
 @register("task", "train_vae")
@@ -43,10 +45,19 @@ class TrainVAE:
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
-        return train_first_stage(wiring.root, group)
+        from sandbox.launch import launch_run
+
+        return launch_run("sandbox.tasks.train_vae:train_vae", wiring.root, overrides, group)
 
 
-def train_in_cache(root: Root) -> Path:
+def train_vae(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    """All of the work of one rank; `settings` are those of `sandbox.launch.launch_run`."""
+    from sandbox.config import received
+
+    return train_first_stage(received(settings["root"]), settings["group"], rank)
+
+
+def train_in_cache(root: Root, rank: Rank) -> Path:
     """The weights of the first stage of `root`, trained with this task's own settings in a run
     folder of the cache.
     """
@@ -68,20 +79,16 @@ def train_in_cache(root: Root) -> Path:
         logger=None,
         resume=registry.default("resume", "auto"),
     )
-    return Path(train_first_stage(own)["folder"]) / "first_stage.safetensors"
+    return Path(train_first_stage(own, None, rank)["folder"]) / "first_stage.safetensors"
 
 
-def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
+def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
     """Trains, measures on held-out clips, and writes a run folder; returns its result."""
-    import torch
-
-    from sandbox import checkpoint, media, registry
-    from sandbox.autoencoding import Autoencoding, psnr, through
+    from sandbox import registry
+    from sandbox.autoencoding import Autoencoding
     from sandbox.contracts import ConfigError
-    from sandbox.evaluation import gather
-    from sandbox.first_stages import calibrate
     from sandbox.parts import build
-    from sandbox.runs import open_root
+    from sandbox.runs import opened
     from sandbox.systems import clips_per_step
     from sandbox.training import fit, start
 
@@ -89,6 +96,11 @@ def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
         raise ConfigError(
             f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); "
             "want another vae"
+        )
+    if root.trainer.shards:
+        raise ConfigError(
+            f"trainer={root.trainer.plugin.split('/')[1]}: a first stage is trained whole; want "
+            "trainer=ddp or trainer=single"
         )
     recipe = root.vae.recipe()
     loss = root.reconstruction or replace(
@@ -99,36 +111,42 @@ def train_first_stage(root: Root, group: str | None = None) -> dict[str, Any]:
         raise ConfigError(*refused)
     batch_size = root.task.batch_size or recipe.batch_size
     root = replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
-    with open_root(root) as run:
+    with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         first_stage = build("vae", root)
         system = Autoencoding(root, first_stage, registry.create(loss), clips_per_step(root))
-        with start(system, run, group) as training:
+        with start(system, run, group, rank) as training:
             fit(training)
-            task = root.task
-            with training.averaged(), torch.no_grad():
-                system.eval()
-                calibrate(root, first_stage)
-                val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-                made = torch.cat(
-                    [through(first_stage, part) for part in val.video.split(32)]
-                ).clamp(-1, 1)
-                checkpoint.export_weights(
-                    first_stage.state_dict(), run.folder / "first_stage.safetensors"
-                )
-            decibels = psnr(made, val.video).mean().item()
-            sheet = run.folder / "reconstructions.png"
-            media.reconstruction_sheet(
-                sheet,
-                val.video[: task.shown],
-                made[: task.shown],
-                (val.captions or [])[: task.shown],
-            )
-            training.trackers.summary({"psnr_db": decibels})
-            result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
-            run.finish(result)
-            print(
-                f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}",
-                flush=True,
-            )
+            result: dict[str, Any] = {}
+            with rank.first():
+                if rank.index == 0:
+                    result = _finish(training)
             return result
+
+
+def _finish(training: Training) -> dict[str, Any]:
+    """Writes weights and reconstructions of held-out clips; the result file last."""
+    import torch
+
+    from sandbox import checkpoint, media, registry
+    from sandbox.autoencoding import psnr, through
+    from sandbox.evaluation import gather
+    from sandbox.first_stages import calibrate
+
+    root, run, system = training.root, training.run, training.system
+    task, first_stage = root.task, system.first_stage
+    with training.averaged(), torch.no_grad():
+        system.eval()
+        calibrate(root, first_stage)
+        val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
+        made = torch.cat([through(first_stage, part) for part in val.video.split(32)]).clamp(-1, 1)
+        checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+    decibels = psnr(made, val.video).mean().item()
+    sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
+    captions = (val.captions or [])[shown]
+    media.reconstruction_sheet(sheet, val.video[shown], made[shown], captions)
+    training.trackers.summary({"psnr_db": decibels})
+    result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
+    run.finish(result)
+    print(f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}", flush=True)
+    return result
