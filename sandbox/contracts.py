@@ -368,6 +368,14 @@ class DataConfig(PluginConfig):
         """
         return frozenset({"video"})
 
+    def files(self) -> dict[str, str | None]:
+        """Settings that name a file or folder that must be there before a run, with their values.
+
+        They are looked for when a task that reads data starts, not by `problems`: a configuration
+        can be composed, shown, planned and verified on a machine that has no data.
+        """
+        return {}
+
     def metric(self) -> str | None:
         """Name of the metric plugin that scores this kind of data; None where there is none."""
         return None
@@ -535,6 +543,10 @@ class TaskConfig(PluginConfig):
     def uses_run(self) -> bool:
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
         return False
+
+    def reads_data(self) -> bool:
+        """Whether the files of `data` must be there before it starts."""
+        return not self.uses_run()
 
     def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
         """The `lr` and `steps` of the run where they are null."""

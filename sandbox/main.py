@@ -17,7 +17,7 @@ from typing import Any
 
 from sandbox import config, registry
 from sandbox.config import Root
-from sandbox.contracts import ConfigError, SandboxError
+from sandbox.contracts import ConfigError, DataConfig, SandboxError
 from sandbox.secrets import mask_text
 from sandbox.wiring import Wiring, wire
 
@@ -189,6 +189,8 @@ def checked(root: Root) -> Wiring | None:
         for name, file in named.items()
         if file not in (None, "auto", "None") and not Path(file).exists()
     ]
+    if root.data is not None and root.task.reads_data():
+        absent += _absent_data(root.data)
     try:
         wiring = wire(root)
     except ConfigError as e:
@@ -196,6 +198,16 @@ def checked(root: Root) -> Wiring | None:
     if absent:
         raise ConfigError(*absent)
     return wiring
+
+
+def _absent_data(data: DataConfig) -> list[str]:
+    return [
+        f"data.{name}=null: name the file or folder of the data"
+        if file is None
+        else f"data.{name}={file}: no such file or folder"
+        for name, file in data.files().items()
+        if file is None or not Path(file).expanduser().exists()
+    ]
 
 
 def check(cfg: Any, overrides: Sequence[str]) -> None:

@@ -88,7 +88,9 @@ def with_clips(cfg: DataConfig, folder: Path) -> DataConfig:
 
 
 def write_clips(folder: Path, size: Clip) -> None:
-    """Videos with captions, four to train on and two to validate."""
+    """Videos with captions and pictures, four to train on and two to validate; a CSV names them."""
+    from PIL import Image
+
     from sandbox.media import write_video
 
     for i in range(6):
@@ -96,3 +98,9 @@ def write_clips(folder: Path, size: Clip) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, video(size, 1, seed=i)[0], 8.0)
         path.with_suffix(".txt").write_text(WORDS[i % 3])
+        named = folder / "videos" / "all" / path.name
+        named.parent.mkdir(parents=True, exist_ok=True)
+        named.hardlink_to(path)
+        Image.new("RGB", (size.width, size.height), (40 * i, 0, 0)).save(path.with_suffix(".png"))
+    rows = [f"{i},all,{WORDS[i % 3]} {i}" for i in range(6)]
+    (folder / "metadata.csv").write_text("\n".join(["videoid,page_dir,name", *rows]))

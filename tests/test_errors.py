@@ -175,7 +175,10 @@ def make_files(folder: Path) -> None:
 FAST = ["debug=fast", "vae.weights=null", "task.untrained=false", "task.samples=0", "data.batch_size=2",
         "backbone.width=8", "conditioning.width=8"]  # fmt: skip
 WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
-    ("data=video_folder data.root=lost", DataError, ("data.root=lost: no such folder",)),
+    ("data=video_folder data.root=lost", ConfigError, ("data.root=lost: no such file or folder",)),
+    ("data=video_folder", ConfigError, ("data.root=null: name the file or folder",)),
+    ("data=webvid data.root=full data.meta_path=lost.csv", ConfigError,
+     ("data.meta_path=lost.csv: no such file or folder",)),
     ("data=video_folder data.root=empty", DataError, ("data.root=empty: no file for 'train'",)),
     ("data=video_folder data.root=file", DataError, ("data.root=file",)),
     ("data=moving_digits data.clips_per_epoch=64 data.batch_size=100", DataError,

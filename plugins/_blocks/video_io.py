@@ -22,6 +22,8 @@ CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
 IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 
 Choose = Callable[[int], int]  # room -> place in [0, room]
+Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> numbers of frames
+Shape = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
 
 
 class Fit:
@@ -73,6 +75,20 @@ def read_video(
     The clip is every `stride`-th frame from a start that `choose` picks. Raises BadItem for a file
     that is missing, corrupt, without video or too short.
     """
+
+    def pick(number: int, rate: float) -> list[int]:
+        span = (frames - 1) * stride + 1
+        if number < span:
+            raise BadItem(f"has {number} frames, {span} are needed")
+        start = choose(number - span)
+        return [*range(start, start + span, stride)]
+
+    images, rate = read_frames(path, pick, fit)
+    return to_video(images), rate
+
+
+def read_frames(path: Path, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], float]:
+    """The frames whose numbers `pick` chooses, in order, and the file's fps. Raises BadItem."""
     import av
 
     try:
@@ -90,15 +106,16 @@ def read_video(
             if not rate:
                 raise BadItem("has no frame rate")
             times = packet_times(container, stream)
-            wanted = pick(times, frames, stride, choose)
+            wanted = [times[i] for i in pick(len(times), float(rate))]
             found = gather(container, stream, wanted[0], wanted, fit)
-            if len(found) != frames:  # packets that show nothing (VP8), or a seek that went too far
+            if len(found) != len(wanted):
+                # packets that show nothing (VP8), or a seek that went too far
                 times = [frame.pts for frame in decoded(container, stream, times[0])]
-                wanted = pick(times, frames, stride, choose)
+                wanted = [times[i] for i in pick(len(times), float(rate))]
                 found = gather(container, stream, times[0], wanted, fit)
-            if len(found) != frames:
+            if len(found) != len(wanted):
                 raise BadItem("has frames whose times repeat")
-            return to_video(found), float(rate)
+            return found, float(rate)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
@@ -111,17 +128,8 @@ def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int
     return sorted(times)
 
 
-def pick(times: list[int], frames: int, stride: int, choose: Choose) -> list[int]:
-    """The times of the clip's frames. Raises BadItem where there are too few."""
-    span = (frames - 1) * stride + 1
-    if len(times) < span:
-        raise BadItem(f"has {len(times)} frames, {span} are needed")
-    start = choose(len(times) - span)
-    return times[start : start + span : stride]
-
-
 def gather(
-    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int], fit: Fit
+    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int], fit: Shape
 ) -> list[np.ndarray]:
     """The frames that are shown at the times `wanted`, each resized before the next is decoded."""
     found = []

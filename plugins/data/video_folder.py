@@ -1,15 +1,14 @@
 """A folder of videos and images with captions in `.txt` files beside them or in a captions.csv."""
 
 import csv
-import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from plugins._blocks.folders import folder_of, held_out, identity, walk
 from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, read_image, read_video
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
@@ -56,6 +55,9 @@ class VideoFolder:
             yield from above("val_fraction", self.val_fraction, 0, 0.9)
             yield from in_range("num_prompts", self.num_prompts, 0)
 
+        def files(self) -> dict[str, str | None]:
+            return {"root": self.root}
+
         def provides(self) -> frozenset[str]:
             fields = {"video"}
             if self.frames > 1:
@@ -71,7 +73,7 @@ class VideoFolder:
         """Clips of "train" or "val". Raises DataError where there are none, or no such folder."""
         if name not in ("train", "val"):
             raise ValueError(f"split {name!r}: want 'train' or 'val'")
-        root = self._root()
+        root = folder_of(self.cfg)
         found = Listing(root, self.cfg.frames)
         train, val = self._sides(found)
         names = train if name == "train" else val
@@ -102,14 +104,6 @@ class VideoFolder:
                 continue  # it is counted where the split is loaded
         return found
 
-    def _root(self) -> Path:
-        if self.cfg.root is None:
-            raise DataError("data.root=null: set data.root=FOLDER, the folder of the videos")
-        root = Path(self.cfg.root).expanduser()
-        if not root.is_dir():
-            raise DataError(f"data.root={self.cfg.root}: no such folder; name that of the videos")
-        return root
-
     def _sides(self, found: "Listing") -> tuple[list[str], list[str]]:
         """Names of the two splits."""
         train = [n for n in found.names if n.startswith("train/")]
@@ -118,22 +112,6 @@ class VideoFolder:
             return train, val
         held = held_out(found.names, self.cfg.val_fraction)
         return [n for n in found.names if n not in held], [n for n in found.names if n in held]
-
-
-def held_out(names: list[str], fraction: float) -> set[str]:
-    """About `fraction` of the names, by their hashes: other files do not change a file's side.
-
-    Of two or more names at least one is on each side.
-    """
-    if len(names) < 2:
-        return set()
-    places = {
-        n: int.from_bytes(hashlib.blake2b(os.fsencode(n), digest_size=8).digest()) / 2**64
-        for n in names
-    }
-    ordered = sorted(names, key=lambda n: (places[n], n))
-    count = sum(p < fraction for p in places.values())
-    return set(ordered[: min(max(count, 1), len(names) - 1)])
 
 
 class Listing:
@@ -164,29 +142,6 @@ class Listing:
 
     def _exclude(self, why: str) -> None:
         self.excluded[why] = self.excluded.get(why, 0) + 1
-
-
-def walk(root: Path) -> Iterator[str]:
-    """Names of all files below `root`; a folder that a link leads back to is entered once."""
-    entered: set[object] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        if (same := identity(Path(folder))) in entered:
-            folders.clear()
-            continue
-        entered.add(same)
-        for file in files:
-            if not file.startswith("."):
-                yield Path(folder, file).relative_to(root).as_posix()
-
-
-def identity(path: Path) -> object:
-    """The same for all names of a file; a broken link is itself."""
-    try:
-        info = path.stat()
-    except OSError:
-        return path
-    return info.st_dev, info.st_ino
 
 
 class Captions:

@@ -1,0 +1,148 @@
+"""Pictures as CompVis latent-diffusion prepares CelebA-HQ: npy, jpg or png, short side resized."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plugins._blocks.folders import folder_of, held_out, walk
+from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, one_of
+from sandbox.registry import register
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+
+
+@register("data", "celebahq")
+class CelebAHQ:
+    """Pictures of a folder, npy as published or jpg and png, without captions."""
+
+    @dataclass
+    class Config(DataConfig):
+        """train_list, val_list: text files with one name below `root` in each line, as published.
+
+        Without them the folders train/ and val/ are the splits, and without those `val_fraction` of
+        the names is held out, by their hashes.
+        """
+
+        frames: int = 1
+        train_list: str | None = None
+        val_list: str | None = None
+        val_fraction: float = 0.05
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("frames", self.frames, [1])
+            yield from above("val_fraction", self.val_fraction, 0, 0.9)
+            if (self.train_list is None) != (self.val_list is None):
+                yield f"val_list={self.val_list}: want both train_list and val_list, or neither"
+
+        def files(self) -> dict[str, str | None]:
+            lists = {"train_list": self.train_list, "val_list": self.val_list}
+            return {"root": self.root} | {k: v for k, v in lists.items() if v is not None}
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def split(self, name: str) -> "Pictures":
+        """Pictures of "train" or "val". Raises DataError where there are none."""
+        if name not in ("train", "val"):
+            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        root = folder_of(self.cfg)
+        names = self._listed(name) if self.cfg.train_list else self._found(root, name)
+        if not names:
+            raise DataError(
+                f"data.root={self.cfg.root}: no picture for {name!r}; want .npy, .jpg or .png "
+                "files, in folders train/ and val/ or at least two"
+            )
+        return Pictures(root, names, self.cfg.height, self.cfg.width)
+
+    def prompts(self) -> list[str]:
+        return []
+
+    def _listed(self, split: str) -> list[str]:
+        train, val = (read_list(f) for f in (self.cfg.train_list, self.cfg.val_list))
+        if both := set(train) & set(val):
+            raise DataError(
+                f"data.val_list={self.cfg.val_list}: {len(both)} names are in train_list too, such "
+                f"as {min(both)!r}; remove them from one"
+            )
+        return train if split == "train" else val
+
+    def _found(self, root: Path, split: str) -> list[str]:
+        usable = {".npy", *FORMATS}
+        names = sorted(n for n in walk(root) if PurePosixPath(n).suffix.lower() in usable)
+        sides = {s: [n for n in names if n.startswith(f"{s}/")] for s in ("train", "val")}
+        if all(sides.values()):
+            return sides[split]
+        held = held_out(names, self.cfg.val_fraction)
+        return [n for n in names if (n in held) == (split == "val")]
+
+
+def read_list(path: str | None) -> list[str]:
+    """Names, one in each line; empty lines are passed over. Raises DataError."""
+    try:
+        lines = Path(path or "").expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path} cannot be read: {e}; want a text file of names") from e
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+@dataclass
+class Pictures:
+    """One split, by the names of its files below `root`."""
+
+    root: Path
+    names: list[str]
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def id(self, index: int) -> str:
+        """The name, with what cannot be printed escaped."""
+        return repr(self.names[index])[1:-1]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        """As published nothing is random: no flip, no random crop."""
+        return {"video": prepare(read(self.root / self.names[index]), self.height, self.width)}
+
+
+def read(path: Path) -> np.ndarray:
+    """(3, H, W) uint8 from .npy of that shape or of (1, 3, H, W), or a picture. Raises BadItem."""
+    from PIL import Image
+
+    try:
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path, formats=[FORMATS[path.suffix.lower()]]) as image:
+                array = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except KeyError as e:
+        raise BadItem(f"ends in {e}: want .npy, .jpg or .png") from e
+    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadItem(f"cannot be read: {e}") from e
+    if array.ndim == 4 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 3 or array.shape[0] != 3 or array.dtype != np.uint8 or not array.size:
+        raise BadItem(f"holds {array.shape} {array.dtype}: want (1, 3, H, W) or (3, H, W) uint8")
+    return array
+
+
+def prepare(image: np.ndarray, height: int, width: int) -> Tensor:
+    """(3, H, W) uint8 -> (3, 1, height, width) float32 in [-1, 1].
+
+    As published for a square: the short side is resized (bilinear, no antialiasing), then the
+    centre is cut out. Other sizes are covered in the same way.
+    """
+    scale = max(height / image.shape[1], width / image.shape[2])
+    size = [round(side * scale) for side in image.shape[1:]]
+    pixels = torch.from_numpy(np.array(image)).float()[None]
+    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    pixels = pixels[:, :, top : top + height, left : left + width]
+    return (pixels / 127.5 - 1).permute(1, 0, 2, 3).contiguous()  # (3, 1, height, width)

@@ -1,0 +1,227 @@
+"""WebVid as DynamiCrafter reads it: a CSV of videos and captions, strides drawn for each clip."""
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plugins._blocks.folders import folder_of, held_out
+from plugins._blocks.video_io import read_frames
+from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
+from sandbox.registry import register
+
+TRANSFORMS = ("resize_center_crop", "center_crop")
+COLUMNS = ("videoid", "page_dir", "name")
+
+Row = dict[str, str]
+Randint = Callable[[int, int], int]  # both ends included
+Read = Callable[..., tuple[list[np.ndarray], float]]  # (path, pick, as array) -> images, fps
+
+
+@register("data", "webvid")
+class WebVid:
+    """Videos named in a CSV (videoid, page_dir, name): root/videos/page_dir/videoid.mp4."""
+
+    @dataclass
+    class Config(DataConfig):
+        """The settings beyond those of every data plugin.
+
+        meta_path, val_meta_path: CSV files; meta_path null is metadata.csv in the root, and without
+        val_meta_path `val_fraction` of the videos is held out, by the hash of their names.
+        frame_stride: file frames from one frame to the next, the largest where random_fs draws it
+        from frame_stride_min on. fixed_fps: strides are multiplied so that clips have about this
+        rate. fps_max: the largest rate told to the model. antialias: false resizes as torchvision
+        did when the model was trained.
+        carry_stride: as published, a video that cannot be used is replaced by the next row and
+        its changed stride goes along; it is not counted. False: each clip has a stride of its own,
+        and unusable videos are counted, listed and replaced by the loader.
+        """
+
+        meta_path: str | None = None
+        val_meta_path: str | None = None
+        val_fraction: float = 0.05
+        frame_stride: int = 1
+        frame_stride_min: int = 1
+        random_fs: bool = False
+        fixed_fps: float | None = None
+        fps_max: float | None = None
+        spatial_transform: str = "resize_center_crop"
+        antialias: bool = True
+        carry_stride: bool = False
+        num_prompts: int = 8
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from above("val_fraction", self.val_fraction, 0, 0.9)
+            yield from in_range("frame_stride", self.frame_stride, 1)
+            yield from in_range("frame_stride_min", self.frame_stride_min, 1)
+            if self.frame_stride_min > self.frame_stride:
+                yield f"frame_stride_min={self.frame_stride_min}: want <= {self.frame_stride}"
+            yield from above("fixed_fps", self.fixed_fps, 0)
+            yield from above("fps_max", self.fps_max, 0)
+            yield from one_of("spatial_transform", self.spatial_transform, TRANSFORMS)
+            yield from in_range("num_prompts", self.num_prompts, 0)
+
+        def files(self) -> dict[str, str | None]:
+            tables = {"meta_path": self.meta_path, "val_meta_path": self.val_meta_path}
+            return {"root": self.root} | {k: v for k, v in tables.items() if v is not None}
+
+        def provides(self) -> frozenset[str]:
+            fields = {"video", "captions", "fps", "frame_stride"}
+            return frozenset(fields | ({"prompts"} if self.num_prompts else set()))
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def split(self, name: str) -> "Clips":
+        """Clips of "train" or "val". Raises DataError where there are none."""
+        if name not in ("train", "val"):
+            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        cfg, root = self.cfg, folder_of(self.cfg)
+        table = Path(cfg.meta_path).expanduser() if cfg.meta_path else root / "metadata.csv"
+        train = read_rows(table)
+        if cfg.val_meta_path:
+            val = read_rows(Path(cfg.val_meta_path).expanduser())
+        else:
+            held = held_out(sorted({place(r) for r in train}), cfg.val_fraction)
+            train, val = (
+                [r for r in train if (place(r) in held) == of_val] for of_val in (False, True)
+            )
+        if both := {place(r) for r in train} & {place(r) for r in val}:
+            raise DataError(
+                f"data.val_meta_path={cfg.val_meta_path}: {len(both)} videos are in {table} too, "
+                f"such as {min(both)}; remove them from one"
+            )
+        rows = train if name == "train" else val
+        if not rows:
+            raise DataError(f"{table}: no video for {name!r}; want rows without empty fields")
+        return Clips(root, rows, cfg, training=name == "train")
+
+    def prompts(self) -> list[str]:
+        """Captions of the first videos of the validation split."""
+        rows = self.split("val").rows if self.cfg.num_prompts else []
+        return [r["name"] for r in rows[: self.cfg.num_prompts]]
+
+
+def middle(low: int, high: int) -> int:
+    """In place of chance: the largest stride (low >= 1), the start in the middle (low = 0)."""
+    return high if low else high // 2
+
+
+def place(row: Row) -> str:
+    """Path of a video below the root."""
+    return f"videos/{row['page_dir']}/{row['videoid']}.mp4"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV; as published, one with any empty field is dropped. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines)
+            missing = set(COLUMNS) - set(table.fieldnames or [])
+            if missing:
+                raise DataError(f"{path}: the columns {sorted(missing)} are missing")
+            rows = [r for r in table if None not in r and all(r.values())]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
+    if strange := [r for r in rows if ".." in Path(place(r)).parts or "/" in r["videoid"]]:
+        raise DataError(f"{path}: {place(strange[0])} leaves the folder of the data")
+    return rows
+
+
+class Picker:
+    """Which frames of a video make a clip; `stride` is drawn first, and changed to fit a video."""
+
+    def __init__(self, cfg: WebVid.Config, randint: Randint) -> None:
+        self.cfg, self.randint = cfg, randint
+        self.stride = cfg.frame_stride
+        if cfg.random_fs:
+            self.stride = randint(cfg.frame_stride_min, cfg.frame_stride)
+
+    def __call__(self, number: int, rate: float) -> list[int]:
+        """Numbers of the clip's frames in a video of `number`. Raises BadItem."""
+        cfg = self.cfg
+        if number < cfg.frames:
+            raise BadItem(f"has {number} frames, {cfg.frames} are needed")
+        if cfg.fixed_fps:
+            self.stride = int(self.stride * rate / cfg.fixed_fps)
+        self.stride = max(self.stride, 1)
+        span = self.stride * (cfg.frames - 1) + 1
+        if number < span:
+            if cfg.fixed_fps and number < span * 0.5:
+                raise BadItem(f"has {number} frames, {span} are needed for {cfg.fixed_fps} fps")
+            self.stride = number // cfg.frames
+            span = self.stride * (cfg.frames - 1) + 1
+        room = number - span
+        start = self.randint(0, room) if room > 0 else 0
+        return [start + self.stride * i for i in range(cfg.frames)]
+
+
+@dataclass
+class Clips:
+    """The clips of one split."""
+
+    root: Path
+    rows: list[Row]
+    cfg: WebVid.Config
+    training: bool
+    read: Read = read_frames
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def id(self, index: int) -> str:
+        """The path below the root, with what cannot be printed escaped."""
+        return repr(place(self.rows[index]))[1:-1]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        """A validation clip has the stride `frame_stride` and lies in the middle of its video."""
+        if self.training:
+            return self.draw(index, lambda low, high: int(rng.integers(low, high + 1)))
+        return self.draw(index, middle)
+
+    def draw(self, index: int, randint: Randint) -> Sample:
+        """The clip that `randint` chooses. Raises BadItem."""
+        picker = Picker(self.cfg, randint)
+        others = len(self) - 1 if self.cfg.carry_stride and self.training else 0
+        for attempt in range(others):
+            try:
+                return self._clip(self.rows[(index + attempt) % len(self)], picker)
+            except BadItem:
+                continue  # as published: the next row, with the picker as it is now
+        return self._clip(self.rows[(index + others) % len(self)], picker)
+
+    def _clip(self, row: Row, picker: Picker) -> Sample:
+        stride = picker.stride
+
+        def pick(number: int, rate: float) -> list[int]:
+            picker.stride = stride  # a file whose packets and frames differ in number asks twice
+            return picker(number, rate)
+
+        images, rate = self.read(self.root / place(row), pick, np.asarray)
+        fps = rate // picker.stride  # as published: whole frames a second
+        return {
+            "video": transformed(images, self.cfg),
+            "caption": row["name"],
+            "fps": float(min(fps, self.cfg.fps_max) if self.cfg.fps_max else fps),
+            "frame_stride": float(picker.stride),
+        }
+
+
+def transformed(images: list[np.ndarray], cfg: WebVid.Config) -> Tensor:
+    """(H, W, 3) uint8 each -> (3, T, height, width) float32 in [-1, 1].
+
+    As published: the short side becomes the smaller of height and width, then the centre is cut
+    out; what is narrower than that gets black bars.
+    """
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()  # (T, 3, H, W)
+    if cfg.spatial_transform == "resize_center_crop":
+        frames = resize(frames, [min(cfg.height, cfg.width)], antialias=cfg.antialias)
+    frames = center_crop(frames, [cfg.height, cfg.width])
+    return ((frames / 255 - 0.5) * 2).transpose(0, 1).contiguous()
