@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, FirstStage, Terms
@@ -26,8 +26,66 @@ class TrainableFirstStage(FirstStage, Protocol):
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstructed: ...
 
 
-# Reconstructed -> the loss: a plugin of group `reconstruction`
-Reconstruct = Callable[[Any], Terms]
+# (Reconstructed, finished optimizer steps) -> the loss: a plugin of group `reconstruction`
+Reconstruct = Callable[[Any, int], Terms]
+
+
+class Adversarial(Protocol):
+    """A reconstruction loss that trains networks of its own, in turn with the first stage.
+
+    Their parameters ask for no gradient outside of that turn, so that the first stage's optimizer,
+    average and clipping pass over them.
+    """
+
+    discriminator: nn.Module
+
+    def __call__(self, out: Any, step: int) -> Terms: ...
+    def discriminate(self, out: Any, step: int) -> Terms: ...
+
+
+class Opponent:
+    """A discriminator with the optimizer that the engine builds for it; both are in checkpoints."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def build(self, plugin: Any, lr: float) -> None:
+        """Builds its optimizer: of the same plugin and learning rate as the first stage's."""
+        self.module.requires_grad_(True)
+        self.optimizer = plugin.build(self.module.named_parameters(), lr)
+        self.module.requires_grad_(False)
+
+    def turn(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
+        """Gathers `share` of the gradient, and makes a step where one is due."""
+        self.module.requires_grad_(True)
+        terms = loss()
+        (terms.total * share).backward()
+        self.module.requires_grad_(False)
+        if is_update:
+            self._average()
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return terms
+
+    def _average(self) -> None:
+        """The mean of the gradients over all processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= torch.distributed.get_world_size()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -51,6 +109,8 @@ class Autoencoding(Trainable):
         super().__init__(root, group)
         self.first_stage = first_stage
         self.reconstruction = reconstruction
+        discriminator = getattr(reconstruction, "discriminator", None)
+        self.opponent = None if discriminator is None else Opponent(discriminator)
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms, decibels = self.reconstruct(batch, self.draws(batch))
@@ -64,4 +124,16 @@ class Autoencoding(Trainable):
     def reconstruct(self, batch: Batch, draws: Draws) -> tuple[Terms, Tensor]:
         """The loss, and the PSNR of each clip (B,) in dB."""
         out = self.first_stage.reconstruct(batch.video, draws)
-        return self.reconstruction(out), psnr(out.video.detach(), out.target)
+        return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
+
+    def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+        """The discriminator's turn, as published on what the first stage makes after its step."""
+        if self.opponent is None:
+            return
+        with torch.no_grad():
+            out = self.first_stage.reconstruct(batch.video, self.draws(batch))
+
+        def loss() -> Terms:
+            return self.reconstruction.discriminate(out, self.finished_steps)  # type: ignore[attr-defined]
+
+        self.metrics = self.metrics | self.opponent.turn(loss, share, rate, is_update).log

@@ -21,7 +21,8 @@ class Trainable(LightningModule):
 
     `group`: clips in one optimizer step over all processes, over which stratified draws spread.
     `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
-    (B,) where they are told; the engine gathers them. `optimizer` is set by the engine.
+    (B,) where they are told; the engine gathers them. `optimizer` and `finished_steps`, the number
+    of optimizer steps so far, are set by the engine. `opponent` is what trains in turn with it.
     """
 
     def __init__(self, root: Root, group: int) -> None:
@@ -30,6 +31,8 @@ class Trainable(LightningModule):
         self.metrics: dict[str, Tensor] = {}
         self.per_sample: Tensor | None = None
         self.optimizer: Any = None
+        self.opponent: Any = None  # a sandbox.autoencoding.Opponent
+        self.finished_steps = 0
         self._fingerprints: dict[str, str] | None = None
 
     def draws(self, batch: Batch) -> Keyed:
@@ -40,6 +43,12 @@ class Trainable(LightningModule):
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
         raise NotImplementedError
+
+    def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+        """What else trains on a micro-batch, once its own gradients are used; nothing here.
+
+        `share`: part of an optimizer step; `rate`: factor of the learning rate.
+        """
 
     def note(self, terms: Terms, **others: Tensor) -> None:
         """Keeps what the engine asks for after a training step; nothing is copied or waited for."""

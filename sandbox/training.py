@@ -96,6 +96,7 @@ class Training:
             "weights": whole(self.system.trainable_state()),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": whole(self.optimizer.state_dict()),
+            "opponent": self.system.opponent.state_dict() if self.system.opponent else None,
             "loader": loader | {"bad": bad},
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
             "scaler": self.scaler,
@@ -112,6 +113,8 @@ class Training:
         if self.ema and state["ema"]:  # a run continued with an average that it had not starts one
             self.ema.load_state_dict(state["ema"])
         load_optimizer(self.optimizer, state["optimizer"])
+        if self.system.opponent:
+            self.system.opponent.load_state_dict(state["opponent"])
         self.loader.load_state_dict(state["loader"])
         for name, callback in self.callbacks.items():
             callback.load_state_dict(state["callbacks"].get(name, {}))
@@ -290,6 +293,12 @@ def start(
     optimizer = registry.create(root.optimizer).build(trained, root.lr)
     for g in optimizer.param_groups:
         g.setdefault("initial_lr", g["lr"])
+    if system.opponent:
+        if root.precision == "fp16":
+            raise ConfigError(
+                "precision=fp16: a discriminator trains without a loss scale: use bf16 or fp32"
+            )
+        system.opponent.build(registry.create(root.optimizer), root.lr)
     training = Training(
         system=system,
         root=root,
@@ -446,6 +455,7 @@ class Stepping(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
     ) -> None:
+        pl_module.finished_steps = self.training.step
         first = int(batch.position[0])  # type: ignore[index]
         is_last = (batch_idx + 1) % self.cfg.accumulate == 0
         self.training.processes.begin_micro_batch(pl_module, is_last)
@@ -470,6 +480,10 @@ class Stepping(Callback):
     ) -> None:
         training = self.training
         training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
+        if pl_module.opponent:
+            rate = self.root.lr_schedule.factor(training.step, training.steps)
+            with trainer.precision_plugin.forward_context():
+                pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
         self.metrics.append(pl_module.metrics)
         self.seen.append(Seen(batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch

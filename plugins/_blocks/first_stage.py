@@ -56,7 +56,11 @@ class FirstStage(nn.Module):
         x = self.part(x, draws)
         posterior = self.encode(x)
         z = posterior.sample(draws.normal("posterior", posterior.mean))
-        return Reconstruction(x, self.pixels(z), posterior)
+        return Reconstruction(x, self.pixels(z), posterior, last_layer=self.last_layer())
+
+    def last_layer(self) -> Tensor:
+        """The weight that draws the pixels, where adversarial losses compare gradients."""
+        return next(p for p in self.decoder.conv_out.parameters() if p.ndim > 1)
 
     def part(self, x: Tensor, draws: Draws) -> Tensor:
         """`train_frames` frames in a row of each clip, from a place of its own."""

@@ -75,3 +75,4 @@ class Reconstruction:
     posterior: Posterior  # kl() is the regulariser of a Gaussian
     codebook_loss: Tensor | None = None  # (B,) where there is a codebook
     log: dict[str, Tensor] = field(default_factory=dict)  # each (), detached
+    last_layer: Tensor | None = None  # the weight that draws the pixels, for adaptive weights

@@ -34,7 +34,7 @@ class L1Codebook:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, out: Reconstruction) -> Terms:
+    def __call__(self, out: Reconstruction, step: int = 0) -> Terms:
         """All terms are means, as published."""
         error = (out.video - out.target).flatten(1)
         rec = self.cfg.l1_weight * error.abs().mean(1) + self.cfg.l2_weight * error.square().mean(1)

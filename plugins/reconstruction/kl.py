@@ -34,7 +34,7 @@ class L1KL:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def __call__(self, out: Reconstruction) -> Terms:
+    def __call__(self, out: Reconstruction, step: int = 0) -> Terms:
         """The published loss sums over a clip; here it is divided by the size of the clip.
 
         So `kl_weight` balances as published, and no learning rate depends on that size.

@@ -175,4 +175,6 @@ class VQModel(FirstStage):
         quantised, loss, codes = self.quantize(posterior.mean)
         used = loss.new_zeros(self.cfg.n_embed).index_fill_(0, codes.flatten(), 1.0).mean()
         log = {"codes_used": used.detach()}
-        return Reconstruction(x, self.draw(quantised), posterior, loss, log)
+        return Reconstruction(
+            x, self.draw(quantised), posterior, loss, log, last_layer=self.last_layer()
+        )

@@ -114,7 +114,8 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         first_stage = build("vae", root)
-        system = Autoencoding(root, first_stage, registry.create(loss), clips_per_step(root))
+        loss_of = build("reconstruction", root)
+        system = Autoencoding(root, first_stage, loss_of, clips_per_step(root))
         with start(system, run, group, rank) as training:
             fit(training)
             result: dict[str, Any] = {}
