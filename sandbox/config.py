@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import registry
-from sandbox.contracts import ConfigError, PluginConfig, PluginError, in_range, one_of
+from sandbox.contracts import ConfigError, PluginConfig, PluginError, above, in_range, one_of
 from sandbox.reading import first_line
 
 HOME = Path(__file__).resolve().parent.parent  # the checkout
@@ -58,6 +58,9 @@ class Root:
 
     recipe: str = "default"  # its name; part of the run folder's name
     lr: float | None = None  # peak learning rate; null: that of the task
+    # lr for one clip: lr = base_lr x trainer.accumulate x trainer.processes x data.batch_size, as
+    # CompVis latent-diffusion scales it (scale_lr); null: lr is what it says
+    base_lr: float | None = None
     seed: int = 0
     steps: int | None = None  # optimizer steps; null: those of the task
     precision: str = "fp32"
@@ -92,6 +95,7 @@ class Root:
         """Every bad top-level setting, one line each."""
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             yield f"lr={self.lr}: want a number >= 0 (0 trains nothing)"
+        yield from above("base_lr", self.base_lr, 0)
         yield from in_range("steps", self.steps, 1)
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)

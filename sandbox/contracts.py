@@ -548,6 +548,10 @@ class TaskConfig(PluginConfig):
         """Whether the files of `data` must be there before it starts."""
         return not self.uses_run()
 
+    def micro_batch(self, data: DataConfig, first_stage: FirstStageConfig) -> int:
+        """Clips per process and micro-batch."""
+        return data.batch_size
+
     def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
         """The `lr` and `steps` of the run where they are null."""
         return {"lr": 4e-3, "steps": 1200}

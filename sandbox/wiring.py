@@ -6,6 +6,7 @@ values that work.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,13 +36,14 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
 
     `unasked`: groups and settings whose problems are known already; nothing more is asked of them.
     """
+    root, found = _scaled(root)
     if root.task is not None and root.vae is not None:
         missing = {
             k: v for k, v in root.task.defaults(root.vae).items() if getattr(root, k) is None
         }
         root = replace(root, **missing)
     absent = {g for g in REQUIRED if getattr(root, g) is None} - unasked
-    found = [p for p in root.problems() if re.split(r"\W", p)[0] not in unasked]
+    found += [p for p in root.problems() if re.split(r"\W", p)[0] not in unasked]
     found += [f"{g}=null: want one of {', '.join(_names(g))}" for g in REQUIRED if g in absent]
     unsound = set(unasked) | absent
     for path, cfg in root.parts():
@@ -59,6 +61,24 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
     if found or wiring is None:
         raise ConfigError(*dict.fromkeys(found))
     return wiring
+
+
+def _scaled(root: Root) -> tuple[Root, list[str]]:
+    """`root` with the learning rate that `base_lr` asks for, and what contradicts it."""
+    if root.base_lr is None or None in (root.trainer, root.data, root.task, root.vae):
+        return root, []
+    clips = root.task.micro_batch(root.data, root.vae)
+    factors = (root.trainer.accumulate, root.trainer.processes, clips)
+    lr = root.base_lr * math.prod(factors)
+    if root.lr is None:
+        return replace(root, lr=lr), []
+    if math.isclose(root.lr, lr) or root.task.uses_run():
+        return root, []  # wired before; sampling may take another batch size than training did
+    terms = " x ".join(map(str, (root.base_lr, *factors)))
+    return root, [
+        f"lr={root.lr}: base_lr={root.base_lr} asks for {lr:.6g} ({terms}: base_lr x "
+        "trainer.accumulate x trainer.processes x data.batch_size); set one of them to null"
+    ]
 
 
 REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler",

@@ -299,3 +299,34 @@ def test_every_combination_of_components_wires_or_says_why_not():
             own, joined = wiring.grids[0].channels, wiring.slots[0].concat
             assert wiring.root.backbone.in_channels in (own, own + joined)
     assert wired > 100 and refused > 100
+
+
+# --- learning rate --------------------------------------------------------------------------------
+
+
+def scaled(**changes) -> Root:
+    start = default()
+    trainer = replace(start.trainer, accumulate=2)
+    return root(trainer=trainer, data=replace(start.data, batch_size=48), **changes)
+
+
+def test_base_lr_is_scaled_with_the_clips_of_an_optimizer_step_and_once():
+    wired = wire(scaled(base_lr=2e-6)).root
+    assert wired.lr == pytest.approx(2e-6 * 2 * 48)
+    assert wire(wired).root.lr == wired.lr
+
+
+def test_base_lr_of_a_first_stage_counts_the_batch_that_it_trains_with():
+    start = config.to_root(config.compose(["task=train_vae", "vae=kl", "task.batch_size=8"]))
+    assert wire(replace(start, base_lr=1e-4)).root.lr == pytest.approx(8e-4)
+
+
+def test_lr_that_contradicts_base_lr_is_refused():
+    with pytest.raises(ConfigError, match=r"lr=0\.1: base_lr=2e-06 asks for 0\.000192"):
+        wire(scaled(base_lr=2e-6, lr=0.1))
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_base_lr_must_be_a_number_above_zero(rate):
+    with pytest.raises(ConfigError, match="base_lr="):
+        wire(root(base_lr=rate))

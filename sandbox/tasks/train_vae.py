@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sandbox.contracts import FirstStageConfig, TaskConfig, in_range
+from sandbox.contracts import DataConfig, FirstStageConfig, TaskConfig, in_range
 from sandbox.registry import register
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class TrainVAE:
             yield from in_range("batch_size", self.batch_size, 1)
             yield from in_range("clips", self.clips, 1)
             yield from in_range("shown", self.shown, 1)
+
+        def micro_batch(self, data: DataConfig, first_stage: FirstStageConfig) -> int:
+            return self.batch_size or first_stage.recipe().batch_size
 
         def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
             return {"lr": first_stage.recipe().lr, "steps": first_stage.recipe().steps}
@@ -70,6 +73,7 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         root,
         task=task,
         lr=recipe.lr,
+        base_lr=None,
         steps=recipe.steps,
         recipe=root.vae.plugin.replace("/", "-"),
         out=str(Path(root.cache) / "runs"),
@@ -109,7 +113,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     refused = [f"reconstruction.{p}" for p in loss.accepts(root.vae)]
     if refused:
         raise ConfigError(*refused)
-    batch_size = root.task.batch_size or recipe.batch_size
+    batch_size = root.task.micro_batch(root.data, root.vae)
     root = replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
