@@ -1,0 +1,59 @@
+"""Samples at the published moments of an image logger: powers of two first, then every N."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import Callback
+
+from sandbox.contracts import PluginConfig, in_range, one_of
+from sandbox.registry import register
+
+
+@register("callbacks", "images")
+class Images(Callback):
+    """Samples as sheets, by step or micro-batch, as CompVis and DynamiCrafter log images."""
+
+    @dataclass
+    class Config(PluginConfig):
+        """every: steps between two; unit: "step" or "micro_batch"; max_images: samples in each.
+
+        increase_log_steps: also at 1, 2, 4, ... below `every`, to see early whether it learns.
+        """
+
+        every: int = 500
+        unit: str = "step"
+        max_images: int = 8
+        increase_log_steps: bool = True
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            for name in ("every", "max_images"):
+                yield from in_range(name, getattr(self, name), 1)
+            yield from one_of("unit", self.unit, ("step", "micro_batch"))
+
+        def due(self, number: int) -> bool:
+            """Whether to log after step or micro-batch `number`, counted from 1."""
+            is_power = number & (number - 1) == 0
+            early = self.increase_log_steps and is_power and number < self.every
+            return number % self.every == 0 or early
+
+    training: Any  # sandbox.training.Training; the engine sets it
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.taken = 0  # micro-batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state.get("taken", 0)
+
+    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+        self.taken += 1
+        by_step = self.cfg.unit == "step"
+        if by_step and not self.training.just_stepped:
+            return
+        if self.cfg.due(self.training.step if by_step else self.taken):
+            self.training.sample((), self.cfg.max_images)
