@@ -398,6 +398,27 @@ def export_weights(
     return path
 
 
+def export_foreign(content: Mapping[str, Any], path: Path) -> Path:
+    """Writes tensors and plain containers as others' code unpickles them, atomically.
+
+    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
+    """
+    _check(dict(content))
+    part = path.with_name(f".{path.name}.part")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("wb") as file:
+                torch.save(dict(content), file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    return path
+
+
 def read_foreign(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
 

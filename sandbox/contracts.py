@@ -842,7 +842,16 @@ class Layout(Protocol):
     """
 
     def parts(self, state: State) -> dict[str, State]:
-        """{"backbone": ..., "vae": ..., "conditioning": ..., "ema": ...}."""
+        """{"backbone": its state, "vae", "conditioning", "ema", "schedule", "loss"}.
+
+        Names are those of our modules; parts that the file has not are empty. `ema` is the average
+        of the backbone with `decay` and `num_updates`, `schedule` the tables that a schedule with a
+        method `tables()` makes. Raises StorageError for names of another format.
+        """
         ...
 
     def whole(self, parts: dict[str, State]) -> State: ...
+
+    def file(self, state: State, steps: int) -> dict[str, Any]:
+        """What the original's loader reads, of a model trained for `steps` optimizer steps."""
+        ...

@@ -26,7 +26,7 @@ from sandbox.config import Root, to_container
 from sandbox.contracts import ConfigError, DataConfig, StorageError
 from sandbox.data import batches
 from sandbox.files import storing
-from sandbox.published import read_model, read_parts
+from sandbox.published import parts_of, read_model, read_parts
 from sandbox.rank import Rank
 
 CALIBRATION_CLIPS = 512
@@ -118,6 +118,8 @@ def load_weights(first_stage: nn.Module, path: Path) -> None:
         raise StorageError(f"vae.weights={path}: no such file; name one, or use vae.weights=auto")
     own = first_stage.state_dict()
     state = _published(path) if path.is_dir() else checkpoint.read_foreign(path)
+    if own.keys() != state.keys():  # a whole system, or with what its training needed
+        state = (parts_of(state, f"vae.weights={path}") or {}).get("vae") or state
     strange = sorted(set(own) ^ set(state))
     strange += [k for k in own if k in state and own[k].shape != state[k].shape]
     if strange:

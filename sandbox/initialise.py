@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sandbox import checkpoint
+from sandbox import checkpoint, whole_systems
 from sandbox.contracts import StorageError
 from sandbox.module import Trainable
 from sandbox.published import files_of, read_model, read_parts
@@ -26,20 +26,27 @@ def init_from(system: Trainable, path: Path | str) -> None:
     """Puts the trainable weights at `path` into a system that has not been trained.
 
     `path`: a run folder (its newest good checkpoint), a checkpoint of ours, an exported
-    .safetensors file, or the folder of a published system or backbone (of a system the backbone is
-    taken). Of a run or checkpoint the averaged weights are taken where there are any. Strict:
-    raises StorageError with the first ten names and shapes that differ, and where a frozen part,
-    such as the first stage, is not the one that the weights were trained with.
+    .safetensors file, the published file of a whole system, or the folder of a published system or
+    backbone (of a system the backbone is taken). Averaged weights are taken where there are any.
+    Strict: raises StorageError with the first ten names and shapes that differ, and where a frozen
+    part, such as the first stage, is not the one that the weights were trained with.
     """
     path = Path(path)
     if path.is_dir() and not Run(path).config_file.is_file():
         _of_published(system, path)
+        return
+    if (parts := whole_systems.read(path)) is not None:
+        _say(path, whole_systems.put(system, parts, path))
         return
     if path.suffix == ".safetensors":
         weights, which = checkpoint.read_foreign(path), "exported"
     else:
         weights, which = _of_checkpoint(system, _checkpoint(path))
     _put(system, weights, path)
+    _say(path, which)
+
+
+def _say(path: Path, which: str) -> None:
     log.info(
         "starting at step 0 from the %s weights of %s; optimizer, average and data order are new "
         "(to continue a run instead: resume.run=FOLDER)",

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sandbox import registry
-from sandbox.contracts import StorageError
+from sandbox.contracts import PluginConfig, State, StorageError
 
 STEMS = ("diffusion_pytorch_model", "model")
 
@@ -25,16 +25,30 @@ def read_parts(folder: Path, what: str) -> dict[str, dict[str, Tensor]] | None:
     files: they take memory where they are used. Raises StorageError for files that are broken.
     """
     models = [f for f in sorted(folder.iterdir()) if f.is_dir() and list(files_of(f))]
-    names = frozenset(f"{f.name}/" for f in models)
-    for plugin in registry.plugins("layout"):
-        layout = registry.default("layout", plugin.name)
-        if layout.recognises(names):  # type: ignore[attr-defined]
-            state = {f"{f.name}/{k}": v for f in models for k, v in read_model(f, what).items()}
-            try:
-                return registry.create(layout).parts(state)
-            except ValueError as e:
-                raise StorageError(f"{what}={folder}: {e}") from e
-    return None
+    if layout_of(frozenset(f"{f.name}/" for f in models)) is None:
+        return None
+    state = {f"{f.name}/{k}": v for f in models for k, v in read_model(f, what).items()}
+    return parts_of(state, f"{what}={folder}")
+
+
+def layout_of(names: frozenset[str]) -> PluginConfig | None:
+    """The layout whose names these are, if any."""
+    layouts = (registry.default("layout", p.name) for p in registry.plugins("layout"))
+    return next((x for x in layouts if x.recognises(names)), None)  # type: ignore[attr-defined]
+
+
+def parts_of(state: State, where: str) -> dict[str, State] | None:
+    """The parts of a published state, None where no layout has its names.
+
+    `where` names setting and file in messages. Raises StorageError.
+    """
+    layout = layout_of(frozenset(state))
+    if layout is None:
+        return None
+    try:
+        return registry.create(layout).parts(state)
+    except (ValueError, StorageError) as e:
+        raise StorageError(f"{where}: {e}") from e
 
 
 def files_of(folder: Path) -> Iterator[Path]:

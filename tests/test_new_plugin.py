@@ -18,7 +18,7 @@ from sandbox.tasks.new import presets, rendered, templates
 from tests.helpers import composed, sampled, train, wired_around
 
 # Of the frame, or as published: nobody begins one from a template.
-WITHOUT = {"trainer", "resume", "kernels", "adapter", "layout"}
+WITHOUT = {"trainer", "resume", "kernels", "adapter"}
 each_group = pytest.mark.parametrize("group", templates())
 
 

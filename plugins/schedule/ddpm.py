@@ -153,6 +153,11 @@ class DDPM:
         variance = np.append(variance[1], variance[1:])  # the first is 0
         return Table(np.log(variance)), Table(np.log(tables["betas"]))
 
+    def tables(self) -> dict[str, Tensor]:
+        """Constants that a published LDM or DynamiCrafter state dict holds, by name, float32."""
+        tables = {k: v for k, v in buffers(self.cfg).items() if k != "lvlb_weights"}
+        return {name: torch.from_numpy(table).float() for name, table in tables.items()}
+
     # training
 
     def draw_t(self, draws: Draws) -> Tensor:

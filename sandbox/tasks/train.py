@@ -57,12 +57,14 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.runs import opened
     from sandbox.systems import build_system
     from sandbox.training import fit, start
+    from sandbox.whole_systems import check_sources
     from sandbox.wiring import wire
 
     began = time.monotonic()
     wiring = wire(received(settings["root"]))
     root = wiring.root
     check_objective(root, root.task.objective)
+    check_sources(root)
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         with rank.first():  # it makes the first stage, where there is none; the others load it

@@ -1,0 +1,275 @@
+"""layout=compvis: full-size systems against their manifests, dialects, files in and out."""
+
+import json
+import pickle
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugins.layout.compvis import CompVis
+from sandbox import build, checkpoint, compose, registry
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.first_stages import load_weights
+from sandbox.initialise import init_from
+from sandbox.parts import build as build_part
+from sandbox.whole_systems import check_sources, taken_apart
+from tests.helpers import preset, tiny
+
+MANIFESTS = Path(__file__).parents[2] / "golden/systems"
+FULL_SIZE = {
+    "dynamicrafter_512": {
+        "backbone": "unet3d_dynamicrafter_512",
+        "vae": "kl_f8",
+        "conditioning": "dynamicrafter_512",
+        "schedule": "ddpm_dynamicrafter_512",
+    },
+    "ldm_celebahq_vq4": {
+        "backbone": "unet2d_ldm_celebahq",
+        "vae": "vq_f4",
+        "conditioning": None,
+        "schedule": "ddpm_ldm_celebahq",
+    },
+}
+SMALL = (
+    "data.height=32", "data.width=32", "data.frames=3", "data.batch_size=2", "backbone=unet3d",
+    "backbone.model_channels=32", "backbone.num_heads=2", "vae=kl", "vae.ch=8",
+    "vae.scale_factor=0.18215", "vae.shift=0", "conditioning=dynamicrafter",
+    "schedule=ddpm_dynamicrafter_512", "loss=ldm", "sampler=ddim", "layout=compvis", "logger=null",
+)  # fmt: skip
+
+
+def layout(**settings) -> CompVis:
+    return CompVis(CompVis.Config(**settings))
+
+
+def small(*overrides: str, seed: int = 0):
+    """A small DynamiCrafter with weights of its own everywhere, also where they start as zeros."""
+    made = build(compose(*SMALL, "vae.weights=null", *overrides, f"seed={seed}"))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(generator=generator)
+    return made
+
+
+@pytest.fixture(scope="module")
+def original():
+    return small(seed=1)
+
+
+def written(of, folder: Path, average: bool = False, **settings) -> Path:
+    ema = {
+        "updates": 3,
+        "average": {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad},
+    }
+    format = layout(**settings)
+    state = format.whole(taken_apart(of, ema if average else None))
+    return checkpoint.export_foreign(format.file(state, 7), folder / "model.ckpt")
+
+
+def from_file(path: Path):
+    """A system of other weights, but with the frozen parts of the file."""
+    return small(f"vae.weights={path}", f"conditioning.weights={path}")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- full size ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(FULL_SIZE))
+def test_a_whole_published_system_has_all_its_names_and_shapes(name):
+    """0 missing, 0 unexpected, shapes, types and the number of parameters equal."""
+    want = json.loads((MANIFESTS / f"{name}.json").read_text())
+    chosen = {g: preset(g, p) for g, p in FULL_SIZE[name].items() if p}
+    root = replace(tiny(), **chosen)
+    with torch.device("meta"):
+        parts = {
+            group: build_part(group, root).state_dict() for group in chosen if group != "schedule"
+        }
+    parts["schedule"] = registry.create(root.schedule).tables()
+    if name.startswith("ldm"):
+        counters = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(0).int()}
+        parts["ema"] = counters | parts["backbone"]
+    whole = layout().whole(parts)
+    got = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in whole.items()}
+    assert set(want) - set(got) == set()
+    assert set(got) - set(want) == set()
+    assert got == want
+    back = layout().parts(whole)
+    assert {part: set(state) for part, state in back.items() if state} == {
+        part: set(state) for part, state in parts.items() if state
+    }
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+DIALECTS = ("plain", "deepspeed", "256")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
+    names = json.loads((MANIFESTS / "ldm_celebahq_vq4.json").read_text())
+    names |= dict.fromkeys(
+        ("model.diffusion_model.fps_embedding.0.weight",
+         "model_ema.diffusion_modelfps_embedding0weight",
+         "cond_stage_model.model.ln_final.bias", "embedder.model.ln_final.bias",
+         "image_proj_model.latents", "scale_arr")
+    )  # fmt: skip
+    plain = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
+    state = layout(dialect=dialect).whole(layout().parts(plain))
+    assert same(layout(dialect=dialect).whole(layout().parts(state)), state)
+    assert same(layout().whole(layout().parts(state)), plain)
+
+
+def test_the_256_model_calls_the_frame_rate_framestride():
+    parts = {"backbone": {"fps_embedding.0.weight": torch.ones(1), "out.0.bias": torch.ones(1)}}
+    state = layout(dialect="256").whole(parts)
+    assert "model.diffusion_model.framestride_embed.0.weight" in state
+    assert layout().parts(state)["backbone"].keys() == parts["backbone"].keys()
+
+
+def test_deepspeed_names_have_a_prefix_of_sixteen_characters():
+    """The original cuts them off by counting."""
+    (name,) = layout(dialect="deepspeed").whole({"backbone": {"x": torch.ones(1)}})
+    assert name[16:] == "model.diffusion_model.x"
+
+
+def test_a_first_stage_alone_leaves_out_what_its_training_needed():
+    state = {"encoder.a": torch.ones(1), "quantize.embedding.weight": torch.ones(1),
+             "loss.discriminator.a": torch.ones(1)}  # fmt: skip
+    parts = layout().parts(state)
+    assert parts["vae"].keys() == {"encoder.a", "quantize.embedding.weight"}
+    assert not parts["backbone"]
+
+
+def test_names_of_another_layout_are_refused():
+    with pytest.raises(StorageError, match=r"1 names are not those of layout=compvis: strange\.x"):
+        layout().parts({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
+
+
+def test_a_bad_dialect_is_named():
+    (problem,) = CompVis.Config(dialect="klingon").problems()
+    assert problem.startswith("dialect=")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_file_of_every_dialect_initialises_a_system(original, tmp_path, dialect):
+    path = written(original, tmp_path, dialect=dialect)
+    fresh = from_file(path)
+    assert not same(fresh.trainable_state(), original.trainable_state())
+    init_from(fresh, path)
+    assert same(fresh.state_dict(), original.state_dict())
+
+
+def test_the_network_gets_its_average_where_the_file_has_one(original, tmp_path):
+    path = written(original, tmp_path, average=True)
+    fresh = from_file(path)
+    init_from(fresh, path)
+    for name, tensor in fresh.backbone.named_parameters():
+        assert torch.equal(tensor, original.backbone.get_parameter(name) + 1)
+    projection = fresh.conditioner.image_proj_model.state_dict()
+    assert same(projection, original.conditioner.image_proj_model.state_dict())
+
+
+def test_what_is_written_again_is_the_file(original, tmp_path):
+    path = written(original, tmp_path)
+    fresh = from_file(path)
+    init_from(fresh, path)
+    assert same(layout().whole(taken_apart(fresh)), checkpoint.read_foreign(path))
+
+
+def test_the_original_would_find_what_it_unpickles(original, tmp_path):
+    plain = torch.load(written(original, tmp_path), weights_only=True)
+    assert plain.keys() == {"state_dict", "global_step"}
+    deep = torch.load(written(original, tmp_path, dialect="deepspeed"), weights_only=True)
+    assert all(k.startswith("_forward_module.") for k in deep["module"])
+
+
+def test_a_first_stage_is_taken_out_of_a_whole_file(original, tmp_path):
+    other = small()
+    load_weights(other.first_stage, written(original, tmp_path))
+    assert same(other.first_stage.state_dict(), original.first_stage.state_dict())
+
+
+def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
+    path = written(original, tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content["state_dict"]["model.diffusion_model.out.2.bias"]
+    fresh = from_file(path)
+    checkpoint.export_foreign(content, path)
+    with pytest.raises(StorageError, match=r"backbone\.out\.2\.bias is missing"):
+        init_from(fresh, path)
+
+
+def test_another_schedule_is_an_error_that_names_the_table(original, tmp_path):
+    path = written(original, tmp_path)
+    fresh = small(f"vae.weights={path}", f"conditioning.weights={path}", "schedule.base_scale=0.3")
+    with pytest.raises(StorageError, match="table scale_arr is not that of this schedule"):
+        init_from(fresh, path)
+
+
+def test_another_first_stage_is_an_error_with_its_cure(original, tmp_path):
+    path = written(original, tmp_path)
+    fresh = small("vae.weights=null", f"conditioning.weights={path}")
+    with pytest.raises(StorageError, match=r"first_stage\..* use vae\.weights="):
+        init_from(fresh, path)
+
+
+def test_no_first_stage_is_trained_for_a_file_that_has_one(original, tmp_path):
+    path = written(original, tmp_path)
+    root = compose(*SMALL, "vae.weights=auto", f"init_from={path}")
+    with pytest.raises(ConfigError, match=r"use vae\.weights="):
+        check_sources(root)
+
+
+def test_nothing_in_a_pickle_is_run(original, tmp_path):
+    path, marker = tmp_path / "model.ckpt", tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"state_dict": OrderedDict(), "hyper_parameters": Evil()}, path)
+    assert pickle.dumps(Evil())
+    with pytest.raises(StorageError, match="nothing of it was run"):
+        init_from(original, path)
+    assert not marker.exists()
+
+
+# --- task=export ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported_and_initialises_another(tmp_path):
+    from sandbox.tasks.export import Export
+    from sandbox.wiring import wire
+    from tests.helpers import train
+
+    wiring = wire(compose(*SMALL, "vae.weights=null", "steps=1", "data.clips_per_epoch=2"))
+    trained = train(wiring, tmp_path / "runs")
+    to = tmp_path / "out.ckpt"
+    cfg = Export.Config(run=str(trained.folder), to=str(to), weights="both")
+    assert Export(cfg)(wiring)["file"] == str(to)
+    parts = layout().parts(checkpoint.read_foreign(to))
+    assert parts["ema"]["num_updates"].item() == 1
+    assert parts["ema"]["num_updates"].dtype == torch.int32
+    assert same(parts["backbone"], dict(trained.system.backbone.state_dict()))
+    assert same(parts["vae"], dict(trained.system.first_stage.state_dict()))
+
+
+def test_without_a_layout_an_original_cannot_be_written():
+    from sandbox.tasks.export import Export
+
+    wiring = SimpleNamespace(root=SimpleNamespace(layout=None))
+    with pytest.raises(ConfigError, match="layout=null"):
+        Export(Export.Config(run="x"))(wiring)
