@@ -26,6 +26,10 @@ TABLES = frozenset({
     "sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped",
     "posterior_mean_coef1", "posterior_mean_coef2", "scale_arr",
 })  # fmt: skip
+LOGVAR = "logvar"  # of a loss that learns it
+TOP = TABLES | {LOGVAR}
+KNOWN = (NETWORK, AVERAGE, FIRST_STAGE, *CONDITIONING)
+MEASURED = ("scale", "shift")  # tensors of a first stage whose Config leaves them to the data
 ALONE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.")
 
 State = dict[str, Tensor]
@@ -87,7 +91,16 @@ class CompVis:
         return found
 
     def whole(self, parts: dict[str, State]) -> State:
-        """The opposite of `parts`, in the chosen dialect."""
+        """The opposite of `parts`, in the chosen dialect.
+
+        Raises StorageError for parts that the originals do not have.
+        """
+        if measured := [k for k in MEASURED if k in parts.get("vae", {})]:
+            raise StorageError(
+                f"vae.{' and '.join(measured)} of the latents: measured for each channel, and the "
+                "originals have one number in their configuration: want vae.scale_factor=NUMBER "
+                "vae.shift=0"
+            )
         state = dict(parts.get("schedule", {}))
         state |= {NETWORK + k: v for k, v in parts.get("backbone", {}).items()}
         state |= {
@@ -96,6 +109,11 @@ class CompVis:
         }
         state |= {FIRST_STAGE + k: v for k, v in parts.get("vae", {}).items()}
         state |= parts.get("conditioning", {}) | parts.get("loss", {})
+        if strange := [name for name in state if not name.startswith(KNOWN) and name not in TOP]:
+            raise StorageError(
+                f"layout=compvis has no place for {len(strange)} names of these components: "
+                f"{', '.join(sorted(strange)[:10])}"
+            )
         if self.cfg.dialect == "256":
             state = {_older(name): tensor for name, tensor in state.items()}
         if self.cfg.dialect == "deepspeed":
@@ -152,4 +170,4 @@ def _place(name: str, dotted: dict[str, str]) -> tuple[str, str] | None:
         return "conditioning", name
     if name in TABLES:
         return "schedule", name
-    return ("loss", name) if name == "logvar" else None
+    return ("loss", name) if name == LOGVAR else None

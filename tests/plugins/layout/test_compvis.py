@@ -155,6 +155,14 @@ def test_names_of_another_layout_are_refused():
         layout().parts({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
 
 
+def test_parts_that_the_originals_do_not_have_are_refused():
+    one = torch.ones(1)
+    with pytest.raises(StorageError, match=r"no place for 1 names.*table"):
+        layout().whole({"conditioning": {"table.weight": one}})
+    with pytest.raises(StorageError, match=r"vae\.scale .*want vae\.scale_factor=NUMBER"):
+        layout().whole({"vae": {"scale": one, "encoder.conv_in.bias": one}})
+
+
 def test_a_bad_dialect_is_named():
     (problem,) = CompVis.Config(dialect="klingon").problems()
     assert problem.startswith("dialect=")
