@@ -8,6 +8,7 @@ branches on a name.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from sandbox.contracts import (
     Terms,
 )
 from sandbox.module import Trainable, freeze
-from sandbox.parts import Parts
+from sandbox.parts import DTYPES, Parts
 from sandbox.sampling import denoise
 from sandbox.wiring import Wiring
 
@@ -62,6 +63,13 @@ class LatentDiffusion(Trainable):
             return state
         return {own: x for name, x in state.items() if (own := adapter.published_name(name))}
 
+    def narrow(self) -> AbstractContextManager[Any]:
+        """Computes in the dtype of a frozen backbone, also where the trainer's autocast is not."""
+        dtype = DTYPES[self.root.precision]
+        if self.adapter is None or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms = self.step(batch, self.draws(batch))
         self.note(terms)
@@ -73,7 +81,8 @@ class LatentDiffusion(Trainable):
         drop, encode = self.conditioner.drop(draws), self.encoder(draws)
         cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
         t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
-        out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
+        with self.narrow():
+            out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
         return self.loss(self.schedule, out, z0, eps, t)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
@@ -125,12 +134,13 @@ class LatentDiffusion(Trainable):
             return self.conditioner(batch, grid, drop, draws, encode, None)
 
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
-        z = denoise(
-            self.backbone, self.schedule, self.guidance,
-            [told(dropped) for dropped in self.guidance.passes(signals)],
-            self.sampler, draws.normal("start", torch.empty(size, device=self.device)),
-            steps or self.root.sampler.steps, draws, hooks, progress,
-        )  # fmt: skip
+        conditions = [told(dropped) for dropped in self.guidance.passes(signals)]
+        with self.narrow():
+            z = denoise(
+                self.backbone, self.schedule, self.guidance, conditions, self.sampler,
+                draws.normal("start", torch.empty(size, device=self.device)),
+                steps or self.root.sampler.steps, draws, hooks, progress,
+            )  # fmt: skip
         video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
 

@@ -15,8 +15,9 @@ from plugins.adapter.lora import FILE, METADATA, LoRA
 from plugins.backbone.cogvideox import CogVideoX
 from sandbox import build, checkpoint, compose, registry
 from sandbox.contracts import BackboneConfig, Conditions, ConfigError, StorageError
+from sandbox.data import batches
 from sandbox.wiring import wire
-from tests.helpers import composed, preset, train
+from tests.helpers import composed, preset, sampled, train
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
 TINY = (
@@ -183,6 +184,20 @@ def test_a_run_begins_from_a_trained_backbone_and_keeps_it(tmp_path) -> None:
     own, other = run.system.backbone.state_dict(), again.backbone.state_dict()
     assert all(torch.equal(own[k], other[k]) for k in own)
     assert any(v.any() for k, v in other.items() if ".lora_B." in k)
+
+
+@needs_peft
+def test_a_half_precision_backbone_trains_validates_and_samples(tmp_path) -> None:
+    base = train(wire(composed(*TINY)), tmp_path)
+    words = (*TINY, "adapter=lora", f"init_from={base.folder}", "precision=bf16")
+    run = train(wire(composed(*words)), tmp_path / "lora")
+    kinds = {x.dtype for x in run.system.base_state().values()}
+    assert kinds == {torch.bfloat16}
+    assert sampled(run.system).isfinite().all()
+    batch = next(iter(batches(registry.create(run.system.root.data).split("val"), 2, 0)))
+    terms = run.system.step(batch, run.system.draws(batch))  # outside of the trainer's autocast
+    assert terms.total.isfinite()
+    assert terms.total.dtype == torch.float32
 
 
 @needs_peft
