@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from plugins.adapter.lora import FILE, METADATA, LoRA
 from plugins.backbone.cogvideox import CogVideoX
-from sandbox import build, checkpoint, compose, registry
+from sandbox import build, checkpoint, compose, config, registry
 from sandbox.contracts import BackboneConfig, Conditions, ConfigError, StorageError
 from sandbox.data import batches
 from sandbox.wiring import wire
-from tests.helpers import composed, preset, sampled, train
+from tests.helpers import composed, preset, sampled, train, wired_around
+from tests.inputs import conditions, sizes, tensor
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
+config.setup()
 TINY = (
     "vae.weights=null", "backbone.width=16", "backbone.num_blocks=1", "conditioning.width=16",
     "conditioning.buckets=32", "data.batch_size=2", "data.clips_per_epoch=16", "logger=null",
@@ -201,11 +203,23 @@ def test_a_half_precision_backbone_trains_validates_and_samples(tmp_path) -> Non
 
 
 @needs_peft
-def test_every_default_backbone_takes_an_adapter_or_says_why(tmp_path) -> None:
-    for plugin in registry.plugins("backbone"):
-        cfg = registry.default("backbone", plugin.name)
-        if not list(LoRA.Config().accepts(cfg)):
-            assert cfg.adapter_targets(), plugin.name
+@pytest.mark.parametrize("name", [p.name for p in registry.plugins("backbone")])
+def test_every_backbone_takes_an_adapter_at_the_layers_that_it_names(name) -> None:
+    wiring = wired_around("backbone", registry.default("backbone", name))
+    cfg, (grid, *_), (slots, *_) = wiring.root.backbone, wiring.grids, wiring.slots
+    model = registry.create(cfg)
+    lora = LoRA(LoRA.Config(rank=2))
+    assert not list(lora.cfg.accepts(cfg))
+    lora.apply(model, cfg.adapter_targets(), torch.float32)
+    for weight_name, weight in model.named_parameters():
+        if ".lora_" not in weight_name:
+            torch.nn.init.normal_(weight, std=0.1)  # many start at zero, where no gradient passes
+    z = tensor(2, *sizes(grid))
+    model(z, torch.tensor([10.0, 900.0]), conditions(slots, grid)).square().mean().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert grads and all(".lora_" in n for n in grads)
+    assert all(g is not None for g in grads.values()), "processes would wait for these for ever"
+    assert any(g.any() for n, g in grads.items() if ".lora_B." in n)
 
 
 def test_an_adapter_wants_weights_to_begin_with() -> None:
