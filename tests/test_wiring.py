@@ -281,10 +281,10 @@ def test_an_empty_group_that_a_run_needs_is_named_with_its_options():
 
 # --- everything with everything -------------------------------------------------------------------
 
-WIRED = ("data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance")
+WIRED = ("data", "vae", "backbone", "conditioning", "schedule")
 
 
-def test_every_combination_of_components_wires_or_says_why_not():
+def test_every_network_of_components_wires_or_says_why_not():
     base = default()
     choices = [[p.config(plugin=p.key) for p in registry.plugins(g) if p.config] for g in WIRED]
     wired = refused = 0
