@@ -22,15 +22,22 @@ PROJECTIONS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d}
 
 
 class Attention(nn.Module):
-    """Attention of tokens to one another or to a context, no biases before the last layer."""
+    """Attention of tokens to one another or to a context; `bias` is of q, k and v."""
 
-    def __init__(self, width: int, num_heads: int, head_dim: int, context_dim: int = 0) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        head_dim: int,
+        context_dim: int = 0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         inner = num_heads * head_dim
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_k = nn.Linear(context_dim or width, inner, bias=False)
-        self.to_v = nn.Linear(context_dim or width, inner, bias=False)
+        self.to_q = nn.Linear(width, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim or width, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim or width, inner, bias=bias)
         self.to_out = nn.Sequential(nn.Linear(inner, width))
 
     def heads(self, x: Tensor) -> Tensor:
