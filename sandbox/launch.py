@@ -138,16 +138,16 @@ def launch(
 ) -> Any:
     """Calls `target`, "module:function", as function(settings, rank) in each rank.
 
-    `settings` and the result, that of rank 0, are plain containers. `device` is "cpu",
-    "cuda", where rank r has the r-th GPU, or "auto"; `timeout` is how long (seconds) a rank waits for the others;
-    `threads` of torch in each rank are by default a fair share of the cores; `environment` is added
-    to the present one; `preload` are modules that are imported once for all ranks of this process,
-    by its first call. With `in_process` the one rank is this process, and so it is where torchrun
-    or srun started this process as a rank.
+    `settings` and the result, that of rank 0, are plain containers. `device` is "cpu", "cuda",
+    where rank r has the r-th GPU, or "auto"; `timeout` is how long (seconds) a rank waits for the
+    others; `threads` of torch in each rank are by default a fair share of the cores; `environment`
+    is added to the present one; `preload` are modules that are imported once for all ranks of this
+    process, by its first call. With `in_process` the one rank is this process, and so it is where
+    torchrun or srun started this process as a rank.
 
     Raises a rank's SandboxError as it is (Preempted where the ranks were asked to stop), RankError
-    for any other end, and KeyboardInterrupt at the third signal. The cause of
-    every error is the RankTraceback.
+    for any other end, and KeyboardInterrupt at the third signal. The cause of every error is its
+    RankTraceback.
     """
     plain(settings, "settings")
     outside = rank.place(os.environ)

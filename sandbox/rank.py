@@ -41,6 +41,7 @@ LOST_CONTACT = (  # what gloo, NCCL and their store say when another rank is gon
     "Connection closed by peer",
     "Connection reset by peer",
     "Timeout waiting for key",
+    "Application timeout caused pair closure",
 )
 PATIENCE = 0.02  # seconds between two looks of a rank that waits for its turn
 
@@ -165,7 +166,7 @@ class Rank:
         store.set(turn, "done")
 
     def alone(self) -> Self:
-        """This rank as the only one, for work that the others wait for; it hears what this hears."""
+        """This rank as the only one, for what others wait for; it hears what this one hears."""
         one = copy(self)
         one.index = one.local = 0
         one.world = one.local_world = 1
@@ -248,8 +249,8 @@ def say(text: str) -> None:
 class Order:
     """What one rank does, where and with whom.
 
-    device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; threads: torch
-    threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks SLURM;
+    device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; threads:
+    torch threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks SLURM;
     folder: of the meeting, removed when the supervisor is gone; environment: the whole of it.
     """
 
@@ -363,7 +364,7 @@ def connected(order: Order) -> Iterator[None]:
 
 
 def _has_cuda(order: Order) -> bool:
-    """Whether this rank computes on a GPU of its own. Raises ConfigError where there are too few."""
+    """Whether this rank computes on a GPU of its own. ConfigError where there are too few."""
     if order.device not in ("cuda", "auto"):
         return False
     import torch

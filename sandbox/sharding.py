@@ -1,4 +1,4 @@
-"""Tensors that are cut over processes (FSDP2's DTensors) and whole ones: checkpoints hold whole ones.
+"""Tensors that are cut over processes (FSDP2's DTensors), and whole ones, as checkpoints hold.
 
 Functions that gather are collective: all ranks call them, in the same order. A tensor that is whole
 passes through each of them.

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
@@ -258,7 +258,7 @@ class Seen:
 
 
 def _samples(seen: list[Seen], rank: Rank) -> str:
-    """The samples whose loss is not finite; all of the step where none is to blame. Of all ranks."""
+    """The samples of all ranks whose loss is not finite; where none is to blame all of the step."""
     bad = [i for s in seen for i in s.bad()]
     of_ranks = rank.gather_plain([bad, [i for s in seen for i in s.ids]])
     bad = [i for part, _ in of_ranks for i in part]

@@ -64,7 +64,7 @@ class FSDP2(Processes):
 
 
 def _units(system: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered at a time, inner ones first: blocks in lists, then each trained component."""
+    """What is gathered at a time: blocks in lists, inner ones first, then a trained component."""
     for part in system.children():
         if not any(p.requires_grad for p in part.parameters()):
             continue

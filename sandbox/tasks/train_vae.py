@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from sandbox.config import Root
     from sandbox.rank import Rank
-    from sandbox.training import Training
 
 
 @register("task", "train_vae")
@@ -129,7 +128,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
             return result
 
 
-def _finish(training: Training) -> dict[str, Any]:
+def _finish(training: Any) -> dict[str, Any]:
     """Writes weights and reconstructions of held-out clips; the result file last."""
     import torch
 
@@ -144,12 +143,14 @@ def _finish(training: Training) -> dict[str, Any]:
         system.eval()
         calibrate(root, first_stage)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-        made = torch.cat([through(first_stage, part) for part in val.video.split(32)]).clamp(-1, 1)
+        video = val.video
+        assert video is not None  # gathered
+        made = torch.cat([through(first_stage, part) for part in video.split(32)]).clamp(-1, 1)
         checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
-    decibels = psnr(made, val.video).mean().item()
+    decibels = psnr(made, video).mean().item()
     sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
     captions = (val.captions or [])[shown]
-    media.reconstruction_sheet(sheet, val.video[shown], made[shown], captions)
+    media.reconstruction_sheet(sheet, [*video[shown]], [*made[shown]], captions)
     training.trackers.summary({"psnr_db": decibels})
     result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
     run.finish(result)

@@ -1,0 +1,209 @@
+"""Several processes train what one does: DDP and FSDP2, their checkpoints, their ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sandbox import checkpoint
+from sandbox.config import to_container
+from sandbox.runs import Run
+from tests.engine import differing, small
+from tests.launch_helpers import HERE
+
+STEPS = 5
+
+# Six micro-batches of four clips an epoch.
+COMMON = ("data.clips_per_epoch=24", f"steps={STEPS}", "checkpoint.every=2", "trainer.clip=0.1")
+TWO = ("data.batch_size=2", "trainer.timeout=20")
+ONE = ("data.batch_size=4",)
+# From where a stopped run may go on in another shape.
+MOVES = ("trainer", "data.batch_size")
+
+
+def job(name, out, *overrides, **more):
+    root = small(*COMMON, *overrides)
+    root = replace(root, out=str(out / more.pop("runs", name)), cache=str(out / "cache"))
+    return {"name": name, "root": to_container(root), **more}
+
+
+def moved(name, out, source, *overrides):
+    """Goes on with a copy of the run of `source`, which was stopped."""
+    wanted = job(name, out, *overrides)
+    wanted["root"]["resume"] |= {"run": str(out / name), "allow": [*MOVES]}
+    wanted["copy"] = str(out / source)
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder where all jobs have left what they leave."""
+    out = tmp_path_factory.mktemp("several")
+    ddp, fsdp = ("trainer=ddp", *TWO), ("trainer=fsdp2", *TWO)
+    thrice = ("trainer.accumulate=3", "data.clips_per_epoch=48", "steps=3")
+    stop = {"how": "asked", "rank": 1, "step": 3}
+    jobs = [
+        job("one", out, *ONE),
+        job("twice", out, "data.batch_size=2", "trainer.accumulate=2"),
+        job("ddp", out, *ddp),
+        job("fsdp", out, *fsdp),
+        job("one thrice", out, *ONE, *thrice),
+        job("ddp thrice", out, *ddp, *thrice),
+        job("fsdp thrice", out, *fsdp, *thrice),
+        job("ddp stopped", out, *ddp, runs="ddp resumed", **stop),
+        job("ddp resumed", out, *ddp),
+        job("fsdp stopped", out, *fsdp, runs="fsdp resumed", **stop),
+        job("fsdp resumed", out, *fsdp),
+        job("source", out, *fsdp, **stop),
+        moved("fsdp to one", out, "source", *ONE),
+        moved("fsdp to ddp", out, "source", *ddp),
+        job("nan", out, *ddp, how="nan", rank=1, step=3),
+        job("skip", out, *ddp, "trainer.bad_step=skip", how="nan", rank=1, step=3),
+        job("skip sharded", out, *fsdp, "trainer.bad_step=skip", how="nan", rank=1, step=3),
+        job("error", out, *ddp, how="error", rank=1, step=3),
+        job("kill", out, *fsdp, how="kill", rank=0, step=3),
+        job("hang", out, *ddp, "trainer.timeout=2", how="hang", rank=1, step=3),
+    ]
+    (out / "jobs").write_text(json.dumps(jobs))
+    words = [sys.executable, str(HERE / "several.py"), str(out / "jobs"), str(out)]
+    done = subprocess.run(words, cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def states(out, name, rank=0):
+    return torch.load(out / f"{name}-{rank}.pt", weights_only=True)
+
+
+def result(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def metrics(out, name):
+    (path,) = (out / name).glob("*/metrics.jsonl")
+    return Run(path.parent).metrics()
+
+
+def assert_close(one, other):
+    """Weights and average of each step of `other` within 1e-6: sums have another order."""
+    assert other
+    for step, state in other.items():
+        for part in (lambda s: s["weights"], lambda s: s["ema"]["average"]):
+            a, b = part(one[step]), part(state)
+            assert a.keys() == b.keys()
+            worst = max((a[name] - b[name]).abs().max().item() for name in a)
+            assert worst <= 1e-6, (step, worst)
+
+
+# --- the same training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_the_same_global_batch(out, name):
+    assert sorted(states(out, name)) == list(range(1, STEPS + 1))
+    assert_close(states(out, "one"), states(out, name))
+
+
+@pytest.mark.parametrize("name", ["ddp thrice", "fsdp thrice"])
+def test_they_do_so_with_accumulated_gradients(out, name):
+    assert_close(states(out, "one thrice"), states(out, name))
+
+
+def test_accumulation_1_on_two_is_accumulation_2_on_one_bit_for_bit(out):
+    one, two = states(out, "twice"), states(out, "ddp")
+    for step in one:
+        for part in ("weights", "ema", "optimizer"):
+            assert not differing(one[step][part], two[step][part]), (step, part)
+    assert metrics(out, "twice") == metrics(out, "ddp")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_all_ranks_are_in_one_state(out, name):
+    assert not differing(states(out, name, 0), states(out, name, 1))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_metrics_are_those_of_all_processes(out, name):
+    one, two = metrics(out, "one"), metrics(out, name)
+    assert one.keys() == two.keys()
+    for step in one:
+        for metric in ("loss", "grad_norm", "lr"):
+            # A norm is that before clipping to 0.1, which has been at work.
+            assert one[step][metric] == pytest.approx(two[step][metric], rel=2e-6), (step, metric)
+    assert all(row["grad_norm"] > 0.1 for row in one.values())
+
+
+def test_after_training_the_first_rank_has_whole_weights(out):
+    assert result(out, "fsdp")["whole"]
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_signal_to_any_rank_stops_all_after_the_step_and_the_run_goes_on(out, name):
+    stopped = result(out, f"{name} stopped")
+    assert stopped["code"] == 75
+    assert "stopped by SIGTERM after step 3, which is saved" in stopped["error"]
+    found = states(out, f"{name} stopped") | states(out, f"{name} resumed")
+    assert sorted(found) == list(range(1, STEPS + 1))
+    for step, state in states(out, name).items():
+        assert not differing(state, found[step]), step
+    assert metrics(out, name) == metrics(out, f"{name} resumed")
+
+
+def test_a_checkpoint_holds_whole_tensors(out):
+    (folder,) = (out / "fsdp").glob("*/checkpoints")
+    saved = checkpoint.load(checkpoint.newest(folder))
+    assert not differing(saved, states(out, "fsdp")[STEPS])
+
+
+@pytest.mark.parametrize("name", ["fsdp to one", "fsdp to ddp"])
+def test_a_run_goes_on_with_another_number_or_kind_of_processes(out, name):
+    found = states(out, name)
+    assert sorted(found) == [4, 5]
+    assert_close(states(out, "one"), found)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_names_its_samples(out):
+    found = result(out, "nan")
+    assert found["code"] == 4
+    assert "step 3: loss=nan" in found["error"]
+    assert found["error"].count("train/") == 2  # those of rank 1, and not all four
+
+
+@pytest.mark.parametrize("name", ["skip", "skip sharded"])
+def test_all_ranks_skip_a_bad_step_of_one(out, name):
+    one, other = states(out, name, 0), states(out, name, 1)
+    assert not differing(one, other)
+    for part in ("weights", "ema"):
+        assert not differing(one[2][part], one[3][part]), part
+        assert differing(one[3][part], one[4][part]), part
+    (skipped,) = one[STEPS]["skipped"]
+    assert skipped["step"] == 3
+    assert skipped["samples"].count("train/") == 2
+    assert metrics(out, name)[3]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("error", "rank 1: ValueError: planned failure"),
+        ("kill", "rank 0: killed by SIGKILL"),
+        ("hang", "rank 1: no answer to rank 0"),
+    ],
+)
+def test_a_rank_that_fails_is_named_and_ends_the_run(out, name, said):
+    found = result(out, name)
+    assert found["code"] == 1
+    assert said in found["error"]
+    assert not Path("/proc", str(result(out, "one")["pid"])).exists()
