@@ -250,8 +250,8 @@ class Order:
     """What one rank does, where and with whom.
 
     device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; threads:
-    torch threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks SLURM;
-    folder: of the meeting, removed when the supervisor is gone; environment: the whole of it.
+    torch threads, None leaves them; meeting: an init_method of torch.distributed, "srun" asks
+    SLURM; folder: of the meeting, removed when the supervisor is gone; environment: the whole.
     """
 
     target: str

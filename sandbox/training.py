@@ -430,6 +430,7 @@ def _quiet() -> None:
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         ".*GPU available but not used.*",
+        "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into it
     ):
         warnings.filterwarnings("ignore", text)
 
