@@ -1,7 +1,8 @@
 """Hot operations as functions of tensors, each with several implementations.
 
 `kernels.group_norm(...)` and `kernels.temporal_attention(...)` are called with the same arguments
-whatever runs them; `kernels.use(...)` says what does, `kernels.chosen()` tells it. Importing this
+whatever runs them; `kernels.use(...)` says what does, `kernels.chosen()` tells it and
+`kernels.calls()` what ran. Importing this
 package imports neither torch nor triton: other libraries probe an import name `kernels`, and
 settings are checked without either.
 """
@@ -13,13 +14,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from kernels._dispatch import OPS, chosen, implementations, use
+from kernels._dispatch import OPS, calls, chosen, implementations, use
 
 if TYPE_CHECKING:
     from kernels.group_norm import group_norm
     from kernels.temporal_attention import temporal_attention
 
-__all__ = ["chosen", "group_norm", "implementations", "temporal_attention", "use"]
+__all__ = ["calls", "chosen", "group_norm", "implementations", "temporal_attention", "use"]
 
 
 class _Package(ModuleType):

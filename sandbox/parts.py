@@ -42,7 +42,7 @@ class Parts:
 def build_parts(wiring: Wiring) -> Parts:
     """Builds every component, and says which kernels they use."""
     root = wiring.root
-    registry.create(root.kernels).apply()
+    use_kernels(root)
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
     parts = Parts(*(build(group, root) for group in groups))
     if root.adapter is not None:
@@ -51,6 +51,11 @@ def build_parts(wiring: Wiring) -> Parts:
             targets, dtype = root.backbone.adapter_targets(), DTYPES[root.precision]
             parts.adapter.apply(parts.backbone, targets, dtype)
     return parts
+
+
+def use_kernels(root: Root) -> None:
+    """Sets which implementation runs each hot operation. Raises ConfigError where it cannot."""
+    registry.create(root.kernels).apply()
 
 
 def build(group: str, root: Root) -> Any:

@@ -325,6 +325,7 @@ def start(
         if run.resumed and training.leads:
             run.rewind(training.step)
         yield training
+        run.describe(kernels=registry.create(root.kernels).report())
     except BaseException as e:
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._dispatch import implementation
+from kernels._dispatch import load, run
 
 ACTS = ("none", "silu")
 
@@ -22,6 +22,7 @@ def group_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     frames: int = 1,
+    per_frame: bool = False,
     out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
@@ -30,7 +31,8 @@ def group_norm(
 
     x is (N, C, *spatial), weight and bias are (C,), pre_shift, scale and shift are (N, C); all but
     x may be None. With `frames` = F, x is frame-major (B*F, C, *spatial) and F consecutive frames
-    share their statistics, as if they were an axis of space. Returns x's shape in `out_dtype`, by
+    share their statistics, as if they were an axis of space; with `per_frame`, x is (N, C, T, H, W)
+    and each of the T frames has its own. Returns x's shape in `out_dtype`, by
     default x's. Raises ValueError for shapes that disagree and for unknown `act` and `impl`.
     """
     if x.ndim < 2:
@@ -40,6 +42,11 @@ def group_norm(
         raise ValueError(f"group_norm: num_groups={num_groups} does not divide the {c} channels")
     if frames < 1 or n % frames:
         raise ValueError(f"group_norm: frames={frames} does not divide the first axis of x, {n}")
+    if per_frame and (x.ndim < 3 or frames != 1):
+        raise ValueError(
+            f"group_norm: per_frame with frames={frames} and x of shape {tuple(x.shape)}: "
+            "want frames=1 and (N, C, T, H, W)"
+        )
     if act not in ACTS:
         raise ValueError(f"group_norm: act={act!r}: want one of {list(ACTS)}")
     for name, value, shape in (
@@ -51,8 +58,9 @@ def group_norm(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"group_norm: {name} has shape {tuple(value.shape)}: want {shape}")
-    run = implementation("group_norm", impl)
     return run(
+        "group_norm",
+        impl,
         x,
         num_groups,
         weight,
@@ -63,5 +71,9 @@ def group_norm(
         scale=scale,
         shift=shift,
         frames=frames,
+        per_frame=per_frame,
         out_dtype=out_dtype or x.dtype,
     )
+
+
+load("group_norm")

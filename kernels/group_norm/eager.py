@@ -19,6 +19,7 @@ def group_norm(
     scale: Tensor | None,
     shift: Tensor | None,
     frames: int,
+    per_frame: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`F.group_norm` (float32 statistics for any dtype) and its neighbours in the dtype of x.
@@ -33,7 +34,10 @@ def group_norm(
     if pre_shift is not None:
         x = x + _per_channel(pre_shift, x)
     weight, bias = (p.to(wide) if p is not None else None for p in (weight, bias))
-    if frames == 1:
+    if per_frame:  # (B, C, T, ...) -> (B*T, C, ...) and back
+        y = F.group_norm(x.transpose(1, 2).flatten(0, 1), num_groups, weight, bias, eps)
+        y = y.unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+    elif frames == 1:
         y = F.group_norm(x, num_groups, weight, bias, eps)
     else:  # (B*F, C, ...) -> (B, C, F, ...) and back
         y = x.unflatten(0, (len(x) // frames, frames)).transpose(1, 2)

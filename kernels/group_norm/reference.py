@@ -20,6 +20,7 @@ def group_norm(
     scale: Tensor | None,
     shift: Tensor | None,
     frames: int,
+    per_frame: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """All of it in float32 (float64 for float64), rounded once at the end."""
@@ -28,10 +29,14 @@ def group_norm(
     u = x.to(exact).reshape(n, c, prod(x.shape[2:]))  # (N, C, S)
     if pre_shift is not None:
         u = u + pre_shift.to(exact)[:, :, None]
-    groups = u.unflatten(1, (num_groups, c // num_groups)).unflatten(0, (n // frames, frames))
+    if per_frame:  # (N, C, T*S) -> (N*T, C, S)
+        u = u.unflatten(2, (x.shape[2], -1)).transpose(1, 2).flatten(0, 1)
+    groups = u.unflatten(1, (num_groups, c // num_groups)).unflatten(0, (-1, frames))
     mean = groups.mean((1, 3, 4), keepdim=True)  # (B, 1, G, 1, 1) of (B, F, G, C/G, S)
     variance = (groups - mean).square().mean((1, 3, 4), keepdim=True)  # biased, in a second pass
-    y = ((groups - mean) * torch.rsqrt(variance + eps)).flatten(0, 1).flatten(1, 2)  # (N, C, S)
+    y = ((groups - mean) * torch.rsqrt(variance + eps)).flatten(0, 1).flatten(1, 2)
+    if per_frame:
+        y = y.unflatten(0, (n, x.shape[2])).transpose(1, 2).flatten(2)  # (N, C, S)
     if weight is not None:
         y = y * weight.to(exact)[:, None]
     if bias is not None:

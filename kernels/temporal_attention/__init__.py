@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels._dispatch import implementation
+from kernels._dispatch import load, run
 
 
 def temporal_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     heads: int,
     bias: Tensor | None = None,
@@ -21,11 +21,21 @@ def temporal_attention(
     """softmax(q k^T * scale + bias) v over the T frames of each of S places.
 
     q, k and v are (B, T, S, H*D) or (B, T, S, H, D) with H = `heads`, of one shape and dtype and
-    with any strides, such as those of an unbound (B, T, S, 3, H, D); bias (H, T, T) is added to the
+    with any strides, such as those of an unbound (B, T, S, 3, H, D). That tensor itself, alone in
+    place of the three, gets its gradient written in one piece. bias (H, T, T) is added to the
     scores; `causal` lets a frame see itself and earlier ones; scale is by default D ** -0.5.
     Returns (B, T, S, H*D), contiguous. Raises ValueError for shapes and dtypes that disagree and
     for unknown `impl`.
     """
+    packed = None
+    if k is None or v is None:
+        if k is not None or v is not None or q.ndim != 6 or q.shape[3] != 3:
+            raise ValueError(
+                f"temporal_attention: q has shape {tuple(q.shape)}: want q, k and v, "
+                "or one tensor (B, T, S, 3, H, D) alone"
+            )
+        packed = q
+        q, k, v = packed.unbind(3)
     if not q.shape == k.shape == v.shape:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"temporal_attention: q, k and v have shapes {shapes}: want one shape")
@@ -44,6 +54,17 @@ def temporal_attention(
     if bias is not None and bias.shape != want:
         raise ValueError(f"temporal_attention: bias has shape {tuple(bias.shape)}: want {want}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return implementation("temporal_attention", impl)(
-        q, k, v, bias=bias, causal=causal, scale=scale
+    return run(
+        "temporal_attention",
+        impl,
+        q,
+        k,
+        v,
+        bias=bias,
+        causal=causal,
+        scale=scale,
+        packed=packed,
     )
+
+
+load("temporal_attention")

@@ -7,9 +7,16 @@ from torch import Tensor
 
 
 def temporal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    packed: Tensor | None = None,
 ) -> Tensor:
-    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D).
+    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed` is not used.
 
     All of it in float32 (float64 for float64), rounded once at the end.
     """

@@ -90,7 +90,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     from sandbox import registry
     from sandbox.autoencoding import Autoencoding
     from sandbox.contracts import ConfigError
-    from sandbox.parts import build
+    from sandbox.parts import build, use_kernels
     from sandbox.runs import opened
     from sandbox.systems import clips_per_step
     from sandbox.training import fit, start
@@ -116,6 +116,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     root = replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
+        use_kernels(root)
         first_stage = build("vae", root)
         loss_of = build("reconstruction", root)
         system = Autoencoding(root, first_stage, loss_of, clips_per_step(root))

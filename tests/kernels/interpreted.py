@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernels._launch import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
+from kernels._launch import interpreted
 from kernels.group_norm import launches
-from kernels.temporal_attention import triton as fused
+from kernels.temporal_attention import launches as attention_launches
 
 assert interpreted(), "started without TRITON_INTERPRET=1"
 
@@ -87,6 +87,8 @@ EXTRAS = ("pre_shift", "scale", "shift")
 def layout(x: torch.Tensor, how: str) -> torch.Tensor:
     if how == "last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "frame-major":  # (N, C, T, H, W) as a view of (N*T, C, H, W)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
     if how == "gaps":  # every second channel of a tensor twice as wide
         return x.repeat_interleave(2, 1)[:, ::2]
     return x
@@ -157,7 +159,17 @@ def test_each_frame_of_a_video_in_one_launch(tiles):
 
 @pytest.mark.parametrize("shape", [(3, 7, 9, 7), (1, 6, 63), (2, 6, 3, 3, 3), (2, 8)], ids=str)
 def test_odd_sizes_of_three_to_five_dimensions(shape):
-    group_norm_case(shape, shape[1] if shape[1] == 7 else 2)
+    group_norm_case(shape, 2 if shape[1] % 2 == 0 else 1)
+
+
+def test_one_channel_in_each_group():
+    names = ("weight", "bias", "scale", "shift")  # a shift before the norm has no effect here
+    group_norm_case((3, 7, 9, 7), 7, names=names)
+
+
+@pytest.mark.parametrize("tiles", [None, SPLIT], ids=["resident", "split"])
+def test_a_clip_seen_through_frame_major_pictures_is_read_where_it_is(tiles):
+    group_norm_case((2, 6, 3, 2, 4), 2, how="frame-major", tiles=tiles)
 
 
 @pytest.mark.parametrize("tiles", [None, SPLIT], ids=["resident", "split"])
@@ -297,16 +309,22 @@ def test_every_kind_of_head_dim(d):
 
 @pytest.mark.parametrize(
     ("t", "dtype"),
-    [(1, torch.float32), (17, torch.float32), (36, torch.float32), (100, torch.float16)],
+    [
+        (1, torch.float32),
+        (17, torch.float32),
+        (36, torch.float32),
+        (100, torch.float32),
+        (100, torch.float16),
+    ],
     ids=str,
 )
 def test_every_padding_of_frames(t, dtype):
-    attention_case(1, t, 2, 1, 8, dtype=dtype, causal=True)
+    attention_case(1, t, 2, 1, 8, dtype=dtype, causal=True, biased=t == 36)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_more_places_than_one_program_adds_up_for_the_bias(dtype):
-    with table(fused, SITES_FOR_BIAS=2):
+    with table(attention_launches, SITES_FOR_BIAS=2):
         attention_case(2, 3, 5, 2, 8, dtype=dtype, biased=True)
 
 
@@ -362,33 +380,28 @@ def test_a_second_derivative_says_what_to_do_instead():
         g.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (lambda: kernels.group_norm(torch.ones(2, 4, 3).double(), 2, impl="triton"), "float64"),
-        (
-            lambda: kernels.group_norm(torch.ones(2, 3, 4, 2).transpose(1, 3)[:, :, 1:], 1, impl="triton"),
-            "neither channels first nor",
-        ),
-        (
-            lambda: kernels.temporal_attention(torch.ones(1, 2, 3, 3, 1, 161), heads=1, impl="triton"),
-            "heads of 161 numbers",
-        ),
-        (
-            lambda: kernels.temporal_attention(torch.ones(1, 65, 1, 3, 1, 8), heads=1, impl="triton"),
-            "65 frames of torch.float32",
-        ),
-        (
-            lambda: kernels.temporal_attention(
-                torch.ones(1, 2, 8, 3, 2, 3).transpose(2, 5), heads=2, impl="triton"
-            ),
-            "not side by side",
-        ),
-    ],
-)  # fmt: skip
-def test_what_is_not_supported_says_why(call, reason):
+ONES = torch.ones
+REFUSED = {
+    "float64": lambda: kernels.group_norm(ONES(2, 4, 3).double(), 2, impl="triton"),
+    "neither channels first nor": lambda: kernels.group_norm(
+        ONES(2, 3, 2, 4, 5).transpose(3, 4), 1, impl="triton"
+    ),
+    "heads of 161 numbers": lambda: kernels.temporal_attention(
+        ONES(1, 2, 3, 3, 1, 161), heads=1, impl="triton"
+    ),
+    "129 frames": lambda: kernels.temporal_attention(
+        ONES(1, 129, 1, 3, 1, 8), heads=1, impl="triton"
+    ),
+    "not side by side": lambda: kernels.temporal_attention(
+        ONES(1, 2, 8, 3, 2, 3).transpose(2, 5), heads=2, impl="triton"
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_not_supported_says_why(reason):
     with pytest.raises(ValueError, match=reason):
-        call()
+        REFUSED[reason]()
 
 
 def test_vmap_is_left_to_eager():

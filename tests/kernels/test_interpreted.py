@@ -1,0 +1,36 @@
+"""The Triton kernels on a machine without a GPU: `interpreted.py` in a process of its own.
+
+Triton decides when it is imported whether it interprets, and this process has imported it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = Path(__file__).with_name("interpreted.py")
+FAST = "right or padding or strided or subset or nan or second or supported or frame-major or large"
+
+
+def interpreted(*arguments: str) -> str:
+    told = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", str(CODE), "-q", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        [*command, *arguments], env=told, cwd=CODE.parents[2], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    return ran.stdout
+
+
+def test_a_part_of_the_interpreted_tests_passes():
+    assert " passed" in interpreted("-k", FAST)
+
+
+@pytest.mark.slow
+def test_all_interpreted_tests_pass():
+    assert " passed" in interpreted()
