@@ -42,14 +42,16 @@ class CausalConv3d(nn.Conv3d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with statistics over T, H and W together, optionally followed by SiLU."""
+    """Group norm with statistics over T, H and W together (or H and W, `per_frame`), then `act`."""
 
     def __init__(self, num_groups: int, num_channels: int, act: str = "none") -> None:
         super().__init__(num_groups, num_channels, EPS)
         self.act = act
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act=self.act)
+    def forward(self, x: Tensor, per_frame: bool = False) -> Tensor:
+        return group_norm(
+            x, self.num_groups, self.weight, self.bias, self.eps, act=self.act, per_frame=per_frame
+        )
 
 
 class ResidualBlock3D(nn.Module):
@@ -116,21 +118,16 @@ class Attention3D(nn.Module):
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "spatial":
-            frames = rearrange(x, "b c t h w -> (b t) c 1 h w")
-            out = self._attend(frames)
-            return rearrange(out, "(b t) c 1 h w -> b c t h w", b=x.shape[0])
-        return self._attend(x)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        _, _, t, h, w = x.shape
-        tokens = rearrange(self.group_norm(x), "b c t h w -> b (t h w) c")
+        t, h, w = x.shape[2:]
+        spatial = self.kind == "spatial"
+        sequence = "(b t) (h w)" if spatial else "b (t h w)"
+        tokens = rearrange(self.group_norm(x, spatial), f"b c t h w -> {sequence} c")
         q, k, v = (
             rearrange(to(tokens), "b n (heads d) -> b heads n d", heads=self.num_heads)
             for to in (self.to_q, self.to_k, self.to_v)
         )
         out = rearrange(F.scaled_dot_product_attention(q, k, v), "b heads n d -> b n (heads d)")
-        return x + rearrange(self.to_out(out), "b (t h w) c -> b c t h w", t=t, h=h, w=w)
+        return x + rearrange(self.to_out(out), f"{sequence} c -> b c t h w", t=t, h=h, w=w)
 
 
 class MidBlock3D(nn.Module):

@@ -26,13 +26,15 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def check(launch, target: str, matrix: bool = False) -> None:
+def check(launch, target: str, matrix: bool = False, wide: bool = False) -> None:
     made, kernel = compiled(launch, target), launch.kernel.__name__
     said = f"{kernel} on {target}: {made.registers} registers"
     assert made.spills == 0, f"{said}, {made.spills} bytes of stack"
     assert made.shared <= SHARED[target], f"{said}, {made.shared} bytes of shared memory"
     if matrix:
         assert made.matrix > 0, f"{said}, no matrix instruction"
+    if wide:
+        assert made.wide > 0, f"{said}, no load of 16 bytes"
 
 
 # --- group norm -----------------------------------------------------------------------------------
@@ -90,10 +92,8 @@ def norm_launches(name: str, dtype: torch.dtype, plain: bool = False) -> tuple[l
 def check_norm(name: str, dtype: torch.dtype, target: str, plain: bool = False) -> None:
     forward, backward = norm_launches(name, dtype, plain)
     for launch in (*forward, *backward):
-        check(launch, target)
         small = any(part in launch.kernel.__name__ for part in ("merge", "finish"))
-        if name in WIDE and not small:
-            assert compiled(launch, target).wide > 0, launch.kernel.__name__
+        check(launch, target, wide=name in WIDE and not small)
 
 
 def test_there_is_a_case_for_every_entry_of_the_tables():
@@ -148,9 +148,8 @@ def attention_launches(
 
 def check_attention(frames, dim, dtype, target, biased=False, causal=False) -> None:
     for launch in attention_launches(frames, dim, dtype, target, biased, causal):
-        check(launch, target, matrix=True)
-        if dim % 8 == 0 and dim > 16:  # 16 x 16 numbers are 8 bytes for each of 64 threads
-            assert compiled(launch, target).wide > 0, launch.kernel.__name__
+        wide = dim % 8 == 0 and dim > 16  # 16 x 16 numbers are 8 bytes for each of 64 threads
+        check(launch, target, matrix=True, wide=wide)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
