@@ -28,6 +28,7 @@ class Launch(NamedTuple):
     programs: int
     args: dict[str, Any]
     warps: int  # of 32 threads
+    registers: int | None = None  # of a thread at most; None leaves it to the compiler
 
     def __call__(self) -> None:
         self.kernel[(self.programs,)](**self.args, **self.options(HIP))
@@ -35,7 +36,8 @@ class Launch(NamedTuple):
     def options(self, hip: bool) -> dict[str, Any]:
         """What it is compiled with; a warp of an AMD GPU of this kind has 64 threads."""
         warps = max(1, self.warps // 2) if hip else self.warps
-        return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": FP_FUSION}
+        most = {"maxnreg": self.registers} if self.registers and not hip else {}
+        return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": FP_FUSION, **most}
 
     def bytes(self) -> int:
         """Each tensor of the call read or written once, the numbers of memory traffic."""

@@ -36,6 +36,7 @@ SITES_FOR_BIAS = 16  # places a program adds up before it writes its part of the
 # Where registers run out, some rows of scores at a time, and a launch for each gradient.
 ROWS = {(4, 64): 32, (4, 128): 16}  # all of them where the table has no number
 ROWS_FOR_BIAS = 16
+REGISTERS = 255  # of a thread of that launch: left to itself, ptxas spills loop counters to use 128
 ONE_BY_ONE = {(4, 128)}
 
 
@@ -111,7 +112,8 @@ def backward(
     rows = min(plan.frames, ROWS_FOR_BIAS)
     common |= {"part_ptr": part, "SITES": SITES_FOR_BIAS, "ROWS": rows}
     programs = groups * h * (plan.frames // rows)
-    return part, [*launches, _launch("dbias", programs, plan.warps, common)]
+    dbias = _launch("dbias", programs, plan.warps, common)
+    return part, [*launches, dbias._replace(registers=REGISTERS)]
 
 
 def _launch(name: str, programs: int, warps: int, args: dict[str, Any]) -> Launch:
