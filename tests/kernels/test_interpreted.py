@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 CODE = Path(__file__).with_name("interpreted.py")
-FAST = "right or padding or strided or subset or nan or second or supported or frame-major or large"
+FAST = "(every_gradient_are_right and dtype1) or frame_major or nan or supported or second"
 
 
 def interpreted(*arguments: str) -> str:
@@ -28,9 +28,9 @@ def interpreted(*arguments: str) -> str:
 
 
 def test_a_part_of_the_interpreted_tests_passes():
-    assert " passed" in interpreted("-k", FAST)
+    assert "100%" in interpreted("-k", FAST)
 
 
 @pytest.mark.slow
 def test_all_interpreted_tests_pass():
-    assert " passed" in interpreted()
+    assert "100%" in interpreted()
