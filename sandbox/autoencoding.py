@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, FirstStage, Terms
 from sandbox.module import Trainable
+from sandbox.rank import Rank
 
 
 class Reconstructed(Protocol):
@@ -47,12 +48,17 @@ class Opponent:
     """A discriminator with the optimizer that the engine builds for it; both are in checkpoints."""
 
     optimizer: torch.optim.Optimizer
+    rank: Rank
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def build(self, plugin: Any, lr: float) -> None:
-        """Builds its optimizer: of the same plugin and learning rate as the first stage's."""
+    def build(self, plugin: Any, lr: float, rank: Rank) -> None:
+        """Builds its optimizer: of the same plugin and learning rate as the first stage's.
+
+        `rank` says with whom it trains: a first stage may be made by one process of several.
+        """
+        self.rank = rank
         self.module.requires_grad_(True)
         self.optimizer = plugin.build(self.module.named_parameters(), lr)
         self.module.requires_grad_(False)
@@ -73,11 +79,9 @@ class Opponent:
 
     def _average(self) -> None:
         """The mean of the gradients over all processes."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for parameter in self.module.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
-                    parameter.grad /= torch.distributed.get_world_size()
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.rank.mean(parameter.grad)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""

@@ -298,7 +298,7 @@ def start(
             raise ConfigError(
                 "precision=fp16: a discriminator trains without a loss scale: use bf16 or fp32"
             )
-        system.opponent.build(registry.create(root.optimizer), root.lr)
+        system.opponent.build(registry.create(root.optimizer), root.lr, rank)
     training = Training(
         system=system,
         root=root,
