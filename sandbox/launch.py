@@ -60,6 +60,7 @@ LEFT_OVER = (  # of another launcher: not for our ranks
     "TORCHELASTIC_RUN_ID",
     "PL_GLOBAL_SEED",
 )
+WARM = "SANDBOX_WARM"  # what `sandbox.warm` reads
 GRACE = 3.0  # seconds that the others have once a rank has failed
 LEAVING = 10.0  # and all have after their last word
 MEANING = {
@@ -111,7 +112,8 @@ def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | N
     from sandbox.config import to_container
 
     trainer = root.trainer
-    imports = [name for _, cfg in root.parts() for name in cfg.imports]
+    parts = [cfg for _, cfg in root.parts()]
+    imports = [name for cfg in parts for name in (*cfg.imports, cfg.plugin)]
     return launch(
         target,
         {"root": to_container(root), "overrides": [*overrides], "group": group},
@@ -141,9 +143,9 @@ def launch(
     `settings` and the result, that of rank 0, are plain containers. `device` is "cpu", "cuda",
     where rank r has the r-th GPU, or "auto"; `timeout` is how long (seconds) a rank waits for the
     others; `threads` of torch in each rank are by default a fair share of the cores; `environment`
-    is added to the present one; `preload` are modules that are imported once for all ranks of this
-    process, by its first call. With `in_process` the one rank is this process, and so it is where
-    torchrun or srun started this process as a rank.
+    is added to the present one; `preload` are modules and plugins that are imported once for all
+    ranks of this process, by its first call. With `in_process` the one rank is this process, and so
+    it is where torchrun or srun started this process as a rank.
 
     Raises a rank's SandboxError as it is (Preempted where the ranks were asked to stop), RankError
     for any other end, and KeyboardInterrupt at the third signal. The cause of every error is its
@@ -417,9 +419,13 @@ def _serve(preload: Sequence[str]) -> None:
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.environ["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
     try:
-        forkserver.set_forkserver_preload([*preload])
+        # A broken module would end the server; a broken plugin is left to the rank that needs it.
+        modules = [name for name in preload if "/" not in name]
+        os.environ[WARM] = " ".join(name for name in preload if "/" in name)
+        forkserver.set_forkserver_preload([*modules, "sandbox.warm"])
         forkserver.ensure_running()
     finally:
+        del os.environ[WARM]
         if path is None:
             del os.environ["PYTHONPATH"]
         else:
