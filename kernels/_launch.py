@@ -15,6 +15,7 @@ from torch import Tensor
 INSTALLED = find_spec("triton") is not None
 HIP = torch.version.hip is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REGISTERS = 255  # of a thread at most; told so, ptxas does not spill loop counters to use fewer
 MAX_GRID = 2**31 - 1  # blocks of a grid's first axis; the others end at 65,535 and are not used
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels._launch import Launch, aligned, cdiv, power_of_2
+from kernels._launch import REGISTERS, Launch, aligned, cdiv, power_of_2
 
 # Every launch configuration, (tile, warps); tests/kernels/test_compiled.py compiles all that the
 # functions below pick from here.
@@ -110,9 +110,11 @@ def last_tile(channels: int) -> tuple[int, int]:
     return max((t for t in LAST_TILES if t[0] < 2 * channels), default=LAST_TILES[0])
 
 
-def resident(numbers: int) -> tuple[int, int] | None:
+def resident(numbers: int, frames: int, itemsize: int) -> tuple[int, int] | None:
     """(tile, warps) of a group that fits into registers; None where it does not."""
     size = max(min(RESIDENT), power_of_2(numbers))
+    if frames > 1 and itemsize == 4 and size == max(RESIDENT):
+        return None  # the addresses of several frames leave too few registers
     return (size, RESIDENT[size]) if size in RESIDENT else None
 
 
@@ -205,7 +207,7 @@ def forward(
         "eps": eps, "C": a.channels, "G": groups, "S": places, "share": a.share, "frames": frames,
         **a.strides(x=x, y=y), "CPG": a.cpg, "SILU": silu, "LAST": last,
     }  # fmt: skip
-    fits = None if last else resident(frames * a.cpg * places)
+    fits = None if last else resident(frames * a.cpg * places, frames, x.element_size())
     if fits is not None:
         block, warps = fits
         common |= {"FRAMES": frames, "BLOCK": block}
@@ -338,7 +340,8 @@ def backward(
             "N": rows // a.share, "PIECES": together, "ROWS": pieces // together, "CHANNELS": width,
         }  # fmt: skip
         programs = cdiv(a.channels, width)
-        launches += [_launch("finish", programs, TILE_WARPS, **finish)]
+        last_one = _launch("finish", programs, TILE_WARPS, **finish)
+        launches += [last_one._replace(registers=REGISTERS)]
     return [dx if needs.x else None, *grads], launches
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._launch import HIP, Launch, aligned, cdiv, power_of_2
+from kernels._launch import HIP, REGISTERS, Launch, aligned, cdiv, power_of_2
 
 
 class Tile(NamedTuple):
@@ -36,7 +36,6 @@ SITES_FOR_BIAS = 16  # places a program adds up before it writes its part of the
 # Where registers run out, some rows of scores at a time, and a launch for each gradient.
 ROWS = {(4, 64): 32, (4, 128): 16}  # all of them where the table has no number
 ROWS_FOR_BIAS = 16
-REGISTERS = 255  # of a thread of that launch: left to itself, ptxas spills loop counters to use 128
 ONE_BY_ONE = {(4, 128)}
 
 
@@ -48,7 +47,10 @@ def tile(frames: int, dim: int, itemsize: int) -> Tile:
         width = CHUNK[padded]
     width = max(16, min(width, power_of_2(dim)))
     rows = min(padded, ROWS.get((itemsize, padded), padded))
-    return Tile(padded, rows, width, cdiv(dim, width), warps)
+    chunks = cdiv(dim, width)
+    if rows < padded:  # one alone would be held in registers; of a second, nothing is loaded
+        chunks = max(2, chunks)
+    return Tile(padded, rows, width, chunks, warps)
 
 
 def output(q: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ def forward(
         "scale": scale, "T": t, "S": s, "H": h, **_named("qkvo", strides),
         **_constants(plan, d, strides, causal, precision(q.dtype, hip)),
     }  # fmt: skip
-    return o, [_launch("fwd", b * s * h, plan.warps, args)]
+    fwd = _launch("fwd", b * s * h, plan.warps, args)
+    return o, [fwd._replace(registers=REGISTERS) if plan.rows < plan.frames else fwd]
 
 
 def backward(
