@@ -149,7 +149,7 @@ def attention_launches(
 def check_attention(frames, dim, dtype, target, biased=False, causal=False) -> None:
     for launch in attention_launches(frames, dim, dtype, target, biased, causal):
         wide = dim % 8 == 0 and dim > 16  # 16 x 16 numbers are 8 bytes for each of 64 threads
-        # single numbers are loaded where a head is no multiple of 8: float32 of 128 frames spills 16 B
+        # heads that are no multiple of 8 are loaded number by number, which takes registers
         spills = 16 if (frames, dim, dtype) == (128, 18, FP32) else 0
         check(launch, target, matrix=True, wide=wide, spills=spills)
 

@@ -25,7 +25,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def compare(call, made: dict[str, torch.Tensor], summed: tuple[str, ...] = ()) -> None:
-    """Output and every gradient: within the bar and 1.5 times eager's error.
+    """Output and every gradient: within the bar, and about 1.5 times eager's error.
 
     `summed` gradients are float32 sums that partly cancel, of what was rounded to x's dtype.
     """
@@ -41,8 +41,9 @@ def compare(call, made: dict[str, torch.Tensor], summed: tuple[str, ...] = ()) -
     for name, w, e, g in zip(("out", *made), want, eager, got, strict=True):
         bar = BAR[dtype] * (4 if name in summed else 1)
         assert g.isfinite().all(), name
-        assert error(g, w) <= max(bar, 1.5 * error(e, w)), (name, error(g, w), error(e, w))
-        assert error(g, w) <= max(1.5 * error(e, w), BAR[dtype] / 3), (name, error(g, w))
+        # a part of the bar always: some of eager's attention keeps its weights in float32
+        limit = min(bar, max(1.5 * error(e, w), bar * 2 / 3))
+        assert error(g, w) <= limit, (name, error(g, w), error(e, w))
 
 
 # --- group norm -----------------------------------------------------------------------------------
