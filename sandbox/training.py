@@ -325,7 +325,6 @@ def start(
         if run.resumed and training.leads:
             run.rewind(training.step)
         yield training
-        run.describe(kernels=registry.create(root.kernels).report())
     except BaseException as e:
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise
@@ -378,17 +377,14 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     device = system.device
     rank, strategy = training.rank, training.processes.strategy(device, training.rank.world)
     is_parallel = isinstance(strategy, ParallelStrategy)
+    devices = rank.local_world if is_parallel else 1
+    if device.type == "cuda" and not is_parallel:
+        devices = [device.index or 0]
     _quiet()
     with Progress("training", training.steps, first=training.step) as progress:
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=(
-                rank.local_world
-                if is_parallel
-                else [device.index or 0]
-                if device.type == "cuda"
-                else 1
-            ),
+            devices=devices,
             num_nodes=rank.world // rank.local_world if is_parallel else 1,
             strategy=strategy,
             plugins=[LightningEnvironment()],
@@ -418,6 +414,8 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
             training.loader.close()
     training.optimizer.zero_grad()
     system.to(device)  # Lightning has put it on the CPU
+    if training.leads:
+        training.run.describe(kernels=registry.create(root.kernels).report())
 
 
 def _quiet() -> None:
