@@ -30,7 +30,7 @@ OPS: dict[str, dict[str, str]] = {  # operation -> implementation -> module
     },
 }
 # "auto" runs smaller tensors in eager mode, where a launch costs more than the bytes that it saves.
-# Elements of the first argument; estimates until benchmarks/kernels.py has measured them.
+# Elements of the first argument; estimates until benchmarks/gpu_kernels.py has measured them.
 CROSSOVER = {"group_norm": 2_000_000, "temporal_attention": 500_000}
 
 

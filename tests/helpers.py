@@ -153,4 +153,4 @@ def sampled(system: Any, count: int = 2) -> Any:
 
     prompts = registry.create(system.root.data).prompts()
     system.eval()
-    return system.sample(prompts_batch((prompts or [""] * count)[:count], system.device))
+    return system.sample(prompts_batch(((prompts or [""]) * count)[:count], system.device))

@@ -38,7 +38,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("callbacks=[sample]", ("callbacks=sample: no such option", "'samples'")),
     ("callbacks.samples.every=3", ("callbacks.samples.every=3", "add 'callbacks=[samples]'")),
     ("logger=null logger.mode=offline", ("logger.mode=offline", "logger=null has no settings", "logger=csv")),
-    ("hydra/launcher=slurm", ("hydra/launcher=slurm: no such option", "submitit_slurm")),
+    ("hydra/launcher=slurmm", ("hydra/launcher=slurmm: no such option", "slurm")),
     ("+notes=mine", ("notes: no such setting",)),
     ("+backbone.notes=mine", ("backbone.notes: no such setting",)),
     ("--multirum lr=1,2", ("--multirum: no such flag", "'--multirun'")),

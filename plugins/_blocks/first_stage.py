@@ -58,9 +58,12 @@ class FirstStage(nn.Module):
         z = posterior.sample(draws.normal("posterior", posterior.mean))
         return Reconstruction(x, self.pixels(z), posterior, last_layer=self.last_layer())
 
-    def last_layer(self) -> Tensor:
+    def last_layer(self) -> Tensor | None:
         """The weight that draws the pixels, where adversarial losses compare gradients."""
-        return next(p for p in self.decoder.conv_out.parameters() if p.ndim > 1)
+        decoder = getattr(self, "decoder", None)  # none where there is nothing to train
+        if decoder is None:
+            return None
+        return next(p for p in decoder.conv_out.parameters() if p.ndim > 1)
 
     def part(self, x: Tensor, draws: Draws) -> Tensor:
         """`train_frames` frames in a row of each clip, from a place of its own."""

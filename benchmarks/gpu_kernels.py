@@ -1,7 +1,7 @@
 """Checks the Triton kernels on this machine's GPU, then measures them beside their peers.
 
-    python benchmarks/kernels.py            # writes benchmarks/results/kernels.{json,md}
-    python benchmarks/kernels.py --smoke    # tiny sizes on the CPU: does this script run?
+    python benchmarks/gpu_kernels.py            # writes benchmarks/results/kernels.{json,md}
+    python benchmarks/gpu_kernels.py --smoke    # tiny sizes on the CPU: does this script run?
 
 README.md has the protocol. Nothing is measured where a check fails.
 """
