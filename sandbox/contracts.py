@@ -545,7 +545,7 @@ class TaskConfig(PluginConfig):
         return False
 
     def reads_data(self) -> bool:
-        """Whether the files of `data` must be there before it starts."""
+        """Whether the files of `data` and of the first stage must be there before it starts."""
         return not self.uses_run()
 
     def micro_batch(self, data: DataConfig, first_stage: FirstStageConfig) -> int:

@@ -181,15 +181,17 @@ def checked(root: Root) -> Wiring | None:
         if problems:
             raise ConfigError(*problems)
         return None
-    named = {"init_from": root.init_from}
-    if not root.task.uses_run():
+    named, reads_data = {}, root.task.reads_data()
+    if reads_data or root.task.uses_run():
+        named["init_from"] = root.init_from
+    if reads_data:
         named["vae.weights"] = getattr(root.vae, "weights", None)
     absent = [
         f"{name}={file}: no such file or folder"
         for name, file in named.items()
         if file not in (None, "auto", "None") and not Path(file).exists()
     ]
-    if root.data is not None and root.task.reads_data():
+    if root.data is not None and reads_data:
         absent += _absent_data(root.data)
     try:
         wiring = wire(root)

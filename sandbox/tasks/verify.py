@@ -1,0 +1,241 @@
+"""task=verify: a recipe against the evidence of its published system, as a table.
+
+Evidence is `tests/golden/*/published/<recipe>.json` (tests/golden/PUBLISHED.md has its format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sandbox.contracts import ConfigError, SandboxError, StorageError, TaskConfig
+from sandbox.registry import register
+
+if TYPE_CHECKING:
+    from sandbox.wiring import Wiring
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+SHOWN = 3  # names that a row of the table names
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what is compared, what it is here, and what was published."""
+
+    what: str
+    here: Any
+    published: Any
+    source: str = ""
+
+    @property
+    def is_same(self) -> bool:
+        return same(self.here, self.published)
+
+
+@register("task", "verify")
+class Verify:
+    """Compares a recipe with its published system: names, shapes, settings, recorded outputs."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """golden: also run the tests that compare outputs with recorded ones (pytest, a minute)."""
+
+        golden: bool = True
+
+        def reads_data(self) -> bool:
+            return False
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
+        evidence = read_evidence(wiring.root.recipe)
+        rows = [*weights(wiring, evidence), *settings(wiring.root, evidence)]
+        if self.cfg.golden and evidence.get("tests"):
+            rows += outputs(evidence["tests"])
+        print(table(rows))
+        failed = [row.what for row in rows if not row.is_same]
+        print(f"{wiring.root.recipe}: {len(rows) - len(failed)} of {len(rows)} rows as published")
+        if failed:
+            raise SandboxError(
+                f"experiment={wiring.root.recipe}: {len(failed)} rows are not as published: "
+                + ", ".join(failed)
+            )
+        return {"rows": len(rows)}
+
+
+def read_evidence(recipe: str) -> dict[str, Any]:
+    """What is known of the published system; settings of its `base` hold where it has none.
+
+    Raises ConfigError for a recipe without evidence.
+    """
+    known = {path.stem: path for path in sorted(GOLDEN.glob("*/published/*.json"))}
+    if recipe not in known:
+        there = " or ".join(f"experiment={name}" for name in known) or "none here"
+        raise ConfigError(f"recipe={recipe}: nothing published to compare with; want {there}")
+    found = json.loads(known[recipe].read_text(encoding="utf-8"))
+    if base := found.get("base"):
+        of_base = read_evidence(base)
+        both = {"settings": of_base["settings"] | found.get("settings", {})}
+        found = of_base | found | both
+    return found
+
+
+# --- names and shapes -----------------------------------------------------------------------------
+
+
+def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
+    """The whole system on the meta device against a manifest, in the names of its layout."""
+    if not (evidence.get("manifest") or evidence.get("parameters")):
+        return
+    parts = on_meta(wiring)
+    for part, count in evidence.get("parameters", {}).items():
+        yield Row(f"{part}: numbers", sum(x.numel() for x in parts[part].values()), count)
+    if evidence.get("manifest"):
+        yield from names(wiring, parts, evidence)
+
+
+def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> Iterator[Row]:
+    from sandbox import registry
+
+    want, layout = read_manifest(GOLDEN / evidence["manifest"]), wiring.root.layout
+    if layout is None:
+        yield Row("layout", None, "that of the manifest")
+        return
+    try:
+        whole = registry.create(layout).whole(parts)
+    except StorageError as e:
+        yield Row("layout", str(e), "writes this system")
+        return
+    got = {k: [list(x.shape), str(x.dtype).removeprefix("torch.")] for k, x in whole.items()}
+    prefix = evidence.get("prefix", "")
+    got, want = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (got, want))
+    yield Row("names", len(got), len(want), evidence["manifest"])
+    yield Row("names: missing", some(want.keys() - got.keys()), "0")
+    yield Row("names: unexpected", some(got.keys() - want.keys()), "0")
+    differing = {k for k in got.keys() & want.keys() if got[k] != want[k]}
+    yield Row("shapes and types: differing", some(differing), "0")
+    yield Row("numbers", *(sum(math.prod(shape) for shape, _ in d.values()) for d in (got, want)))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def some(found: set[str]) -> str:
+    """How many, and the first of them."""
+    return ": ".join(filter(None, (str(len(found)), ", ".join(sorted(found)[:SHOWN]))))
+
+
+def on_meta(wiring: Wiring) -> dict[str, Any]:
+    """The parts of the system as task=export takes them apart, without memory for its weights."""
+    import torch
+
+    from sandbox.latent_diffusion import LatentDiffusion
+    from sandbox.parts import build_parts
+    from sandbox.whole_systems import taken_apart
+
+    with torch.device("meta"):
+        system = LatentDiffusion(wiring, build_parts(wiring), 1)
+    trained = {k: p for k, p in system.named_parameters() if p.requires_grad}
+    has_average = wiring.root.ema.plugin != "ema/none"
+    return taken_apart(system, {"updates": 0, "average": trained} if has_average else None)
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
+    """Resolved settings, by their paths in the configuration, against the published values."""
+    from sandbox.config import to_container
+
+    resolved = to_container(root)
+    for path, (value, source) in evidence.get("settings", {}).items():
+        yield Row(path, at(resolved, path), value, source)
+
+
+def at(node: Any, path: str) -> Any:
+    """The value at a dotted path; text that says so where there is none."""
+    for key in path.split("."):
+        if not isinstance(node, dict) or key not in node:
+            return f"no such setting: {key}"
+        node = node[key]
+    return node
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal, numbers up to the rounding of a product."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-12)
+    return a == b
+
+
+# --- recorded outputs -----------------------------------------------------------------------------
+
+
+def outputs(tests: Sequence[str]) -> Iterator[Row]:
+    """The tests that compare outputs with recorded ones, run as they are; one row for each file."""
+    import subprocess
+    import sys
+    import tempfile
+    from xml.etree import ElementTree
+
+    home = GOLDEN.parents[1]
+    print(f"running {len(tests)} files of tests ...", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        done = subprocess.run(
+            [sys.executable, *words], cwd=home, capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )  # fmt: skip
+        if not report.is_file():
+            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+            yield Row("tests", " ".join(last), "run by pytest, which the group dev has")
+            return
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    if done.returncode not in (0, 1):  # 1: some failed, which the rows say
+        yield Row("tests", f"pytest ended with {done.returncode}", "0 or 1")
+    for file in tests:
+        module = file.removesuffix(".py").replace("/", ".")
+        own = [c for c in cases if (c.get("classname") or c.get("name") or "").startswith(module)]
+        passed = sum(not any(c.find(t) is not None for t in ("failure", "error")) for c in own)
+        yield Row(file, f"{passed} passed", f"{max(len(own), 1)} passed")
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Columns: whether it is the same, what, here, published (where it differs), source."""
+    cells = [
+        ("ok" if r.is_same else "NOT", r.what, text(r.here),
+         "" if r.is_same else f"published: {text(r.published)}", r.source)
+        for r in rows
+    ]  # fmt: skip
+    widths = [max((len(row[i]) for row in cells), default=0) for i in (0, 1, 2)]
+    lines = []
+    for mark, what, here, published, source in cells:
+        padded = [c.ljust(w) for c, w in zip((mark, what, here), widths, strict=True)]
+        lines.append("  ".join(filter(None, (*padded, published, source))).rstrip())
+    return "\n".join(lines)
+
+
+def text(value: Any) -> str:
+    """As one would type it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(text, value))}]"
+    return str(value)

@@ -1,0 +1,127 @@
+"""task=verify: its table says what is not as published, and the exit code does."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sandbox import compose
+from sandbox.contracts import ConfigError, SandboxError
+from sandbox.main import checked, perform
+from sandbox.tasks import verify
+from sandbox.tasks.verify import GOLDEN, Row, outputs, read_evidence, same
+from sandbox.tasks.verify import settings as settings_rows
+from tests.helpers import composed, tiny
+
+PUBLISHED = sorted(GOLDEN.glob("*/published/*.json"))
+
+
+def failing(rows) -> list[str]:
+    return [row.what for row in rows if not row.is_same]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_a_recipe_has_every_published_name_shape_and_setting(path, capsys):
+    """0 missing, 0 unexpected: on the meta device, without data and without weights."""
+    perform(composed("task=verify", "task.golden=false", f"experiment={path.stem}"))
+    said = capsys.readouterr().out
+    assert "NOT" not in said
+    assert "rows as published" in said
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
+def test_evidence_names_files_that_are_there(path):
+    evidence = read_evidence(path.stem)
+    home = GOLDEN.parents[1]
+    assert evidence["source"]
+    assert all((home / name).is_file() for name in evidence.get("tests", ()))
+    assert all(source for _, source in evidence["settings"].values())
+
+
+def test_what_differs_is_named_in_the_table_and_in_the_error(capsys):
+    root = composed(
+        "task=verify", "task.golden=false", "experiment=ldm_celebahq_vq4", "ema.decay=0.999",
+        "backbone.model_channels=32",
+    )  # fmt: skip
+    with pytest.raises(SandboxError, match=r"backbone: numbers.*ema\.decay") as raised:
+        perform(root)
+    assert raised.value.exit_code != 0
+    (row,) = (x for x in capsys.readouterr().out.splitlines() if "ema.decay" in x)
+    assert row.split()[:5] == ["NOT", "ema.decay", "0.999", "published:", "0.9999"]
+
+
+def test_missing_and_unexpected_names_are_counted(tmp_path, monkeypatch):
+    whole = json.loads((GOLDEN / "systems/ldm_celebahq_vq4.json").read_text())
+    del whole["betas"]
+    (tmp_path / "less.json").write_text(json.dumps(whole | {"strange": [[1], "float32"]}))
+    monkeypatch.setattr(verify, "GOLDEN", tmp_path)
+    wiring = checked(composed("task=verify", "experiment=ldm_celebahq_vq4"))
+    rows = {row.what: row for row in verify.weights(wiring, {"manifest": "less.json"})}
+    assert rows["names: missing"].here == "1: strange"
+    assert rows["names: unexpected"].here == "1: betas"
+    assert not rows["numbers"].is_same
+
+
+def test_a_recipe_without_evidence_is_refused():
+    with pytest.raises(ConfigError, match=r"recipe=default: .*experiment=ldm_celebahq_vq4"):
+        perform(compose("task=verify"))
+
+
+def test_a_setting_that_is_not_there_fails_its_row():
+    rows = settings_rows(tiny(), {"settings": {"ema.strange": [1, "x"], "seed": [0, "x"]}})
+    assert failing(rows) == ["ema.strange"]
+
+
+def test_evidence_of_a_base_holds_where_a_file_is_silent(tmp_path, monkeypatch):
+    folder = tmp_path / "system/published"
+    folder.mkdir(parents=True)
+    base = {"source": "s", "manifest": "m", "settings": {"a": [1, ""], "b": [2, ""]}}
+    (folder / "large.json").write_text(json.dumps(base))
+    (folder / "small.json").write_text(
+        json.dumps({"base": "large", "manifest": None, "settings": {"b": [3, ""]}})
+    )
+    monkeypatch.setattr(verify, "GOLDEN", tmp_path)
+    found = read_evidence("small")
+    assert found["settings"] == {"a": [1, ""], "b": [3, ""]}
+    assert (found["source"], found["manifest"]) == ("s", None)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "want"),
+    [
+        (48 * 2e-6, 9.6e-5, True),  # a product, rounded
+        ([1, [2]], (1, (2,)), True),
+        ([1], [1, 2], False),
+        (True, 1, False),
+        (None, 0, False),
+        (200, 200.0, True),
+    ],
+)
+def test_numbers_are_the_same_up_to_rounding(a, b, want):
+    assert same(a, b) is want
+
+
+def test_tests_that_fail_fail_their_row(tmp_path, monkeypatch):
+    """Files of tests are run as they are."""
+    home = tmp_path / "home"
+    (home / "tests/golden").mkdir(parents=True)
+    (home / "tests/test_one.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    (home / "tests/test_two.py").write_text("def test_a(): pass\n")
+    monkeypatch.setattr(verify, "GOLDEN", home / "tests/golden")
+    rows = [*outputs(["tests/test_one.py", "tests/test_two.py", "tests/test_none.py"])]
+    assert "tests/test_one.py" in failing(rows) or "tests" in failing(rows)
+
+
+def test_a_row_shows_the_published_value_only_where_it_differs():
+    rows = [Row("a", 1, 1), Row("b", None, [2])]
+    assert verify.table(rows).splitlines() == ["ok   a  1", "NOT  b  null  published: [2]"]
+
+
+def test_a_system_without_an_average_has_none_in_its_manifest():
+    from sandbox import registry
+    from sandbox.wiring import wire
+
+    wiring = wire(tiny())
+    without = wire(replace(tiny(), ema=registry.default("ema", "none")))
+    assert verify.on_meta(wiring)["ema"]
+    assert not verify.on_meta(without)["ema"]
