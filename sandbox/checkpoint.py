@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -99,7 +100,7 @@ def save_and_prune(
 ) -> Path:
     """`save`, then `prune`, as the Config of a `checkpoint` plugin says."""
     path = save(folder, state, step, notes=notes, attempts=policy.attempts, wait=policy.wait)
-    prune(folder, policy.keep, policy.milestones)
+    prune(folder, policy.keep, policy.milestones, policy.best, policy.best_of)
     return path
 
 
@@ -288,21 +289,38 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found.items(), reverse=True)]
 
 
-def prune(folder: Path, keep: int, milestones: int = 0) -> None:
-    """Deletes all but the `keep` newest checkpoints and those of each `milestones`-th step (or 0).
+def prune(folder: Path, keep: int, milestones: int = 0, best: int = 0, best_of: str = "") -> None:
+    """Deletes all but the `keep` newest checkpoints, those of each `milestones`-th step (or 0), and
+    the `best` whose notes have the lowest `best_of`.
 
     Nothing older is deleted before one of the kept is read and found good, so the last good one
     stays.
     """
     kept: list[Path] = []
+    chosen = _lowest(folder, best, best_of)
     for path in checkpoints(folder):
         if len(kept) >= max(keep, 1):
-            if not milestones or _step(path) % milestones:
+            is_milestone = milestones and _step(path) % milestones == 0
+            if not is_milestone and path not in chosen:
                 _delete(path)
         elif _good(path, in_full=not kept):
             kept.append(path)
         elif kept:
             _delete(path)  # broken, and older than a good one
+
+
+def _lowest(folder: Path, count: int, name: str) -> list[Path]:
+    """The `count` checkpoints with the lowest number `name` in their notes, newer ones first."""
+    found = []
+    for path in checkpoints(folder) if count else ():
+        if _good(path, in_full=False):
+            try:
+                value = manifest(path)["notes"].get(name)
+            except NewerFormat:  # kept for the program that knows it
+                continue
+            if isinstance(value, float) and math.isfinite(value):
+                found.append((value, path))
+    return [path for _, path in sorted(found, key=lambda pair: pair[0])[:count]]
 
 
 def _good(path: Path, in_full: bool) -> bool:

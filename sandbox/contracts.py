@@ -502,6 +502,43 @@ class TrainerConfig(PluginConfig):
 
 
 @dataclass
+class CheckpointConfig(PluginConfig):
+    """When to save a checkpoint and which to keep. What one rule keeps, no other removes.
+
+    every: optimizer steps between two; keep: newest ones; milestones: steps between those that are
+    kept for good, or 0; best: so many with the lowest `best_of`, a metric that a callback measures
+    at the same step, such as val/loss_ema; weights_every: steps between files of weights alone,
+    which are kept for good and which nothing continues from, or 0; attempts, wait: how often a
+    write is tried and the seconds in between.
+    """
+
+    every: int = 200
+    keep: int = 2
+    milestones: int = 0
+    best: int = 0
+    best_of: str = "val/loss_ema"
+    weights_every: int = 0
+    attempts: int = 3
+    wait: float = 2.0
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name in ("every", "keep", "attempts"):
+            yield from in_range(name, getattr(self, name), 1)
+        for name in ("milestones", "best", "weights_every", "wait"):
+            yield from in_range(name, getattr(self, name), 0, 1e9)
+
+
+@dataclass
+class CallbackConfig(PluginConfig):
+    """What else happens during training."""
+
+    def measures(self, step: int) -> bool:
+        """Whether it measures held-out clips after every optimizer step that `step` divides."""
+        return False
+
+
+@dataclass
 class MetricConfig(PluginConfig):
     """A score of generated clips."""
 

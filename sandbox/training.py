@@ -72,6 +72,7 @@ class Training:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
+    measured: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
     waiting: dict[int, list[Seen]] = field(default_factory=dict)  # of the steps in the buffer
 
@@ -127,9 +128,24 @@ class Training:
         if not self.leads:
             return
         try:
-            checkpoint.save_and_prune(self.run.checkpoints, state, self.step, policy)
+            notes = self.measured[1] if self.measured[0] == self.step else {}
+            checkpoint.save_and_prune(self.run.checkpoints, state, self.step, policy, notes)
         except Diverged as e:
             raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
+
+    def save_weights(self) -> None:
+        """Writes the weights of this step alone, live and averaged ones."""
+        self.flush()
+        self._export(checkpoint.LIVE)
+        if self.ema:
+            with self.averaged():
+                self._export(checkpoint.AVERAGED)
+
+    def _export(self, name: str) -> None:
+        state = whole(self.system.trainable_state())
+        if self.leads:
+            path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
+            checkpoint.export_weights(state, path)
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank goes on by itself, with a whole system from `build`."""
@@ -209,25 +225,41 @@ class Training:
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
 
     def validate(self, count: int) -> None:
-        """Loss on `count` held-out clips, live and averaged weights, always on the same noise."""
+        """Loss on `count` held-out clips, live and averaged weights, always on the same noise.
+
+        Under val/ with the names that the loss logs; raises ConfigError where checkpoint.best_of is
+        none of them.
+        """
         self.flush()
         val = registry.create(self.root.data).split("val")
-        found = {"val/loss": self._loss(val, count)}
+        found = {f"val/{name}": value for name, value in self._losses(val, count).items()}
         if self.ema:
             with self.averaged():
-                found["val/loss_ema"] = self._loss(val, count)
+                averaged = self._losses(val, count)
+            found |= {f"val/{name}_ema": value for name, value in averaged.items()}
+        policy = self.root.checkpoint
+        if policy.best and policy.best_of not in found:
+            raise ConfigError(
+                f"checkpoint.best_of={policy.best_of}: not measured here; want one of "
+                + ", ".join(sorted(found))
+            )
+        self.measured = self.step, found
         self._record([(self.step, found)])
 
     @torch.no_grad()
-    def _loss(self, items: Any, count: int) -> float:
-        losses, system = [], self.system
+    def _losses(self, items: Any, count: int) -> dict[str, float]:
+        """Mean loss of `count` clips; what else the loss logs, over the batches that hold them."""
+        losses, logs, system = [], [], self.system
         with self.evaluating():
             for batch in batches(items, min(count, 64), self.root.seed):
                 batch = system.transfer_batch_to_device(batch, system.device, 0)
-                losses.append(system.step(batch, system.draws(batch)).per_sample)
-                if sum(map(len, losses)) >= count:
+                terms = system.step(batch, system.draws(batch))
+                losses.append(terms.per_sample)
+                logs.append({k: v * len(terms.per_sample) for k, v in terms.log.items()})
+                if (taken := sum(map(len, losses))) >= count:
                     break
-        return torch.cat(losses)[:count].mean().item()
+        means = {k: (sum(log[k] for log in logs) / taken).item() for k in logs[0]}
+        return means | {"loss": torch.cat(losses)[:count].mean().item()}
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -537,6 +569,9 @@ class Keeping(Callback):
         if ends or self.policy.due(step):
             training.scaler = trainer.precision_plugin.state_dict()
             training.save()
+        weights_every = training.root.checkpoint.weights_every
+        if weights_every and step % weights_every == 0:
+            training.save_weights()
         if why is not None:
             raise Preempted(
                 f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "

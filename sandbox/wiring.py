@@ -14,7 +14,7 @@ from typing import Any
 
 from sandbox import registry
 from sandbox.config import Root
-from sandbox.contracts import Clip, ConfigError, Misfit, PluginConfig, Slots
+from sandbox.contracts import CallbackConfig, Clip, ConfigError, Misfit, PluginConfig, Slots
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class _Check:
             for problem in root.optimizer.accepts(root.backbone):
                 self.say(_of("optimizer", root.optimizer, problem, why))
         self.adapter(root)
+        self.best(root)
         if self.found:
             return None
         return Wiring(root, clips, tuple(z for z, _ in sizes), tuple(g for _, g in sizes), slots)
@@ -173,6 +174,19 @@ class _Check:
                 f"data={_name(data)} provides "
                 f"{_list(data.provides())}: use "
                 + _options("conditioning", lambda c: c.needs() <= data.provides())
+            )
+
+    def best(self, root: Root) -> None:
+        """Checkpoints that are kept by a metric need one that is measured when they are saved."""
+        policy = root.checkpoint
+        if not self.sound("checkpoint", "callbacks") or not policy.best:
+            return
+        watching = [c for c in root.callbacks.values() if isinstance(c, CallbackConfig)]
+        if not any(c.measures(policy.every) for c in watching):
+            self.say(
+                f"checkpoint.best={policy.best}: {policy.best_of} is not measured every "
+                f"checkpoint.every={policy.every} steps: use callbacks=[val_loss] with "
+                f"callbacks.val_loss.every={policy.every}, or checkpoint.best=0"
             )
 
     def metric(self, root: Root) -> Root:

@@ -270,6 +270,33 @@ def test_prune_keeps_the_newest_and_the_milestones(tmp_path):
     assert len(names(tmp_path)) == 6
 
 
+def test_prune_keeps_the_best_besides_the_newest(tmp_path):
+    """A number that is absent or not finite is never the best."""
+    for step, value in enumerate([0.5, 0.2, float("nan"), 0.3, 0.4, None, 0.9], 1):
+        notes = {} if value is None else {"val/loss": value}
+        checkpoint.save(tmp_path, state(), step, notes=notes)
+    checkpoint.prune(tmp_path, keep=1, best=2, best_of="val/loss")
+    assert steps(tmp_path) == [2, 4, 7]
+
+
+def test_a_torn_checkpoint_is_not_among_the_best(tmp_path):
+    for step, value in enumerate([0.2, 0.1, 0.3, 0.4], 1):
+        path = checkpoint.save(tmp_path, state(), step, notes={"val/loss": value})
+        if step == 2:
+            truncate(path)
+    checkpoint.prune(tmp_path, keep=1, best=1, best_of="val/loss")
+    assert steps(tmp_path) == [1, 4]
+
+
+def test_the_best_do_not_replace_the_last_good_one(tmp_path):
+    """Better numbers of broken files delete nothing."""
+    good = checkpoint.save(tmp_path, state(), 1, notes={"val/loss": 9.0})
+    for step in (2, 3):
+        flip_a_byte(checkpoint.save(tmp_path, state(), step, notes={"val/loss": 0.1}))
+    checkpoint.prune(tmp_path, keep=1, best=1, best_of="val/loss")
+    assert checkpoint.newest(tmp_path) == good
+
+
 def test_prune_never_deletes_the_last_good_one(tmp_path):
     good = checkpoint.save(tmp_path, state(), 1)
     for step in (2, 3):

@@ -419,6 +419,42 @@ def test_what_callbacks_measure_is_recorded_before_the_checkpoint_of_their_step(
     assert "val/loss" in metrics(tmp_path)[5]
 
 
+def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
+    """The loss falls from step to step at this rate, so the best are the last ones."""
+    root = small(*EPOCHS, "steps=10", "lr=1e-2", "callbacks=[val_loss]",
+                 "callbacks.val_loss.every=2", "checkpoint.every=2", "checkpoint.keep=1",
+                 "checkpoint.best=2", "checkpoint.best_of=val/loss")  # fmt: skip
+    record(root, tmp_path)
+    measured = {s: m["val/loss"] for s, m in metrics(tmp_path).items() if "val/loss" in m}
+    best = sorted(measured, key=measured.__getitem__)[:2]
+    (folder,) = tmp_path.glob("*/checkpoints")
+    kept = {checkpoint.manifest(p)["step"]: p for p in checkpoint.checkpoints(folder)}
+    assert set(kept) == {*best, 10}
+    for step, path in kept.items():
+        assert checkpoint.manifest(path)["notes"]["val/loss"] == measured[step]
+
+
+def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path):
+    root = small(*EPOCHS, "steps=2", "callbacks=[val_loss]", "callbacks.val_loss.every=2",
+                 "checkpoint.every=2", "checkpoint.best=1", "checkpoint.best_of=val/x")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"checkpoint\.best_of=val/x: .*val/loss_ema"):
+        record(root, tmp_path)
+
+
+def test_weights_alone_are_written_beside_the_checkpoints(tmp_path):
+    root = small(*EPOCHS, "steps=6", "checkpoint.every=4", "checkpoint.keep=1",
+                 "checkpoint.weights_every=3")  # fmt: skip
+    recorder = record(root, tmp_path)
+    (folder,) = tmp_path.glob("*/weights")
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000006"]
+    written = checkpoint.read_foreign(folder / "step_00000006" / checkpoint.LIVE)
+    averaged = checkpoint.read_foreign(folder / "step_00000006" / checkpoint.AVERAGED)
+    state = recorder.states[6]
+    assert not differing(written, state["weights"])
+    assert not differing({k: averaged[k] for k in state["ema"]["average"]}, state["ema"]["average"])
+    assert len(checkpoint.checkpoints(folder.parent / "checkpoints")) == 1
+
+
 def test_a_profile_is_written(tmp_path):
     root = small("steps=4", "callbacks=[profile]")
     profile = replace(root.callbacks["profile"], first=1, steps=2)

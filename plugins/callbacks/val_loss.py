@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback
 
-from sandbox.contracts import PluginConfig, in_range
+from sandbox.contracts import CallbackConfig, in_range
 from sandbox.registry import register
 
 
@@ -15,7 +15,7 @@ class ValLoss(Callback):
     """Loss on held-out clips every so many steps, of live and of averaged weights."""
 
     @dataclass
-    class Config(PluginConfig):
+    class Config(CallbackConfig):
         """every: optimizer steps; clips: how many of the validation split, always on one noise."""
 
         every: int = 200
@@ -25,6 +25,9 @@ class ValLoss(Callback):
             yield from super().problems()
             for name in ("every", "clips"):
                 yield from in_range(name, getattr(self, name), 1)
+
+        def measures(self, step: int) -> bool:
+            return step % self.every == 0
 
     training: Any  # sandbox.training.Training; the engine sets it
 
