@@ -155,6 +155,17 @@ def write_video(
         file.mux(stream.encode())
 
 
+def write_picture(path: str | Path, clip: Tensor | np.ndarray) -> None:
+    """Writes a clip of one frame (3, 1, H, W) in [-1, 1] as a PNG, pixel by pixel."""
+    from PIL import Image
+
+    frames = frames_uint8(clip)
+    if len(frames) != 1:
+        raise ValueError(f"clip has {len(frames)} frames: want 1, else write_video")
+    with replacing(path) as draft:
+        Image.fromarray(frames[0]).save(draft, format="PNG", optimize=True)
+
+
 def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float, enlarge: int = 1) -> None:
     """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as a GIF that loops.
 

@@ -100,17 +100,32 @@ def check_objective(root: Root, name: str | None) -> None:
 
 
 def captions_of(root: Root, prompts: Sequence[str], count: int) -> list[str]:
-    """`prompts`, else the first `count` of the data, else so many empty ones."""
+    """`prompts`, else the first `count` of the data, else so many empty ones.
+
+    Raises ConfigError for prompts of a model that is told none.
+    """
+    if not root.conditioning.needs() & {"captions", "text"}:
+        if prompts:
+            name = root.conditioning.plugin.rpartition("/")[2]
+            raise ConfigError(
+                f"prompts={[*prompts]}: conditioning={name} is told none; want a count alone"
+            )
+        return [""] * count
     return [*prompts] or registry.create(root.data).prompts()[:count] or [""] * count
 
 
 def write_clips(folder: Path, captions: list[str], video: Tensor) -> list[Path]:
-    """An mp4 for each clip (N, 3, T, H, W), and last the contact sheet of all."""
+    """An mp4 for each clip (N, 3, T, H, W), a PNG where T is 1; last the contact sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
-        paths.append(folder / f"{i:03}-{file_name(caption)}.mp4")
-        media.write_video(paths[-1], clip, FPS, media.enlargement(*clip.shape[2:]))
+        path = folder / f"{i:03}-{file_name(caption)}"
+        if clip.shape[1] == 1:
+            paths.append(path.with_suffix(".png"))
+            media.write_picture(paths[-1], clip)
+        else:
+            paths.append(path.with_suffix(".mp4"))
+            media.write_video(paths[-1], clip, FPS, media.enlargement(*clip.shape[2:]))
     sheet = folder / "sheet.png"
     rows = [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]
     media.contact_sheet(sheet, rows)

@@ -70,7 +70,11 @@ class Trackers:
             self._each(lambda t, s=step, m=metrics: t.metrics(s, m))
 
     def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
-        self._each(lambda t: t.video(step, name, path, caption))
+        """A clip as a file: .mp4, or .png of a clip of one frame."""
+        if path.suffix == ".png":
+            self.images(step, name, [path], [caption])
+        else:
+            self._each(lambda t: t.video(step, name, path, caption))
 
     def images(
         self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()

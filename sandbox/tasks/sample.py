@@ -1,4 +1,4 @@
-"""task=sample: videos from a trained run and prompts."""
+"""task=sample: videos or pictures from a trained run, for prompts where it is told any."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sandbox.registry import register
 
 @register("task", "sample")
 class Sample:
-    """Makes videos from a finished run (task.run, else the newest) for task.prompts."""
+    """Makes clips from a finished run (task.run, else the newest) for task.prompts, if any."""
 
     @dataclass
     class Config(TaskConfig):
-        """prompts: captions, empty for the data's; count: how many of those; weights: ema or live.
+        """prompts: captions, empty for the data's; count: how many of those, or without prompts.
 
-        to: folder for the videos; null is samples/prompts in the run folder.
+        weights: ema or live; to: folder for the files; null is samples/prompts in the run folder.
         """
 
         prompts: tuple[str, ...] = ()
@@ -51,5 +51,6 @@ class Sample:
         system = load_system(folder, cfg.weights, wiring)
         to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
         write_clips(to, captions, generate(system, prompts_batch(captions)))
-        print(f"{len(captions)} videos and sheet.png in {to}")
+        kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
+        print(f"{len(captions)} {kind} and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}
