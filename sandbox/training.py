@@ -25,14 +25,16 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from sandbox import checkpoint, registry
+from sandbox import checkpoint, media, registry
+from sandbox.autoencoding import through
 from sandbox.config import Root, to_container
 from sandbox.contracts import Batch, ConfigError, Diverged, Preempted
 from sandbox.data import Loader, batches
 from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
-from sandbox.evaluation import generate
-from sandbox.latent_diffusion import prompts_batch
+from sandbox.evaluation import gather, generate
+from sandbox.latent_diffusion import LatentDiffusion, prompts_batch
+from sandbox.looks import looks
 from sandbox.module import Trainable
 from sandbox.outcome import captions_of, write_clips
 from sandbox.progress import Progress
@@ -223,6 +225,38 @@ class Training:
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
+
+    def show(self, rows: Sequence[str], count: int) -> None:
+        """Sheets of what the system makes: `rows` of `sandbox.looks`, "samples" as `sample` writes.
+
+        Of a first stage: reconstructions of held-out clips.
+        """
+        if not isinstance(self.system, LatentDiffusion):
+            self._show_reconstructions(count)
+            return
+        if "samples" in rows:
+            self.sample((), count)
+        self.flush()
+        with self.averaged(), self.evaluating():
+            found = looks(self.system, tuple(rows), count)
+        for name, columns in found.items() if self.leads else ():
+            path = self.run.samples / f"step_{self.step:08}" / f"{name}.png"
+            clips = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values())]
+            media.contact_sheet(path, [media.Row("", strips) for strips in clips])
+            self.trackers.images(self.step, name, [path])
+
+    @torch.no_grad()
+    def _show_reconstructions(self, count: int) -> None:
+        self.flush()
+        items = registry.create(self.root.data).split("val")
+        video = gather(items, count, self.root.seed).video
+        assert video is not None  # gathered
+        with self.averaged(), self.evaluating():
+            made = through(self.system.first_stage, video.to(self.system.device))
+        if self.leads:
+            path = self.run.samples / f"step_{self.step:08}" / "reconstruction.png"
+            media.reconstruction_sheet(path, video, made.clamp(-1, 1).cpu())
+            self.trackers.images(self.step, "reconstruction", [path])
 
     def validate(self, count: int) -> None:
         """Loss on `count` held-out clips, live and averaged weights, always on the same noise.

@@ -9,6 +9,11 @@ from lightning import Callback
 from sandbox.contracts import PluginConfig, in_range, one_of
 from sandbox.registry import register
 
+ROWS = (
+    "samples", "reconstruction", "diffusion_row", "samples_x0_quantized", "samples_inpainting",
+    "samples_outpainting",
+)  # fmt: skip
+
 
 @register("callbacks", "images")
 class Images(Callback):
@@ -16,21 +21,25 @@ class Images(Callback):
 
     @dataclass
     class Config(PluginConfig):
-        """every: steps between two; unit: "step" or "micro_batch"; max_images: samples in each.
+        """every: steps between two; unit: "step" or "micro_batch"; max_images: clips in each.
 
         increase_log_steps: also at 1, 2, 4, ... below `every`, to see early whether it learns.
+        rows: what is shown of a system; of a first stage it is always reconstructions.
         """
 
         every: int = 500
         unit: str = "step"
         max_images: int = 8
         increase_log_steps: bool = True
+        rows: tuple[str, ...] = ("samples",)
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             for name in ("every", "max_images"):
                 yield from in_range(name, getattr(self, name), 1)
             yield from one_of("unit", self.unit, ("step", "micro_batch"))
+            for row in self.rows:
+                yield from one_of("rows", row, ROWS)
 
         def due(self, number: int) -> bool:
             """Whether to log after step or micro-batch `number`, counted from 1."""
@@ -56,4 +65,4 @@ class Images(Callback):
         if by_step and not self.training.just_stepped:
             return
         if self.cfg.due(self.training.step if by_step else self.taken):
-            self.training.sample((), self.cfg.max_images)
+            self.training.show(self.cfg.rows, self.cfg.max_images)
