@@ -7,8 +7,10 @@ import math
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sandbox import checkpoint, registry
 from sandbox.config import to_container
@@ -161,6 +163,23 @@ def test_captions_come_from_the_prompts_or_the_data():
     root = small()
     assert captions_of(root, ("one", "two"), 9) == ["one", "two"]
     assert captions_of(root, (), 3) == registry.create(root.data).prompts()[:3]
+
+
+def test_a_model_that_is_told_nothing_has_no_captions():
+    root = replace(small(), conditioning=registry.default("conditioning", "none"))
+    assert captions_of(root, (), 3) == [""] * 3
+    with pytest.raises(ConfigError, match="conditioning=none is told none"):
+        captions_of(root, ("one",), 3)
+
+
+def test_clips_of_one_frame_are_pictures(tmp_path):
+    video = torch.rand(2, 3, 1, 5, 7) * 2 - 1
+    paths = write_clips(tmp_path, ["", "a b"], video)
+    assert [p.name for p in paths] == ["000-clip.png", "001-a-b.png", "sheet.png"]
+    with Image.open(paths[1]) as picture:
+        pixels = torch.from_numpy(np.asarray(picture).copy())
+    want = ((video[1, :, 0] + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(pixels.permute(2, 0, 1), want)
 
 
 def test_file_names_hold_letters_digits_and_dashes():

@@ -46,3 +46,11 @@ def test_the_count_goes_on_after_a_resume():
     second = Images(cfg)
     second.load_state_dict(first.state_dict())
     assert sampled(second, range(5, 9)) == [5]
+
+
+def test_rows_that_nobody_draws_are_named():
+    from sandbox.looks import LOOKS
+
+    (problem,) = Images.Config(rows=("samples", "faces")).problems()
+    assert problem.startswith("rows='faces'")
+    assert not list(Images.Config(rows=("samples", *LOOKS)).problems())

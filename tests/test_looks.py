@@ -1,0 +1,65 @@
+"""Rows of an image logger: what is known stays, and what a system has not is left out."""
+
+import pytest
+import torch
+
+from sandbox import build, compose, registry
+from sandbox.evaluation import gather
+from sandbox.looks import LOOKS, NOISE_LEVELS, looks
+from tests.helpers import TINY
+
+CLIPS = 3
+VQ = ("vae=vq", "vae.ch=8", "vae.scale_factor=2", "vae.shift=0.1", "data.frames=1")
+
+
+def system(*overrides: str):
+    given = {o.partition("=")[0] for o in overrides}
+    tiny = (o for o in TINY if o.partition("=")[0] not in given)
+    return build(compose(*tiny, *overrides)).eval()
+
+
+@pytest.fixture(scope="module")
+def found():
+    made = system(*VQ)
+    return looks(made, tuple(LOOKS), CLIPS)
+
+
+def test_every_row_has_a_picture_of_every_clip(found):
+    assert set(found) == set(LOOKS)
+    for row in found.values():
+        assert all(x.shape == (CLIPS, 3, 1, 16, 16) for x in row.values())
+        assert all(x.abs().max() <= 1 for x in row.values())
+    assert len(found["diffusion_row"]) == NOISE_LEVELS + 1
+
+
+def test_noise_grows_along_the_diffusion_row():
+    """With the identity for a first stage a decoded latent is the latent."""
+    made = system("vae=identity", "backbone.patch=4", "data.frames=1", "schedule=ddpm",
+                  "sampler=ddim")  # fmt: skip
+    first, *noisy = looks(made, ("diffusion_row",), CLIPS)["diffusion_row"].values()
+    errors = [(x - first).square().mean().item() for x in noisy]
+    assert errors == sorted(errors)
+
+
+def test_filling_in_keeps_what_is_known_and_no_more():
+    """With the identity for a first stage known pixels come back, up to the last step's noise."""
+    made = system("vae=identity", "backbone.patch=4", "data.frames=1", "sampler.steps=20")
+    real = gather(registry.create(made.root.data).split("val"), CLIPS, 0).video
+    rows = looks(made, ("samples_inpainting", "samples_outpainting"), CLIPS)
+    middle = torch.zeros(16, 16, dtype=torch.bool)
+    middle[4:12, 4:12] = True
+    for name, known in (("samples_inpainting", ~middle), ("samples_outpainting", middle)):
+        apart = (rows[name]["filled"] - real).abs().mean((0, 1, 2))
+        assert apart[known].mean() < 0.2 < apart[~known].mean(), name
+
+
+def test_without_a_codebook_nothing_is_quantised():
+    made = system()
+    assert set(looks(made, ("samples_x0_quantized", "reconstruction"), 2)) == {"reconstruction"}
+
+
+def test_weights_stay_as_they_are(found):
+    made = system(*VQ)
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    looks(made, ("samples_inpainting",), 2)
+    assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
