@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 SCALARS = frozenset({"fps", "frame_stride", "height", "width", "aspect_ratio", "ofs"})
+# What a sample may bring for the fields of a Batch of these names, without the axis B.
+SAMPLE_TENSORS = ("video", "stored", "image", "text", "text_mask", "no_text", "no_text_mask")
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -322,6 +324,10 @@ class ConditioningConfig(PluginConfig):
         """Whether it calls the first stage while training."""
         return False
 
+    def embeds(self) -> bool:
+        """Whether a frozen network turns captions into tokens, which can be stored: `encoded`."""
+        return False
+
     def signals(self) -> tuple[str, ...]:
         """What can be dropped, by name: ("text", "image")."""
         return ()
@@ -361,6 +367,10 @@ class DataConfig(PluginConfig):
     def clips(self) -> tuple[Clip, ...]:
         """Every size a batch may have: one, or all buckets, images included."""
         return (Clip(3, self.frames, self.height, self.width),)
+
+    def stored(self) -> str | None:
+        """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
+        return None
 
     def provides(self) -> frozenset[str]:
         """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not
@@ -610,6 +620,8 @@ class Batch:
     negative: list[str] | None = None  # replaces "" where text is dropped
     text: Tensor | None = None  # (B, L, D) cached embeddings
     text_mask: Tensor | None = None  # (B, L) bool
+    no_text: Tensor | None = None  # (B, L, D) that of the empty caption, where text is dropped
+    no_text_mask: Tensor | None = None  # (B, L) bool
     image: Tensor | None = None  # (B, 3, N, H, W) condition frames; None: taken from the video
     scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in SCALARS
     ids: list[str] = field(default_factory=list)
@@ -803,7 +815,8 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-# "video" (3, T, H, W) float32 in [-1, 1]; "caption" str; names in SCALARS: float
+# "video" (3, T, H, W) float32 in [-1, 1], or "stored" (P, T, H, W); others of SAMPLE_TENSORS;
+# "caption" str; names in SCALARS: float
 Sample = dict[str, Any]
 
 
@@ -815,6 +828,24 @@ class Items(Protocol):
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         """`rng` is keyed by (seed, epoch, id): the only source of randomness. Raises BadItem."""
+        ...
+
+
+@runtime_checkable
+class Hashed(Protocol):
+    """Items that know what a clip is made from without making it (task=encode asks)."""
+
+    def content(self, index: int) -> str:
+        """A hash of all that is read for the clip; raises BadItem."""
+        ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """A conditioner whose Config says `embeds`."""
+
+    def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) float32, and (B, L) True for real tokens."""
         ...
 
 

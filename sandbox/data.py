@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sandbox.contracts import SCALARS, BadItem, Batch, DataError, Items, Sample
+from sandbox.contracts import SAMPLE_TENSORS, SCALARS, BadItem, Batch, DataError, Items, Sample
 from sandbox.randomness import keyed
 from sandbox.rank import ignore_signals
 
@@ -227,8 +227,11 @@ def _collate(
     epoch: int, positions: tuple[int, ...], ids: tuple[str, ...], samples: tuple[Sample, ...]
 ) -> Batch:
     first = samples[0]
+    tensors = {
+        name: torch.stack([s[name] for s in samples]) for name in SAMPLE_TENSORS if name in first
+    }
     return Batch(
-        video=torch.stack([s["video"] for s in samples]),
+        **tensors,
         captions=[s["caption"] for s in samples] if "caption" in first else None,
         scalars={
             name: torch.tensor([s[name] for s in samples], dtype=torch.float32)

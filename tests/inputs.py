@@ -88,7 +88,7 @@ def with_clips(cfg: DataConfig, folder: Path) -> DataConfig:
 
 
 def write_clips(folder: Path, size: Clip) -> None:
-    """Videos with captions and pictures, four to train on and two to validate; a CSV names them."""
+    """Videos with captions and pictures, four to train on and two to validate; lists name them."""
     from PIL import Image
 
     from sandbox.media import write_video
@@ -104,3 +104,5 @@ def write_clips(folder: Path, size: Clip) -> None:
         Image.new("RGB", (size.width, size.height), (40 * i, 0, 0)).save(path.with_suffix(".png"))
     rows = [f"{i},all,{WORDS[i % 3]} {i}" for i in range(6)]
     (folder / "metadata.csv").write_text("\n".join(["videoid,page_dir,name", *rows]))
+    (folder / "prompts.txt").write_text("\n".join(f"{WORDS[i % 3]} {i}" for i in range(6)))
+    (folder / "videos.txt").write_text("\n".join(f"videos/all/{i}.mp4" for i in range(6)))

@@ -56,7 +56,7 @@ def to_video(images: list[np.ndarray]) -> Tensor:
     return (video.float() / 127.5 - 1).contiguous()
 
 
-def read_image(path: Path, fit: Fit) -> Tensor:
+def read_image(path: Path, fit: Shape) -> Tensor:
     """(3, 1, H, W) in [-1, 1]. Raises BadItem."""
     from PIL import Image, ImageOps
 

@@ -115,6 +115,9 @@ class T5(nn.Module):
         def encodes(self) -> bool:
             return self.image != "none"
 
+        def embeds(self) -> bool:
+            return self.weights not in (None, "cached")
+
         def signals(self) -> tuple[str, ...]:
             return ("text",)
 
@@ -185,7 +188,7 @@ class T5(nn.Module):
                 whole = whole[0], whole[0].new_ones(whole[0].shape[:2], dtype=torch.bool)
             if drop is None or not drop.any():
                 return whole  # type: ignore[return-value]
-            instead = self.encoded(batch.negative or [""] * len(whole[0]))
+            instead = self.instead(batch, len(whole[0]))
             chosen = drop.to(whole[0].device)[:, None]
             kept = torch.where(chosen[..., None], instead[0], whole[0])
             return kept, torch.where(chosen, instead[1], whole[1])  # type: ignore[arg-type]
@@ -198,7 +201,14 @@ class T5(nn.Module):
             captions = [instead if is_dropped else own for is_dropped, instead, own in rows]
         return self.encoded(captions)
 
+    def instead(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+        """What stands for dropped captions beside embeddings that the batch brings."""
+        if batch.negative is None and batch.no_text is not None and batch.no_text_mask is not None:
+            return batch.no_text.float(), batch.no_text_mask
+        return self.encoded(batch.negative or [""] * number)
+
     def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) float32, and (B, L) True for real tokens."""
         if self.encoder is None:
             raise ValueError(
                 "conditioning.weights='cached' has no text encoder, and the batch brings captions "
