@@ -252,11 +252,15 @@ class FirstStageRecipe:
 
 @dataclass
 class FirstStageConfig(PluginConfig):
-    """Between pixels and latents. `weights`: "auto" (cached, else trained first), a file, or null
-    (random).
+    """Between pixels and latents.
+
+    weights: "auto" (cached, else trained first), a file, or null (random); one_by_one: training
+    encodes clips one at a time, as task=encode does, so that their last bits depend on no other
+    clip of the batch.
     """
 
     weights: str | None = "auto"
+    one_by_one: bool = False
 
     def latents(self, clip: Clip) -> Clip:
         """Size of the latents of a clip of pixels; raises Misfit where the clip does not fit."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
-from sandbox.contracts import Batch
+from sandbox.contracts import SAMPLE_TENSORS, Batch
 from sandbox.data import Loader, batches
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
@@ -36,7 +36,8 @@ class Evaluation:
     meaning: dict[str, str]  # of each score; both are empty without a metric
     captions: list[str]
     clips: dict[str, Tensor] = field(default_factory=dict)  # by row
-    first_stage_psnr: float = float("nan")  # dB, of the real clips through the first stage
+    # dB, of the real clips through the first stage; None where they are stored as latents
+    first_stage_psnr: float | None = None
     count: int = 0
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
 
@@ -52,15 +53,15 @@ def evaluate(
     source = registry.create(root.data)
     real = gather(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
-    video = real.video
-    assert video is not None  # gathered
-    ceiling = _through(system, video)
-    clips = {
-        "model": generate(system, real, between=between),
-        "real clips": video,
-        "real through first stage": ceiling,
-    }
-    result = Evaluation({}, {}, captions, clips, psnr(ceiling, video).mean().item(), real.size)
+    clips = {"model": generate(system, real, between=between)}
+    if real.video is not None:
+        clips |= {"real clips": real.video, "real through first stage": _through(system, real)}
+    else:
+        clips["real through first stage"] = _through(system, real)
+    result = Evaluation({}, {}, captions, clips, count=real.size)
+    if real.video is not None:
+        ceiling = psnr(clips["real through first stage"], real.video)
+        result.first_stage_psnr = ceiling.mean().item()
     floor = {}
     if untrained:
         what = "sampling the untrained model"
@@ -145,7 +146,11 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
             break
     captions = [c for b in found for c in b.captions or ()]
     whole = Batch(
-        video=torch.cat([b.video for b in found if b.video is not None]),
+        **{
+            name: torch.cat([getattr(b, name) for b in found])
+            for name in SAMPLE_TENSORS
+            if getattr(found[0], name) is not None
+        },
         captions=captions or None,
         scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
         ids=[i for b in found for i in b.ids],
@@ -155,6 +160,16 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
 
 
 @torch.no_grad()
-def _through(system: LatentDiffusion, video: Tensor) -> Tensor:
-    parts = [through(system.first_stage, part.to(system.device)).cpu() for part in video.split(32)]
+def _through(system: LatentDiffusion, real: Batch) -> Tensor:
+    """Real clips through the first stage, from their pixels or their stored latents."""
+    first_stage, parts = system.first_stage, []
+    clips = real.video if real.video is not None else real.stored
+    assert clips is not None  # data bring one of them
+    for part in clips.split(32):
+        part = part.to(system.device)
+        if real.video is not None:
+            parts.append(through(first_stage, part).cpu())
+        else:
+            z = first_stage.scaled(first_stage.posterior(part).mean)
+            parts.append(first_stage.decode(z).cpu())
     return torch.cat(parts).clamp(-1, 1)

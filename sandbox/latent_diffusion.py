@@ -89,7 +89,7 @@ class LatentDiffusion(Trainable):
         """Scaled latents (B, C, T, H, W) on the backbone's grid, from pixels or from a cache."""
         with torch.no_grad():
             posterior = (
-                self.first_stage.encode(batch.video)
+                self.encoded(batch.video)
                 if batch.video is not None
                 else self.first_stage.posterior(batch.stored)  # type: ignore[arg-type]
             )
@@ -97,12 +97,19 @@ class LatentDiffusion(Trainable):
         padding = self.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
+    def encoded(self, pixels: Tensor) -> Posterior:
+        """What the first stage says of (B, 3, T, H, W), all at once or one by one."""
+        if not self.root.vae.one_by_one:
+            return self.first_stage.encode(pixels)
+        stored = [self.first_stage.encode(one).stored for one in pixels.split(1)]
+        return self.first_stage.posterior(torch.cat(stored))
+
     def encoder(self, draws: Draws) -> Callable[[Tensor, str], Tensor]:
         """What conditioning may ask of the first stage: (pixels, name of the draw) -> latents."""
 
         @torch.no_grad()
         def encode(pixels: Tensor, name: str) -> Tensor:
-            return self.first_stage.scaled(sampled(self.first_stage.encode(pixels), draws, name))
+            return self.first_stage.scaled(sampled(self.encoded(pixels), draws, name))
 
         return encode
 

@@ -22,6 +22,7 @@ from sandbox.contracts import (
     Sampler,
     Schedule,
 )
+from sandbox.stored import StoredLatents, needs_no_pixels
 from sandbox.wiring import Wiring
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +45,7 @@ def build_parts(wiring: Wiring) -> Parts:
     root = wiring.root
     use_kernels(root)
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
-    parts = Parts(*(build(group, root) for group in groups))
+    parts = Parts(*(_component(group, root) for group in groups))
     if root.adapter is not None:
         parts.adapter = registry.create(root.adapter)
         with seeded(root, "adapter"):
@@ -56,6 +57,10 @@ def build_parts(wiring: Wiring) -> Parts:
 def use_kernels(root: Root) -> None:
     """Sets which implementation runs each hot operation. Raises ConfigError where it cannot."""
     registry.create(root.kernels).apply()
+
+
+def _component(group: str, root: Root) -> Any:
+    return StoredLatents(root) if group == "vae" and needs_no_pixels(root) else build(group, root)
 
 
 def build(group: str, root: Root) -> Any:

@@ -27,7 +27,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, Preempted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,20 @@ class Rank:
             store.set(turn, "failed")
             raise
         store.set(turn, "done")
+
+    def meet(self) -> None:
+        """No rank leaves before all are here, however long that takes. Raises Preempted."""
+        if self.world == 1:
+            return
+        from torch.distributed import distributed_c10d
+
+        self._turns += 1
+        store, here = distributed_c10d._get_default_store(), f"sandbox/here/{self._turns}"
+        store.add(here, 1)
+        while store.add(here, 0) < self.world:  # a collective would end by its timeout
+            if self.stop_requested():
+                raise Preempted(f"stopped by {self.asked} while waiting for the other processes")
+            time.sleep(PATIENCE)
 
     def alone(self) -> Self:
         """This rank as the only one, for what others wait for; it hears what this one hears."""

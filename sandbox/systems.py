@@ -15,6 +15,7 @@ from sandbox.initialise import init_from
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.rank import Rank
+from sandbox.stored import prepare_stored
 from sandbox.wiring import Wiring, wire
 
 
@@ -27,7 +28,10 @@ def build_system(
     Below an adapter the backbone has the weights of `init_from`.
     """
     parts = build_parts(wiring)
-    prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
+    if wiring.root.data.stored() is not None:
+        prepare_stored(wiring.root, parts.first_stage)
+    else:
+        prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
     if system.adapter is not None and wiring.root.init_from is not None:
         init_from(system, wiring.root.init_from)  # no checkpoint holds a frozen backbone

@@ -19,6 +19,7 @@ from sandbox.contracts import ConfigError, State, StorageError
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.module import Trainable
 from sandbox.published import parts_of
+from sandbox.stored import StoredLatents
 
 PLACES = {  # part of a layout -> attribute of a system
     "backbone": "backbone",
@@ -49,6 +50,8 @@ def check_sources(root: Root) -> None:
     """Raises ConfigError where a first stage would be trained only to differ from the file's."""
     if root.init_from is None or root.vae.weights != "auto" or root.vae.fitted() == "none":
         return
+    if root.data.stored() is not None:
+        return  # latents are those of the first stage that comes with them
     parts = read(Path(root.init_from))
     if parts and parts["vae"]:
         raise ConfigError(
@@ -66,12 +69,15 @@ def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
     assert isinstance(system, LatentDiffusion)
     average = {k: v for k, v in parts["ema"].items() if k not in ("decay", "num_updates")}
     parts = parts | {"backbone": parts["backbone"] | average}
+    own = {k: v for k, v in system.state_dict().items() if k.startswith(OTHERS)}
+    if isinstance(system.first_stage, StoredLatents):
+        parts |= {"vae": {}}
+        own = {k: v for k, v in own.items() if not k.startswith("first_stage.")}
     given = {
         f"{place}.{name}": tensor
         for part, place in PLACES.items()
         for name, tensor in parts[part].items()
     }
-    own = {k: v for k, v in system.state_dict().items() if k.startswith(OTHERS)}
     network = {f"backbone.{k}": v for k, v in system.base_state().items()}
     own |= network
     _same_names(given, own, path)
@@ -133,6 +139,8 @@ def taken_apart(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> d
     """
     parts = {part: _state(getattr(system, place)) for part, place in PLACES.items()}
     parts["backbone"] = {k: v.detach() for k, v in system.base_state().items()}
+    if isinstance(system.first_stage, StoredLatents):
+        parts["vae"] = _state(system.first_stage.whole())
     parts["schedule"], parts["ema"] = tables(system), {}
     if ema:
         decay = float(getattr(system.root.ema, "decay", 0.0))

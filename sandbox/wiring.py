@@ -168,6 +168,11 @@ class _Check:
             return
         data, conditioning = self.root.data, self.root.conditioning
         lacking = conditioning.needs() - data.provides()
+        if conditioning.encodes() and not data.provides() & {"video", "image"}:
+            self.say(
+                f"conditioning={_name(conditioning)} encodes pictures, but data={_name(data)} "
+                f"provides {_list(data.provides())}: use data.image=true"
+            )
         if lacking:
             self.say(
                 f"conditioning={_name(conditioning)} needs {_list(lacking)}, but "

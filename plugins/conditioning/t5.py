@@ -219,8 +219,13 @@ class T5(nn.Module):
         seen = mask if self.cfg.masked else None
         if self.cfg.weights is None:
             return self.encoder(ids, seen).float(), mask
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # in its own dtype
-            return self.encoder(ids, seen).float(), mask
+        # In its own dtype, and one by one: the last bits depend on no other caption of the batch.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            found = [
+                self.encoder(ids[i : i + 1], None if seen is None else seen[i : i + 1])
+                for i in range(len(ids))
+            ]
+            return torch.cat(found).float(), mask
 
     # image
 

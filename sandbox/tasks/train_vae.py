@@ -100,6 +100,11 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
             f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); "
             "want another vae"
         )
+    if "video" not in root.data.provides():
+        raise ConfigError(
+            f"data={root.data.plugin.split('/')[1]}: it has no pixels, which a first stage is "
+            "trained on; want other data"
+        )
     if root.trainer.shards:
         raise ConfigError(
             f"trainer={root.trainer.plugin.split('/')[1]}: a first stage is trained whole; want "

@@ -1,0 +1,130 @@
+"""Latents and embeddings that task=encode has stored, in place of clips; read by index."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plugins._blocks.folders import folder_of
+from plugins._blocks.shards import read_index, read_tensors
+from sandbox.contracts import DataConfig, DataError, Sample, in_range
+from sandbox.registry import register
+
+
+@register("data", "latents")
+class Latents:
+    """Stored latents of task=encode, named by data.root: training needs no first stage."""
+
+    @dataclass
+    class Config(DataConfig):
+        """The settings beyond those of every data plugin; frames, height and width are of pixels.
+
+        text: bring the stored embeddings of captions (conditioning.weights=cached); image: bring
+        the stored picture of each clip, which image-to-video is told; num_prompts: captions of the
+        validation split to sample with. The order of clips is that of the data they were made from.
+        """
+
+        text: bool = False
+        image: bool = False
+        num_prompts: int = 8
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("num_prompts", self.num_prompts, 0)
+
+        def files(self) -> dict[str, str | None]:
+            return {"root": self.root}
+
+        def provides(self) -> frozenset[str]:
+            also = {"text": self.text, "image": self.image, "prompts": self.num_prompts > 0}
+            return frozenset(
+                {"stored", "captions"} | {name for name, is_in in also.items() if is_in}
+            )
+
+        def stored(self) -> str | None:
+            return self.root
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self._found: tuple[Path, dict[str, Any]] | None = None
+
+    def split(self, name: str) -> "Stored":
+        """Clips of "train" or "val". Raises DataError where the folder holds others or none."""
+        if name not in ("train", "val"):
+            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        folder, index = self._index()
+        rows = index["splits"].get(name)
+        if not rows:
+            raise DataError(
+                f"data.root={self.cfg.root}: nothing is stored for {name!r}; task=encode "
+                "task.splits=[train,val] stores both"
+            )
+        return Stored(folder, rows, self.cfg, index["no_text"] if self.cfg.text else None)
+
+    def prompts(self) -> list[str]:
+        """Captions of the first clips of the validation split that have one."""
+        rows = self._index()[1]["splits"].get("val", ()) if self.cfg.num_prompts else ()
+        captions = [row["caption"] for row in rows if row["caption"] is not None]
+        return captions[: self.cfg.num_prompts]
+
+    def _index(self) -> tuple[Path, dict[str, Any]]:
+        """The folder and its index, once it is found to hold what the Config says."""
+        if self._found is None:
+            cfg, folder = self.cfg, folder_of(self.cfg)
+            index = read_index(folder)
+            for i, name in enumerate(("frames", "height", "width"), 1):
+                if getattr(cfg, name) != index["clip"][i]:
+                    size = "x".join(map(str, index["clip"][1:]))
+                    raise DataError(
+                        f"data.{name}={getattr(cfg, name)}: the latents in {cfg.root} are of clips "
+                        f"of {size} (frames, height, width)"
+                    )
+            for name in ("text", "image"):
+                if getattr(cfg, name) and not index[name]:
+                    raise DataError(
+                        f"data.{name}=true: there is none in {cfg.root}; task=encode stores it for "
+                        "a conditioning that wants it"
+                    )
+            self._found = folder, index
+        return self._found
+
+
+@dataclass
+class Stored:
+    """The clips of one split; nothing is random."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    cfg: Latents.Config
+    no_text: list[Any] | None
+    empty: dict[str, Tensor] | None = None  # the embedding of the empty caption, once it is read
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def id(self, index: int) -> str:
+        return self.rows[index]["id"]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        row = self.rows[index]
+        tensors = read_tensors(self.folder, row["latents"])
+        sample: Sample = {"stored": tensors["stored"], **row["scalars"]}
+        if row["caption"] is not None:
+            sample["caption"] = row["caption"]
+        if self.cfg.image:
+            sample["image"] = pixels(tensors["image"])
+        if self.cfg.text:
+            sample |= read_tensors(self.folder, row["text"])
+            if self.no_text is not None:
+                self.empty = self.empty or read_tensors(self.folder, self.no_text)
+                sample |= {f"no_{name}": tensor for name, tensor in self.empty.items()}
+        return sample
+
+
+def pixels(image: Tensor) -> Tensor:
+    """Pixels in [-1, 1], float32, of uint8 or of themselves."""
+    return image / 127.5 - 1 if image.dtype == torch.uint8 else image

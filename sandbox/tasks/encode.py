@@ -1,0 +1,58 @@
+"""task=encode: latents and caption embeddings of a data set, made once, for data=latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.registry import register
+
+if TYPE_CHECKING:
+    from sandbox.rank import Rank
+
+SPLITS = ("train", "val")
+
+
+@register("task", "encode")
+class Encode:
+    """Stores latents and caption embeddings in shards, which data=latents trains from."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """to: folder of the shards; what is there and still right is not made again.
+
+        splits: which are stored; shard_mb: size that a shard does not exceed, in MB.
+        """
+
+        to: str = "outputs/latents"
+        splits: tuple[str, ...] = SPLITS
+        shard_mb: int = 1024
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("shard_mb", self.shard_mb, 1)
+            for name in self.splits:
+                yield from one_of("splits", name, SPLITS)
+            if not self.splits:
+                yield "splits=[]: want train, val or both"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
+        from sandbox.launch import launch_run
+
+        return launch_run("sandbox.tasks.encode:encode", wiring.root, overrides, group)
+
+
+def encode(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
+    """The share of one rank; `settings` are those of `sandbox.launch.launch_run`."""
+    from sandbox.config import received
+    from sandbox.encoding import encode_all
+    from sandbox.wiring import wire
+
+    return encode_all(wire(received(settings["root"])).root, rank)

@@ -1,0 +1,319 @@
+"""task=encode: what it stores and makes anew, what a kill leaves; and training on it."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sandbox import checkpoint, registry
+from sandbox.config import Root, to_container
+from sandbox.contracts import BadItem, ConfigError, StorageError
+from sandbox.encoding import Networks, encode_all, in_bytes, narrowed
+from sandbox.evaluation import gather
+from sandbox.launch import launch
+from sandbox.media import write_video
+from sandbox.rank import Rank
+from sandbox.stored import StoredLatents
+from sandbox.systems import build_system, load_system
+from sandbox.tasks.train import train as train_task
+from sandbox.wiring import wire
+from tests.helpers import TINY, composed, sampled, train
+from tests.plugins.conditioning.test_t5 import released, write_tokenizer
+
+VAES = {
+    "kl": ("vae.ch=8", "vae.num_groups=4", "vae.scale_factor=1.0", "vae.shift=0.0"),
+    "vq": ("vae.ch=8", "vae.num_groups=4", "vae.scale_factor=1.0", "vae.shift=0.0"),
+    "cogvideox": ("vae.scaling_factor=0.7", "vae.block_out_channels=[8,8,8]"),
+    "pca": ("vae.weights=auto",),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six moving digits as mp4, listed as CogVideoX's fine-tuning wants them."""
+    root = tmp_path / "digits"
+    (root / "videos").mkdir(parents=True)
+    digits = registry.create(composed().data).split("val")
+    clips = gather(digits, 6, 0)
+    for i, clip in enumerate(clips.video):
+        write_video(root / f"videos/{i}.mp4", clip, 8.0)
+    (root / "prompts.txt").write_text("\n".join(clips.captions))
+    (root / "videos.txt").write_text("\n".join(f"videos/{i}.mp4" for i in range(6)))
+    return root
+
+
+def settings(folder: Path, *more: str, vae: str = "kl") -> Root:
+    """A tiny system on the folder's clips; with `conditioning` in `more` the published kind."""
+    own = [*TINY, f"vae={vae}", *VAES[vae], "data=cogvideox_folder", f"data.root={folder}",
+           "data.val_fraction=0.3", "data.num_prompts=2", f"task.to={folder.parent / 'cache'}",
+           f"cache={folder.parent / 'first stages'}", "task=encode",
+           "vae.one_by_one=true", *more]  # fmt: skip
+    absent = ["data.clips_per_epoch"]
+    if any(o.startswith("conditioning=") for o in more):
+        absent += ["conditioning.width", "conditioning.buckets"]
+    if "backbone=cogvideox" in more:
+        absent += ["backbone.width", "backbone.num_blocks", "backbone.time_features"]
+        own += ["backbone.num_layers=1", "backbone.time_embed_dim=16"]
+    last = {o.partition("=")[0]: o for o in own}
+    return wire(composed(*(o for name, o in last.items() if name not in absent))).root
+
+
+def encoded(folder: Path, *more: str) -> dict[str, Any]:
+    return encode_all(settings(folder, *more), Rank())
+
+
+def from_cache(root: Root, **data: Any) -> Root:
+    """The same run on what task=encode has stored."""
+    latents = registry.default("data", "latents")
+    same = {n: getattr(root.data, n) for n in ("frames", "height", "width", "batch_size")}
+    return replace(root, data=replace(latents, root=root.task.to, num_prompts=2, **same, **data))
+
+
+def losses(root: Root, out: Path) -> list[float]:
+    return train(wire(replace(root, steps=4)), out).losses
+
+
+# --- the same training ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vae", "more"),
+    [("kl", ()), ("kl", ("precision=bf16",)), ("cogvideox", ()), ("pca", ()), ("vq", ())],
+)
+def test_cached_and_uncached_training_have_the_same_losses(folder, tmp_path, vae, more):
+    root = settings(folder, *more, vae=vae)
+    encode_all(root, Rank())
+    uncached = losses(root, tmp_path / "a")
+    assert len(uncached) == 4
+    assert losses(from_cache(root), tmp_path / "b") == uncached
+
+
+def test_frozen_text_from_the_cache_has_the_same_losses(folder, tmp_path):
+    cfg = released(tmp_path / "t5")
+    write_tokenizer(tmp_path / "t5" / "tokenizer")
+    sizes = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size",
+             "relative_attention_num_buckets", "relative_attention_max_distance")  # fmt: skip
+    t5 = [f"conditioning.{name}={getattr(cfg, name)}" for name in sizes]
+    root = settings(folder, "conditioning=t5", "backbone=cogvideox", *t5,
+                    f"conditioning.weights={tmp_path / 't5'}", "conditioning.length=6",
+                    "conditioning.drop_text=0.5")  # fmt: skip
+    encode_all(root, Rank())
+    uncached = losses(root, tmp_path / "a")
+    cached = from_cache(root, text=True)
+    assert losses(cached, tmp_path / "b") == uncached
+    none = replace(cached.conditioning, weights="cached", drop_text=0.0)
+    assert build_system(wire(replace(cached, conditioning=none))).conditioner.encoder is None
+
+
+def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_path):
+    root = settings(folder, "conditioning=t5", "backbone=cogvideox",
+                    "conditioning.image=first_frame")  # fmt: skip
+    encode_all(root, Rank())
+    cached = from_cache(root, image=True)
+    assert not isinstance(build_system(wire(cached)).first_stage, StoredLatents)
+    assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
+
+
+def test_pictures_have_to_be_asked_for_where_conditioning_encodes_them(folder):
+    root = settings(folder, "conditioning=t5", "backbone=cogvideox",
+                    "conditioning.image=first_frame")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data\.image=true"):
+        wire(from_cache(root))
+
+
+def test_training_on_latents_holds_no_first_stage_until_pixels_are_wanted(folder, tmp_path):
+    root = settings(folder)
+    encode_all(root, Rank())
+    trained = train(wire(replace(from_cache(root), steps=2)), tmp_path / "run")
+    stage = trained.system.first_stage
+    assert list(stage.parameters()) == []
+    assert all(p.is_meta for p in stage._held[0].encoder.parameters())
+    system = load_system(trained.folder, "live")
+    video = sampled(system)
+    assert video.shape == (2, 3, 9, 16, 16)
+    assert video.isfinite().all()
+
+
+def test_a_run_on_latents_finishes_with_scores_and_samples(folder, tmp_path):
+    root = from_cache(settings(folder))
+    encoded(folder)
+    task = replace(registry.default("task", "train"), score_clips=2, samples=1, untrained=True)
+    root = wire(replace(root, task=task, out=str(tmp_path / "out"))).root
+    result = train_task({"root": to_container(root), "overrides": [], "group": None}, Rank())
+    found = json.loads((Path(result["folder"]) / "metrics.json").read_text())
+    assert found["first_stage_psnr_db"] is None
+    assert (Path(result["folder"]) / "samples.png").is_file()
+
+
+# --- what is made, and when -----------------------------------------------------------------------
+
+
+def test_nothing_is_made_twice(folder):
+    assert encoded(folder)["made"] == 6
+    before = (folder.parent / "cache/index.json").read_bytes()
+    assert encoded(folder) == {"folder": str(folder.parent / "cache"), "clips": 6, "made": 0,
+                               "bad": 0}  # fmt: skip
+    assert (folder.parent / "cache/index.json").read_bytes() == before
+
+
+def test_clips_that_are_stored_are_not_even_decoded(folder, monkeypatch):
+    encoded(folder)
+    root = settings(folder)
+    items = registry.create(root.data).split("train")
+    monkeypatch.setattr(type(items), "load", None)
+    assert encode_all(root, Rank())["made"] == 0
+
+
+def latents(folder: Path) -> list[torch.Tensor]:
+    data = from_cache(settings(folder)).data
+    items = registry.create(data).split("train")
+    return [items.load(i, None)["stored"] for i in range(len(items))]
+
+
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        (("data.resize=stretch", "data.width=8", "data.height=8"), 6),
+        (("data.frames=5",), 6),
+        (("vae.ch=4",), 6),
+        (("vae.scale_factor=0.5",), 6),
+        (("seed=1",), 6),  # other random weights
+        (("precision=bf16",), 6),
+        (("lr=0.1",), 0),
+        (("data.val_fraction=0.6",), 0),  # the same clips on other sides
+    ],
+)
+def test_what_decides_a_latent_makes_it_anew_and_nothing_else_does(folder, change, made):
+    encoded(folder)
+    assert encoded(folder, *change)["made"] == made
+
+
+def test_a_changed_video_alone_is_made_anew_and_its_old_latents_are_not_used(folder):
+    encoded(folder)
+    name = registry.create(settings(folder).data).split("train").rows[0].video
+    before = latents(folder)
+    write_video(folder / name, torch.zeros(3, 9, 16, 16), 8.0)
+    assert encoded(folder)["made"] == 1
+    after = latents(folder)
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)].count(False) == 1
+
+
+def test_a_changed_caption_is_the_caption_that_is_trained_on(folder):
+    encoded(folder)
+    words = (folder / "prompts.txt").read_text().splitlines()
+    (folder / "prompts.txt").write_text("\n".join(f"new {w}" for w in words))
+    assert encoded(folder)["made"] == 0  # the pixels are the same
+    items = registry.create(from_cache(settings(folder)).data).split("train")
+    assert all(items.load(i, None)["caption"].startswith("new ") for i in range(len(items)))
+
+
+def test_unusable_clips_are_left_out_and_named(folder):
+    (folder / "videos/0.mp4").write_bytes(b"nothing")
+    assert encoded(folder)["bad"] == 1
+    assert [*json.loads((folder.parent / "cache/index.json").read_text())["bad"]] == [
+        "videos/0.mp4"
+    ]
+
+
+def test_shards_are_cut_and_webdataset_reads_them(folder, monkeypatch):
+    monkeypatch.setenv("WDS_SECURE", "1")
+    import webdataset
+    from safetensors.torch import load
+
+    root = settings(folder)
+    encode_all(root, Rank())
+    shards = sorted(map(str, (folder.parent / "cache").glob("latents-*.tar")))
+    found = [
+        load(s["safetensors"])["stored"] for s in webdataset.WebDataset(shards, shardshuffle=0)
+    ]
+    assert len(found) == 6
+    stored = latents(folder)
+    assert all(any(torch.equal(a, b) for b in found) for a in stored)
+
+
+# --- kills and damage -----------------------------------------------------------------------------
+
+
+def encode_until_killed(root: Root) -> None:
+    """Ends in the middle of the fourth clip, by kill -9."""
+    own, begun = Networks.latents, []
+
+    def latents_of(self: Networks, sample: Any) -> Any:
+        begun.append(sample)
+        if len(begun) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(self, sample)
+
+    Networks.latents = latents_of
+    encode_all(root, Rank())
+
+
+def test_a_kill_loses_at_most_the_clip_in_work(folder):
+    root = settings(folder)
+    child = get_context("fork").Process(target=encode_until_killed, args=(root,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (folder.parent / "cache/index.json").exists()
+    found = encode_all(root, Rank())
+    assert (found["made"], found["clips"]) == (3, 6)
+
+
+@pytest.mark.parametrize("lost", [1, 40, 1400])
+def test_torn_ends_of_files_are_made_again(folder, lost):
+    encoded(folder)
+    before, cache = latents(folder), folder.parent / "cache"
+    for name in ("latents-00-00000.tar", "latents-00.jsonl", "rows-00.jsonl"):
+        size = (cache / name).stat().st_size
+        os.truncate(cache / name, max(size - lost, 0))
+    assert 0 < encoded(folder)["made"] <= 6
+    assert all(torch.equal(a, b) for a, b in zip(before, latents(folder), strict=True))
+
+
+def test_damaged_latents_are_unusable_clips(folder):
+    encoded(folder)
+    shard = folder.parent / "cache/latents-00-00000.tar"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:600] + bytes(len(content) - 600))
+    with pytest.raises(BadItem, match="is damaged"):
+        latents(folder)
+
+
+@pytest.mark.slow
+def test_two_processes_store_what_one_does(folder):
+    encoded(folder)
+    one = latents(folder)
+    (folder.parent / "cache").rename(folder.parent / "first")
+    root = settings(folder, "trainer=ddp", "trainer.processes=2", "trainer.accelerator=cpu")
+    launch("sandbox.tasks.encode:encode", {"root": to_container(root)}, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one, latents(folder), strict=True))
+
+
+def test_another_first_stage_is_refused(folder):
+    encoded(folder)
+    root = from_cache(settings(folder, "vae.scale_factor=0.5"))
+    with pytest.raises(ConfigError, match=r"vae\.scale_factor=0\.5"):
+        build_system(wire(root))
+
+
+def test_other_weights_are_refused(folder, tmp_path):
+    encoded(folder)
+    root = from_cache(settings(folder))
+    other = build_system(wire(settings(folder, "seed=1"))).first_stage
+    path = checkpoint.export_weights(other.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(StorageError, match="not the weights that made the latents"):
+        build_system(wire(replace(root, vae=replace(root.vae, weights=str(path)))))
+
+
+def test_half_precision_is_used_where_nothing_is_lost():
+    assert narrowed(torch.tensor([0.5, 3.0])).dtype == torch.bfloat16
+    assert narrowed(torch.tensor([1 + 2**-9])).dtype == torch.float16
+    assert narrowed(torch.tensor([1 + 2**-20])).dtype == torch.float32
+    assert in_bytes(torch.arange(256) / 127.5 - 1).dtype == torch.uint8
+    assert in_bytes(torch.tensor([0.1234])).dtype == torch.float32
