@@ -1,7 +1,8 @@
-"""Causal 3-D autoencoder of EasyAnimateV2's MagViT VAE, with its published parameter names.
+"""3-D autoencoder of EasyAnimate's MagViT and Slice VAEs, with its published parameter names.
 
-All tensors are (B, C, T, H, W). A convolution sees no later frame, but group norm and the attention
-of the middle see the whole clip: the network as a whole is not strictly causal (as published).
+All tensors are (B, C, T, H, W). In a causal one (MagViT) a convolution sees no later frame, but
+group norm and the attention of the middle see the whole clip: the network as a whole is not
+strictly causal (as published). `causal=False` (Slice) looks one frame ahead and one back.
 """
 
 from collections.abc import Callable
@@ -21,21 +22,27 @@ EPS = 1e-6  # of every group norm, as published
 class CausalConv3d(nn.Conv3d):
     """Convolution with kernel 3, padded in time by two copies of the first frame, in front.
 
-    Space is padded by zeros: one on each side, or with stride 2 one at the right and bottom.
-    T frames become ceil(T / time stride).
+    causal=False: by a frame of zeros on either side instead. Space is padded by zeros: one on each
+    side, or with stride 2 one at the right and bottom. T frames become ceil(T / time stride).
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: tuple[int, int] = (1, 1)
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: tuple[int, int] = (1, 1),
+        causal: bool = True,
     ) -> None:
         time, space = stride
-        super().__init__(
-            in_channels, out_channels, 3, (time, space, space), (0, 2 - space, 2 - space)
-        )
+        padding = (0 if causal else 1, 2 - space, 2 - space)
+        super().__init__(in_channels, out_channels, 3, (time, space, space), padding)
+        self.causal = causal
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride[2] == 2:
             x = F.pad(x, (0, 1, 0, 1))
+        if not self.causal:
+            return super().forward(x)
         # Not F.pad(mode="replicate"): its backward on a GPU depends on the order of threads.
         x = torch.cat([x[:, :, :1], x[:, :, :1], x], 2)
         return super().forward(x)
@@ -57,12 +64,14 @@ class GroupNorm(nn.GroupNorm):
 class ResidualBlock3D(nn.Module):
     """Twice norm, SiLU, convolution; added to the input (by 1x1x1 where channels change)."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, num_groups: int, causal: bool = True
+    ) -> None:
         super().__init__()
         self.norm1 = GroupNorm(num_groups, in_channels, act="silu")
-        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, causal=causal)
         self.norm2 = GroupNorm(num_groups, out_channels, act="silu")
-        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, causal=causal)
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
@@ -73,28 +82,33 @@ class ResidualBlock3D(nn.Module):
 class Downsampler(nn.Module):
     """Divides time and space by `factors`, with one convolution."""
 
-    def __init__(self, channels: int, factors: tuple[int, int]) -> None:
+    def __init__(self, channels: int, factors: tuple[int, int], causal: bool = True) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, factors)
+        self.conv = CausalConv3d(channels, channels, factors, causal)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
 class Upsampler(nn.Module):
-    """Repeats pixels, convolves, interpolates frames: T become 2(T-1)+1, the first stays alone."""
+    """Repeats pixels, convolves, interpolates frames: T become 2(T-1)+1, the first stays alone.
 
-    def __init__(self, channels: int, factors: tuple[int, int]) -> None:
+    causal=False: 2T, or a single frame that is `still` and stays one.
+    """
+
+    def __init__(self, channels: int, factors: tuple[int, int], causal: bool = True) -> None:
         super().__init__()
         self.time, self.space = factors
-        self.conv = CausalConv3d(channels, channels)
+        self.conv = CausalConv3d(channels, channels, causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, still: bool = False) -> Tensor:
         x = x.repeat_interleave(self.space, 3).repeat_interleave(self.space, 4)  # (B, C, T, 2H, 2W)
         x = self.conv(x)
-        if self.time == 1 or x.shape[2] == 1:
+        if self.time == 1 or still:
             return x
-        return torch.cat([x[:, :, :1], double_frames(x[:, :, 1:])], 2)
+        if not self.conv.causal:
+            return double_frames(x)
+        return torch.cat([x[:, :, :1], double_frames(x[:, :, 1:])], 2) if x.shape[2] > 1 else x
 
 
 def double_frames(x: Tensor) -> Tensor:
@@ -134,11 +148,16 @@ class MidBlock3D(nn.Module):
     """Residual block, attention (where there is one), residual block."""
 
     def __init__(
-        self, channels: int, num_groups: int, num_heads: int, attention: str | None
+        self,
+        channels: int,
+        num_groups: int,
+        num_heads: int,
+        attention: str | None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            ResidualBlock3D(channels, channels, num_groups) for _ in range(2)
+            ResidualBlock3D(channels, channels, num_groups, causal) for _ in range(2)
         )
         self.attentions = nn.ModuleList(
             [Attention3D(channels, num_groups, num_heads, attention)] if attention else []
@@ -161,10 +180,11 @@ class DownBlock3D(nn.Module):
         layers: int,
         num_groups: int,
         factors: tuple[int, int] | None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups)
-        self.downsampler = Downsampler(out_channels, factors) if factors else None
+        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups, causal)
+        self.downsampler = Downsampler(out_channels, factors, causal) if factors else None
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:
@@ -182,22 +202,23 @@ class UpBlock3D(nn.Module):
         layers: int,
         num_groups: int,
         factors: tuple[int, int] | None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups)
-        self.upsampler = Upsampler(out_channels, factors) if factors else None
+        self.convs = _residual_blocks(in_channels, out_channels, layers, num_groups, causal)
+        self.upsampler = Upsampler(out_channels, factors, causal) if factors else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, still: bool = False) -> Tensor:
         for conv in self.convs:
             x = conv(x)
-        return self.upsampler(x) if self.upsampler else x
+        return self.upsampler(x, still) if self.upsampler else x
 
 
 def _residual_blocks(
-    in_channels: int, out_channels: int, layers: int, num_groups: int
+    in_channels: int, out_channels: int, layers: int, num_groups: int, causal: bool
 ) -> nn.ModuleList:
     widths = [in_channels] + [out_channels] * layers
-    return nn.ModuleList(ResidualBlock3D(a, b, num_groups) for a, b in pairwise(widths))
+    return nn.ModuleList(ResidualBlock3D(a, b, num_groups, causal) for a, b in pairwise(widths))
 
 
 class Encoder3D(nn.Module):
@@ -216,17 +237,18 @@ class Encoder3D(nn.Module):
         num_groups: int,
         num_heads: int,
         attention: str | None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         last = widths[-1]
-        self.conv_in = CausalConv3d(3, widths[0])
+        self.conv_in = CausalConv3d(3, widths[0], causal=causal)
         self.down_blocks = nn.ModuleList(
-            DownBlock3D(a, b, layers, num_groups, f)
+            DownBlock3D(a, b, layers, num_groups, f, causal)
             for a, b, f in zip((widths[0], *widths), widths, (*factors[:-1], None), strict=False)
         )
-        self.mid_block = MidBlock3D(last, num_groups, num_heads, attention)
+        self.mid_block = MidBlock3D(last, num_groups, num_heads, attention, causal)
         self.conv_norm_out = GroupNorm(num_groups, last, act="silu")
-        self.conv_out = CausalConv3d(last, out_channels)
+        self.conv_out = CausalConv3d(last, out_channels, causal=causal)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -251,21 +273,29 @@ class Decoder3D(nn.Module):
         num_groups: int,
         num_heads: int,
         attention: str | None,
+        causal: bool = True,
     ) -> None:
         super().__init__()
-        self.conv_in = CausalConv3d(in_channels, widths[0])
-        self.mid_block = MidBlock3D(widths[0], num_groups, num_heads, attention)
+        self.conv_in = CausalConv3d(in_channels, widths[0], causal=causal)
+        self.mid_block = MidBlock3D(widths[0], num_groups, num_heads, attention, causal)
         self.up_blocks = nn.ModuleList(
-            UpBlock3D(a, b, layers, num_groups, f)
+            UpBlock3D(a, b, layers, num_groups, f, causal)
             for a, b, f in zip((widths[0], *widths), widths, (*factors[:-1], None), strict=False)
         )
         self.conv_norm_out = GroupNorm(num_groups, widths[-1], act="silu")
-        self.conv_out = CausalConv3d(widths[-1], 3)
+        self.conv_out = CausalConv3d(widths[-1], 3, causal=causal)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+        return self.draw(self.features(z))
+
+    def features(self, z: Tensor) -> Tensor:
+        """Latents -> what the middle makes of them, (B, widths[0], t, h, w)."""
+        return self.mid_block(self.conv_in(z))
+
+    def draw(self, x: Tensor, still: bool = False) -> Tensor:
+        """Features -> pixels; `still`: a single frame of a network that is not causal stays one."""
         for block in self.up_blocks:
-            x = block(x)
+            x = block(x, still)
         return self.conv_out(self.conv_norm_out(x))
 
 
@@ -324,6 +354,7 @@ def blended(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
 # Brightness, red against green, both against blue; and the way back.
 TO_COLOURS = ((1 / 3, 1 / 3, 1 / 3), (1 / 2, -1 / 2, 0), (1 / 4, 1 / 4, -1 / 2))
 FROM_COLOURS = ((1, 1, 2 / 3), (1, -1, 2 / 3), (1, 0, -4 / 3))
+START_LOG_VARIANCE = -6.0  # little noise on the latents, which are about 1
 COLOUR_ORDER = 0.01  # colour comes after brightness and before every change in time or space
 
 
@@ -366,6 +397,20 @@ def start_as_haar(encoder: Encoder3D, decoder: Decoder3D) -> None:
     zero(decoder.conv_in)
     put(decoder.conv_in, in_pairs(sources))
     put(decoder.conv_out, in_pairs(torch.eye(3)).mT)
+
+
+@torch.no_grad()
+def start_linear(
+    encoder: Encoder3D, decoder: Decoder3D, quant_conv: nn.Conv3d, post_quant_conv: nn.Conv3d
+) -> None:
+    """`start_as_haar`, with latents that are almost free of noise."""
+    start_as_haar(encoder, decoder)
+    pass_on(post_quant_conv)
+    z = post_quant_conv.in_channels
+    variance = 0.1 * quant_conv.weight[z:]
+    pass_on(quant_conv)
+    quant_conv.weight[z:] = variance
+    quant_conv.bias[z:] = START_LOG_VARIANCE
 
 
 def keep_smoothest(
@@ -411,8 +456,9 @@ def put(conv: nn.Conv3d, matrix: Tensor) -> None:
     """Makes the first outputs `matrix` (out, in) times the first inputs at the same place."""
     outputs, inputs = matrix.shape
     middle = conv.kernel_size[-1] // 2
+    now = -1 if getattr(conv, "causal", True) else 1  # the tap of this frame
     conv.weight[:outputs, :inputs] = 0
-    conv.weight[:outputs, :inputs, -1, middle, middle] = matrix.to(conv.weight)
+    conv.weight[:outputs, :inputs, now, middle, middle] = matrix.to(conv.weight)
     conv.bias[:outputs] = 0
 
 

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, pass_on, start_as_haar, tiled
+from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, start_linear, tiled
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
 from sandbox.contracts import (
@@ -35,7 +35,6 @@ DOWN_BLOCKS = {"SpatialDownBlock3D": (1, 2), "SpatialTemporalDownBlock3D": (2, 2
 UP_BLOCKS = {"SpatialUpBlock3D": (1, 2), "SpatialTemporalUpBlock3D": (2, 2)}
 ATTENTIONS = ("3d", "spatial")
 STARTS = ("published", "haar")
-START_LOG_VARIANCE = -6.0  # of start=haar: little noise on the latents, which are about 1
 
 
 @register("vae", "magvit")
@@ -194,18 +193,7 @@ class MagViT(FirstStage):
         self.quant_conv = nn.Conv3d(2 * z, 2 * z, 1)
         self.post_quant_conv = nn.Conv3d(z, z, 1)
         if cfg.start == "haar":
-            self.start_linear()
-
-    @torch.no_grad()
-    def start_linear(self) -> None:
-        """Latents that are almost free of noise, of an encoder that starts as a Haar transform."""
-        z = self.cfg.latent_channels
-        start_as_haar(self.encoder, self.decoder)
-        pass_on(self.post_quant_conv)
-        variance = 0.1 * self.quant_conv.weight[z:]
-        pass_on(self.quant_conv)
-        self.quant_conv.weight[z:] = variance
-        self.quant_conv.bias[z:] = START_LOG_VARIANCE
+            start_linear(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
 
     def encode(self, x: Tensor) -> Gaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 1 or k windows; raises Misfit for other sizes."""
