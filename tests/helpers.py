@@ -80,6 +80,8 @@ def _exchanged(root: Root, group: str) -> Iterator[Root]:
     for partner in (g for g in PARTNERS if g != group):
         for _, cfg in plugin_configs(partner):
             yield with_part(root, partner, cfg)
+            if hasattr(cfg, "learned_variance"):
+                yield with_part(root, partner, replace(cfg, learned_variance=True))
     if group == "conditioning":
         for (_, backbone), (_, vae) in product(plugin_configs("backbone"), plugin_configs("vae")):
             yield with_part(with_part(root, "backbone", backbone), "vae", vae)

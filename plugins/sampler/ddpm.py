@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import Level, Model, Trajectory
@@ -22,7 +21,8 @@ class Ancestral:
         """Which variance a step has.
 
         variance: "posterior" is exact for data at one point, "beta" for standard normal data (Ho et
-        al., section 3.2); "learned" is the network's.
+        al., section 3.2); "learned" lies between them where the network says, which at fewer times
+        are those of the longer steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
         """
 
         spacing: str = "trailing"
@@ -38,11 +38,6 @@ class Ancestral:
                 yield (
                     "variance='learned': the schedule has no learned variance; "
                     "want one of ['posterior', 'beta'], or schedule.learned_variance=true"
-                )
-            elif self.variance == "learned" and self.steps != schedule.timesteps:
-                yield (
-                    f"steps={self.steps}: a learned variance is that of a step from t to t - 1; "
-                    f"want {schedule.timesteps}, or variance=posterior"
                 )
 
     def __init__(self, cfg: Config) -> None:
@@ -66,7 +61,9 @@ class Ancestral:
             if level_next[1]:  # the last step has no noise
                 noise = draws.normal(f"sampler_noise_{step}", z)
                 if self.cfg.variance == "learned":
-                    z = z + torch.exp(d.log_variance / 2) * noise
+                    low, high = schedule.log_variances(run.times[step : step + 1])
+                    share = (d.log_variance - low) / (high - low)
+                    z = z + (posterior * (beta / posterior) ** share) ** 0.5 * noise
                 else:
                     z = z + (posterior if self.cfg.variance == "posterior" else beta) ** 0.5 * noise
         return run.end(z)

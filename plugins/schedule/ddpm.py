@@ -153,6 +153,11 @@ class DDPM:
         variance = np.append(variance[1], variance[1:])  # the first is 0
         return Table(np.log(variance)), Table(np.log(tables["betas"]))
 
+    @cached_property
+    def _posterior_mean(self) -> tuple[Table, Table]:
+        tables = buffers(self.cfg)
+        return Table(tables["posterior_mean_coef1"]), Table(tables["posterior_mean_coef2"])
+
     def tables(self) -> dict[str, Tensor]:
         """Constants that a published LDM or DynamiCrafter state dict holds, by name, float32."""
         tables = {k: v for k, v in buffers(self.cfg).items() if k != "lvlb_weights"}
@@ -216,8 +221,22 @@ class DDPM:
 
     def _log_variance(self, frac: Tensor, t: Tensor) -> Tensor:
         """Between the bounds of one step (Nichol & Dhariwal 2021, eq. 15); frac in [-1, 1]."""
-        low, high = (per_sample(table(t)) for table in self._log_variances)
+        low, high = self.log_variances(t)
         return low + (frac + 1) / 2 * (high - low)
+
+    def log_variances(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of a learned log-variance of the step from t to t - 1, each (B, 1, 1, 1, 1)."""
+        low, high = self._log_variances
+        return per_sample(low(t)), per_sample(high(t))
+
+    def posterior(self, z0: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z_{t-1} | z_t, z0) (Ho et al. 2020, eq. 7).
+
+        The log-variance is (B, 1, 1, 1, 1); at t = 0, where the variance is 0, that of t = 1.
+        """
+        of_z0, of_z_t = (per_sample(table(t)) for table in self._posterior_mean)
+        mean = of_z0 * per_sample(self._rescale(t)) * z0 + of_z_t * z_t
+        return mean, self.log_variances(t)[0]
 
     def times(self, steps: int, spacing: str) -> Tensor:
         """(N,) int64, decreasing; N is `steps` but for the published quirks of uniform and quad.

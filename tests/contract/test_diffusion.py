@@ -139,7 +139,8 @@ def terms(key: str, error: float) -> Any:
     z0, eps = tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1)
     t = schedule.draw_t(draws(4))
     out = (schedule.target(z0, eps, t) + error).requires_grad_()
-    return loss(schedule, out, z0, eps, t), out
+    variance = [torch.zeros_like(out)] * (schedule.cfg.outputs() - 1)  # beside the prediction
+    return loss(schedule, torch.cat([out, *variance], 1), z0, eps, t), out
 
 
 @each_loss
@@ -164,7 +165,8 @@ def test_a_better_output_costs_less_and_the_gradient_says_so(key):
 def test_losses_are_computed_in_float32(key):
     schedule, loss = built(key, "schedule"), built(key)
     z0 = tensor(2, 3, 2, 2, 2).bfloat16()
-    found = loss(schedule, z0.clone(), z0, z0, schedule.draw_t(draws(2)))
+    out = torch.cat([z0] * schedule.cfg.outputs(), 1)
+    found = loss(schedule, out, z0, z0, schedule.draw_t(draws(2)))
     assert found.total.dtype == torch.float32
 
 

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from plugins.loss.hybrid import Hybrid
 from plugins.loss.ldm import LDMLoss
 from plugins.loss.mse import MSE
 from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
+from tests.golden_easyanimate import near, recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LOSSES = {"mse": MSE(MSE.Config()), "ldm": LDMLoss(LDMLoss.Config())}
@@ -67,6 +69,42 @@ def test_a_dynamicrafter_step_is_reproduced():
     told = 0.05 * tensors["out/c_crossattn"].mean((1, 2)) + 0.01 * tensors["out/fs"]
     out = out + (told + 0.3 * torch.cos(t / 200)).view(-1, 1, 1, 1, 1)
     check(facts, LOSSES["ldm"](schedule, out, z0, eps, t), {"A": a, "B": b})
+
+
+LEARNED = DDPM(DDPM.Config(beta_schedule="linear", betas=(1e-4, 0.02), learned_variance=True))
+
+
+@pytest.mark.parametrize(("name", "below"), [("plain", 0), ("snr", 250)])
+def test_the_hybrid_loss_of_easyanimate_is_reproduced(name, below):
+    want = recorded("diffusion_loss")
+    z0, eps, t = want["in.x_start"], want["in.noise"], want["in.timestep"].long()
+    z_t = LEARNED.noised(z0, eps, t)
+    near("x_t", z_t, want["out.x_t"])
+    assert torch.equal(LEARNED.inputs(z_t, t)[1], want["out.model_timestep"].long())
+    out = want["in.model_output"]
+    near("vb", Hybrid.bound(LEARNED, out, z0, z_t, t), want[f"out.{name}.vb"])
+    terms = Hybrid(Hybrid.Config(x0_below=below))(LEARNED, out, z0, eps, t)
+    near("loss", terms.per_sample, want[f"out.{name}.loss"])
+    without = Hybrid(Hybrid.Config(x0_below=below, vb_weight=0.0))(LEARNED, out, z0, eps, t)
+    near("mse", without.per_sample, want[f"out.{name}.mse"])
+
+
+def test_the_bound_trains_the_variance_alone():
+    z0, eps, t = sample(LEARNED)
+    out = torch.cat((eps + 1, torch.zeros_like(eps)), 1).requires_grad_()
+    Hybrid(Hybrid.Config())(LEARNED, out, z0, eps, t).total.backward()
+    prediction, variance = out.grad.chunk(2, 1)
+    torch.testing.assert_close(prediction, torch.full_like(eps, 2 / eps.numel()))
+    assert variance.abs().amin((1, 2, 3, 4))[1:].min() > 0
+
+
+def test_the_bound_weighs_as_many_times_as_there_are_where_it_is_corrected():
+    schedule = DDPM(DDPM.Config(timesteps=500, learned_variance=True))
+    z0, eps, _ = sample(schedule)
+    t, out = torch.tensor([0, 10, 250, 499]), torch.cat((eps, eps), 1)
+    bound = Hybrid.bound(schedule, out, z0, schedule.noised(z0, eps, t), t)
+    terms = Hybrid(Hybrid.Config(vb_weight=None))(schedule, out, z0, eps, t)
+    torch.testing.assert_close(terms.per_sample, 0.5 * bound)
 
 
 SCHEDULES = {
@@ -171,11 +209,23 @@ def test_a_bad_setting_is_named(settings, field):
 
 
 @pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"vb_weight": -1.0}, "vb_weight"), ({"vb_weight": float("nan")}, "vb_weight"),
+     ({"x0_below": -1}, "x0_below")],
+)  # fmt: skip
+def test_a_bad_setting_of_the_hybrid_loss_is_named(settings, field):
+    (problem,) = Hybrid.Config(**settings).problems()
+    assert problem.startswith(f"{field}=")
+
+
+@pytest.mark.parametrize(
     ("loss", "schedule", "says"),
     [
         (MSE.Config(), DDPM.Config(learned_variance=True), "variance"),
         (LDMLoss.Config(), DDPM.Config(learned_variance=True), "variance"),
         (LDMLoss.Config(), Flow.Config(), "whole times"),
+        (Hybrid.Config(), DDPM.Config(), "learned_variance=true"),
+        (Hybrid.Config(), Flow.Config(), "whole times"),
         (LDMLoss.Config(learn_logvar=True), DDPM.Config(timesteps=500), "timesteps=1000"),
     ],
 )

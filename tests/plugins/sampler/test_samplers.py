@@ -10,10 +10,11 @@ from plugins.sampler.ddpm import Ancestral
 from plugins.sampler.dpmpp_2m import DPMpp2M
 from plugins.sampler.euler import Euler
 from plugins.sampler.heun import Heun
+from plugins.sampler.pndm import PNDM
 from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
 from sandbox.contracts import Denoised
-from sandbox.randomness import Keyed
+from sandbox.randomness import Keyed, Recorded
 from sandbox.sampling import PlainHooks
 
 SAMPLERS = {
@@ -23,6 +24,7 @@ SAMPLERS = {
     "ddpm_beta": Ancestral(Ancestral.Config(variance="beta")),
     "euler": Euler(Euler.Config()),
     "heun": Heun(Heun.Config()),
+    "pndm": PNDM(PNDM.Config()),
     "dpmpp_2m": DPMpp2M(DPMpp2M.Config()),
     "cogvideox_dpm": CogVideoXDPM(CogVideoXDPM.Config()),
 }
@@ -87,7 +89,8 @@ def error_half_way(sampler, schedule, steps: int, mean: float = 0.5, std: float 
 
 def test_flow_and_diffusion_samplers_are_all_paired():
     refused = {(a, b) for a in SAMPLERS for b in SCHEDULES} - set(PAIRS)
-    assert refused == {("cogvideox_dpm", "flow"), ("cogvideox_dpm", "shifted")}
+    discrete = ("cogvideox_dpm", "pndm")
+    assert refused == {(sampler, flow) for sampler in discrete for flow in ("flow", "shifted")}
 
 
 @pytest.mark.parametrize(("sampler", "schedule"), PAIRS)
@@ -259,7 +262,55 @@ def test_a_schedule_that_does_not_suit_is_refused(cfg, schedule, field):
     assert problem.startswith(field) and "want" in problem
 
 
-def test_a_learned_variance_needs_all_times():
-    schedule = DDPM.Config(learned_variance=True)
-    (problem,) = Ancestral.Config(variance="learned", steps=50).accepts(schedule)
-    assert problem.startswith("steps=50") and "1000" in problem
+@pytest.mark.parametrize(("share", "fixed"), [(-1.0, "posterior"), (1.0, "beta")])
+@pytest.mark.parametrize("steps", [7, 20])
+def test_a_learned_variance_at_fewer_times_is_that_of_the_longer_steps(share, fixed, steps):
+    schedule = DDPM(DDPM.Config(learned_variance=True))
+    learned = Ancestral(Ancestral.Config(variance="learned", steps=steps))
+    assert not list(learned.cfg.accepts(schedule.cfg))
+    z = start(2, 1, 1, 2, 2)
+
+    def model(z: Tensor, t: Tensor, step: int) -> Tensor:
+        return torch.cat([0.5 * z, torch.full_like(z, share)], 1)
+
+    want = Ancestral(Ancestral.Config(variance=fixed))(model, schedule, z, steps, draws(2))
+    torch.testing.assert_close(learned(model, schedule, z, steps, draws(2)), want)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 25])
+def test_pndm_is_that_of_diffusers(steps):
+    judge = pytest.importorskip("diffusers").PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        skip_prk_steps=True, set_alpha_to_one=True, timestep_spacing="leading",
+    )  # fmt: skip
+    judge.set_timesteps(steps)
+    schedule, z = SCHEDULES["eps"], start(2, 2, 1, 3, 3)
+    model = oracle(schedule, 0.5, 0.6)
+    want = z
+    for t in judge.timesteps:
+        want = judge.step(model(want, t.expand(2), 0), t, want, return_dict=False)[0]
+    got = PNDM(PNDM.Config(spacing="leading"))(model, schedule, z, steps, draws(2))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # its tables are float32
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_with_eta_1_is_euler_ancestral_of_diffusers(spacing):
+    """It counts in z / alpha, where noise has the level sigma / alpha."""
+    judge = pytest.importorskip("diffusers").EulerAncestralDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        timestep_spacing=spacing,
+    )  # fmt: skip
+    judge.set_timesteps(10)
+    schedule, z = SCHEDULES["eps"], start(2, 2, 1, 3, 3)
+    times = schedule.times(10, spacing)
+    assert times.tolist() == judge.timesteps.tolist()
+    model, level = oracle(schedule, 0.5, 0.6), float(schedule.alpha(times[:1]))
+    want, generator = z / level, torch.Generator().manual_seed(0)
+    for t in judge.timesteps:
+        out = model(judge.scale_model_input(want, t), t.long().expand(2), 0)
+        want = judge.step(out, t, want, generator=generator, return_dict=False)[0]
+    generator.manual_seed(0)
+    noise = {f"sampler_noise_{i}": torch.randn(z.shape, generator=generator) for i in range(10)}
+    euler_a = DDIM(DDIM.Config(eta=1.0, spacing=spacing))
+    got = euler_a(model, schedule, z, 10, Recorded(noise))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # its tables are float32

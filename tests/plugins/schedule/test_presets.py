@@ -29,6 +29,12 @@ PRESETS = {
     },
     "schedule/ddpm_cogvideox_5b": {"prediction": "v", "zero_terminal_snr": True, "snr_shift": 1.0},
     "schedule/ddpm_cosine_v": {"beta_schedule": "cosine", "min_snr_gamma": 5.0},
+    "schedule/ddpm_easyanimate": {
+        "prediction": "eps",
+        "beta_schedule": "linear",
+        "betas": (0.0001, 0.02),
+        "learned_variance": True,
+    },
     "schedule/flow_uniform": {"t_distribution": "uniform"},
     "sampler/ddim_ldm": {"steps": 200, "eta": 0.0, "spacing": "uniform", "end": "first"},
     "sampler/ddim_dynamicrafter": {"steps": 50, "eta": 1.0, "spacing": "trailing", "end": "first"},
