@@ -47,12 +47,20 @@ def tiny() -> Root:
 
 
 def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
-    """`root` with another component; a first stage that is trained gets random weights."""
+    """`root` with another component; a first stage that is trained gets random weights.
+
+    A schedule gets a learned variance where the loss takes no other.
+    """
     if group == "callbacks" and cfg is not None:
         return replace(root, callbacks={cfg.plugin.rpartition("/")[2]: cfg})
     if group == "vae" and cfg is not None and cfg.fitted() == "trained":
         cfg = replace(cfg, weights=None)
-    return replace(root, **{group: cfg})
+    root = replace(root, **{group: cfg})
+    if group in ("loss", "schedule") and hasattr(root.schedule, "learned_variance"):
+        learned = replace(root.schedule, learned_variance=True)
+        if any(root.loss.accepts(root.schedule)) and not any(root.loss.accepts(learned)):
+            return replace(root, schedule=learned)
+    return root
 
 
 def wired_around(group: str, cfg: PluginConfig) -> Wiring:
@@ -80,8 +88,6 @@ def _exchanged(root: Root, group: str) -> Iterator[Root]:
     for partner in (g for g in PARTNERS if g != group):
         for _, cfg in plugin_configs(partner):
             yield with_part(root, partner, cfg)
-            if hasattr(cfg, "learned_variance"):
-                yield with_part(root, partner, replace(cfg, learned_variance=True))
     if group == "conditioning":
         for (_, backbone), (_, vae) in product(plugin_configs("backbone"), plugin_configs("vae")):
             yield with_part(with_part(root, "backbone", backbone), "vae", vae)

@@ -77,12 +77,6 @@ def options(group: str, with_presets: bool = False) -> dict[str, PluginConfig | 
     made: dict[str, PluginConfig | None] = {name: shrunk(cfg) for name, cfg in found.items()}
     if group == "data":  # and pictures of it, which 2-D networks want
         made |= {f"{name} data.frames=1": replace(cfg, frames=1) for name, cfg in made.items()}
-    if group == "schedule":  # and what a loss with a variance bound wants
-        made |= {
-            f"{name} schedule.learned_variance=true": replace(cfg, learned_variance=True)
-            for name, cfg in made.items()
-            if hasattr(cfg, "learned_variance")
-        }
     return made | ({"null": None} if group == "metric" else {})
 
 

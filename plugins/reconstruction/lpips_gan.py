@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from plugins._blocks.discriminator3d import FramesAndClips
 from plugins._blocks.lpips import LPIPS
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import FirstStageConfig, PluginConfig, Terms, in_range, one_of
 from sandbox.registry import register
+
+GROUPS = 32  # of the norms of the 3-D discriminator, as published
 
 
 @register("reconstruction", "lpips_gan")
@@ -30,6 +33,8 @@ class LPIPSWithDiscriminator(nn.Module):
 
         lpips: "hub", "random" (for tests) or a folder or file of weights; not looked at where
         perceptual_weight is 0. logvar_init: of the KL form, whose log-variance is never trained.
+        disc3d_channels: of a second discriminator, which looks at clips (EasyAnimate); none where
+        it is empty.
         """
 
         l1_weight: float = 1.0
@@ -45,6 +50,7 @@ class LPIPSWithDiscriminator(nn.Module):
         disc_loss: str = "hinge"
         disc_num_layers: int = 2
         disc_ndf: int = 16
+        disc3d_channels: tuple[int, ...] = ()
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -56,6 +62,8 @@ class LPIPSWithDiscriminator(nn.Module):
             yield from one_of("disc_loss", self.disc_loss, ("hinge", "vanilla"))
             yield from in_range("disc_num_layers", self.disc_num_layers, 1, 8)
             yield from in_range("disc_ndf", self.disc_ndf, 1)
+            if any(c < 1 or c % GROUPS for c in self.disc3d_channels):
+                yield f"disc3d_channels={list(self.disc3d_channels)}: want multiples of {GROUPS}"
             if not self.lpips:
                 yield "lpips='': want hub, random, or a folder or file of weights"
 
@@ -68,7 +76,12 @@ class LPIPSWithDiscriminator(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.perceptual_loss = LPIPS(cfg.lpips) if cfg.perceptual_weight else None
-        self.discriminator = NLayerDiscriminator(cfg.disc_ndf, cfg.disc_num_layers)
+        if cfg.disc3d_channels:
+            self.discriminator = FramesAndClips(
+                cfg.disc_ndf, cfg.disc_num_layers, tuple(cfg.disc3d_channels)
+            )
+        else:
+            self.discriminator = NLayerDiscriminator(cfg.disc_ndf, cfg.disc_num_layers)
         self.discriminator.requires_grad_(False)  # but in its own turn
         # As published: a parameter that no optimizer gets.
         self.logvar = nn.Parameter(torch.tensor(cfg.logvar_init), requires_grad=False)
@@ -84,7 +97,7 @@ class LPIPSWithDiscriminator(nn.Module):
             log["p_loss"] = distance.mean()
         log["rec_loss"] = error.mean()
         per_frame, log["nll_loss"], regularizer = self._form(error, out, log)
-        g_loss = -self.discriminator(y).mean()
+        g_loss = -sum(logits.mean() for logits in self.judged(out.video))
         d_weight = self.adaptive_weight(log["nll_loss"], g_loss, out.last_layer)
         total = log["nll_loss"] + regularizer.mean() + d_weight * self.factor(step) * g_loss
         log |= {"g_loss": g_loss, "d_weight": d_weight, "total_loss": total}
@@ -110,19 +123,27 @@ class LPIPSWithDiscriminator(nn.Module):
 
     def discriminate(self, out: Reconstruction, step: int = 0) -> Terms:
         """The discriminator's loss; the autoencoder gets no gradient of it."""
-        real, fake = (self.discriminator(frames(v.detach())) for v in (out.target, out.video))
-        if self.cfg.disc_loss == "hinge":
-            losses = F.relu(1 - real), F.relu(1 + fake)
-        else:
-            losses = F.softplus(-real), F.softplus(fake)
-        per_frame = 0.5 * sum(loss.flatten(1).mean(1) for loss in losses)
-        per_sample = self.factor(step) * per_frame.view(out.target.shape[0], -1).mean(1)
-        log = {
-            "disc_loss": per_sample.mean(),
-            "logits_real": real.mean(),
-            "logits_fake": fake.mean(),
-        }
+        per_sample, log = out.target.new_zeros(len(out.target)), {}
+        judged = zip(
+            *(self.judged(v.detach()) for v in (out.target, out.video)), ("", "_3d"), strict=False
+        )
+        for real, fake, kind in judged:
+            if self.cfg.disc_loss == "hinge":
+                losses = F.relu(1 - real), F.relu(1 + fake)
+            else:
+                losses = F.softplus(-real), F.softplus(fake)
+            per_sample = per_sample + 0.5 * sum(x.view(len(per_sample), -1).mean(1) for x in losses)
+            log |= {f"logits_real{kind}": real.mean(), f"logits_fake{kind}": fake.mean()}
+        per_sample = self.factor(step) * per_sample
+        log["disc_loss"] = per_sample.mean()
         return Terms(per_sample.mean(), per_sample, {k: v.detach() for k, v in log.items()})
+
+    def judged(self, video: Tensor) -> list[Tensor]:
+        """Logits of the frames of a video, and of the clips where there is a judge of them."""
+        logits = [self.discriminator(frames(video))]
+        if self.cfg.disc3d_channels:
+            logits.append(self.discriminator.discriminator3d(video))
+        return logits
 
     def factor(self, step: int) -> float:
         return self.cfg.disc_factor if step >= self.cfg.disc_start else 0.0

@@ -1,5 +1,6 @@
 """The published first-stage loss: its terms, the discriminator's turn, resume, LPIPS."""
 
+import json
 from copy import deepcopy
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from plugins._blocks.discriminator3d import Discriminator3D
 from plugins._blocks.lpips import LPIPS, from_torchvision
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
@@ -18,6 +20,7 @@ from sandbox.runs import open_root
 from sandbox.training import fit, start
 from sandbox.wiring import wire
 from tests.engine import StopAfter, differing
+from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import composed
 
 SETTINGS = (
@@ -105,6 +108,39 @@ def test_the_generators_turn_leaves_no_gradient_in_the_discriminator():
     part(out, 0).total.backward()
     assert weight.grad is not None
     assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
+
+
+def test_a_discriminator_of_clips_is_judge_beside_that_of_frames():
+    part, (out, weight) = loss(disc3d_channels=(32,)), made()
+    terms = part(out, 0)
+    of_frames = part.discriminator(out.video[:, :, 0]).mean()
+    of_clips = part.discriminator.discriminator3d(out.video).mean()
+    torch.testing.assert_close(terms.log["g_loss"], -(of_frames + of_clips).detach())
+    terms.total.backward()
+    assert weight.grad is not None and not any(p.grad is not None for p in part.parameters())
+    for p in (
+        *part.discriminator.main[-1].parameters(),
+        *part.discriminator.discriminator3d.conv_out.parameters(),
+    ):
+        nn.init.zeros_(p)
+    judged = part.discriminate(out, 0)
+    assert judged.total.item() == pytest.approx(2.0)  # hinge losses of chance, summed
+    assert {"logits_real_3d", "logits_fake_3d"} < set(judged.log)
+
+
+@torch.no_grad()
+def test_the_discriminator_of_clips_equals_the_original():
+    spec, tensors = facts("discriminator3d"), recorded("discriminator3d")
+    judge = Discriminator3D(tuple(spec["block_out_channels"]))
+    judge.load_state_dict(by_rule(judge, spec["weight_seed"]), strict=False)
+    near("logits", judge(tensors["in.x"]), tensors["out.logits"])
+
+
+def test_the_discriminator_of_clips_has_the_published_names_and_shapes():
+    with torch.device("meta"):
+        state = Discriminator3D().state_dict()
+    manifest = json.loads((GOLDEN / "easyanimate_vae_discriminator3d.json").read_text())
+    assert {k: list(v.shape) for k, v in state.items()} == {k: s for k, (s, _) in manifest.items()}
 
 
 def session(out, stop=None, **changes):
