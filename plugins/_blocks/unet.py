@@ -259,11 +259,16 @@ class AttentionBlock(nn.Module):
 
 
 class Layers(nn.Sequential):
-    """Layers one after the other; those that have `tell` are told what they take."""
+    """Layers one after the other; those that have `tell` are told what they take.
+
+    A layer's own `motion_module` follows it: inside the layer, it moves no name of those after it.
+    """
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
         for layer in self:
             x = layer.tell(x, told) if hasattr(layer, "tell") else layer(x)
+            if (motion := getattr(layer, "motion_module", None)) is not None:
+                x = motion.tell(x, told)
         return x
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
+from plugins._blocks.motion import MotionModule
+from plugins._blocks.skips import long_skips, through
 from sandbox.contracts import (
     SCALARS,
     BackboneConfig,
@@ -25,6 +28,11 @@ from sandbox.contracts import (
     one_of,
 )
 from sandbox.registry import register
+
+ATTENTIONS = ("joint", "factorised", "spatial")
+MOTION_MODULES = ("none", "vanilla", "grid")
+SKIPS = ("none", "uvit")
+GROUPS = 32  # of a motion module's norm, as published
 
 
 def norm(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -42,9 +50,16 @@ class DiT(nn.Module):
         """Width, depth and what it is told.
 
         patch, patch_t: latent cells of a token in space and in time; attention: joint (a token sees
-        all tokens) or factorised (its frame, then its place in all frames); max_*: size of the
-        position tables in patches; scalars: numbers that it is told, such as fps. A vector as wide
-        as the network joins the time embedding as it is, any other through a linear layer.
+        all tokens), factorised (its frame, then its place in all frames) or spatial (its frame;
+        all frames have the place in time of a picture, so that a network of pictures goes on with
+        clips); max_*: size of the position tables in patches; scalars: numbers that it is told,
+        such as fps. A vector as wide as the network joins the time embedding as it is, any other
+        through a linear layer.
+
+        motion_module: where frames meet with attention=spatial: none, vanilla (over time at each
+        place) or grid (in blocks of motion_block_size x motion_block_size tokens), with
+        motion_heads heads. skips: uvit adds long skips from early blocks to late ones. Both start
+        at zero: weights trained without them give at first what they gave before.
         """
 
         width: int = 64
@@ -54,6 +69,10 @@ class DiT(nn.Module):
         patch: int = 1
         patch_t: int = 1
         attention: str = "joint"
+        motion_module: str = "none"
+        motion_block_size: int = 2
+        motion_heads: int = 8
+        skips: str = "none"
         time_features: int = 64
         max_frames: int = 32
         max_height: int = 32
@@ -68,7 +87,9 @@ class DiT(nn.Module):
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from one_of("attention", self.attention, ("joint", "factorised"))
+            yield from one_of("attention", self.attention, ATTENTIONS)
+            yield from one_of("skips", self.skips, SKIPS)
+            yield from self.motion_problems()
             yield from above("mlp_ratio", self.mlp_ratio, 0, 64)
             if 0 < self.width * self.mlp_ratio < 1:
                 yield f"mlp_ratio={self.mlp_ratio}: want at least 1 / width, {1 / self.width:.2g}"
@@ -86,6 +107,27 @@ class DiT(nn.Module):
             if len(set(self.scalars)) < len(self.scalars):
                 yield f"scalars={list(self.scalars)}: want each name once"
 
+        def motion_problems(self) -> Iterator[str]:
+            yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
+            yield from in_range("motion_block_size", self.motion_block_size, 1)
+            yield from in_range("motion_heads", self.motion_heads, 1)
+            if self.motion_module not in MOTION_MODULES[1:]:
+                return
+            if self.attention in ("joint", "factorised"):
+                yield (
+                    f"motion_module={self.motion_module!r}: frames already meet in attention="
+                    f"{self.attention}; want attention=spatial, or none"
+                )
+            if self.width > 0 and self.width % GROUPS:
+                yield f"width={self.width}: want a multiple of {GROUPS}, or motion_module=none"
+            elif self.motion_heads > 0:
+                inner = self.width // self.motion_heads * self.motion_heads
+                if self.width > 0 and (inner < 2 or inner % 2):
+                    yield (
+                        f"motion_heads={self.motion_heads}: {self.width} // heads * heads is "
+                        f"{inner}; want an even number"
+                    )
+
         def takes(self) -> frozenset[str]:
             return frozenset({"context", "vector", "concat", *self.scalars})
 
@@ -94,8 +136,9 @@ class DiT(nn.Module):
 
         def grid(self, z: Clip) -> Clip:
             """`z` with frames padded to whole patches; height and width must divide."""
-            must_divide("height", z.height, self.patch)
-            must_divide("width", z.width, self.patch)
+            block = self.motion_block_size if self.motion_module == "grid" else 1
+            must_divide("height", z.height, self.patch * block)
+            must_divide("width", z.width, self.patch * block)
             z = replace(z, frames=-(-z.frames // self.patch_t) * self.patch_t)
             patches = {"frames": self.patch_t, "height": self.patch, "width": self.patch}
             for name, patch in patches.items():
@@ -116,7 +159,12 @@ class DiT(nn.Module):
             )
 
         def adapter_targets(self) -> tuple[str, ...]:
-            return ("to_qkv", "to_out", *(("to_q", "to_kv") if self.context_dim else ()))
+            cross = ("to_q", "to_kv") if self.context_dim else ()
+            if self.motion_module == "none":
+                return ("to_qkv", "to_out", *cross)
+            # a motion module's to_out is a sequence
+            outs = ("attn.to_out", "to_out.0", *(("cross.to_out",) if self.context_dim else ()))
+            return ("to_qkv", *outs, *dict.fromkeys((*cross, "to_q", "to_k", "to_v")))
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -135,6 +183,7 @@ class DiT(nn.Module):
         direct = cfg.vector_dim in (0, cfg.width)
         self.vector_in = nn.Identity() if direct else nn.Linear(cfg.vector_dim, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_blocks))
+        self.skips = long_skips(cfg.num_blocks if cfg.skips == "uvit" else 1, cfg.width)
         self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
         self.patch_out = nn.Linear(cfg.width, cfg.out_channels * cells)
         self.initialise()
@@ -144,10 +193,12 @@ class DiT(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        zero = [self.modulation, self.patch_out]
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        zero = [self.modulation, self.patch_out, *self.skips]
         for block in self.blocks:
             zero += [block.modulation, *([block.cross.to_out] if block.cross else [])]
+            zero += [block.motion.temporal_transformer.proj_out] if block.motion else []
         for layer in zero:
             nn.init.zeros_(layer.weight)
 
@@ -166,15 +217,17 @@ class DiT(nn.Module):
         sizes = {"r": cfg.patch_t, "p": cfg.patch, "q": cfg.patch}
         x = rearrange(z, "b c (t r) (h p) (w q) -> b t h w (r p q c)", **sizes)
         frames, height, width = x.shape[1:4]
-        x = self.patch_in(x.flatten(2, 3)) + self.positions(frames, height, width)  # (B, T, S, D)
-        for block in self.blocks:
+        # Pictures have trained the first place in time alone: frames that are pictures have it too.
+        places = self.positions(1 if cfg.attention == "spatial" else frames, height, width)
+        x = self.patch_in(x.flatten(2, 3)) + places  # (B, T, S, D)
+
+        def step(block: Block, x: Tensor) -> Tensor:
+            told = (c, cond.context, cond.context_mask, height)
             if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, c, cond.context, cond.context_mask,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                x = block(x, c, cond.context, cond.context_mask)
+                return checkpoint(block, x, *told, use_reentrant=False, preserve_rng_state=False)
+            return block(x, *told)
+
+        x = through([partial(step, block) for block in self.blocks], self.skips, x)
         shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)
         x = self.patch_out(norm(x, shift, scale))
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
@@ -206,18 +259,19 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, cross-attention and MLP on tokens (B, T, S, D).
+    """Attention, motion, cross-attention and MLP on tokens (B, T, S, D), S of `height` rows.
 
     `c` (B, D) shifts, scales and gates all but cross-attention, whose last layer starts at zero.
     """
 
     def __init__(self, cfg: DiT.Config) -> None:
         super().__init__()
-        factorised = cfg.attention == "factorised"
+        factorised, self.is_joint = cfg.attention == "factorised", cfg.attention == "joint"
         hidden = int(cfg.width * cfg.mlp_ratio)
         self.modulation = nn.Linear(cfg.width, (9 if factorised else 6) * cfg.width)
         self.attn = SelfAttention(cfg.width, cfg.num_heads)
         self.temporal = TemporalAttention(cfg.width, cfg.num_heads) if factorised else None
+        self.motion = motion_of(cfg)
         self.cross = (
             CrossAttention(cfg.width, cfg.num_heads, cfg.context_dim) if cfg.context_dim else None
         )
@@ -226,17 +280,33 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, c: Tensor, context: Tensor | None, context_mask: Tensor | None
+        self,
+        x: Tensor,
+        c: Tensor,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        height: int = 1,
     ) -> Tensor:
-        joint = self.temporal is None
-        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(6 if joint else 9, -1)
+        parts = 6 if self.temporal is None else 9
+        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(parts, -1)
         h = norm(x, shift, scale)
-        h = self.attn(h.flatten(1, 2) if joint else h.flatten(0, 1))  # (B, T*S, D) or (B*T, S, D)
-        x = torch.addcmul(x, gate, h.view_as(x))
-        if not joint:
+        h = h.flatten(1, 2) if self.is_joint else h.flatten(0, 1)  # (B, T*S, D) or (B*T, S, D)
+        x = torch.addcmul(x, gate, self.attn(h).view_as(x))
+        if self.temporal is not None:
             shift, scale, gate, *more = more
             x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale)))
+        if self.motion is not None:
+            x = self.motion(x.unflatten(2, (height, -1))).flatten(2, 3)
         if self.cross is not None:
             x = x + self.cross(norm(x).flatten(1, 2), context, context_mask).view_as(x)
         shift, scale, gate = more
         return torch.addcmul(x, gate, self.mlp(norm(x, shift, scale)))
+
+
+def motion_of(cfg: DiT.Config) -> MotionModule | None:
+    if cfg.motion_module == "none":
+        return None
+    block_size = cfg.motion_block_size if cfg.motion_module == "grid" else 1
+    return MotionModule(
+        cfg.width, cfg.motion_heads, block_size=block_size, max_frames=cfg.max_frames
+    )

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
+from einops import rearrange
 from torch import Tensor, nn
 
+from plugins._blocks.motion import MotionModule
 from plugins._blocks.unet import AttentionBlock, Told, UNet
 from plugins._blocks.unet_attention import SpatialTransformer
 from sandbox.contracts import (
@@ -17,10 +19,13 @@ from sandbox.contracts import (
     Slots,
     in_range,
     must_divide,
+    one_of,
 )
 from sandbox.registry import register
 
 GROUPS = 32  # of every group norm, as published
+MOTION_MODULES = ("none", "vanilla", "grid")
+MOTION_FRAMES = 4096  # the most that a motion module tells apart, as published
 
 
 @register("backbone", "unet2d")
@@ -38,6 +43,10 @@ class UNet2D(UNet):
         use_new_attention_order: order of q, k and v in `qkv`. use_spatial_transformer: to be told
         tokens; null where there are any. image_size is only written down: any size that divides
         works.
+
+        motion_module: what follows attention and makes it a network of clips: vanilla (attention
+        over time at each place) or grid (in blocks of motion_block_size x motion_block_size), with
+        motion_heads heads. It starts at zero: a network of pictures is unchanged on every frame.
 
         null is what the latents and the conditioning need, 0 is none. in_channels counts concat
         channels too. adm_in_channels: width of a vector that joins the time embedding, under the
@@ -65,6 +74,9 @@ class UNet2D(UNet):
         context_dim: int | None = None
         adm_in_channels: int | None = None
         use_checkpoint: bool = False
+        motion_module: str = "none"
+        motion_block_size: int = 2
+        motion_heads: int = 8
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -83,15 +95,31 @@ class UNet2D(UNet):
             if unknown := set(self.attention_resolutions) - set(factors):
                 yield f"attention_resolutions={sorted(unknown)}: want some of {factors}, by factor"
             yield from self.head_problems(factors)
+            yield from self.motion_problems(factors)
             if self.use_spatial_transformer and self.context_dim == 0:
                 yield "use_spatial_transformer=True: want context_dim > 0, or false"
             if self.use_spatial_transformer is False and self.context_dim:
                 yield "use_spatial_transformer=False: want true with context_dim, which it reads"
 
-        def head_problems(self, factors: list[int]) -> Iterator[str]:
+        def attention_widths(self, factors: list[int]) -> list[int]:
             mults = zip(factors, self.channel_mult, strict=True)
             at = [m for f, m in mults if f in self.attention_resolutions] + [self.channel_mult[-1]]
-            widths = sorted({self.model_channels * m for m in at})
+            return sorted({self.model_channels * m for m in at})
+
+        def motion_problems(self, factors: list[int]) -> Iterator[str]:
+            yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
+            yield from in_range("motion_block_size", self.motion_block_size, 1)
+            yield from in_range("motion_heads", self.motion_heads, 1)
+            if self.motion_module not in MOTION_MODULES[1:] or self.motion_heads < 1:
+                return
+            n = self.motion_heads
+            for width in self.attention_widths(factors):
+                inner = width // n * n
+                if width > 0 and (inner < 2 or inner % 2):
+                    yield f"motion_heads={n}: {width} // {n} * {n} is {inner}; want an even number"
+
+        def head_problems(self, factors: list[int]) -> Iterator[str]:
+            widths = self.attention_widths(factors)
             counts = ("num_heads", "num_heads_upsample")
             for name in ("num_head_channels",) if self.num_head_channels != -1 else counts:
                 n = getattr(self, name)
@@ -108,10 +136,13 @@ class UNet2D(UNet):
             return frozenset(name for name, is_told in told.items() if is_told)
 
         def grid(self, z: Clip) -> Clip:
-            if z.frames != 1:
-                raise Misfit("frames", z.frames, "1 (it is a network for images)")
+            if self.motion_module == "none" and z.frames != 1:
+                raise Misfit("frames", z.frames, "1 (it is a network for images), or motion_module")
+            if z.frames > MOTION_FRAMES:
+                raise Misfit("frames", z.frames, f"at most {MOTION_FRAMES}")
+            block = self.motion_block_size if self.motion_module == "grid" else 1
             for name in ("height", "width"):
-                must_divide(name, getattr(z, name), 2 ** (len(self.channel_mult) - 1))
+                must_divide(name, getattr(z, name), 2 ** (len(self.channel_mult) - 1) * block)
             return z
 
         def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
@@ -129,12 +160,13 @@ class UNet2D(UNet):
             )
 
         def adapter_targets(self) -> tuple[str, ...]:
+            tokens = ("to_q", "to_k", "to_v", "to_out.0")
             if self.is_told_tokens():
-                return ("to_q", "to_k", "to_v", "to_out.0")
-            return ("qkv", "proj_out")
+                return tokens
+            return ("qkv", "proj_out", *(tokens if self.motion_module != "none" else ()))
 
         def has_matrices(self) -> bool:
-            return self.is_told_tokens()
+            return self.is_told_tokens() or self.motion_module != "none"
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
@@ -153,11 +185,17 @@ class UNet2D(UNet):
             )
         else:
             layer = AttentionBlock(width, heads, s.use_new_attention_order, s.use_checkpoint)
+        if s.motion_module != "none":
+            block_size = s.motion_block_size if s.motion_module == "grid" else 1
+            layer.motion_module = MotionModule(
+                width, s.motion_heads, block_size=block_size, max_frames=MOTION_FRAMES
+            )
         return [layer]
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, 1, H, W), t (B,) in [0, 1000) -> (B, out_channels, 1, H, W).
+        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
+        T is 1 without a motion module.
         Raises ValueError for what these settings cannot take, Misfit for sizes.
         """
         z = self.joined(z_t, cond)
@@ -165,5 +203,7 @@ class UNet2D(UNet):
         if cond.image_context is not None or cond.scalars:
             names = [name for name, _ in cond.tensors() if name in ("image_context", *cond.scalars)]
             raise ValueError(f"backbone=unet2d takes no {', '.join(names)}")
-        told = Told(self.embedding(z_t, t, cond), 1, cond.context, cond.context_mask)
-        return self.run(z.squeeze(2), told).unsqueeze(2)
+        frames = z.shape[2]
+        told = Told(self.embedding(z_t, t, cond), frames, cond.context, cond.context_mask)
+        out = self.run(rearrange(z, "b c t h w -> (b t) c h w"), told)
+        return rearrange(out, "(b t) c h w -> b c t h w", t=frames)

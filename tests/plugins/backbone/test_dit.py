@@ -350,7 +350,29 @@ def test_scalars_are_needed_where_they_are_named():
         ({"num_blocks": 0}, "num_blocks=0: want >= 1"),
         ({"patch": 0}, "patch=0: want >= 1"),
         ({"max_frames": 0}, "max_frames=0: want >= 1"),
-        ({"attention": "axial"}, "attention='axial': want one of ['joint', 'factorised']"),
+        (
+            {"attention": "axial"},
+            "attention='axial': want one of ['joint', 'factorised', 'spatial']",
+        ),
+        ({"skips": "unet"}, "skips='unet': want one of ['none', 'uvit']"),
+        (
+            {"motion_module": "raft"},
+            "motion_module='raft': want one of ['none', 'vanilla', 'grid']",
+        ),
+        (
+            {"motion_module": "vanilla"},
+            "motion_module='vanilla': frames already meet in attention=joint; want "
+            "attention=spatial, or none",
+        ),
+        (
+            {"width": 48, "attention": "spatial", "motion_module": "grid"},
+            "width=48: want a multiple of 32, or motion_module=none",
+        ),
+        (
+            {"attention": "spatial", "motion_module": "grid", "motion_heads": 65},
+            "motion_heads=65: 64 // heads * heads is 0; want an even number",
+        ),
+        ({"motion_block_size": 0}, "motion_block_size=0: want >= 1"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio=nan: want > 0 and <= 64"),
         ({"mlp_ratio": 0.01}, "mlp_ratio=0.01: want at least 1 / width, 0.016"),
         ({"time_features": 7}, "time_features=7: want an even number >= 2"),
@@ -400,3 +422,75 @@ def test_frames_that_are_not_whole_patches_are_refused():
     cfg = small(patch_t=3)
     with pytest.raises(Misfit, match="frames=4: want a multiple of patch_t=3"):
         DiT(cfg)(torch.randn(1, 4, 4, 4, 6), torch.zeros(1), Conditions())
+
+
+# from pictures to clips
+
+MOVING = {"attention": "spatial", "width": 32, "motion_heads": 2}
+
+
+@pytest.mark.parametrize("motion", ["vanilla", "grid"])
+@torch.no_grad()
+def test_a_network_of_pictures_goes_on_with_clips_frame_by_frame(motion):
+    """Trained with joint attention, of a picture's tokens. Places in time after the first are not
+    trained by pictures, and are not used.
+    """
+    clips = DiT(small(slots=EVERYTHING, motion_module=motion, skips="uvit", num_blocks=3, **MOVING))
+    assert len(clips.skips) == 1
+    image = stirred(small(slots=EVERYTHING, width=32, num_blocks=3))
+    missing, unexpected = clips.load_state_dict(image.state_dict(), strict=False)
+    assert missing and all("skips." in k or ".motion." in k for k in missing) and not unexpected
+    z, t, cond = inputs(image.cfg)
+    alone = [
+        image(z[:, :, i : i + 1], t, replace(cond, concat=cond.concat[:, :, i : i + 1]))
+        for i in range(z.shape[2])
+    ]
+    # matrix products of other sizes: float32 rounding
+    torch.testing.assert_close(clips(z, t, cond), torch.cat(alone, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"motion_module": "none", "skips": "none"}])
+def test_names_are_as_before_where_nothing_is_added(settings):
+    names = DiT(small(**settings)).state_dict()
+    assert not [k for k in names if "motion" in k or "skips" in k]
+
+
+@pytest.mark.parametrize(("motion", "meet"), [("none", False), ("vanilla", True), ("grid", True)])
+@torch.no_grad()
+def test_frames_of_spatial_attention_meet_in_motion_modules_alone(motion, meet):
+    model = stirred(small(motion_module=motion, **MOVING))
+    z, t, cond = inputs(model.cfg)
+    other = z.clone()
+    other[:, :, 2] += 1
+    assert torch.equal(model(z, t, cond)[:, :, 0], model(other, t, cond)[:, :, 0]) != meet
+
+
+def test_motion_modules_and_skips_start_at_zero_and_are_trained():
+    model = DiT(small(motion_module="vanilla", skips="uvit", num_blocks=3, **MOVING))
+    zero = {
+        "skips.0.weight",
+        "skips.0.bias",
+        *(
+            f"blocks.{i}.motion.temporal_transformer.proj_out.{p}"
+            for i in range(3)
+            for p in ("weight", "bias")
+        ),
+    }
+    assert all(not p.any() for n, p in model.named_parameters() if n in zero)
+    model = stirred(model.cfg)
+    model(*inputs(model.cfg)).square().mean().backward()
+    ours = [(n, p) for n, p in model.named_parameters() if "motion" in n or "skips" in n]
+    assert all(p.grad is not None and p.grad.any() for _, p in ours)
+
+
+def test_adapter_targets_of_motion_modules_are_linear_layers_too():
+    cfg = small(slots=EVERYTHING, motion_module="vanilla", **MOVING)
+    modules = dict(DiT(cfg).named_modules())
+    for target in cfg.adapter_targets():
+        found = [m for n, m in modules.items() if n.endswith(f".{target}")]
+        assert found and all(isinstance(m, torch.nn.Linear) for m in found), target
+
+
+def test_blocks_of_a_motion_grid_must_fit():
+    with pytest.raises(Misfit, match="height=6: want a multiple of 4"):
+        small(motion_module="grid", patch=2, z=Clip(4, 3, 8, 8), **MOVING).grid(Clip(4, 3, 6, 8))

@@ -328,3 +328,69 @@ def test_bad_settings_are_named(settings, problem) -> None:
 def test_an_incomplete_config_is_refused() -> None:
     with pytest.raises(ValueError, match=r"backbone\.in_channels is null"):
         UNet2D(UNet2D.Config())
+
+
+# --- clips ----------------------------------------------------------------------------------------
+
+CLIP = Clip(4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("motion", ["vanilla", "grid"])
+@pytest.mark.parametrize("slots", [Slots(), TOLD], ids=["plain", "told"])
+@torch.no_grad()
+def test_a_network_of_pictures_is_unchanged_on_every_frame_of_a_clip(slots, motion) -> None:
+    image = stirred(small(slots=slots))
+    video = UNet2D(small(CLIP, slots, motion_module=motion))
+    missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
+    assert missing and all(".motion_module." in k for k in missing) and not unexpected
+    _, t, cond = inputs(slots)
+    g = torch.Generator().manual_seed(2)
+    z = torch.randn(2, 4, 3, 8, 8, generator=g)
+    if slots.concat:
+        cond.concat = torch.randn(2, slots.concat, 3, 8, 8, generator=g)
+
+    def frame(i: int) -> Tensor:
+        concat = None if cond.concat is None else cond.concat[:, :, i : i + 1]
+        return image(z[:, :, i : i + 1], t, replace(cond, concat=concat))
+
+    # convolutions of other batches: float32 rounding
+    want = torch.cat([frame(i) for i in range(3)], 2)
+    torch.testing.assert_close(video(z, t, cond), want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_frames_of_a_clip_meet_in_motion_modules() -> None:
+    model = stirred(small(CLIP, motion_module="vanilla"))
+    z, t = torch.randn(2, 4, 3, 8, 8), torch.tensor([10.0, 700.5])
+    other = z.clone()
+    other[:, :, 2] += 1
+    assert not torch.equal(
+        model(z, t, Conditions())[:, :, 0], model(other, t, Conditions())[:, :, 0]
+    )
+
+
+def test_blocks_of_a_motion_grid_must_fit_the_smallest_size() -> None:
+    with pytest.raises(Misfit, match="height=6: want a multiple of 4"):
+        UNet2D.Config(motion_module="grid").grid(Clip(4, 3, 6, 8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"motion_module": "raft"}, "motion_module='raft': want one of"),
+        ({"motion_heads": 0}, "motion_heads=0: want >= 1"),
+        ({"motion_module": "vanilla", "motion_heads": 65}, "motion_heads=65: 64 // 65 * 65 is 0"),
+        ({"motion_block_size": 0}, "motion_block_size=0: want >= 1"),
+    ],
+)
+def test_a_bad_motion_setting_is_said(settings, problem) -> None:
+    (found,) = UNet2D.Config(**settings).problems()
+    assert found.startswith(problem)
+
+
+def test_adapter_targets_reach_motion_modules() -> None:
+    cfg = small(CLIP, motion_module="vanilla")
+    modules = dict(UNet2D(cfg).named_modules())
+    for target in cfg.adapter_targets():
+        found = [m for n, m in modules.items() if n.endswith(f".{target}")]
+        assert found and all(isinstance(m, nn.Linear | nn.Conv1d) for m in found), target
