@@ -1,4 +1,4 @@
-"""What an image logger shows of a system besides its samples (CompVis latent-diffusion, log_images).
+"""What an image logger shows of a system besides its samples (latent-diffusion, log_images).
 
 Each row is clips (N, 3, T, H, W) in [-1, 1] by column. Callers have set eval mode.
 """

@@ -241,7 +241,9 @@ class Training:
             found = looks(self.system, tuple(rows), count)
         for name, columns in found.items() if self.leads else ():
             path = self.run.samples / f"step_{self.step:08}" / f"{name}.png"
-            clips = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values())]
+            clips = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
             media.contact_sheet(path, [media.Row("", strips) for strips in clips])
             self.trackers.images(self.step, name, [path])
 
