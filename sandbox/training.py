@@ -292,9 +292,10 @@ class Training:
                 terms = system.step(batch, system.draws(batch))
                 losses.append(terms.per_sample)
                 logs.append({k: v * len(terms.per_sample) for k, v in terms.log.items()})
-                if (taken := sum(map(len, losses))) >= count:
+                if sum(map(len, losses)) >= count:
                     break
-        means = {k: (sum(log[k] for log in logs) / taken).item() for k in logs[0]}
+        taken = sum(map(len, losses))
+        means = {k: (torch.stack([log[k] for log in logs]).sum() / taken).item() for k in logs[0]}
         return means | {"loss": torch.cat(losses)[:count].mean().item()}
 
     @contextmanager
