@@ -20,7 +20,7 @@ STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer",
 # where files are, how much memory is used, how often a write is tried: not of a recipe
 OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fraction", "max_bad",
                "train_frames", "frames_per_pass", "attempts", "wait", "cosine_s", "turning_step",
-               "every", "best_of"}  # fmt: skip
+               "one_by_one", "every", "best_of"}  # fmt: skip
 
 
 def chosen(recipe: str) -> dict[str, str]:
