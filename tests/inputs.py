@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from sandbox import registry
+from sandbox.config import Root
 from sandbox.contracts import Batch, Clip, Conditions, DataConfig, DataError, Items, Slots
+from sandbox.encoding import encode_all
 from sandbox.randomness import Keyed
+from sandbox.rank import Rank
 from sandbox.wiring import Wiring
+from tests.helpers import tiny
 
 WORDS = ("a red 3 moving left", "a blue 7 moving up", "a green 0 moving down", "")
 
@@ -74,17 +78,34 @@ def items_of(cfg: DataConfig, split: str, folder: Path) -> tuple[Any, Items]:
     return source, source.split(split)
 
 
-def with_clips(cfg: DataConfig, folder: Path) -> DataConfig:
-    """`cfg` with a root below `folder` that holds clips for it, where it reads files."""
+def with_clips(cfg: DataConfig, folder: Path, root: Root | None = None) -> DataConfig:
+    """`cfg` with a root below `folder` that holds clips for it, where it reads files.
+
+    Latents are stored with the first stage of `root`, the default one in a small size.
+    """
     try:
         registry.create(cfg).split("train")
         return cfg
     except DataError:
+        if "video" not in cfg.provides():
+            return replace(cfg, root=stored(cfg, folder, root or tiny()))
         frames = cfg.frames * getattr(cfg, "stride", 1)
         root = folder / f"clips_{frames}x{cfg.height}x{cfg.width}"
         if not root.exists():
             write_clips(root, Clip(3, frames + 3, cfg.height, cfg.width))
         return replace(cfg, root=str(root))
+
+
+def stored(cfg: DataConfig, folder: Path, root: Root) -> str:
+    """A folder of latents of the clips that `with_clips` makes."""
+    clips = registry.default("data", "video_folder")
+    size = {name: getattr(cfg, name) for name in ("frames", "height", "width")}
+    clips = with_clips(replace(clips, **size), folder)
+    to = folder / f"latents_{len([*folder.glob('latents_*')])}"
+    task = replace(registry.default("task", "encode"), to=str(to))
+    cache = str(folder / "first stages")
+    encode_all(replace(root, data=clips, task=task, adapter=None, cache=cache), Rank())
+    return str(to)
 
 
 def write_clips(folder: Path, size: Clip) -> None:

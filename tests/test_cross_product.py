@@ -210,7 +210,7 @@ def test_presets_wire_or_are_refused_with_reasons_too():
 
 def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     """Trains, samples, saves and reloads; fails with the configuration where anything is wrong."""
-    data = with_clips(wiring.root.data, tmp_path)
+    data = with_clips(wiring.root.data, tmp_path, wiring.root)
     wiring = replace(wiring, root=replace(wiring.root, data=data))
     try:
         trained = train(wiring, tmp_path / "runs")
