@@ -56,8 +56,6 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         raise ConfigError(
             f"data={root.data.plugin.split('/')[1]}: it has no pixels to encode; want other data"
         )
-    if root.adapter is not None:
-        raise ConfigError("adapter: nothing is trained here; use adapter=null")
     folder = Path(root.task.to).expanduser()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)

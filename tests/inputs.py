@@ -104,7 +104,7 @@ def stored(cfg: DataConfig, folder: Path, root: Root) -> str:
     to = folder / f"latents_{len([*folder.glob('latents_*')])}"
     task = replace(registry.default("task", "encode"), to=str(to))
     cache = str(folder / "first stages")
-    encode_all(replace(root, data=clips, task=task, adapter=None, cache=cache), Rank())
+    encode_all(replace(root, data=clips, task=task, cache=cache), Rank())
     return str(to)
 
 
