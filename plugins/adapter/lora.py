@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, 2106.09685) through peft, in files that diffusers reads."""
+"""Low-rank adapters (Hu et al. 2021, 2106.09685) through peft, in files of diffusers or kohya."""
 
 import json
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from plugins._blocks.kohya import from_kohya, hashes, is_kohya, to_kohya
 from sandbox.contracts import (
     AdapterConfig,
     BackboneConfig,
@@ -16,11 +17,14 @@ from sandbox.contracts import (
     StorageError,
     above,
     in_range,
+    one_of,
 )
 from sandbox.registry import register
 
 NAME = "default"  # of the adapter in peft, which stands in the names of its weights
 FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "lora_kohya.safetensors"
+LAYOUTS = ("diffusers", "kohya")
 METADATA = "lora_adapter_metadata"  # where diffusers looks for the strength
 
 
@@ -34,8 +38,9 @@ class LoRA:
 
         alpha: null is rank, a strength of 1; targets: suffixes of the layers' names, null those of
         the backbone; weights: a LoRA file to start from, as diffusers writes it (one that says no
-        alpha has a strength of 1); prefix: of the names in the file that a run leaves, which is the
-        folder of the network in a diffusers pipeline.
+        alpha has a strength of 1) or as kohya-ss, and so EasyAnimate, does; layout: of the file
+        that a run leaves; prefix: of the names in one of diffusers, which is the folder of the
+        network in its pipeline.
         """
 
         rank: int = 8
@@ -43,6 +48,7 @@ class LoRA:
         dropout: float = 0.0
         targets: tuple[str, ...] | None = None
         weights: str | None = None
+        layout: str = "diffusers"
         prefix: str = "transformer"
 
         def problems(self) -> Iterator[str]:
@@ -52,6 +58,7 @@ class LoRA:
             yield from in_range("dropout", self.dropout, 0, 0.99)
             if self.targets is not None and not self.targets:
                 yield "targets=[]: want names of layers, or null for those of the backbone"
+            yield from one_of("layout", self.layout, LAYOUTS)
             if not self.prefix.isidentifier():
                 yield f"prefix={self.prefix!r}: want a name such as transformer or unet"
 
@@ -98,12 +105,16 @@ class LoRA:
         return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
     def exported(self, backbone: nn.Module) -> tuple[str, State, dict[str, str]]:
-        """The file that diffusers' load_lora_weights reads, at the strength of training.
+        """The file that diffusers' load_lora_weights or EasyAnimate reads, at training's strength.
 
-        Without its metadata a loader takes alpha for the rank.
+        Without its metadata a loader of diffusers takes alpha for the rank.
         """
         names = {k: k.replace(f".{NAME}.", ".") for k in backbone.state_dict() if ".lora_" in k}
         state = backbone.state_dict()
+        if self.cfg.layout == "kohya":
+            own = {new: state[old] for old, new in names.items()}
+            tensors = to_kohya(own, self.scale() * self.cfg.rank)
+            return KOHYA_FILE, tensors, hashes(tensors)
         tensors = {f"{self.cfg.prefix}.{new}": state[old] for old, new in names.items()}
         said = {
             f"{self.cfg.prefix}.r": self.cfg.rank,
@@ -119,10 +130,12 @@ class LoRA:
         Raises StorageError for names, shapes and ranks that differ.
         """
         found, said = read(path)
-        prefix = self.cfg.prefix + "."
-        found = {k.removeprefix(prefix): v for k, v in found.items()}
         state = backbone.state_dict()
         own = {k.replace(f".{NAME}.", "."): v for k, v in state.items() if ".lora_" in k}
+        prefix, alphas = self.cfg.prefix + ".", {}
+        if is_kohya(found):
+            found, alphas = from_kohya(found, {k.rsplit(".", 2)[0] for k in own})
+        found = {k.removeprefix(prefix): v for k, v in found.items()}
         wrong = sorted(set(own) ^ set(found))
         wrong += [k for k in own if k in found and own[k].shape != found[k].shape]
         if wrong:
@@ -131,9 +144,11 @@ class LoRA:
                 f"{', '.join(wrong[:10])}; choose its rank, targets and prefix"
             )
         alpha = said.get(f"{prefix}lora_alpha", self.cfg.rank)
-        factor = alpha / self.cfg.rank / self.scale()
         for name, tensor in own.items():
-            tensor.copy_(found[name] * factor if ".lora_B." in name else found[name])
+            factor = 1.0
+            if ".lora_B." in name:
+                factor = alphas.get(name.rsplit(".", 2)[0], alpha) / self.cfg.rank / self.scale()
+            tensor.copy_(found[name] * factor)
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:

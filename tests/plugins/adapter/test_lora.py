@@ -240,6 +240,7 @@ def test_without_peft_the_error_says_how_to_install_it(monkeypatch) -> None:
         ({"alpha": 0.0}, "alpha=0.0: want > 0"),
         ({"dropout": 1.0}, "dropout=1.0: want 0 to 0.99"),
         ({"targets": ()}, "targets=[]: want names of layers"),
+        ({"layout": "webui"}, "layout='webui': want one of ['diffusers', 'kohya']"),
         ({"prefix": "a.b"}, "prefix='a.b': want a name such as transformer"),
     ],
 )
