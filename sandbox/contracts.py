@@ -311,6 +311,13 @@ class BackboneConfig(PluginConfig):
         """Default LoRA targets, as suffixes of module names."""
         return ()
 
+    def additions(self) -> tuple[str, ...]:
+        """Parts of the names of weights that add nothing at first, such as ".motion.".
+
+        Weights of a network without them may begin a run (init_from).
+        """
+        return ()
+
     def has_matrices(self) -> bool:
         """Whether its blocks hold weights of two axes, which Muon and its like are made for."""
         return True

@@ -29,7 +29,8 @@ def init_from(system: Trainable, path: Path | str) -> None:
     .safetensors file, the published file of a whole system, or the folder of a published system or
     backbone (of a system the backbone is taken). Averaged weights are taken where there are any.
     Strict: raises StorageError with the first ten names and shapes that differ, and where a frozen
-    part, such as the first stage, is not the one that the weights were trained with.
+    part, such as the first stage, is not the one that the weights were trained with. Only what the
+    backbone names as its `additions` may be absent, each of them as a whole.
     """
     path = Path(path)
     if path.is_dir() and not Run(path).config_file.is_file():
@@ -68,7 +69,7 @@ def _of_published(system: Any, path: Path) -> None:
     state = parts["backbone"]
     if hasattr(system.backbone, "from_published"):
         state = system.backbone.from_published(state)
-    own = system.base_state()
+    own = _without_additions(system, system.base_state(), state)
     _compare(own, state, path)
     for name, tensor in own.items():
         tensor.copy_(state[name])
@@ -120,10 +121,26 @@ def _put(system: Any, weights: dict[str, Tensor], path: Path) -> None:
     if getattr(system, "adapter", None) is not None:  # then the backbone is not trained, but begins
         own = {k: v for k, v in own.items() if not k.startswith("backbone.")}
         own |= {f"backbone.{k}": v for k, v in system.base_state().items()}
+    own = _without_additions(system, own, weights)
     _compare(own, weights, path)
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     system.forget_fingerprints()
+
+
+def _without_additions(
+    system: Any, own: dict[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """`own` without the backbone's additions of which `weights` know nothing: those stay new."""
+    absent = [
+        part
+        for part in system.root.backbone.additions()
+        if not any(part in name for name in weights)
+    ]
+    kept = {k: v for k, v in own.items() if not any(part in k for part in absent)}
+    if len(kept) < len(own):
+        log.info("%d weights are new, and add nothing at first", len(own) - len(kept))
+    return kept
 
 
 def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:

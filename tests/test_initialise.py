@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sandbox import build, checkpoint, compose
 from sandbox.contracts import SandboxError, StorageError
@@ -159,3 +160,27 @@ def test_what_is_no_start_is_refused_and_nothing_in_it_runs(trained, tmp_path, k
         init_from(trained, make_foreign(kind, tmp_path))
     assert e.value.exit_code == 5
     assert not (tmp_path / "ran").exists()
+
+
+MOVING = ("backbone.width=32", "backbone.num_heads=2", "backbone.num_blocks=3")
+ADDED = ("backbone.attention=spatial", "backbone.motion_module=vanilla", "backbone.skips=uvit")
+
+
+def test_a_network_of_clips_begins_with_the_weights_of_one_of_pictures(tmp_path):
+    pictures = system(*MOVING, seed=1)
+    clips = system(*MOVING, *ADDED)
+    fresh = weights(clips)
+    init_from(clips, save(pictures, tmp_path / "run"))
+    found = weights(clips)
+    added = {k: v for k, v in fresh.items() if ".motion." in k or "skips." in k}
+    assert added and same(found, weights(pictures) | added)
+
+
+def test_additions_are_absent_as_a_whole_or_not_at_all(tmp_path):
+    clips = system(*MOVING, *ADDED, seed=1)
+    file = tmp_path / "weights.safetensors"
+    known = {k: v.contiguous() for k, v in weights(clips).items()}
+    del known["backbone.blocks.0.motion.temporal_transformer.proj_in.bias"]
+    save_file(known, file)
+    with pytest.raises(StorageError, match=r"1 of its weights.*motion.*proj_in.bias is missing"):
+        init_from(system(*MOVING, *ADDED), file)

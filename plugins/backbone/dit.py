@@ -166,6 +166,9 @@ class DiT(nn.Module):
             outs = ("attn.to_out", "to_out.0", *(("cross.to_out",) if self.context_dim else ()))
             return ("to_qkv", *outs, *dict.fromkeys((*cross, "to_q", "to_k", "to_v")))
 
+        def additions(self) -> tuple[str, ...]:
+            return (".motion.", "skips.")
+
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         wiring = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")

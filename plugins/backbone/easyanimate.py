@@ -170,6 +170,9 @@ class EasyAnimate(nn.Module):
                 "linear_1", "linear_2", "linear", *(f"long_connect_fc.{i}" for i in skips),
             )  # fmt: skip
 
+        def additions(self) -> tuple[str, ...]:
+            return (".attn_temporal.", "long_connect_fc.")
+
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         for name in ("in_channels", "out_channels", "caption_channels", "vector_dim"):

@@ -168,6 +168,9 @@ class UNet2D(UNet):
         def has_matrices(self) -> bool:
             return self.is_told_tokens() or self.motion_module != "none"
 
+        def additions(self) -> tuple[str, ...]:
+            return (".motion_module.",)
+
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
 
