@@ -23,6 +23,7 @@ from sandbox.stored import StoredLatents
 from sandbox.systems import build_system, load_system
 from sandbox.tasks.train import train as train_task
 from sandbox.wiring import wire
+from tests.engine import differing, train_until
 from tests.helpers import TINY, composed, sampled, train
 from tests.plugins.conditioning.test_t5 import released, write_tokenizer
 
@@ -317,3 +318,15 @@ def test_half_precision_is_used_where_nothing_is_lost():
     assert narrowed(torch.tensor([1 + 2**-20])).dtype == torch.float32
     assert in_bytes(torch.arange(256) / 127.5 - 1).dtype == torch.uint8
     assert in_bytes(torch.tensor([0.1234])).dtype == torch.float32
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def test_training_on_latents_continues_bit_for_bit(folder, tmp_path):
+    encoded(folder)
+    root = replace(wire(from_cache(settings(folder))).root, steps=6)
+    root = replace(root, task=registry.default("task", "train"))
+    whole = train_until(None, root, tmp_path / "whole")
+    train_until(3, root, tmp_path / "cut")  # in the middle of an epoch
+    assert differing(train_until(None, root, tmp_path / "cut"), whole) == []
