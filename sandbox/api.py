@@ -11,6 +11,7 @@ A notebook begins with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,14 +65,24 @@ def train(cfg: Root) -> Path:
 
 
 def sample(
-    run: Path | str | LatentDiffusion, captions: list[str], steps: int | None = None
+    run: Path | str | LatentDiffusion,
+    captions: Sequence[str],
+    steps: int | None = None,
+    images: Sequence[Path | str] = (),
+    end_images: Sequence[Path | str] = (),
+    **scalars: float,
 ) -> Tensor:
-    """Clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`."""
+    """Clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`.
+
+    images, end_images: files, one for all captions or one for each; scalars: such as fps=24. Raises
+    ConfigError where the conditioning wants others.
+    """
     from sandbox.evaluation import generate
-    from sandbox.latent_diffusion import prompts_batch
+    from sandbox.prompts import given
 
     system = build(run) if isinstance(run, Path | str) else run
-    return generate(system.eval(), prompts_batch(captions), steps=steps)
+    batch = given(system.root, captions, images, end_images, **scalars)
+    return generate(system.eval(), batch, steps=steps)
 
 
 __all__ = ["build", "compose", "registry", "sample", "train"]

@@ -143,6 +143,12 @@ def above(name: str, value: float | None, low: float, high: float = float("inf")
         yield f"{name}={value}: want > {low}" + ("" if high == float("inf") else f" and <= {high}")
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of weights is a file or folder here; "owner/model" is one on the hub."""
+    ends = name.endswith((".bin", ".ckpt", ".pt", ".pth", ".safetensors"))
+    return ends or name.startswith(("/", ".", "~")) or name.count("/") != 1
+
+
 def same_length(name: str, value: Iterable[Any], length: int, of: str) -> Iterator[str]:
     """Yields a problem unless `value` has `length` entries, one for each `of`."""
     if len(list(value)) != length:
@@ -220,6 +226,15 @@ class PluginConfig:
         "act='relu': want ...".
         """
         yield from ()
+
+    def files(self) -> dict[str, str | None]:
+        """Settings that name a file or folder that must be there before a run, with their values.
+
+        Those of the task, of the conditioning and of the data are looked for where the task uses
+        them, not by `problems`: a configuration can be composed, shown, planned and verified on a
+        machine that has none of them. None: the setting must be given.
+        """
+        return {}
 
     def agree(self, **numbers: int | None) -> Self:
         """A copy with the fields that are None filled from `numbers`.
@@ -343,6 +358,10 @@ class ConditioningConfig(PluginConfig):
         """What can be dropped, by name: ("text", "image")."""
         return ()
 
+    def images(self) -> tuple[str, ...]:
+        """Pictures that a prompt brings beside its caption: (), ("start",) or ("start", "end")."""
+        return ()
+
     def offers(self, clip: Clip, grid: Clip) -> Slots:
         return Slots()
 
@@ -388,14 +407,6 @@ class DataConfig(PluginConfig):
         empty.
         """
         return frozenset({"video"})
-
-    def files(self) -> dict[str, str | None]:
-        """Settings that name a file or folder that must be there before a run, with their values.
-
-        They are looked for when a task that reads data starts, not by `problems`: a configuration
-        can be composed, shown, planned and verified on a machine that has no data.
-        """
-        return {}
 
     def metric(self) -> str | None:
         """Name of the metric plugin that scores this kind of data; None where there is none."""

@@ -24,7 +24,8 @@ from sandbox.parts import build_parts
 from sandbox.progress import Progress
 
 FITTING_CLIPS = 2048  # real training clips that a metric learns from
-CHUNK = 96  # clips sampled at a time
+CHUNK = 96  # clips sampled at a time, small ones
+PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
 Between = Callable[[], None]
 
 
@@ -99,7 +100,9 @@ def generate(
 ) -> Tensor:
     """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU."""
     calls: int = steps or system.root.sampler.steps
-    starts = range(0, like.size, CHUNK)
+    clip = system.wiring.clips[0]
+    at_once = max(1, min(CHUNK, PIXELS // (clip.frames * clip.height * clip.width)))
+    starts = range(0, like.size, at_once)
     made: list[Tensor] = []
     with Progress(what, len(starts) * calls) as progress:
 
@@ -109,7 +112,7 @@ def generate(
                 between()
 
         for start in starts:
-            part = take(like, start, start + CHUNK)
+            part = take(like, start, start + at_once)
             made.append(system.sample(part, steps=calls, progress=show).cpu())
     return torch.cat(made)
 

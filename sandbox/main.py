@@ -17,7 +17,7 @@ from typing import Any
 
 from sandbox import config, registry
 from sandbox.config import Root
-from sandbox.contracts import ConfigError, DataConfig, SandboxError
+from sandbox.contracts import ConfigError, PluginConfig, SandboxError
 from sandbox.secrets import mask_text
 from sandbox.wiring import Wiring, wire
 
@@ -182,17 +182,20 @@ def checked(root: Root) -> Wiring | None:
             raise ConfigError(*problems)
         return None
     named, reads_data = {}, root.task.reads_data()
+    groups = ["task"]
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
+        groups.append("conditioning")
     if reads_data:
         named["vae.weights"] = getattr(root.vae, "weights", None)
+        groups.append("data")
     absent = [
         f"{name}={file}: no such file or folder"
         for name, file in named.items()
         if file not in (None, "auto", "None") and not Path(file).exists()
     ]
-    if root.data is not None and reads_data:
-        absent += _absent_data(root.data)
+    for group in groups:
+        absent += _absent(group, getattr(root, group))
     try:
         wiring = wire(root)
     except ConfigError as e:
@@ -202,12 +205,13 @@ def checked(root: Root) -> Wiring | None:
     return wiring
 
 
-def _absent_data(data: DataConfig) -> list[str]:
+def _absent(group: str, cfg: PluginConfig | None) -> list[str]:
+    """Files and folders of a component that are not there, a line each."""
     return [
-        f"data.{name}=null: name the file or folder of the data"
+        f"{group}.{name}=null: name the file or folder of the {group}"
         if file is None
-        else f"data.{name}={file}: no such file or folder"
-        for name, file in data.files().items()
+        else f"{group}.{name}={file}: no such file or folder"
+        for name, file in (cfg.files() if cfg is not None else {}).items()
         if file is None or not Path(file).expanduser().exists()
     ]
 

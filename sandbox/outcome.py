@@ -100,22 +100,9 @@ def check_objective(root: Root, name: str | None) -> None:
         raise ConfigError(f"task.objective={name!r}: want one of {[*scores, 'loss']}")
 
 
-def captions_of(root: Root, prompts: Sequence[str], count: int) -> list[str]:
-    """`prompts`, else the first `count` of the data, else so many empty ones.
-
-    Raises ConfigError for prompts of a model that is told none.
-    """
-    if not root.conditioning.needs() & {"captions", "text"}:
-        if prompts:
-            name = root.conditioning.plugin.rpartition("/")[2]
-            raise ConfigError(
-                f"prompts={[*prompts]}: conditioning={name} is told none; want a count alone"
-            )
-        return [""] * count
-    return [*prompts] or registry.create(root.data).prompts()[:count] or [""] * count
-
-
-def write_clips(folder: Path, captions: list[str], video: Tensor) -> list[Path]:
+def write_clips(
+    folder: Path, captions: Sequence[str], video: Tensor, fps: float = FPS
+) -> list[Path]:
     """An mp4 for each clip (N, 3, T, H, W), a PNG where T is 1; last the contact sheet of all."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -126,7 +113,7 @@ def write_clips(folder: Path, captions: list[str], video: Tensor) -> list[Path]:
             media.write_picture(paths[-1], clip)
         else:
             paths.append(path.with_suffix(".mp4"))
-            media.write_video(paths[-1], clip, FPS, media.enlargement(*clip.shape[2:]))
+            media.write_video(paths[-1], clip, fps, media.enlargement(*clip.shape[2:]))
     sheet = folder / "sheet.png"
     rows = [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]
     media.contact_sheet(sheet, rows)

@@ -33,11 +33,12 @@ from sandbox.data import Loader, batches
 from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
 from sandbox.evaluation import gather, generate
-from sandbox.latent_diffusion import LatentDiffusion, prompts_batch
+from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.looks import looks
 from sandbox.module import Trainable
-from sandbox.outcome import captions_of, write_clips
+from sandbox.outcome import write_clips
 from sandbox.progress import Progress
+from sandbox.prompts import of_data
 from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
@@ -213,14 +214,16 @@ class Training:
     def sample(self, prompts: Sequence[str], count: int) -> None:
         """Videos and a sheet of `prompts`, else of the data's first `count`.
 
-        Equal to those of task=sample for this step.
+        Images that the conditioning wants are those of validation clips. Equal to those of
+        task=sample for this step.
         """
         self.flush()
-        captions = captions_of(self.root, prompts, count)
+        batch = of_data(self.root, prompts, count)
         with self.averaged(), self.evaluating():
-            video = generate(self.system, prompts_batch(captions))
+            video = generate(self.system, batch)
         if not self.leads:
             return
+        captions = batch.captions or []
         paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):

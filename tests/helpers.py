@@ -157,8 +157,6 @@ def train(wiring: Wiring, out: Path) -> Trained:
 
 def sampled(system: Any, count: int = 2) -> Any:
     """`count` clips (count, 3, T, H, W) of the data's first prompts."""
-    from sandbox.latent_diffusion import prompts_batch
+    from sandbox.prompts import of_data
 
-    prompts = registry.create(system.root.data).prompts()
-    system.eval()
-    return system.sample(prompts_batch(((prompts or [""]) * count)[:count], system.device))
+    return system.eval().sample(of_data(system.root, (), count))

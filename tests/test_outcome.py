@@ -16,7 +16,7 @@ from sandbox import checkpoint, registry
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Preempted
 from sandbox.main import perform
-from sandbox.outcome import captions_of, file_name, final_loss, spread, write_clips
+from sandbox.outcome import file_name, final_loss, spread, write_clips
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import load_system
@@ -157,19 +157,6 @@ def test_the_final_loss_is_the_mean_over_the_last_tenth(tmp_path):
 
 
 # --- parts ----------------------------------------------------------------------------------------
-
-
-def test_captions_come_from_the_prompts_or_the_data():
-    root = small()
-    assert captions_of(root, ("one", "two"), 9) == ["one", "two"]
-    assert captions_of(root, (), 3) == registry.create(root.data).prompts()[:3]
-
-
-def test_a_model_that_is_told_nothing_has_no_captions():
-    root = replace(small(), conditioning=registry.default("conditioning", "none"))
-    assert captions_of(root, (), 3) == [""] * 3
-    with pytest.raises(ConfigError, match="conditioning=none is told none"):
-        captions_of(root, ("one",), 3)
 
 
 def test_clips_of_one_frame_are_pictures(tmp_path):

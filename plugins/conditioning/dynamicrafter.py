@@ -5,7 +5,6 @@ frame), and as latents joined to the noisy ones; captions as OpenCLIP text token
 the published ones.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -27,14 +26,13 @@ from sandbox.contracts import (
     Tokens,
     above,
     in_range,
+    is_path,
     one_of,
 )
 from sandbox.registry import register
 
 TOKENS = 77  # of every caption, as published
 RATES = ("none", "fps", "frame_stride")
-
-log = logging.getLogger(__name__)
 
 
 @register("conditioning", "dynamicrafter")
@@ -109,6 +107,13 @@ class DynamiCrafter(nn.Module):
         def signals(self) -> tuple[str, ...]:
             return ("text", "image")
 
+        def images(self) -> tuple[str, ...]:
+            return ("start", "end") if self.interp_mode else ("start",)
+
+        def files(self) -> dict[str, str | None]:
+            is_here = self.weights != "random" and is_path(self.weights)
+            return {"weights": self.weights} if is_here else {}
+
         def offers(self, clip: Clip, grid: Clip) -> Slots:
             if grid.frames != clip.frames:
                 raise ConfigError(
@@ -131,7 +136,6 @@ class DynamiCrafter(nn.Module):
         self.cfg = cfg
         if cfg.video_length is None:
             raise ValueError("conditioning.video_length is null: wiring fills it, or set a number")
-        self.said_no_image = False
         self.cond_stage_model, self.embedder = towers(cfg)
         self.image_proj_model = Resampler(
             cfg.dim, cfg.depth, cfg.dim_head, cfg.heads, cfg.num_queries, cfg.vision_width,
@@ -155,17 +159,19 @@ class DynamiCrafter(nn.Module):
         """The image is that of the batch (two of them: first and last), else a frame of the video.
 
         Draws "condition_frame" while training, and the first stage's "image_posterior" where an
-        image comes with the batch or there are no latents of the clip. Without an image and a
-        video it is told "no image": the tokens of mid grey, and zeros for latents.
+        image comes with the batch or there are no latents of the clip. Raises ValueError where the
+        batch has neither image nor video, and for frames that the tokens are not for.
         """
         if batch.captions is None:
             raise ValueError("conditioning=dynamicrafter needs captions, and the batch has none")
+        if (made_for := self.cfg.video_length) not in (0, grid.frames):
+            raise ValueError(f"conditioning.video_length={made_for}: the clip has {grid.frames}")
         captions = openclip.replaced(batch.captions, drop.get("text"), batch.negative)
         place = self.place(draws, grid, z0)
         image = self.image(batch, place)
         return Conditions(
             context=self.text(captions),
-            image_context=self.tokens(image, drop.get("image"), len(captions)),
+            image_context=self.tokens(image, drop.get("image")),
             concat=self.concat(image, place, batch, grid, draws, encode, z0),
             scalars=self.rate(batch),
         )
@@ -186,24 +192,18 @@ class DynamiCrafter(nn.Module):
             return 0
         return int(draws.shared().integers("condition_frame", 0, grid.frames)[0])
 
-    def image(self, batch: Batch, place: int) -> Tensor | None:
-        """(B, 3, 1 or 2, H, W): the shown frame, with interp_mode the first and the last; None."""
+    def image(self, batch: Batch, place: int) -> Tensor:
+        """(B, 3, 1 or 2, H, W): the shown frame, with interp_mode the first and the last."""
         pixels = batch.image if batch.image is not None else batch.video
         if pixels is None:
-            if not self.said_no_image:
-                self.said_no_image = True
-                log.warning("no image is given: the network is told mid grey and zeros for latents")
-            return None
+            raise ValueError("conditioning=dynamicrafter needs an image, and the batch has none")
         if batch.image is None and not self.cfg.interp_mode:
             return pixels[:, :, place : place + 1]
         last = pixels.shape[2] - 1
         return pixels[:, :, [0, last] if self.cfg.interp_mode else [0]]
 
-    def tokens(self, image: Tensor | None, drop: Tensor | None, count: int) -> Tensor:
+    def tokens(self, image: Tensor, drop: Tensor | None) -> Tensor:
         """(B, T or 1, N, D) of the first image; dropped ones are mid grey."""
-        latents = self.image_proj_model.latents
-        if image is None:
-            image = latents.new_zeros(count, 3, 1, 8, 8)
         first = image[:, :, 0]
         if drop is not None:
             first = first * (~drop).to(first).view(-1, 1, 1, 1)
@@ -214,7 +214,7 @@ class DynamiCrafter(nn.Module):
 
     def concat(
         self,
-        image: Tensor | None,
+        image: Tensor,
         place: int,
         batch: Batch,
         grid: Clip,
@@ -223,15 +223,13 @@ class DynamiCrafter(nn.Module):
         z0: Tensor | None,
     ) -> Tensor:
         """(B, C, T, H, W): latents of the shown frame in all frames, or of the two ends."""
-        size = grid.channels, grid.frames, grid.height, grid.width
-        if image is None:
-            return self.image_proj_model.latents.new_zeros(len(batch.captions or ()), *size)
         if z0 is not None and batch.image is None:
             shown = z0[:, :, [0, -1]] if self.cfg.interp_mode else z0[:, :, place : place + 1]
         else:
             shown = encode(image, "image_posterior")
         if not self.cfg.interp_mode:
             return shown.expand(-1, -1, grid.frames, -1, -1)
+        size = grid.channels, grid.frames, grid.height, grid.width
         between = shown.new_zeros(len(shown), *size)
         between[:, :, 0], between[:, :, -1] = shown[:, :, 0], shown[:, :, -1]
         return between

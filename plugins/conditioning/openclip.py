@@ -17,6 +17,7 @@ from sandbox.contracts import (
     Slots,
     Tokens,
     in_range,
+    is_path,
     one_of,
 )
 from sandbox.registry import register
@@ -58,6 +59,10 @@ class OpenCLIP(nn.Module):
 
         def needs(self) -> frozenset[str]:
             return frozenset({"captions"})
+
+        def files(self) -> dict[str, str | None]:
+            is_here = self.weights != "random" and is_path(self.weights)
+            return {"weights": self.weights} if is_here else {}
 
         def signals(self) -> tuple[str, ...]:
             return ("text",)

@@ -4,7 +4,6 @@ Text as in CogVideoX (226 tokens, padding is seen) or EasyAnimateV2 (120, masked
 in CogVideoX (Yang et al. 2024, 2408.06072, section 3.4; noise augmentation as published in code).
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from sandbox.contracts import (
     Tokens,
     above,
     in_range,
+    is_path,
     one_of,
 )
 from sandbox.registry import register
@@ -32,8 +32,6 @@ from sandbox.registry import register
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 IMAGES = ("none", "first_frame")
-
-log = logging.getLogger(__name__)
 
 
 @register("conditioning", "t5")
@@ -121,6 +119,13 @@ class T5(nn.Module):
         def signals(self) -> tuple[str, ...]:
             return ("text",)
 
+        def images(self) -> tuple[str, ...]:
+            return ("start",) if self.image != "none" else ()
+
+        def files(self) -> dict[str, str | None]:
+            is_here = self.weights not in (None, "cached") and is_path(self.weights)
+            return {"weights": self.weights} if is_here else {}
+
         def offers(self, clip: Clip, grid: Clip) -> Slots:
             return Slots(
                 context=Tokens(self.d_model, self.length, self.masked),
@@ -133,7 +138,6 @@ class T5(nn.Module):
         self.cfg = cfg
         self.encoder: T5Encoder | None = None
         self.tokenize = hashed_words(cfg.vocab_size, cfg.length)
-        self.said_no_image = False
         if cfg.weights is None:
             self.encoder = T5Encoder(cfg)
         elif cfg.weights != "cached":
@@ -169,11 +173,9 @@ class T5(nn.Module):
         cond = Conditions(context=context, context_mask=mask if self.cfg.masked else None)
         if self.cfg.image != "none":
             pixels = batch.image if batch.image is not None else batch.video
-            cond.concat = (
-                self.no_image(grid, context)
-                if pixels is None
-                else self.image(pixels[:, :, :1], grid, draws, encode, z0 is not None)
-            )
+            if pixels is None:
+                raise ValueError("conditioning=t5 needs an image, and the batch has none")
+            cond.concat = self.image(pixels[:, :, :1], grid, draws, encode, z0 is not None)
         if self.cfg.ofs is not None:
             cond.scalars = {"ofs": context.new_full((len(context),), self.cfg.ofs)}
         return cond
@@ -251,13 +253,6 @@ class T5(nn.Module):
         level = levels.normal("image_noise_level", pixels[:, :1, :1, :1, :1])
         sigma = (self.cfg.image_noise_mean + self.cfg.image_noise_std * level).exp()
         return sigma * draws.normal("image_noise", pixels)
-
-    def no_image(self, grid: Clip, context: Tensor) -> Tensor:
-        if not self.said_no_image:
-            self.said_no_image = True
-            log.warning("no image is given: the network is told zeros, as where one is dropped")
-        size = grid.channels, grid.frames, grid.height, grid.width
-        return context.new_zeros(len(context), *size)
 
 
 def found(weights: str) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.contracts import TaskConfig, above, in_range, one_of
 from sandbox.registry import register
 
 
@@ -16,19 +16,37 @@ class Sample:
 
     @dataclass
     class Config(TaskConfig):
-        """prompts: captions, empty for the data's; count: how many of those, or without prompts.
+        """prompts: captions; images, end_images: files of the first and the last frame, where the
+        conditioning is told them, one for all prompts or one for each (the sides beyond the shape
+        of the clips are cut off); fps, frame_stride: what it is told of the rate, null for the
+        network's own default.
 
-        weights: ema or live; to: folder for the files; null is samples/prompts in the run folder.
+        Without prompts and images: the data's prompts, with the images and rates of validation
+        clips; count: how many of those. weights: ema or live. to: folder for the files; null is
+        samples/prompts in the run folder. save_fps: frames a second of videos.
         """
 
         prompts: tuple[str, ...] = ()
+        images: tuple[str, ...] = ()
+        end_images: tuple[str, ...] = ()
+        fps: float | None = None
+        frame_stride: float | None = None
         count: int = 8
         weights: str = "ema"
         to: str | None = None
+        save_fps: float = 8.0
 
         def problems(self) -> Iterator[str]:
+            yield from super().problems()
             yield from in_range("count", self.count, 1)
             yield from one_of("weights", self.weights, ("ema", "live"))
+            for name in ("fps", "frame_stride"):
+                yield from above(name, getattr(self, name), 0)
+            yield from above("save_fps", self.save_fps, 0, 1000)
+
+        def files(self) -> dict[str, str | None]:
+            named = {"images": self.images, "end_images": self.end_images}
+            return {f"{k}[{i}]": file for k, v in named.items() for i, file in enumerate(v)}
 
         def uses_run(self) -> bool:
             return True
@@ -42,15 +60,17 @@ class Sample:
         from pathlib import Path
 
         from sandbox.evaluation import generate
-        from sandbox.latent_diffusion import prompts_batch
-        from sandbox.outcome import captions_of, write_clips
+        from sandbox.outcome import write_clips
+        from sandbox.prompts import given
         from sandbox.systems import load_system
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
-        captions = captions_of(wiring.root, cfg.prompts, cfg.count)
+        rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
+        batch = given(wiring.root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
+        captions = batch.captions or []
         system = load_system(folder, cfg.weights, wiring)
         to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
-        write_clips(to, captions, generate(system, prompts_batch(captions)))
+        write_clips(to, captions, generate(system, batch), cfg.save_fps)
         kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
         print(f"{len(captions)} {kind} and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}

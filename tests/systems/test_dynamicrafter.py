@@ -291,13 +291,15 @@ def test_an_image_of_the_batch_is_encoded_and_shown_in_all_frames():
     assert torch.equal(cond.concat, z.expand(-1, -1, FRAMES, -1, -1))
 
 
-def test_without_an_image_it_is_told_mid_grey_and_no_latents():
-    whole = system()
-    grid, all_dropped = Clip(4, FRAMES, 4, 6), {"image": torch.ones(8, dtype=torch.bool)}
-    nothing = whole.conditioner(replace(BATCH, video=None), grid, {}, DRAWS, None, None)
-    dropped = told(whole, all_dropped)
-    near(nothing.image_context, dropped.image_context)
-    assert not nothing.concat.any()
+def test_a_batch_without_an_image_is_refused():
+    grid = Clip(4, FRAMES, 4, 6)
+    with pytest.raises(ValueError, match="needs an image, and the batch has none"):
+        system().conditioner(replace(BATCH, video=None), grid, {}, DRAWS, None, None)
+
+
+def test_another_number_of_frames_than_the_tokens_are_made_for_is_refused():
+    with pytest.raises(ValueError, match=f"video_length={FRAMES}: the clip has {FRAMES + 1}"):
+        system().conditioner(BATCH, Clip(4, FRAMES + 1, 4, 6), {}, DRAWS, None, None)
 
 
 def test_frames_that_the_query_transformer_does_not_have_are_refused():

@@ -289,11 +289,9 @@ def test_a_dropped_image_is_zeros() -> None:
     assert concat[1].any()
 
 
-def test_without_an_image_the_network_is_told_zeros_and_the_log_says_so(caplog) -> None:
-    concat = told(small(image="first_frame"), Batch(captions=["a"], ids=["0"])).concat
-    assert concat.shape == (1, 4, 3, 2, 2)
-    assert not concat.any()
-    assert "no image is given" in caplog.text
+def test_a_batch_without_an_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs an image, and the batch has none"):
+        told(small(image="first_frame"), Batch(captions=["a"], ids=["0"]))
 
 
 def test_ofs_is_told_to_every_clip() -> None:

@@ -1,0 +1,144 @@
+"""What to sample for: captions, and the images and rates that the conditioning is told, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sandbox import registry
+from sandbox.config import Root
+from sandbox.contracts import SCALARS, Batch, Clip, ConfigError
+from sandbox.evaluation import gather
+from sandbox.latent_diffusion import prompts_batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SETTINGS = {"start": "images", "end": "end_images"}  # of task=sample, for what a conditioning asks
+Files = Sequence[Path | str]
+
+
+def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
+    """A batch of `captions`, else of the data's first `count`, else of so many empty ones.
+
+    Images and rates that the conditioning is told are those of the first validation clips, and so
+    are then the captions that are not given. Raises ConfigError for captions that none is told.
+    """
+    conditioning = root.conditioning
+    if not conditioning.needs() & {"captions", "text"}:
+        _refuse_captions(root, captions)
+        return prompts_batch([""] * count)
+    if not conditioning.images() and not conditioning.needs() & SCALARS:
+        found = [*captions] or registry.create(root.data).prompts()[:count] or [""] * count
+        return prompts_batch(found)
+    clips = gather(registry.create(root.data).split("val"), len(captions) or count, root.seed)
+    found = [*captions] or clips.captions or [""] * clips.size
+    places = torch.arange(len(found)) % clips.size  # the first again where they end
+    fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
+    if conditioning.images():
+        assert clips.video is not None  # gathered
+        ends = [0, -1][: len(conditioning.images())]
+        fields["image"] = clips.video[places][:, :, ends]
+    return prompts_batch(found, **fields)
+
+
+def given(
+    root: Root,
+    captions: Sequence[str],
+    images: Files = (),
+    end_images: Files = (),
+    count: int = 8,
+    **scalars: float | None,
+) -> Batch:
+    """A batch of `captions` with images, one for all or one for each, and rates that are not None.
+
+    Without captions and images that of the data. Raises ConfigError for what the conditioning is
+    not told, for what it must be told and is not, and for files that are no images.
+    """
+    files = {"images": images, "end_images": end_images}
+    rates = {name: value for name, value in scalars.items() if value is not None}
+    is_of_data = not captions and not images and not end_images
+    if not root.conditioning.needs() & {"captions", "text"}:
+        _refuse_captions(root, captions)
+    if problems := list(_problems(root, captions, {} if is_of_data else files, rates)):
+        raise ConfigError(*problems)
+    if is_of_data:
+        batch = of_data(root, (), count)
+    else:
+        size = max(len(captions), *map(len, files.values()))
+        batch = prompts_batch(_for_each(captions or [""], size))
+        if asked := root.conditioning.images():
+            clip = root.data.clips()[0]
+            rows = [_for_each(files[SETTINGS[name]], size) for name in asked]
+            shown = [[picture(file, clip) for file in row] for row in rows]
+            batch.image = torch.stack([torch.stack(row) for row in shown], 2)
+    told = {name: torch.full((batch.size,), float(value)) for name, value in rates.items()}
+    return replace(batch, scalars=batch.scalars | told)
+
+
+def _refuse_captions(root: Root, captions: Sequence[str]) -> None:
+    if captions:
+        name = root.conditioning.plugin.rpartition("/")[2]
+        raise ConfigError(
+            f"prompts={[*captions]}: conditioning={name} is told none; want a count alone"
+        )
+
+
+def _problems(
+    root: Root, captions: Sequence[str], files: dict[str, Files], rates: dict[str, float]
+) -> Iterator[str]:
+    conditioning = root.conditioning
+    asked = {SETTINGS[name]: name for name in conditioning.images()}
+    name = f"conditioning={conditioning.plugin.rpartition('/')[2]}"
+    count = max(1, len(captions), *map(len, files.values())) if files else 1
+    for setting, of in files.items():
+        said = f"task.{setting}=[{', '.join(map(str, of))}]"
+        if of and setting not in asked:
+            yield f"{said}: {name} is told no such image with these settings; leave it out"
+        elif setting in asked and len(of) not in (1, count):
+            yield (
+                f"{said}: {name} is told the {asked[setting]} image; name a file for all prompts, "
+                f"or one for each of the {count}"
+            )
+    if files and len(captions) not in (0, 1, count):
+        yield f"task.prompts has {len(captions)} captions: want one for all {count} images or each"
+    for rate in rates.keys() - conditioning.needs():
+        yield f"task.{rate}={rates[rate]}: {name} is told no {rate} with these settings"
+
+
+def _for_each(values: Sequence[Any], count: int) -> list[Any]:
+    return [*values] * count if len(values) == 1 else [*values]
+
+
+def picture(file: Path | str, clip: Clip) -> Tensor:
+    """A file as (3, H, W) in [-1, 1] of the size of `clip`: covered, and the middle cut out.
+
+    Resized as published for DynamiCrafter (antialiased, bilinear), but where a picture is narrower
+    than the clip: there its width fills the clip, and the original adds black bars. Raises
+    ConfigError where it is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(Path(file).expanduser()) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except OSError as e:
+        raise ConfigError(f"{file}: cannot be read as an image ({e})") from e
+    pixels = torch.from_numpy(np.asarray(_covering(image, clip.height, clip.width)).copy())
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _covering(image: Image, height: int, width: int) -> Image:
+    from PIL.Image import Resampling
+
+    scale = max(height / image.height, width / image.width)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image if size == image.size else image.resize(size, Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))
