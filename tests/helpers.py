@@ -159,4 +159,8 @@ def sampled(system: Any, count: int = 2) -> Any:
     """`count` clips (count, 3, T, H, W) of the data's first prompts."""
     from sandbox.prompts import of_data
 
-    return system.eval().sample(of_data(system.root, (), count))
+    root = system.root
+    prompts = registry.create(root.data).prompts() or [""]
+    is_told = root.conditioning.needs() & {"captions", "text"}
+    captions = (prompts * count)[:count] if is_told else ()
+    return system.eval().sample(of_data(root, captions, count))

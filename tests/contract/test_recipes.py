@@ -12,7 +12,8 @@ from sandbox.contracts import PluginConfig
 from sandbox.main import checked
 from tests.helpers import composed
 
-RECIPES = sorted(p.stem for p in CONF.glob("experiment/ldm_*.yaml"))
+SYSTEMS = ("ldm", "dynamicrafter")
+RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
 FULL = [name for name in RECIPES if not name.endswith("_tiny")]
 OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction"}
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
@@ -60,10 +61,12 @@ def test_absent_data_and_weights_are_named_before_a_run(recipe):
 
     with pytest.raises(ConfigError) as raised:
         checked(composed(f"experiment={recipe}"))
-    assert all(p.startswith(("data.", "vae.weights")) for p in raised.value.problems)
+    assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.endswith("_tiny")])
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if r.startswith("ldm") and r.endswith("_tiny")]
+)  # that of DynamiCrafter, which goes on from released weights: tests/systems/test_recipes_dynamicrafter.py
 def test_a_tiny_sibling_differs_in_size_and_data_alone(recipe):
     """The same plugins, and the same noise, loss, network form, optimizer and average."""
     full, tiny = (composed(f"experiment={name}") for name in (recipe.removesuffix("_tiny"), recipe))
