@@ -14,6 +14,7 @@ from tests.helpers import composed
 
 SYSTEMS = ("ldm", "dynamicrafter")
 RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
+TINY_LDM = [name for name in RECIPES if name.startswith("ldm") and name.endswith("_tiny")]
 FULL = [name for name in RECIPES if not name.endswith("_tiny")]
 OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction"}
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
@@ -64,9 +65,8 @@ def test_absent_data_and_weights_are_named_before_a_run(recipe):
     assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 
-@pytest.mark.parametrize(
-    "recipe", [r for r in RECIPES if r.startswith("ldm") and r.endswith("_tiny")]
-)  # that of DynamiCrafter, which goes on from released weights: tests/systems/test_recipes_dynamicrafter.py
+# DynamiCrafter's go on from released weights: tests/systems/test_recipes_dynamicrafter.py
+@pytest.mark.parametrize("recipe", TINY_LDM)
 def test_a_tiny_sibling_differs_in_size_and_data_alone(recipe):
     """The same plugins, and the same noise, loss, network form, optimizer and average."""
     full, tiny = (composed(f"experiment={name}") for name in (recipe.removesuffix("_tiny"), recipe))
