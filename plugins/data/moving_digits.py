@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from sandbox.contracts import DataConfig, Items, Sample, in_range
+from sandbox.contracts import DataConfig, Items, Sample, above, in_range
 from sandbox.registry import register
 
 SCAN = 8  # pixels, both ways
@@ -64,11 +64,17 @@ class MovingDigits:
 
     @dataclass
     class Config(DataConfig):
-        """clips_per_epoch: length of an epoch (clips never repeat); speed: pixels a frame."""
+        """clips_per_epoch: length of an epoch (clips never repeat); speed: pixels a frame.
+
+        random_speed: each clip has a speed of its own, from 1 to `speed`. fps: the rate of a clip
+        of speed 1, told in whole frames a second; a faster one skips frames, so its rate is less.
+        """
 
         imports = ("sklearn.datasets",)
         clips_per_epoch: int = 16384
         speed: int = 1
+        random_speed: bool = False
+        fps: float | None = None
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -76,6 +82,7 @@ class MovingDigits:
                 yield f"root={self.root!r}: want null, these scans come with scikit-learn"
             yield from in_range("clips_per_epoch", self.clips_per_epoch, 1)
             yield from in_range("speed", self.speed, 1)
+            yield from above("fps", self.fps, 0)
             for name in ("height", "width"):
                 yield from in_range(name, getattr(self, name), SCAN)
             room = min(self.height, self.width) - SCAN
@@ -87,7 +94,8 @@ class MovingDigits:
                 )
 
         def provides(self) -> frozenset[str]:
-            return frozenset({"video", "captions", "digit_captions", "prompts"})
+            fields = {"video", "captions", "digit_captions", "prompts"}
+            return frozenset(fields | (set() if self.fps is None else {"fps"}))
 
         def metric(self) -> str | None:
             return "digits"
@@ -121,7 +129,8 @@ class Train:
         which, scan, lane, start = rng.random(4)
         combination = TRAINED[int(which * len(TRAINED))]
         choices = self.scans[combination[1]]
-        return sample(self.cfg, combination, choices[int(scan * len(choices))], lane, start)
+        chosen, speed = choices[int(scan * len(choices))], speed_of(self.cfg, rng)
+        return sample(self.cfg, combination, chosen, lane, start, speed)
 
 
 class Val:
@@ -142,27 +151,34 @@ class Val:
         digit = combination[1]
         earlier = sum(other[1] == digit for other in HELD_OUT[:place])
         scan = self.scans[digit][earlier * VAL_REPEATS + repeat]
-        lane, start = np.random.default_rng(index).random(2)
-        return sample(self.cfg, combination, scan, lane, start)
+        rng = np.random.default_rng(index)
+        lane, start = rng.random(2)
+        return sample(self.cfg, combination, scan, lane, start, speed_of(self.cfg, rng))
+
+
+def speed_of(cfg: MovingDigits.Config, rng: np.random.Generator) -> int:
+    return int(rng.integers(1, cfg.speed + 1)) if cfg.random_speed else cfg.speed
 
 
 def sample(
-    cfg: MovingDigits.Config, combination: Combination, scan: np.ndarray, lane: float, start: float
-) -> Sample:
+    cfg: MovingDigits.Config, combination: Combination, scan: np.ndarray, lane: float,
+    start: float, speed: int,
+) -> Sample:  # fmt: skip
     """One clip; `lane` and `start` in [0, 1) choose the place across and along the motion."""
     colour, _, direction = combination
-    tops, lefts = offsets(cfg, DIRECTIONS[direction], lane, start)
+    tops, lefts = offsets(cfg, DIRECTIONS[direction], lane, start, speed)
     ink = np.zeros((cfg.frames, cfg.height, cfg.width), np.float32)
     for frame, top, left in zip(ink, tops, lefts, strict=True):
         frame[top : top + SCAN, left : left + SCAN] = scan
     rgb = np.array(list(COLOURS.values())[colour], np.float32)
     video = np.multiply.outer(2 * rgb, ink)
     video -= 1
-    return {"video": torch.from_numpy(video), "caption": caption(combination)}
+    rate = {} if cfg.fps is None else {"fps": float(cfg.fps // speed)}
+    return {"video": torch.from_numpy(video), "caption": caption(combination), **rate}
 
 
 def offsets(
-    cfg: MovingDigits.Config, direction: str, lane: float, start: float
+    cfg: MovingDigits.Config, direction: str, lane: float, start: float, speed: int
 ) -> tuple[list[int], list[int]]:
     """Top and left of the scan in each frame. Lanes: the middle half of the room, 2..6 of 0..8."""
     horizontal = direction in ("left", "right")
@@ -171,9 +187,9 @@ def offsets(
         across_room, along_room = along_room, across_room
     margin = across_room // 4
     across = margin + int(lane * (across_room - 2 * margin + 1))
-    travel = cfg.speed * (cfg.frames - 1)
+    travel = speed * (cfg.frames - 1)
     first = int(start * (along_room - travel + 1))
-    along = [first + cfg.speed * i for i in range(cfg.frames)]
+    along = [first + speed * i for i in range(cfg.frames)]
     if direction in ("left", "up"):
         along.reverse()
     lanes = [across] * cfg.frames

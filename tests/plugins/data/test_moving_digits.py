@@ -145,3 +145,24 @@ def test_the_default_config_says_what_it_provides():
     assert CONFIG.provides() == {"video", "captions", "digit_captions", "prompts"}
     assert CONFIG.metric() == "digits"
     assert not list(CONFIG.problems())
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_clip_that_moves_twice_as_fast_has_half_the_rate(split):
+    source = MovingDigits(replace(CONFIG, frames=5, speed=2, random_speed=True, fps=24.0))
+    seen = set()
+    for i in range(20):
+        clip = source.split(split).load(i, keyed(0, "data", 0, str(i)))
+        ink = clip["video"].max(0).values + 1  # (T, H, W)
+        weights = ink / ink.sum((1, 2), keepdim=True)
+        places = torch.stack([(weights * torch.arange(16).view(s)).sum((1, 2))
+                              for s in ((1, 16, 1), (1, 1, 16))])  # fmt: skip
+        speed = places.diff(dim=1).abs().sum(0)
+        torch.testing.assert_close(speed, torch.full((4,), 24 / clip["fps"]), rtol=0, atol=1e-3)
+        seen.add(clip["fps"])
+    assert seen == {12, 24}
+
+
+def test_a_rate_is_told_where_it_is_asked_for():
+    assert "fps" in replace(CONFIG, fps=24.0).provides()
+    assert list(replace(CONFIG, fps=0.0).problems()) == ["fps=0.0: want > 0"]
