@@ -120,6 +120,7 @@ def test_group_norm_fits_the_machine(name, target):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
@@ -165,6 +166,7 @@ def test_attention_with_a_bias_fits_the_machine():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias and causal"])
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP16], ids=str)
