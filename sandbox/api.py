@@ -81,7 +81,7 @@ def sample(
     from sandbox.prompts import given
 
     system = build(run) if isinstance(run, Path | str) else run
-    batch = given(system.root, captions, images, end_images, **scalars)
+    batch = given(system.root, captions, images, end_images, count=len(captions) or 8, **scalars)
     return generate(system.eval(), batch, steps=steps)
 
 

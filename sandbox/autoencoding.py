@@ -127,7 +127,7 @@ class Autoencoding(Trainable):
 
     def reconstruct(self, batch: Batch, draws: Draws) -> tuple[Terms, Tensor]:
         """The loss, and the PSNR of each clip (B,) in dB."""
-        out = self.first_stage.reconstruct(batch.video, draws)
+        out = self.first_stage.reconstruct(_pixels(batch), draws)
         return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
 
     def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
@@ -135,9 +135,14 @@ class Autoencoding(Trainable):
         if self.opponent is None:
             return
         with torch.no_grad():
-            out = self.first_stage.reconstruct(batch.video, self.draws(batch))
+            out = self.first_stage.reconstruct(_pixels(batch), self.draws(batch))
 
         def loss() -> Terms:
             return self.reconstruction.discriminate(out, self.finished_steps)  # type: ignore[attr-defined]
 
         self.metrics = self.metrics | self.opponent.turn(loss, share, rate, is_update).log
+
+
+def _pixels(batch: Batch) -> Tensor:
+    assert batch.video is not None  # data without pixels are refused before
+    return batch.video

@@ -57,7 +57,7 @@ class Misfit(ConfigError):
     """
 
     def __init__(self, field: str, value: int, rule: str) -> None:
-        super().__init__(field, value, rule)
+        Exception.__init__(self, field, value, rule)  # its one problem is made of them
 
     @property
     def field(self) -> str:

@@ -227,7 +227,7 @@ def _collate(
     epoch: int, positions: tuple[int, ...], ids: tuple[str, ...], samples: tuple[Sample, ...]
 ) -> Batch:
     first = samples[0]
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.stack([s[name] for s in samples]) for name in SAMPLE_TENSORS if name in first
     }
     return Batch(

@@ -148,12 +148,13 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
         if sum(b.size for b in found) >= count:
             break
     captions = [c for b in found for c in b.captions or ()]
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(b, name) for b in found])
+        for name in SAMPLE_TENSORS
+        if getattr(found[0], name) is not None
+    }
     whole = Batch(
-        **{
-            name: torch.cat([getattr(b, name) for b in found])
-            for name in SAMPLE_TENSORS
-            if getattr(found[0], name) is not None
-        },
+        **tensors,
         captions=captions or None,
         scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
         ids=[i for b in found for i in b.ids],

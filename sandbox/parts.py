@@ -47,10 +47,10 @@ def build_parts(wiring: Wiring) -> Parts:
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
     parts = Parts(*(_component(group, root) for group in groups))
     if root.adapter is not None:
-        parts.adapter = registry.create(root.adapter)
+        parts.adapter = adapter = registry.create(root.adapter)
         with seeded(root, "adapter"):
             targets, dtype = root.backbone.adapter_targets(), DTYPES[root.precision]
-            parts.adapter.apply(parts.backbone, targets, dtype)
+            adapter.apply(parts.backbone, targets, dtype)
     return parts
 
 

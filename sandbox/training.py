@@ -260,7 +260,7 @@ class Training:
             made = through(self.system.first_stage, video.to(self.system.device))
         if self.leads:
             path = self.run.samples / f"step_{self.step:08}" / "reconstruction.png"
-            media.reconstruction_sheet(path, video, made.clamp(-1, 1).cpu())
+            media.reconstruction_sheet(path, [*video], [*made.clamp(-1, 1).cpu()])
             self.trackers.images(self.step, "reconstruction", [path])
 
     def validate(self, count: int) -> None:

@@ -111,7 +111,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
             "trainer=ddp or trainer=single"
         )
     recipe = root.vae.recipe()
-    loss = root.reconstruction or replace(
+    loss: Any = root.reconstruction or replace(
         registry.default("reconstruction", root.vae.regularizer()), **recipe.reconstruction
     )
     refused = [f"reconstruction.{p}" for p in loss.accepts(root.vae)]
