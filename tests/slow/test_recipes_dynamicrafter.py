@@ -42,10 +42,14 @@ def test_it_learns_and_is_scored(run):
 
 
 def test_samples_and_checkpoints_come_at_their_moments(run):
-    """Samples after every 200 micro-batches, two of them a step; the last of each 90, and 100s."""
+    """Samples after every 200 micro-batches, two of them a step; the newest checkpoint of each 90
+    steps and the end, and the weights alone of every 100.
+    """
     assert {p.name for p in (run / "samples").glob("step_*")} == {"step_00000100", "step_00000200"}
     kept = {p.stem for p in (run / "checkpoints").glob("*.ckpt")}
-    assert kept == {"step_00000100", "step_00000200"}
+    assert kept == {"step_00000200"}
+    weights = {p.name for p in (run / "weights").glob("step_*")}
+    assert weights == {"step_00000100", "step_00000200"}
 
 
 def test_images_become_videos(run, tmp_path):
