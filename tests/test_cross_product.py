@@ -233,6 +233,7 @@ def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_pair_of_small_presets_that_fit_trains_samples_and_reloads(tmp_path):
     generator = random.Random(0)
     names = {g: [n for n in options(g, True) if is_small(g, n)] for g in GROUPS}
