@@ -260,6 +260,7 @@ def is_small(group: str, name: str) -> bool:
 WIRED = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
 COSTLY = {"clips_per_epoch", "num_workers", "timesteps", "val_clips"}
 FIXED = {"plugin", "weights", "root", "steps", "include", "exclude", *COSTLY}
+STORED = {"image", "text"}  # of data=latents: what task=encode has put there
 NUMBERS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24)
 
 
@@ -312,8 +313,9 @@ def settings(seed: int) -> tuple[Root, str]:
     root, words = rooted(choice), [to_words(choice)]
     for group in generator.sample(GROUPS, 4):
         cfg = getattr(root, group)
+        stored = STORED if cfg and cfg.plugin == "data/latents" else set()
         free = (
-            [f.name for f in fields(cfg) if f.name not in FIXED and f.name not in WIRED]
+            [f.name for f in fields(cfg) if f.name not in (FIXED | stored).union(WIRED)]
             if cfg
             else []
         )

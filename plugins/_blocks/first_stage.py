@@ -59,11 +59,11 @@ class FirstStage(nn.Module):
         return Reconstruction(x, self.pixels(z), posterior, last_layer=self.last_layer())
 
     def last_layer(self) -> Tensor | None:
-        """The weight that draws the pixels, where adversarial losses compare gradients."""
-        decoder = getattr(self, "decoder", None)  # none where there is nothing to train
-        if decoder is None:
-            return None
-        return next(p for p in decoder.conv_out.parameters() if p.ndim > 1)
+        """The weight that draws the pixels, where adversarial losses compare gradients; None where
+        there is no `decoder.conv_out`.
+        """
+        drawing = getattr(getattr(self, "decoder", None), "conv_out", None)
+        return None if drawing is None else next(p for p in drawing.parameters() if p.ndim > 1)
 
     def part(self, x: Tensor, draws: Draws) -> Tensor:
         """`train_frames` frames in a row of each clip, from a place of its own."""
