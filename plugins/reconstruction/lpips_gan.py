@@ -17,7 +17,7 @@ from plugins._blocks.discriminator3d import FramesAndClips
 from plugins._blocks.lpips import LPIPS
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.posterior import Reconstruction
-from sandbox.contracts import FirstStageConfig, PluginConfig, Terms, in_range, one_of
+from sandbox.contracts import ConfigError, FirstStageConfig, PluginConfig, Terms, in_range, one_of
 from sandbox.registry import register
 
 GROUPS = 32  # of the norms of the 3-D discriminator, as published
@@ -150,8 +150,13 @@ class LPIPSWithDiscriminator(nn.Module):
 
     def adaptive_weight(self, nll: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
         """Makes both gradients about as long at the last layer (Esser et al. 2021, eq. 7)."""
-        if not torch.is_grad_enabled() or last_layer is None:
+        if not torch.is_grad_enabled():
             return nll.new_zeros(())  # as published, in validation
+        if last_layer is None:
+            raise ConfigError(
+                "reconstruction=lpips_gan weighs its terms at decoder.conv_out, which this first "
+                "stage does not have; use reconstruction=kl or codebook, or give it one"
+            )
         of_nll, of_g = (
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss)
         )

@@ -234,3 +234,10 @@ def test_bad_settings_are_named():
     )
     found = {p.split("=")[0] for p in cfg.problems()}
     assert found == {"disc_loss", "disc_num_layers", "disc_start", "kl_weight", "lpips"}
+
+
+def test_a_first_stage_without_the_layer_that_it_weighs_at_is_refused():
+    loss = LPIPSWithDiscriminator(LPIPSWithDiscriminator.Config())
+    number = torch.zeros((), requires_grad=True)
+    with pytest.raises(ConfigError, match=r"decoder\.conv_out.*reconstruction=kl"):
+        loss.adaptive_weight(number, number, None)
