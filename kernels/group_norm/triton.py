@@ -50,10 +50,11 @@ def _affine(c, ok, r, w_ptr, b_ptr, scale_ptr, shift_ptr, scale_row, shift_row):
 @triton.jit
 def _pre(c, ok, r, pre_ptr, pre_row):
     """What is added to channels c of row r before anything else."""
-    if pre_ptr is None:
-        return tl.where(ok, 0.0, 0.0)
-    at = pre_ptr + r.to(tl.int64) * pre_row + c
-    return tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    pre = tl.where(ok, 0.0, 0.0)
+    if pre_ptr is not None:
+        at = pre_ptr + r.to(tl.int64) * pre_row + c
+        pre = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    return pre
 
 
 @triton.jit

@@ -119,6 +119,22 @@ def test_group_norm_fits_the_machine(name, target):
     check_norm(name, BF16, target)
 
 
+@pytest.mark.parametrize("name", ["resident 2048", "split 1", "fused 4", "last 64"])
+def test_group_norm_without_shifts_and_scales_fits_the_machine(name):
+    check_norm(name, BF16, "sm_90", plain=True)
+
+
+def test_group_norm_without_an_affine_map_compiles():
+    x = empty(32, 1280, 5, 8, dtype=BF16)
+    plain = {"silu": False, "frames": 1, "per_frame": False}
+    plain |= dict.fromkeys(("pre_shift", "scale", "shift"))
+    _, mean, rstd, forward = norm.forward(x, 32, None, None, 1e-5, **plain, out_dtype=BF16)
+    needs = norm.Needs(True, *[False] * 5)
+    _, backward = norm.backward(x, x, mean, rstd, 32, None, None, **plain, needs=needs)
+    for launch in (*forward, *backward):
+        check(launch, "sm_90")
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("target", TARGETS)
