@@ -450,14 +450,15 @@ class LossConfig(PluginConfig):
 @dataclass
 class SamplerConfig(PluginConfig):
     """From noise to latents in `steps` calls of the model (or about twice as many, for second-order
-    solvers).
+    solvers), at times that the schedule spaces.
     """
 
     steps: int = 20
+    spacing: str = "trailing"
 
     def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
         """Problems with this schedule, one line each."""
-        yield from ()
+        yield from schedule.spacing_problems(self.steps, self.spacing)
 
     def problems(self) -> Iterator[str]:
         yield from in_range("steps", self.steps, 1, 10_000)

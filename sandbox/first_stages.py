@@ -146,7 +146,8 @@ def cached(root: Root) -> Path:
     if root.vae.fitted() == "trained":
         parts.append(f"reconstruction/{root.vae.regularizer()}")
     files = [registry.find(part).path for part in parts]
-    files += Path(registry.__file__).parent.parent.glob("plugins/_blocks/*.py")
+    for shared in ("_blocks", "_configs"):
+        files += Path(registry.__file__).parent.parent.glob(f"plugins/{shared}/*.py")
     code = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(filter(None, files))]
     key = json.dumps([vae, data_identity(root.data), root.seed, code], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")

@@ -2,7 +2,8 @@
 
 The file is parsed (ast); the nested `Config` class is executed with the module-level statements
 that define the names it uses, transitively, and nothing else. Those may come from the standard
-library and `sandbox.contracts` only, so reading is fast and runs nothing heavy.
+library, `sandbox.contracts` and `plugins._configs` (which holds to the same rule), so reading is
+fast and runs nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from sandbox.contracts import PluginConfig
 
 LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
+LIGHT_PACKAGE = "plugins._configs."  # what several Configs share
 
 
 @dataclass
@@ -131,11 +133,15 @@ def _check_light(node: ast.Import | ast.ImportFrom, name: str) -> None:
         sources = ["." * node.level + (node.module or "")]
     else:
         sources = [a.name for a in node.names]
-    heavy = [s for s in sources if not {s, s.partition(".")[0]} & LIGHT_IMPORTS]
+    heavy = [
+        s
+        for s in sources
+        if not {s, s.partition(".")[0]} & LIGHT_IMPORTS and not s.startswith(LIGHT_PACKAGE)
+    ]
     if heavy:
         raise _Unreadable(
             f"Config uses {name}, which comes from {', '.join(heavy)}; a Config may use the "
-            "standard library and sandbox.contracts only",
+            "standard library, sandbox.contracts and plugins._configs only",
             node.lineno,
         )
 

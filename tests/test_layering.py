@@ -90,9 +90,15 @@ def test_kernels_know_no_more_than_torch_triton_and_einops(path):
     assert third_party(names) <= allowed
 
 
-@pytest.mark.parametrize("path", [p for p in modules("plugins") if "/_blocks/" not in p])
+@pytest.mark.parametrize("path", [p for p in modules("plugins") if "/_" not in p])
 def test_a_plugin_knows_contracts_kernels_and_shared_blocks_only(path):
-    allowed = ("sandbox.contracts", "sandbox.registry", "kernels", "plugins._blocks")
+    allowed = (
+        "sandbox.contracts",
+        "sandbox.registry",
+        "kernels",
+        "plugins._blocks",
+        "plugins._configs",
+    )
     assert {n for n in ours(imported(path)) if not below(n, *allowed)} == set()
 
 
@@ -102,12 +108,18 @@ def test_shared_blocks_know_contracts_kernels_and_one_another_only(path):
     assert {n for n in ours(imported(path)) if not below(n, *allowed)} == set()
 
 
+@pytest.mark.parametrize("path", modules("plugins/_configs"))
+def test_shared_configs_know_contracts_and_no_package(path):
+    names = imported(path)
+    assert ours(names) == {"sandbox.contracts"} and third_party(names) == set()
+
+
 @pytest.mark.parametrize("path", modules("plugins"))
 def test_a_file_of_plugins_is_in_a_group_under_its_own_name(path):
     from sandbox.config import GROUPS
 
     parts = Path(path).relative_to("plugins").parts
-    assert len(parts) >= 2 and (parts[0] in GROUPS or parts[0] == "_blocks")
+    assert len(parts) >= 2 and (parts[0] in GROUPS or parts[0] in ("_blocks", "_configs"))
 
 
 @pytest.mark.parametrize("path", [p for f in ("sandbox", "plugins", "kernels") for p in modules(f)])

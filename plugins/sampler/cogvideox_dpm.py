@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import CLEAN, Model, Trajectory, earlier, levels, log_snr
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig
+from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig, one_of
 from sandbox.registry import register
 
 
@@ -24,8 +24,12 @@ class CogVideoXDPM:
     class Config(SamplerConfig):
         steps: int = 50
 
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from one_of("spacing", self.spacing, ["trailing"])
+
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
-            yield from schedule.spacing_problems(self.steps, "trailing")
+            yield from super().accepts(schedule)
             if schedule.kind != "discrete":
                 yield "cogvideox_dpm: needs whole times; want schedule=ddpm, or sampler=dpmpp_2m"
 

@@ -37,7 +37,6 @@ class DDIM:
         (CogVideoX), where the end follows from the stride.
         """
 
-        spacing: str = "trailing"
         eta: float = 0.0
         temperature: float = 1.0
         end: str = "clean"
@@ -55,7 +54,7 @@ class DDIM:
                 yield f"end={self.end!r}: landing=stride has its own end; want 'clean'"
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
-            yield from schedule.spacing_problems(self.steps, self.spacing)
+            yield from super().accepts(schedule)
             if schedule.kind != "discrete":
                 if self.end != "clean":
                     yield f"end={self.end!r}: the schedule is continuous; want 'clean'"

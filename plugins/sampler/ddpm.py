@@ -25,7 +25,6 @@ class Ancestral:
         are those of the longer steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
         """
 
-        spacing: str = "trailing"
         variance: str = "posterior"
 
         def problems(self) -> Iterator[str]:
@@ -33,7 +32,7 @@ class Ancestral:
             yield from one_of("variance", self.variance, VARIANCES)
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
-            yield from schedule.spacing_problems(self.steps, self.spacing)
+            yield from super().accepts(schedule)
             if self.variance == "learned" and schedule.outputs() != 2:
                 yield (
                     "variance='learned': the schedule has no learned variance; "

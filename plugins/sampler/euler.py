@@ -1,12 +1,11 @@
 """Euler's method for the probability-flow ODE."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from plugins._blocks.diffusion import Model, Trajectory
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig
+from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule
 from sandbox.registry import register
 
 
@@ -20,10 +19,7 @@ class Euler:
 
     @dataclass
     class Config(SamplerConfig):
-        spacing: str = "trailing"
-
-        def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
-            yield from schedule.spacing_problems(self.steps, self.spacing)
+        """No settings of its own."""
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -29,13 +29,11 @@ class PNDM:
 
     @dataclass
     class Config(SamplerConfig):
-        spacing: str = "trailing"
-
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.kind != "discrete":
                 yield "pndm: needs whole times; want schedule=ddpm, or sampler=dpmpp_2m"
                 return
-            yield from schedule.spacing_problems(self.steps, self.spacing)
+            yield from super().accepts(schedule)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

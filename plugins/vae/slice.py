@@ -7,7 +7,6 @@ made of is an argument of the layers, never their state.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +14,9 @@ from torch import Tensor, nn
 from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, start_linear, tiled
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
-from sandbox.contracts import (
-    Clip,
-    Draws,
-    FirstStageConfig,
-    FirstStageRecipe,
-    Misfit,
-    above,
-    in_range,
-    must_divide,
-    one_of,
-    same_length,
-)
+from plugins._configs.autoencoder3d import Autoencoder3DConfig
+from sandbox.contracts import Clip, Draws, Misfit
 from sandbox.registry import register
-
-# What a block divides or multiplies (time, space) by; as published, the last block of a network
-# keeps the size.
-DOWN_BLOCKS = {"SpatialDownBlock3D": (1, 2), "SpatialTemporalDownBlock3D": (2, 2)}
-UP_BLOCKS = {"SpatialUpBlock3D": (1, 2), "SpatialTemporalUpBlock3D": (2, 2)}
-ATTENTIONS = ("3d", "spatial")
-STARTS = ("published", "haar")
 
 
 @register("vae", "slice")
@@ -42,72 +24,12 @@ class SliceVAE(FirstStage):
     """Slice VAE of EasyAnimate: slices of 8 frames, and a first frame that may stand alone."""
 
     @dataclass
-    class Config(FirstStageConfig):
-        ch: int = 16
-        ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each
-        down_block_types: tuple[str, ...] = ("SpatialTemporalDownBlock3D",) * 3
-        up_block_types: tuple[str, ...] = ("SpatialTemporalUpBlock3D",) * 3
-        layers_per_block: int = 1  # residual blocks of a level; the decoder has one more
-        latent_channels: int = 16
-        norm_num_groups: int = 4  # 32 as published
-        mid_block_use_attention: bool = True
-        mid_block_attention_type: str = "3d"  # over all frames that it sees, or "spatial"
-        mid_block_num_attention_heads: int = 1
+    class Config(Autoencoder3DConfig):
         mini_batch_encoder: int = 8  # frames of a slice; the encoder shares nothing between them
         mini_batch_decoder: int = 2  # latent frames of a slice; the decoder sees its neighbours
-        use_tiling: bool = False  # of pictures that are higher and wider than a tile
-        tile_sample_min_size: int = 384  # height and width of a tile in pixels
-        tile_overlap_factor: float = 0.25
-        scale_factor: float | None = None  # of the latents; None: measured, per channel
-        shift: float | None = None  # taken off first; None: measured, per channel
-        start: str = "haar"  # weights before training: a Haar transform, or "published": random
+        tile_sample_min_size: int = 384
 
-        def problems(self) -> Iterator[str]:
-            yield from super().problems()
-            for name in ("ch", "layers_per_block", "latent_channels", "norm_num_groups",
-                         "mid_block_num_attention_heads", "mini_batch_encoder",
-                         "mini_batch_decoder", "tile_sample_min_size"):  # fmt: skip
-                yield from in_range(name, getattr(self, name), 1)
-            yield from in_range("tile_overlap_factor", self.tile_overlap_factor, 0, 0.5)
-            yield from above("scale_factor", self.scale_factor, 0)
-            yield from in_range("shift", self.shift, -100, 100)
-            yield from one_of("mid_block_attention_type", self.mid_block_attention_type, ATTENTIONS)
-            yield from one_of("start", self.start, STARTS)
-            yield from self.problems_of_levels()
-
-        def problems_of_levels(self) -> Iterator[str]:
-            if not self.ch_mult or min(self.ch_mult) < 1:
-                yield f"ch_mult={self.ch_mult}: want at least one level, each >= 1"
-                return
-            levels = len(self.ch_mult)
-            for name, table in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-                yield from same_length(name, getattr(self, name), levels, "level of ch_mult")
-                for block in sorted(set(getattr(self, name))):
-                    yield from one_of(name, block, table)
-            widths = self.widths()
-            groups, heads = self.norm_num_groups, self.mid_block_num_attention_heads
-            if groups > 0 and any(w % groups for w in widths):
-                yield f"norm_num_groups={groups}: want a divisor of all widths {list(widths)}"
-            if heads > 0 and widths[-1] % heads:
-                yield f"mid_block_num_attention_heads={heads}: want a divisor of {widths[-1]}"
-            small = levels < 2 or min(widths) < 6 or self.latent_channels < 3
-            if self.start == "haar" and small:
-                yield (
-                    f"start='haar' with {list(widths)} channels, {self.latent_channels} latents: "
-                    "want two levels, 6 channels in each and 3 latents, or 'published'"
-                )
-            known = set(self.down_block_types) <= set(DOWN_BLOCKS)
-            if known and set(self.up_block_types) <= set(UP_BLOCKS):
-                yield from self.problems_of_factors()
-
-        def problems_of_factors(self) -> Iterator[str]:
-            time, space = down = self.factors()
-            up = tuple(map(prod, zip(*self.up_factors(), strict=True)))
-            if up != down:
-                yield (
-                    f"up_block_types multiply (time, space) by {up}: want {down}, which "
-                    "down_block_types divide it by (the last block of each keeps the size)"
-                )
+        def problems_of_windows(self, time: int) -> Iterator[str]:
             frames, latents = self.mini_batch_encoder, self.mini_batch_decoder
             if frames > 0 and frames % time:
                 yield f"mini_batch_encoder={frames}: want a multiple of {time}"
@@ -118,63 +40,18 @@ class SliceVAE(FirstStage):
                     f"mini_batch_decoder={latents}: want {frames // time}, the latents of "
                     f"mini_batch_encoder={frames} frames"
                 )
-            size, overlap = self.tile_sample_min_size, self.tile_overlap_factor
-            if size > 0 and size % space:
-                yield f"tile_sample_min_size={size}: want a multiple of {space}"
-            elif size > 0 and 0 < overlap <= 0.5:
-                shared = size // space * overlap
-                if abs(shared - round(shared)) > 1e-6:
-                    yield (
-                        f"tile_overlap_factor={overlap}: want tiles of {size // space} latents to "
-                        f"share a whole number of them, not {shared:g}"
-                    )
 
-        def widths(self) -> tuple[int, ...]:
-            """Channels of the levels, from the pixels down."""
-            return tuple(self.ch * m for m in self.ch_mult)
-
-        def down_factors(self) -> tuple[tuple[int, int], ...]:
-            """What each level of the encoder divides (time, space) by."""
-            return (*(DOWN_BLOCKS[b] for b in self.down_block_types[:-1]), (1, 1))
-
-        def up_factors(self) -> tuple[tuple[int, int], ...]:
-            """What each level of the decoder multiplies (time, space) by."""
-            return (*(UP_BLOCKS[b] for b in self.up_block_types[:-1]), (1, 1))
-
-        def factors(self) -> tuple[int, int]:
-            """What the whole encoder divides (time, space) by."""
-            time, space = zip(*self.down_factors(), strict=True)
-            return prod(time), prod(space)
-
-        def latents(self, clip: Clip) -> Clip:
+        def latent_frames(self, frames: int) -> int:
             """Slices of latents for slices of frames, and one for a first frame that is over."""
-            if clip.channels != 3:
-                raise Misfit("channels", clip.channels, "3")
-            _, space = self.factors()
-            must_divide("height", clip.height, space)
-            must_divide("width", clip.width, space)
-            slices, rest = divmod(clip.frames, self.mini_batch_encoder)
+            slices, rest = divmod(frames, self.mini_batch_encoder)
             if self.mini_batch_decoder == 1:  # else one latent could be a slice or a picture
                 allowed, also = (1,), ""
             else:
                 allowed, also = (0, 1), f", or {self.mini_batch_encoder} k"
-            if clip.frames < 1 or rest not in allowed:
+            if frames < 1 or rest not in allowed:
                 rule = f"{self.mini_batch_encoder} k + 1{also}, in whole slices"
-                raise Misfit("frames", clip.frames, rule)
-            frames = slices * self.mini_batch_decoder + rest
-            return Clip(self.latent_channels, frames, clip.height // space, clip.width // space)
-
-        def recipe(self) -> FirstStageRecipe:
-            """That of magvit; 22 dB on moving digits after 150 of its steps."""
-            return FirstStageRecipe(
-                lr=1e-3,
-                steps=600,
-                batch_size=8,
-                reconstruction={"l1_weight": 0.0, "l2_weight": 1.0},
-            )
-
-        def regularizer(self) -> str:
-            return "kl"
+                raise Misfit("frames", frames, rule)
+            return slices * self.mini_batch_decoder + rest
 
     def __init__(self, cfg: Config) -> None:
         z = cfg.latent_channels
