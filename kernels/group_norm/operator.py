@@ -26,6 +26,7 @@ from kernels.group_norm import closed_form, eager, launches
 from kernels.group_norm.launches import Needs
 
 OP = "group_norm"
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Options(NamedTuple):
@@ -226,20 +227,8 @@ def _rows(x: Tensor, per_frame: bool) -> Tensor:
 
 
 @_forward.register_kernel("cpu")
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    frames: int,
-    per_frame: bool,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias, pre_shift, scale, shift, groups, eps, silu, frames, per_frame, out_dtype = args
     outputs = _outputs(x, groups, frames, per_frame, out_dtype)
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
@@ -254,26 +243,12 @@ def _(
 
 
 @_backward.register_kernel("cpu")
-def _(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    frames: int,
-    per_frame: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _gradients_like(x, weight, bias, pre_shift, scale, shift, frames, per_frame, needs)
+def _(g: Tensor, x: Tensor, *args: Any) -> Gradients:
+    *parameters, mean, rstd, groups, _, silu, frames, per_frame, needs = args
+    outputs = _gradients_like(x, *parameters, frames, per_frame, needs)
     if x.numel() == 0:
         return tuple(t.zero_() for t in outputs)
+    weight, bias, pre_shift, scale, shift = parameters
     exact = closed_form.backward(
         g, x, mean, rstd, groups, weight, bias, silu=silu, pre_shift=pre_shift, scale=scale,
         shift=shift, frames=frames, per_frame=per_frame,
@@ -285,42 +260,15 @@ def _(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    frames: int,
-    per_frame: bool,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, groups, _, _, frames, per_frame, out_dtype = args
     return _outputs(x, groups, frames, per_frame, out_dtype)
 
 
 @_backward.register_fake
-def _(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    frames: int,
-    per_frame: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients_like(x, weight, bias, pre_shift, scale, shift, frames, per_frame, needs)
+def _(g: Tensor, x: Tensor, *args: Any) -> Gradients:
+    *parameters, _, _, _, _, _, frames, per_frame, needs = args
+    return _gradients_like(x, *parameters, frames, per_frame, needs)
 
 
 def _outputs(
@@ -341,7 +289,7 @@ def _gradients_like(
     frames: int,
     per_frame: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Buffers of the gradients; empty ones where none is wanted."""
     _, per_frame = launches.over_time(x, frames, per_frame)
     dx = launches.empty_like(x, x.dtype, per_frame) if needs[0] else x.new_empty(0)
