@@ -563,6 +563,15 @@ class CheckpointConfig(PluginConfig):
 
 
 @dataclass
+class EMAConfig(PluginConfig):
+    """An average of the weights beside them."""
+
+    def averages(self) -> bool:
+        """Whether there is one, which is then measured as well (val/loss_ema)."""
+        return True
+
+
+@dataclass
 class CallbackConfig(PluginConfig):
     """What else happens during training."""
 

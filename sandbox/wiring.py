@@ -193,6 +193,12 @@ class _Check:
                 f"checkpoint.every={policy.every} steps: use callbacks=[val_loss] with "
                 f"callbacks.val_loss.every={policy.every}, or checkpoint.best=0"
             )
+        if self.sound("ema") and policy.best_of.endswith("_ema") and not root.ema.averages():
+            self.say(
+                f"checkpoint.best_of={policy.best_of}: ema={_name(root.ema)} keeps no average to "
+                f"measure: use checkpoint.best_of={policy.best_of.removesuffix('_ema')}, or another "
+                "ema"
+            )
 
     def metric(self, root: Root) -> Root:
         """The metric of the data where none is chosen; else its needs against what data have."""

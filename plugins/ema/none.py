@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sandbox.contracts import PluginConfig
+from sandbox.contracts import EMAConfig
 from sandbox.registry import register
 
 
@@ -11,8 +11,9 @@ class NoAverage:
     """No average of the weights; it costs no memory and no time."""
 
     @dataclass
-    class Config(PluginConfig):
-        pass
+    class Config(EMAConfig):
+        def averages(self) -> bool:
+            return False
 
     decay = None
     every = "step"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sandbox.contracts import PluginConfig, in_range, one_of
+from sandbox.contracts import EMAConfig, in_range, one_of
 from sandbox.registry import register
 
 
@@ -12,7 +12,7 @@ class Warmup:
     """Average of the weights whose decay grows: min(decay, (1 + n) / (10 + n)) at update n."""
 
     @dataclass
-    class Config(PluginConfig):
+    class Config(EMAConfig):
         """decay: 0 to 1; warmup: whether it grows to that; every: "step" or "micro_batch"."""
 
         decay: float = 0.995

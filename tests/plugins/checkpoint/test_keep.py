@@ -35,6 +35,13 @@ def test_the_best_are_kept_only_where_something_measures_them():
     wire(composed(*keep, "callbacks=[val_loss]", "callbacks.val_loss.every=5"))
 
 
+def test_the_best_average_wants_one():
+    keep = ("checkpoint.best=3", "callbacks=[val_loss]", "ema=none")
+    with pytest.raises(ConfigError, match=r"val/loss_ema: ema=none .*best_of=val/loss, or another"):
+        wire(composed(*keep))
+    wire(composed(*keep, "checkpoint.best_of=val/loss"))
+
+
 def test_published_policies():
     """LDM: top 3 and the last, each epoch. DynamiCrafter: 9,000 and, weights only, 10,000."""
     ldm, crafter = (
