@@ -345,11 +345,16 @@ def _samples(seen: list[Seen], rank: Rank) -> str:
 
 @contextmanager
 def start(
-    system: Trainable, run: Run, group: str | None = None, rank: Rank | None = None
+    system: Trainable,
+    run: Run,
+    group: str | None = None,
+    rank: Rank | None = None,
+    initialise: Callable[[], None] = lambda: None,
 ) -> Iterator[Training]:
     """Everything that a run trains with, at step 0 or where its newest good checkpoint stands.
 
-    Trackers are told the end when the block is left. Raises DataError, StorageError, ConfigError.
+    `initialise` gives the system the weights of step 0; a run that continues has its own. Trackers
+    are told the end when the block is left. Raises DataError, StorageError, ConfigError.
     """
     root, rank = system.root, rank or Rank()
     device, cfg = device_of(root, rank.local), root.data
@@ -358,6 +363,9 @@ def start(
     if root.trainer.shards and root.precision == "fp16" and rank.world > 1:
         raise ConfigError("precision=fp16: its scaler does not know cut gradients; use bf16")
     use_threads(root)
+    newest = rank.broadcast_plain(_newest(run) if rank.index == 0 else None)
+    if newest is None:
+        initialise()
     processes = registry.create(root.trainer)
     processes.prepare(system, device, rank.world)
     system.to(device)
@@ -390,7 +398,6 @@ def start(
     )  # fmt: skip
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
-        newest = rank.broadcast_plain(_newest(run) if training.leads else None)
         if newest is not None:
             training.restore(checkpoint.load(run.checkpoints / newest))
             print(f"continuing from step {training.step} ({newest})", flush=True)

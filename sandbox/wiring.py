@@ -196,8 +196,8 @@ class _Check:
         if self.sound("ema") and policy.best_of.endswith("_ema") and not root.ema.averages():
             self.say(
                 f"checkpoint.best_of={policy.best_of}: ema={_name(root.ema)} keeps no average to "
-                f"measure: use checkpoint.best_of={policy.best_of.removesuffix('_ema')}, or another "
-                "ema"
+                f"measure: use checkpoint.best_of={policy.best_of.removesuffix('_ema')}, or "
+                "another ema"
             )
 
     def metric(self, root: Root) -> Root:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +82,16 @@ def test_exported_weights_can_be_started_from(folder, tmp_path):
     found = train(settings(tmp_path, f"init_from={start}", "lr=0", "steps=1"), Rank())
     weights = checkpoint.read_foreign(Run(found["folder"]).folder / checkpoint.LIVE)
     assert not differing(checkpoint.read_foreign(start), weights)
+
+
+def test_a_run_that_continues_does_not_read_its_beginning_again(result, folder, tmp_path):
+    """Resuming and initialising are different things: the file may be another one by then."""
+    start = shutil.copy(folder / checkpoint.AVERAGED, tmp_path / "start.safetensors")
+    words = (f"init_from={start}", "lr=0", "steps=1")
+    found = train(settings(tmp_path, *words), Rank())
+    (Path(found["folder"]) / "result.json").unlink()
+    Path(start).write_text("no weights")
+    assert train(settings(tmp_path, *words), Rank()) == found
 
 
 # --- again ----------------------------------------------------------------------------------------

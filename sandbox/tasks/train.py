@@ -69,10 +69,13 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         with rank.first():  # it makes the first stage, where there is none; the others load it
             system = build_system(wiring, run.folder, rank)
-        if root.init_from is not None and root.adapter is None:
-            init_from(system, root.init_from)
         ready = time.monotonic()
-        with start(system, run, settings["group"], rank) as training:
+
+        def initialise() -> None:
+            if root.init_from is not None and root.adapter is None:
+                init_from(system, root.init_from)
+
+        with start(system, run, settings["group"], rank, initialise) as training:
             fit(training)
             training.unshard(lambda: build_system(wiring, run.folder, rank.alone()))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}
