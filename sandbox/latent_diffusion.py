@@ -26,6 +26,7 @@ from sandbox.contracts import (
     FirstStage,
     Hooks,
     Posterior,
+    Sampler,
     Terms,
 )
 from sandbox.module import Trainable, freeze
@@ -124,11 +125,12 @@ class LatentDiffusion(Trainable):
         steps: int | None = None,
         hooks: Hooks | None = None,
         progress: Callable[[int, int], None] | None = None,
+        sampler: Sampler | None = None,
     ) -> Tensor:
         """Clips (B, 3, T, H, W) in [-1, 1] for the captions, images and scalars of `batch`.
 
-        `clip` is the size in pixels (default: the first of the data); randomness is that of the
-        batch's positions. The caller has set eval mode.
+        `clip` is the size in pixels (default: the first of the data), `sampler` another than the
+        system's; randomness is that of the batch's positions. The caller has set eval mode.
         """
         batch = self.transfer_batch_to_device(replace(batch), self.device)
         clip = clip or self.wiring.clips[0]
@@ -144,7 +146,7 @@ class LatentDiffusion(Trainable):
         conditions = [told(dropped) for dropped in self.guidance.passes(signals)]
         with self.narrow():
             z = denoise(
-                self.backbone, self.schedule, self.guidance, conditions, self.sampler,
+                self.backbone, self.schedule, self.guidance, conditions, sampler or self.sampler,
                 draws.normal("start", torch.empty(size, device=self.device)),
                 steps or self.root.sampler.steps, draws, hooks, progress,
             )  # fmt: skip

@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from sandbox import checkpoint, media, registry
 from sandbox.autoencoding import through
 from sandbox.config import Root, to_container
-from sandbox.contracts import Batch, ConfigError, Diverged, Preempted
+from sandbox.contracts import Batch, ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data import Loader, batches
 from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
@@ -229,10 +229,11 @@ class Training:
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
 
-    def show(self, rows: Sequence[str], count: int) -> None:
+    def show(self, rows: Sequence[str], count: int, chain: SamplerConfig | None = None) -> None:
         """Sheets of what the system makes: `rows` of `sandbox.looks`, "samples" as `sample` writes.
 
-        Of a first stage: reconstructions of held-out clips.
+        `chain` is the sampler of the progressive row. Of a first stage: reconstructions of held-out
+        clips.
         """
         if not isinstance(self.system, LatentDiffusion):
             self._show_reconstructions(count)
@@ -241,7 +242,7 @@ class Training:
             self.sample((), count)
         self.flush()
         with self.averaged(), self.evaluating():
-            found = looks(self.system, tuple(rows), count)
+            found = looks(self.system, tuple(rows), count, chain)
         for name, columns in found.items() if self.leads else ():
             path = self.run.samples / f"step_{self.step:08}" / f"{name}.png"
             clips = [

@@ -1,5 +1,7 @@
 """Rows of an image logger: what is known stays, and what a system has not is left out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from sandbox.looks import LOOKS, NOISE_LEVELS, looks
 from tests.helpers import TINY
 
 CLIPS = 3
+TINY_STEPS = 2  # of sampling, in a tiny system
 VQ = ("vae=vq", "vae.ch=8", "vae.scale_factor=2", "vae.shift=0.1", "data.frames=1")
 
 
@@ -30,6 +33,7 @@ def test_every_row_has_a_picture_of_every_clip(found):
         assert all(x.shape == (CLIPS, 3, 1, 16, 16) for x in row.values())
         assert all(x.abs().max() <= 1 for x in row.values())
     assert len(found["diffusion_row"]) == NOISE_LEVELS + 1
+    assert len(found["progressive_row"]) == TINY_STEPS + 1
 
 
 def test_noise_grows_along_the_diffusion_row():
@@ -39,6 +43,17 @@ def test_noise_grows_along_the_diffusion_row():
     first, *noisy = looks(made, ("diffusion_row",), CLIPS)["diffusion_row"].values()
     errors = [(x - first).square().mean().item() for x in noisy]
     assert errors == sorted(errors)
+
+
+def test_the_progressive_row_ends_in_the_sample():
+    """Without noise in the last step the last estimate is the sample."""
+    made = system("vae=identity", "backbone.patch=4", "data.frames=1", "schedule=ddpm",
+                  "sampler=ddim")  # fmt: skip
+    chain = replace(registry.default("sampler", "ddpm"), steps=7)
+    row = looks(made, ("progressive_row",), CLIPS, chain)["progressive_row"]
+    assert len(row) == NOISE_LEVELS + 1
+    assert not torch.equal(next(iter(row.values())), row["sample"])
+    assert torch.equal([*row.values()][-2], row["sample"])
 
 
 def test_filling_in_keeps_what_is_known_and_no_more():

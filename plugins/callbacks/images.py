@@ -1,17 +1,18 @@
 """Samples at the published moments of an image logger: powers of two first, then every N."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning import Callback
 
+from sandbox import registry
 from sandbox.contracts import PluginConfig, in_range, one_of
 from sandbox.registry import register
 
 ROWS = (
-    "samples", "reconstruction", "diffusion_row", "samples_x0_quantized", "samples_inpainting",
-    "samples_outpainting",
+    "samples", "reconstruction", "diffusion_row", "progressive_row", "samples_x0_quantized",
+    "samples_inpainting", "samples_outpainting",
 )  # fmt: skip
 
 
@@ -25,6 +26,8 @@ class Images(Callback):
 
         increase_log_steps: also at 1, 2, 4, ... below `every`, to see early whether it learns.
         rows: what is shown of a system; of a first stage it is always reconstructions.
+        progressive_steps: of the ancestral sampling that progressive_row shows; as published all
+        times of the schedule.
         """
 
         every: int = 500
@@ -32,10 +35,11 @@ class Images(Callback):
         max_images: int = 8
         increase_log_steps: bool = True
         rows: tuple[str, ...] = ("samples",)
+        progressive_steps: int = 1000
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            for name in ("every", "max_images"):
+            for name in ("every", "max_images", "progressive_steps"):
                 yield from in_range(name, getattr(self, name), 1)
             yield from one_of("unit", self.unit, ("step", "micro_batch"))
             for row in self.rows:
@@ -65,4 +69,6 @@ class Images(Callback):
         if by_step and not self.training.just_stepped:
             return
         if self.cfg.due(self.training.step if by_step else self.taken):
-            self.training.show(self.cfg.rows, self.cfg.max_images)
+            ancestral = registry.default("sampler", "ddpm")
+            chain = replace(ancestral, steps=self.cfg.progressive_steps)
+            self.training.show(self.cfg.rows, self.cfg.max_images, chain)

@@ -24,6 +24,7 @@ ROWS = {
     "samples": "sheet.png",
     "reconstruction": "reconstruction.png",
     "diffusion_row": "diffusion_row.png",
+    "progressive_row": "progressive_row.png",
     "samples_x0_quantized": "samples_x0_quantized.png",
     "samples_inpainting": "samples_inpainting.png",
     "samples_outpainting": "samples_outpainting.png",

@@ -27,7 +27,7 @@ def sampled(callback: Images, batches: range, accumulate: int = 2) -> list[int]:
         callback.training = SimpleNamespace(
             step=i // accumulate,
             just_stepped=i % accumulate == 0,
-            show=lambda rows, count, i=i: found.append(i),
+            show=lambda rows, count, chain, i=i: found.append(i),
         )
         callback.on_train_batch_end(None, None)
     return found
