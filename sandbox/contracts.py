@@ -623,6 +623,12 @@ class TaskConfig(PluginConfig):
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
         return False
 
+    def takes_weights(self) -> bool:
+        """Whether weights (`init_from`) and the configuration of the command may stand for a run
+        where none is named.
+        """
+        return False
+
     def reads_data(self) -> bool:
         """Whether the files of `data` and of the first stage must be there before it starts."""
         return not self.uses_run()

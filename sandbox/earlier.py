@@ -62,6 +62,8 @@ def choices(overrides: Sequence[str]) -> list[str]:
     plugin = config.chosen_plugin("task", said.get("task", "train"))
     if plugin is None or plugin.config is None or not plugin.config().uses_run():  # type: ignore[attr-defined]
         return []
+    if "task.run" not in said and said.keys() & {"init_from", "experiment"}:
+        return []  # weights stand for a run
     named, out = (
         said.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out))
     )

@@ -149,13 +149,24 @@ def run(cfg: Any, overrides: Sequence[str] = (), group: str | None = None) -> An
 
 
 def settled(root: Root, overrides: Sequence[str]) -> Root:
-    """`root`; where its task works on an earlier run, that run's configuration with `overrides`."""
+    """`root`; where its task works on an earlier run, that run's configuration with `overrides`.
+
+    Raises ConfigError where a run is named and weights that it would not use.
+    """
     if root.task is None or not root.task.uses_run():
+        return root
+    if root.task.run is None and root.init_from is not None and root.task.takes_weights():
         return root
     from sandbox.earlier import find_run, read_root
 
     folder = find_run(root.out, root.task.run)
-    root = config.overridden(read_root(folder), root, overrides)
+    own = read_root(folder)
+    if root.init_from is not None and own.adapter is None:
+        raise ConfigError(
+            f"init_from={root.init_from} and task.run={root.task.run}: a run has weights of its "
+            "own; give one of them"
+        )
+    root = config.overridden(own, root, overrides)
     return replace(root, task=replace(root.task, run=str(folder)))
 
 
@@ -186,8 +197,9 @@ def checked(root: Root) -> Wiring | None:
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
         groups.append("conditioning")
-    if reads_data:
+    if reads_data or (root.task.takes_weights() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
+    if reads_data:
         groups.append("data")
     absent = [
         f"{name}={file}: no such file or folder"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sandbox import checkpoint
 from sandbox.config import Root
 from sandbox.contracts import StorageError
@@ -16,6 +18,7 @@ from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.rank import Rank
 from sandbox.stored import prepare_stored
+from sandbox.whole_systems import check_sources
 from sandbox.wiring import Wiring, wire
 
 
@@ -52,16 +55,33 @@ def load_system(
     eval mode, with the threads of training. Raises StorageError where there is no checkpoint.
     """
     wiring = wiring or wire(read_root(folder))
-    device = device_of(wiring.root)
-    use_threads(wiring.root)
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is None:
         raise StorageError(
             f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
         )
+    device = _device(wiring.root)
     system = build_system(wiring, folder)
     restore_weights(system, checkpoint.load(newest), weights)
     return system.to(device).eval()
+
+
+def begun_system(wiring: Wiring) -> LatentDiffusion:
+    """The system of a configuration with the weights of its `init_from`, to sample from."""
+    root = wiring.root
+    assert root.init_from is not None  # else there would be a run
+    check_sources(root)
+    device = _device(root)
+    system = build_system(wiring)
+    if system.adapter is None:
+        init_from(system, root.init_from)
+    return system.to(device).eval()
+
+
+def _device(root: Root) -> torch.device:
+    """Where samples are made, with the threads of training."""
+    use_threads(root)
+    return device_of(root)
 
 
 def restore_weights(system: LatentDiffusion, state: dict[str, Any], weights: str = "ema") -> None:

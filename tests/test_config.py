@@ -346,6 +346,10 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample", "run=broken"], "broken: vae.pach: vae/pca has no such setting"),
         (["task=sample", "run=wrong"], "wrong: vae.patch: Value 'four'"),
         (["task=sample", "run=mine", "data.frames=8"], "data.frames=8 does not fit vae=pca"),
+        (["task=sample", "run=mine", "init_from=a"], "init_from=a and task.run=mine: a run has"),
+        (["task=sample", "init_from=a", "images=[b]"], "init_from=a: no such file or folder"),
+        (["task=sample", "init_from=a", "images=[b]"], "task.images[0]=b: no such file or folder"),
+        (["task=evaluate", "init_from=a"], "task.run=null: no finished run"),
     ],
 )
 def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
@@ -358,6 +362,14 @@ def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
     assert expected in complaint(words)
     with pytest.raises(SandboxError, match=re.escape(expected)):
         _main(["-m", *words])
+
+
+def test_published_weights_stand_for_a_run_with_the_configuration_of_the_line(here):
+    earlier(here / "outputs/a", "schedule=ddpm", "sampler=ddim", "seed=7")
+    root = on_top("task=sample", "init_from=model.ckpt", "schedule.std=2")
+    assert root.task.run is None and (root.seed, root.schedule.plugin) == (0, "schedule/flow")
+    root = on_top("task=sample", "experiment=dynamicrafter_512")
+    assert root.task.run is None and root.backbone.plugin == "backbone/unet3d"
 
 
 def test_a_sweep_over_runs_takes_the_configuration_of_each(here):

@@ -12,7 +12,7 @@ from sandbox.registry import register
 
 @register("task", "sample")
 class Sample:
-    """Makes clips from a finished run (task.run, else the newest) for task.prompts, if any."""
+    """Makes clips for task.prompts from a run (task.run, else the newest) or from init_from."""
 
     @dataclass
     class Config(TaskConfig):
@@ -22,8 +22,9 @@ class Sample:
         network's own default.
 
         Without prompts and images: the data's prompts, with the images and rates of validation
-        clips; count: how many of those. weights: ema or live. to: folder for the files; null is
-        samples/prompts in the run folder. save_fps: frames a second of videos.
+        clips; count: how many of those. weights: ema or live; of init_from those that training
+        would begin with. to: folder for the files; null is samples/prompts in the run folder, and
+        samples/RECIPE in `out` where there is no run. save_fps: frames a second of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -51,6 +52,9 @@ class Sample:
         def uses_run(self) -> bool:
             return True
 
+        def takes_weights(self) -> bool:
+            return True
+
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
@@ -62,14 +66,18 @@ class Sample:
         from sandbox.evaluation import generate
         from sandbox.outcome import write_clips
         from sandbox.prompts import given
-        from sandbox.systems import load_system
+        from sandbox.systems import begun_system, load_system
 
-        cfg, folder = self.cfg, Path(self.cfg.run or "")
+        cfg, root = self.cfg, wiring.root
         rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
-        batch = given(wiring.root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
+        batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
         captions = batch.captions or []
-        system = load_system(folder, cfg.weights, wiring)
-        to = Path(cfg.to) if cfg.to else folder / "samples" / "prompts"
+        if cfg.run is None:
+            system, to = begun_system(wiring), Path(root.out) / "samples" / root.recipe
+        else:
+            system = load_system(Path(cfg.run), cfg.weights, wiring)
+            to = Path(cfg.run) / "samples" / "prompts"
+        to = Path(cfg.to or to)
         write_clips(to, captions, generate(system, batch), cfg.save_fps)
         kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
         print(f"{len(captions)} {kind} and sheet.png in {to}")

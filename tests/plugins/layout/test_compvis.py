@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from plugins.layout.compvis import CompVis
@@ -16,8 +17,11 @@ from sandbox import build, checkpoint, compose, registry
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.first_stages import load_weights
 from sandbox.initialise import init_from
+from sandbox.main import perform
 from sandbox.parts import build as build_part
+from sandbox.systems import begun_system
 from sandbox.whole_systems import check_sources, taken_apart
+from sandbox.wiring import wire
 from tests.helpers import preset, tiny
 
 MANIFESTS = Path(__file__).parents[2] / "golden/systems"
@@ -210,6 +214,20 @@ def test_a_first_stage_is_taken_out_of_a_whole_file(original, tmp_path):
     assert same(other.first_stage.state_dict(), original.first_stage.state_dict())
 
 
+def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
+    path, image = written(original, tmp_path), tmp_path / "image.png"
+    Image.new("RGB", (40, 32), "red").save(image)
+    root = compose(
+        *SMALL, "task=sample", f"init_from={path}", f"vae.weights={path}", f"out={tmp_path}",
+        f"conditioning.weights={path}", "prompts=[a bear]", f"images=[{image}]", "sampler.steps=2",
+        "recipe=crafter",
+    )  # fmt: skip
+    assert same(begun_system(wire(root)).state_dict(), original.state_dict())
+    perform(root)
+    names = sorted(p.name for p in (tmp_path / "samples" / "crafter").iterdir())
+    assert names == ["000-a-bear.mp4", "sheet.png"]
+
+
 def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
     path = written(original, tmp_path)
     content = torch.load(path, weights_only=True)
@@ -260,7 +278,6 @@ def test_nothing_in_a_pickle_is_run(original, tmp_path):
 
 def test_a_run_is_exported_and_initialises_another(tmp_path):
     from sandbox.tasks.export import Export
-    from sandbox.wiring import wire
     from tests.helpers import train
 
     wiring = wire(compose(*SMALL, "vae.weights=null", "steps=1", "data.clips_per_epoch=2"))
