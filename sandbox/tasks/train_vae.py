@@ -12,6 +12,7 @@ from sandbox.registry import register
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sandbox.autoencoding import Autoencoding
     from sandbox.config import Root
     from sandbox.rank import Rank
 
@@ -87,13 +88,27 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
 
 def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
     """Trains, measures on held-out clips, and writes a run folder; returns its result."""
-    from sandbox import registry
-    from sandbox.autoencoding import Autoencoding
-    from sandbox.contracts import ConfigError
-    from sandbox.parts import build, use_kernels
     from sandbox.runs import opened
-    from sandbox.systems import clips_per_step
     from sandbox.training import fit, start
+
+    root = complete(root)
+    with opened(root, rank) as run:
+        print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
+        with start(build_autoencoding(root), run, group, rank) as training:
+            fit(training)
+            result: dict[str, Any] = {}
+            with rank.first():
+                if rank.index == 0:
+                    result = _finish(training)
+            return result
+
+
+def complete(root: Root) -> Root:
+    """`root` with the loss and the batch of a first stage. Raises ConfigError where none is
+    trained.
+    """
+    from sandbox import registry
+    from sandbox.contracts import ConfigError
 
     if root.vae.fitted() != "trained":
         raise ConfigError(
@@ -118,20 +133,19 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     if refused:
         raise ConfigError(*refused)
     batch_size = root.task.micro_batch(root.data, root.vae)
-    root = replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
-    with opened(root, rank) as run:
-        print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
-        use_kernels(root)
-        first_stage = build("vae", root)
-        loss_of = build("reconstruction", root)
-        system = Autoencoding(root, first_stage, loss_of, clips_per_step(root))
-        with start(system, run, group, rank) as training:
-            fit(training)
-            result: dict[str, Any] = {}
-            with rank.first():
-                if rank.index == 0:
-                    result = _finish(training)
-            return result
+    return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
+
+
+def build_autoencoding(root: Root) -> Autoencoding:
+    """A first stage with its loss, of a complete `root`, with fresh weights."""
+    from sandbox.autoencoding import Autoencoding
+    from sandbox.parts import build, use_kernels
+    from sandbox.systems import clips_per_step
+
+    use_kernels(root)
+    return Autoencoding(
+        root, build("vae", root), build("reconstruction", root), clips_per_step(root)
+    )
 
 
 def _finish(training: Any) -> dict[str, Any]:
