@@ -173,6 +173,12 @@ class _Check:
                 f"conditioning={_name(conditioning)} encodes pictures, but data={_name(data)} "
                 f"provides {_list(data.provides())}: use data.image=true"
             )
+        is_for_none = not (conditioning.embeds() or "text" in conditioning.needs())
+        if "text" in data.provides() and is_for_none:
+            self.say(
+                f"data.text=true: conditioning={_name(conditioning)} takes no stored text: use "
+                "data.text=false"
+            )
         if lacking:
             self.say(
                 f"conditioning={_name(conditioning)} needs {_list(lacking)}, but "

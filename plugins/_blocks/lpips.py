@@ -12,6 +12,7 @@ WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each slice of VGG16
 VGG_FILE = "vgg16-397923af.pth"
 LINEAR_FILE = "vgg.pth"
+SIZES = {VGG_FILE: "528 MB", LINEAR_FILE: "8 kB"}
 URLS = {
     VGG_FILE: f"https://download.pytorch.org/models/{VGG_FILE}",
     LINEAR_FILE: "https://heibox.uni-heidelberg.de/f/607503859c864bc1b30b/?dl=1",
@@ -132,9 +133,9 @@ def _found(weights: str, name: str) -> dict[str, Tensor]:
         )
     except OSError as e:
         raise StorageError(
-            f"reconstruction.lpips=hub: {name} cannot be fetched from {URLS[name]} ({e}); put it "
-            f"and {VGG_FILE} or {LINEAR_FILE} in a folder and name that, or take lpips=random to "
-            "try things out"
+            f"reconstruction.lpips=hub: {name} ({SIZES[name]}) cannot be fetched from {URLS[name]} "
+            f"({e}); put {VGG_FILE} and {LINEAR_FILE} in a folder and name it, "
+            "reconstruction.lpips=FOLDER, or try things out with reconstruction.lpips=random"
         ) from e
 
 

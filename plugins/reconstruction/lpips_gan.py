@@ -67,6 +67,10 @@ class LPIPSWithDiscriminator(nn.Module):
             if not self.lpips:
                 yield "lpips='': want hub, random, or a folder or file of weights"
 
+        def files(self) -> dict[str, str | None]:
+            is_read = self.perceptual_weight > 0 and self.lpips not in ("hub", "random")
+            return {"lpips": self.lpips} if is_read else {}
+
         def accepts(self, first_stage: FirstStageConfig) -> Iterator[str]:
             """Problems with this first stage, one line each."""
             if first_stage.fitted() != "trained":

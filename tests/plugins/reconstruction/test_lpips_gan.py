@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from plugins._blocks import lpips
 from plugins._blocks.discriminator3d import Discriminator3D
 from plugins._blocks.lpips import LPIPS, from_torchvision
 from plugins._blocks.patchgan import NLayerDiscriminator
@@ -15,6 +16,7 @@ from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
 from plugins.reconstruction.lpips_gan import LPIPSWithDiscriminator
 from sandbox.autoencoding import Autoencoding
 from sandbox.contracts import ConfigError, Preempted, StorageError
+from sandbox.main import checked
 from sandbox.parts import build
 from sandbox.runs import open_root
 from sandbox.training import fit, start
@@ -241,3 +243,19 @@ def test_a_first_stage_without_the_layer_that_it_weighs_at_is_refused():
     number = torch.zeros((), requires_grad=True)
     with pytest.raises(ConfigError, match=r"decoder\.conv_out.*reconstruction=kl"):
         loss.adaptive_weight(number, number, None)
+
+
+def test_weights_of_lpips_that_cannot_be_fetched_are_named_with_size_and_cure(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(lpips.URLS, lpips.VGG_FILE, (tmp_path / "none").as_uri())
+    with pytest.raises(StorageError, match=r"vgg16-397923af\.pth \(528 MB\).*lpips=FOLDER"):
+        LPIPSWithDiscriminator(LPIPSWithDiscriminator.Config(perceptual_weight=1.0))
+
+
+def test_an_absent_folder_of_lpips_is_found_before_a_run():
+    words = ("experiment=ldm_celebahq_vq4_first_stage_tiny", "reconstruction.lpips=./none")
+    checked(composed(*words))  # of no weight in the tiny recipe
+    with pytest.raises(ConfigError, match=r"reconstruction\.lpips=\./none: no such file"):
+        checked(composed(*words, "reconstruction.perceptual_weight=1"))
