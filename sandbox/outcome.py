@@ -47,6 +47,8 @@ def finish_run(
         found = evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.leave_if_asked)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)
+    if not root.conditioning.needs() & {"captions", "text"}:
+        found.captions = [""] * found.count  # those of real clips, which nobody told the model
     captions = [found.captions[i] for i in picked]
     paths = write_clips(run.samples, captions, found.clips["model"][picked]) if picked else []
     shown = list(zip(captions, paths, strict=False))
