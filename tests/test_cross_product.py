@@ -238,6 +238,7 @@ def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_small_presets_train_sample_and_reload(tmp_path):
     """Each at least once, but for the few that hardly anything goes with."""
     generator, names = random.Random(0), small_options()
@@ -278,7 +279,7 @@ def small_options() -> dict[str, list[str]]:
 def is_small(group: str, name: str) -> bool:
     """Whether it is cheap to build and to run, in a small system, and reads no weights."""
     if group == "conditioning":
-        return getattr(options(group, True)[name], "weights", None) in (None, "random", "cached")
+        return getattr(options(group, True)[name], "weights", None) in (None, "random")
     if group not in ("vae", "backbone"):
         return True
     try:
