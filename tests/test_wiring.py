@@ -161,7 +161,8 @@ def test_every_size_of_the_data_is_wired():
 def test_wiring_needs_no_torch():
     code = (
         "import sys; from sandbox import compose; compose('vae=kl');"
-        "assert not {'torch', 'numpy', 'lightning', 'plugins'} & sys.modules.keys()"
+        "assert not {'torch', 'numpy', 'lightning'} & sys.modules.keys();"
+        "assert {m.split('.')[1] for m in sys.modules if m.startswith('plugins.')} == {'_configs'}"
     )
     subprocess.run([sys.executable, "-c", code], cwd=config.HOME, check=True)
 
