@@ -127,7 +127,7 @@ def test_settings_of_the_task_need_no_prefix(here):
 
 # --- quick answers --------------------------------------------------------------------------------
 
-HEAVY = ("torch", "lightning", "wandb", "torchvision", "numpy", "sklearn", "plugins", "kernels")
+HEAVY = ("torch", "lightning", "wandb", "torchvision", "numpy", "sklearn", "kernels")
 COUNTED = """
 import contextlib, io, json, os, sys
 sys.path.insert(0, {home!r})
@@ -140,7 +140,8 @@ for words, completed in {lines!r}:
             main(words)
         except SystemExit as e:
             code = e.code
-    print(json.dumps([code, said.getvalue(), sorted({heavy!r} & sys.modules.keys())]))
+    plugins = {{m for m in sys.modules if m.startswith("plugins.") and "_configs" not in m}}
+    print(json.dumps([code, said.getvalue(), sorted(plugins | {heavy!r} & sys.modules.keys())]))
 """
 
 
