@@ -8,6 +8,7 @@ and the samplers make. A plugin sees this file and never another group's plugin.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-SCALARS = frozenset({"fps", "frame_stride", "height", "width", "aspect_ratio", "ofs"})
+# Of the pixels of a clip; the loader, and sampling, tell them of every clip.
+SIZES = ("height", "width", "aspect_ratio")  # aspect_ratio: height / width
+SCALARS = frozenset({"fps", "frame_stride", "ofs", *SIZES})
 # What a sample may bring for the fields of a Batch of these names, without the axis B.
 SAMPLE_TENSORS = ("video", "stored", "image", "text", "text_mask", "no_text", "no_text_mask")
 
@@ -375,7 +378,8 @@ class DataConfig(PluginConfig):
     """The source of clips. Every data plugin has these fields, under these names.
 
     root: folder of the data (null where the plugin makes or ships them); frames, height, width:
-    size of a clip in frames and pixels; batch_size: clips per process and micro-batch; num_workers:
+    size of a clip in frames and pixels; batch_size: clips per process and micro-batch;
+    drop_incomplete: without the smaller last micro-batch of an epoch (of each size); num_workers:
     loader processes, 0 loads in the training process; max_bad: items that may be unusable before
     the run ends with exit code 3.
     """
@@ -385,6 +389,7 @@ class DataConfig(PluginConfig):
     height: int = 16
     width: int = 16
     batch_size: int = 32
+    drop_incomplete: bool = False
     num_workers: int = 0
     max_bad: int = 100
 
@@ -395,8 +400,15 @@ class DataConfig(PluginConfig):
             yield from in_range(name, getattr(self, name), 0)
 
     def clips(self) -> tuple[Clip, ...]:
-        """Every size a batch may have: one, or all buckets, images included."""
+        """Every size a batch may have: one, or all buckets, images included.
+
+        The first is that of samples.
+        """
         return (Clip(3, self.frames, self.height, self.width),)
+
+    def batch_of(self, clip: Clip) -> int:
+        """Clips of this size per process and micro-batch."""
+        return self.batch_size
 
     def stored(self) -> str | None:
         """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
@@ -411,6 +423,37 @@ class DataConfig(PluginConfig):
     def metric(self) -> str | None:
         """Name of the metric plugin that scores this kind of data; None where there is none."""
         return None
+
+
+@dataclass
+class BucketedDataConfig(DataConfig):
+    """Data whose batches have one of several sizes each.
+
+    buckets: sizes beside frames x height x width, such as 49x720x480; bucket_batch_sizes: clips per
+    process and micro-batch of each of them; empty: batch_size.
+    """
+
+    buckets: tuple[str, ...] = ()
+    bucket_batch_sizes: tuple[int, ...] = ()
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for text in self.buckets:
+            if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+                yield f"buckets={text!r}: want frames x height x width, such as 49x720x480"
+        if self.bucket_batch_sizes:
+            sizes, count = self.bucket_batch_sizes, len(self.buckets)
+            yield from same_length("bucket_batch_sizes", sizes, count, "entry of buckets")
+            yield from in_range("bucket_batch_sizes", min(sizes), 1)
+
+    def clips(self) -> tuple[Clip, ...]:
+        further = (Clip(3, *map(int, text.split("x"))) for text in self.buckets)
+        return tuple(dict.fromkeys((*super().clips(), *further)))
+
+    def batch_of(self, clip: Clip) -> int:
+        given = zip(self.buckets, self.bucket_batch_sizes, strict=False)
+        sizes = {Clip(3, *map(int, text.split("x"))): size for text, size in given}
+        return sizes.get(clip, self.batch_size)
 
 
 @dataclass
@@ -866,6 +909,18 @@ class Items(Protocol):
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         """`rng` is keyed by (seed, epoch, id): the only source of randomness. Raises BadItem."""
+        ...
+
+
+@runtime_checkable
+class Bucketed(Protocol):
+    """Items of several sizes; a micro-batch holds one of them."""
+
+    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
+        """Size of the clip that `load` makes with the same `rng`: these are its first draws.
+
+        It decodes nothing and raises nothing; an item that cannot be read has any of the sizes.
+        """
         ...
 
 

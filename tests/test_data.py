@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sandbox.contracts import BadItem, Batch, DataError
-from sandbox.data import Loader, batches
+from sandbox.contracts import BadItem, Batch, Clip, DataError
+from sandbox.data import Loader, batches, usual_size
 
 
 class Numbers:
@@ -212,3 +212,141 @@ def test_validation_leaves_bad_items_out_and_keeps_the_positions_of_others():
 def test_validation_without_a_usable_clip_is_an_error():
     with pytest.raises(DataError, match="no clip is usable: clip: 0: number 0 is broken"):
         list(batches(Numbers(2, bad=(0, 1)), 2))
+
+
+# --- several sizes --------------------------------------------------------------------------------
+
+
+class Sized(Numbers):
+    """As Numbers, of three widths; with `random` a clip's width is drawn anew in each epoch."""
+
+    WIDTHS = (2, 2, 4, 2, 6)
+
+    def __init__(self, count: int, bad: tuple[int, ...] = (), random: bool = False) -> None:
+        super().__init__(count, bad)
+        self.random = random
+
+    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
+        place = int(rng.integers(5)) if self.random else index % 5
+        return Clip(3, 1, 2, self.WIDTHS[place])
+
+    def load(self, index: int, rng: np.random.Generator) -> dict:
+        width = self.bucket(index, rng).width
+        return super().load(index, rng) | {"video": torch.full((3, 1, 2, width), float(index))}
+
+
+def batch_of(clip: Clip) -> int:
+    return 2 if clip.width == 6 else 4
+
+
+def sized(count: int = 40, batch_size: int = 4, **more) -> Loader:
+    items = Sized(count, more.pop("bad", ()), more.pop("random", False))
+    return Loader(items, batch_size, 3, batch_of=more.pop("batch_of", batch_of), **more)
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_each_clip_comes_once_an_epoch_in_batches_of_one_size(random):
+    one = sized(41, random=random)
+    for _ in range(2):
+        seen = list(one)
+        assert sorted(int(c) for b in seen for c in b.captions) == list(range(41))
+        positions = [p for b in seen for p in b.position.tolist()]
+        assert positions == list(range(41))
+        assert all(b.size <= batch_of(Clip(*b.video.shape[1:])) for b in seen)
+
+
+def test_sizes_come_in_no_order():
+    widths = [b.video.shape[-1] for b in sized(200)]
+    assert sorted(widths) != widths
+    assert sorted(widths, reverse=True) != widths
+
+
+def test_incomplete_batches_of_each_size_are_dropped_where_that_is_asked_for():
+    one = sized(43, drop_incomplete=True)
+    assert [b.size for b in one if b.size != batch_of(Clip(*b.video.shape[1:]))] == []
+    assert len(one) == 26 // 4 + 9 // 4 + 8 // 2
+    assert len(sized(43)) == 7 + 3 + 4
+    assert [b.size for b in loader(18, drop_incomplete=True)] == [4] * 4
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_two_ranks_together_see_the_sizes_that_one_process_sees(random):
+    one = [*sized(96, 8, random=random, batch_of=lambda clip: 2 * batch_of(clip))]
+    ranks = [[*sized(96, 4, random=random, rank=r, world=2)] for r in range(2)]
+    whole = {p: i for b in one for p, i in zip(b.position.tolist(), b.ids, strict=True)}
+    parts = {
+        p: i for r in ranks for b in r for p, i in zip(b.position.tolist(), b.ids, strict=True)
+    }
+    assert parts.items() <= whole.items()
+    assert len(whole) - len(parts) <= 3  # what of each size is left is cut to two equal slices
+    assert all(a.video.shape == b.video.shape for a, b in zip(*ranks, strict=True))
+
+
+@pytest.mark.parametrize("taken", [1, 7, 15])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_of_several_sizes_goes_on_from_a_saved_state(taken, workers):
+    def some(loader: Loader, count: int) -> list[tuple]:
+        found: list[tuple] = []
+        while len(found) < count:
+            for batch in loader:
+                found.append(content(batch))
+                if len(found) == count:
+                    break
+        return found
+
+    settings = {"bad": (3, 12), "random": True, "num_workers": workers}
+    reference, stopped, resumed = (sized(**settings) for _ in range(3))
+    done = some(stopped, taken)
+    resumed.load_state_dict(stopped.state_dict())
+    assert done + some(resumed, 30 - taken) == some(reference, 30)
+    for one in (reference, stopped, resumed):
+        one.close()
+
+
+def test_a_bad_item_is_replaced_by_one_of_its_size():
+    one = sized(40, bad=(2, 7))
+    widths = [{Sized.WIDTHS[int(c) % 5] for c in batch.captions} for batch in one]
+    assert all(len(found) == 1 for found in widths)
+    assert set(one.bad) == {"clip: 2", "clip: 7"}
+
+
+def test_a_size_without_a_usable_item_gives_way_to_another():
+    bad = tuple(range(4, 40, 5))
+    one = sized(40, bad=bad)
+    assert {b.video.shape[-1] for b in one} == {2, 4}
+    assert len(one.bad) == len(bad)
+
+
+def test_a_state_of_other_sizes_is_refused():
+    state = sized(40).state_dict()
+    assert state["sizes"]["3x1x2x6"] == [8, 2]
+    state["sizes"]["3x1x2x6"] = [7, 2]
+    with pytest.raises(DataError, match="7 in micro-batches of 2 clips of 3x1x2x6"):
+        sized(40).load_state_dict(state)
+    state = sized(40, batch_of=lambda clip: 4).state_dict()
+    with pytest.raises(DataError, match="8 in micro-batches of 4 clips of 3x1x2x6"):
+        sized(40).load_state_dict(state)
+
+
+def test_sizes_with_too_few_clips_for_all_processes_are_an_error_with_a_cure():
+    with pytest.raises(DataError, match=r"6 processes \(3 of 3x1x2x2.*add clips"):
+        Loader(Sized(5), 1, 3, world=6)
+    with pytest.raises(DataError, match="drop_incomplete=false"):
+        Loader(Sized(9), 8, 3, drop_incomplete=True)
+
+
+def test_validation_takes_items_of_several_sizes_once_and_keeps_their_positions():
+    found = list(batches(Sized(10, bad=(3,)), 3))
+    assert [b.position.tolist() for b in found] == [[0, 1], [2, 7], [4, 9], [5, 6, 8]]
+    assert all([float(p) for p in b.position] == shown(b).tolist() for b in found)
+    only = list(batches(Sized(10), 3, only=Clip(3, 1, 2, 4)))
+    assert [b.position.tolist() for b in only] == [[2, 7]]
+    assert usual_size(Sized(10), 0) == Clip(3, 1, 2, 2)
+
+
+def test_the_size_of_a_clip_is_told():
+    scalars = next(iter(sized(40))).scalars
+    video = next(iter(sized(40))).video
+    assert scalars["height"].tolist() == [2.0] * len(video)
+    assert set(scalars["width"].tolist()) == {float(video.shape[-1])}
+    assert torch.equal(scalars["aspect_ratio"], scalars["height"] / scalars["width"])
