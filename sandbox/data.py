@@ -460,10 +460,11 @@ def _collate(
     )
 
 
-def told(clip: Clip, count: int) -> dict[str, torch.Tensor]:
+def told(clip: Clip, count: int, device: Any = None) -> dict[str, torch.Tensor]:
     """SIZES of `count` clips of this size, each (count,)."""
     numbers = (clip.height, clip.width, clip.height / clip.width)
-    return {n: torch.full((count,), float(x)) for n, x in zip(SIZES, numbers, strict=True)}
+    values = zip(SIZES, numbers, strict=True)
+    return {n: torch.full((count,), float(x), device=device) for n, x in values}
 
 
 def _as_it_is(batch: Any) -> Any:

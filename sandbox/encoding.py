@@ -113,6 +113,9 @@ def _say(folder: Path, index: dict[str, Any], made: int) -> None:
         print(f"  left out {name}: {reason}", flush=True)
     also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
     frames, height, width = index["clip"][1:]
+    found = {"x".join(map(str, row["size"])) for rows in index["splits"].values() for row in rows}
+    if further := sorted(found - {f"{frames}x{height}x{width}"}):
+        also += f" 'data.buckets=[{','.join(further)}]'"
     print(
         f"train from it with data=latents data.root={folder} data.frames={frames} "
         f"data.height={height} data.width={width}{also}",
@@ -203,7 +206,7 @@ class Writer:
         """What the index says of a clip. Raises BadItem."""
         key = self._files_key(items, index)
         row = self.known.get(key) if key else None
-        if row is None or row["latents"] not in self.places["latents"]:
+        if row is None or "size" not in row or row["latents"] not in self.places["latents"]:
             row = self._encoded(items, index)
             if key:
                 self.rows.add([key, row])
@@ -237,7 +240,8 @@ class Writer:
             self.places["latents"][key] = self.shards["latents"].add(key, tensors)
             self.made += 1
         scalars = {name: float(sample[name]) for name in sorted(SCALARS.intersection(sample))}
-        return {"caption": sample.get("caption"), "scalars": scalars, "latents": key}
+        size = list(sample["video"].shape[1:])
+        return {"caption": sample.get("caption"), "scalars": scalars, "latents": key, "size": size}
 
     def _count(self, name: str, reason: str) -> None:
         self.bad[name] = reason

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
-from sandbox.contracts import SAMPLE_TENSORS, Batch
-from sandbox.data import Loader, batches
+from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip
+from sandbox.data import Loader, batches, usual_size
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.progress import Progress
@@ -98,9 +98,12 @@ def generate(
     steps: int | None = None,
     between: Between | None = None,
 ) -> Tensor:
-    """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU."""
+    """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
+
+    Of the size of the clips of `like` where it has any, else of the first of the data.
+    """
     calls: int = steps or system.root.sampler.steps
-    clip = system.wiring.clips[0]
+    clip = _size(system, like)
     at_once = max(1, min(CHUNK, PIXELS // (clip.frames * clip.height * clip.width)))
     starts = range(0, like.size, at_once)
     made: list[Tensor] = []
@@ -113,8 +116,19 @@ def generate(
 
         for start in starts:
             part = take(like, start, start + at_once)
-            made.append(system.sample(part, steps=calls, progress=show).cpu())
+            made.append(system.sample(part, clip, steps=calls, progress=show).cpu())
     return torch.cat(made)
+
+
+def _size(system: LatentDiffusion, like: Batch) -> Clip:
+    wiring = system.wiring
+    if like.video is not None:
+        return Clip(*like.video.shape[1:])
+    if like.stored is None:
+        return wiring.clips[0]
+    of_latents = zip(wiring.clips, wiring.latents, strict=True)
+    shape = like.stored.shape[2:]
+    return next(c for c, z in of_latents if (z.frames, z.height, z.width) == shape)
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
@@ -130,14 +144,21 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def gather(items: Any, count: int, seed: int) -> Batch:
-    """The first `count` clips of a split, or as many as there are, as one batch."""
-    return _first(count, batches(items, min(count, 256), seed))
+    """The first `count` clips of a split, or as many as there are, as one batch.
+
+    Of several sizes those of the one that most clips have.
+    """
+    return _first(count, batches(items, min(count, 256), seed, usual_size(items, seed)))
 
 
 def training_clips(items: Any, count: int, seed: int) -> Batch:
-    """`count` clips as training sees them; of a small split several epochs."""
-    loader = Loader(items, min(count, len(items), 64), seed)
-    return _first(count, chain.from_iterable(repeat(loader)))
+    """`count` clips as training sees them; of a small split several epochs.
+
+    Of several sizes those of the one that most clips have.
+    """
+    loader, size = Loader(items, min(count, len(items), 64), seed), usual_size(items, seed)
+    stream = chain.from_iterable(repeat(loader))
+    return _first(count, (b for b in stream if size in (None, Clip(*b.video.shape[1:]))))
 
 
 def _first(count: int, stream: Iterable[Batch]) -> Batch:

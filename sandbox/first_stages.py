@@ -31,7 +31,9 @@ from sandbox.rank import Rank
 
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
-LOADING = frozenset({"batch_size", "num_workers", "max_bad"})  # how data come, not what they are
+LOADING = frozenset(  # how data come, not what they are
+    {"batch_size", "bucket_batch_sizes", "drop_incomplete", "num_workers", "max_bad"}
+)
 TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
 
 

@@ -29,6 +29,7 @@ from sandbox.contracts import (
     Sampler,
     Terms,
 )
+from sandbox.data import told
 from sandbox.module import Trainable, freeze
 from sandbox.parts import DTYPES, Parts
 from sandbox.sampling import denoise
@@ -134,16 +135,17 @@ class LatentDiffusion(Trainable):
         """
         batch = self.transfer_batch_to_device(replace(batch), self.device)
         clip = clip or self.wiring.clips[0]
+        batch.scalars = batch.scalars | told(clip, batch.size, self.device)
         z_clip = self.root.vae.latents(clip)
         grid, draws = self.grid(z_clip), self.draws(batch)
         signals, encode = self.root.conditioning.signals(), self.encoder(draws)
 
-        def told(dropped: frozenset[str]) -> Conditions:
+        def conditions_of(dropped: frozenset[str]) -> Conditions:
             drop = {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals}
             return self.conditioner(batch, grid, drop, draws, encode, None)
 
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
-        conditions = [told(dropped) for dropped in self.guidance.passes(signals)]
+        conditions = [conditions_of(dropped) for dropped in self.guidance.passes(signals)]
         with self.narrow():
             z = denoise(
                 self.backbone, self.schedule, self.guidance, conditions, sampler or self.sampler,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sandbox import registry
 from sandbox.config import Root
-from sandbox.contracts import SCALARS, Batch, Clip, ConfigError
+from sandbox.contracts import SCALARS, SIZES, Batch, Clip, ConfigError
 from sandbox.evaluation import gather
 from sandbox.latent_diffusion import prompts_batch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SETTINGS = {"start": "images", "end": "end_images"}  # of task=sample, for what a conditioning asks
+RATES = SCALARS - set(SIZES)
 Files = Sequence[Path | str]
 
 
@@ -34,7 +35,7 @@ def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
     if not conditioning.needs() & {"captions", "text"}:
         _refuse_captions(root, captions)
         return prompts_batch([""] * count)
-    if not conditioning.images() and not conditioning.needs() & SCALARS:
+    if not conditioning.images() and not conditioning.needs() & RATES:
         found = [*captions] or registry.create(root.data).prompts()[:count] or [""] * count
         return prompts_batch(found)
     clips = gather(registry.create(root.data).split("val"), len(captions) or count, root.seed)

@@ -14,7 +14,15 @@ from typing import Any
 
 from sandbox import registry
 from sandbox.config import Root
-from sandbox.contracts import CallbackConfig, Clip, ConfigError, Misfit, PluginConfig, Slots
+from sandbox.contracts import (
+    SIZES,
+    CallbackConfig,
+    Clip,
+    ConfigError,
+    Misfit,
+    PluginConfig,
+    Slots,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class _Check:
 
     def __post_init__(self) -> None:
         self.found: list[str] = []
+        self.misfits: dict[tuple[Any, ...], list[int]] = {}  # and the nearest values that fit
 
     def sound(self, *names: str) -> bool:
         return not self.unsound & set(names)
@@ -167,7 +176,7 @@ class _Check:
         if not self.sound("data", "conditioning"):
             return
         data, conditioning = self.root.data, self.root.conditioning
-        lacking = conditioning.needs() - data.provides()
+        lacking = conditioning.needs() - data.provides() - set(SIZES)
         if conditioning.encodes() and not data.provides() & {"video", "image"}:
             self.say(
                 f"conditioning={_name(conditioning)} encodes pictures, but data={_name(data)} "
@@ -184,7 +193,7 @@ class _Check:
                 f"conditioning={_name(conditioning)} needs {_list(lacking)}, but "
                 f"data={_name(data)} provides "
                 f"{_list(data.provides())}: use "
-                + _options("conditioning", lambda c: c.needs() <= data.provides())
+                + _options("conditioning", lambda c: c.needs() <= data.provides() | set(SIZES))
             )
 
     def best(self, root: Root) -> None:
@@ -244,8 +253,11 @@ class _Check:
                     return (z, grid) if fitting == clip else None
                 return None
             except Misfit as e:
-                near = self.near(fitting, e.field)
-                self.say(self.misfit(clip, first if z else None, e, near))
+                key = (e.field, getattr(clip, e.field), e.value, z is None)
+                if key not in self.misfits:  # of many sizes it is said once
+                    self.misfits[key] = self.near(fitting, e.field)
+                    self.say(self.misfit(clip, first if z else None, e, self.misfits[key]))
+                near = self.misfits[key]
                 if not near:
                     return None
                 fitting = replace(fitting, **{e.field: near[-1]})
@@ -258,9 +270,13 @@ class _Check:
 
     def misfit(self, clip: Clip, z: Clip | None, e: Misfit, near: list[int]) -> str:
         """A number of `clip` that does not fit the first stage or, with latents `z`, backbone."""
-        size, vae = f"data.{e.field}={getattr(clip, e.field)}", f"vae={_name(self.root.vae)}"
-        use = " or ".join(f"data.{e.field}={v}" for v in near)
-        cure = f": use {use}" if use else ""
+        data, value, vae = self.root.data, getattr(clip, e.field), f"vae={_name(self.root.vae)}"
+        size, cure = f"data.{e.field}={value}", ""
+        if getattr(data, e.field, None) != value:  # of a bucket, which other settings decide
+            size = f"data={_name(data)}: a size of batches, {clip}, with {e.field}={value}"
+            cure = f"; the nearest that do: {' and '.join(map(str, near))}" if near else ""
+        elif near:
+            cure = ": use " + " or ".join(f"data.{e.field}={v}" for v in near)
         if z is None:
             return f"{size} does not fit {vae}, which wants {e.rule}{cure}"
         return (

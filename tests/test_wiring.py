@@ -192,7 +192,7 @@ def test_values_that_the_data_refuse_are_not_offered():
 
 def test_each_size_of_the_data_is_checked():
     found = problems(data=Buckets(), backbone=Network(divisor=8), conditioning=untold())
-    assert [p.split(":")[0] for p in found] == ["data.width=16", "data.height=16", "data.width=16"]
+    assert [p.split(":")[0] for p in found] == ["data.width=16", "data.height=16"]
     assert "3x9x16x16" in found[0] and "3x1x32x16" in found[2]
 
 

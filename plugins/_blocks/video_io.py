@@ -1,6 +1,7 @@
 """Clips from video files (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,40 @@ def read_image(path: Path, fit: Shape) -> Tensor:
         raise BadItem(f"cannot be read: {e}") from e
 
 
+def measured(path: Path) -> tuple[int, int, int]:
+    """Frames, height and width of a file, of a video by its head and its first frame.
+
+    Raises BadItem.
+    """
+    if path.suffix.lower() in IMAGES:
+        return 1, *image_size(path)
+    import av
+
+    try:
+        with opened(path) as (container, stream):
+            frames = stream.frames or len(packet_times(container, stream))
+            container.seek(0)
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise BadItem("has no frame")
+            image = first.height, first.width
+            return frames, *(image[::-1] if first.rotation % 180 else image)
+    except (av.FFmpegError, OSError, ValueError) as e:
+        raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width as it is shown. Raises BadItem."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path, formats=[IMAGES[path.suffix.lower()]]) as image:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if is_turned else (image.height, image.width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadItem(f"cannot be read: {e}") from e
+
+
 def read_video(
     path: Path, frames: int, stride: int, choose: Choose, fit: Fit
 ) -> tuple[Tensor, float]:
@@ -92,16 +127,7 @@ def read_frames(path: Path, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], f
     import av
 
     try:
-        with (
-            path.open("rb") as file,
-            av.open(file, format=CONTAINERS[path.suffix.lower()]) as container,
-        ):
-            if not container.streams.video:
-                raise BadItem("has no video")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise BadItem("cannot be decoded: its codec is not known")
-            stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+        with opened(path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
                 raise BadItem("has no frame rate")
@@ -118,6 +144,24 @@ def read_frames(path: Path, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], f
             return found, float(rate)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    """A file and its first video. Raises BadItem, and what PyAV raises."""
+    import av
+
+    with (
+        path.open("rb") as file,
+        av.open(file, format=CONTAINERS[path.suffix.lower()]) as container,
+    ):
+        if not container.streams.video:
+            raise BadItem("has no video")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise BadItem("cannot be decoded: its codec is not known")
+        stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+        yield container, stream
 
 
 def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int]:

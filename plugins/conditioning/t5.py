@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.t5 import T5Encoder, hashed_words, tokenizer
 from sandbox.contracts import (
+    SIZES,
     Batch,
     Clip,
     ConditioningConfig,
@@ -53,7 +54,9 @@ class T5(nn.Module):
         to its pixels (null: none), of one level for the micro-batch or (image_noise_shared=false)
         one for each clip, and drop_image is the probability of zeros in its place; guidance never
         drops it. image_latent_scale: multiplies its scaled latents, in training and sampling alike.
-        ofs: a number that the network is told (2.0 in CogVideoX-1.5 image to video).
+        ofs: a number that the network is told (2.0 in CogVideoX-1.5 image to video). sizes: the
+        network is told height, width and aspect_ratio of the clip, in pixels (EasyAnimate with
+        sample_size=128).
         """
 
         weights: str | None = None
@@ -77,6 +80,7 @@ class T5(nn.Module):
         drop_image: float = 0.0
         image_latent_scale: float = 1.0
         ofs: float | None = None
+        sizes: bool = False
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -108,7 +112,8 @@ class T5(nn.Module):
                 yield f"dtype={self.dtype!r}: a network that is trained wants 'fp32'"
 
         def needs(self) -> frozenset[str]:
-            return frozenset({"text" if self.weights == "cached" else "captions"})
+            text = "text" if self.weights == "cached" else "captions"
+            return frozenset({text, *(SIZES if self.sizes else ())})
 
         def encodes(self) -> bool:
             return self.image != "none"
@@ -130,7 +135,9 @@ class T5(nn.Module):
             return Slots(
                 context=Tokens(self.d_model, self.length, self.masked),
                 concat=grid.channels if self.image != "none" else 0,
-                scalars=frozenset() if self.ofs is None else frozenset({"ofs"}),
+                scalars=frozenset(
+                    (*(() if self.ofs is None else ("ofs",)), *(SIZES if self.sizes else ()))
+                ),
             )
 
     def __init__(self, cfg: Config) -> None:
@@ -177,7 +184,9 @@ class T5(nn.Module):
                 raise ValueError("conditioning=t5 needs an image, and the batch has none")
             cond.concat = self.image(pixels[:, :, :1], grid, draws, encode, z0 is not None)
         if self.cfg.ofs is not None:
-            cond.scalars = {"ofs": context.new_full((len(context),), self.cfg.ofs)}
+            cond.scalars["ofs"] = context.new_full((len(context),), self.cfg.ofs)
+        if self.cfg.sizes:
+            cond.scalars |= {name: batch.scalars[name] for name in SIZES}
         return cond
 
     # text

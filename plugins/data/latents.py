@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plugins._blocks.folders import folder_of
 from plugins._blocks.shards import read_index, read_tensors
-from sandbox.contracts import DataConfig, DataError, Sample, in_range
+from sandbox.contracts import SIZES, BucketedDataConfig, Clip, DataError, Sample, in_range
 from sandbox.registry import register
 
 
@@ -20,9 +20,10 @@ class Latents:
     """Stored latents of task=encode, named by data.root: training needs no first stage."""
 
     @dataclass
-    class Config(DataConfig):
+    class Config(BucketedDataConfig):
         """The settings beyond those of every data plugin; frames, height and width are of pixels.
 
+        buckets: the other sizes that clips were encoded in, and bucket_batch_sizes theirs.
         text: bring the stored embeddings of captions (conditioning.weights=cached); image: bring
         the stored picture of each clip, which image-to-video is told; num_prompts: captions of the
         validation split to sample with. The order of clips is that of the data they were made from.
@@ -63,7 +64,8 @@ class Latents:
                 f"data.root={self.cfg.root}: nothing is stored for {name!r}; task=encode "
                 "task.splits=[train,val] stores both"
             )
-        return Stored(folder, rows, self.cfg, index["no_text"] if self.cfg.text else None)
+        sizes = [size_of(row, Clip(*index["clip"])) for row in rows]
+        return Stored(folder, rows, sizes, self.cfg, index["no_text"] if self.cfg.text else None)
 
     def prompts(self) -> list[str]:
         """Captions of the first clips of the validation split that have one."""
@@ -76,13 +78,7 @@ class Latents:
         if self._found is None:
             cfg, folder = self.cfg, folder_of(self.cfg)
             index = read_index(folder)
-            for i, name in enumerate(("frames", "height", "width"), 1):
-                if getattr(cfg, name) != index["clip"][i]:
-                    size = "x".join(map(str, index["clip"][1:]))
-                    raise DataError(
-                        f"data.{name}={getattr(cfg, name)}: the latents in {cfg.root} are of clips "
-                        f"of {size} (frames, height, width)"
-                    )
+            check_sizes(cfg, index)
             for name in ("text", "image"):
                 if getattr(cfg, name) and not index[name]:
                     raise DataError(
@@ -93,12 +89,39 @@ class Latents:
         return self._found
 
 
+def check_sizes(cfg: Latents.Config, index: dict[str, Any]) -> None:
+    """Raises DataError where clips of other sizes are stored than the Config says."""
+    main = Clip(*index["clip"])
+    for name in ("frames", "height", "width"):
+        if not cfg.buckets and getattr(cfg, name) != getattr(main, name):
+            raise DataError(
+                f"data.{name}={getattr(cfg, name)}: the latents in {cfg.root} are of clips of "
+                f"{text_of(main)} (frames, height, width)"
+            )
+    found = {size_of(row, main) for rows in index["splits"].values() for row in rows}
+    if others := sorted(map(text_of, found - set(cfg.clips()))):
+        raise DataError(
+            f"data.buckets={list(cfg.buckets)}: in {cfg.root} there are clips of "
+            f"{', '.join(others)}, too; name all sizes but frames x height x width"
+        )
+
+
+def size_of(row: dict[str, Any], main: Clip) -> Clip:
+    """Of the pixels; `main` where the index was written before there were several sizes."""
+    return Clip(3, *row["size"]) if "size" in row else main
+
+
+def text_of(clip: Clip) -> str:
+    return f"{clip.frames}x{clip.height}x{clip.width}"
+
+
 @dataclass
 class Stored:
     """The clips of one split; nothing is random."""
 
     folder: Path
     rows: list[dict[str, Any]]
+    sizes: list[Clip]  # of pixels
     cfg: Latents.Config
     no_text: list[Any] | None
     empty: dict[str, Tensor] | None = None  # the embedding of the empty caption, once it is read
@@ -109,10 +132,14 @@ class Stored:
     def id(self, index: int) -> str:
         return self.rows[index]["id"]
 
+    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
+        return self.sizes[index]
+
     def load(self, index: int, rng: np.random.Generator) -> Sample:
-        row = self.rows[index]
+        row, size = self.rows[index], self.sizes[index]
         tensors = read_tensors(self.folder, row["latents"])
-        sample: Sample = {"stored": tensors["stored"], **row["scalars"]}
+        told = dict(zip(SIZES, (size.height, size.width, size.height / size.width), strict=True))
+        sample: Sample = {"stored": tensors["stored"], **told, **row["scalars"]}
         if row["caption"] is not None:
             sample["caption"] = row["caption"]
         if self.cfg.image:

@@ -28,6 +28,7 @@ from sandbox.contracts import (
 from sandbox.registry import register
 
 INDENT = 4
+SHOWN = 4  # sizes of clips
 BROKEN = "BROKEN: "
 
 
@@ -138,7 +139,9 @@ def _task(cfg: TaskConfig, clip: Clip) -> Iterator[str]:
 
 
 def _data(cfg: DataConfig, clip: Clip) -> Iterator[str]:
-    yield "clips of " + ", ".join(map(str, cfg.clips()))
+    sizes = [*map(str, cfg.clips())]
+    more = f" and {len(sizes) - SHOWN} other sizes" if len(sizes) > SHOWN else ""
+    yield f"clips of {', '.join(sizes[:SHOWN])}{more}"
     yield f"provides {_list(cfg.provides())}"
     yield f"scored by metric={cfg.metric() or 'null'}"
 
