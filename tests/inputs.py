@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,5 +126,10 @@ def write_clips(folder: Path, size: Clip) -> None:
         Image.new("RGB", (size.width, size.height), (40 * i, 0, 0)).save(path.with_suffix(".png"))
     rows = [f"{i},all,{WORDS[i % 3]} {i}" for i in range(6)]
     (folder / "metadata.csv").write_text("\n".join(["videoid,page_dir,name", *rows]))
+    entries = [
+        {"file_path": f"videos/all/{i}.mp4", "text": WORDS[i % 3], "type": "video"}
+        for i in range(6)
+    ]
+    (folder / "metadata.json").write_text(json.dumps(entries))
     (folder / "prompts.txt").write_text("\n".join(f"{WORDS[i % 3]} {i}" for i in range(6)))
     (folder / "videos.txt").write_text("\n".join(f"videos/all/{i}.mp4" for i in range(6)))

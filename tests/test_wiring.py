@@ -190,10 +190,12 @@ def test_values_that_the_data_refuse_are_not_offered():
     )
 
 
-def test_each_size_of_the_data_is_checked():
+def test_each_size_of_the_data_is_checked_and_each_wrong_number_said_once():
     found = problems(data=Buckets(), backbone=Network(divisor=8), conditioning=untold())
     assert [p.split(":")[0] for p in found] == ["data.width=16", "data.height=16"]
-    assert "3x9x16x16" in found[0] and "3x1x32x16" in found[2]
+    assert "3x9x16x16" in found[0] and "3x9x16x16" in found[1]
+    found = problems(data=Buckets(), backbone=Network(divisor=16), conditioning=untold())
+    assert [p.split(":")[0] for p in found][-1] == "data=buckets" and "height=32" in found[-1]
 
 
 def test_a_size_without_a_cure_is_still_named():

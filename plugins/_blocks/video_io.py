@@ -1,6 +1,7 @@
 """Clips from video files (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,6 +89,19 @@ def measured(path: Path) -> tuple[int, int, int]:
             return frames, *(image[::-1] if first.rotation % 180 else image)
     except (av.FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
+
+
+def all_measured(paths: list[Path]) -> list[tuple[int, int, int] | BadItem]:
+    """What `measured` says of each file, or raises."""
+
+    def of(path: Path) -> tuple[int, int, int] | BadItem:
+        try:
+            return measured(path)
+        except BadItem as e:
+            return e
+
+    with ThreadPoolExecutor() as pool:
+        return [*pool.map(of, paths)]
 
 
 def image_size(path: Path) -> tuple[int, int]:

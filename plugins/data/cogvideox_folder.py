@@ -5,22 +5,37 @@ with frames and sizes is a setting where it is not the default.
 """
 
 import hashlib
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import log
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from plugins._blocks.folders import folder_of, held_out, identity
-from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, Shape, read_frames, read_image
+from plugins._blocks.video_io import (
+    CONTAINERS,
+    IMAGES,
+    Fit,
+    Shape,
+    all_measured,
+    read_frames,
+    read_image,
+)
 from plugins._blocks.video_io import to_video as stacked
-from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
+from sandbox.contracts import (
+    BadItem,
+    BucketedDataConfig,
+    Clip,
+    DataError,
+    Sample,
+    above,
+    in_range,
+    one_of,
+)
 from sandbox.registry import register
 
 RESIZES = ("cover", "stretch")
-
-log = logging.getLogger(__name__)
 
 
 @register("data", "cogvideox_folder")
@@ -28,7 +43,7 @@ class CogVideoXFolder:
     """prompts.txt and videos.txt, a line for each clip, as CogVideoX's fine-tuning has them."""
 
     @dataclass
-    class Config(DataConfig):
+    class Config(BucketedDataConfig):
         """The settings beyond those of every data plugin.
 
         prompts, videos, images: lists below the root; without `images` what needs a picture takes
@@ -39,6 +54,11 @@ class CogVideoXFolder:
         frame is repeated, as published; else the video is unusable. val_root: a second folder of
         this kind to validate on; without it `val_fraction` of the videos is held out, by the hash
         of their names.
+
+        With `buckets` a clip goes to the most frames that its video has (else to the fewest), and
+        among the sizes with so many to the one whose aspect is nearest, then to the nearest in
+        pixels. (By pixels alone, as in the original, a video that is larger than both goes to
+        480x720 as well as to 720x480.)
         """
 
         prompts: str = "prompts.txt"
@@ -187,6 +207,7 @@ class Samples:
 
     rows: list[Row]
     cfg: CogVideoXFolder.Config
+    _looks: list[tuple[int, int, int] | BadItem] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -208,34 +229,56 @@ class Samples:
         found.update(row.caption.encode())
         return found.hexdigest()
 
+    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
+        main, *others = self.cfg.clips()
+        if not others:
+            return main
+        if not self._looks:  # all at once, as all are asked for
+            self._looks = all_measured([row.root / row.video for row in self.rows])
+        look = self._looks[index]
+        return main if isinstance(look, BadItem) else nearest(look, (main, *others))
+
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         row, cfg = self.rows[index], self.cfg
-        stride = 1
+        clip, stride = self.bucket(index, rng), 1
 
         def pick(number: int, rate: float) -> list[int]:
             nonlocal stride
-            if number < cfg.frames and not cfg.pad_short:
-                raise BadItem(f"has {number} frames, {cfg.frames} are needed")
-            stride = cfg.frame_stride or max(number // cfg.frames, 1)
-            wanted = [*range(0, number, stride)][: cfg.frames]
-            if len(wanted) < cfg.frames and not cfg.pad_short:
+            if number < clip.frames and not cfg.pad_short:
+                raise BadItem(f"has {number} frames, {clip.frames} are needed")
+            stride = cfg.frame_stride or max(number // clip.frames, 1)
+            wanted = [*range(0, number, stride)][: clip.frames]
+            if len(wanted) < clip.frames and not cfg.pad_short:
                 raise BadItem(f"has {number} frames, too few for frame_stride={stride}")
             return wanted
 
-        images, rate = read_frames(row.root / row.video, pick, shape(cfg))
-        images += [images[-1]] * (cfg.frames - len(images))
+        images, rate = read_frames(row.root / row.video, pick, shape(cfg, clip))
+        images += [images[-1]] * (clip.frames - len(images))
         sample: Sample = {"video": stacked(images), "caption": row.caption}
-        if cfg.frames > 1:
+        if "fps" in cfg.provides():
             sample |= {"fps": rate / stride, "frame_stride": float(stride)}
         if row.image is not None:
-            sample["image"] = read_image(row.root / row.image, shape(cfg))
+            sample["image"] = read_image(row.root / row.image, shape(cfg, clip))
         return sample
 
 
-def shape(cfg: CogVideoXFolder.Config) -> Shape:
+def nearest(look: tuple[int, int, int], clips: Sequence[Clip]) -> Clip:
+    """The one of `clips` for a video of these frames, height and width; the first of equals."""
+    number, height, width = look
+    counts = {clip.frames for clip in clips}
+    frames = max((n for n in counts if n <= number), default=min(counts))
+
+    def distance(clip: Clip) -> tuple[float, int]:
+        aspects = abs(log(clip.height * width / (clip.width * height)))
+        return aspects, abs(clip.height - height) + abs(clip.width - width)
+
+    return min((clip for clip in clips if clip.frames == frames), key=distance)
+
+
+def shape(cfg: CogVideoXFolder.Config, clip: Clip) -> Shape:
     """Image -> (height, width, 3) uint8."""
     if cfg.resize == "cover":
-        return Fit(cfg.height, cfg.width, lambda room: room // 2)
+        return Fit(clip.height, clip.width, lambda room: room // 2)
     from PIL.Image import Resampling
 
-    return lambda image: np.asarray(image.resize((cfg.width, cfg.height), Resampling.BICUBIC))
+    return lambda image: np.asarray(image.resize((clip.width, clip.height), Resampling.BICUBIC))

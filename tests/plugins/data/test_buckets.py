@@ -5,17 +5,13 @@ import json
 import pytest
 
 from plugins._blocks.buckets import (
-    ASPECTS,
-    CROPS,
     batch_frames,
     covering,
-    crop_size,
     frame_shares,
-    gathered,
     nearest_ratio,
     picked,
-    ratio_shares,
 )
+from plugins.data.easyanimate_json import ASPECTS, CROPS, crop_size
 from tests.golden_easyanimate import GOLDEN
 
 FACTS = json.loads((GOLDEN / "easyanimate_buckets.json").read_text())
@@ -33,12 +29,13 @@ def test_ratios_of_random_crops_have_the_published_sizes_and_shares() -> None:
     assert {ratio: crop_size(ratio, 512) for ratio in CROPS} == table(
         "random_crop_512_height_width"
     )
-    assert [*ratio_shares().values()] == pytest.approx(FACTS["random_crop_prob"])
+    shares = [weight / sum(CROPS.values()) for weight in CROPS.values()]
+    assert shares == pytest.approx(FACTS["random_crop_prob"])
 
 
 @pytest.mark.parametrize("example", FACTS["closest_ratio_and_resize_examples"])
 def test_a_picture_goes_to_its_bucket_as_published(example) -> None:
-    ratio = nearest_ratio(tuple(example["source_hw"]))
+    ratio = nearest_ratio(tuple(example["source_hw"]), ASPECTS)
     crop = crop_size(ratio, example["video_sample_size"])
     assert ratio == example["bucket"]
     assert list(crop) == example["crop_hw"]
@@ -83,12 +80,7 @@ def test_a_uniform_number_picks_by_share() -> None:
     shares = {"a": 0.25, "b": 0.5, "c": 0.25}
     found = [picked(shares, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999999)]
     assert found == ["a", "a", "b", "b", "c", "c"]
-    assert picked(ratio_shares(), 1 - 2**-53) == 2.4
-
-
-def test_batches_hold_one_bucket_each_and_come_when_they_are_full() -> None:
-    keys = ["video 1", "image 1", "video 1", "video 2", "image 1", "video 1", "video 1"]
-    assert list(gathered(keys, 2)) == [[0, 2], [1, 4], [5, 6]]
+    assert picked(CROPS, 1 - 2**-53) == 2.4
 
 
 @pytest.mark.parametrize(("call", "said"), [
