@@ -8,7 +8,6 @@ and the samplers make. A plugin sees this file and never another group's plugin.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -423,37 +422,6 @@ class DataConfig(PluginConfig):
     def metric(self) -> str | None:
         """Name of the metric plugin that scores this kind of data; None where there is none."""
         return None
-
-
-@dataclass
-class BucketedDataConfig(DataConfig):
-    """Data whose batches have one of several sizes each.
-
-    buckets: sizes beside frames x height x width, such as 49x720x480; bucket_batch_sizes: clips per
-    process and micro-batch of each of them; empty: batch_size.
-    """
-
-    buckets: tuple[str, ...] = ()
-    bucket_batch_sizes: tuple[int, ...] = ()
-
-    def problems(self) -> Iterator[str]:
-        yield from super().problems()
-        for text in self.buckets:
-            if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
-                yield f"buckets={text!r}: want frames x height x width, such as 49x720x480"
-        if self.bucket_batch_sizes:
-            sizes, count = self.bucket_batch_sizes, len(self.buckets)
-            yield from same_length("bucket_batch_sizes", sizes, count, "entry of buckets")
-            yield from in_range("bucket_batch_sizes", min(sizes), 1)
-
-    def clips(self) -> tuple[Clip, ...]:
-        further = (Clip(3, *map(int, text.split("x"))) for text in self.buckets)
-        return tuple(dict.fromkeys((*super().clips(), *further)))
-
-    def batch_of(self, clip: Clip) -> int:
-        given = zip(self.buckets, self.bucket_batch_sizes, strict=False)
-        sizes = {Clip(3, *map(int, text.split("x"))): size for text, size in given}
-        return sizes.get(clip, self.batch_size)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import BadItem, ConfigError, StorageError
+from sandbox.contracts import BadItem, Clip, ConfigError, DataError, StorageError
 from sandbox.encoding import Networks, encode_all, in_bytes, narrowed
 from sandbox.evaluation import gather
 from sandbox.launch import launch
@@ -25,6 +25,7 @@ from sandbox.tasks.train import train as train_task
 from sandbox.wiring import wire
 from tests.engine import differing, train_until
 from tests.helpers import TINY, composed, sampled, train
+from tests.inputs import video
 from tests.plugins.conditioning.test_t5 import released, write_tokenizer
 
 VAES = {
@@ -93,6 +94,23 @@ def test_cached_and_uncached_training_have_the_same_losses(folder, tmp_path, vae
     uncached = losses(root, tmp_path / "a")
     assert len(uncached) == 4
     assert losses(from_cache(root), tmp_path / "b") == uncached
+
+
+def test_clips_of_several_sizes_are_stored_in_them_and_have_the_same_losses(folder, tmp_path):
+    for i in range(3):
+        write_video(folder / f"videos/{i}.mp4", video(Clip(3, 9, 16, 32), 1, seed=i)[0], 8.0)
+    sizes = ("9x16x32",)
+    root = settings(folder, "data.buckets=[9x16x32]", "data.bucket_batch_sizes=[1]")
+    encode_all(root, Rank())
+    cached = from_cache(root, buckets=sizes, bucket_batch_sizes=(1,))
+    items = registry.create(cached.data).split("train")
+    assert {x.shape[-1] for x in (items.load(i, None)["stored"] for i in range(len(items)))} == {
+        4,
+        8,
+    }
+    assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
+    with pytest.raises(DataError, match=r"there are clips of 9x16x32, too"):
+        registry.create(from_cache(root).data).split("train")
 
 
 def test_frozen_text_from_the_cache_has_the_same_losses(folder, tmp_path):

@@ -23,9 +23,9 @@ from plugins._blocks.video_io import (
     read_image,
 )
 from plugins._blocks.video_io import to_video as stacked
+from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import (
     BadItem,
-    BucketedDataConfig,
     Clip,
     DataError,
     Sample,

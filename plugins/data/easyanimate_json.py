@@ -4,7 +4,6 @@ A picture or clip goes to the size whose ratio is nearest, is resized to cover i
 middle; batches have one size. As published but for three things: a batch's number of frames is that
 of each of its clips, not the least; a random crop is drawn for each clip, not for each batch (which
 are the same for batches of one clip); and batches of what is left are not dropped by themselves.
-Tables of sizes are those of PixArt-alpha at 512 pixels (Chen et al. 2023, 2310.00426).
 """
 
 import csv
@@ -28,6 +27,7 @@ from plugins._blocks.video_io import (
     read_image,
     to_video,
 )
+from plugins._configs.buckets import ASPECTS, CROPS, crop_size
 from sandbox.contracts import (
     BadItem,
     Clip,
@@ -45,33 +45,6 @@ Size = tuple[int, int]  # height, width in pixels
 KINDS = ("image", "video")
 COLUMNS = ("file_path", "text")
 NUMBERS = ("width", "height", "frames")  # columns that spare a look into the file
-BASE = 512  # pixels that the tables are for; other sizes are scaled
-ASPECTS: dict[float, Size] = {
-    0.25: (256, 1024), 0.26: (256, 992), 0.27: (256, 960), 0.28: (256, 928), 0.32: (288, 896),
-    0.33: (288, 864), 0.35: (288, 832), 0.4: (320, 800), 0.42: (320, 768), 0.48: (352, 736),
-    0.5: (352, 704), 0.52: (352, 672), 0.57: (384, 672), 0.6: (384, 640), 0.68: (416, 608),
-    0.72: (416, 576), 0.78: (448, 576), 0.82: (448, 544), 0.88: (480, 544), 0.94: (480, 512),
-    1.0: (512, 512), 1.07: (512, 480), 1.13: (544, 480), 1.21: (544, 448), 1.29: (576, 448),
-    1.38: (576, 416), 1.46: (608, 416), 1.67: (640, 384), 1.75: (672, 384), 2.0: (704, 352),
-    2.09: (736, 352), 2.4: (768, 320), 2.5: (800, 320), 2.89: (832, 288), 3.0: (864, 288),
-    3.11: (896, 288), 3.62: (928, 256), 3.75: (960, 256), 3.88: (992, 256), 4.0: (1024, 256),
-}  # fmt: skip
-# Ratios of a random crop and how often each is taken, in shares of their sum.
-CROPS: dict[float, int] = {
-    0.42: 1, 0.5: 2, 0.57: 4, 0.68: 4, 0.78: 4, 0.88: 4, 0.94: 8, 1.0: 8, 1.07: 8, 1.13: 4,
-    1.29: 4, 1.46: 4, 1.75: 4, 2.0: 2, 2.4: 1,
-}  # fmt: skip
-
-
-def crop_size(ratio: float, size: int) -> Size:
-    """Height and width of the bucket `ratio` where a square has `size` pixels a side.
-
-    Raises ValueError for an unknown ratio.
-    """
-    if ratio not in ASPECTS:
-        raise ValueError(f"ratio={ratio}: want one of {list(ASPECTS)}")
-    height, width = ASPECTS[ratio]
-    return int(height / BASE * size), int(width / BASE * size)
 
 
 @register("data", "easyanimate_json")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from plugins._blocks.folders import folder_of
 from plugins._blocks.shards import read_index, read_tensors
-from sandbox.contracts import SIZES, BucketedDataConfig, Clip, DataError, Sample, in_range
+from plugins._configs.buckets import BucketedDataConfig
+from sandbox.contracts import SIZES, Clip, DataError, Sample, in_range
 from sandbox.registry import register
 
 

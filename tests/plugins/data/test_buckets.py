@@ -11,7 +11,7 @@ from plugins._blocks.buckets import (
     nearest_ratio,
     picked,
 )
-from plugins.data.easyanimate_json import ASPECTS, CROPS, crop_size
+from plugins._configs.buckets import ASPECTS, CROPS, crop_size
 from tests.golden_easyanimate import GOLDEN
 
 FACTS = json.loads((GOLDEN / "easyanimate_buckets.json").read_text())

@@ -117,6 +117,45 @@ def test_frames_are_chosen_as_published(tmp_path, frames, settings, want):
     assert [level - first for level in levels(sample["video"])] == want
 
 
+def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
+    shapes = {"a": (9, 16, 16), "b": (3, 16, 32), "c": (4, 64, 32), "d": (1, 8, 8), "e": (9, 16, 48)}
+    for name, (frames, height, width) in shapes.items():
+        write_video(tmp_path / f"videos/{name}.mp4", frames, height=height, width=width)
+    listed(tmp_path, "videos.txt", [f"videos/{name}.mp4" for name in shapes])
+    listed(tmp_path, "prompts.txt", [*shapes])
+    buckets = ("3x16x32", "3x32x16", "9x16x16", "9x16x32")
+    parts = [split(tmp_path, name, buckets=buckets) for name in ("train", "val")]
+    found = {
+        sample["caption"]: tuple(sample["video"].shape[1:])
+        for part in parts
+        for sample in (part.load(i, keyed(0)) for i in range(len(part)))
+    }
+    assert found == {"a": (9, 16, 16), "b": (3, 16, 32), "c": (3, 32, 16), "d": (3, 16, 16),
+                     "e": (9, 16, 32)}  # fmt: skip
+    loaded = [*Loader(parts[0], 2, 0)]
+    assert sum(b.size for b in loaded) == len(parts[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"buckets": ("49x480",)}, "buckets='49x480': want frames x height x width"),
+        ({"buckets": ("0x16x16",)}, "buckets='0x16x16'"),
+        ({"buckets": ("9x16x16",), "bucket_batch_sizes": (1, 2)}, "bucket_batch_sizes has 2"),
+        ({"buckets": ("9x16x16",), "bucket_batch_sizes": (0,)}, "bucket_batch_sizes=0"),
+    ],
+)
+def test_bad_buckets_are_named(settings, said):
+    assert any(said in p for p in replace(CONFIG, **settings).problems())
+
+
+def test_buckets_have_batch_sizes_of_their_own():
+    cfg = replace(CONFIG, buckets=("9x16x16", "9x32x32"), bucket_batch_sizes=(4, 2), batch_size=8)
+    assert [(c.frames, c.height, cfg.batch_of(c)) for c in cfg.clips()] == [
+        (3, 16, 8), (9, 16, 4), (9, 32, 2),
+    ]  # fmt: skip
+
+
 def test_short_videos_are_unusable_where_they_are_not_to_be_padded(tmp_path):
     samples = split(made(tmp_path, 2, 2), pad_short=False)
     with pytest.raises(BadItem, match="has 2 frames"):

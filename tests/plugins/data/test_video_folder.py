@@ -20,19 +20,21 @@ CONFIG = VideoFolder.Config(frames=3, height=16, width=16)
 STEP = 8  # grey levels from one frame to the next
 
 
-def write_video(path: Path, frames: int = 6, first: int = 0) -> None:
-    """16x16, 10 fps; frame i is grey, 8 * (first + i). Codecs lose a level or two, never 4."""
+def write_video(
+    path: Path, frames: int = 6, first: int = 0, height: int = 16, width: int = 16
+) -> None:
+    """10 fps; frame i is grey, 8 * (first + i). Codecs lose a level or two, never 4."""
     codec = {".mp4": "mpeg4", ".webm": "libvpx-vp9", ".gif": "gif"}[path.suffix.lower()]
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix[1:].lower()
     with path.open("wb") as file, av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=10)
-        stream.height, stream.width = 16, 16
+        stream.height, stream.width = height, width
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         if codec == "mpeg4":
             stream.bit_rate = 10_000_000
         for i in range(frames):
-            grey = np.full((16, 16, 3), STEP * (first + i), np.uint8)
+            grey = np.full((height, width, 3), STEP * (first + i), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         container.mux(stream.encode())
 
