@@ -118,7 +118,13 @@ def test_frames_are_chosen_as_published(tmp_path, frames, settings, want):
 
 
 def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
-    shapes = {"a": (9, 16, 16), "b": (3, 16, 32), "c": (4, 64, 32), "d": (1, 8, 8), "e": (9, 16, 48)}
+    shapes = {
+        "a": (9, 16, 16),
+        "b": (3, 16, 32),
+        "c": (4, 64, 32),
+        "d": (1, 8, 8),
+        "e": (9, 16, 48),
+    }
     for name, (frames, height, width) in shapes.items():
         write_video(tmp_path / f"videos/{name}.mp4", frames, height=height, width=width)
     listed(tmp_path, "videos.txt", [f"videos/{name}.mp4" for name in shapes])
