@@ -158,7 +158,8 @@ def training_clips(items: Any, count: int, seed: int) -> Batch:
     """
     loader, size = Loader(items, min(count, len(items), 64), seed), usual_size(items, seed)
     stream = chain.from_iterable(repeat(loader))
-    return _first(count, (b for b in stream if size in (None, Clip(*b.video.shape[1:]))))
+    of_one_size = (b for b in stream if b.video is None or size in (None, Clip(*b.video.shape[1:])))
+    return _first(count, of_one_size)
 
 
 def _first(count: int, stream: Iterable[Batch]) -> Batch:

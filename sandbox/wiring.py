@@ -92,6 +92,7 @@ def _scaled(root: Root) -> tuple[Root, list[str]]:
 REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler",
             "guidance", "optimizer", "lr_schedule", "ema", "trainer", "checkpoint", "resume",
             "kernels")  # fmt: skip
+MISFITS = 4  # numbers of clips of many sizes that are said not to fit
 CHANGE = "change a setting of one of them, or choose another (task=plugins lists what each takes)"
 
 
@@ -117,7 +118,12 @@ class _Check:
         self.fields()
         root = self.metric(root)
         clips = root.data.clips() if self.sound("data") else ()
-        sizes = [s for clip in clips if (s := self.sizes(clip)) is not None]
+        sizes: list[tuple[Clip, Clip]] = []
+        for clip in clips:
+            if (found := self.sizes(clip)) is not None:
+                sizes.append(found)
+            elif len(self.misfits) >= MISFITS:
+                break
         if len(sizes) < len(clips) or not sizes:
             return None
         root, slots = self.told(root, clips, [grid for _, grid in sizes])
