@@ -60,6 +60,7 @@ LEFT_OVER = (  # of another launcher: not for our ranks
     "TORCHELASTIC_RUN_ID",
     "PL_GLOBAL_SEED",
 )
+MEETINGS = 3  # how often ranks are started that do not find one another
 WARM = "SANDBOX_WARM"  # what `sandbox.warm` reads
 GRACE = 3.0  # seconds that the others have once a rank has failed
 LEAVING = 10.0  # and all have after their last word
@@ -172,20 +173,25 @@ def launch(
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are here, whatever the host is called
     threads = threads or _share(environ, processes)
     members: list[_Member] = []
-    with _folder() as folder, _Stop(members) as stop:
-        try:
-            for i in range(processes):
-                order = Order(
-                    target, settings, i, processes, i, processes,
-                    device=device, timeout=timeout, threads=threads,
-                    meeting=f"file://{folder}/store", folder=folder, environment=environ,
-                )  # fmt: skip
-                members.append(_Member(order, preload))
-                stop.pass_on()
-            _watch(members)
-        finally:
-            for member in members:
-                member.end()
+    for left in reversed(range(MEETINGS)):
+        members = []
+        with _folder() as folder, _Stop(members) as stop:
+            try:
+                for i in range(processes):
+                    order = Order(
+                        target, settings, i, processes, i, processes,
+                        device=device, timeout=timeout, threads=threads,
+                        meeting=f"file://{folder}/store", folder=folder, environment=environ,
+                    )  # fmt: skip
+                    members.append(_Member(order, preload))
+                    stop.pass_on()
+                _watch(members)
+            finally:
+                for member in members:
+                    member.end()
+        if not left or stop.signals or not _not_met(members):
+            break
+        sys.stderr.write(f"the processes did not connect: they start again ({left} more)\n")
     return _outcome(members)
 
 
@@ -285,6 +291,10 @@ class _Member:
     @property
     def lost_contact(self) -> bool:
         return self.word is not None and self.word.get("lost_contact", False)
+
+    @property
+    def not_met(self) -> bool:
+        return self.word is not None and self.word.get("not_met", False)
 
     @property
     def died(self) -> bool:
@@ -462,6 +472,12 @@ def _watch(members: Sequence[_Member]) -> None:
                 deadline = time.monotonic() + LEAVING
         elif time.monotonic() >= deadline:
             return  # the others are ended
+
+
+def _not_met(members: Sequence[_Member]) -> bool:
+    """Whether ranks failed, and all of them in finding the others: a busy machine, as a rule."""
+    failed = [m for m in members if m.failed]
+    return bool(failed) and all(m.not_met for m in failed)
 
 
 def _outcome(members: Sequence[_Member]) -> Any:

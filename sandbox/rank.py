@@ -50,6 +50,10 @@ class FirstFailed(RuntimeError):
     """Rank 0 failed in what it was to do before the others; its own error says why."""
 
 
+class NotMet(RuntimeError):
+    """The processes could not connect with one another; none has begun its work."""
+
+
 # --- one of the processes of a run ----------------------------------------------------------------
 
 
@@ -364,15 +368,22 @@ def connected(order: Order) -> Iterator[None]:
     if order.world == 1:
         yield
         return
+    import torch
     import torch.distributed as dist
 
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
-        init_method=_meeting(order.meeting),
-        rank=order.index,
-        world_size=order.world,
-        timeout=timedelta(seconds=order.timeout),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            init_method=_meeting(order.meeting),
+            rank=order.index,
+            world_size=order.world,
+            timeout=timedelta(seconds=order.timeout),
+        )
+        dist.all_reduce(torch.zeros(()))  # which none leaves before all are connected
+    except RuntimeError as e:
+        if not _lost_contact(e):
+            raise
+        raise NotMet(str(e)) from e
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
 
@@ -481,6 +492,7 @@ def last_word(error: BaseException) -> dict[str, Any]:
         "code": error.exit_code if isinstance(error, SandboxError) else None,
         "text": text,
         "lost_contact": lost,
+        "not_met": isinstance(error, NotMet),
         "trace": "".join(traceback.format_exception(error)),
     }
 
@@ -492,7 +504,7 @@ def _lost_contact(error: BaseException | None) -> bool:
         seen.add(id(error))
         kinds = {c.__name__ for c in type(error).__mro__}
         said = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
-        if said or {"DistError", FirstFailed.__name__} & kinds:
+        if said or {"DistError", FirstFailed.__name__, NotMet.__name__} & kinds:
             return True
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

@@ -14,7 +14,7 @@ import pytest
 
 from sandbox import rank
 from sandbox.contracts import ConfigError, DataError, Diverged, Misfit, Preempted, SandboxError
-from sandbox.launch import RankError, launch
+from sandbox.launch import MEETINGS, RankError, launch
 from sandbox.rank import Rank, last_word, place
 from tests.launch_helpers import alive, lines, supervisor, wait_until
 
@@ -162,6 +162,19 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log):
     with pytest.raises(RankError, match="rank 1: no answer to rank 0, which has given up"):
         run("fail", {"rank": 1, "how": "hang", "log": str(log)}, 2, timeout=4.0)
     assert not alive(log)
+
+
+def test_ranks_that_do_not_connect_are_started_again(log, capfd):
+    told = {"UNMET_LOG": str(log), "UNMET": "1"}
+    assert launch("launch_unmet:count", None, 2, environment=told) == 2
+    assert capfd.readouterr().err.count("did not connect: they start again") == 1
+
+
+def test_ranks_that_never_connect_are_told_of_in_the_end(log):
+    told = {"UNMET_LOG": str(log), "UNMET": "9"}
+    with pytest.raises(RankError, match="rank 1: lost contact with the other ranks"):
+        launch("launch_unmet:count", None, 2, environment=told)
+    assert log.read_text().count("started") == MEETINGS
 
 
 def test_an_error_of_ours_comes_back_as_itself():

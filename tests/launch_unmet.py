@@ -1,0 +1,21 @@
+"""A target whose import keeps a rank from meeting the others, in as many starts as it is told."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sandbox.rank import Rank
+
+_log = Path(os.environ["UNMET_LOG"])
+if os.environ["RANK"] == "1":
+    with _log.open("a") as file:
+        file.write("started\n")
+    if len(_log.read_text().split()) <= int(os.environ["UNMET"]):
+        os.environ["GLOO_SOCKET_IFNAME"] = "nowhere"
+
+
+def count(settings: Any, rank: Rank) -> int:
+    rank.barrier()
+    return len(_log.read_text().split())
