@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from sandbox import checkpoint
-from sandbox.config import to_container
-from sandbox.runs import Run
-from tests.engine import differing, small
-from tests.launch_helpers import HERE
-
-STEPS = 5
-
-# Six micro-batches of four clips an epoch.
-COMMON = ("data.clips_per_epoch=24", f"steps={STEPS}", "checkpoint.every=2", "trainer.clip=0.1")
-TWO = ("data.batch_size=2", "trainer.timeout=20")
-ONE = ("data.batch_size=4",)
-# From where a stopped run may go on in another shape.
-MOVES = ("trainer", "data.batch_size")
-
-
-def job(name, out, *overrides, **more):
-    root = small(*COMMON, *overrides)
-    root = replace(root, out=str(out / more.pop("runs", name)), cache=str(out / "cache"))
-    return {"name": name, "root": to_container(root), **more}
-
-
-def moved(name, out, source, *overrides):
-    """Goes on with a copy of the run of `source`, which was stopped."""
-    wanted = job(name, out, *overrides)
-    wanted["root"]["resume"] |= {"run": str(out / name), "allow": [*MOVES]}
-    wanted["copy"] = str(out / source)
-    return wanted
+from tests.engine import differing
+from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, result, states
 
 
 @pytest.fixture(scope="module")
@@ -70,35 +40,7 @@ def out(tmp_path_factory):
         job("kill", out, *fsdp, how="kill", rank=0, step=3),
         job("hang", out, *ddp, "trainer.timeout=2", how="hang", rank=1, step=3),
     ]
-    (out / "jobs").write_text(json.dumps(jobs))
-    words = [sys.executable, str(HERE / "several.py"), str(out / "jobs"), str(out)]
-    done = subprocess.run(words, cwd=HERE.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-def states(out, name, rank=0):
-    return torch.load(out / f"{name}-{rank}.pt", weights_only=True)
-
-
-def result(out, name):
-    return json.loads((out / f"{name}.json").read_text())
-
-
-def metrics(out, name):
-    (path,) = (out / name).glob("*/metrics.jsonl")
-    return Run(path.parent).metrics()
-
-
-def assert_close(one, other):
-    """Weights and average of each step of `other` within 1e-6: sums have another order."""
-    assert other
-    for step, state in other.items():
-        for part in (lambda s: s["weights"], lambda s: s["ema"]["average"]):
-            a, b = part(one[step]), part(state)
-            assert a.keys() == b.keys()
-            worst = max((a[name] - b[name]).abs().max().item() for name in a)
-            assert worst <= 1e-6, (step, worst)
+    return done(out, jobs)
 
 
 # --- the same training ----------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Two processes train what one does: adapters, half precision, checkpointed blocks, exports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sandbox import api, checkpoint, registry
+from sandbox.earlier import read_root
+from sandbox.wiring import wire
+from tests.engine import differing
+from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
+
+pytestmark = pytest.mark.slow
+
+CHECKPOINTED = "backbone.gradient_checkpointing=true"
+LORA = ("adapter=lora", "adapter.rank=4", CHECKPOINTED)
+FULL = (CHECKPOINTED, "backbone.num_blocks=2")
+# In half precision a sum over four clips is rounded once, and one over two and two twice.
+HALVES = ("data.batch_size=2", "trainer.accumulate=2")
+KINDS = {
+    "full": (FULL, ONE),
+    "lora": (LORA, ONE),
+    "full bf16": ((*FULL, "precision=bf16"), HALVES),
+    "lora bf16": ((*LORA, "precision=bf16"), HALVES),
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapted")
+    ddp, fsdp = ("trainer=ddp", *TWO), ("trainer=fsdp2", *TWO)
+    stop = {"how": "asked", "rank": 0, "step": 3}
+    done(out, [job("base", out, *ONE)])
+    (base,) = (out / "base").glob("*")
+    init = f"init_from={base}"
+    jobs = []
+    for kind, (overrides, one) in KINDS.items():
+        overrides = (*overrides, init) if "lora" in kind else overrides
+        jobs.append(job(f"{kind} one", out, *overrides, *one))
+        jobs.append(job(f"{kind} ddp", out, *overrides, *ddp))
+        jobs.append(job(f"{kind} fsdp", out, *overrides, *fsdp))
+    half = (*KINDS["lora bf16"][0], init)
+    jobs += [
+        job("two", out, *half, *fsdp, **stop),
+        moved("two to one", out, "two", *half, *HALVES),
+        job("one", out, *half, *HALVES, **stop),
+        moved("one to two", out, "one", *half, *fsdp),
+    ]
+    return done(out, jobs)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one_with_the_same_global_batch(out, kind, trainer):
+    one, two = states(out, f"{kind} one"), states(out, f"{kind} {trainer}")
+    assert sorted(two) == list(range(1, STEPS + 1))
+    assert_close(one, two)
+    assert differing(two[1]["weights"], two[STEPS]["weights"])
+    rows, others = metrics(out, f"{kind} one"), metrics(out, f"{kind} {trainer}")
+    for step in rows:
+        for name in ("loss", "grad_norm"):
+            assert rows[step][name] == pytest.approx(others[step][name], rel=2e-6), (step, name)
+
+
+@pytest.mark.parametrize("trainer", ["one", "ddp", "fsdp"])
+def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(out, trainer):
+    (folder,) = (out / f"lora bf16 {trainer}").glob("*")
+    saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
+    assert saved["weights"].keys() == saved["ema"]["average"].keys()
+    assert all(".lora_" in name for name in saved["weights"])
+    for part in (saved["weights"], saved["ema"]["average"]):
+        assert {t.dtype for t in part.values()} == {torch.float32}
+    system = api.build(folder)
+    base = {p.dtype for n, p in system.backbone.named_parameters() if ".lora_" not in n}
+    assert base == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["two to one", "one to two"])
+def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processes(out, name):
+    found = states(out, name)
+    assert sorted(found) == [4, 5]
+    assert_close(states(out, "lora bf16 one"), found)
+
+
+@pytest.mark.parametrize("weights", ["live", "ema"])
+@pytest.mark.parametrize("kind", ["full", "lora bf16"])
+def test_an_export_of_a_sharded_run_has_its_whole_weights(out, kind, weights, tmp_path):
+    (folder,) = (out / f"{kind} fsdp").glob("*")
+    to = tmp_path / "weights.safetensors"
+    cfg = registry.default("task", "export")
+    cfg = replace(cfg, run=str(folder), format="safetensors", weights=weights, to=str(to))
+    registry.create(cfg)(wire(read_root(folder)))
+    state = states(out, f"{kind} fsdp")[STEPS]
+    expected = state["ema"]["average"] if weights == "ema" else state["weights"]
+    found = checkpoint.read_foreign(to)
+    assert not differing(expected, {k: found[k] for k in expected})
