@@ -494,6 +494,8 @@ class GuidanceConfig(PluginConfig):
 class OptimizerConfig(PluginConfig):
     """How gradients change parameters. The peak learning rate is the top-level `lr`."""
 
+    elementwise: ClassVar[bool] = True  # False: a number's change depends on others of its matrix
+
     def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
         """Problems with this wired backbone, one line each."""
         yield from ()
@@ -543,6 +545,10 @@ class TrainerConfig(PluginConfig):
         yield from above("timeout", self.timeout, 0)
         yield from one_of("bad_step", self.bad_step, ("raise", "skip"))
         yield from in_range("max_bad_steps", self.max_bad_steps, 0)
+
+    def accepts(self, optimizer: OptimizerConfig, precision: str) -> Iterator[str]:
+        """Problems with this optimizer and precision, one line each."""
+        yield from ()
 
 
 @dataclass

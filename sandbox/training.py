@@ -23,7 +23,6 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
 from sandbox import checkpoint, media, registry
 from sandbox.autoencoding import through
@@ -42,7 +41,7 @@ from sandbox.prompts import of_data
 from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
-from sandbox.sharding import load_optimizer, total_norm, whole
+from sandbox.sharding import load_optimizer, whole
 from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
@@ -99,7 +98,7 @@ class Training:
             "step": self.step,
             "weights": whole(self.system.trainable_state()),
             "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": self.processes.optimizer_state(self.optimizer),
             "opponent": self.system.opponent.state_dict() if self.system.opponent else None,
             "loader": loader | {"bad": bad},
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
@@ -526,7 +525,7 @@ class Stepping(Callback):
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
-        self.of_step: dict[str, Tensor | float] = {}
+        self.lr = 0.0
         self.is_bad = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -547,12 +546,10 @@ class Stepping(Callback):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = total_norm([p.grad for p in parameters])
-        if self.cfg.clip is not None:
-            clip_grads_with_norm_(parameters, self.cfg.clip, norm)
-        self.of_step = {"grad_norm": norm, "lr": (self.root.lr or 0.0) * rate}
+        self.training.processes.clip(parameters, self.cfg.clip)
+        self.lr = (self.root.lr or 0.0) * rate
         # Waits for the device. The norm is that of all ranks together: they agree.
-        if self.cfg.bad_step == "skip" and not norm.isfinite():
+        if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
             self.is_bad = True
             optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
 
@@ -576,7 +573,8 @@ class Stepping(Callback):
     def end_step(self) -> None:
         training = self.training
         training.step += 1
-        metrics = {**_mean(self.metrics), **self.of_step}
+        of_step = {"grad_norm": training.processes.norm(), "lr": self.lr}
+        metrics = {**_mean(self.metrics), **of_step}
         if self.is_bad:
             samples = _samples(self.seen, training.rank)
             training.skipped.append({"step": training.step, "samples": samples})

@@ -131,6 +131,10 @@ class _Check:
             why = f" (backbone={_name(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
                 self.say(_of("optimizer", root.optimizer, problem, why))
+        if self.sound("optimizer", "trainer"):
+            why = f" (optimizer={_name(root.optimizer)}, precision={root.precision})"
+            for problem in root.trainer.accepts(root.optimizer, root.precision):
+                self.say(_of("trainer", root.trainer, problem, why))
         self.adapter(root)
         self.best(root)
         if self.found:

@@ -1,11 +1,15 @@
 """What the trainer plugins share: how processes make one optimizer step."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from torch import device as Device
-from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
 
 from sandbox.contracts import TrainerConfig
+from sandbox.sharding import total_norm, whole
 
 
 class Processes:
@@ -23,3 +27,17 @@ class Processes:
 
     def begin_micro_batch(self, system: nn.Module, is_last: bool) -> None:
         """Before each micro-batch; `is_last`: the optimizer steps after it."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float | None) -> None:
+        """Before an optimizer step: gradients of a larger norm than `most` are scaled to it."""
+        self._norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        if most is not None:
+            clip_grads_with_norm_(parameters, most, self._norm)
+
+    def norm(self) -> Tensor:
+        """() gradient norm of all processes together before it was clipped, once a step is done."""
+        return self._norm
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Its state_dict with whole tensors; all processes call this."""
+        return whole(optimizer.state_dict())

@@ -50,6 +50,7 @@ class MuonPlugin:
         both; 5 x 4e-3 = 0.02.
         """
 
+        elementwise = False
         lr_factor: float = 5.0
         momentum: float = 0.95
         weight_decay: float = 0.01  # of both parts

@@ -1,0 +1,194 @@
+"""Several processes with a device each, gradients and optimizer state cut over them (DeepSpeed).
+
+Rajbhandari et al. 2020 (1910.02054), stages 1 and 2: each process holds all weights, steps its part
+of them and gathers the others. DeepSpeed's engine goes back and steps; weights are float32 and
+`precision` is autocast, as with every other trainer here, so numbers and checkpoints are theirs.
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor, nn
+from torch import device as Device
+
+from plugins._blocks.processes import Processes
+from sandbox.contracts import OptimizerConfig, TrainerConfig, one_of
+from sandbox.registry import register
+
+
+class Driven(SingleDeviceStrategy):
+    """To Lightning each process trains on its device alone; the engine goes back and steps."""
+
+    def __init__(self, device: Device, processes: "DeepSpeed") -> None:
+        super().__init__(device)
+        self.processes = processes
+
+    def setup(self, trainer: Any) -> None:
+        super().setup(trainer)
+        self.engine = self.processes.engine_of(self.lightning_module, self.optimizers[0])
+        self.optimizers = [self.engine.optimizer]
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the micro-batches of a step."""
+        self.engine.backward(closure_loss, scale_wrt_gas=False)
+        return closure_loss
+
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **rest: Any) -> Any:
+        loss = closure()
+        self.precision_plugin._after_closure(model or self.lightning_module, optimizer)
+        self.engine.step()
+        return loss
+
+    def teardown(self) -> None:
+        """Without bringing the model to the CPU: its weights are views of the engine's."""
+        self.precision_plugin.teardown()
+
+
+@register("trainer", "deepspeed")
+class DeepSpeed(Processes):
+    """Processes that each hold the whole model and a part of gradients and optimizer state."""
+
+    @dataclass
+    class Config(TrainerConfig):
+        """stage: 2 cuts gradients and optimizer state, 1 the latter alone; offload: that state is
+        in the memory of the host, where the optimizer steps, also for one process; bucket: numbers
+        that are reduced at a time. Every trained weight wants a gradient in every micro-batch.
+        """
+
+        shards = True
+        processes: int = 2
+        stage: int = 2
+        offload: bool = False
+        bucket: int = 500_000_000
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if self.stage == 3:
+                yield "stage=3: want 1 or 2; trainer=fsdp2 is what cuts the weights, too"
+            else:
+                yield from one_of("stage", self.stage, (1, 2))
+            if self.bucket < 1:
+                yield f"bucket={self.bucket}: want >= 1"
+            if self.bad_step == "skip":
+                yield "bad_step='skip': its engine does not ask before a step; want 'raise'"
+            if self.accelerator == "mps":
+                yield "accelerator='mps': want 'cuda', 'cpu' or 'auto'"
+            if importlib.util.find_spec("deepspeed") is None:
+                yield "deepspeed: not installed; want the extra `scale` (pip install -e '.[scale]')"
+
+        def accepts(self, optimizer: OptimizerConfig, precision: str) -> Iterator[str]:
+            if not optimizer.elementwise:
+                yield "deepspeed cuts weights into flat pieces, and this optimizer wants matrices"
+            if precision == "fp16":
+                yield "deepspeed: its engine does not know the scaler of fp16; want bf16 or fp32"
+
+    cfg: Config
+    engine: Any = None
+
+    def strategy(self, device: Device, world: int) -> Any:
+        if device.type == "cpu":
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read at its first import
+        _meet_alone(device)
+        return Driven(device, self)
+
+    def begin_micro_batch(self, system: nn.Module, is_last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+
+    def clip(self, parameters: Sequence[nn.Parameter], most: float | None) -> None:
+        """The engine does it in its step."""
+
+    def norm(self) -> Tensor:
+        return torch.as_tensor(self.engine.get_global_grad_norm()).float()
+
+    def engine_of(self, system: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """The engine, which steps `optimizer` on this process's part; its state goes on."""
+        import deepspeed
+        from deepspeed import ops
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Reductions through shared memory, for CPUs, which a compiler would make now; gloo has its
+        # own.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        cfg, state = self.cfg, optimizer.state_dict()["state"]
+        self.groups = [[*g["params"]] for g in optimizer.param_groups]
+        optimizer.state.clear()
+        trained = sum(p.numel() for group in self.groups for p in group)
+        self.engine, *_ = deepspeed.initialize(
+            model=system,
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # only for its counts of samples
+                "gradient_accumulation_steps": cfg.accumulate,
+                "gradient_clipping": cfg.clip or 0.0,
+                "zero_allow_untested_optimizer": True,  # it is elementwise
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_optimization": {
+                    "stage": cfg.stage,
+                    "overlap_comm": False,
+                    "reduce_bucket_size": min(cfg.bucket, trained),
+                    "allgather_bucket_size": min(cfg.bucket, trained),
+                    "offload_optimizer": {"device": "cpu" if cfg.offload else "none"},
+                },
+            },
+        )
+        if state:
+            self._resume(optimizer, state)
+        return self.engine
+
+    def _resume(self, optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+        """Cuts whole moments as the engine has cut weights: into one flat part for each group."""
+        numbers = iter(range(len(state)))
+        for parameters, group in zip(self.groups, optimizer.param_groups, strict=True):
+            (flat,) = group["params"]
+            found: dict[str, Any] = {}
+            for p, number in zip(parameters, numbers, strict=False):
+                for name, value in state[number].items():
+                    if not _is_moment(value, p):
+                        found[name] = value
+                        continue
+                    whole = found.setdefault(name, torch.zeros_like(flat))
+                    if p._hp_mapping is not None:  # of which this process has a part
+                        here = p._hp_mapping.get_hp_fragment_address()
+                        there = p._hp_mapping.lp_fragment_address
+                        part = value.flatten().narrow(0, there.start, there.numel)
+                        whole.narrow(0, here.start, here.numel).copy_(part)
+            optimizer.state[flat] = found
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if self.engine is None:
+            return super().optimizer_state(optimizer)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        for parameters, group in zip(self.groups, optimizer.param_groups, strict=True):
+            (flat,) = group["params"]
+            numbers = [*range(len(state), len(state) + len(parameters))]
+            for p, number in zip(parameters, numbers, strict=True):
+                state[number] = {
+                    name: safe_get_full_optimizer_state(p, name).cpu()
+                    if _is_moment(value, flat)
+                    else value
+                    for name, value in optimizer.state[flat].items()
+                }
+            groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
+        return {"state": state, "param_groups": groups}
+
+
+def _is_moment(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _meet_alone(device: Device) -> None:
+    """The engine wants a process group, also of one."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
