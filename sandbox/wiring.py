@@ -144,7 +144,12 @@ class _Check:
     # each of these is one kind of agreement
 
     def beginning(self) -> None:
-        """Continuing a run and starting one from weights are different things."""
+        """Continuing a run and starting one from weights are different things.
+
+        An adapter's run is both: what lies below it is in no checkpoint.
+        """
+        if self.root.adapter is not None:
+            return
         run = getattr(self.root.resume, "run", None)
         if self.sound("resume") and run is not None and self.root.init_from is not None:
             self.say(

@@ -227,6 +227,11 @@ def test_an_adapter_wants_weights_to_begin_with() -> None:
         compose(*TINY, "adapter=lora")
 
 
+def test_a_stopped_run_goes_on_with_the_weights_below_its_adapter_named() -> None:
+    cfg = compose(*TINY, "adapter=lora", "init_from=base", "resume.run=stopped")
+    assert (cfg.init_from, cfg.resume.run) == ("base", "stopped")  # type: ignore[union-attr]
+
+
 def test_without_peft_the_error_says_how_to_install_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RuntimeError, match="extra `lora`"):
