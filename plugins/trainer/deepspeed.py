@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +175,7 @@ class DeepSpeed(Processes):
                 state[number] = {
                     name: safe_get_full_optimizer_state(p, name).cpu()
                     if _is_moment(value, flat)
-                    else value
+                    else deepcopy(value)  # a count of steps each, which torch counts in place
                     for name, value in optimizer.state[flat].items()
                 }
             groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
