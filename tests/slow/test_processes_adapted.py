@@ -42,12 +42,12 @@ def out(tmp_path_factory):
         jobs.append(job(f"{kind} one", out, *overrides, *one))
         jobs.append(job(f"{kind} ddp", out, *overrides, *ddp))
         jobs.append(job(f"{kind} fsdp", out, *overrides, *fsdp))
-    half = (*KINDS["lora bf16"][0], init)
+    lora = (*LORA, init)
     jobs += [
-        job("two", out, *half, *fsdp, **stop),
-        moved("two to one", out, "two", *half, *HALVES),
-        job("one", out, *half, *HALVES, **stop),
-        moved("one to two", out, "one", *half, *fsdp),
+        job("two", out, *lora, *fsdp, **stop),
+        moved("two to one", out, "two", *lora, *ONE),
+        job("one", out, *lora, *ONE, **stop),
+        moved("one to two", out, "one", *lora, *fsdp),
     ]
     return done(out, jobs)
 
@@ -83,7 +83,7 @@ def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(o
 def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processes(out, name):
     found = states(out, name)
     assert sorted(found) == [4, 5]
-    assert_close(states(out, "lora bf16 one"), found)
+    assert_close(states(out, "lora one"), found)
 
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
