@@ -165,7 +165,8 @@ class _Check:
         why = f" (backbone={_name(root.backbone)})"
         for problem in root.adapter.accepts(root.backbone):
             self.say(_of("adapter", root.adapter, problem, why))
-        if root.init_from is None:
+        starts = not self.sound("task") or root.task.reads_data()
+        if root.init_from is None and starts:
             self.say(
                 f"adapter={_name(root.adapter)} leaves the backbone as it begins: name its weights "
                 "with init_from=FOLDER, or use adapter=null"

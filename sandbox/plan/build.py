@@ -1,0 +1,259 @@
+"""The system of a configuration without memory for its weights, and one micro-batch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sandbox import registry
+from sandbox.config import Root
+from sandbox.contracts import Clip, Conditions, Slots
+from sandbox.ema import EMA
+from sandbox.plan.measure import Measured, faked, measure
+from sandbox.wiring import Wiring
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of one setting
+GROUPS = ("vae", "conditioning", "backbone", "loss")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of a component, and the bytes that they take on a device while training."""
+
+    group: str
+    plugin: str
+    trained: int
+    frozen: int
+    buffers: int
+    bytes_trained: int
+    bytes_fixed: int  # frozen weights and buffers
+    is_resident: bool  # whether training has it on the device
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One clip of the largest size, in pixels, latents and what the backbone works on."""
+
+    batch: int
+    clip: Clip
+    latents: Clip
+    grid: Clip
+    slots: Slots
+
+    @classmethod
+    def of(cls, wiring: Wiring) -> Sizes:
+        numbers = [c.frames * c.height * c.width for c in wiring.clips]
+        i = numbers.index(max(numbers))
+        rows = (wiring.clips, wiring.latents, wiring.grids, wiring.slots)
+        return cls(wiring.root.data.batch_size, *(row[i] for row in rows))
+
+
+def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) -> dict[str, Any]:
+    """The components by group, on the meta device; what has no weights is there, too.
+
+    `checkpointing` overrides the backbone's setting; `half`: trained weights in `root.precision`,
+    as DeepSpeed keeps them.
+    """
+    backbone = root.backbone
+    if checkpointing is not None:
+        backbone = replace(backbone, **{checkpointing_field(root): checkpointing})
+    # Named weights are not read on the meta device; so is no folder of stored latents.
+    root = replace(root, backbone=backbone, vae=replace(root.vae, weights="planned"))
+    with torch.device("meta"):
+        parts = {
+            g: registry.create(getattr(root, g))
+            for g in ("vae", "conditioning", "backbone", "schedule", "loss")
+        }
+        parts["vae"].requires_grad_(False).eval()
+        if root.adapter is not None:
+            adapter = registry.create(replace(root.adapter, weights=None))
+            adapter.apply(parts["backbone"], root.backbone.adapter_targets(), dtype_of(root))
+    if half:
+        for part in modules_of(parts):
+            for parameter in part.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype_of(root))
+    return parts
+
+
+def dtype_of(root: Root) -> torch.dtype:
+    return DTYPES[root.precision]
+
+
+def checkpointing_field(root: Root) -> str | None:
+    """The backbone's setting of activation checkpointing, where it has one."""
+    names = {f.name for f in fields(root.backbone)}
+    return next((name for name in CHECKPOINTING if name in names), None)
+
+
+def modules_of(parts: dict[str, Any]) -> list[nn.Module]:
+    return [parts[g] for g in GROUPS if isinstance(parts[g], nn.Module)]
+
+
+def needs_first_stage(root: Root) -> bool:
+    """Whether a training step calls the first stage's networks."""
+    return "stored" not in root.data.provides() or root.conditioning.encodes()
+
+
+def counts(root: Root, parts: dict[str, Any]) -> list[Count]:
+    """A row for each component that has weights."""
+    rows = []
+    for group in GROUPS:
+        module = parts[group]
+        if not isinstance(module, nn.Module):
+            continue
+        trained = [p for p in module.parameters() if p.requires_grad]
+        frozen = [p for p in module.parameters() if not p.requires_grad]
+        buffers = list(module.buffers())
+        is_resident = group != "vae" or needs_first_stage(root)
+        rows.append(
+            Count(
+                group, getattr(root, group).plugin.rpartition("/")[2],
+                *(sum(x.numel() for x in xs) for xs in (trained, frozen, buffers)),
+                _bytes(trained), _bytes([*frozen, *buffers]), is_resident,
+            )
+        )  # fmt: skip
+    return [row for row in rows if row.trained + row.frozen + row.buffers]
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
+    """What the optimizer keeps after its first step, which it makes here without numbers."""
+    named = [(n, p) for m in modules_of(parts) for n, p in m.named_parameters() if p.requires_grad]
+    optimizer = registry.create(root.optimizer).build(named, 1e-4)
+    for _, parameter in named:
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    for _, parameter in named:
+        parameter.grad = None
+    kept = [x for state in optimizer.state.values() for x in state.values()]
+    return _bytes([x for x in kept if isinstance(x, Tensor) and x.ndim])  # counts are on the CPU
+
+
+def average_bytes(root: Root, parts: dict[str, Any]) -> int:
+    """What the moving average of the trained weights takes; 0 without one."""
+    average = EMA.of(nn.ModuleList(modules_of(parts)), registry.create(root.ema))
+    return 0 if average is None else _bytes(list(average.average.values()))
+
+
+def largest_unit(parts: dict[str, Any]) -> int:
+    """Trained numbers of the largest block: what FSDP has whole at a time."""
+    blocks = [
+        block
+        for part in modules_of(parts)
+        for module in part.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+    ]
+    sizes = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
+    return max(sizes, default=0)
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def measured(
+    root: Root,
+    sizes: Sizes,
+    checkpointing: bool | None = None,
+    half: bool = False,
+    is_cuda: bool = True,
+) -> Measured:
+    """One training step of `root`, as sandbox.latent_diffusion makes it, forward and backward.
+
+    Conditions come as the conditioning offers them, in shapes alone: what makes them is not part.
+    """
+    parts = parts_of(root, checkpointing, half)
+    modules = modules_of(parts)
+    narrow = None if root.precision == "fp32" else dtype_of(root)
+    with plain_kernels(), faked(*modules):
+        told = conditions(sizes, any(p.requires_grad for p in _parameters(parts["conditioning"])))
+        step, inputs = training_step(root, parts, sizes, told)
+        held = [*inputs, *(x for _, x in told.tensors())]
+        return measure(step, modules, held, narrow, is_cuda)
+
+
+def _parameters(part: Any) -> Any:
+    return part.parameters() if isinstance(part, nn.Module) else ()
+
+
+def plain_kernels() -> Any:
+    """Inside the block hot operations are torch's own: fused ones need their device."""
+    eager = replace(
+        registry.default("kernels", "auto"), group_norm="eager", temporal_attention="eager"
+    )
+    return registry.create(eager).apply()
+
+
+def training_step(
+    root: Root, parts: dict[str, Any], sizes: Sizes, told: Conditions
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """What makes the loss of one micro-batch, and the tensors that it is made from."""
+    first_stage, backbone, schedule = parts["vae"], parts["backbone"].train(), parts["schedule"]
+    has_pixels = "stored" not in root.data.provides()
+    clip = sizes.clip if has_pixels else sizes.grid
+    given = torch.empty(sizes.batch, clip.channels, clip.frames, clip.height, clip.width)
+
+    def latents() -> Tensor:
+        with torch.no_grad():
+            posterior = first_stage.encode(given)
+            z = first_stage.scaled(posterior.sample(torch.empty_like(posterior.mean)))
+        padding = sizes.grid.frames - z.shape[2]
+        return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
+
+    def step() -> Tensor:
+        z0 = latents() if has_pixels else given
+        t, eps = schedule.draw_t(Unknown(sizes.batch)), torch.empty_like(z0)
+        out = backbone(*schedule.inputs(schedule.noised(z0, eps, t), t), told)
+        return parts["loss"](schedule, out, z0, eps, t).total
+
+    return step, [given]
+
+
+def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:
+    """Tensors of the shapes that the backbone is told, without numbers."""
+    slots, grid, batch = sizes.slots, sizes.grid, sizes.batch
+    cond = Conditions(scalars={name: torch.empty(batch) for name in slots.scalars})
+    if slots.context is not None:
+        size = (batch, slots.context.length, slots.context.width)
+        cond.context = torch.empty(size, requires_grad=requires_grad)
+        if slots.context.masked:
+            cond.context_mask = torch.empty(size[:2], dtype=torch.bool)
+    if (image := slots.image_context) is not None:
+        size = (batch, image.frames, image.length, image.width)
+        cond.image_context = torch.empty(size, requires_grad=requires_grad)
+    if slots.concat:
+        cond.concat = torch.empty(batch, slots.concat, grid.frames, grid.height, grid.width)
+    if slots.vector:
+        cond.vector = torch.empty(batch, slots.vector, requires_grad=requires_grad)
+    return cond
+
+
+class Unknown:
+    """Draws without numbers."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        return torch.empty_like(like)
+
+    def uniform(self, name: str) -> Tensor:
+        return torch.empty(self.batch)
+
+    stratified = uniform
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        return torch.empty(self.batch, dtype=torch.int64)
+
+    def shared(self) -> Unknown:
+        return self
+

@@ -1,0 +1,257 @@
+"""One training step without numbers: what it computes, and what it keeps in memory at every moment.
+
+The step runs on torch's fake tensors, which have shapes, types and lifetimes but no values, through
+the real code, autograd, autocast and activation checkpointing included. So nothing here is a model
+of the network: every multiplication and every tensor that lives is counted as it comes and goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+@dataclass
+class Measured:
+    """One micro-batch. Numbers are floating-point operations and bytes.
+
+    forward, backward: operations without what checkpointing repeats, which is `repeated`; held:
+    what the forward pass leaves for the backward one; peak: the largest sum of all that comes and
+    goes, gradients excluded; moments: (that sum, gradients so far) whenever something was added.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    repeated: int = 0
+    held: int = 0
+    peak: int = 0
+    moments: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.repeated
+
+    def largest(self, share: float) -> int:
+        """Peak of all that comes and goes with a `share` of the gradients that are there."""
+        return max((int(other + share * own) for other, own in self.moments), default=0)
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, and the bytes of all storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.gradients = self.operations = self.repeated = self.peak = 0
+        self.in_backward = False
+        self.moments: list[tuple[int, int]] = []
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0  # whoever asks for a value hears the same
+        out = func(*args, **kwargs)
+        count = formula(func)
+        if count is not None:
+            operations = count(*args, **kwargs, out_val=out)
+            self.operations += operations
+            # autograd's own work needs no graph, what checkpointing repeats does
+            self.repeated += operations if self.in_backward and torch.is_grad_enabled() else 0
+        for tensor in (out,) if isinstance(out, Tensor) else out if _is_row(out) else ():
+            if isinstance(tensor, Tensor):
+                self.take(tensor)
+        return out
+
+    def take(self, tensor: Tensor) -> None:
+        """Counts the storage of `tensor` until it goes."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        weakref.finalize(storage, self._gone, key, size)
+        self.live += size
+        self.peak = max(self.peak, self.live - self.gradients)
+        self.moments.append((self.live - self.gradients, self.gradients))
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _is_row(out: Any) -> bool:
+    return isinstance(out, tuple | list)
+
+
+def formula(func: Any) -> Callable[..., int] | None:
+    """torch's count of operations for an operator, or that of our fused kernels."""
+    found = flop_registry.get(func._overloadpacket)
+    return found or OWN.get(func._schema.name)
+
+
+def _temporal(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(*(_by_place(x.shape) for x in (q, k, v)))
+
+
+def _temporal_backward(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(*(_by_place(x.shape) for x in (g, q, k, v)))
+
+
+def _by_place(shape: Sequence[int]) -> tuple[int, ...]:
+    """(B, T, S, H, D) of temporal attention as torch counts attention: (B*S, H, T, D)."""
+    b, t, s, h, d = shape
+    return b * s, h, t, d
+
+
+OWN: dict[str, Callable[..., int]] = {  # normalisation counts as nothing, as in torch
+    "sandbox_kernels::temporal_attention": _temporal,
+    "sandbox_kernels::temporal_attention_backward": _temporal_backward,
+}
+
+
+class LikeCUDA(TorchFunctionMode):
+    """Makes tensors on the CPU be treated as CUDA treats its own, where that changes memory.
+
+    Attention runs in one of the fused operators, which keep no scores, and autocast leaves norms
+    and exponentials in float32 (torch's list of operations for CUDA).
+    """
+
+    WIDE = frozenset({
+        F.layer_norm, F.group_norm, F.softmax, F.log_softmax, F.mse_loss, F.l1_loss, torch.softmax,
+        torch.exp, torch.log, torch.pow, torch.rsqrt, torch.sum, torch.prod, torch.cumsum,
+        Tensor.softmax, Tensor.exp, Tensor.log, Tensor.pow, Tensor.rsqrt, Tensor.sum, Tensor.prod,
+        Tensor.cumsum, Tensor.norm,
+    })  # fmt: skip
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self.attention(*args, **kwargs)
+        if func in self.WIDE and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            narrow = torch.get_autocast_dtype("cpu")
+            query, key, value = (x.to(narrow) for x in (query, key, value))
+        if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+            return torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, scale=scale
+            )[0]
+        if attn_mask is not None:
+            size = (*query.shape[:3], key.shape[2])
+            attn_mask = attn_mask.to(query.dtype).expand(size)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+@contextmanager
+def faked(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block tensors are fake ones of the CPU, and so are those of `modules` for good."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        known: dict[int, Any] = {}
+
+        def fake(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            if id(tensor) not in known:
+                made = torch.empty_strided(
+                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                )
+                is_parameter = isinstance(tensor, nn.Parameter)
+                if is_parameter:
+                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+                known[id(tensor)] = tensor, made  # the first is kept, so that no id comes twice
+            return known[id(tensor)][1]
+
+        for part in modules:
+            for module in part.modules():
+                for own in (module._parameters, module._buffers):
+                    own.update({name: fake(tensor) for name, tensor in own.items()})
+        yield
+
+
+def measure(
+    step: Callable[[], Tensor],
+    modules: Sequence[nn.Module],
+    inputs: Sequence[Tensor] = (),
+    autocast: torch.dtype | None = None,
+    is_cuda: bool = True,
+) -> Measured:
+    """Runs `step`, which returns a loss (), and its backward pass, inside `faked`.
+
+    What `modules` and `inputs` hold is there before and not counted.
+    """
+    meter, found = Meter(), Measured()
+    trained = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
+
+    def grown(parameter: Tensor) -> None:
+        assert parameter.grad is not None  # the hook comes after it is there
+        meter.gradients += parameter.grad.untyped_storage().nbytes()
+
+    hooks = [p.register_post_accumulate_grad_hook(grown) for p in trained.values()]
+    narrow = torch.autocast("cpu", autocast) if autocast else nullcontext()
+    with LikeCUDA() if is_cuda else nullcontext(), meter:
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                meter.take(tensor)
+        for tensor in inputs:
+            meter.take(tensor)
+        static, meter.peak = meter.live, meter.live
+        meter.moments.clear()
+        with narrow:
+            loss = step()
+        found.forward, found.held = meter.operations, meter.live - static
+        meter.in_backward = True
+        if loss.requires_grad:
+            # What Tensor.backward calls: that itself would leave LikeCUDA outside, and so what
+            # checkpointing repeats would not be what was done.
+            torch.autograd.Variable._execution_engine.run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), True, True
+            )
+    found.repeated = meter.repeated
+    found.backward = meter.operations - found.forward - meter.repeated
+    found.peak = meter.peak - static
+    found.moments = [(other - static, own) for other, own in meter.moments]
+    for hook in hooks:
+        hook.remove()
+    for parameter in trained.values():
+        parameter.grad = None
+    return found
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
