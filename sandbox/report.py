@@ -91,7 +91,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         _files(folder),
     )
     page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=join(report.title), header=_header(report), sections=sections
+        title=join(report.title, " - run report"), header=_header(report), sections=sections
     )
     path = folder / "report.html"
     with storing(path):

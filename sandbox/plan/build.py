@@ -256,4 +256,3 @@ class Unknown:
 
     def shared(self) -> Unknown:
         return self
-

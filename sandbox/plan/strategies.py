@@ -15,8 +15,9 @@ from sandbox.plan.measure import Measured
 GIB = 2**30
 CARDS = (16, 24, 40, 48, 80, 141)  # GiB of common GPUs
 # The caching allocator reserves more than is used at any moment, and published peaks are reserved
-# ones: the median of CogVideoX's published rows over our sums (benchmarks/results/memory.md).
-RESERVED = 1.15
+# ones: the median of those over our sums, of CogVideoX's rows for LoRA and DDP but for one
+# (benchmarks/results/memory.md). Those for DeepSpeed took no part in it.
+RESERVED = 1.13
 CONTEXT = GIB // 2  # CUDA's own, libraries included
 # DeepSpeed's numbers in the published configurations of CogVideoX, in elements.
 REDUCE_BUCKET, PREFETCH_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000
@@ -32,8 +33,8 @@ ZERO = (ZERO2, ZERO2_OFFLOAD, ZERO3, ZERO3_OFFLOAD)
 class Need:
     """What a configuration keeps, in bytes, whatever the strategy.
 
-    trained: numbers that are trained; fixed: frozen weights and buffers on the device; unit: numbers
-    of the largest block; half: bytes of a number in the precision of training.
+    trained: numbers that are trained; fixed: frozen weights and buffers on the device; unit:
+    numbers of the largest block; half: bytes of a number in the precision of training.
     """
 
     trained: int

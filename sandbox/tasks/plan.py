@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.contracts import TaskConfig
+from sandbox.contracts import TaskConfig, in_range
 from sandbox.registry import register
 
 
@@ -16,12 +16,44 @@ class Plan:
 
     @dataclass
     class Config(TaskConfig):
-        """to: folder of plan.json and plan.html; null is plans/<recipe>-<hash> below `out`."""
+        """devices: of the strategies that spread over several, where the trainer names none.
 
+        to: folder of plan.json and plan.html; null is plans/<recipe>-<hash> below `out`.
+        """
+
+        devices: int = 8
         to: str | None = None
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("devices", self.devices, 2)
 
         def reads_data(self) -> bool:
             return False
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+
+    def __call__(
+        self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
+    ) -> dict[str, Any]:
+        import json
+        from pathlib import Path
+
+        from sandbox.config import to_container
+        from sandbox.files import storing, write_atomic
+        from sandbox.plan.page import page
+        from sandbox.plan.plan import plan
+        from sandbox.plan.text import written
+        from sandbox.runs import identity
+
+        made, root = plan(wiring, self.cfg.devices), wiring.root
+        print(written(made))
+        name = f"{root.recipe}-{identity(to_container(root))}"
+        folder = Path(self.cfg.to or Path(root.out) / "plans" / name)
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "plan.json", json.dumps(made.as_dict(), indent=1))
+            write_atomic(folder / "plan.html", page(made, list(overrides)))
+        print(f"\n{made.seconds:.0f} s; page: {folder / 'plan.html'}")
+        return {"folder": str(folder)}
