@@ -14,7 +14,7 @@ from sandbox.report import TEMPLATE
 
 STYLE = """
 .wide { width: 100%; font-size: 13.5px; }
-.wide th, .wide td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: left;
+.wide th, .wide td { padding: 6px 8px; border-bottom: 1px solid var(--line); text-align: left;
   font-weight: 450; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .wide thead th { color: var(--soft); font-size: 12.5px; font-weight: 550; vertical-align: bottom; }
 .wide .n { text-align: right; }
@@ -34,7 +34,7 @@ STYLE = """
 .maybe { color: var(--c1); }
 .no { color: var(--soft); opacity: .55; }
 .wires rect { fill: var(--card); stroke: var(--line); }
-.wires rect.frozen { fill: var(--wash); stroke-dasharray: 4 3; }
+.wires rect.frozen { fill: var(--wash); stroke: var(--soft); stroke-dasharray: 4 3; }
 .wires rect.core { stroke: var(--accent); stroke-width: 2; }
 .wires text.name { font-weight: 650; fill: var(--ink); font-size: 13px; }
 .wires text.label { font-family: var(--mono); font-size: 10.5px; }
@@ -108,7 +108,7 @@ def _cost_note() -> Markup:
         "Counted on the real step: multiplications and additions of matrix products, convolutions "
         "and attention. Repeated: what activation checkpointing computes again. Kept: what the "
         "forward pass leaves for the backward one; at most: all that comes and goes, gradients "
-        "apart. A star marks the configuration."
+        "apart."
     )
     return el("p", said, class_="quiet small")
 
@@ -158,10 +158,11 @@ def _memory(plan: Plan) -> Iterator[Markup]:
     ]
     yield el("ul", *keys, class_="keys")
     yield el("div", _memory_table(plan), class_="apart")
+    yield el("div", _verdict_table(plan), class_="apart")
     said = (
         f"{text.unit(plan)} of one device. Activations and gradients are not there at the same "
-        "time, so the total may be less than the sum. Reserved is what a tool shows. A card fits, fits with little "
-        "slack of the allocator (tight), or does not."
+        "time, so the total may be less than the sum. Reserved is what a tool shows. A card fits, "
+        "fits with little slack of the allocator (tight), or does not."
     )
     if plan.published:
         said += " Published: the peaks of CogVideoX's authors, in GB, beside our reserved ones."
@@ -171,20 +172,25 @@ def _memory(plan: Plan) -> Iterator[Markup]:
 def _memory_table(plan: Plan) -> Markup:
     rows = text.memory_rows(plan)
     where = rows[0].index("fits")
-    heads = [c for i, c in enumerate(rows[0]) if i != where]
-    head = [
-        el("th", c, class_="n" if i and c != "activations" else None) for i, c in enumerate(heads)
-    ]
-    head += [el("th", f"{card} GB", class_="n") for card in CARDS]
+    return _table([[c for i, c in enumerate(row) if i != where] for row in rows])
+
+
+def _verdict_table(plan: Plan) -> Markup:
+    """A row for each strategy: whether it fits each card."""
+    heads = ["strategy", "devices", "activations", *(f"{card} GB" for card in CARDS)]
     body = []
-    for memory, row in zip(plan.memory, rows[1:], strict=True):
-        cells = [c for i, c in enumerate(row) if i != where]
-        shown = [el("th", cells[0].removesuffix(" *"))]
-        shown += [el("td", c, class_="n" if i != 1 else None) for i, c in enumerate(cells[1:])]
+    for memory, row in zip(plan.memory, text.memory_rows(plan)[1:], strict=True):
+        cells = [
+            el("th", row[0].removesuffix(" *")),
+            el("td", row[1], class_="n"),
+            el("td", row[2]),
+        ]
         for verdict in memory.verdicts().values():
             kind = {"fits": "yes", "tight": "maybe", "no": "no"}[verdict]
-            shown.append(el("td", verdict, class_=f"n {kind}"))
-        body.append(el("tr", *shown, class_="own" if cells[0].endswith(" *") else None))
+            cells.append(el("td", verdict, class_=f"n {kind}"))
+        body.append(el("tr", *cells, class_="own" if row[0].endswith(" *") else None))
+    sides = [None, "n", None, *("n" for _ in CARDS)]
+    head = [el("th", c, class_=side) for c, side in zip(heads, sides, strict=True)]
     table = el("table", el("thead", el("tr", *head)), el("tbody", *body), class_="wide")
     return el("div", table, class_="scroll")
 

@@ -1,0 +1,42 @@
+"""Every recipe is planned, at full size but for layers that repeat, and without slow packages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sandbox.config import CONF
+from sandbox.main import perform
+from tests.helpers import composed
+
+pytestmark = pytest.mark.slow
+RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+FEWER = {"cogvideox": "backbone.num_layers=2"}  # all of its layers are the same
+OPTIONAL = ("wandb", "av", "open_clip", "lightning")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_planned(name, tmp_path, capsys):
+    fewer = [word for prefix, word in FEWER.items() if name.startswith(prefix)]
+    perform(composed(f"experiment={name}", "task=plan", f"task.to={tmp_path}", *fewer))
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert [c["what"] for c in found["objective"]["checks"] if not c["holds"]] == []
+    assert all(cost["forward"] > 0 < cost["backward"] for cost in found["costs"].values())
+    assert all(m["total"] > 0 for m in found["memory"])
+    assert name in capsys.readouterr().out
+
+
+def test_a_plan_wants_no_tracker_no_decoder_and_no_tokenizer(tmp_path):
+    """DynamiCrafter trains with all three of them."""
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({OPTIONAL!r})
+from sandbox.main import main
+main(["task=plan", "experiment=dynamicrafter_512_tiny", "task.to={tmp_path}"])
+"""
+    home = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.html").is_file()
