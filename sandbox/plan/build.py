@@ -49,8 +49,8 @@ class Sizes:
     def of(cls, wiring: Wiring) -> Sizes:
         numbers = [c.frames * c.height * c.width for c in wiring.clips]
         i = numbers.index(max(numbers))
-        rows = (wiring.clips, wiring.latents, wiring.grids, wiring.slots)
-        return cls(wiring.root.data.batch_size, *(row[i] for row in rows))
+        batch = wiring.root.data.batch_size
+        return cls(batch, wiring.clips[i], wiring.latents[i], wiring.grids[i], wiring.slots[i])
 
 
 def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) -> dict[str, Any]:
@@ -60,8 +60,9 @@ def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) 
     as DeepSpeed keeps them.
     """
     backbone = root.backbone
-    if checkpointing is not None:
-        backbone = replace(backbone, **{checkpointing_field(root): checkpointing})
+    name = checkpointing_field(root)
+    if checkpointing is not None and name is not None:
+        backbone = replace(backbone, **{name: checkpointing})
     # Named weights are not read on the meta device; so is no folder of stored latents.
     root = replace(root, backbone=backbone, vae=replace(root.vae, weights="planned"))
     with torch.device("meta"):
@@ -111,13 +112,14 @@ def counts(root: Root, parts: dict[str, Any]) -> list[Count]:
         frozen = [p for p in module.parameters() if not p.requires_grad]
         buffers = list(module.buffers())
         is_resident = group != "vae" or needs_first_stage(root)
+        numbers = [sum(x.numel() for x in xs) for xs in (trained, frozen, buffers)]
+        name = getattr(root, group).plugin.rpartition("/")[2]
+        fixed = _bytes([*frozen, *buffers])
         rows.append(
             Count(
-                group, getattr(root, group).plugin.rpartition("/")[2],
-                *(sum(x.numel() for x in xs) for xs in (trained, frozen, buffers)),
-                _bytes(trained), _bytes([*frozen, *buffers]), is_resident,
+                group, name, numbers[0], numbers[1], numbers[2], _bytes(trained), fixed, is_resident
             )
-        )  # fmt: skip
+        )
     return [row for row in rows if row.trained + row.frozen + row.buffers]
 
 

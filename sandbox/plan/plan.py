@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,11 +135,21 @@ def plan(wiring: Wiring, devices: int = 8) -> Plan:
     return Plan(
         root, sizes, tuple(table), is_on,
         {on: Cost.of(found) for on, found in native.items()},
-        need, memory, objective(root), diagram(root, sizes), NOT_MODELLED,
+        need, memory, objective(root), diagram(root, sizes), (*_first(root), *NOT_MODELLED),
         other_sizes=len(wiring.clips) - 1,
         seconds=time.perf_counter() - started,
         published={k: v for k, v in known.items() if v is not None},
     )  # fmt: skip
+
+
+def _first(root: Root) -> Iterator[str]:
+    """What this configuration has that no step of it shows."""
+    if root.reconstruction is not None:
+        name = root.reconstruction.plugin.rpartition("/")[2]
+        yield (
+            f"The training of the first stage (reconstruction={name}): this is the plan of a "
+            "diffusion model on its latents, of the other settings."
+        )
 
 
 def steps(
