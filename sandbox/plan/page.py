@@ -253,7 +253,7 @@ def _arrow(source: Box, target: Box, labels: Sequence[str]) -> Markup:
         at = ((x + BOX + u) / 2 - 4, y + HIGH / 2 - 7)
     elif source.column == target.column:  # down
         points = [(x + BOX / 2, y + HIGH), (u + BOX / 2, v)]
-        at = (x + BOX / 2 + 58, (y + HIGH + v) / 2)
+        at = (x + BOX / 2 + 66, (y + HIGH + v) / 2)
     elif source.row < target.row and source.column == 0:  # down, then right
         points = [(x + 40, y + HIGH), (x + 40, v + HIGH / 2), (u, v + HIGH / 2)]
         at = ((x + 40 + u) / 2, v + HIGH / 2 - 7)

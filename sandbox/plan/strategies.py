@@ -17,7 +17,7 @@ CARDS = (16, 24, 40, 48, 80, 141)  # GiB of common GPUs
 # The caching allocator reserves more than is used at any moment, and published peaks are reserved
 # ones: the median of those over our sums, of CogVideoX's rows for LoRA and DDP but for one
 # (benchmarks/results/memory.md). Those for DeepSpeed took no part in it.
-RESERVED = 1.13
+RESERVED = 1.15
 CONTEXT = GIB // 2  # CUDA's own, libraries included
 # DeepSpeed's numbers in the published configurations of CogVideoX, in elements.
 REDUCE_BUCKET, PREFETCH_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000

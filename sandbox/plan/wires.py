@@ -48,8 +48,8 @@ def _boxes(root: Root, sizes: Sizes) -> Iterator[Box]:
     stored = not needs_first_stage(root)
     first = "stored latents" if stored else f"{sizes.clip} -> {sizes.latents}"
     yield Box("first stage", (_name("vae", root), first), 1, 0, True)
-    told = ", ".join(sorted(sizes.slots.names())) or "nothing"
-    yield Box("conditioning", (_name("conditioning", root), f"offers {told}"), 1, 1)
+    told = len(sizes.slots.names())
+    yield Box("conditioning", (_name("conditioning", root), f"offers {told} slots"), 1, 1)
     yield Box("schedule", (_name("schedule", root), "adds noise at t"), 2, 0)
     backbone = _name("backbone", root)
     adapter = f"with {_name('adapter', root)}" if root.adapter is not None else "all weights"
