@@ -86,7 +86,11 @@ class Plan:
     @property
     def chosen(self) -> str:
         """The strategy of the configured trainer, by its name."""
-        return self.root.trainer.plugin.rpartition("/")[2]
+        trainer = self.root.trainer
+        name = trainer.plugin.rpartition("/")[2]
+        if not hasattr(trainer, "stage"):
+            return name
+        return f"{name}_zero{trainer.stage}" + ("_offload" if trainer.offload else "")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers."""
