@@ -81,7 +81,9 @@ def evaluate(
 
 
 def _untrained(system: LatentDiffusion) -> LatentDiffusion:
-    fresh = LatentDiffusion(system.wiring, build_parts(system.wiring), system.group)
+    fresh = LatentDiffusion(
+        system.wiring, build_parts(system.wiring, system.adapter is not None), system.group
+    )
     frozen = system.get_submodule("first_stage").state_dict()
     fresh.get_submodule("first_stage").load_state_dict(frozen)
     if fresh.adapter is not None:

@@ -40,12 +40,17 @@ class Parts:
     adapter: Adapter | None = None
 
 
-def build_parts(wiring: Wiring) -> Parts:
-    """Builds every component, and says which kernels they use."""
+def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
+    """Builds every component, and says which kernels they use.
+
+    `empty`: the backbone's weights, those of an adapter apart, hold anything; all are put in place
+    afterwards. Then they are made once, in the dtype that they stay in.
+    """
     root = wiring.root
     use_kernels(root)
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
-    parts = Parts(*(_component(group, root) for group in groups))
+    special = {"vae": _first_stage, "backbone": _empty if empty else build}
+    parts = Parts(*(special.get(group, build)(group, root) for group in groups))
     if root.adapter is not None:
         parts.adapter = adapter = registry.create(root.adapter)
         with seeded(root, "adapter"):
@@ -59,8 +64,24 @@ def use_kernels(root: Root) -> None:
     registry.create(root.kernels).apply()
 
 
-def _component(group: str, root: Root) -> Any:
-    return StoredLatents(root) if group == "vae" and needs_no_pixels(root) else build(group, root)
+def _first_stage(group: str, root: Root) -> Any:
+    return StoredLatents(root) if needs_no_pixels(root) else build(group, root)
+
+
+def _empty(group: str, root: Root) -> Any:
+    """A component without a first pass over its memory: numbers are written when they are known.
+
+    Built as usual where it has tensors that no file of weights holds.
+    """
+    with torch.device("meta"):
+        module = registry.create(getattr(root, group))
+    tensors = {id(x) for x in (*module.parameters(), *module.buffers())}
+    held = {id(x) for x in module.state_dict(keep_vars=True).values()}
+    if tensors != held or getattr(root, group).additions():
+        return build(group, root)
+    if root.adapter is not None:
+        module.to(DTYPES[root.precision])
+    return module.to_empty(device="cpu")
 
 
 def build(group: str, root: Root) -> Any:

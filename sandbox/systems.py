@@ -23,20 +23,22 @@ from sandbox.wiring import Wiring, wire
 
 
 def build_system(
-    wiring: Wiring, folder: Path | None = None, rank: Rank | None = None
+    wiring: Wiring, folder: Path | None = None, rank: Rank | None = None, empty: bool = False
 ) -> LatentDiffusion:
     """Fresh weights on the CPU, but a ready first stage.
 
     That of the run `folder`, else from the cache, from a file, or trained now, by `rank` alone.
-    Below an adapter the backbone has the weights of `init_from`.
+    Below an adapter the backbone has the weights of `init_from`. `empty`: what is trained gets
+    weights next, and has none of its own.
     """
-    parts = build_parts(wiring)
+    adapted = wiring.root.adapter is not None and wiring.root.init_from is not None
+    parts = build_parts(wiring, empty or adapted)
     if wiring.root.data.stored() is not None:
         prepare_stored(wiring.root, parts.first_stage)
     else:
         prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
-    if system.adapter is not None and wiring.root.init_from is not None:
+    if adapted:
         init_from(system, wiring.root.init_from)  # no checkpoint holds a frozen backbone
     return system
 
@@ -61,7 +63,7 @@ def load_system(
             f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
         )
     device = _device(wiring.root)
-    system = build_system(wiring, folder)
+    system = build_system(wiring, folder, empty=True)
     restore_weights(system, checkpoint.load(newest), weights)
     return system.to(device).eval()
 

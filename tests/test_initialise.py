@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sandbox import build, checkpoint, compose
 from sandbox.contracts import SandboxError, StorageError
 from sandbox.initialise import init_from
 from sandbox.runs import Run
+from sandbox.systems import build_system
+from sandbox.wiring import wire
 
 STEP = 7
 TINY = ("vae.weights=null", "backbone.width=8", "backbone.num_blocks=1", "backbone.time_features=8",
@@ -184,3 +188,53 @@ def test_additions_are_absent_as_a_whole_or_not_at_all(tmp_path):
     save_file(known, file)
     with pytest.raises(StorageError, match=r"1 of its weights.*motion.*proj_in.bias is missing"):
         init_from(system(*MOVING, *ADDED), file)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of CPU storages that operations make, and how many random numbers they draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.random = 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_plain(x)}
+        out = op(*args, **(kwargs or {}))
+        if ("uniform" in str(op) or "normal_" in str(op)) and is_plain(out):
+            self.random += out.numel()
+        for x in filter(is_plain, tree_leaves(out)):
+            if x.untyped_storage()._cdata not in given:
+                self.bytes += x.untyped_storage().nbytes()
+        return out
+
+
+def is_plain(x) -> bool:
+    return isinstance(x, torch.Tensor) and x.device.type == "cpu"
+
+
+LARGE = ("backbone=cogvideox", "conditioning=t5", "vae.weights=null", "logger=null",
+         "backbone.num_attention_heads=8", "backbone.time_embed_dim=256")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "width"), [((), 4), (("adapter=lora", "adapter.rank=1", "precision=bf16"), 2)]
+)
+def test_given_weights_are_made_once_in_the_dtype_of_training(tmp_path, more, width):
+    """11 GB of a frozen 5b in half precision, and not first 22 GB of random numbers."""
+    first = build(compose(*LARGE))
+    start = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in first.backbone.state_dict().items()}, start)
+    wiring = wire(compose(*LARGE, f"init_from={tmp_path}", *more))
+    numbers = sum(x.numel() for x in first.backbone.state_dict().values())
+    with Allocated() as made:
+        system = build_system(wiring, empty=True)
+        if not more:
+            init_from(system, tmp_path)
+    assert all(torch.equal(x, first.backbone.state_dict()[k].half().to(x.dtype))
+               for k, x in system.base_state().items())  # fmt: skip
+    mapped = 2  # bytes of a number in the file, which are not in memory but mapped
+    assert made.bytes < (width + mapped) * numbers * 1.05, made.bytes / numbers
+    assert made.random < 0.1 * numbers  # of the adapter, the conditioning and the first stage

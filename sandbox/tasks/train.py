@@ -68,7 +68,8 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         with rank.first():  # it makes the first stage, where there is none; the others load it
-            system = build_system(wiring, run.folder, rank)
+            is_given = root.init_from is not None
+            system = build_system(wiring, run.folder, rank, empty=is_given)
         ready = time.monotonic()
 
         def initialise() -> None:
@@ -77,7 +78,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
         with start(system, run, settings["group"], rank, initialise) as training:
             fit(training)
-            training.unshard(lambda: build_system(wiring, run.folder, rank.alone()))
+            training.unshard(lambda: build_system(wiring, run.folder, rank.alone(), True))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}
             result: dict[str, Any] = {}
             with rank.first():
