@@ -238,6 +238,13 @@ class PluginConfig:
         """
         return {}
 
+    def released(self) -> dict[str, Any]:
+        """What describes it in a folder of diffusers: "_class_name" and the settings of that class.
+
+        Empty where diffusers has no such class; raises ConfigError for settings that it has not.
+        """
+        return {}
+
     def agree(self, **numbers: int | None) -> Self:
         """A copy with the fields that are None filled from `numbers`.
 

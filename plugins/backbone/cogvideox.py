@@ -6,8 +6,8 @@ folder transformer/), and the settings those of its config.json.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
+    ConfigError,
     Misfit,
     Slots,
     State,
@@ -38,6 +39,13 @@ from sandbox.registry import register
 
 ROPE_GRIDS = ("counted", "fitted")
 FROM_OTHERS = ("in_channels", "out_channels", "text_embed_dim", "max_text_seq_length", "vector_dim")
+CLASS = "CogVideoXTransformer3DModel"  # in diffusers
+OURS = ("plugin", "vector_dim", "rope_grid", "gradient_checkpointing")  # settings that it has not
+FIXED = {  # its settings that are the same in all five releases
+    "activation_fn": "gelu-approximate", "attention_bias": True, "dropout": 0.0,
+    "flip_sin_to_cos": True, "freq_shift": 0, "norm_elementwise_affine": True,
+    "timestep_activation_fn": "silu",
+}  # fmt: skip
 QK_EPS = 1e-6  # of the norms of queries and keys, as published
 
 
@@ -164,6 +172,13 @@ class CogVideoX(nn.Module):
                 max_text_seq_length=slots.context.length if slots.context else 0,
                 vector_dim=slots.vector,
             )
+
+        def released(self) -> dict[str, Any]:
+            if self.vector_dim:
+                raise ConfigError(f"vector_dim={self.vector_dim}: diffusers' network is told none")
+            own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OURS}
+            patch_bias = self.patch_size_t is None  # as released; 1.5 has one all the same
+            return {"_class_name": CLASS, **own, **FIXED, "patch_bias": patch_bias}
 
         def adapter_targets(self) -> tuple[str, ...]:
             return ("to_q", "to_k", "to_v", "to_out.0")

@@ -7,6 +7,7 @@ in CogVideoX (Yang et al. 2024, 2408.06072, section 3.4; noise augmentation as p
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,9 @@ class T5(nn.Module):
         def files(self) -> dict[str, str | None]:
             is_here = self.weights not in (None, "cached") and is_path(self.weights)
             return {"weights": self.weights} if is_here else {}
+
+        def released(self) -> dict[str, Any]:
+            return {"_class_name": "T5EncoderModel"}
 
         def offers(self, clip: Clip, grid: Clip) -> Slots:
             return Slots(

@@ -1,8 +1,11 @@
 """The folders of diffusers pipelines: transformer/ or unet/, vae/, text_encoder/, each a model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isclose
+from typing import Any
 
-from sandbox.contracts import LayoutConfig, State
+from sandbox.contracts import ConfigError, LayoutConfig, PluginConfig, State
 from sandbox.registry import register
 
 # Folder -> our part, and what the part calls it inside.
@@ -11,6 +14,12 @@ FOLDERS = {
     "vae": ("vae", ""),
     "text_encoder": ("conditioning", "encoder."),
 }
+PIPELINES = {  # of a network: from text, and from text and a picture
+    "CogVideoXTransformer3DModel": ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+}
+VERSION = "0.32.0"  # the first that has all of these classes
+FILES = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
+TEXT = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer"}
 
 
 @register("layout", "diffusers")
@@ -46,3 +55,47 @@ class Diffusers:
             folder, prefix = folders[part]
             state |= {f"{folder}/{k.removeprefix(prefix)}": v for k, v in tensors.items()}
         return state
+
+    def described(
+        self, configs: Mapping[str, PluginConfig], copied: frozenset[str]
+    ) -> dict[str, dict[str, Any]]:
+        """The JSON files of a pipeline's folder, by path; model_index.json is the last.
+
+        `configs`: those of a wired system by group; `copied`: folders of text that come along.
+        Raises ConfigError with everything that diffusers has no class or setting for.
+        """
+        groups = ("backbone", "vae", "schedule", "sampler", "conditioning")
+        found = {name: said(name, configs[name]) for name in groups}
+        if problems := [p for _, own in found.values() for p in own]:
+            raise ConfigError(*problems)
+        network, first_stage, noise, sampler, _ = (found[name][0] for name in groups)
+        conditioning: Any = configs["conditioning"]
+        is_told_image = bool(conditioning.images())
+        if is_told_image:
+            # the latents of a picture are multiplied by scaling_factor, or divided by it
+            own, inverted = conditioning.image_latent_scale, first_stage["scaling_factor"] ** -2
+            if not (isclose(own, 1.0) or isclose(own, inverted)):
+                raise ConfigError(
+                    f"conditioning.image_latent_scale={own}: diffusers has 1.0, or {inverted} "
+                    "(invert_scale_latents)"
+                )
+            first_stage["invert_scale_latents"] = not isclose(own, 1.0)
+        parts = {"scheduler": sampler | noise, "transformer": network, "vae": first_stage}
+        classes = {name: ["diffusers", part["_class_name"]] for name, part in parts.items()}
+        text = {k: ["transformers", v] if k in copied else [None, None] for k, v in TEXT.items()}
+        kind = PIPELINES[network["_class_name"]][is_told_image]
+        version = {"_diffusers_version": VERSION}
+        files = {f"{name}/{FILES[name]}": part | version for name, part in parts.items()}
+        index = {"_class_name": kind, **version, **dict(sorted((classes | text).items()))}
+        return files | {"model_index.json": index}
+
+
+def said(group: str, cfg: PluginConfig) -> tuple[dict[str, Any], list[str]]:
+    """What a Config says of itself, and why it cannot."""
+    try:
+        released = cfg.released()
+    except ConfigError as e:
+        return {}, [f"{group}.{p}" for p in e.problems]
+    name = cfg.plugin.rpartition("/")[2]
+    problem = f"{group}={name}: has no class in diffusers; format=diffusers is for CogVideoX"
+    return released, [] if released else [problem]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class CogVideoXDPM:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from one_of("spacing", self.spacing, ["trailing"])
+
+        def released(self) -> dict[str, Any]:
+            return {"_class_name": "CogVideoXDPMScheduler", "timestep_spacing": "trailing"}
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             yield from super().accepts(schedule)

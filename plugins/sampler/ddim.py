@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import CLEAN, Level, Model, Trajectory, earlier, levels, ratios
 from sandbox.contracts import (
+    ConfigError,
     Draws,
     Hooks,
     SamplerConfig,
@@ -52,6 +54,14 @@ class DDIM:
                 yield f"landing='stride': want spacing=trailing, not {self.spacing}"
             if self.landing == "stride" and self.end != "clean":
                 yield f"end={self.end!r}: landing=stride has its own end; want 'clean'"
+
+        def released(self) -> dict[str, Any]:
+            if self.landing != "stride" or self.eta:
+                raise ConfigError(
+                    f"landing={self.landing!r} and eta={self.eta}: that of CogVideoX in diffusers "
+                    "has 'stride' and 0; use sampler=ddim_cogvideox"
+                )
+            return {"_class_name": "CogVideoXDDIMScheduler", "timestep_spacing": self.spacing}
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             yield from super().accepts(schedule)

@@ -5,17 +5,28 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from math import cos, exp, log1p, pi
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import Table, per_sample
-from sandbox.contracts import Denoised, Draws, ScheduleConfig, above, in_range, one_of, same_length
+from sandbox.contracts import (
+    ConfigError,
+    Denoised,
+    Draws,
+    ScheduleConfig,
+    above,
+    in_range,
+    one_of,
+    same_length,
+)
 from sandbox.registry import register
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "sqrt", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
+IN_DIFFUSERS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 LEAST_SIGNAL = 1e-10  # abar at the end: less drowns in the rounding of float32
 T_DRAWS = ("independent", "stratified")
 REACH_T = ("trailing", "linspace")
@@ -119,6 +130,29 @@ class DDPM:
 
         def ends_in_noise(self) -> bool:
             return self.zero_terminal_snr
+
+        def released(self) -> dict[str, Any]:
+            if self.beta_schedule not in ("linear", "scaled_linear"):
+                raise ConfigError(
+                    f"beta_schedule={self.beta_schedule!r}: diffusers' is another; want "
+                    "'scaled_linear' or 'linear'"
+                )
+            if self.base_scale != 1.0 or self.learned_variance:
+                raise ConfigError(
+                    "base_scale and learned_variance: CogVideoX's in diffusers has none"
+                )
+            return {
+                "num_train_timesteps": self.timesteps,
+                "beta_schedule": self.beta_schedule,
+                "beta_start": self.betas[0],
+                "beta_end": self.betas[1],
+                "snr_shift_scale": self.snr_shift,
+                "rescale_betas_zero_snr": self.zero_terminal_snr,
+                "prediction_type": IN_DIFFUSERS[self.prediction],
+                "set_alpha_to_one": True,
+                "clip_sample": False,
+                "steps_offset": 0,
+            }
 
         def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
             """Problems with `times(steps, spacing)`, in a sampler's words."""

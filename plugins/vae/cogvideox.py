@@ -7,6 +7,7 @@ its config.json. What the published code does around the network happens inside 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
 from sandbox.contracts import (
     Clip,
+    ConfigError,
     FirstStageConfig,
     FirstStageRecipe,
     Misfit,
@@ -26,6 +28,14 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
+RELEASED = (  # settings of a released config.json
+    "block_out_channels", "latent_channels", "layers_per_block", "norm_num_groups",
+    "temporal_compression_ratio", "sample_height", "sample_width", "scaling_factor",
+)  # fmt: skip
+FIXED = {
+    "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "force_upcast": True,
+    "shift_factor": None, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
 START_LOG_VARIANCE = -6.0  # before training: little noise on latents of about 1
 
 
@@ -137,6 +147,22 @@ class AutoencoderCogVideoX(FirstStage):
             frames = (clip.frames - 1) // self.temporal_compression_ratio + 1
             height, width = clip.height // self.space(), clip.width // self.space()
             return Clip(self.latent_channels, frames, height, width)
+
+        def released(self) -> dict[str, Any]:
+            if self.scaling_factor is None:
+                raise ConfigError("scaling_factor=None: diffusers wants a number, and no shift")
+            if self.num_latent_frames_batch_size != 2:
+                number = self.num_latent_frames_batch_size
+                raise ConfigError(f"num_latent_frames_batch_size={number}: diffusers always has 2")
+            levels = len(self.block_out_channels)
+            own = {name: getattr(self, name) for name in RELEASED}
+            return {
+                "_class_name": "AutoencoderKLCogVideoX",
+                **own,
+                **FIXED,
+                "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+                "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+            }
 
         def recipe(self) -> FirstStageRecipe:
             return FirstStageRecipe(

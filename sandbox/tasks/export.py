@@ -1,4 +1,4 @@
-"""task=export: the weights of a run as one file, for this program or for the original's code."""
+"""task=export: the weights of a run, as a file or as the folder of a pipeline."""
 
 from __future__ import annotations
 
@@ -6,34 +6,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.contracts import TaskConfig, one_of
+from sandbox.contracts import TaskConfig, in_range, one_of
 from sandbox.registry import register
 
-FORMATS = ("original", "safetensors")
+FORMATS = ("original", "safetensors", "diffusers")
 WEIGHTS = ("both", "ema", "live")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 @register("task", "export")
 class Export:
-    """Writes a run's weights (task.run, else the newest) as one file of a published format."""
+    """Writes a run's weights (task.run, else the newest) as a file or folder of a known format."""
 
     @dataclass
     class Config(TaskConfig):
-        """format: original is a file that the code of layout=NAME loads; safetensors has our names.
+        """format: original is a file that the code of layout=NAME loads; diffusers is the folder of
+        a pipeline, with its adapter merged, which from_pretrained opens (and what original is for
+        layout=diffusers); safetensors is one file with our names.
 
         weights: "ema" or "live" ones as the model's, or "both": the live ones with the average
-        beside them, as originals with an average save it (format=original; without an average the
-        live ones). to: the file; null is export.ckpt or export.safetensors in the run folder.
+        beside them, as originals with an average save it (without an average the live ones; in a
+        folder of diffusers, which has one set, the average where there is one). dtype: of the
+        numbers in such a folder, null as they are here; shard_mb: size that a file of it does not
+        exceed. to: the file or folder; null is "export" in the run folder.
         """
 
         format: str = "original"
         weights: str = "both"
+        dtype: str | None = None
+        shard_mb: int = 5000
         to: str | None = None
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from one_of("format", self.format, FORMATS)
             yield from one_of("weights", self.weights, WEIGHTS)
+            yield from one_of("dtype", self.dtype, (None, *DTYPES))
+            yield from in_range("shard_mb", self.shard_mb, 1)
             if self.format == "safetensors" and self.weights == "both":
                 yield "weights='both': format=safetensors has one set; want 'ema' or 'live'"
 
@@ -50,23 +59,38 @@ class Export:
 
         from sandbox import checkpoint, registry
         from sandbox.contracts import ConfigError
+        from sandbox.exporting import write_folder
+        from sandbox.parts import DTYPES
         from sandbox.systems import load_system
         from sandbox.whole_systems import taken_apart
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
-        original = cfg.format == "original"
-        if original and wiring.root.layout is None:
+        chosen = wiring.root.layout
+        if cfg.format == "diffusers":
+            chosen = registry.default("layout", "diffusers")
+        elif cfg.format == "original" and chosen is None:
             raise ConfigError("layout=null: task=export task.format=original wants one, see --help")
-        system = load_system(folder, "ema" if cfg.weights == "ema" else "live", wiring).cpu()
-        to = Path(cfg.to or folder / ("export.ckpt" if original else "export.safetensors"))
-        if not original:
+        layout = registry.create(chosen) if cfg.format != "safetensors" else None
+        is_folder = hasattr(layout, "described")
+        one = (
+            "live"
+            if cfg.weights == "live" or (cfg.weights, is_folder) == ("both", False)
+            else "ema"
+        )
+        system = load_system(folder, one, wiring).cpu()
+        ending = "" if is_folder else ".ckpt" if layout else ".safetensors"
+        to = Path(cfg.to or folder / f"export{ending}")
+        if is_folder:
+            dtype = DTYPES[cfg.dtype] if cfg.dtype else None
+            for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
+                print(f"{name}/ is not in it: this run has none; copy the released one there")
+        elif layout is None:
             checkpoint.export_weights(system.trainable_state(), to)
         else:
             newest = checkpoint.newest(folder / "checkpoints")
             assert newest is not None  # load_system has found it
             state = checkpoint.load(newest)
             ema = state["ema"] if cfg.weights == "both" else None
-            layout = registry.create(wiring.root.layout)
             whole = layout.whole(taken_apart(system, ema))
             checkpoint.export_foreign(layout.file(whole, state["step"]), to)
         print(f"{cfg.format} weights in {to}")

@@ -1,0 +1,143 @@
+"""A pipeline's folder of diffusers: trained here, exported, opened there, and the same videos."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sandbox import registry
+from sandbox.config import to_container
+from sandbox.contracts import ConfigError
+from sandbox.evaluation import take
+from sandbox.main import perform
+from sandbox.prompts import of_data
+from sandbox.rank import Rank
+from sandbox.systems import load_system
+from sandbox.tasks.train import train as train_task
+from sandbox.wiring import wire
+from tests.helpers import composed
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+SIZES = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "out_channels": 4, "patch_size": 2,
+    "time_embed_dim": 24, "num_layers": 2, "sample_height": 8, "sample_width": 8,
+    "sample_frames": 9,
+}  # fmt: skip
+KINDS = {  # what differs from the network of 2b, and which pipeline it is
+    "t2v": ({"in_channels": 4}, diffusers.CogVideoXPipeline),
+    "i2v": (
+        {"in_channels": 8, "patch_size_t": 2, "ofs_embed_dim": 24,
+         "use_rotary_positional_embeddings": True},
+        diffusers.CogVideoXImageToVideoPipeline,
+    ),
+}  # fmt: skip
+NOISE = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True, "timestep_spacing": "trailing", "snr_shift_scale": 3.0,
+}  # fmt: skip
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
+LORA = ("adapter=lora", "adapter.rank=4", "adapter.alpha=2")
+
+
+def pipeline(kind: str) -> Any:
+    """A tiny one of public classes, whose first stage has next to no noise in its posterior."""
+    torch.manual_seed(0)
+    sizes, of = KINDS[kind]
+    network = diffusers.CogVideoXTransformer3DModel(
+        **SIZES, **sizes, text_embed_dim=20, max_text_seq_length=6
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    vae = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=(4, 4, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        sample_height=64, sample_width=64, scaling_factor=0.7, invert_scale_latents=kind == "i2v",
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+    )  # fmt: skip
+    with torch.no_grad():
+        vae.encoder.conv_out.conv.weight[4:] = 0
+        vae.encoder.conv_out.conv.bias[4:] = -30
+    scheduler = diffusers.CogVideoXDDIMScheduler(**NOISE)
+    return of(tokenizer=None, text_encoder=None, vae=vae, transformer=network, scheduler=scheduler)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The pipelines as diffusers saves them."""
+    found = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
+    for kind, place in found.items():
+        pipeline(kind).save_pretrained(place, max_shard_size="100KB")
+    return found
+
+
+def trained(kind: str, start: Path, out: Path, *more: str) -> Path:
+    """The run folder of two steps from the weights of a pipeline."""
+    settings = SIZES | {k: v for k, v in KINDS[kind][0].items() if k != "in_channels"}
+    image = ("conditioning.image=first_frame", f"conditioning.image_latent_scale={0.7**-2}",
+             "conditioning.ofs=2.0") if kind == "i2v" else ()  # fmt: skip
+    if "use_rotary_positional_embeddings" not in settings:
+        settings["use_rotary_positional_embeddings"] = False
+    root = composed(
+        "data.frames=9", "data.height=64", "data.width=64", "data.batch_size=1", "kernels=eager",
+        "vae=cogvideox", "vae.block_out_channels=[4,4,8,8]", "vae.latent_channels=4",
+        "vae.norm_num_groups=2", "vae.scaling_factor=0.7", f"vae.weights={start}", "logger=null",
+        "vae.sample_height=64", "vae.sample_width=64", "backbone=cogvideox",
+        *(f"backbone.{k}={v}" for k, v in settings.items()),
+        "conditioning=t5", "conditioning.d_model=20", "conditioning.length=6", *image,
+        "schedule=ddpm_cogvideox_2b", "sampler=ddim_cogvideox", "sampler.steps=3", "ema=none",
+        "guidance=cfg_cogvideox", "layout=diffusers", f"init_from={start}", f"out={out}",
+        "steps=2", "lr=1e-2", "lr_schedule=constant_at_once", "task.score_clips=1",
+        "task.samples=1", "task.untrained=false", "trainer.threads=1", "metric=null", *more,
+    )  # fmt: skip
+    root = wire(replace(root, metric=None)).root
+    done = train_task({"root": to_container(root), "overrides": [], "group": None}, Rank())
+    return Path(done["folder"])
+
+
+@torch.no_grad()
+def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
+    """Our clip of a run, and that of a pipeline for the same noise, text and picture."""
+    system = load_system(run, "live")
+    batch = take(of_data(system.root, (), 1), 0, 1)
+    grid = system.wiring.grids[0]
+    size = (1, grid.channels, grid.frames, grid.height, grid.width)
+    texts = [system.conditioner.encoded([c])[0] for c in (*batch.captions, "")]
+    told = {} if batch.image is None else {"image": batch.image[:, :, 0] / 2 + 0.5}
+    theirs = pipe(
+        **told, prompt_embeds=texts[0], negative_prompt_embeds=texts[1], height=64, width=64,
+        num_frames=9, num_inference_steps=3, guidance_scale=6.0, output_type="pt",
+        latents=system.draws(batch).normal("start", torch.empty(size)).transpose(1, 2),
+    ).frames  # fmt: skip
+    return system.sample(batch), theirs.transpose(1, 2) * 2 - 1
+
+
+def exported(run: Path, to: Path, *more: str) -> Path:
+    perform(composed("task=export", f"task.run={run}", "task.format=diffusers", f"task.to={to}",
+                     "logger=null", *more))  # fmt: skip
+    return to
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("t2v", ()), ("t2v", LORA), ("i2v", LORA)], ids=["sft", "lora", "i2v_lora"]
+)
+def test_an_exported_folder_is_opened_by_diffusers_and_makes_the_same_videos(
+    folders, tmp_path, kind, more
+) -> None:
+    run = trained(kind, folders[kind], tmp_path, *more)
+    to = exported(run, tmp_path / "to", "task.shard_mb=1")
+    loaded = KINDS[kind][1].from_pretrained(to)
+    assert type(loaded).__name__ == json.loads((to / "model_index.json").read_text())["_class_name"]
+    ours, theirs = compared(run, loaded)
+    torch.testing.assert_close(theirs, ours, **NEAR)
+    before = compared(run, pipeline(kind))[1]
+    assert (before - ours).abs().max() > 1e-3  # training has changed what comes out
+    if more:  # the LoRA alone, beside the released weights
+        released = pipeline(kind)
+        released.load_lora_weights(run)
+        torch.testing.assert_close(compared(run, released)[1], ours, **NEAR)
