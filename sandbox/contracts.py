@@ -974,6 +974,10 @@ class Adapter(Protocol):
         """A file for other programs: its name, tensors, and the text in its header."""
         ...
 
+    def merge(self, backbone: Any) -> None:
+        """Adds what the adapter has learned to the backbone's own weights."""
+        ...
+
 
 State = dict[str, "Tensor"]
 

@@ -72,6 +72,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         writer = opened.enter_context(Writer(folder, root, networks, rank))
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None
+        prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
     rank.meet()
     parts = rank.gather_plain([shares, writer.made, writer.bad])
     bad = {k: v for _, _, found in parts for k, v in found.items()}
@@ -90,6 +91,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         "text": networks.conditioner is not None,
         "image": root.conditioning.encodes(),
         "no_text": no_text,
+        "prompts": prompts,
         "data": to_container(root.data),
         "bad": bad,
         "splits": whole,
@@ -97,6 +99,9 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     if rank.index == 0:
         with storing(folder):
             write_atomic(folder / "index.json", json.dumps(index))
+            if root.task.prune:
+                with locked(folder / "rank-00.json"):
+                    prune(folder, index, root.task.shard_mb * 1_000_000)
         _say(folder, index, made)
     count = sum(map(len, whole.values()))
     return {"folder": str(folder), "clips": count, "made": made, "bad": len(bad)}
@@ -121,6 +126,44 @@ def _say(folder: Path, index: dict[str, Any], made: int) -> None:
         f"data.height={height} data.width={width}{also}",
         flush=True,
     )
+
+
+def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
+    """Deletes what the index does not name.
+
+    What a shard shares with it moves to a new one first, and the index says so before the old one
+    goes: whatever ends this, the index names what is there.
+    """
+    rows = [row for split in index["splits"].values() for row in split]
+    named = [(row, kind) for row in rows for kind in KINDS if row[kind]]
+    named += [(index["prompts"], caption) for caption in index["prompts"]]
+    named += [(index, "no_text")] if index["no_text"] else []
+    live = {tuple(of[name]) for of, name in named}
+    moved: dict[tuple, Place] = {}
+    stale: set[str] = set()
+    for journal in sorted(p for kind in KINDS for p in folder.glob(f"{kind}-*.jsonl")):
+        stored = {key: place for key, *place in read_journal(journal)}
+        own = {place[0] for place in stored.values()} - {place[0] for place in live}
+        mixed = {p[0] for p in stored.values() if tuple(p) not in live} - own
+        if mixed:
+            with Shards(folder, journal.stem, shard_bytes) as shards:
+                shards.begin_shard()
+                for key, (file, at, size, crc) in stored.items():
+                    if file in mixed and (file, at, size, crc) in live:
+                        with storing(folder / file), (folder / file).open("rb") as shard:
+                            shard.seek(at)
+                            moved[file, at, size, crc] = shards.put(key, shard.read(size))
+        stale |= own | mixed
+    for of, name in named:
+        of[name] = moved.get(tuple(of[name]), of[name])
+    if moved:
+        write_atomic(folder / "index.json", json.dumps(index))
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    kept = index["first_stage"]["file"]
+    for path in folder.glob("first_stage-*.safetensors"):
+        if path.name != kept:
+            path.unlink()
 
 
 class Networks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ def write_folder(
     """
     root = system.root
     configs = {name: getattr(root, name) for name in ("backbone", "vae", "schedule", "sampler")}
-    text = dict(text_folders(root))
-    files = layout.described(configs | {"conditioning": root.conditioning}, frozenset(text))
+    text = text_folder(root)
+    known = _index(text) if text else {}
+    copied = {name: known.get(name) for name in TEXT} if text else {}
+    files = layout.described(configs | {"conditioning": root.conditioning}, copied)
     if (to / INDEX).exists():
         raise ConfigError(f"task.to={to}: a system is there already; name a new folder")
     if system.adapter is not None:
@@ -44,23 +45,31 @@ def write_folder(
     for name in sorted({key.partition("/")[0] for key in state}):
         own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/")}
         write_model(to / name, own, dtype, shard_mb * 1_000_000)
-    for name, source in text.items():
+    for name in copied:
         with storing(to / name):
-            shutil.copytree(source, to / name, dirs_exist_ok=True)
+            shutil.copytree(text / name, to / name, dirs_exist_ok=True)  # type: ignore[operator]
     for name, content in files.items():
         path = to / name
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(content, indent=2) + "\n")
-    return [name for name in TEXT if name not in text]
+    return [name for name in TEXT if name not in copied]
 
 
-def text_folders(root: Root) -> Iterator[tuple[str, Path]]:
-    """Text encoder and tokenizer of the system that the conditioning, or the run, began with."""
-    for place in (getattr(root.conditioning, "weights", None), root.init_from):
-        if place and all((Path(place) / name).is_dir() for name in TEXT):
-            yield from ((name, Path(place) / name) for name in TEXT)
-            return
+def text_folder(root: Root) -> Path | None:
+    """The system with a text encoder and a tokenizer that the conditioning, or the run, began with.
+
+    None where there is none on this machine.
+    """
+    places = (getattr(root.conditioning, "weights", None), root.init_from)
+    found = (Path(p) for p in places if p and all((Path(p) / name).is_dir() for name in TEXT))
+    return next(found, None)
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What a system says of its parts; nothing where it says nothing."""
+    path = folder / INDEX
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_model(folder: Path, state: State, dtype: torch.dtype | None, shard_bytes: int) -> None:

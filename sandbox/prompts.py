@@ -29,24 +29,40 @@ def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
     """A batch of `captions`, else of the data's first `count`, else of so many empty ones.
 
     Images and rates that the conditioning is told are those of the first validation clips, and so
-    are then the captions that are not given. Raises ConfigError for captions that none is told.
+    are then the captions that are not given. Embeddings are those that the data have stored, where
+    the conditioning has no encoder. Raises ConfigError for captions that none is told.
     """
-    conditioning = root.conditioning
+    conditioning, source = root.conditioning, registry.create(root.data)
     if not conditioning.needs() & {"captions", "text"}:
         _refuse_captions(root, captions)
         return prompts_batch([""] * count)
     if not conditioning.images() and not conditioning.needs() & RATES:
-        found = [*captions] or registry.create(root.data).prompts()[:count] or [""] * count
-        return prompts_batch(found)
-    clips = gather(registry.create(root.data).split("val"), len(captions) or count, root.seed)
+        found = [*captions] or source.prompts()[:count] or [""] * count
+        return prompts_batch(found, **_stored_text(root, source, found))
+    clips = gather(source.split("val"), len(captions) or count, root.seed)
     found = [*captions] or clips.captions or [""] * clips.size
     places = torch.arange(len(found)) % clips.size  # the first again where they end
     fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
-    if conditioning.images():
-        assert clips.video is not None  # gathered
-        ends = [0, -1][: len(conditioning.images())]
-        fields["image"] = clips.video[places][:, :, ends]
-    return prompts_batch(found, **fields)
+    if asked := conditioning.images():
+        shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(asked)]]
+        assert shown is not None  # wiring has asked for one of them
+        fields["image"] = shown[places]
+    return prompts_batch(found, **fields, **_stored_text(root, source, found))
+
+
+def _stored_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
+    """Embeddings of captions where conditioning wants them from the data; else nothing."""
+    if "text" not in root.conditioning.needs():
+        return {}
+    found = [source.embedded(caption) for caption in captions]
+    absent = [c for c, tensors in zip(captions, found, strict=True) if tensors is None]
+    if absent:
+        raise ConfigError(
+            f"prompts: no embedding of {absent[0]!r} is stored, and conditioning.weights=cached "
+            "has no encoder; name one with conditioning.weights=FOLDER, or store it: task=encode "
+            "task.prompts=[...]"
+        )
+    return {name: torch.stack([tensors[name] for tensors in found]) for name in found[0]}
 
 
 def given(
@@ -73,7 +89,8 @@ def given(
         batch = of_data(root, (), count)
     else:
         size = max(len(captions), *map(len, files.values()))
-        batch = prompts_batch(_for_each(captions or [""], size))
+        words = _for_each(captions or [""], size)
+        batch = prompts_batch(words, **_stored_text(root, registry.create(root.data), words))
         if asked := root.conditioning.images():
             clip = root.data.clips()[0]
             rows = [_for_each(files[SETTINGS[name]], size) for name in asked]

@@ -94,14 +94,15 @@ class Shards:
         """
         from safetensors.torch import save
 
-        payload = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        return self.put(key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def put(self, key: str, payload: bytes) -> Place:
+        """Stores the bytes of a member."""
         member = tarfile.TarInfo(f"{key}.safetensors")
         member.size = len(payload)
         head = member.tobuf(tarfile.USTAR_FORMAT)
         if self._at and self._at + len(head) + len(payload) > self.shard_bytes:
-            self._finish()
-            self._number += 1
-            self._begin(0)
+            self.begin_shard()
         place = [self._name(), self._at + len(head), len(payload), zlib.crc32(payload)]
         with storing(self.folder / self._name()):
             _write(self._file, head + payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
@@ -109,6 +110,12 @@ class Shards:
         self.journal.add([key, *place])
         self.places[key] = place
         return place
+
+    def begin_shard(self) -> None:
+        """What follows goes to another file."""
+        self._finish()
+        self._number += 1
+        self._begin(0)
 
     def _name(self) -> str:
         return f"{self.stem}-{self._number:05}.tar"

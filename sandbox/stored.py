@@ -97,10 +97,17 @@ class StoredLatents(nn.Module):
         self.root = root
         self.path, digest = source(root)
         self.register_buffer("digest", torch.tensor([*bytes.fromhex(digest)], dtype=torch.uint8))
-        with torch.device("meta"):
-            self._held = [freeze(registry.create(root.vae))]  # hidden: it is no part of the state
-        self._is_whole = False
-        self._put(self._read())
+        self._held: list[Any] = []  # hidden: it is no part of the state
+        self._is_whole = True
+        self.release()
+
+    def release(self) -> None:
+        """Gives back the memory of the network, until pixels are asked for again."""
+        if self._is_whole:
+            with torch.device("meta"):
+                self._held = [freeze(registry.create(self.root.vae))]
+            self._is_whole = False
+            self._put(self._read())
 
     def posterior(self, stored: Tensor) -> Posterior:
         return self._on(stored.device).posterior(stored)

@@ -31,15 +31,15 @@ def build_system(
     Below an adapter the backbone has the weights of `init_from`. `empty`: what is trained gets
     weights next, and has none of its own.
     """
-    adapted = wiring.root.adapter is not None and wiring.root.init_from is not None
-    parts = build_parts(wiring, empty or adapted)
+    start = wiring.root.init_from if wiring.root.adapter is not None else None
+    parts = build_parts(wiring, empty or start is not None)
     if wiring.root.data.stored() is not None:
         prepare_stored(wiring.root, parts.first_stage)
     else:
         prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
-    if adapted:
-        init_from(system, wiring.root.init_from)  # no checkpoint holds a frozen backbone
+    if start is not None:
+        init_from(system, start)  # no checkpoint holds a frozen backbone
     return system
 
 
@@ -74,7 +74,7 @@ def begun_system(wiring: Wiring) -> LatentDiffusion:
     assert root.init_from is not None  # else there would be a run
     check_sources(root)
     device = _device(root)
-    system = build_system(wiring)
+    system = build_system(wiring, empty=True)
     if system.adapter is None:
         init_from(system, root.init_from)
     return system.to(device).eval()
@@ -88,6 +88,9 @@ def _device(root: Root) -> torch.device:
 
 def restore_weights(system: LatentDiffusion, state: dict[str, Any], weights: str = "ema") -> None:
     """Puts the weights of a checkpoint, or their average where there is one, into a system."""
-    system.check_frozen(state["frozen"])
+    known = state["frozen"]
+    # a text encoder in the place of the embeddings that the run was trained on
+    new = {k: v for k, v in system.frozen_parts().items() if k.startswith("conditioner")}
+    system.check_frozen(new | known)
     average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
     system.load_trainable(state["weights"] | average)

@@ -42,6 +42,7 @@ from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.sharding import load_optimizer, whole
+from sandbox.stored import StoredLatents
 from sandbox.tracking import MetricBuffer, Trackers
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
@@ -303,11 +304,13 @@ class Training:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block."""
+        """Eval mode inside the block; a first stage that it loads for pixels is gone afterwards."""
         was = self.system.training
         self.system.eval()
         yield
         self.system.train(was)
+        if isinstance(stage := getattr(self.system, "first_stage", None), StoredLatents):
+            stage.release()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

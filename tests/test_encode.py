@@ -18,6 +18,7 @@ from sandbox.encoding import Networks, encode_all, in_bytes, narrowed
 from sandbox.evaluation import gather
 from sandbox.launch import launch
 from sandbox.media import write_video
+from sandbox.prompts import given, of_data
 from sandbox.rank import Rank
 from sandbox.stored import StoredLatents
 from sandbox.systems import build_system, load_system
@@ -110,21 +111,53 @@ def test_clips_of_several_sizes_are_stored_in_them_and_have_the_same_losses(fold
         registry.create(from_cache(root).data).split("train")
 
 
-def test_frozen_text_from_the_cache_has_the_same_losses(folder, tmp_path):
+def with_t5(folder: Path, tmp_path: Path, *more: str) -> Root:
+    """A system with a small released text encoder."""
     cfg = released(tmp_path / "t5")
     write_tokenizer(tmp_path / "t5" / "tokenizer")
     sizes = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size",
              "relative_attention_num_buckets", "relative_attention_max_distance")  # fmt: skip
     t5 = [f"conditioning.{name}={getattr(cfg, name)}" for name in sizes]
-    root = settings(folder, "conditioning=t5", "backbone=cogvideox", *t5,
+    return settings(folder, "conditioning=t5", "backbone=cogvideox", *t5,
                     f"conditioning.weights={tmp_path / 't5'}", "conditioning.length=6",
-                    "conditioning.drop_text=0.5")  # fmt: skip
+                    "conditioning.drop_text=0.5", *more)  # fmt: skip
+
+
+def test_frozen_text_from_the_cache_has_the_same_losses(folder, tmp_path):
+    root = with_t5(folder, tmp_path)
     encode_all(root, Rank())
     uncached = losses(root, tmp_path / "a")
     cached = from_cache(root, text=True)
     assert losses(cached, tmp_path / "b") == uncached
     none = replace(cached.conditioning, weights="cached", drop_text=0.0)
     assert build_system(wire(replace(cached, conditioning=none))).conditioner.encoder is None
+
+
+def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
+    root = with_t5(folder, tmp_path, "task.prompts=[a blue 7]")
+    encode_all(root, Rank())
+    cached = replace(from_cache(root, text=True), steps=2)
+    told = replace(cached.conditioning, weights="cached", drop_text=0.0)
+    cached = wire(replace(cached, conditioning=told)).root
+    watching = replace(registry.default("callbacks", "samples"), every=1, count=2)
+    plain = train(wire(cached), tmp_path / "a")
+    watched = train(wire(replace(cached, callbacks={"samples": watching})), tmp_path / "b")
+    own, other = plain.system.state_dict(), watched.system.state_dict()
+    assert differing(own, other) == []
+    videos = [{p.name for p in (watched.folder / "samples" / f"step_0000000{i}").glob("*.mp4")}
+              for i in (1, 2)]  # fmt: skip
+    assert videos[0] == videos[1] and len(videos[0]) == 2
+    assert all(p.is_meta for p in watched.system.first_stage._held[0].encoder.parameters())
+
+    with pytest.raises(ConfigError, match=r"no embedding of 'unheard of'"):
+        of_data(cached, ["unheard of"], 1)
+    system = load_system(watched.folder)
+    stored = system.sample(of_data(cached, ["a blue 7"], 1))
+    # a text encoder in the place of what is stored: any prompt, and the same clip for this one
+    sampling = wire(replace(cached, conditioning=replace(told, weights=str(tmp_path / "t5"))))
+    system = load_system(watched.folder, wiring=sampling)
+    assert torch.equal(system.sample(given(sampling.root, ["a blue 7"])), stored)
+    assert system.sample(given(sampling.root, ["unheard of"])).isfinite().all()
 
 
 def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_path):
@@ -134,6 +167,8 @@ def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_pat
     cached = from_cache(root, image=True)
     assert not isinstance(build_system(wire(cached)).first_stage, StoredLatents)
     assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
+    pictures = gather(registry.create(root.data).split("val"), 2, 0).video[:, :, :1]
+    assert torch.equal(of_data(cached, (), 2).image, pictures)  # what validation is told
 
 
 def test_pictures_have_to_be_asked_for_where_conditioning_encodes_them(folder):
@@ -227,6 +262,29 @@ def test_a_changed_caption_is_the_caption_that_is_trained_on(folder):
     assert encoded(folder)["made"] == 0  # the pixels are the same
     items = registry.create(from_cache(settings(folder)).data).split("train")
     assert all(items.load(i, None)["caption"].startswith("new ") for i in range(len(items)))
+
+
+def stored_bytes(cache: Path) -> int:
+    return sum(p.stat().st_size for p in cache.glob("*.tar"))
+
+
+def test_pruning_deletes_what_is_stale_and_nothing_else(folder):
+    encoded(folder)
+    cache = folder.parent / "cache"
+    before = stored_bytes(cache)
+    name = registry.create(settings(folder).data).split("train").rows[0].video
+    write_video(folder / name, torch.zeros(3, 9, 16, 16), 8.0)
+    assert encoded(folder)["made"] == 1
+    grown, kept = stored_bytes(cache), latents(folder)
+    assert grown > before
+    assert encoded(folder, "task.prune=true")["made"] == 0
+    assert stored_bytes(cache) == before
+    assert all(torch.equal(a, b) for a, b in zip(kept, latents(folder), strict=True))
+    assert encoded(folder)["made"] == 0  # all of it is found again
+
+    assert encoded(folder, "seed=1", "task.prune=true")["made"] == 6  # another first stage
+    assert stored_bytes(cache) == before
+    assert len([*cache.glob("first_stage-*.safetensors")]) == 1
 
 
 def test_unusable_clips_are_left_out_and_named(folder):

@@ -74,6 +74,17 @@ class Latents:
         captions = [row["caption"] for row in rows if row["caption"] is not None]
         return captions[: self.cfg.num_prompts]
 
+    def embedded(self, caption: str) -> dict[str, Tensor] | None:
+        """The stored embedding of a caption, with that of none; None where it is not there."""
+        folder, index = self._index()
+        rows = (row for split in index["splits"].values() for row in split)
+        places = {row["caption"] or "": row["text"] for row in rows} | index["prompts"]
+        places |= {"": index["no_text"]}
+        if places.get(caption) is None:
+            return None
+        nothing = read_tensors(folder, index["no_text"])
+        return read_tensors(folder, places[caption]) | {f"no_{k}": v for k, v in nothing.items()}
+
     def _index(self) -> tuple[Path, dict[str, Any]]:
         """The folder and its index, once it is found to hold what the Config says."""
         if self._found is None:

@@ -19,7 +19,10 @@ PIPELINES = {  # of a network: from text, and from text and a picture
 }
 VERSION = "0.32.0"  # the first that has all of these classes
 FILES = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
-TEXT = {"text_encoder": "T5EncoderModel", "tokenizer": "T5Tokenizer"}
+TEXT = {
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+}
 
 
 @register("layout", "diffusers")
@@ -57,11 +60,12 @@ class Diffusers:
         return state
 
     def described(
-        self, configs: Mapping[str, PluginConfig], copied: frozenset[str]
+        self, configs: Mapping[str, PluginConfig], copied: Mapping[str, list[str] | None]
     ) -> dict[str, dict[str, Any]]:
         """The JSON files of a pipeline's folder, by path; model_index.json is the last.
 
-        `configs`: those of a wired system by group; `copied`: folders of text that come along.
+        `configs`: those of a wired system by group; `copied`: folders of text that come along,
+        with library and class where they are known.
         Raises ConfigError with everything that diffusers has no class or setting for.
         """
         groups = ("backbone", "vae", "schedule", "sampler", "conditioning")
@@ -82,7 +86,7 @@ class Diffusers:
             first_stage["invert_scale_latents"] = not isclose(own, 1.0)
         parts = {"scheduler": sampler | noise, "transformer": network, "vae": first_stage}
         classes = {name: ["diffusers", part["_class_name"]] for name, part in parts.items()}
-        text = {k: ["transformers", v] if k in copied else [None, None] for k, v in TEXT.items()}
+        text = {k: (copied[k] or v) if k in copied else [None, None] for k, v in TEXT.items()}
         kind = PIPELINES[network["_class_name"]][is_told_image]
         version = {"_diffusers_version": VERSION}
         files = {f"{name}/{FILES[name]}": part | version for name, part in parts.items()}

@@ -23,12 +23,16 @@ class Encode:
     class Config(TaskConfig):
         """to: folder of the shards; what is there and still right is not made again.
 
-        splits: which are stored; shard_mb: size that a shard does not exceed, in MB.
+        splits: which are stored; shard_mb: size that a shard does not exceed, in MB; prompts:
+        captions of no clip whose embeddings are stored, too, to sample with; prune: what is stored
+        and no longer asked for is deleted, which else stays to be found again.
         """
 
         to: str = "outputs/latents"
         splits: tuple[str, ...] = SPLITS
         shard_mb: int = 1024
+        prompts: tuple[str, ...] = ()
+        prune: bool = False
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()

@@ -83,7 +83,7 @@ class Export:
         if is_folder:
             dtype = DTYPES[cfg.dtype] if cfg.dtype else None
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
-                print(f"{name}/ is not in it: this run has none; copy the released one there")
+                print(f"{name}/ is not in it (none is here): from_pretrained(..., {name}=None)")
         elif layout is None:
             checkpoint.export_weights(system.trainable_state(), to)
         else:

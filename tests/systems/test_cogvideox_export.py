@@ -1,7 +1,7 @@
 """A pipeline's folder of diffusers: trained here, exported, opened there, and the same videos."""
 
 import json
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sandbox import registry
+from sandbox import compose
 from sandbox.config import to_container
-from sandbox.contracts import ConfigError
 from sandbox.evaluation import take
 from sandbox.main import perform
 from sandbox.prompts import of_data
@@ -20,6 +19,7 @@ from sandbox.systems import load_system
 from sandbox.tasks.train import train as train_task
 from sandbox.wiring import wire
 from tests.helpers import composed
+from tests.plugins.conditioning.test_t5 import write_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -43,6 +43,7 @@ NOISE = {
     "set_alpha_to_one": True, "timestep_spacing": "trailing", "snr_shift_scale": 3.0,
 }  # fmt: skip
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
+NO_TEXT = {"tokenizer": None, "text_encoder": None}
 LORA = ("adapter=lora", "adapter.rank=4", "adapter.alpha=2")
 
 
@@ -64,7 +65,20 @@ def pipeline(kind: str) -> Any:
         vae.encoder.conv_out.conv.weight[4:] = 0
         vae.encoder.conv_out.conv.bias[4:] = -30
     scheduler = diffusers.CogVideoXDDIMScheduler(**NOISE)
-    return of(tokenizer=None, text_encoder=None, vae=vae, transformer=network, scheduler=scheduler)
+    text = text_encoder() if kind == "t2v" else NO_TEXT
+    return of(**text, vae=vae, transformer=network, scheduler=scheduler)
+
+
+def text_encoder() -> dict[str, Any]:
+    transformers = pytest.importorskip("transformers")
+    cfg = transformers.T5Config(
+        vocab_size=16, d_model=20, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        tokens = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    return {"text_encoder": transformers.T5EncoderModel(cfg).eval(), "tokenizer": tokens}
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +90,38 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
-def trained(kind: str, start: Path, out: Path, *more: str) -> Path:
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> str:
+    """A few moving digits as videos."""
+    words = ("task.count=4", "data.width=64", "data.height=64", "backbone=cogvideox")
+    root = wire(composed("task=clips", f"task.to={tmp_path_factory.mktemp('clips')}", *words)).root
+    return perform(root)["folder"]
+
+
+def trained(kind: str, start: Path, clips: str, out: Path, *more: str) -> Path:
     """The run folder of two steps from the weights of a pipeline."""
+    text = {"weights": start, "vocab_size": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+    text = {f"conditioning.{k}={v}" for k, v in text.items()} if kind == "t2v" else ()
     settings = SIZES | {k: v for k, v in KINDS[kind][0].items() if k != "in_channels"}
     image = ("conditioning.image=first_frame", f"conditioning.image_latent_scale={0.7**-2}",
              "conditioning.ofs=2.0") if kind == "i2v" else ()  # fmt: skip
     if "use_rotary_positional_embeddings" not in settings:
         settings["use_rotary_positional_embeddings"] = False
     root = composed(
+        "data=cogvideox_folder", f"data.root={clips}", "data.val_fraction=0.3",
         "data.frames=9", "data.height=64", "data.width=64", "data.batch_size=1", "kernels=eager",
         "vae=cogvideox", "vae.block_out_channels=[4,4,8,8]", "vae.latent_channels=4",
         "vae.norm_num_groups=2", "vae.scaling_factor=0.7", f"vae.weights={start}", "logger=null",
         "vae.sample_height=64", "vae.sample_width=64", "backbone=cogvideox",
         *(f"backbone.{k}={v}" for k, v in settings.items()),
-        "conditioning=t5", "conditioning.d_model=20", "conditioning.length=6", *image,
+        "conditioning=t5", "conditioning.d_model=20", "conditioning.length=6", *image, *text,
+        "conditioning.drop_text=0",
         "schedule=ddpm_cogvideox_2b", "sampler=ddim_cogvideox", "sampler.steps=3", "ema=none",
         "guidance=cfg_cogvideox", "layout=diffusers", f"init_from={start}", f"out={out}",
-        "steps=2", "lr=1e-2", "lr_schedule=constant_at_once", "task.score_clips=1",
-        "task.samples=1", "task.untrained=false", "trainer.threads=1", "metric=null", *more,
+        "steps=2", "lr=5e-2", "lr_schedule=constant_at_once", "task.score_clips=1",
+        "task.samples=1", "task.untrained=false", "trainer.threads=1", *more,
     )  # fmt: skip
-    root = wire(replace(root, metric=None)).root
+    root = wire(root).root
     done = train_task({"root": to_container(root), "overrides": [], "group": None}, Rank())
     return Path(done["folder"])
 
@@ -107,10 +133,13 @@ def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
     batch = take(of_data(system.root, (), 1), 0, 1)
     grid = system.wiring.grids[0]
     size = (1, grid.channels, grid.frames, grid.height, grid.width)
-    texts = [system.conditioner.encoded([c])[0] for c in (*batch.captions, "")]
+    text = {"prompt": batch.captions, "max_sequence_length": 6}
+    if pipe.text_encoder is None:
+        texts = [system.conditioner.encoded([c])[0] for c in (*batch.captions, "")]
+        text = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
     told = {} if batch.image is None else {"image": batch.image[:, :, 0] / 2 + 0.5}
     theirs = pipe(
-        **told, prompt_embeds=texts[0], negative_prompt_embeds=texts[1], height=64, width=64,
+        **told, **text, height=64, width=64,
         num_frames=9, num_inference_steps=3, guidance_scale=6.0, output_type="pt",
         latents=system.draws(batch).normal("start", torch.empty(size)).transpose(1, 2),
     ).frames  # fmt: skip
@@ -118,8 +147,7 @@ def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
 
 
 def exported(run: Path, to: Path, *more: str) -> Path:
-    perform(composed("task=export", f"task.run={run}", "task.format=diffusers", f"task.to={to}",
-                     "logger=null", *more))  # fmt: skip
+    perform(compose("task=export", f"run={run}", "format=diffusers", f"to={to}", *more))
     return to
 
 
@@ -127,11 +155,11 @@ def exported(run: Path, to: Path, *more: str) -> Path:
     ("kind", "more"), [("t2v", ()), ("t2v", LORA), ("i2v", LORA)], ids=["sft", "lora", "i2v_lora"]
 )
 def test_an_exported_folder_is_opened_by_diffusers_and_makes_the_same_videos(
-    folders, tmp_path, kind, more
+    folders, clips, tmp_path, kind, more
 ) -> None:
-    run = trained(kind, folders[kind], tmp_path, *more)
+    run = trained(kind, folders[kind], clips, tmp_path, *more)
     to = exported(run, tmp_path / "to", "task.shard_mb=1")
-    loaded = KINDS[kind][1].from_pretrained(to)
+    loaded = KINDS[kind][1].from_pretrained(to, **({} if kind == "t2v" else NO_TEXT))
     assert type(loaded).__name__ == json.loads((to / "model_index.json").read_text())["_class_name"]
     ours, theirs = compared(run, loaded)
     torch.testing.assert_close(theirs, ours, **NEAR)
