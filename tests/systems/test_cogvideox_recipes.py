@@ -87,3 +87,31 @@ def test_what_it_trains_on_is_encoded_with_the_same_recipe(row: str) -> None:
 def test_lora_asks_for_the_released_weights() -> None:
     with pytest.raises(ConfigError, match="init_from=FOLDER"):
         wire(composed("experiment=cogvideox_2b_lora"))
+
+
+# --- tiny siblings --------------------------------------------------------------------------------
+
+ARCHITECTURE = ("use_rotary_positional_embeddings", "use_learned_positional_embeddings",
+                "rope_grid", "patch_size_t", "gradient_checkpointing")  # fmt: skip
+TOLD = ("image", "image_noise_mean", "image_noise_std", "image_noise_shared", "drop_image",
+        "image_latent_scale", "ofs", "drop_text", "masked")  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_its_tiny_sibling_differs_in_size_and_data_alone(row: str) -> None:
+    full, tiny = wired(row).root, wired(f"{row}_tiny").root
+    for group in ("schedule", "loss", "guidance", "optimizer", "lr_schedule", "ema", "trainer",
+                  "layout"):  # fmt: skip
+        assert getattr(full, group) == getattr(tiny, group), group
+    for group in ("vae", "backbone", "conditioning", "sampler", "checkpoint"):
+        assert getattr(full, group).plugin == getattr(tiny, group).plugin, group
+    assert full.vae.scaling_factor == tiny.vae.scaling_factor
+    for name in ARCHITECTURE:
+        assert getattr(full.backbone, name) == getattr(tiny.backbone, name), name
+    for name in TOLD:
+        assert getattr(full.conditioning, name) == getattr(tiny.conditioning, name), name
+    assert (full.backbone.ofs_embed_dim is None) == (tiny.backbone.ofs_embed_dim is None)
+    assert (full.adapter is None) == (tiny.adapter is None)
+    if full.adapter is not None:
+        assert full.adapter.alpha / full.adapter.rank == tiny.adapter.alpha / tiny.adapter.rank
+    assert tiny.callbacks["samples"].every <= tiny.steps
