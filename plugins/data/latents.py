@@ -78,7 +78,7 @@ class Latents:
         """The stored embedding of a caption, with that of none; None where it is not there."""
         folder, index = self._index()
         rows = (row for split in index["splits"].values() for row in split)
-        places = {row["caption"] or "": row["text"] for row in rows} | index["prompts"]
+        places = {row["caption"] or "": row["text"] for row in rows} | index.get("prompts", {})
         places |= {"": index["no_text"]}
         if places.get(caption) is None:
             return None
