@@ -959,6 +959,15 @@ class Metric(Protocol):
         ...
 
 
+@runtime_checkable
+class ByClip(Protocol):
+    """A metric that also judges clip by clip, so that a report can resample prompts."""
+
+    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+        """(N,) for each score that is a mean over clips."""
+        ...
+
+
 class Adapter(Protocol):
     def apply(self, backbone: Any, targets: tuple[str, ...], dtype: Any) -> None:
         """Freezes `backbone`, in `dtype`, and gives it weights of its own, which train in float32.

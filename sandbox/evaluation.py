@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
-from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip
+from sandbox.contracts import SAMPLE_TENSORS, Batch, ByClip, Clip
 from sandbox.data import Loader, batches, usual_size
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
@@ -41,6 +41,7 @@ class Evaluation:
     first_stage_psnr: float | None = None
     count: int = 0
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
+    each: dict[str, list[float]] = field(default_factory=dict)  # the model's, clip by clip
 
 
 def evaluate(
@@ -76,6 +77,9 @@ def evaluate(
         result.scores = {
             row: metric.score(video, captions) for row, video in (clips | floor).items()
         }
+        if isinstance(metric, ByClip):
+            each = metric.each(clips["model"], captions)
+            result.each = {name: values.tolist() for name, values in each.items()}
     clips |= floor
     return result
 

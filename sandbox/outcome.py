@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sandbox import checkpoint, media, registry
+from sandbox.comparable import cost, protocols
 from sandbox.config import Root, to_container
-from sandbox.contracts import ConfigError, PluginConfig
+from sandbox.contracts import Clip, ConfigError, PluginConfig
 from sandbox.evaluation import Evaluation, evaluate
 from sandbox.files import storing, write_atomic
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.report import Report, ScoreRow, read_curves, terminal_table, write_report
 from sandbox.runs import Run
+from sandbox.secrets import mask_text
 
 if TYPE_CHECKING:
     from sandbox.training import Training
 
+BY_CLIP = "scores_by_clip.json"  # of the model
 FPS = 8.0  # of sample videos where the data name none
 SHEET_COLUMNS = ("real clips", "model", "untrained model")
 STORED_COLUMNS = ("real through first stage", "model", "untrained model")
@@ -54,7 +57,10 @@ def finish_run(
     shown = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])
+    weights = "ema" if training.ema else "live"
+    clip = Clip(*found.clips["model"].shape[1:])
     metrics = {
+        "overrides": [mask_text(o) for o in overrides],
         "scores": found.scores,
         "meaning": found.meaning,
         "clips": found.count,
@@ -63,8 +69,13 @@ def finish_run(
         "steps": training.step,
         "skipped": training.loader.bad,
         "skipped_steps": training.skipped,
+        "protocols": protocols(root, clip, found.count, weights, [*found.meaning]),
+        "cost": cost(system, seconds),
     }
     with storing(run.folder):
+        if found.each:
+            each = {"captions": found.captions, "scores": found.each}
+            write_atomic(run.folder / BY_CLIP, json.dumps(each) + "\n")
         write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     bad = training.loader.bad
     page = write_report(run.folder, report(root, run, found, overrides, seconds, bad, sheet, shown))

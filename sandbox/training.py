@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sandbox import checkpoint, media, registry
 from sandbox.autoencoding import through
+from sandbox.comparable import fingerprint
 from sandbox.config import Root, to_container
 from sandbox.contracts import Batch, ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data import Loader, batches
@@ -498,7 +499,13 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     training.optimizer.zero_grad()
     system.to(device)  # Lightning has put it on the CPU
     if training.leads:
-        training.run.describe(kernels=registry.create(root.kernels).report())
+        training.run.describe(kernels=registry.create(root.kernels).report(), data=_data_of(root))
+
+
+def _data_of(root: Root) -> dict[str, Any]:
+    """What a later run is compared with to see whether it had the same data."""
+    source = registry.create(root.data)
+    return {name: fingerprint(source.split(name)) for name in ("train", "val")}
 
 
 def _quiet() -> None:

@@ -50,8 +50,8 @@ def test_a_run_folder_is_complete(folder):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "checkpoints", "config.yaml", "environment.json", "lock", "metrics.json", "metrics.jsonl",
-        "report.html", "result.json", "samples", "samples.png", "weights.safetensors",
-        "weights_ema.safetensors",
+        "report.html", "result.json", "samples", "samples.png", "scores_by_clip.json",
+        "weights.safetensors", "weights_ema.safetensors",
     }  # fmt: skip
     videos = sorted(p.name for p in (folder / "samples").glob("*.mp4"))
     assert len(videos) == 3 and videos[0].startswith("000-a-")
@@ -69,6 +69,24 @@ def test_scores_and_what_they_mean_are_in_the_metrics(folder, result):
     assert {"model", "real clips", "mean clip"} <= found["scores"].keys()
     assert found["meaning"].keys() >= result["scores"].keys()
     assert found["clips"] == 6 and found["steps"] == 5 and found["skipped"] == {}
+
+
+def test_every_number_carries_how_it_was_computed_and_what_it_took(folder, result):
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["protocols"].keys() >= {*result["scores"], "loss", "first_stage_psnr_db"}
+    digit = found["protocols"]["digit"]
+    assert (digit["clips"], digit["frames"], digit["weights"]) == (6, 9, "ema")
+    assert found["cost"]["parameters"] >= found["cost"]["trained"] > 1000
+    assert found["cost"]["peak_memory_mib"] > 1
+    data = json.loads((folder / "environment.json").read_text())["data"]
+    assert data["train"]["clips"] > 0 and data["train"]["ids"] != data["val"]["ids"]
+
+
+def test_scores_are_the_means_of_those_of_the_clips(folder, result):
+    found = json.loads((folder / "scores_by_clip.json").read_text())
+    assert len(found["captions"]) == 6
+    for name, values in found["scores"].items():
+        assert sum(values) / 6 == pytest.approx(result["scores"][name], abs=1e-6)
 
 
 def test_exported_weights_are_those_of_the_checkpoint(folder):

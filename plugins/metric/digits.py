@@ -88,22 +88,27 @@ class Digits:
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
         """Rates and means by name (`meaning`), without what one frame or one clip cannot show."""
+        scores = {k: v.mean().item() for k, v in self.each(video, captions).items()}
+        spread_of_prompt = diversity(video.float().nan_to_num(nan=-1, posinf=1, neginf=-1), captions)
+        if spread_of_prompt is not None:
+            scores["diversity"] = spread_of_prompt
+        return scores
+
+    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+        """The same clip by clip, (N,) each; 1 where a caption is met and 0 where not."""
         words = [parse(caption) for caption in captions]
         video = video.float().nan_to_num(nan=-1, posinf=1, neginf=-1)  # a model may have diverged
         shown = windows(video)  # (N, T, 8, 8)
         scores = {
-            "colour": rate(self.colour(video), [w.colour for w in words]),
-            "digit": rate(self.digit(shown), [w.digit for w in words]),
+            "colour": hits(self.colour(video), [w.colour for w in words]),
+            "digit": hits(self.digit(shown), [w.digit for w in words]),
             "realism": self.realism(shown),
         }
         if video.shape[2] > 1:
             slopes = motion(video)
-            scores["direction"] = rate(direction(slopes), [w.direction for w in words])
-            scores["speed"] = slopes.abs().amax(1).mean().item()
+            scores["direction"] = hits(direction(slopes), [w.direction for w in words])
+            scores["speed"] = slopes.abs().amax(1)
             scores["shape"] = steadiness(shown)
-        spread_of_prompt = diversity(video, captions)
-        if spread_of_prompt is not None:
-            scores["diversity"] = spread_of_prompt
         return scores
 
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
@@ -144,13 +149,16 @@ class Digits:
         decisions = self.reader.decision_function(every_second.flatten(0, 1).numpy())
         return decisions.reshape(*every_second.shape[:2], -1).mean(1).argmax(1).tolist()
 
-    def realism(self, shown: Tensor) -> float:
+    def realism(self, shown: Tensor) -> Tensor:
+        """(N,) highest correlation with a window of the training clips."""
         three = standardised(shown[:, spread(shown.shape[1])].flatten(2))  # (N, 3, 64)
-        return (three @ self.seen.T).amax(-1).mean().item()
+        return (three @ self.seen.T).amax(-1).mean(1)
 
 
-def rate(found: list, wanted: list) -> float:
-    return sum(f == w for f, w in zip(found, wanted, strict=True)) / len(wanted)
+def hits(found: list, wanted: list) -> Tensor:
+    """(N,) float64: 1 where they agree."""
+    agree = [f == w for f, w in zip(found, wanted, strict=True)]
+    return torch.tensor(agree, dtype=torch.float64)
 
 
 def spread(frames: int) -> list[int]:
@@ -233,10 +241,10 @@ def standardised(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-6)
 
 
-def steadiness(shown: Tensor) -> float:
-    """Mean correlation of the windows of later frames with that of the first."""
+def steadiness(shown: Tensor) -> Tensor:
+    """(N,) mean correlation of the windows of later frames with that of the first."""
     flat = standardised(shown.flatten(2))
-    return (flat[:, 1:] * flat[:, :1]).sum(-1).mean().item()
+    return (flat[:, 1:] * flat[:, :1]).sum(-1).mean(1)
 
 
 def diversity(video: Tensor, captions: list[str]) -> float | None:
