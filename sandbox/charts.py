@@ -26,9 +26,9 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Ma
     """
     cleaned = {name: _finite(points) for name, points in series.items()}
     raw = {name: p for name, p in cleaned.items() if len(p)}
-    smoothed = {name: _smoothed(p) for name, p in raw.items()}
+    lines = {name: smoothed(p) for name, p in raw.items()}
     keys = []
-    for i, (name, line) in enumerate(smoothed.items()):
+    for i, (name, line) in enumerate(lines.items()):
         swatch = el("i", class_="swatch", style=f"background:var(--c{i % COLOURS})")
         label = f"{name} " if len(raw) > 1 else ""
         keys.append(el("span", swatch, label, el("b", number(float(line[-1, 1]))), class_="key"))
@@ -37,7 +37,7 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Ma
         return el(
             "figure", heading, el("p", "nothing finite was logged", class_="quiet"), class_="chart"
         )
-    return el("figure", heading, _plot(title, raw, smoothed, log_x), class_="chart")
+    return el("figure", heading, _plot(title, raw, lines, log_x), class_="chart")
 
 
 def _plot(
@@ -171,7 +171,7 @@ def _finite(points: Points) -> np.ndarray:
     return array[np.argsort(array[:, 0], kind="stable")]
 
 
-def _smoothed(points: np.ndarray) -> np.ndarray:
+def smoothed(points: np.ndarray) -> np.ndarray:
     """Running means over 6 % of the points, shorter near the start, where a loss falls fast.
 
     Few points, and curves that are smooth already (a learning rate), are returned as they are.

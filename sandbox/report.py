@@ -77,7 +77,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
     linked instead.
     """
     folder = Path(folder)
-    media = _Media(folder)
+    media = Media(folder)
     sections = join(
         _notes(report.notes),
         _scores(report),
@@ -148,7 +148,7 @@ def _scores(report: Report) -> Markup:
     if rates:
         shares = ", ".join(name for name in names if name in rates)
         legend += f"Whiskers and ranges are 95 % Wilson intervals ({shares})."
-    return _section(
+    return section(
         "Scores",
         el("div", *tiles, class_="tiles", style=f"--across:{across}"),
         el("div", table, class_="scroll"),
@@ -190,7 +190,7 @@ def _percent(share: float) -> str:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-class _Media:
+class Media:
     """Files of a run as data URIs, as long as the page has room."""
 
     def __init__(self, folder: Path) -> None:
@@ -228,20 +228,20 @@ class _Media:
         return el("a", inside, href=quote(inside))
 
 
-def _samples(samples: Sequence[tuple[str, Path]], media: _Media) -> Markup:
+def _samples(samples: Sequence[tuple[str, Path]], media: Media) -> Markup:
     figures = [
         el("figure", media.show(Path(path), caption), el("figcaption", caption, title=caption))
         for caption, path in samples
     ]
-    return _section("Samples", el("div", *figures, class_="samples")) if figures else Markup()
+    return section("Samples", el("div", *figures, class_="samples")) if figures else Markup()
 
 
-def _sheet(sheet: Path | None, media: _Media) -> Markup:
+def _sheet(sheet: Path | None, media: Media) -> Markup:
     if sheet is None:
         return Markup()
     shown = media.show(Path(sheet), "contact sheet")
     where = el("p", "Full size: ", media.link(media.find(Path(sheet))), class_="quiet small")
-    return _section("Frame by frame", el("figure", shown, class_="sheet"), where)
+    return section("Frame by frame", el("figure", shown, class_="sheet"), where)
 
 
 # --- curves and times -----------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def _curves(curves: Mapping[str, Points]) -> Markup:
         return Markup()
     linear = [line_chart(name, series) for name, series in charts.items()]
     log = [line_chart(name, series, log_x=True) for name, series in charts.items()]
-    return _section(
+    return section(
         "Training",
         el("input", type="radio", name="steps", id="steps-linear", checked=True),
         el("label", "steps", for_="steps-linear"),
@@ -297,7 +297,7 @@ def _timings(timings: Mapping[str, float]) -> Markup:
         )
         keys.append(el("li", key))
     heading = f"Where the time went: {duration(total)}"
-    return _section(heading, el("div", *parts, class_="stack"), el("ul", *keys, class_="keys"))
+    return section(heading, el("div", *parts, class_="stack"), el("ul", *keys, class_="keys"))
 
 
 def duration(seconds: float) -> str:
@@ -315,7 +315,7 @@ def duration(seconds: float) -> str:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _section(heading: str, *content: object) -> Markup:
+def section(heading: str, *content: object) -> Markup:
     return el("section", el("h2", heading), *content)
 
 
@@ -340,10 +340,10 @@ def _notes(notes: Sequence[str]) -> Markup:
 def _skipped(skipped: Mapping[str, str]) -> Markup:
     if not skipped:
         return Markup()
-    rows = _rows(dict(list(skipped.items())[:LISTED]))
+    rows = pairs(dict(list(skipped.items())[:LISTED]))
     more = f"and {len(skipped) - LISTED:,} more" if len(skipped) > LISTED else ""
     summary = f"{len(skipped):,} data items were skipped"
-    return _folded(summary, rows, el("p", more, class_="quiet"), open=len(skipped) <= 10)
+    return folded(summary, rows, el("p", more, class_="quiet"), open=len(skipped) <= 10)
 
 
 def _settings(settings: Mapping[str, Any]) -> Markup:
@@ -352,14 +352,14 @@ def _settings(settings: Mapping[str, Any]) -> Markup:
         return Markup()
     groups = {k: v for k, v in settings.items() if isinstance(v, Mapping) and v}
     plain = {k: v for k, v in settings.items() if k not in groups}
-    tables = [el("div", el("h3", "run"), _rows(plain))] if plain else []
+    tables = [el("div", el("h3", "run"), pairs(plain))] if plain else []
     for name, group in groups.items():
         plugin = str(group.get("plugin") or "")
         heading = f"{name}={plugin.rpartition('/')[2]}" if plugin else name
         leaves = dict(_leaves(group, name))
         leaves.pop(f"{name}.plugin", None)
-        tables.append(el("div", el("h3", heading), _rows(leaves)))
-    return _folded("Every setting", el("div", *tables, class_="groups"))
+        tables.append(el("div", el("h3", heading), pairs(leaves)))
+    return folded("Every setting", el("div", *tables, class_="groups"))
 
 
 def _leaves(node: Mapping[str, Any], name: str) -> Iterable[tuple[str, Any]]:
@@ -374,7 +374,7 @@ def _environment(environment: Mapping[str, Any]) -> Markup:
     if not environment:
         return Markup()
     flat = {name.partition(".")[2]: value for name, value in _leaves(environment, "")}
-    return _folded("Environment", _rows(flat))
+    return folded("Environment", pairs(flat))
 
 
 def _files(folder: Path) -> Markup:
@@ -389,14 +389,14 @@ def _files(folder: Path) -> Markup:
         listed.append(el("li", link, " ", el("span", size, class_="quiet")))
     if not listed:
         return Markup()
-    return _section("Files of this run", el("ul", *listed[:LISTED], class_="files"))
+    return section("Files of this run", el("ul", *listed[:LISTED], class_="files"))
 
 
-def _folded(summary: str, *content: object, open: bool = False) -> Markup:
+def folded(summary: str, *content: object, open: bool = False) -> Markup:
     return el("details", el("summary", summary), *content, open=open)
 
 
-def _rows(values: Mapping[str, Any]) -> Markup:
+def pairs(values: Mapping[str, Any]) -> Markup:
     rows = [el("tr", el("th", name), el("td", _setting(value))) for name, value in values.items()]
     return el("table", el("tbody", *rows), class_="pairs")
 
