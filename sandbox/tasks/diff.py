@@ -1,0 +1,39 @@
+"""task=diff: what differs between two runs, and the step at which their numbers part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sandbox.contracts import TaskConfig
+from sandbox.registry import register
+
+
+@register("task", "diff")
+class Diff:
+    """Compares two run folders: settings, code, data, environment, first differing step, scores."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """runs: two run folders, [A,B]."""
+
+        needs_torch: ClassVar[bool] = False
+        runs: tuple[str, ...] = ()
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if len(self.runs) != 2:
+                yield f"runs=[{','.join(self.runs)}]: want two run folders, such as runs=[A,B]"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, root: Any) -> dict[str, Any]:
+        from pathlib import Path
+
+        from sandbox.twins import compared, told
+
+        twins = compared(*map(Path, self.cfg.runs))
+        print(told(twins))
+        return {"same_result": twins.same_result}

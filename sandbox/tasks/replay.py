@@ -1,0 +1,60 @@
+"""task=replay: a finished run once more, from its recorded settings, and whether it is equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from sandbox.contracts import ConfigError, SandboxError, TaskConfig
+from sandbox.registry import register
+
+
+@register("task", "replay")
+class Replay:
+    """Runs a finished run again (run=FOLDER) and says whether it came out equal bit for bit."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """The new run lies below out= of this command; settings are those of the run. An unequal
+        outcome is an error (exit code 1).
+        """
+
+        needs_torch: ClassVar[bool] = False
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if self.run is None:
+                yield "run=null: want the folder of a finished run"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, root: Any) -> dict[str, Any]:
+        from pathlib import Path
+
+        from sandbox import registry
+        from sandbox.earlier import read_root
+        from sandbox.main import perform
+        from sandbox.runs import Run
+        from sandbox.twins import compared, told
+
+        folder = Path(self.cfg.run or "")
+        if not Run(folder).config_file.is_file():
+            raise ConfigError(f"task.run={folder}: no run there (it has no config.yaml)")
+        if not Run(folder).finished:
+            raise ConfigError(f"task.run={folder}: it is not finished; the same command goes on")
+        again = replace(
+            read_root(folder),
+            out=root.out,
+            cache=root.cache,
+            logger=root.logger,
+            resume=replace(registry.default("resume", "auto"), mode="never"),
+        )
+        result = perform(again)
+        twins = compared(folder, Path(result["folder"]))
+        print(told(twins))
+        if not twins.same_result:
+            raise SandboxError(f"{folder}: the replay in {result['folder']} is not equal to it")
+        print(f"{result['folder']} is equal to {folder} bit for bit: every step, score and weight")
+        return {"folder": result["folder"], "same_result": True}
