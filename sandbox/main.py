@@ -29,6 +29,7 @@ SHORT = {"-c": "--cfg", "-i": "--info", "-m": "--multirun", "-h": "--help", "-p"
          "-cn": "--config-name", "-cd": "--config-dir", "-sc": "--shell-completion"}  # fmt: skip
 WITH_VALUE = ("--cfg", "--package", "--config-name", "--config-dir")
 PLAIN = ("--multirun", "--help", "--resolve", "--shell-completion", "--version", "--traceback")
+MOST_SEEDS = 1000
 KNOWN = (*PLAIN, *WITH_VALUE, "--info", *SHORT)
 
 
@@ -125,6 +126,7 @@ def _main(argv: list[str]) -> int:
     line = parse(argv)
     config.setup(line.overrides)
     line.overrides = config.expand(line.overrides)
+    seeds = _take_seeds(line)
     if "--help" in line.flags:
         from sandbox.usage import usage
 
@@ -135,12 +137,32 @@ def _main(argv: list[str]) -> int:
     from sandbox.earlier import choices
 
     earlier = choices(line.overrides)
-    if "--multirun" in line.flags:
+    if seeds is not None and "--multirun" not in line.flags and "WANDB_SWEEP_ID" in os.environ:
+        from sandbox.multirun import trial
+
+        trial(line, earlier, seeds)
+        return 0
+    if "--multirun" in line.flags or seeds is not None:
         from sandbox.multirun import multirun
 
-        return multirun(line, earlier)
+        return multirun(line, earlier, seeds)
     run(line.compose([*earlier, *line.overrides]), line.overrides)
     return 0
+
+
+def _take_seeds(line: Line) -> int | None:
+    """Takes the word `seeds=3` out of a command line: the same with seeds 0, 1 and 2."""
+    words = [o for o in line.overrides if o.startswith("seeds=")]
+    if not words:
+        return None
+    said = words[0].partition("=")[2]
+    if not said.isdecimal() or not 1 <= int(said) <= MOST_SEEDS:
+        raise ConfigError(f"{words[0]}: want a number from 1 to {MOST_SEEDS}; it is seed=0,1,...")
+    other = [o for o in line.overrides if o.startswith("seed=")]
+    if other:
+        raise ConfigError(f"{other[0]} {words[0]}: keep one; seeds=3 is seed=0,1,2")
+    line.overrides.remove(words[0])
+    return int(said)
 
 
 def run(cfg: Any, overrides: Sequence[str] = (), group: str | None = None) -> Any:

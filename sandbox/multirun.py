@@ -1,36 +1,50 @@
 """Multiruns: every job is checked before the first starts, and each leaves word of its outcome.
 
 Hydra's sweeper makes the jobs and its launcher runs them, here or elsewhere. A job raises and never
-exits; the jobs after one that failed still run; the first failure decides the exit code.
+exits; the jobs after one that failed still run; the first failure decides the exit code. A job
+whose run is finished already is not repeated, so the same command again does what is missing.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sandbox import config
+from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.files import storing
-from sandbox.main import Line, check, report, run
+from sandbox.main import Line, check, checked, perform, report, settled
+from sandbox.runs import code, finished_run, read_json
 from sandbox.secrets import mask_text
 
+SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
-def multirun(line: Line, earlier: list[str]) -> int:
-    """Checks every job, then has Hydra's launcher run them; the exit code of the first failure."""
+
+def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
+    """Checks every job, then has Hydra's launcher run them; the exit code of the first failure.
+
+    `seeds`: how many runs each job is, with seeds 0, 1, ...; jobs of their own, but where a sweeper
+    searches, which wants one number for them all.
+    """
     planned = jobs(line.overrides)
+    if planned is not None and seeds is not None:
+        planned = [[*words, f"seed={seed}"] for words in planned for seed in range(seeds)]
     known = planned or [[o for o in line.overrides if not _sweeps(o)]]
     _check_all(line, earlier, known)
     folder = Path(line.compose([*earlier, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    job = Job(folder, tuple(earlier), "--traceback" in line.flags)
+    own = seeds if planned is None else None
+    job = Job(folder, tuple(earlier), "--traceback" in line.flags, seeds=own)
     place = config.search_path(line.overrides, line.config_dir)
     place.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     try:
@@ -45,7 +59,78 @@ def multirun(line: Line, earlier: list[str]) -> int:
         if not list(folder.glob("job-*.json")):
             raise
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
-    return _sum_up(folder, len(planned or ()))
+    code = _sum_up(folder, len(planned or ()))
+    _compare(folder)
+    return code
+
+
+def trial(line: Line, earlier: list[str], seeds: int) -> None:
+    """A trial of a W&B sweep with several seeds: the agent's own run has seed 0, the others are
+    runs beside it. Its summary gets the means in the end.
+    """
+    own = os.environ.get("WANDB_RUN_ID")
+    cfg = line.compose([*earlier, *line.overrides])
+    over_seeds(cfg, line.overrides, own, seeds)
+
+
+def over_seeds(cfg: Any, overrides: Sequence[str], group: str | None, seeds: int) -> dict[str, Any]:
+    """One run for each seed, one after the other; the objective is the mean of theirs.
+
+    Only the first one is a run of a W&B sweep, if there is one.
+    """
+    results = []
+    for seed in range(seeds):
+        one = cfg.copy()
+        one.seed = seed
+        with _beside_the_sweep() if seed else nullcontext():
+            results.append(_once(one, [*overrides, f"seed={seed}"], group)[0])
+    told = [r for r in results if isinstance(r, dict)]
+    numbers = [r["objective"] for r in told if r.get("objective") is not None]
+    mean = math.fsum(numbers) / seeds if len(numbers) == seeds else None
+    return {"folders": [r["folder"] for r in told if "folder" in r], "objective": mean}
+
+
+@contextmanager
+def _beside_the_sweep() -> Iterator[None]:
+    """Inside the block a run belongs to no W&B sweep."""
+    kept = {k: os.environ.pop(k) for k in SWEEP_VARIABLES if k in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, bool]:
+    """The result of a job, and whether it was there already."""
+    root = settled(config.to_root(cfg), overrides)
+    kept = _finished(root)
+    if kept is None:
+        return perform(root, overrides, group), False
+    other = " by other code" if read_json(kept / "environment.json").get("code") != code() else ""
+    print(f"done before{other}, in {kept} (resume=never repeats it)", flush=True)
+    return read_json(kept / "result.json"), True
+
+
+def _finished(root: Root) -> Path | None:
+    """The newest finished run of exactly this configuration, where the job may take it."""
+    if root.resume is None or root.resume.run is not None or root.resume.mode != "auto":
+        return None
+    wiring = checked(root)
+    return None if wiring is None else finished_run(wiring.root)
+
+
+def _compare(folder: Path) -> None:
+    """Writes a report where several runs have finished."""
+    results = [read_json(p).get("result") or {} for p in folder.glob("job-*.json")]
+    if len({*(f for r in results for f in r.get("folders") or [r.get("folder")] if f)}) < 2:
+        return
+    from sandbox.ablation import compare, read
+    from sandbox.ablation_page import write_ablation
+
+    try:
+        print(f"report    {write_ablation(folder / 'report', compare(read(folder)))}", flush=True)
+    except ConfigError as e:  # such as jobs of a task that leaves no runs to compare
+        print(f"no report: {e}", flush=True)
 
 
 def _hydra() -> Any:
@@ -162,13 +247,15 @@ class Job:
     """The task function of a multirun: runs a job, notes its outcome in the sweep's folder, and
     raises its error. It never exits: that would take the other jobs along.
 
-    `earlier`: overrides that were put in front and are not the user's.
+    `earlier`: overrides that were put in front and are not the user's; `seeds`: how many runs a job
+    is, where it is several.
     """
 
     folder: Path
     earlier: tuple[str, ...] = ()
     traceback: bool = False
     preempted: bool = False
+    seeds: int | None = None
 
     def __call__(self, cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
@@ -182,7 +269,10 @@ class Job:
                 raise Preempted("not started: the multirun was asked to stop")
             config.setup(overrides)
             print(f"job {hydra.job.num}: {said}", flush=True)
-            result = run(cfg, overrides, group=self.folder.name)
+            if self.seeds is None:
+                result, outcome["done_before"] = _once(cfg, overrides, self.folder.name)
+            else:
+                result = over_seeds(cfg, overrides, self.folder.name, self.seeds)
             outcome |= {"exit_code": 0, "result": result if isinstance(result, dict) else None}
             return result.get("objective") if isinstance(result, dict) else None
         except SandboxError as e:
@@ -213,7 +303,8 @@ def _sum_up(folder: Path, planned: int) -> int:
     for i in range(max([planned, *(n + 1 for n in outcomes)])):
         o = outcomes.setdefault(i, {"overrides": "", "exit_code": 1, "error": "it left no word"})
         text = str(o.get("error", "")).partition("\n")[0]
-        said = "done" if o["exit_code"] == 0 else f"failed (exit code {o['exit_code']}): {text}"
+        done = "done before" if o.get("done_before") else "done"
+        said = done if o["exit_code"] == 0 else f"failed (exit code {o['exit_code']}): {text}"
         print(f"job {i} ({o['overrides']}): {said}")
     print(f"multirun  {folder}", flush=True)
     return next((o["exit_code"] for _, o in sorted(outcomes.items()) if o["exit_code"]), 0)

@@ -80,28 +80,28 @@ log = logging.getLogger(__name__)
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits that depend on every setting that may change the result."""
-    settings = {k: v for k, v in _leaves(mask(config)).items() if not _matches(k, IGNORED)}
+    settings = {k: v for k, v in leaves(mask(config)).items() if not matches(k, IGNORED)}
     return hashlib.sha256(json.dumps(sorted(settings.items())).encode()).hexdigest()[:8]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One line for each setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
-    return [f"{name}: {a} -> {b}" for name, (a, b) in _changes(old, new).items()]
+    return [f"{name}: {a} -> {b}" for name, (a, b) in changes(old, new).items()]
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    a, b = _leaves(mask(old)), _leaves(mask(new))
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    a, b = leaves(mask(old)), leaves(mask(new))
     names = [*a, *(k for k in b if k not in a)]
     pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in names}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _leaves(node: Any, name: str = "") -> dict[str, str]:
+def leaves(node: Any, name: str = "") -> dict[str, str]:
     """Dotted name -> value as JSON: compared as written, also NaN."""
     if isinstance(node, Mapping) and node:
         found: dict[str, str] = {}
         for key, value in node.items():
-            found |= _leaves(value, f"{name}.{key}" if name else str(key))
+            found |= leaves(value, f"{name}.{key}" if name else str(key))
         return found
     return {name: json.dumps(node, default=str)} if name else {}
 
@@ -112,7 +112,7 @@ def _number(text: str) -> float:
     )  # NaN is no more than anything
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(
         fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
     )
@@ -139,14 +139,26 @@ def open_run(
     if resume not in ("auto", "never"):
         run = _reopened(Path(resume), config, allow)
     else:
-        safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
-        run = _own(Path(out), f"{safe}-{identity(config)}", resume == "auto")
+        run = _own(Path(out), _stem(name, config), resume == "auto")
     try:
         run._begin(config)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _stem(name: str, config: Mapping[str, Any]) -> str:
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+    return f"{safe}-{identity(config)}"
+
+
+def finished_run(root: Any) -> Path | None:
+    """The newest finished run folder of a typed, wired Root; None where there is none."""
+    from sandbox.config import to_container
+
+    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    return next((path for path in found if Run(path).finished), None)
 
 
 def open_root(root: Any) -> Run:
@@ -210,14 +222,14 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
         raise ConfigError(
             f"resume.run={folder}: a process is running in it; wait for it or stop it"
         )
-    changes = _changes(run.config(), config)
+    changed = changes(run.config(), config)
     for line in differences(run.config(), config):
         log.info("resume: %s", line)
     refused = [
         f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
         f"to allow it: resume.allow=[{k}]"
-        for k, (a, b) in changes.items()
-        if not _matches(k, (*IGNORED, *allow)) and not (k == "steps" and _number(b) >= _number(a))
+        for k, (a, b) in changed.items()
+        if not matches(k, (*IGNORED, *allow)) and not (k == "steps" and _number(b) >= _number(a))
     ]
     if refused:
         run.close()
@@ -261,7 +273,8 @@ class Run:
         import yaml
 
         try:
-            return yaml.safe_load(self.config_file.read_text(encoding="utf-8")) or {}
+            text = self.config_file.read_text(encoding="utf-8")
+            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (OSError, yaml.YAMLError) as e:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
 
@@ -296,7 +309,7 @@ class Run:
 
     def describe(self, **facts: Any) -> None:
         """Adds what is known later (device, chosen kernels) to environment.json."""
-        self._write_json(self.environment, {**_read_json(self.environment), **mask(facts)})
+        self._write_json(self.environment, {**read_json(self.environment), **mask(facts)})
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, atomically and last: from now on the run is finished."""
@@ -331,7 +344,7 @@ class Run:
         import yaml
 
         self.resumed = self.config_file.is_file()
-        earlier = _read_json(self.environment)
+        earlier = read_json(self.environment)
         now = _environment()
         if self.resumed and earlier.get("code") != now["code"]:
             log.warning(
@@ -374,7 +387,7 @@ def _drop_locks_in_child() -> None:
 os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -389,7 +402,7 @@ def _environment() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": [mask_text(a) for a in sys.argv],
-        "code": _code(),
+        "code": code(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hardware": _hardware(),
@@ -407,7 +420,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _code() -> dict[str, Any]:
+def code() -> dict[str, Any]:
     """Commit of the checkout and whether files differ from it; empty outside a git checkout."""
     if not (CHECKOUT / ".git").exists():
         return {}

@@ -315,6 +315,45 @@ def test_jobs_of_a_task_that_trains_are_wired_before_the_first_starts(here):
     assert not (here / "outputs").exists()
 
 
+def test_seeds_is_a_shorthand_that_makes_a_multirun(here):
+    assert _main(["task=probe", "lr=1,2", "seeds=3"]) == 0
+    (folder,) = (here / "outputs" / "sweeps").iterdir()
+    said = [json.loads(p.read_text())["overrides"] for p in sorted(folder.glob("job-*.json"))]
+    assert len(said) == 6
+    assert said[:3] == [f"task=probe lr=1 seed={seed}" for seed in range(3)]
+
+
+@pytest.mark.parametrize("word", ["seeds=0", "seeds=1001", "seeds=a", "seeds=1,2"])
+def test_seeds_must_be_a_number(here, word):
+    with pytest.raises(ConfigError, match="want a number from 1 to 1000"):
+        _main(["task=probe", word])
+
+
+def test_seed_and_seeds_exclude_one_another(here):
+    with pytest.raises(ConfigError, match="keep one"):
+        _main(["task=probe", "seed=1", "seeds=2"])
+
+
+def test_a_searching_sweeper_gets_the_mean_over_the_seeds_of_a_job(here):
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=minimize"]
+    assert _main(["-m", "task=probe", "lr=choice(1,2)", "seeds=2", *words]) == 0
+    (folder,) = (here / "outputs" / "sweeps").iterdir()
+    jobs_ = [json.loads(p.read_text()) for p in sorted(folder.glob("job-*.json"))]
+    assert len(jobs_) == 2
+    for job in jobs_:
+        lr = float(re.search(r"lr=(\d)", job["overrides"])[1])
+        assert job["result"] == {"folders": [], "objective": lr}
+
+
+def test_a_trial_of_an_agent_runs_its_seeds_itself(here, monkeypatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial")
+    assert _main(["task=probe", "lr=1", "seeds=2"]) == 0
+    assert notes(here) == ["1.0-dit-0"]
+    assert os.environ["WANDB_RUN_ID"] == "trial"
+    assert not (here / "outputs" / "sweeps").exists()
+
+
 def test_a_sweeper_that_finds_its_jobs_as_it_goes_is_left_to_it():
     config.setup()
     assert jobs(["hydra/sweeper=optuna", "lr=interval(1,2)"]) is None

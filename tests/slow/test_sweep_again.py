@@ -1,0 +1,116 @@
+"""A real multirun, once and again: its report, what is repeated, and runs compared and replayed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from sandbox.contracts import ConfigError, SandboxError
+from sandbox.launch import in_this_process
+from sandbox.main import _main
+from sandbox.twins import compared, told
+from tests.command import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+def command(out, *words):
+    given = {w.partition("=")[0] for w in words}
+    small = [w for w in SMALL if w.partition("=")[0] not in given]
+    with in_this_process():
+        return _main([*small, "trainer.accumulate=1", f"out={out}", f"cache={out}/cache", *words])
+
+
+def folders(out):
+    return sorted(p.parent for p in out.glob("*/config.yaml"))
+
+
+def newest(out):
+    return max((out / "sweeps").iterdir(), key=lambda p: p.name)
+
+
+def outcomes(out):
+    return [json.loads(p.read_text()) for p in sorted(newest(out).glob("job-*.json"))]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Two rates and three seeds, all finished."""
+    out = tmp_path_factory.mktemp("sweep")
+    assert command(out, "-m", "lr=1e-3,2e-3", "seeds=3") == 0
+    return out
+
+
+def test_a_multirun_ends_in_a_report_of_its_runs(out):
+    found = json.loads((newest(out) / "report" / "report.json").read_text())
+    assert found["columns"] == ["lr"]
+    assert [v["settings"] for v in found["variants"]] == [{"lr": "0.001"}, {"lr": "0.002"}]
+    assert [sorted(v["runs"]) for v in found["variants"]] == [["0", "1", "2"]] * 2
+    assert {"loss", "digit"} <= set(found["metrics"])
+    for variant in found["variants"]:
+        assert variant["numbers"]["loss"]["low"] < variant["numbers"]["loss"]["high"]
+        assert variant["costs"]["trained"] > 1000
+    page = (newest(out) / "report" / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 2  # a sample of each variant
+
+
+def test_the_same_multirun_again_repeats_only_what_is_missing(out, tmp_path, capsys):
+    shutil.copytree(out, tmp_path / "out")
+    out = tmp_path / "out"
+    first, second = folders(out)[:2]
+    (first / "result.json").unlink()  # stopped before its end
+    shutil.rmtree(second)  # never began
+    before = {p: (p / "result.json").stat().st_mtime_ns for p in folders(out)[1:]}
+    assert command(out, "-m", "lr=1e-3,2e-3", "seeds=3") == 0
+    done = outcomes(out)
+    assert sorted(o["done_before"] for o in done) == [False, False, True, True, True, True]
+    assert all(o["result"]["objective"] is not None for o in done)
+    assert len(folders(out)) == 6 and (second / "result.json").is_file()
+    after = {p: (p / "result.json").stat().st_mtime_ns for p in before}
+    assert after == before
+    assert capsys.readouterr().out.count("): done before") == 4
+
+
+def test_with_resume_never_a_job_is_repeated(out, tmp_path):
+    shutil.copytree(out, tmp_path / "out")
+    assert command(tmp_path / "out", "-m", "lr=1e-3", "seed=0", "resume=never") == 0
+    assert len(folders(tmp_path / "out")) == 7
+
+
+def test_runs_are_compared_by_settings_steps_and_weights(out):
+    by_seed = {p: json.loads((p / "result.json").read_text())["loss"] for p in folders(out)}
+    a, b = [*by_seed][:2]
+    twins = compared(a, b)
+    assert twins.config and not twins.data
+    assert twins.numbers[0].startswith("step 1 is the first that differs: ")
+    assert "weights.safetensors: differ" in twins.weights
+    assert "settings\n" in told(twins) and "the same: " in told(twins)
+    assert compared(a, a).same_result
+
+
+def test_a_replay_is_equal_bit_for_bit_and_says_so(out, tmp_path, capsys):
+    run = folders(out)[0]
+    with in_this_process():
+        words = [f"out={tmp_path}", f"cache={out}/cache", "logger=null"]
+        assert _main(["task=replay", f"run={run}", *words]) == 0
+    said = capsys.readouterr().out
+    assert "bit for bit" in said
+    (again,) = folders(tmp_path)
+    assert compared(run, again).same_result
+
+    text = (run / "metrics.jsonl").read_text()
+    copy = tmp_path / "other" / run.name
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").write_text(text.replace('"step": 2, "loss": ', '"step": 2, "loss": 1'))
+    with in_this_process(), pytest.raises(SandboxError, match="is not equal to it"):
+        _main(["task=replay", f"run={copy}", *words])
+    assert "step 2 is the first that differs: loss" in capsys.readouterr().out
+
+
+def test_what_is_no_finished_run_is_not_replayed(out, tmp_path):
+    with pytest.raises(ConfigError, match="no run there"):
+        _main(["task=replay", f"run={tmp_path}"])
+    with pytest.raises(ConfigError, match="want two run folders"):
+        _main(["task=diff", f"runs=[{out}]"])
