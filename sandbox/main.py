@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import config, registry
+from sandbox.agent import understood
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginConfig, SandboxError
 from sandbox.secrets import mask_text
@@ -124,6 +125,7 @@ BUG = "this is a bug of the sandbox and not of your settings; please report it w
 
 def _main(argv: list[str]) -> int:
     line = parse(argv)
+    line.overrides = understood(line.overrides)
     config.setup(line.overrides)
     line.overrides = config.expand(line.overrides)
     seeds = _take_seeds(line)

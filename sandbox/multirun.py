@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox import config
+from sandbox import config, registry
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.files import storing
 from sandbox.main import Line, check, checked, perform, report, settled
-from sandbox.runs import code, finished_run, read_json
+from sandbox.runs import Run, code, finished_run, read_json
 from sandbox.secrets import mask_text
 
 SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -66,11 +66,18 @@ def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
 
 def trial(line: Line, earlier: list[str], seeds: int) -> None:
     """A trial of a W&B sweep with several seeds: the agent's own run has seed 0, the others are
-    runs beside it. Its summary gets the means in the end.
+    runs beside it. Its summary gets the mean scores in the end.
     """
-    own = os.environ.get("WANDB_RUN_ID")
     cfg = line.compose([*earlier, *line.overrides])
-    over_seeds(cfg, line.overrides, own, seeds)
+    result = over_seeds(cfg, line.overrides, os.environ.get("WANDB_RUN_ID"), seeds)
+    root = config.to_root(cfg)
+    if root.logger is None or not result["folders"]:
+        return
+    tracker, folder = registry.create(root.logger), Path(result["folders"][0])
+    tracker.start(folder, Run(folder).config(), folder.name, None)
+    means = {f"score/{k}": v for k, v in result["scores"].items()}
+    tracker.summary(means | {"seeds": seeds, "objective": result["objective"]})
+    tracker.finish(0)
 
 
 def over_seeds(cfg: Any, overrides: Sequence[str], group: str | None, seeds: int) -> dict[str, Any]:
@@ -86,8 +93,13 @@ def over_seeds(cfg: Any, overrides: Sequence[str], group: str | None, seeds: int
             results.append(_once(one, [*overrides, f"seed={seed}"], group)[0])
     told = [r for r in results if isinstance(r, dict)]
     numbers = [r["objective"] for r in told if r.get("objective") is not None]
-    mean = math.fsum(numbers) / seeds if len(numbers) == seeds else None
-    return {"folders": [r["folder"] for r in told if "folder" in r], "objective": mean}
+    scores = [r.get("scores", {}) for r in told]
+    common = [k for k in scores[0] if all(k in s for s in scores)] if scores else []
+    return {
+        "folders": [r["folder"] for r in told if "folder" in r],
+        "scores": {k: math.fsum(s[k] for s in scores) / len(scores) for k in common},
+        "objective": math.fsum(numbers) / seeds if len(numbers) == seeds else None,
+    }
 
 
 @contextmanager

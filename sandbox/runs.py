@@ -406,6 +406,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "hardware": _hardware(),
+        "sweep": os.environ.get("WANDB_SWEEP_ID"),
         "versions": _versions(),
     }
 

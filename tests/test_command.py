@@ -342,7 +342,7 @@ def test_a_searching_sweeper_gets_the_mean_over_the_seeds_of_a_job(here):
     assert len(jobs_) == 2
     for job in jobs_:
         lr = float(re.search(r"lr=(\d)", job["overrides"])[1])
-        assert job["result"] == {"folders": [], "objective": lr}
+        assert job["result"] == {"folders": [], "scores": {}, "objective": lr}
 
 
 def test_a_trial_of_an_agent_runs_its_seeds_itself(here, monkeypatch):

@@ -12,8 +12,8 @@ from sandbox.statistics import holm, of_prompts, of_seeds
 SIMULATIONS = 10_000
 
 
-def test_the_interval_of_seeds_is_students(rng=np.random.default_rng(0)):
-    values = rng.normal(2, 3, 5)
+def test_the_interval_of_seeds_is_students():
+    values = np.random.default_rng(0).normal(2, 3, 5)
     found = of_seeds(values.tolist())
     judge = scipy.stats.ttest_1samp(values, 0)
     interval = judge.confidence_interval(0.95)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from sandbox.contracts import PluginConfig, above, one_of
+from sandbox.contracts import PluginConfig, Preempted, above, one_of
 from sandbox.registry import register
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -25,7 +25,11 @@ class WandbLogger:
 
     @dataclass
     class Config(PluginConfig):
-        """timeout, finish_timeout: seconds to reach the server, and to send the rest at the end."""
+        """timeout, finish_timeout: seconds to reach the server, and to send the rest at the end.
+
+        requeue: a trial that is stopped from outside goes to the next agent of its sweep, which
+        continues it where it shares the folder; not for sweeps that end bad trials early.
+        """
 
         imports = ("wandb",)
         mode: str = "auto"
@@ -34,6 +38,7 @@ class WandbLogger:
         tags: tuple[str, ...] = ()
         timeout: float = 10.0
         finish_timeout: float = 60.0
+        requeue: bool = False
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -126,9 +131,27 @@ class WandbLogger:
         if self.run is not None:
             self.run.summary.update(dict(values))
 
+    def page(self, name: str, path: Path) -> None:
+        """A self-contained HTML page."""
+        if self.run is not None:
+            import wandb
+
+            self.run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
+
+    def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
+        """Rows of text, the first one the header."""
+        if self.run is not None:
+            import wandb
+
+            head, *rest = rows
+            table = wandb.Table(columns=[c or "variant" for c in head], data=[[*r] for r in rest])
+            self.run.log({name: table})
+
     def finish(self, exit_code: int) -> None:
         if self.run is None:
             return
+        if exit_code == Preempted.exit_code and self.cfg.requeue:
+            self.run.mark_preempting()
         run, how = self.run, self._how_to_sync()
         self.run = None
         try:

@@ -89,7 +89,7 @@ class Digits:
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
         """Rates and means by name (`meaning`), without what one frame or one clip cannot show."""
         scores = {k: v.mean().item() for k, v in self.each(video, captions).items()}
-        spread_of_prompt = diversity(video.float().nan_to_num(nan=-1, posinf=1, neginf=-1), captions)
+        spread_of_prompt = diversity(finite(video), captions)
         if spread_of_prompt is not None:
             scores["diversity"] = spread_of_prompt
         return scores
@@ -97,7 +97,7 @@ class Digits:
     def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """The same clip by clip, (N,) each; 1 where a caption is met and 0 where not."""
         words = [parse(caption) for caption in captions]
-        video = video.float().nan_to_num(nan=-1, posinf=1, neginf=-1)  # a model may have diverged
+        video = finite(video)
         shown = windows(video)  # (N, T, 8, 8)
         scores = {
             "colour": hits(self.colour(video), [w.colour for w in words]),
@@ -153,6 +153,11 @@ class Digits:
         """(N,) highest correlation with a window of the training clips."""
         three = standardised(shown[:, spread(shown.shape[1])].flatten(2))  # (N, 3, 64)
         return (three @ self.seen.T).amax(-1).mean(1)
+
+
+def finite(video: Tensor) -> Tensor:
+    """A model may have diverged."""
+    return video.float().nan_to_num(nan=-1, posinf=1, neginf=-1)
 
 
 def hits(found: list, wanted: list) -> Tensor:

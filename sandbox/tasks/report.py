@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from sandbox.contracts import TaskConfig
+from sandbox.contracts import ConfigError, TaskConfig
 from sandbox.registry import register
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sandbox.ablation import Ablation
 
 
 @register("task", "report")
@@ -46,10 +51,49 @@ class Report:
         from sandbox.ablation_page import markdown_table, tables, write_ablation
 
         folder = Path(self.cfg.runs or root.out)
+        tracker = self.tracker(root)
         found = compare(read(folder), self.cfg.baseline, self.cfg.metrics)
         page = write_ablation(Path(self.cfg.to) if self.cfg.to else folder / "report", found)
         for heading, rows in tables(found):
             print(f"\n{heading}\n{markdown_table(rows)}")
         print("\n" + "\n".join(found.notes))
         print(f"page    {page}\ntables  {page.with_suffix('.md')}, {page.with_suffix('.tex')}")
+        if tracker is not None:
+            send(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
+
+    def tracker(self, root: Any) -> Any:
+        """The one that the page is sent to; None where it stays here. Raises ConfigError."""
+        from sandbox import registry
+
+        if not self.cfg.send:
+            return None
+        tracker = registry.create(root.logger) if root.logger is not None else None
+        if not hasattr(tracker, "page"):
+            raise ConfigError("task.send=true: this logger takes no pages; use logger=wandb")
+        return tracker
+
+
+def send(tracker: Any, page: Path, found: Ablation, group: str) -> None:
+    """Page, tables and pictures as a run beside those compared; of their sweep, where it is one."""
+    import os
+
+    from sandbox.ablation_page import plain, tables
+
+    sweeps = {e.environment.get("sweep") for e in found.entries}
+    sweep = sweeps.pop() if len(sweeps) == 1 else None
+    before = os.environ.get("WANDB_SWEEP_ID")
+    if sweep:
+        os.environ["WANDB_SWEEP_ID"] = sweep
+    try:
+        tracker.start(page.parent, plain(found), "report", group)
+    finally:
+        if sweep and before is None:
+            del os.environ["WANDB_SWEEP_ID"]
+    tracker.page("report", page)
+    for heading, rows in tables(found):
+        tracker.table(heading.partition(" ")[0].lower(), rows)
+    sheet = page.parent / "samples.png"
+    if sheet.is_file():
+        tracker.images(0, "samples", [sheet])
+    tracker.finish(0)
