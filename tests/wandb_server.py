@@ -36,6 +36,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
+    preempting: bool = False  # it wants to go on elsewhere
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Sweep:
     config: dict[str, Any]
     asked: int = 0
     ended: set[str] = field(default_factory=set)  # runs that were told to stop
+    again: dict[str, int] = field(default_factory=dict)  # runs handed out twice -> rows before
 
     def trials(self) -> list[dict[str, Any]]:
         values = {
@@ -164,16 +166,20 @@ class Server:
         for name in running:
             rows = self.runs[name].history if name in self.runs else []
             limit = self.stop_after.get(int(name.rpartition("-")[2]))
-            if limit is not None and len(rows) >= limit:
+            if limit is not None and len(rows) >= limit + sweep.again.get(name, 0):
                 sweep.ended.add(name)
                 commands.append({"type": "stop", "id": f"stop-{name}", "run_id": name})
         trials = sweep.trials()
-        if not running and sweep.asked < len(trials):
-            run = f"{sweep.name}-{sweep.asked}"
-            args = {k: {"value": value} for k, value in trials[sweep.asked].items()}
+        waiting = [n for n in sweep.ended if self.runs[n].preempting and n not in sweep.again]
+        if not running and (waiting or sweep.asked < len(trials)):
+            run = waiting[0] if waiting else f"{sweep.name}-{sweep.asked}"
+            number = int(run.rpartition("-")[2])
+            if waiting:
+                sweep.again[run] = len(self.runs[run].history)
+            args = {k: {"value": value} for k, value in trials[number].items()}
             start = {"type": "run", "id": run, "run_id": run, "args": args}
             commands.append({**start, "program": sweep.config["program"]})
-            sweep.asked += 1
+            sweep.asked = max(sweep.asked, number + 1)
         elif not running:
             commands.append({"type": "exit", "id": "exit"})
         return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}
@@ -187,6 +193,7 @@ class Server:
                 run.history[part["offset"] :] = lines
             elif name == "wandb-summary.json":
                 run.summary |= lines[-1]
+        run.preempting |= bool(sent.get("preempting"))
         if sent.get("complete"):
             run.exit_code = sent.get("exitcode")
 

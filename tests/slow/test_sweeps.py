@@ -55,6 +55,36 @@ def sweeps(tmp_path_factory):
     return sweep
 
 
+RAY = ("hydra/launcher=ray_local", "+hydra.launcher.ray.init.include_dashboard=false")
+OPTUNA = (
+    "hydra/sweeper=optuna",
+    "hydra.sweeper.n_trials=2",
+    "hydra.sweeper.direction=minimize",
+    "hydra/sweeper/sampler=random",
+    "hydra.sweeper.sampler.seed=0",
+)
+
+
+def test_ray_runs_the_jobs_of_a_sweep_side_by_side(tmp_path):
+    done = command(tmp_path, "-m", "lr=1e-3,2e-3", "steps=3", *RAY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(folders(tmp_path)) == [1e-3, 2e-3]
+    assert done.stdout.count("): done") == 2
+    (page,) = tmp_path.glob("sweeps/*/report/report.html")
+    assert "lr" in page.read_text()
+
+
+def test_optuna_searches_by_the_objective_of_its_jobs(tmp_path):
+    words = ("-m", "lr=tag(log,interval(1e-4,1e-2))", "steps=3", "task.objective=loss")
+    done = command(tmp_path, *words, *OPTUNA)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [json.loads((f / "result.json").read_text()) for f in folders(tmp_path).values()]
+    assert len(found) == 2
+    (best,) = tmp_path.glob("sweeps/*/optimization_results.yaml")
+    value = yaml.safe_load(best.read_text())["best_value"]
+    assert value == min(r["objective"] for r in found) == min(r["loss"] for r in found)
+
+
 def folders(out):
     """Run folders by learning rate."""
     files = [*out.glob("*/config.yaml")]

@@ -20,13 +20,18 @@ WANDB = Path(sys.executable).with_name("wandb")
 pytestmark = pytest.mark.slow
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """Of somebody who has never used W&B."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    return kept | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
+
+
 def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
     """What an agent says that runs all trials of a sweep, each with these further settings."""
     command = ["${env}", sys.executable, str(CHECKOUT / "run.py"), *settings]
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({**sweep, "command": [*command, "${args_no_hyphens}"]}))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    environ |= {**server.environment(), "OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    environ = environment(folder) | server.environment()
     said = ""
     for words in (["sweep", "--project", "test", str(file)], ["agent"]):
         if words == ["agent"]:
@@ -44,12 +49,12 @@ def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
 def trials(tmp_path_factory):
     """A sweep of two trials, the second of which is ended early; its server, folders and words."""
     folder = tmp_path_factory.mktemp("sweep")
-    parameters = {"lr": {"value": 1e-3}, "steps": {"values": [3, 100_000]},
-                  "trainer.clip": {"value": "null"}}  # fmt: skip
+    parameters = {"lr": {"value": 1e-3}, "steps": {"values": [3, 100_000]}, "seeds": {"value": 2},
+                  "trainer.clip": {"value": None}, "data": {"value": {"clips_per_epoch": 12}}}  # fmt: skip
     sweep = {"program": "run.py", "method": "grid", "parameters": parameters}
-    settings = [s for s in TINY if not s.startswith(("logger", "steps", "lr="))]
-    settings += ["logger=wandb", f"out={folder}/out", f"cache={folder}/cache",
-                 "trainer.log_every=1", "task.score_clips=2", "task.samples=1"]  # fmt: skip
+    settings = [s for s in TINY if not s.startswith(("logger", "steps", "lr=", "data.clips"))]
+    settings += ["logger=wandb", "logger.requeue=true", f"out={folder}/out",
+                 f"cache={folder}/cache", "trainer.log_every=1", "task.score_clips=2", "task.samples=1"]  # fmt: skip
     with serving() as server:
         server.stop_after = {1: 3}
         said = swept(folder, server, sweep, *settings)
@@ -58,12 +63,25 @@ def trials(tmp_path_factory):
 
 def test_each_trial_is_one_run_with_its_nested_configuration(trials):
     server, _, said = trials
-    assert sorted(server.runs) == ["sweep0-0", "sweep0-1"], said
-    for run, steps in zip(server.runs.values(), (3, 100_000), strict=True):
+    own = [run for name, run in server.runs.items() if name.startswith("sweep0-")]
+    assert [run.name for run in own] == ["sweep0-0", "sweep0-1"], said
+    for run, steps in zip(own, (3, 100_000), strict=True):
         cfg = run.config["cfg"]["value"]
         assert (cfg["lr"], cfg["steps"], cfg["trainer"]["clip"]) == (1e-3, steps, None)
         assert cfg["backbone"]["plugin"] == "backbone/dit"
+        assert cfg["data"]["clips_per_epoch"] == 12  # None and a dictionary, as an agent says them
         assert run.config["steps"]["value"] == steps  # the sweep's own word for it
+
+
+def test_the_other_seeds_of_a_trial_are_runs_beside_it(trials):
+    server, folder, said = trials
+    other = [run for name, run in server.runs.items() if not name.startswith("sweep0-")]
+    assert [(r.group, r.sweep, r.exit_code) for r in other] == [("sweep0-0", None, 0)], said
+    assert other[0].config["cfg"]["value"]["seed"] == 1
+    both = [json.loads(p.read_text())["scores"] for p in (folder / "out").glob("*/result.json")]
+    mean = sum(s["digit"] for s in both) / 2
+    summary = server.runs["sweep0-0"].summary
+    assert (summary["seeds"], summary["score/digit"]) == (2, pytest.approx(mean))
 
 
 def test_a_finished_trial_has_history_scores_and_a_video(trials):
@@ -84,6 +102,35 @@ def test_a_trial_that_is_ended_early_saves_and_leaves(trials):
     names = " ".join(p.name for p in (kept / "checkpoints").iterdir())
     assert re.search(rf"0*{last}\b", names)
     assert not (kept / "result.json").exists()
+
+
+def test_a_trial_that_was_taken_away_goes_on_where_it_stood(trials):
+    server, folder, said = trials
+    (name, before), *_ = server.sweeps["sweep0"].again.items()
+    assert name == "sweep0-1" and before >= 3
+    steps = [row["_step"] for row in server.runs[name].history if "loss" in row]
+    assert len(steps) > before and steps == sorted(set(steps))
+    kept = [p.parent for p in (folder / "out").glob("*/wandb_id") if p.read_text().strip() == name]
+    assert len(kept) == 1, said  # one folder, begun twice
+    assert len(json.loads((kept[0] / "environment.json").read_text())["earlier"]) == 1
+
+
+def test_a_report_is_sent_to_the_sweep_of_its_runs(trials):
+    server, folder, _ = trials
+    words = ["task=report", f"runs={folder}/out", "task.send=true", "logger=wandb", f"out={folder}"]
+    done = subprocess.run(
+        [sys.executable, str(CHECKOUT / "run.py"), *words], cwd=folder, text=True,
+        capture_output=True, timeout=200, env={**environment(folder), **server.environment()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = [
+        r
+        for r in server.runs.values()
+        if any("report.html" in f or "report_" in f for f in r.files)
+    ]
+    assert run.sweep in (None, "sweep0") and run.exit_code == 0
+    names = " ".join(run.files)
+    assert "media/table/scores" in names and "media/images/samples" in names
 
 
 def test_the_client_asks_nothing_that_the_stand_in_cannot_answer(trials):
