@@ -24,8 +24,8 @@ ACROSS = 4  # panels
 SPEED = 400  # points of a drawn line at most
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    "font.size": 9,
+    "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -52,7 +52,7 @@ def _figure(panels: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
     with rc_context(STYLE):
         across = min(ACROSS, panels)
         down = math.ceil(panels / across)
-        figure = Figure(figsize=(1.9 * max(across, 2) + 0.6, height * down), layout="constrained")
+        figure = Figure(figsize=(2.15 * max(across, 2) + 0.6, height * down), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(down, across, squeeze=False).flatten()
         for unused in axes[panels:]:

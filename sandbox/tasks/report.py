@@ -59,7 +59,7 @@ class Report:
         print("\n" + "\n".join(found.notes))
         print(f"page    {page}\ntables  {page.with_suffix('.md')}, {page.with_suffix('.tex')}")
         if tracker is not None:
-            send(tracker, page, found, folder.name)
+            deliver(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
     def tracker(self, root: Any) -> Any:
@@ -74,7 +74,7 @@ class Report:
         return tracker
 
 
-def send(tracker: Any, page: Path, found: Ablation, group: str) -> None:
+def deliver(tracker: Any, page: Path, found: Ablation, group: str) -> None:
     """Page, tables and pictures as a run beside those compared; of their sweep, where it is one."""
     import os
 

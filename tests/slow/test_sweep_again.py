@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from sandbox import evaluation
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.launch import in_this_process
 from sandbox.main import _main
@@ -14,6 +15,14 @@ from sandbox.twins import compared, told
 from tests.command import SMALL
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """The metric learns from few clips: seconds of each run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "FITTING_CLIPS", 200)
+        yield
 
 
 def command(out, *words):

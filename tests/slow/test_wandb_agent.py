@@ -49,12 +49,14 @@ def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
 def trials(tmp_path_factory):
     """A sweep of two trials, the second of which is ended early; its server, folders and words."""
     folder = tmp_path_factory.mktemp("sweep")
-    parameters = {"lr": {"value": 1e-3}, "steps": {"values": [3, 100_000]}, "seeds": {"value": 2},
-                  "trainer.clip": {"value": None}, "data": {"value": {"clips_per_epoch": 12}}}  # fmt: skip
+    parameters = {"lr": {"value": 1e-3}, "seeds": {"value": 2}, "steps": {"values": [3, 100_000]},
+                  "data": {"value": {"clips_per_epoch": 12}},
+                  "trainer.clip": {"value": None}}  # fmt: skip
     sweep = {"program": "run.py", "method": "grid", "parameters": parameters}
     settings = [s for s in TINY if not s.startswith(("logger", "steps", "lr=", "data.clips"))]
     settings += ["logger=wandb", "logger.requeue=true", f"out={folder}/out",
-                 f"cache={folder}/cache", "trainer.log_every=1", "task.score_clips=2", "task.samples=1"]  # fmt: skip
+                 f"cache={folder}/cache", "trainer.log_every=1",
+                 "task.score_clips=2", "task.samples=1"]  # fmt: skip
     with serving() as server:
         server.stop_after = {1: 3}
         said = swept(folder, server, sweep, *settings)
