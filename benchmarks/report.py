@@ -3,13 +3,14 @@
     python benchmarks/report.py [--runs 1000]
 
 Run folders are made as runs leave them: the whole resolved configuration, 200 recorded steps,
-scores with their protocols, no samples; settings x 5 seeds. Each part is timed once, after a warm-up
-on 10 runs: a report is written once.
+scores with their protocols, no samples; settings x 5 seeds. Each part is timed once, after a
+warm-up on 10 runs: a report is written once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -67,7 +68,7 @@ def timed(folder: Path) -> dict[str, float]:
     marks.append(time.process_time())
     write_ablation(folder / "report", ablation)
     marks.append(time.process_time())
-    parts = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    parts = [b - a for a, b in itertools.pairwise(marks)]
     return dict(zip(("read", "compare", "write"), (round(p, 2) for p in parts), strict=True))
 
 

@@ -29,7 +29,7 @@ def command(out, *words):
     given = {w.partition("=")[0] for w in words}
     small = [w for w in SMALL if w.partition("=")[0] not in given]
     with in_this_process():
-        return _main([*small, f"out={out}", f"cache={out}/cache", *words])
+        return _main([*small, "steps=3", f"out={out}", f"cache={out}/cache", *words])
 
 
 def folders(out):
