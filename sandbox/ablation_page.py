@@ -37,7 +37,7 @@ STYLE = """<style>
 .wide .out { color: var(--c1); font-weight: 650; }
 .wide th:first-child, .wide td:first-child { padding-left: 8px; font-weight: 650; }
 .plot { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
-.plot img { display: block; width: 100%; max-width: 960px; margin: 0 auto; }
+.plot img { display: block; max-width: 100%; margin: 0 auto; }
 .clips td { white-space: normal; vertical-align: middle; }
 .clips video, .clips img { display: block; width: 100%; max-width: 128px; min-width: 72px; border-radius: 4px; image-rendering: pixelated; background: #000; }
 </style>"""  # noqa: E501
@@ -104,7 +104,12 @@ def told_difference(cell: Cell) -> str:
 
 
 def told_cost(e: Estimate | None) -> str:
-    return "" if e is None else number(e.mean)
+    if e is None:
+        return ""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if e.mean >= size:
+            return f"{e.mean / size:.3g}{unit}"
+    return number(e.mean)
 
 
 def method(found: Ablation) -> list[str]:

@@ -52,7 +52,9 @@ def _figure(panels: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
     with rc_context(STYLE):
         across = min(ACROSS, panels)
         down = math.ceil(panels / across)
-        figure = Figure(figsize=(2.15 * max(across, 2) + 0.6, height * down), layout="constrained")
+        figure = Figure(
+            figsize=(max(2.15 * across, 6.4) + 0.6, height * down), layout="constrained"
+        )
         FigureCanvasAgg(figure)
         axes = figure.subplots(down, across, squeeze=False).flatten()
         for unused in axes[panels:]:
