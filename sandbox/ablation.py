@@ -360,9 +360,17 @@ def _apart(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 
 def chosen(variants: Sequence[Variant], words: Sequence[str]) -> Variant:
-    """The one variant with these settings; the first without any. Raises ConfigError."""
+    """The variant with this letter, or with these settings, if it is one; the first without any.
+
+    Raises ConfigError.
+    """
     if not words:
         return variants[0]
+    if len(words) == 1 and "=" not in words[0]:
+        words = [words[0].upper()]
+        named = [v for v in variants if v.label == words[0]]
+        if named:
+            return named[0]
     wanted = {k: _natural(v) for k, v in (w.partition("=")[::2] for w in words)}
     found = [
         v for v in variants

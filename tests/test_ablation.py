@@ -142,6 +142,10 @@ def test_a_baseline_must_choose_one_variant(runs, words, text):
         compared(runs, baseline=words)
 
 
+def test_a_baseline_may_be_named_by_its_letter(runs):
+    assert compared(runs, baseline=["C"]).baseline.label == "C"
+
+
 def test_with_one_seed_many_prompts_give_the_interval(tmp_path):
     for i, backbone in enumerate(("dit", "unet3d")):
         run(tmp_path, backbone, 1e-3, 0, 0.5 * i, prompts=150)

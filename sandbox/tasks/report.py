@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,9 +20,11 @@ class Report:
 
     @dataclass
     class Config(TaskConfig):
-        """runs: folder of a multirun, or one that holds run folders (null: out). baseline: settings
-        that choose one variant, such as [backbone=dit,lr=1e-3]; none: the first. metrics: numbers
-        to show; none: all that can be compared. to: folder for the files; null is report/ in runs.
+        """runs: folder of a multirun, or one that holds run folders (null: out).
+
+        baseline: a variant by its letter, [C], or by its settings, ["backbone=dit","lr=1e-3"]; none:
+        the first. metrics: numbers to show; none: all that can be compared. to: folder for
+        the files; null is report/ in runs.
 
         send: also send the page, tables and samples to W&B, beside the runs (logger=wandb).
         """
@@ -34,12 +35,6 @@ class Report:
         metrics: tuple[str, ...] = ()
         to: str | None = None
         send: bool = False
-
-        def problems(self) -> Iterator[str]:
-            yield from super().problems()
-            for word in self.baseline:
-                if "=" not in word:
-                    yield f"baseline={word!r}: want settings, such as [backbone=dit,lr=1e-3]"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -38,7 +38,7 @@ def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
             (name,) = server.sweeps
             words += [f"us/test/{name}"]
         found = subprocess.run(
-            [WANDB, *words], cwd=folder, env=environ, text=True, capture_output=True, timeout=400
+            [WANDB, *words], cwd=folder, env=environ, text=True, capture_output=True, timeout=900
         )
         said += found.stdout + found.stderr
         assert found.returncode == 0, said
