@@ -22,7 +22,7 @@ class Report:
     class Config(TaskConfig):
         """runs: folder of a multirun, or one that holds run folders (null: out).
 
-        baseline: a variant by its letter, [C], or by its settings, ["backbone=dit","lr=1e-3"]; none:
+        baseline: a variant by its letter, [C], or by its settings, ["vae=pca","lr=1e-3"]; none:
         the first. metrics: numbers to show; none: all that can be compared. to: folder for
         the files; null is report/ in runs.
 
