@@ -115,6 +115,7 @@ class Autoencoding(Trainable):
         self.reconstruction = reconstruction
         discriminator = getattr(reconstruction, "discriminator", None)
         self.opponent = None if discriminator is None else Opponent(discriminator)
+        self.hold_still()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms, decibels = self.reconstruct(batch, self.draws(batch))

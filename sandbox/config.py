@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox import registry
+from sandbox import registry, selection
 from sandbox.contracts import ConfigError, PluginConfig, PluginError, above, in_range, one_of
 from sandbox.reading import first_line
 
@@ -67,6 +67,9 @@ class Root:
     out: str = "outputs"  # where run folders go
     cache: str = "outputs/cache"  # where trained first stages are kept
     init_from: str | None = None  # weights to start from; the run itself starts at step 0
+    # names of weights, with factors of lr: [transformer_blocks, pos_embed@0.1] (`selection`); null:
+    # all that are not frozen
+    trainable: tuple[str, ...] | None = None
     plugins_path: str | None = None  # a folder of plugins of your own
     task: Any = None
     data: Any = None
@@ -99,6 +102,7 @@ class Root:
         yield from in_range("steps", self.steps, 1)
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)
+        yield from selection.problems(self.trainable)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
         yield from registry.misshapen(self)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -23,14 +23,15 @@ from torch import nn
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import ConfigError, DataConfig, StorageError
+from sandbox.contracts import ConfigError, DataConfig, State, StorageError
 from sandbox.data import batches
 from sandbox.files import storing
-from sandbox.published import parts_of, read_model, read_parts
+from sandbox.published import compare, parts_of, read_model, read_parts
 from sandbox.rank import Rank
 
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
+OURS = "first_stage."  # before its names in a system
 LOADING = frozenset(  # how data come, not what they are
     {"batch_size", "bucket_batch_sizes", "drop_incomplete", "num_workers", "max_bad"}
 )
@@ -116,12 +117,8 @@ def calibrate(root: Root, first_stage: Any) -> None:
 
 def load_weights(first_stage: nn.Module, path: Path) -> None:
     """Strictly loads a file of any origin. Raises StorageError with names that differ."""
-    if not path.exists():
-        raise StorageError(f"vae.weights={path}: no such file; name one, or use vae.weights=auto")
     own = first_stage.state_dict()
-    state = _published(path) if path.is_dir() else checkpoint.read_foreign(path)
-    if own.keys() != state.keys():  # a whole system, or with what its training needed
-        state = (parts_of(state, f"vae.weights={path}") or {}).get("vae") or state
+    state = read_weights(path, "vae.weights", own.keys())
     strange = sorted(set(own) ^ set(state))
     strange += [k for k in own if k in state and own[k].shape != state[k].shape]
     if strange:
@@ -132,10 +129,50 @@ def load_weights(first_stage: nn.Module, path: Path) -> None:
     first_stage.load_state_dict(state)
 
 
-def _published(folder: Path) -> dict[str, torch.Tensor]:
-    """The first stage in the folder of a published system, or of that model alone."""
-    parts = read_parts(folder, "vae.weights")
-    return parts["vae"] if parts and "vae" in parts else read_model(folder, "vae.weights")
+def read_weights(path: Path, what: str, own: Collection[str]) -> State:
+    """A first stage's weights at `path`; where its names are not `own`, those in a whole system.
+
+    `path`: a file of any origin, a run folder, or that of a published system or first stage. What
+    only its training needed (loss.*) is left out. `what` names the setting. Raises StorageError.
+    """
+    if not path.exists():
+        also = ", or use vae.weights=auto" if what == "vae.weights" else ""
+        raise StorageError(f"{what}={path}: no such file; name one{also}")
+    state = _of_folder(path, what) if path.is_dir() else checkpoint.read_foreign(path)
+    if own == state.keys():
+        return state
+    state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
+    if any(name.startswith(OURS) for name in state):  # with what else trained beside it
+        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
+    return {name: x for name, x in state.items() if not name.startswith("loss.")}
+
+
+def _of_folder(folder: Path, what: str) -> State:
+    """The first stage of a run, finished or not, of a published system, or of that model alone."""
+    if (folder / KEPT).is_file():
+        return checkpoint.read_foreign(folder / KEPT)
+    if newest := checkpoint.newest(folder / "checkpoints"):
+        state = checkpoint.load(newest)
+        return state["weights"] | ((state["ema"] or {}).get("average") or {})
+    parts = read_parts(folder, what)
+    return parts["vae"] if parts and "vae" in parts else read_model(folder, what)
+
+
+def init_first_stage(first_stage: Any, path: Path) -> None:
+    """Weights to train a first stage from (init_from), also of a related network.
+
+    Those are translated by its `from_published`. Strict; but numbers that it measures itself may be
+    absent. Raises StorageError with the first ten names and shapes that differ.
+    """
+    own = first_stage.state_dict()
+    state = read_weights(path, "init_from", own.keys())
+    if hasattr(first_stage, "from_published"):
+        state = first_stage.from_published(state)
+    measured = {name for name, _ in first_stage.named_buffers()} - state.keys()
+    own = {name: x for name, x in own.items() if name not in measured}
+    compare(own, state, path)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
 
 
 def cached(root: Root) -> Path:

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from sandbox import checkpoint, whole_systems
-from sandbox.contracts import StorageError
+from sandbox.contracts import State, StorageError
 from sandbox.module import Trainable
-from sandbox.published import files_of, read_model, read_parts
+from sandbox.published import compare, files_of, read_model, read_parts
 from sandbox.runs import Run
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ def init_from(system: Trainable, path: Path | str) -> None:
     """Puts the trainable weights at `path` into a system that has not been trained.
 
     `path`: a run folder (its newest good checkpoint), a checkpoint of ours, an exported
-    .safetensors file, the published file of a whole system, or the folder of a published system or
-    backbone (of a system the backbone is taken). Averaged weights are taken where there are any.
+    .safetensors file, the published file of a whole system or backbone, or the folder of one (of
+    the folder of a system the backbone is taken). Averaged weights are taken where there are any.
     Strict: raises StorageError with the first ten names and shapes that differ, and where a frozen
     part, such as the first stage, is not the one that the weights were trained with. Only what the
     backbone names as its `additions` may be absent, each of them as a whole.
@@ -39,10 +39,14 @@ def init_from(system: Trainable, path: Path | str) -> None:
     if (parts := whole_systems.read(path)) is not None:
         _say(path, whole_systems.put(system, parts, path))
         return
-    if path.suffix == ".safetensors":
-        weights, which = checkpoint.read_foreign(path), "exported"
-    else:
+    if path.is_dir() or path.with_suffix(".json").is_file():
         weights, which = _of_checkpoint(system, _checkpoint(path))
+    else:
+        weights, which = checkpoint.read_foreign(path), "exported"
+        if not any(name.startswith(whole_systems.OURS) for name in weights):
+            _put_backbone(system, weights, path)
+            _say(path, "backbone's")
+            return
     _put(system, weights, path)
     _say(path, which)
 
@@ -66,14 +70,7 @@ def _of_published(system: Any, path: Path) -> None:
             f"init_from={path}: not a run folder (it has no config.yaml), nor that of a published "
             "system; want one, a checkpoint (step_*.ckpt), or exported weights (*.safetensors)"
         )
-    state = parts["backbone"]
-    if hasattr(system.backbone, "from_published"):
-        state = system.backbone.from_published(state)
-    own = _without_additions(system, system.base_state(), state)
-    _compare(own, state, path)
-    for name, tensor in own.items():
-        tensor.copy_(state[name])
-    system.forget_fingerprints()
+    _put_backbone(system, parts["backbone"], path)
     others = ", ".join(sorted(parts.keys() - {"backbone"})) or "nothing"
     log.info(
         "starting at step 0 from the published backbone of %s; its other parts (%s) are chosen by "
@@ -81,6 +78,17 @@ def _of_published(system: Any, path: Path) -> None:
         path,
         others,
     )
+
+
+def _put_backbone(system: Any, state: State, path: Path) -> None:
+    """Puts published weights of the network alone into place, which may translate them."""
+    if hasattr(system.backbone, "from_published"):
+        state = system.backbone.from_published(state)
+    own = _without_additions(system, system.base_state(), state)
+    compare(own, state, path)
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+    system.forget_fingerprints()
 
 
 def _checkpoint(path: Path) -> Path:
@@ -122,7 +130,7 @@ def _put(system: Any, weights: dict[str, Tensor], path: Path) -> None:
         own = {k: v for k, v in own.items() if not k.startswith("backbone.")}
         own |= {f"backbone.{k}": v for k, v in system.base_state().items()}
     own = _without_additions(system, own, weights)
-    _compare(own, weights, path)
+    compare(own, weights, path)
     for name, tensor in own.items():
         tensor.copy_(weights[name])
     system.forget_fingerprints()
@@ -141,21 +149,3 @@ def _without_additions(
     if len(kept) < len(own):
         log.info("%d weights are new, and add nothing at first", len(own) - len(kept))
     return kept
-
-
-def _compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Raises StorageError with the first ten names and shapes that differ."""
-    differing = [f"{k} is missing" for k in own if k not in weights]
-    differing += [f"{k} is not in this model" for k in weights if k not in own]
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            differing.append(f"{name} is {_shape(weights[name])} and {_shape(own[name])} here")
-    if differing:
-        raise StorageError(
-            f"init_from={path}: {len(differing)} of its weights do not fit this model: "
-            f"{', '.join(sorted(differing)[:10])}; choose the components and sizes it was made with"
-        )
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"

@@ -57,6 +57,7 @@ class LatentDiffusion(Trainable):
         self.schedule, self.loss = parts.schedule, parts.loss
         self.sampler, self.guidance = parts.sampler, parts.guidance
         self.adapter = parts.adapter
+        self.hold_still()
 
     def base_state(self) -> dict[str, Tensor]:
         """The backbone's own weights by their own names, also below an adapter."""

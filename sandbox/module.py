@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.randomness import Keyed
+from sandbox.selection import rates
 from sandbox.sharding import like
 
 
@@ -23,6 +24,7 @@ class Trainable(LightningModule):
     `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
     (B,) where they are told; the engine gathers them. `optimizer` and `finished_steps`, the number
     of optimizer steps so far, are set by the engine. `opponent` is what trains in turn with it.
+    `rates`: factor of the learning rate by weight, where `trainable` chooses some; 0 is held still.
     """
 
     def __init__(self, root: Root, group: int) -> None:
@@ -33,7 +35,24 @@ class Trainable(LightningModule):
         self.optimizer: Any = None
         self.opponent: Any = None  # a sandbox.autoencoding.Opponent
         self.finished_steps = 0
+        self.rates: dict[str, float] = {}
         self._fingerprints: dict[str, str] | None = None
+
+    def hold_still(self) -> None:
+        """Once all parts are there: no gradient for what `trainable` leaves out.
+
+        Raises ConfigError with every entry that matches nothing.
+        """
+        if self.root.trainable is None:
+            return
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self.rates = rates(trained, self.root.trainable)
+        for name, parameter in trained.items():
+            parameter.requires_grad_(self.rates[name] > 0)
+        held = {id(p) for name, p in trained.items() if not self.rates[name]}
+        for module in self.modules():
+            own = [*module.parameters()]
+            module._is_still = bool(own) and all(id(p) in held for p in own)  # type: ignore[assignment]
 
     def draws(self, batch: Batch) -> Keyed:
         """All randomness of a batch, keyed by the position of each of its clips."""
@@ -73,15 +92,15 @@ class Trainable(LightningModule):
         return batch
 
     def train(self, mode: bool = True) -> Any:
-        """As usual, but frozen parts stay in eval mode."""
+        """As usual, but parts that are frozen or wholly held still stay in eval mode."""
         super().train(mode)
         for module in self.modules():
-            if getattr(module, "_frozen", False):
+            if getattr(module, "_frozen", False) or getattr(module, "_is_still", False):
                 module.eval()
         return self
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """By name what training changes: parameters with gradients, buffers not in frozen parts."""
+        """By name what is no frozen part's: what training changes, and what it holds still."""
         parts = [m for m in self.modules() if getattr(m, "_frozen", False)]
         frozen = {id(m) for part in parts for m in part.modules()}
         return {
@@ -89,7 +108,12 @@ class Trainable(LightningModule):
             for prefix, module in self.named_modules()
             if id(module) not in frozen
             for name, tensor in (*module._parameters.items(), *_persistent(module))
-            if tensor is not None and (tensor.requires_grad or not isinstance(tensor, nn.Parameter))
+            if tensor is not None
+            and (
+                tensor.requires_grad
+                or not isinstance(tensor, nn.Parameter)
+                or (f"{prefix}.{name}" if prefix else name) in self.rates
+            )
         }
 
     def frozen_parts(self) -> dict[str, str]:

@@ -86,3 +86,21 @@ def read_model(folder: Path, what: str) -> dict[str, Tensor]:
             raise StorageError(f"{file}: {twice[0]} is in another file of this model, too")
         state |= found
     return state
+
+
+def compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+    """Raises StorageError with the first ten names and shapes that differ."""
+    differing = [f"{k} is missing" for k in own if k not in weights]
+    differing += [f"{k} is not in this model" for k in weights if k not in own]
+    for name in own.keys() & weights.keys():
+        if own[name].shape != weights[name].shape:
+            differing.append(f"{name} is {_shape(weights[name])} and {_shape(own[name])} here")
+    if differing:
+        raise StorageError(
+            f"init_from={path}: {len(differing)} of its weights do not fit this model: "
+            f"{', '.join(sorted(differing)[:10])}; choose the components and sizes it was made with"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from sandbox.contracts import StorageError
+
 
 def is_sharded(value: Any) -> bool:
     return hasattr(value, "full_tensor")
@@ -55,7 +57,17 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole state; moments are cut as their parameters are."""
+    """Loads a whole state; moments are cut as their parameters are.
+
+    Raises StorageError where it is that of other parameters.
+    """
+    sizes = [[len(g["params"]) for g in groups] for groups in
+             (state["param_groups"], optimizer.param_groups)]  # fmt: skip
+    if sizes[0] != sizes[1]:
+        raise StorageError(
+            f"the optimizer's state is of {sizes[0]} weights a group, here are {sizes[1]}: another "
+            "`trainable`, optimizer or network; start from the weights alone with init_from=FOLDER"
+        )
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
     def cut(key: int, value: Any) -> Any:

@@ -43,6 +43,13 @@ def build_system(
     return system
 
 
+def check_trainable(wiring: Wiring) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there; makes none."""
+    if wiring.root.trainable is not None:
+        with torch.device("meta"):
+            LatentDiffusion(wiring, build_parts(wiring), 1)
+
+
 def clips_per_step(root: Root) -> int:
     """Clips in one optimizer step over all processes."""
     return root.data.batch_size * root.trainer.processes * root.trainer.accumulate

@@ -42,6 +42,7 @@ from sandbox.prompts import of_data
 from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
+from sandbox.selection import apart, split_groups
 from sandbox.sharding import load_optimizer, whole
 from sandbox.stored import StoredLatents
 from sandbox.tracking import MetricBuffer, Trackers
@@ -377,6 +378,7 @@ def start(
     optimizer = registry.create(root.optimizer).build(trained, root.lr)
     for g in optimizer.param_groups:
         g.setdefault("initial_lr", g["lr"])
+    split_groups(optimizer, {id(p): system.rates.get(name, 1.0) for name, p in trained})
     if system.opponent:
         if root.precision == "fp16":
             raise ConfigError(
@@ -535,7 +537,7 @@ class Stepping(Callback):
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
-        self.lr = 0.0
+        self.rates: dict[str, float] = {}
         self.is_bad = False
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -557,11 +559,17 @@ class Stepping(Callback):
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.training.processes.clip(parameters, self.cfg.clip)
-        self.lr = (self.root.lr or 0.0) * rate
+        self.rates = self.learning_rates(rate)
         # Waits for the device. The norm is that of all ranks together: they agree.
         if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
             self.is_bad = True
             optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
+
+    def learning_rates(self, factor: float) -> dict[str, float]:
+        """`lr`, and that of each entry of `trainable` where one has another, at this step."""
+        lr, entries = (self.root.lr or 0.0) * factor, map(apart, self.root.trainable or ())
+        others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
+        return {"lr": lr, **others}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -583,7 +591,7 @@ class Stepping(Callback):
     def end_step(self) -> None:
         training = self.training
         training.step += 1
-        of_step = {"grad_norm": training.processes.norm(), "lr": self.lr}
+        of_step = {"grad_norm": training.processes.norm(), **self.rates}
         metrics = {**_mean(self.metrics), **of_step}
         if self.is_bad:
             samples = _samples(self.seen, training.rank)

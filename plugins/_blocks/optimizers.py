@@ -15,14 +15,17 @@ def settings_stay(optimizer: Optimizer) -> Optimizer:
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    own = [
-        {k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups
-    ]
+    own: list[dict[str, Any]] = []
+
+    def remember(loading: Any, state: Any) -> None:
+        groups = loading.param_groups
+        own[:] = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
 
     def put_back(loaded: Any) -> None:
         for group, settings in zip(loaded.param_groups, own, strict=True):
             group.update(settings)
 
+    optimizer.register_load_state_dict_pre_hook(remember)
     optimizer.register_load_state_dict_post_hook(put_back)
     return optimizer
 

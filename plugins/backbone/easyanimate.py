@@ -191,6 +191,15 @@ class EasyAnimate(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.proj_out = nn.Linear(width, patch**2 * cfg.out_channels)
 
+    def from_published(self, state: State) -> State:
+        """A published state of this network, or of the image network that it began from, as ours.
+
+        Names and shapes that have no place here stay: they are refused where weights are put in.
+        """
+        state = from_published(state)
+        fitted, homeless = from_pixart(state, self.state_dict())
+        return {k: v if k in homeless else fitted[k] for k, v in state.items()}
+
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 

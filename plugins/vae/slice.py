@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, start_linear, tiled
 from plugins._blocks.first_stage import FirstStage
+from plugins._blocks.inflate import inflated, is_of_pictures
 from plugins._blocks.posterior import Gaussian
 from plugins._configs.autoencoder3d import Autoencoder3DConfig
 from sandbox.contracts import Clip, Draws, Misfit
@@ -72,6 +73,10 @@ class SliceVAE(FirstStage):
         self.cfg.latents(Clip(*x.shape[1:]))
         size, latents = self.tile_sizes()
         return Gaussian(self.per_tile(self.moments, x, size, latents))
+
+    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights to begin with: its own, or those of a 2-D autoencoder (`frame` 1 of kernels)."""
+        return inflated(state, 1) if is_of_pictures(state) else state
 
     def posterior(self, stored: Tensor) -> Gaussian:
         return Gaussian(stored)

@@ -55,7 +55,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.initialise import init_from
     from sandbox.outcome import check_objective, finish_run
     from sandbox.runs import opened
-    from sandbox.systems import build_system
+    from sandbox.systems import build_system, check_trainable
     from sandbox.training import fit, start
     from sandbox.whole_systems import check_sources
     from sandbox.wiring import wire
@@ -65,6 +65,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     root = wiring.root
     check_objective(root, root.task.objective)
     check_sources(root)
+    check_trainable(wiring)
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         with rank.first():  # it makes the first stage, where there is none; the others load it

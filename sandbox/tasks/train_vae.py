@@ -78,6 +78,9 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         recipe=root.vae.plugin.replace("/", "-"),
         out=str(Path(root.cache) / "runs"),
         vae=replace(root.vae, weights=None),
+        init_from=None,
+        trainable=None,
+        adapter=None,
         reconstruction=None,
         callbacks={},
         logger=None,
@@ -88,13 +91,20 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
 
 def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
     """Trains, measures on held-out clips, and writes a run folder; returns its result."""
+    from pathlib import Path
+
+    from sandbox.first_stages import init_first_stage
     from sandbox.runs import opened
     from sandbox.training import fit, start
 
     root = complete(root)
+    check_trainable(root)
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
-        with start(build_autoencoding(root), run, group, rank) as training:
+        system = build_autoencoding(root)
+        if root.init_from is not None:
+            init_first_stage(system.first_stage, Path(root.init_from))
+        with start(system, run, group, rank) as training:
             fit(training)
             result: dict[str, Any] = {}
             with rank.first():
@@ -134,6 +144,19 @@ def complete(root: Root) -> Root:
         raise ConfigError(*refused)
     batch_size = root.task.micro_batch(root.data, root.vae)
     return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
+
+
+def check_trainable(root: Root) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there; makes none."""
+    import torch
+
+    from sandbox.parts import build
+    from sandbox.selection import rates
+
+    if root.trainable is not None:
+        with torch.device("meta"):
+            names = [f"first_stage.{name}" for name, _ in build("vae", root).named_parameters()]
+        rates(names, root.trainable)
 
 
 def build_autoencoding(root: Root) -> Autoencoding:

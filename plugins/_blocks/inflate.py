@@ -1,0 +1,66 @@
+"""Weights of a picture autoencoder (KL-f8 of Stable Diffusion) as those of a 3-D one begin.
+
+Levels and blocks are the same; a 2-D kernel becomes one frame of a 3-D kernel, the others are zero,
+so that at first every frame is what the picture network makes of it. Pure functions of states.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+SAME = (  # names of CompVis, and of diffusers, in terms of ours
+    (r"\.mid\.block_([12])\.", lambda m: f".mid_block.convs.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.convs."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsampler."),
+    (r"\.block\.(\d+)\.", r".convs.\1."),
+    (r"\.upsample\.", ".upsampler."),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.resnets\.", ".convs."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.(down|up)samplers\.0\.", r".\1sampler."),
+    (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.0)\.(?:q|query)\.", r"\1.to_q."),
+    (r"(attentions\.0)\.(?:k|key)\.", r"\1.to_k."),
+    (r"(attentions\.0)\.(?:v|value)\.", r"\1.to_v."),
+    (r"(attentions\.0)\.(?:proj_out|proj_attn|to_out\.0)\.", r"\1.to_out."),
+)
+
+
+def is_of_pictures(state: State) -> bool:
+    """Whether it is the state of a 2-D autoencoder."""
+    first = state.get("encoder.conv_in.weight")
+    return first is not None and first.ndim == 4
+
+
+def inflated(state: State, frame: int) -> State:
+    """The state of a 2-D autoencoder under our names; `frame` of a kernel is the 2-D one.
+
+    A causal network sees itself in the last frame (-1), one that looks both ways in the middle (1).
+    """
+    ups = [int(m[1]) for k in state if (m := re.match(r"decoder\.up\.(\d+)\.", k))]
+    top = max(ups, default=0)  # CompVis counts them from the pixels on
+    return {renamed(k, top): deepened(renamed(k, top), v, frame) for k, v in state.items()}
+
+
+def renamed(name: str, top: int) -> str:
+    name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{top - int(m[1])}.", name)
+    for pattern, new in SAME:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def deepened(name: str, weight: Tensor, frame: int) -> Tensor:
+    """A 2-D kernel as a 3-D one, or as the matrix of a linear layer of the attention."""
+    if weight.ndim != 4:
+        return weight
+    if ".attentions." in name:
+        return weight[:, :, 0, 0]
+    if weight.shape[-1] == 1:
+        return weight[:, :, None]
+    deep = torch.zeros(*weight.shape[:2], 3, *weight.shape[2:], dtype=weight.dtype)
+    deep[:, :, frame] = weight
+    return deep
