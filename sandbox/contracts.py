@@ -527,7 +527,9 @@ class TrainerConfig(PluginConfig):
     two lines of metrics; repeat: the first so many micro-batches come again and again, with the
     same noise (to see that a model can learn them), 0 for none; timeout: seconds that a process
     waits for the others; bad_step: what becomes of an optimizer step whose gradient is not finite,
-    raise or skip; max_bad_steps: so many may be skipped.
+    raise or skip; max_bad_steps: so many may be skipped; low_vram: the frozen first stage and text
+    encoder wait on the CPU and are on the device for their part of a step alone, which changes no
+    number and costs their transfer.
     """
 
     shards: ClassVar[bool] = False  # True: each process holds a part of the trained weights
@@ -541,6 +543,7 @@ class TrainerConfig(PluginConfig):
     timeout: float = 600.0
     bad_step: str = "raise"
     max_bad_steps: int = 10
+    low_vram: bool = False
 
     def problems(self) -> Iterator[str]:
         yield from one_of("accelerator", self.accelerator, ("auto", "cpu", "cuda", "mps"))

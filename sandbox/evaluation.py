@@ -197,11 +197,12 @@ def _through(system: LatentDiffusion, real: Batch) -> Tensor:
     first_stage, parts = system.first_stage, []
     clips = real.video if real.video is not None else real.stored
     assert clips is not None  # data bring one of them
-    for part in clips.split(32):
-        part = part.to(system.device)
-        if real.video is not None:
-            parts.append(through(first_stage, part).cpu())
-        else:
-            z = first_stage.scaled(first_stage.posterior(part).mean)
-            parts.append(first_stage.decode(z).cpu())
+    with system.at_work(first_stage):
+        for part in clips.split(32):
+            part = part.to(system.device)
+            if real.video is not None:
+                parts.append(through(first_stage, part).cpu())
+            else:
+                z = first_stage.scaled(first_stage.posterior(part).mean)
+                parts.append(first_stage.decode(z).cpu())
     return torch.cat(parts).clamp(-1, 1)

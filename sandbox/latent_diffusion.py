@@ -30,6 +30,7 @@ from sandbox.contracts import (
     Terms,
 )
 from sandbox.data import told
+from sandbox.lodging import absent, frozen_in, present
 from sandbox.module import Trainable, freeze
 from sandbox.parts import DTYPES, Parts
 from sandbox.sampling import denoise
@@ -66,6 +67,20 @@ class LatentDiffusion(Trainable):
             return state
         return {own: x for name, x in state.items() if (own := adapter.published_name(name))}
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual; with trainer.low_vram what is frozen stays on the CPU."""
+        with absent(self.lodgers(self.first_stage, self.conditioner)):
+            return super().to(*args, **kwargs)
+
+    def at_work(self, part: Any) -> AbstractContextManager[Any]:
+        """With all of `part` on the device, where trainer.low_vram leaves some on the CPU."""
+        return present(self.lodgers(part), self.device)
+
+    def lodgers(self, *parts: Any) -> list[Any]:
+        """What waits on the CPU until it is needed."""
+        is_tight = self.root.trainer.low_vram
+        return [module for part in parts for module in frozen_in(part)] if is_tight else []
+
     def narrow(self) -> AbstractContextManager[Any]:
         """Computes in the dtype of a frozen backbone, also where the trainer's autocast is not."""
         dtype = DTYPES[self.root.precision]
@@ -82,7 +97,8 @@ class LatentDiffusion(Trainable):
         """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
         z0 = self.latents(batch, draws)  # (B, C, T, H, W), scaled
         drop, encode = self.conditioner.drop(draws), self.encoder(draws)
-        cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
+        with self.at_work(self.conditioner):
+            cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
         t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
         with self.narrow():
             out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
@@ -90,7 +106,7 @@ class LatentDiffusion(Trainable):
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Scaled latents (B, C, T, H, W) on the backbone's grid, from pixels or from a cache."""
-        with torch.no_grad():
+        with torch.no_grad(), self.at_work(self.first_stage):
             posterior = (
                 self.encoded(batch.video)
                 if batch.video is not None
@@ -112,7 +128,8 @@ class LatentDiffusion(Trainable):
 
         @torch.no_grad()
         def encode(pixels: Tensor, name: str) -> Tensor:
-            return self.first_stage.scaled(sampled(self.encoded(pixels), draws, name))
+            with self.at_work(self.first_stage):
+                return self.first_stage.scaled(sampled(self.encoded(pixels), draws, name))
 
         return encode
 
@@ -146,14 +163,16 @@ class LatentDiffusion(Trainable):
             return self.conditioner(batch, grid, drop, draws, encode, None)
 
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
-        conditions = [conditions_of(dropped) for dropped in self.guidance.passes(signals)]
+        with self.at_work(self.conditioner):
+            conditions = [conditions_of(dropped) for dropped in self.guidance.passes(signals)]
         with self.narrow():
             z = denoise(
                 self.backbone, self.schedule, self.guidance, conditions, sampler or self.sampler,
                 draws.normal("start", torch.empty(size, device=self.device)),
                 steps or self.root.sampler.steps, draws, hooks, progress,
             )  # fmt: skip
-        video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
+        with self.at_work(self.first_stage):
+            video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
 
 

@@ -37,7 +37,8 @@ def looks(
     """
     batch = gather(registry.create(system.root.data).split("val"), count, system.root.seed)
     batch = system.transfer_batch_to_device(batch, system.device)
-    found = {name: LOOKS[name](system, batch, chain) for name in rows if name in LOOKS}
+    with system.at_work(system.first_stage):
+        found = {name: LOOKS[name](system, batch, chain) for name in rows if name in LOOKS}
     shown = {name: row for name, row in found.items() if row}
     return {k: {c: x.clamp(-1, 1).cpu() for c, x in row.items()} for k, row in shown.items()}
 

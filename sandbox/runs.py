@@ -53,6 +53,7 @@ IGNORED = (
     "trainer.accelerator",
     "trainer.threads",
     "trainer.log_every",
+    "trainer.low_vram",
     "trainer.timeout",
     "hydra",
 )
