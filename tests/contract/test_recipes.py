@@ -12,7 +12,7 @@ from sandbox.contracts import PluginConfig
 from sandbox.main import checked
 from tests.helpers import composed
 
-SYSTEMS = ("ldm", "dynamicrafter")
+SYSTEMS = ("ldm", "dynamicrafter", "easyanimate")
 RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
 TINY_LDM = [name for name in RECIPES if name.startswith("ldm") and name.endswith("_tiny")]
 FULL = [name for name in RECIPES if not name.endswith("_tiny")]
