@@ -1,0 +1,168 @@
+"""Do long skips make training calmer, as EasyAnimateV2 says of them (2405.18991, section 3.2)?
+
+    python benchmarks/skips_ablation.py [--steps 200] [--seeds 3]
+
+`backbone=dit` of eight blocks on moving digits, attention within frames: with and without long
+skips, with and without motion modules, the same data, noise and first weights for one seed, and a
+learning rate at which training is not calm. A spike is a step whose loss (or gradient norm) is more
+than `SPIKE` (`STEEP`) times the median of the `BEFORE` steps before it; the final loss is the mean
+of the last tenth of the steps. Pairs are of one seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from itertools import product
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+RESULTS = Path(__file__).parent / "results"
+COMMON = (
+    "backbone=dit", "backbone.attention=spatial", "backbone.num_blocks=8", "backbone.width=32",
+    "data.batch_size=8", "lr=5e-3", "lr_schedule=constant_at_once", "ema=none",
+    "trainer.clip=null", "trainer.threads=1", "logger=null",
+)  # fmt: skip
+SKIPS, MOTION = ("none", "uvit"), ("none", "vanilla")
+SPIKE, STEEP, BEFORE = 1.5, 4.0, 20
+
+
+def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[str, list[float]]:
+    """Loss and gradient norm of every step."""
+    from sandbox import compose
+    from sandbox.contracts import Diverged
+    from sandbox.runs import open_root
+    from sandbox.systems import build_system
+    from sandbox.training import fit, start
+    from sandbox.wiring import wire
+
+    root = compose(
+        *COMMON, f"backbone.skips={skips}", f"backbone.motion_module={motion}", f"seed={seed}",
+        f"steps={steps}", f"out={out}/runs", f"cache={out}/cache",
+    )  # fmt: skip
+    with open_root(root) as run:
+        with start(build_system(wire(root), run.folder), run) as training:
+            try:
+                fit(training)
+            except Diverged as e:
+                print(e)
+        rows = run.metrics().values()
+    return {name: [row[name] for row in rows if name in row] for name in ("loss", "grad_norm")}
+
+
+def spikes(values: list[float], factor: float) -> int:
+    windows = (values[i - BEFORE : i] for i in range(BEFORE, len(values)))
+    pairs = zip(windows, values[BEFORE:], strict=True)
+    return sum(value > factor * statistics.median(window) for window, value in pairs)
+
+
+def summary(run: dict[str, list[float]], steps: int) -> dict[str, Any]:
+    loss, last = run["loss"], max(1, steps // 10)
+    medians = [statistics.median(loss[i - BEFORE : i]) for i in range(BEFORE, len(loss))]
+    worst = max((v / m for v, m in zip(loss[BEFORE:], medians, strict=True)), default=0.0)
+    return {
+        "steps": len(loss),
+        "final loss": statistics.fmean(loss[-last:]),
+        "loss spikes": spikes(loss, SPIKE),
+        "largest rise": worst,
+        "gradient spikes": spikes(run["grad_norm"], STEEP),
+    }
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half a 95 % interval (t of Student)."""
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return (
+        f"{statistics.fmean(values):.3f} +- {t * statistics.stdev(values) / sqrt(len(values)):.3f}"
+    )
+
+
+def report(found: dict[str, Any]) -> str:
+    runs, seeds, steps = found["runs"], range(found["seeds"]), found["steps"]
+    names = ("final loss", "loss spikes", "largest rise", "gradient spikes")
+    lines = [
+        "# Long skips: loss spikes and final loss",
+        "",
+        f"{__doc__.strip().splitlines()[0]} Made by `benchmarks/skips_ablation.py`: {steps} steps, "
+        f"{len(seeds)} seeds, {found['machine']}.",
+        "",
+        f"| motion | skips | {' | '.join(names)} |",
+        f"|---|---|{'---|' * len(names)}",
+    ]
+    for motion, skips in product(MOTION, SKIPS):
+        own = [runs[f"{motion}/{skips}/{seed}"] for seed in seeds]
+        cells = [interval([run[name] for run in own]) for name in names]
+        lines.append(f"| {motion} | {skips} | {' | '.join(cells)} |")
+    lines += ["", "With skips less without, by pairs of one seed (mean and 95 % interval):", ""]
+    for motion in MOTION:
+        for name in names:
+            pairs = [runs[f"{motion}/uvit/{s}"][name] - runs[f"{motion}/none/{s}"][name]
+                     for s in seeds]  # fmt: skip
+            lines.append(f"- motion {motion}, {name}: {interval(pairs)}")
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves: dict[str, dict[str, list[float]]], seeds: int, path: Path) -> None:
+    """Losses by step, one panel for each kind of network, both skips in each."""
+    from PIL import Image, ImageDraw
+
+    width, height, margin = 620, 320, 44
+    sheet = Image.new("RGB", (2 * width, height), "white")
+    top = max(min(max(c["loss"]), 3.0) for c in curves.values())
+    for panel, motion in enumerate(MOTION):
+        pen, left = ImageDraw.Draw(sheet), panel * width + margin
+        right, bottom = (panel + 1) * width - 12, height - 30
+        pen.rectangle((left, 24, right, bottom), outline="#999999")
+        pen.text((left, 6), f"motion_module={motion}: training loss, {seeds} seeds", fill="black")
+        for value in (0, top / 2, top):
+            y = bottom - value / top * (bottom - 24)
+            pen.text((left - 34, y - 6), f"{value:.2f}", fill="#555555")
+        for skips, colour in zip(SKIPS, ("#d9822b", "#2b6cb0"), strict=True):
+            place = left + 320 + 130 * SKIPS.index(skips)
+            pen.text((place, 6), f"skips={skips}", fill=colour)
+            for seed in range(seeds):
+                loss = curves[f"{motion}/{skips}/{seed}"]["loss"]
+                step = (right - left) / max(1, len(loss) - 1)
+                points = [(left + i * step, max(24, bottom - v / top * (bottom - 24)))
+                          for i, v in enumerate(loss)]  # fmt: skip
+                pen.line(points, fill=colour, width=1)
+        pen.text((left, bottom + 8), "0", fill="#555555")
+        pen.text((right - 60, bottom + 8), f"step {len(loss)}", fill="#555555")
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    curves: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as out:
+        for seed, motion, skips in product(range(args.seeds), MOTION, SKIPS):
+            curves[f"{motion}/{skips}/{seed}"] = trained(skips, motion, seed, args.steps, Path(out))
+    found = {
+        "machine": f"{platform.machine()}, one thread, torch {__import__('torch').__version__}",
+        "settings": [*COMMON],
+        "steps": args.steps,
+        "seeds": args.seeds,
+        "runs": {name: summary(run, args.steps) for name, run in curves.items()},
+        "curves": {k: {n: [round(x, 5) for x in v] for n, v in c.items()}
+                   for k, c in curves.items()},
+    }  # fmt: skip
+    args.to.mkdir(parents=True, exist_ok=True)
+    (args.to / "skips_ablation.json").write_text(json.dumps(found) + "\n")
+    (args.to / "skips_ablation.md").write_text(report(found))
+    draw(curves, args.seeds, args.to / "skips_ablation.png")
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""EasyAnimateV2 in small, whole: first stages, three stages, LoRA, samples, each from one before.
+
+The commands that its recipes are for, through the command line; about a minute of CPU time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sandbox import checkpoint
+from sandbox.main import main
+from sandbox.runs import Run
+
+pytestmark = pytest.mark.slow
+STAGES = ("stage1", "stage2", "stage3", "lora")
+
+
+def command(*words: str) -> None:
+    """Runs a command line to its end."""
+    with pytest.raises(SystemExit) as left:
+        main([*words])
+    assert left.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Run folders by recipe, each begun from the one before."""
+    out = tmp_path_factory.mktemp("pipeline")
+    said = (f"out={out}", f"cache={out}/cache", "logger=null", "trainer.threads=1")
+
+    def run(name: str, *words: str) -> Path:
+        command(f"experiment=easyanimate_v2_{name}_tiny", *said, *words)
+        (config,) = out.glob(f"easyanimate_v2_{name}_tiny-*/config.yaml")
+        return config.parent
+
+    found = {"vae_magvit": run("vae_magvit", "steps=120")}
+    found["vae_slice"] = run("vae_slice", f"init_from={found['vae_magvit']}", "steps=12")
+    slices = f"init_from={found['vae_slice']}"
+    found["vae_slice_decoder"] = run("vae_slice_decoder", slices, "steps=12")
+    before = "null"
+    for stage in STAGES:
+        words = f"vae.weights={found['vae_magvit']}", f"init_from={before}"
+        found[stage] = run(stage, *words)
+        before = str(found[stage])
+    command("task=sample_easyanimate_v2", f"run={found['lora']}", "prompts=[a red 3 moving left]")
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None
+    return checkpoint.load(newest)["weights"]
+
+
+def changed(folders: dict[str, Path], stage: str, before: str) -> set[str]:
+    old, new = weights(folders[before]), weights(folders[stage])
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_each_stage_trains_what_it_is_for(folders):
+    motion = changed(folders, "stage2", "stage1")
+    assert motion and all(".attn_temporal." in name for name in motion)
+    parts = ("transformer_blocks", "proj_out", "pos_embed", "long_connect_fc")
+    last = changed(folders, "stage3", "stage2")
+    assert last and all(any(part in name for part in parts) for name in last)
+    pictures = weights(folders["stage1"])
+    starts = [v for k, v in pictures.items() if k.endswith("temporal_transformer.proj_out.weight")]
+    assert starts and not any(w.any() for w in starts)  # their turn is the second stage
+
+
+def test_a_decoder_is_trained_beside_an_encoder_that_stays(folders):
+    before, after = (
+        load_file(folders[name] / "first_stage.safetensors")
+        for name in ("vae_slice", "vae_slice_decoder")
+    )
+    differing = {k for k in before if not torch.equal(before[k], after[k])} - {"scale", "shift"}
+    assert differing and all(k.startswith(("decoder", "post_quant_conv")) for k in differing)
+
+
+def test_losses_fall(folders):
+    for stage in STAGES[:1]:
+        losses = [m["loss"] for m in Run(folders[stage]).metrics().values() if "loss" in m]
+        assert sum(losses[-5:]) < sum(losses[:5]), stage
+
+
+def test_the_first_stage_learns(folders):
+    found = json.loads((folders["vae_magvit"] / "result.json").read_text())
+    assert found["psnr_db"] > 18
+
+
+def test_the_last_run_leaves_a_lora_in_the_published_layout_and_clips(folders):
+    lora = load_file(folders["lora"] / "lora_kohya.safetensors")
+    down = "lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight"
+    assert lora[down].shape[0] == 4
+    assert {k.rpartition(".")[0] for k in lora if k.endswith(".alpha")}
+    assert [*(folders["lora"] / "samples/prompts").glob("000-*.mp4")]
