@@ -53,4 +53,4 @@ def _replaced(
         yield
     finally:
         for own, name, tensor in kept:
-            own[name] = tensor
+            own[name] = tensor  # type: ignore[assignment]

@@ -16,6 +16,7 @@ def out(tmp_path_factory):
     """The folder where all jobs have left what they leave."""
     out = tmp_path_factory.mktemp("several")
     ddp, fsdp = ("trainer=ddp", *TWO), ("trainer=fsdp2", *TWO)
+    chosen = ("trainable=[attn,patch_out@0.1]", "steps=3")
     thrice = ("trainer.accumulate=3", "data.clips_per_epoch=48", "steps=3")
     stop = {"how": "asked", "rank": 1, "step": 3}
     jobs = [
@@ -26,6 +27,9 @@ def out(tmp_path_factory):
         job("one thrice", out, *ONE, *thrice),
         job("ddp thrice", out, *ddp, *thrice),
         job("fsdp thrice", out, *fsdp, *thrice),
+        job("one chosen", out, *ONE, *chosen),
+        job("ddp chosen", out, *ddp, *chosen),
+        job("fsdp chosen", out, *fsdp, *chosen),
         job("ddp stopped", out, *ddp, runs="ddp resumed", **stop),
         job("ddp resumed", out, *ddp),
         job("fsdp stopped", out, *fsdp, runs="fsdp resumed", **stop),
@@ -55,6 +59,15 @@ def test_two_processes_equal_one_with_the_same_global_batch(out, name):
 @pytest.mark.parametrize("name", ["ddp thrice", "fsdp thrice"])
 def test_they_do_so_with_accumulated_gradients(out, name):
     assert_close(states(out, "one thrice"), states(out, name))
+
+
+@pytest.mark.parametrize("name", ["ddp chosen", "fsdp chosen"])
+def test_they_do_so_with_weights_that_are_held_still(out, name):
+    one, two = states(out, "one chosen"), states(out, name)
+    assert_close(one, two)
+    held = {k for k in two[3]["weights"] if k not in two[3]["ema"]["average"]}
+    assert held and all(torch.equal(two[3]["weights"][k], one[1]["weights"][k]) for k in held)
+    assert len(two[3]["optimizer"]["state"]) == len(two[3]["ema"]["average"])
 
 
 def test_accumulation_1_on_two_is_accumulation_2_on_one_bit_for_bit(out):
