@@ -161,6 +161,11 @@ class LPIPSWithDiscriminator(nn.Module):
                 "reconstruction=lpips_gan weighs its terms at decoder.conv_out, which this first "
                 "stage does not have; use reconstruction=kl or codebook, or give it one"
             )
+        if not last_layer.requires_grad:
+            raise ConfigError(
+                "reconstruction=lpips_gan weighs its terms at decoder.conv_out, which trainable= "
+                "holds still; use reconstruction=kl or codebook, or train it"
+            )
         of_nll, of_g = (
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss)
         )
