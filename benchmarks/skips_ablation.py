@@ -1,6 +1,6 @@
 """Do long skips make training calmer, as EasyAnimateV2 says of them (2405.18991, section 3.2)?
 
-    python benchmarks/skips_ablation.py [--steps 200] [--seeds 3]
+    python benchmarks/skips_ablation.py [--steps 150] [--seeds 3]
 
 `backbone=dit` of eight blocks on moving digits, attention within frames: with and without long
 skips, with and without motion modules, the same data, noise and first weights for one seed, and a
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from math import sqrt
 from pathlib import Path
@@ -140,14 +142,24 @@ def draw(curves: dict[str, dict[str, list[float]]], seeds: int, path: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--to", type=Path, default=RESULTS)
     args = parser.parse_args()
-    curves: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as out:
-        for seed, motion, skips in product(range(args.seeds), MOTION, SKIPS):
-            curves[f"{motion}/{skips}/{seed}"] = trained(skips, motion, seed, args.steps, Path(out))
+    kinds = [*product(MOTION, SKIPS, range(args.seeds))]
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as out,
+        ProcessPoolExecutor(args.processes, mp_context=spawn) as pool,
+    ):
+        jobs = {
+            f"{motion}/{skips}/{seed}": pool.submit(
+                trained, skips, motion, seed, args.steps, Path(out)
+            )
+            for motion, skips, seed in kinds
+        }
+        curves = {name: job.result() for name, job in jobs.items()}
     found = {
         "machine": f"{platform.machine()}, one thread, torch {__import__('torch').__version__}",
         "settings": [*COMMON],
