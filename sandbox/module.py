@@ -130,10 +130,10 @@ class Trainable(LightningModule):
     def check_frozen(self, recorded: dict[str, str], but: str | None = None) -> None:
         """Raises StorageError where a frozen part is not the one that `recorded` says.
 
-        Parts inside the one named `but` are passed over.
+        The part named `but` and those inside it are passed over.
         """
         for name, digest in self.frozen_parts().items():
-            if but and name.startswith(f"{but}."):
+            if but and f"{name}.".startswith(f"{but}."):
                 continue
             if recorded.get(name) != digest:
                 raise StorageError(

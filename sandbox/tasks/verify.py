@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,8 @@ def on_meta(wiring: Wiring) -> dict[str, Any]:
     from sandbox.parts import build_parts
     from sandbox.whole_systems import taken_apart
 
+    # what trains is none of its business, and may be a first stage's
+    wiring = replace(wiring, root=replace(wiring.root, trainable=None))
     with torch.device("meta"):
         system = LatentDiffusion(wiring, build_parts(wiring), 1)
     trained = {k: p for k, p in system.named_parameters() if p.requires_grad}
