@@ -84,7 +84,8 @@ class LoRA:
         self.targets = self.cfg.targets or targets
         backbone.to(dtype).requires_grad_(False)
         for module in backbone.modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            is_leaf = not any(True for _ in module.children())  # others will hold adapters
+            if is_leaf and any(True for _ in module.parameters(recurse=False)):
                 module._frozen = True  # type: ignore[assignment]  # not in training checkpoints
                 module.eval()
         settings = peft.LoraConfig(

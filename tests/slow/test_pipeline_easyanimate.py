@@ -88,7 +88,7 @@ def test_a_decoder_is_trained_beside_an_encoder_that_stays(folders):
 
 def test_a_first_stage_and_the_stages_of_a_transformer_learn(folders):
     psnr = logged(folders["vae_magvit"], "psnr")  # before its discriminators come, and after
-    assert sum(psnr[40:50]) > sum(psnr[:10]) + 20
+    assert sum(psnr[40:50]) > sum(psnr[:10]) + 5
     assert logged(folders["vae_magvit"], "disc_loss")[-1] > 0
     for stage in ("stage1", "stage2"):
         losses = logged(folders[stage], "loss")
