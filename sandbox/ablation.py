@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import ConfigError
-from sandbox.runs import IGNORED, Run, leaves, matches, read_json
+from sandbox.runs import IGNORED, Run, identity_of_work, leaves, matches, read_json
 from sandbox.statistics import LEAST_PROMPTS, LEAST_SEEDS, Estimate, holm, of_prompts, of_seeds
 
 ASIDE = (*IGNORED, "seed", "task")  # settings that make no variant
@@ -43,6 +43,7 @@ class Entry:
     metrics: dict[str, Any]  # metrics.json
     result: dict[str, Any]
     environment: dict[str, Any]
+    flops: float | None = None  # of an optimizer step, where task=plan was asked
 
     @property
     def seed(self) -> int:
@@ -66,10 +67,7 @@ class Entry:
         found = {k: v for k, v in self.metrics.get("cost", {}).items() if k in COSTS}
         if self.environment.get("earlier"):
             found.pop("training_seconds", None)
-        flops = read_json(self.folder / "plan.json").get("flops_per_step")
-        return (
-            {**found, "flops_per_step": float(flops)} if isinstance(flops, int | float) else found
-        )
+        return found if self.flops is None else {**found, "flops_per_step": self.flops}
 
     @cached_property
     def by_prompt(self) -> dict[str, dict[str, float]]:
@@ -101,6 +99,7 @@ def read(folder: Path) -> Found:
         raise ConfigError(f"task.runs={folder}: no such folder")
     found = Found([])
     is_sweep = any(folder.glob("job-*.json"))
+    planned = _planned((folder.parent.parent if is_sweep else folder) / "plans")
     for path in _of_jobs(folder, found) if is_sweep else _below(folder):
         run = Run(path)
         config = run.config()
@@ -111,7 +110,9 @@ def read(folder: Path) -> Found:
             continue
         result, environment = read_json(run.result), read_json(run.environment)
         metrics = read_json(path / "metrics.json")
-        found.entries.append(Entry(path, leaves(config), metrics, result, environment))
+        settings = leaves(config)
+        flops = planned.get(identity_of_work(settings))
+        found.entries.append(Entry(path, settings, metrics, result, environment, flops))
     if not found.entries:
         why = "; ".join(found.left_out[:MOST_NAMED])
         raise ConfigError(
@@ -138,6 +139,12 @@ def _of_jobs(folder: Path, found: Found) -> Iterator[Path]:
                 found.left_out.append(f"{name} is not there any more")
             else:
                 yield path
+
+
+def _planned(folder: Path) -> dict[str, float]:
+    """Operations of an optimizer step by `identity_of_work`, as plans in `folder` say."""
+    plans = (read_json(path) for path in sorted(folder.glob("*/plan.json")))
+    return {p["work"]: float(p["flops_per_step"]) for p in plans if "flops_per_step" in p}
 
 
 def _below(folder: Path) -> list[Path]:

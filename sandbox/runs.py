@@ -71,6 +71,8 @@ PACKAGES = (
     "scikit-learn",
     "einops",
 )
+# Groups and settings that decide the operations of an optimizer step.
+WORK = ("data", "vae", "backbone", "conditioning", "adapter", "trainable", "precision", "trainer")
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,16 @@ def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits that depend on every setting that may change the result."""
     settings = {k: v for k, v in leaves(mask(config)).items() if not matches(k, IGNORED)}
     return hashlib.sha256(json.dumps(sorted(settings.items())).encode()).hexdigest()[:8]
+
+
+def identity_of_work(settings: Mapping[str, str]) -> str:
+    """Eight hex digits that depend on every setting that changes the operations of a step.
+
+    `settings` are those of `leaves`.
+    """
+    kept = {k: v for k, v in settings.items() if k.partition(".")[0] in WORK}
+    kept = {k: v for k, v in kept.items() if not matches(k, IGNORED)}
+    return hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:8]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from PIL import Image
 from sandbox.ablation import Ablation, compare, read, varying
 from sandbox.ablation_page import latex, markdown, write_ablation
 from sandbox.contracts import ConfigError
+from sandbox.runs import identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 
@@ -213,6 +214,19 @@ def test_the_jobs_of_a_multirun_are_found_also_where_the_folder_was_moved(tmp_pa
     found = read(sweep)
     assert len(found.entries) == 2
     assert found.left_out == ["job 2 (lr=9) failed: step 2: loss=nan"]
+
+
+def test_operations_are_those_that_a_plan_counted_for_such_a_run(runs):
+    settings = next(
+        e.settings for e in read(runs).entries if "dit" in e.settings["backbone.plugin"]
+    )
+    plan = runs / "plans" / "default-0" / "plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(json.dumps({"work": identity_of_work(settings), "flops_per_step": 10**9}))
+    flops = {
+        e.settings["backbone.plugin"]: e.costs.get("flops_per_step") for e in read(runs).entries
+    }
+    assert flops == {'"backbone/dit"': 1e9, '"backbone/unet3d"': None}
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -95,9 +95,13 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """Plain containers."""
         from sandbox.config import to_container
+        from sandbox.runs import identity_of_work, leaves
 
+        config, trainer = to_container(self.root), self.root.trainer
         return {
             "recipe": self.root.recipe,
+            "work": identity_of_work(leaves(config)),  # runs of the same have the same operations
+            "flops_per_step": self.cost.total * trainer.accumulate * trainer.processes,
             "sizes": asdict(self.sizes) | {"slots": sorted(self.sizes.slots.names())},
             "components": [asdict(row) for row in self.counts],
             "checkpointing": self.checkpointing,
@@ -111,7 +115,7 @@ class Plan:
             "wiring": asdict(self.diagram),
             "not_modelled": list(self.notes),
             "seconds": self.seconds,
-            "config": to_container(self.root),
+            "config": config,
         }
 
 

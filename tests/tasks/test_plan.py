@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import sdpa_flop_count
 
 from sandbox import registry
+from sandbox.config import to_container
 from sandbox.contracts import ConfigError
 from sandbox.ema import EMA
 from sandbox.main import checked, perform
@@ -23,6 +24,7 @@ from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import written
+from sandbox.runs import identity_of_work, leaves
 from tests.helpers import TINY, composed
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"
@@ -301,3 +303,12 @@ def test_an_adapter_is_planned_without_weights_to_begin_from():
     assert "lora" in written(made) and "lora" in page(made)
     with pytest.raises(ConfigError, match="init_from"):
         checked(composed(*TINY, "adapter=lora"))
+
+
+def test_a_report_finds_the_operations_of_a_run_by_its_settings():
+    trained = checked(composed(*TINY, "task=train", "steps=7")).root
+    other = checked(composed(*TINY, "backbone.num_heads=1", "task=train")).root
+    planned = plan(wired(*TINY, "lr=1e-3"), 2).as_dict()
+    assert planned["work"] == identity_of_work(leaves(to_container(trained)))
+    assert planned["work"] != identity_of_work(leaves(to_container(other)))
+    assert planned["flops_per_step"] > 0
