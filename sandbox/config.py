@@ -16,6 +16,7 @@ from typing import Any
 from sandbox import registry, selection
 from sandbox.contracts import ConfigError, PluginConfig, PluginError, above, in_range, one_of
 from sandbox.reading import first_line
+from sandbox.registry import SEVERAL
 
 HOME = Path(__file__).resolve().parent.parent  # the checkout
 CONF = HOME / "conf"
@@ -46,6 +47,7 @@ GROUPS = {  # every config group, with what it is; the order is that of --help
     "reconstruction": "loss of a first stage (task=train_vae)",
     "layout": "published file formats; init_from finds the one of its file or folder",
     "kernels": "which implementation the hot operations use",
+    "stage": "steps of task=prepare, in this order; several may be named",
 }
 
 
@@ -93,6 +95,7 @@ class Root:
     reconstruction: Any = None
     layout: Any = None
     kernels: Any = None
+    stage: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> Iterator[str]:
         """Every bad top-level setting, one line each."""
@@ -206,20 +209,24 @@ def chosen_plugin(group: str, name: str) -> registry.Plugin | None:
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
-    """Two shorthands of ours, in Hydra's words.
+    """Shorthands of ours, in Hydra's words.
 
     A setting of the chosen task may be given without `task.`: `task=new group=vae` is
-    `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`.
+    `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`. A
+    task that brings options of a group brings them where the line names none.
     """
     empty = {f"{group}=null": f"~{group}" for group in GROUPS}
-    empty |= dict.fromkeys(("callbacks=null", "~callbacks"), "callbacks=[]")
+    for group in SEVERAL:
+        empty |= dict.fromkeys((f"{group}=null", f"~{group}"), f"{group}=[]")
     overrides = [empty.get(o, o) for o in overrides]
     chosen = next((o.partition("=")[2] for o in overrides if o.startswith("task=")), "train")
     plugin = chosen_plugin("task", chosen)
     if plugin is None or plugin.config is None:
         return overrides
     own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)}
-    return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides]
+    named = {o.partition("=")[0] for o in overrides}
+    brought = [b for b in plugin.config.brings if b.partition("=")[0] not in named]  # type: ignore[attr-defined]
+    return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides] + brought
 
 
 # --- composition ----------------------------------------------------------------------------------
@@ -241,7 +248,7 @@ def compose(
 
     safety.refuse_code(overrides)
     try:
-        if any(is_list(o) and not o.startswith("callbacks=") for o in overrides):
+        if any(is_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
             raise ValueError("a list of options")  # Hydra would merge them into one
         cfg = raw(overrides, config, config_dir)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
@@ -320,7 +327,7 @@ def _shapeless(root: Root) -> Iterator[str]:
     """Groups that hold something else than the Config of a plugin."""
     for group in GROUPS:
         value = getattr(root, group)
-        places = value if isinstance(value, dict) and group == "callbacks" else {"": value}
+        places = value if isinstance(value, dict) and group in SEVERAL else {"": value}
         for name, part in places.items():
             if part is not None and not isinstance(part, PluginConfig):
                 where = f"{group}.{name}" if name else group

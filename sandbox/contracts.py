@@ -8,7 +8,7 @@ and the samplers make. A plugin sees this file and never another group's plugin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -642,7 +642,9 @@ class LayoutConfig(PluginConfig):
 class TaskConfig(PluginConfig):
     """What a run does."""
 
-    needs_torch: ClassVar[bool] = True  # False: answers at once, without a wired system
+    needs_torch: ClassVar[bool] = True  # False: works without a wired system
+    checks: ClassVar[tuple[str, ...]] = ("task",)  # groups that such a task uses
+    brings: ClassVar[tuple[str, ...]] = ()  # options where the command names none: "stage=[...]"
     # Folder of an earlier run that this task works on; its configuration is used.
     run: str | None = None
 
@@ -667,6 +669,121 @@ class TaskConfig(PluginConfig):
     def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
         """The `lr` and `steps` of the run where they are null."""
         return {"lr": 4e-3, "steps": 1200}
+
+
+@dataclass
+class StageConfig(PluginConfig):
+    """One step of task=prepare, from a folder of raw videos to clips that can be trained on.
+
+    `limits`: settings that decide no score. Changing one of them computes none again.
+    `distributions`: packages whose versions the manifest names.
+    """
+
+    limits: ClassVar[tuple[str, ...]] = ()
+    distributions: ClassVar[tuple[str, ...]] = ()
+
+    def times(self, seconds: float) -> list[float]:
+        """Seconds from the start of a clip of that length at which `look` will ask for frames."""
+        return []
+
+
+# --- raw video
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """What is in a video file. `fps` is its mean rate, `first` the time of the first frame in the
+    unit of the stream, `variable` whether its rate changes, `rotation` degrees counter-clockwise
+    that its frames are to be turned by; `width` and `height` are those of the upright picture.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    frames: int
+    seconds: float
+    fps: float
+    first: int = 0
+    rotation: int = 0
+    variable: bool = False
+    codec: str = ""
+    pixels: str = ""
+
+
+class Footage(Protocol):
+    """A span of a video file. Frames are (H, W, 3) uint8 RGB, upright, with square pixels.
+
+    All that decodes raises BadItem for a file that is broken.
+    """
+
+    info: VideoFile
+    start: float  # seconds from the first frame of the file
+
+    @property
+    def seconds(self) -> float: ...
+
+    def at(self, times: Iterable[float]) -> list[np.ndarray]:
+        """The frames shown at `times`, seconds from the start of the span."""
+        ...
+
+    def held(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+        """The same for times that increase, with one frame in memory at a time."""
+        ...
+
+    def stream(self, width: int | None = None) -> Iterator[tuple[float, np.ndarray]]:
+        """(time, frame) of every frame, at most `width` pixels wide."""
+        ...
+
+
+# "id", "source" (name below the folder), "path", "info" (VideoFile), "start", "end" (seconds),
+# "scores" {stage: what its look found}, and what stages said of the clip: "caption", "split", ...
+Row = dict[str, Any]
+# (start, end) in seconds, and why it is dropped; "" where it is not
+Span = tuple[float, float, str]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A clip as it is written: frames of one even size, their rate, and libx264's quality."""
+
+    frames: Iterator[np.ndarray]
+    fps: float
+    crf: float
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """A stage that scores clips; in a worker, of one clip alone."""
+
+    def look(self, clip: Footage) -> dict[str, Any]:
+        """Scores by name, in plain containers. Raises BadItem."""
+        ...
+
+
+@runtime_checkable
+class Cuts(Looks, Protocol):
+    """A stage that makes several clips of one."""
+
+    def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
+        """In order, without overlap, those that are dropped included."""
+        ...
+
+
+@runtime_checkable
+class Judges(Protocol):
+    """A stage that decides, from the scores of all clips that are still kept."""
+
+    def judge(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """What it says of each row: {} nothing, {"drop": why}, or fields of the row to set."""
+        ...
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """The stage that makes the clip that is written; in a worker."""
+
+    def render(self, clip: Footage) -> Rendering: ...
 
 
 # --- tensors

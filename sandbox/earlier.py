@@ -9,6 +9,7 @@ from pathlib import Path
 from sandbox import config
 from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container
 from sandbox.contracts import ConfigError, SandboxError, StorageError
+from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
 TRAINED_BY = "task/train"  # runs of other tasks hold no system: task=train_vae leaves a first stage
@@ -76,8 +77,8 @@ def choices(overrides: Sequence[str]) -> list[str]:
         if group in said or group in OF_THE_COMMAND:
             continue
         value = getattr(root, group)
-        if group == "callbacks":
-            found.append(f"callbacks=[{','.join(value)}]")
+        if group in SEVERAL:
+            found.append(f"{group}=[{','.join(value)}]")
         elif is_dataclass(value):
             found.append(f"{group}={value.plugin.rpartition('/')[2]}")  # type: ignore[attr-defined]
     return found

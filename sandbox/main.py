@@ -212,7 +212,9 @@ def checked(root: Root) -> Wiring | None:
     if root.task is None:
         raise ConfigError(f"task=null: want one of {', '.join(config.options('task'))}")
     if not root.task.needs_torch:
-        problems = [f"task.{p}" for p in root.task.problems()]
+        parts = [x for x in root.parts() if x[0].partition(".")[0] in root.task.checks]
+        problems = [f"{path}.{p}" for path, cfg in parts for p in cfg.problems()]
+        problems += [p for path, cfg in parts for p in _absent(path, cfg)]
         if problems:
             raise ConfigError(*problems)
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -125,24 +125,41 @@ def write_video(
     Odd sizes are made even by repeating the last row or column. `crf` 10 is a few levels from the
     original, 0 nearly exact. The same clip gives the same bytes.
     """
+    frames = enlarged(frames_uint8(video), enlarge)
+    height, width = frames.shape[1:3]
+    write_frames(
+        path,
+        np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge"),
+        fps,
+        crf,
+    )
+
+
+def write_frames(
+    path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: float, preset: str = "slow"
+) -> tuple[int, int, int]:
+    """Writes frames (H, W, 3) uint8 of one even size as mp4 (h264, yuv420p), one after the other.
+
+    Returns frames, height and width. The same frames give the same bytes.
+    """
     import av
 
     _check_fps(fps)
-    frames = enlarged(frames_uint8(video), enlarge)
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    count, height, width = 0, 0, 0
     with (
         replacing(path) as draft,
         av.open(str(draft), "w", format="mp4", options={"movflags": "+faststart"}) as file,
     ):
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.pix_fmt = "yuv420p"
         # no B-frames: the first picture is at 0 s; one thread: the same bytes on any core count
-        stream.options = {"crf": str(crf), "preset": "slow", "bf": "0", "threads": "1"}
+        stream.options = {"crf": str(crf), "preset": preset, "bf": "0", "threads": "1"}
         codec: Any = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
         codec.color_range = LIMITED
-        for frame in frames:
+        for count, frame in enumerate(frames, 1):
+            if count == 1:
+                height, width = stream.height, stream.width = frame.shape[:2]
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             # area: colours of neighbours do not bleed into one another, as they do by default
             picture = picture.reformat(
@@ -153,6 +170,7 @@ def write_video(
             )
             file.mux(stream.encode(picture))
         file.mux(stream.encode())
+    return count, height, width
 
 
 def write_picture(path: str | Path, clip: Tensor | np.ndarray) -> None:

@@ -184,7 +184,7 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
     known = config.options(key, folders)
     if value == "null":
         return f"{override}: in a multirun a group cannot be emptied; want {', '.join(known)}"
-    if config.is_list(override) and key != "callbacks":
+    if config.is_list(override) and key not in registry.SEVERAL:
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
     names = [n.strip(" '\"") for n in value.strip("[]").split(",")] if value != "[]" else []
     return next((p for n in names if (p := _option_problem(key, n, known))), None)
@@ -250,10 +250,10 @@ def _path_problem(override: str, cfg: Any) -> str | None:
             if len(parts) > 1:
                 return f"{override}: no such group{registry.nearest(name, GROUPS)}"
             return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
-        if path == "callbacks" and name not in node:
+        if path in registry.SEVERAL and name not in node:
             known = config.options(path)
             return _option_problem(path, name, known) or (
-                f"{override}: {path}.{name} is not chosen; add 'callbacks=[{name}]'"
+                f"{override}: {path}.{name} is not chosen; add '{path}=[{name}]'"
             )
         node = node.get(name)
     return None

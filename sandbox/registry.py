@@ -29,6 +29,7 @@ from sandbox.reading import first_line, line_in, read
 
 ENTRY_POINTS = "sandbox.plugins"
 NOT_GROUPS = ("conf", "tests")  # what a folder of plugins may hold besides them
+SEVERAL = ("callbacks", "stage")  # groups of which several options may be named
 SHOWN = 12  # names in a message; of more, --help has the list
 
 T = TypeVar("T", bound=type)
@@ -175,7 +176,7 @@ def _add(plugin: Plugin) -> None:
         _unstore(plugin)
     else:
         node = plugin.config(plugin=plugin.key)
-        package = f"callbacks.{plugin.name}" if plugin.group == "callbacks" else None
+        package = f"{plugin.group}.{plugin.name}" if plugin.group in SEVERAL else None
         ConfigStore.instance().store(
             plugin.name, node, plugin.group, package, provider=plugin.place
         )

@@ -1,0 +1,97 @@
+"""Scene cuts as EasyAnimate finds them: PySceneDetect's content detector, several times.
+
+Detectors with other thresholds and frame skips see other kinds of cuts; what any of them finds is
+a cut. All of them are fed from one pass over the file. Otherwise than published, a cut that several
+see, those that skip frames a little later, is one and leaves no scrap between.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sandbox.contracts import Footage, Span, StageConfig, in_range, same_length
+from sandbox.registry import register
+
+WIDTH = 256  # pixels to which PySceneDetect brings wider pictures by itself
+RATE = 30.0  # any: detectors count frames
+
+
+@register("stage", "scenes")
+class Scenes:
+    """Cuts files where the picture changes at once, and into pieces of a few seconds."""
+
+    @dataclass
+    class Config(StageConfig):
+        """thresholds, frame_skips: of each detector; a skip of 1 looks at every second frame.
+
+        min_scene_frames: a detector's two cuts are at least so far apart. min_seconds, max_seconds:
+        a longer scene is cut into pieces of max_seconds; what is shorter than min_seconds is
+        dropped.
+        """
+
+        thresholds: tuple[float, ...] = (10.0, 20.0, 30.0)
+        frame_skips: tuple[int, ...] = (0, 1, 2)
+        min_scene_frames: int = 10
+        min_seconds: float = 3.0
+        max_seconds: float = 10.0
+
+        limits: ClassVar[tuple[str, ...]] = ("min_seconds", "max_seconds")
+        distributions: ClassVar[tuple[str, ...]] = (
+            "scenedetect-headless",
+            "opencv-python-headless",
+        )
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            for threshold in self.thresholds:
+                yield from in_range("thresholds", threshold, 0, 255)
+            for skip in self.frame_skips:
+                yield from in_range("frame_skips", skip, 0)
+            yield from same_length(
+                "frame_skips", self.frame_skips, len(self.thresholds), "threshold"
+            )
+            yield from in_range("min_scene_frames", self.min_scene_frames, 1)
+            yield from in_range("min_seconds", self.min_seconds, 0, 1e6)
+            yield from in_range("max_seconds", self.max_seconds, 0.04, 1e6)
+            if self.max_seconds < self.min_seconds:
+                yield f"max_seconds={self.max_seconds}: want >= {self.min_seconds}"
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def look(self, clip: Footage) -> dict[str, Any]:
+        """{"cuts": seconds of the first frame after each}."""
+        from scenedetect import FrameTimecode
+        from scenedetect.detectors import ContentDetector
+
+        pairs = zip(self.cfg.thresholds, self.cfg.frame_skips, strict=True)
+        detectors = [(ContentDetector(t, self.cfg.min_scene_frames), skip) for t, skip in pairs]
+        times: list[float] = []
+        found: set[int] = set()
+        for number, (at, image) in enumerate(clip.stream(WIDTH)):
+            times.append(at)
+            bgr = np.ascontiguousarray(image[..., ::-1])
+            for detector, skip in detectors:
+                if number % (skip + 1) == 0:
+                    code = FrameTimecode(number, RATE)
+                    found |= {c.frame_num for c in detector.process_frame(code, bgr)}
+        # a detector that skips frames sees a cut up to so many frames late
+        late = max(self.cfg.frame_skips, default=0)
+        cuts = [n for n in sorted(found) if n and not found & {*range(n - late, n)}]
+        return {"cuts": [times[n] for n in cuts]}
+
+    def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
+        cuts = [0.0, *scores["cuts"], seconds]
+        return [span for start, end in pairwise(cuts) for span in self._pieces(start, end)]
+
+    def _pieces(self, start: float, end: float) -> Iterator[Span]:
+        while end - start > 1e-6:
+            stop = min(end, round(start + self.cfg.max_seconds, 6))
+            # a frame of less than the shortest length is a rounded time, not a shorter clip
+            is_short = stop - start < self.cfg.min_seconds - 1e-3
+            why = f"{stop - start:.2f} s < min_seconds={self.cfg.min_seconds:g}" if is_short else ""
+            yield start, stop, why
+            start = stop

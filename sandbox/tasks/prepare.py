@@ -1,0 +1,63 @@
+"""task=prepare: from a folder of raw videos to clips that can be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.registry import register
+
+FORMATS = ("webdataset", "cogvideox_folder", "easyanimate", "webvid")
+ENGINES = ("local", "ray")
+
+
+@register("task", "prepare")
+class Prepare:
+    """Cuts, scores, filters, captions and splits the videos of a folder, and writes clips."""
+
+    @dataclass
+    class Config(TaskConfig):
+        """data_root: folder of raw videos, which stays as it is; to: folder of what is made of it.
+
+        format: layout of the clips, webdataset, cogvideox_folder, easyanimate or webvid; null
+        writes none, only scores and the manifest. shard_mb: size that a shard does not exceed.
+        engine: local (processes) or ray; workers: so many, null for the cores, 0 for none but this
+        process; ray_address: a cluster, null begins one here. sheet: dropped clips shown a reason.
+        The stages are a group of their own: 'stage=[scenes,motion,normalise]', in this order.
+        """
+
+        needs_torch: ClassVar[bool] = False
+        checks: ClassVar[tuple[str, ...]] = ("task", "stage")
+        brings: ClassVar[tuple[str, ...]] = (
+            "stage=[scenes,motion,text_area,duplicates,captions,split,normalise]",
+        )
+        data_root: str | None = None
+        to: str = "outputs/prepared"
+        format: str | None = "webdataset"
+        shard_mb: int = 1024
+        engine: str = "local"
+        workers: int | None = None
+        ray_address: str | None = None
+        sheet: int = 24
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if self.format is not None:
+                yield from one_of("format", self.format, FORMATS)
+            yield from in_range("shard_mb", self.shard_mb, 1)
+            yield from one_of("engine", self.engine, ENGINES)
+            yield from in_range("workers", self.workers, 0)
+            yield from in_range("sheet", self.sheet, 0)
+
+        def files(self) -> dict[str, str | None]:
+            return {"data_root": self.data_root}
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+
+    def __call__(self, root: Any) -> dict[str, Any]:
+        from sandbox.preparing import prepare
+
+        return prepare(root)
