@@ -366,7 +366,7 @@ def identity(row: Row) -> str:
 def check_captions(kept: list[Row], form: str) -> None:
     """Raises DataError where a layout wants captions and clips have none."""
     bare = [row["source"] for row in kept if not row.get("caption")]
-    if form == "cogvideox_folder" and bare:
+    if form in ("cogvideox_folder", "webvid") and bare:  # whose readers pass over empty ones
         raise DataError(
             f"task.format={form}: {len(bare)} clips have no caption, such as {bare[0]}; use "
             "stage.captions.missing=drop or template"

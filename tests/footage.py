@@ -12,13 +12,13 @@ from sandbox.media import write_video
 FPS = 10.0
 
 
-def texture(seed: int, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: soft blobs in colours of their own, unlike those of other seeds."""
+def texture(seed: int, height: int, width: int, detail: float = 0.4) -> np.ndarray:
+    """(height, width, 3) uint8: blobs and grain in colours unlike those of other seeds."""
     import cv2
 
     draw = np.random.default_rng(seed)
     picture = np.zeros((height, width, 3), np.float32)
-    for cells, weight in ((4, 1.0), (9, 0.6), (20, 0.4)):
+    for cells, weight in ((4, 0.9), (9, 0.6), (40, detail)):
         noise = draw.random((cells, cells, 3), np.float32) - 0.5
         picture += weight * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     tint = draw.random(3).astype(np.float32) * 120 + 60
@@ -32,11 +32,12 @@ def scene(
     height: int = 64,
     width: int = 96,
     fps: float = FPS,
+    detail: float = 0.4,
 ) -> np.ndarray:
     """(T, height, width, 3): a picture that moves by `speed` = (x, y) pixels a frame."""
     count = round(seconds * fps)
     far = [abs(round(s * count)) + 1 for s in speed]
-    whole = texture(seed, height + far[1], width + far[0])
+    whole = texture(seed, height + far[1], width + far[0], detail)
     frames = []
     for i in range(count):
         left, top = (round(abs(s) * i) for s in speed)
@@ -91,3 +92,8 @@ def write_strange(
             file.mux(stream.encode(frame.reformat(format=pixels)))
         file.mux(stream.encode())
     return path
+
+
+def precision_recall(want: set, found: set) -> tuple[float, float]:
+    """Parts of what is found that is right, and of what is right that is found."""
+    return len(want & found) / max(len(found), 1), len(want & found) / max(len(want), 1)

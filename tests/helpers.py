@@ -51,8 +51,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
 
     A schedule gets a learned variance where the loss takes no other.
     """
-    if group == "callbacks" and cfg is not None:
-        return replace(root, callbacks={cfg.plugin.rpartition("/")[2]: cfg})
+    if group in registry.SEVERAL and cfg is not None:
+        return replace(root, **{group: {cfg.plugin.rpartition("/")[2]: cfg}})
     if group == "vae" and cfg is not None and cfg.fitted() == "trained":
         cfg = replace(cfg, weights=None)
     root = replace(root, **{group: cfg})
@@ -112,7 +112,7 @@ def presets() -> Iterator[tuple[str, str, Path]]:
 @cache
 def preset(group: str, name: str) -> PluginConfig:
     """The Config of a preset, composed by Hydra."""
-    override = f"callbacks=[{name}]" if group == "callbacks" else f"{group}={name}"
+    override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
     found = getattr(composed(override), group)
     if isinstance(found, dict):
         (found,) = found.values()

@@ -65,9 +65,9 @@ def test_a_new_preset_is_an_option_of_its_group(group, plugin_folder):
     config.setup()
     (size,) = presets(group)
     name = f"mine_{size}"
-    override = f"callbacks=[{name}]" if group == "callbacks" else f"{group}={name}"
+    override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
     found = getattr(config.to_root(config.compose([override])), group)
-    cfg = found["mine"] if group == "callbacks" else found
+    cfg = found["mine"] if group in registry.SEVERAL else found
     assert cfg.plugin == f"{group}/mine"
     assert cfg != registry.default(group, "mine")
 

@@ -1,8 +1,9 @@
 """Scene cuts as EasyAnimate finds them: PySceneDetect's content detector, several times.
 
 Detectors with other thresholds and frame skips see other kinds of cuts; what any of them finds is
-a cut. All of them are fed from one pass over the file. Otherwise than published, a cut that several
-see, those that skip frames a little later, is one and leaves no scrap between.
+a cut. All of them are fed from one pass over the file. A detector that skips frames sees a cut late;
+otherwise than published it is put where the picture changes most among the frames in question, so
+that no frame of the next scene ends a clip.
 """
 
 from collections.abc import Iterator
@@ -64,24 +65,27 @@ class Scenes:
 
     def look(self, clip: Footage) -> dict[str, Any]:
         """{"cuts": seconds of the first frame after each}."""
+        import cv2
         from scenedetect import FrameTimecode
         from scenedetect.detectors import ContentDetector
 
         pairs = zip(self.cfg.thresholds, self.cfg.frame_skips, strict=True)
         detectors = [(ContentDetector(t, self.cfg.min_scene_frames), skip) for t, skip in pairs]
         times: list[float] = []
+        changes: list[float] = []  # mean difference of each frame to the one before
         found: set[int] = set()
+        before: np.ndarray | None = None
         for number, (at, image) in enumerate(clip.stream(WIDTH)):
             times.append(at)
             bgr = np.ascontiguousarray(image[..., ::-1])
+            changes.append(0.0 if before is None else float(cv2.absdiff(bgr, before).mean()))
+            before = bgr
             for detector, skip in detectors:
                 if number % (skip + 1) == 0:
                     code = FrameTimecode(number, RATE)
-                    found |= {c.frame_num for c in detector.process_frame(code, bgr)}
-        # a detector that skips frames sees a cut up to so many frames late
-        late = max(self.cfg.frame_skips, default=0)
-        cuts = [n for n in sorted(found) if n and not found & {*range(n - late, n)}]
-        return {"cuts": [times[n] for n in cuts]}
+                    late = [c.frame_num for c in detector.process_frame(code, bgr)]
+                    found |= {sharpest(changes, n - skip, n) for n in late}
+        return {"cuts": [times[n] for n in sorted(found - {0})]}
 
     def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
         cuts = [0.0, *scores["cuts"], seconds]
@@ -95,3 +99,8 @@ class Scenes:
             why = f"{stop - start:.2f} s < min_seconds={self.cfg.min_seconds:g}" if is_short else ""
             yield start, stop, why
             start = stop
+
+
+def sharpest(changes: list[float], first: int, last: int) -> int:
+    """Number of the frame that differs most from the one before, of `first` to `last`."""
+    return max(range(max(first, 0), last + 1), key=lambda n: changes[n])

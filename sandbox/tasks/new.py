@@ -18,6 +18,7 @@ VALUES = ("null", "true", "false", "nan", "inf")  # words that mean something el
 OPTIONS = {
     "callbacks": "'callbacks=[{name}]'",
     "reconstruction": "task=train_vae vae=kl reconstruction={name}",
+    "stage": "task=prepare data_root=FOLDER 'stage=[{name},normalise]'",
 }
 ELSEWHERE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test that a folder outside needs
 
@@ -152,7 +153,7 @@ def report(group: str, name: str, files: list[Path], outside: Path | None) -> st
     """What was written and what to do next."""
     plugin, *presets, test = files
     choice = OPTIONS.get(group, f"{group}={{name}}")
-    run = choice.format(name=name) + ("" if group == "task" else " debug=fast")
+    run = choice.format(name=name) + ("" if group in ("task", "stage") else " debug=fast")
     there = f"SANDBOX_PLUGINS={shown(outside)} " if outside else ""
     rows = [
         ("wrote", shown(plugin), "the component: it works as it is; its top says what it promises"),

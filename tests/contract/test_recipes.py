@@ -16,7 +16,7 @@ SYSTEMS = ("ldm", "dynamicrafter", "easyanimate")
 RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
 TINY_LDM = [name for name in RECIPES if name.startswith("ldm") and name.endswith("_tiny")]
 FULL = [name for name in RECIPES if not name.endswith("_tiny")]
-OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction"}
+OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage"}
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
           "ema", "checkpoint")  # fmt: skip
 # where files are, how much memory is used, how often a write is tried: not of a recipe

@@ -1,0 +1,99 @@
+"""Every stage of task=prepare: what the frame may count on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from sandbox import registry
+from sandbox.contracts import Cuts, Judges, Looks, Renders
+from sandbox.footage import Footage, probe
+from tests.footage import scene, write
+from tests.helpers import plugin_configs
+
+CONFIGS = dict(plugin_configs("stage"))
+STAGES = {key: registry.create(cfg) for key, cfg in CONFIGS.items()}
+WEIGHTLESS = [k for k, c in CONFIGS.items() if None not in c.files().values()]
+
+
+def of_kind(kind: type, keys: list[str] | None = None) -> pytest.MarkDecorator:
+    chosen = STAGES if keys is None else keys
+    return pytest.mark.parametrize("key", [k for k in chosen if isinstance(STAGES[k], kind)])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("raw") / "a.mp4", scene(1, 1.5))
+
+
+def clip(file, start=0.0, end=None) -> Footage:
+    return Footage(file, probe(file), start, end)
+
+
+@of_kind(object)
+def test_it_is_of_a_kind_that_the_frame_uses(key):
+    assert isinstance(STAGES[key], (Looks, Cuts, Judges, Renders))
+
+
+@of_kind(object)
+def test_its_limits_are_settings_of_it(key):
+    assert set(CONFIGS[key].limits) <= {f.name for f in fields(CONFIGS[key])}
+
+
+@of_kind(object)
+@pytest.mark.parametrize("seconds", [0.04, 1.0, 3.3])
+def test_it_asks_for_frames_of_the_clip_in_order(key, seconds):
+    times = CONFIGS[key].times(seconds)
+    assert times == sorted(times)
+    assert all(0 <= t < seconds for t in times)
+
+
+@of_kind(Looks, WEIGHTLESS)
+def test_a_look_gives_plain_scores_and_the_same_again(key, file):
+    first = STAGES[key].look(clip(file, 0.2, 1.3))
+    assert first
+    assert json.loads(json.dumps(first)) == first
+    assert registry.create(CONFIGS[key]).look(clip(file, 0.2, 1.3)) == first
+
+
+@of_kind(Cuts, WEIGHTLESS)
+def test_spans_are_in_order_inside_of_the_clip_and_do_not_overlap(key, file):
+    spans = STAGES[key].spans(STAGES[key].look(clip(file)), 1.5)
+    edges = [t for start, end, _ in spans for t in (start, end)]
+    assert edges == sorted(edges)
+    assert edges[0] >= 0 and edges[-1] <= 1.5
+    assert all(isinstance(why, str) for _, _, why in spans)
+
+
+@of_kind(Judges)
+def test_a_judge_answers_for_each_clip_and_changes_none(key, file):
+    name, (info, stage) = key.partition("/")[2], (probe(file), STAGES[key])
+    rows = [
+        {"id": str(i), "source": f"a{i}.mp4", "path": file.with_name(f"a{i}.mp4"), "info": info,
+         "start": 0.0, "end": 1.5, "scores": {}} for i in range(3)
+    ]  # fmt: skip
+    for row in rows if isinstance(stage, Looks) else ():
+        known = stage.look(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
+        row["scores"][name] = known
+    before = copy.deepcopy(rows)
+    said = stage.judge(rows)
+    assert rows == before
+    assert len(said) == len(rows)
+    assert json.loads(json.dumps(said)) == said
+    assert stage.judge(rows) == said
+    assert stage.judge([]) == []
+
+
+@of_kind(Renders)
+def test_a_rendering_has_frames_of_one_even_size_and_a_rate(key, file):
+    made = STAGES[key].render(clip(file, 0.5, 1.5))
+    frames = list(made.frames)
+    assert made.fps > 0
+    assert {f.dtype for f in frames} == {np.dtype(np.uint8)}
+    ((height, width, channels),) = {f.shape for f in frames}
+    assert height % 2 == width % 2 == 0 and channels == 3
+    assert len(frames) == round(1.0 * made.fps)
