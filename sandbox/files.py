@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox.contracts import StorageError
+from sandbox.contracts import ConfigError, StorageError
 
 
 def sync_folder(folder: Path) -> None:
@@ -43,3 +44,24 @@ def storing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({e.strerror or e}); "
             "check free space, quota and permissions, or choose another out="
         ) from e
+
+
+@contextmanager
+def locked(path: Path, setting: str = "cache") -> Iterator[None]:
+    """One process at a time works on `path`; the others wait, and say so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        raise ConfigError(
+            f"{setting}={path.parent}: cannot be written ({e.strerror}); choose another folder"
+        ) from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that makes {path.name}", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

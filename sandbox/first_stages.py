@@ -7,13 +7,11 @@ schedule they compare. A lock keeps jobs that start together from training it tw
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from torch import nn
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import ConfigError, DataConfig, State, StorageError
+from sandbox.contracts import DataConfig, State, StorageError
 from sandbox.data import batches
-from sandbox.files import storing
+from sandbox.files import locked, storing
 from sandbox.published import compare, parts_of, read_model, read_parts
 from sandbox.rank import Rank
 
@@ -191,27 +189,6 @@ def cached(root: Root) -> Path:
     key = json.dumps([vae, data_identity(root.data), root.seed, code], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
     return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time works on `path`; the others wait, and say so."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
-    except OSError as e:
-        raise ConfigError(
-            f"cache={path.parent}: cannot be written ({e.strerror}); choose another folder"
-        ) from e
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that makes {path.name}", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:

@@ -35,8 +35,7 @@ from sandbox.contracts import (
     Row,
     VideoFile,
 )
-from sandbox.files import storing, write_atomic
-from sandbox.first_stages import locked
+from sandbox.files import locked, storing, write_atomic
 from sandbox.footage import CONTAINERS, Footage, probe
 from sandbox.media import write_frames
 from sandbox.progress import Progress
@@ -67,7 +66,7 @@ def prepare(root: Root) -> dict[str, Any]:
         to.mkdir(parents=True, exist_ok=True)
     count = cores() if cfg.workers is None else cfg.workers
     began = time.process_time()
-    with locked(to / "prepare"), started(cfg.engine, count, cfg.ray_address) as ordered:
+    with locked(to / "prepare", "task.to"), started(cfg.engine, count, cfg.ray_address) as ordered:
         work = Work(to, stages, ordered)
         try:
             rows = work.legs(work.sources(Path(cfg.data_root).expanduser()))

@@ -14,11 +14,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from sandbox.files import storing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Place = list[Any]  # [file, offset, bytes, crc]
 END = bytes(1024)  # of a tar file

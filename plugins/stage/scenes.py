@@ -1,9 +1,9 @@
 """Scene cuts as EasyAnimate finds them: PySceneDetect's content detector, several times.
 
 Detectors with other thresholds and frame skips see other kinds of cuts; what any of them finds is
-a cut. All of them are fed from one pass over the file. A detector that skips frames sees a cut late;
-otherwise than published it is put where the picture changes most among the frames in question, so
-that no frame of the next scene ends a clip.
+a cut. All of them are fed from one pass over the file. A detector that skips frames sees a cut
+late; otherwise than published it is put where the picture changes most among the frames in
+question, so that no frame of the next scene ends a clip.
 """
 
 from collections.abc import Iterator
