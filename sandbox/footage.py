@@ -181,6 +181,7 @@ def _digest(path: Path) -> str:
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream) of a file; errors of the block that come of it are BadItems."""
     import av
+    from av.error import FFmpegError
 
     try:
         with (
@@ -196,7 +197,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             codec.thread_count = 1  # files are the parallelism
             codec.options = {"err_detect": "explode"}  # no frame that the decoder has made up
             yield container, stream
-    except (av.FFmpegError, OSError, ValueError) as e:
+    except (FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
 

@@ -199,7 +199,7 @@ def shown(row: Row) -> Strip | None:
 
 
 def write_summary(
-    to: Path, rows: list[Row], names: list[str], spent: Counter[str], is_whole: bool
+    to: Path, rows: list[Row], names: list[str], spent: dict[str, float], is_whole: bool
 ) -> dict[str, Any]:
     """summary.json and summary.png, and the same in words. Returns what summary.json holds.
 
@@ -209,6 +209,7 @@ def write_summary(
     dropped = Counter(row["dropped"][0] for row in rows if "dropped" in row)
     hours = {"found": _hours(rows), "kept": _hours(kept)}
     core_hours = sum(spent.values()) / 3600
+    costly = sorted(spent.items(), key=lambda item: -item[1])
     order = [n for n in ("unreadable", *names) if dropped[n]]
     result = {
         "folder": str(to),
@@ -218,7 +219,7 @@ def write_summary(
         "dropped": {name: dropped[name] for name in order},
         "hours": {k: round(v, 6) for k, v in hours.items()},
         "splits": dict(sorted(Counter(r.get("split", "train") for r in kept).items())),
-        "core_seconds": {k: round(v, 3) for k, v in spent.most_common()},
+        "core_seconds": {k: round(v, 3) for k, v in costly},
         "hours_per_core_hour": round(hours["found"] / core_hours, 2) if is_whole else None,
     }
     write_atomic(to / "summary.json", json.dumps(result, indent=1) + "\n")
@@ -229,7 +230,7 @@ def write_summary(
         f"{len(kept)} kept ({hours['kept']:.3f} h), dropped: {reasons}"
     )
     if core_hours:
-        parts = ", ".join(f"{k} {v / core_hours / 36:.0f} %" for k, v in spent.most_common(8))
+        parts = ", ".join(f"{k} {v / core_hours / 36:.0f} %" for k, v in costly[:8])
         rate = f"{result['hours_per_core_hour']} h of video per core hour; " if is_whole else ""
         print(f"{rate}{core_hours * 3600:.1f} CPU seconds: {parts}")
     for row in [r for r in rows if r.get("dropped", [""])[0] == "unreadable"][:SHOWN]:

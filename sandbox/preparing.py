@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -152,7 +152,7 @@ class Found:
 
     values: dict[str, Any] = field(default_factory=dict)
     bad: str | None = None
-    spent: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 @cache
@@ -237,7 +237,7 @@ class Work:
         self.to, self.stages, self.ordered = to, stages, ordered
         self.journal = Journal(to / "scores.jsonl")
         self.known: dict[str, Any] = dict(self.journal.rows)
-        self.spent: Counter[str] = Counter()
+        self.spent: dict[str, float] = defaultdict(float)
         self.is_whole = not self.known  # what is spent is the cost of all clips
 
     def sources(self, root: Path) -> list[Row]:
@@ -329,7 +329,8 @@ class Work:
             for done, (result, (_, keys, job)) in enumerate(zip(results, new, strict=True), 1):
                 crashed = Found(bad="ends the process that decodes it")
                 got = crashed if isinstance(result, Crashed) else result
-                self.spent.update(got.spent)
+                for name, seconds in got.spent.items():
+                    self.spent[name] += seconds
                 for name in job.names:
                     value = {"bad": got.bad} if got.bad else got.values[name]
                     self.known[keys[name]] = value
