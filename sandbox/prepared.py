@@ -194,7 +194,7 @@ def shown(row: Row) -> Strip | None:
         frames = clip.at([(i + 0.5) / SHOWN * clip.seconds for i in range(SHOWN)])
     except BadItem:
         return None
-    where = f"{row['source']} {row['start']:.1f}-{row['end']:.1f} s"
+    where = f"{printable(row['source'])} {row['start']:.1f}-{row['end']:.1f} s"
     return Strip(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
 
 
@@ -234,9 +234,14 @@ def write_summary(
         rate = f"{result['hours_per_core_hour']} h of video per core hour; " if is_whole else ""
         print(f"{rate}{core_hours * 3600:.1f} CPU seconds: {parts}")
     for row in [r for r in rows if r.get("dropped", [""])[0] == "unreadable"][:SHOWN]:
-        print(f"  left out {row['source']}: {row['dropped'][1]}")
+        print(f"  left out {printable(row['source'])}: {row['dropped'][1]}")
     print(f"clips, manifest.jsonl, summary.png and dropped/ are in {to}", flush=True)
     return result
+
+
+def printable(name: str) -> str:
+    """A file name with what cannot be printed escaped."""
+    return repr(name)[1:-1]
 
 
 def _hours(rows: list[Row]) -> float:

@@ -16,6 +16,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -55,7 +56,12 @@ def prepare(root: Root) -> dict[str, Any]:
     from sandbox.prepared import sheets, write_format, write_summary
 
     cfg = root.task
-    to = Path(cfg.to).expanduser()
+    source, to = (Path(name).expanduser() for name in (cfg.data_root, cfg.to))
+    if to.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"task.to={cfg.to}: lies in data_root={cfg.data_root}, where clips would be found as "
+            "raw videos; choose a folder elsewhere"
+        )
     stages = Stages(root)
     if cfg.format is not None and stages.renderer is None:
         raise ConfigError(
@@ -69,7 +75,7 @@ def prepare(root: Root) -> dict[str, Any]:
     with locked(to / "prepare", "task.to"), started(cfg.engine, count, cfg.ray_address) as ordered:
         work = Work(to, stages, ordered)
         try:
-            rows = work.legs(work.sources(Path(cfg.data_root).expanduser()))
+            rows = work.legs(work.sources(source))
             kept = [row for row in rows if "dropped" not in row]
             if cfg.format is not None:
                 check_captions(kept, cfg.format)
@@ -214,17 +220,14 @@ def timed(work: Callable[[Found], None], name: str | None = None) -> Found:
     return found
 
 
-class spending:
+@contextmanager
+def spending(found: Found, name: str) -> Iterator[None]:
     """Adds the CPU seconds of its block to what was found."""
-
-    def __init__(self, found: Found, name: str) -> None:
-        self.found, self.name = found, name
-
-    def __enter__(self) -> None:
-        self.began = time.process_time()
-
-    def __exit__(self, *error: object) -> None:
-        self.found.spent[self.name] += time.process_time() - self.began
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        found.spent[name] += time.process_time() - began
 
 
 # --- in the command -------------------------------------------------------------------------------

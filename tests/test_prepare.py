@@ -228,6 +228,11 @@ def test_settings_that_cannot_be_are_said_together_before_anything_starts(tmp_pa
     assert all(x in said for x in ("data_root=/nowhere", "engine='rya'", "'mp3'", "motion.fps=0"))
 
 
+def test_a_folder_below_that_of_the_videos_is_refused(raw):
+    with pytest.raises(ConfigError, match="choose a folder elsewhere"):
+        run(raw, raw / "out")
+
+
 def test_a_layout_without_a_stage_that_makes_clips_is_refused(raw, tmp_path):
     with pytest.raises(ConfigError, match="add normalise"):
         prepare(composed("task=prepare", f"data_root={raw}", f"to={tmp_path}", "stage=[scenes]"))
@@ -270,7 +275,7 @@ def test_files_that_cannot_be_used_are_found_and_strange_ones_that_can_are_not(t
     """Bytes changed in the middle, cut short, of no bytes, of another kind, without pictures;
     against turned, odd-sized, of a variable rate, of other codecs and pixels.
     """
-    raw, draw = tmp_path, np.random.default_rng(0)
+    raw, draw = tmp_path / "raw", np.random.default_rng(0)
     for i in range(8):
         whole = write(raw / f"good-{i}.mp4", scene(i, 1.5)).read_bytes()
         if i < 5:
@@ -292,9 +297,9 @@ def test_files_that_cannot_be_used_are_found_and_strange_ones_that_can_are_not(t
     write_strange(raw / "good-vp8.webm", frames, codec="libvpx")
     write_strange(raw / "good-picture.gif", frames, codec="gif", pixels="rgb8")
     words = ("stage=[scenes]", "format=null", "workers=0", "sheet=0")
-    prepare(composed("task=prepare", f"data_root={raw}", f"to={tmp_path / '.out'}", *words,
+    prepare(composed("task=prepare", f"data_root={raw}", f"to={tmp_path / 'out'}", *words,
                      "stage.scenes.min_seconds=0"))  # fmt: skip
-    rows = manifest(tmp_path / ".out")
+    rows = manifest(tmp_path / "out")
     want = {r["source"] for r in rows if r["source"].startswith("bad")}
     found = {r["source"] for r in rows if r["dropped_by"] == "unreadable"}
     precision, recall = precision_recall(want, found)
@@ -332,7 +337,8 @@ def test_results_come_in_order_and_a_job_that_ends_its_process_takes_no_other_al
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
-def test_more_workers_write_the_same_bytes(engine, raw, prepared, tmp_path):
+def test_more_workers_write_the_same_bytes(engine, raw, prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # of a busy machine
     run(raw, tmp_path / "out", f"engine={engine}", "workers=2")
     assert outputs(tmp_path / "out") == outputs(prepared)
 

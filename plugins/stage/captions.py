@@ -68,7 +68,9 @@ class Captions:
         return {"caption": text}
 
     def _templated(self, row: Row) -> str:
-        source, info = PurePosixPath(row["source"]), row["info"]
+        # a name that is no UTF-8 cannot be written to a list of captions
+        source = PurePosixPath(row["source"].encode("utf-8", "replace").decode())
+        info = row["info"]
         return self.cfg.template.format(
             name=" ".join(source.stem.replace("_", " ").replace("-", " ").split()),
             folder=source.parent.name, width=info.width, height=info.height,
