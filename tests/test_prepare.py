@@ -338,7 +338,11 @@ def test_results_come_in_order_and_a_job_that_ends_its_process_takes_no_other_al
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_more_workers_write_the_same_bytes(engine, raw, prepared, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # of a busy machine
+    for name, value in (
+        ("raylet_start_wait_time_s", "300"),
+        ("agent_register_timeout_ms", "300000"),
+    ):
+        monkeypatch.setenv(f"RAY_{name}", value)  # of a busy machine
     run(raw, tmp_path / "out", f"engine={engine}", "workers=2")
     assert outputs(tmp_path / "out") == outputs(prepared)
 
