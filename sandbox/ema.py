@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.contracts import StorageError
-from sandbox.sharding import is_sharded, like, local, whole
+from sandbox.sharding import detached, is_sharded, like, local, shape_of, whole
 
 
 class EMA:
@@ -33,6 +33,10 @@ class EMA:
         """The average that an `ema` plugin asks for; None where it asks for none."""
         return cls(module, rule.decay) if rule.decay is not None else None
 
+    def cut(self) -> None:
+        """Cuts the averages as the parameters are by now; all ranks call this."""
+        self.average = {name: like(a, self.live[name]) for name, a in self.average.items()}
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes the parameters in. Raises RuntimeError inside `applied`."""
@@ -42,21 +46,23 @@ class EMA:
             )
         self.updates += 1
         average = [local(a) for a in self.average.values()]
-        live = [local(_wide(p)) for p in self.live.values()]
+        live = [_wide(local(p)) for p in self.live.values()]
         rate = 1 - self.decay(self.updates)
         torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """The averages are the parameters of `module` inside the block, and not afterwards."""
-        kept = {name: p.detach().clone() for name, p in _trainable(module).items()}
+        live = [*_trainable(module).values()]
+        kept = [local(detached(p)).clone() for p in live]
         self.copy_to(module)
         self._is_applied = True
         try:
             yield
         finally:
             self._is_applied = False
-            _copy(kept, _trainable(module))
+            for p, part in zip(live, kept, strict=True):
+                local(detached(p)).copy_(part)
 
     def copy_to(self, module: nn.Module) -> None:
         """Overwrites the parameters of `module`. StorageError where names or shapes differ."""
@@ -89,11 +95,11 @@ def _wide(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
     strange = sorted(source.keys() ^ target.keys())
-    strange += [k for k in target if k in source and source[k].shape != target[k].shape]
+    strange += [k for k in target if k in source and shape_of(source[k]) != shape_of(target[k])]
     if strange:
         raise StorageError(
             f"the average does not fit this model; {len(strange)} names or shapes differ: "
             f"{', '.join(strange[:10])}"
         )
     for name, value in target.items():
-        value.copy_(like(source[name], value))
+        local(value).copy_(local(like(source[name], value)))

@@ -14,7 +14,7 @@ from sandbox.config import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.randomness import Keyed
 from sandbox.selection import rates
-from sandbox.sharding import like
+from sandbox.sharding import detached, like
 
 
 class Trainable(LightningModule):
@@ -104,7 +104,7 @@ class Trainable(LightningModule):
         parts = [m for m in self.modules() if getattr(m, "_frozen", False)]
         frozen = {id(m) for part in parts for m in part.modules()}
         return {
-            f"{prefix}.{name}" if prefix else name: tensor.detach()
+            f"{prefix}.{name}" if prefix else name: detached(tensor)
             for prefix, module in self.named_modules()
             if id(module) not in frozen
             for name, tensor in (*module._parameters.items(), *_persistent(module))

@@ -1,4 +1,7 @@
-"""Tensors that are cut over processes (FSDP2's DTensors), and whole ones, as checkpoints hold.
+"""Tensors that are cut over processes, and whole ones, as checkpoints hold.
+
+Cut are FSDP2's DTensors, and the parameters of DeepSpeed's stage 3: empty, with a flat part beside
+them and methods that gather and cut.
 
 Functions that gather are collective: all ranks call them, in the same order. A tensor that is whole
 passes through each of them.
@@ -10,14 +13,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from sandbox.contracts import StorageError
 
 
 def is_sharded(value: Any) -> bool:
-    return hasattr(value, "full_tensor")
+    return hasattr(value, "full_tensor") or _has_part(value)
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """The shape of the whole."""
+    return tensor.ds_shape if _has_part(tensor) else tensor.shape  # type: ignore[attr-defined]
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """Without its graph, and cut as it is."""
+    return tensor if _has_part(tensor) else tensor.detach()
 
 
 def whole(value: Any) -> Any:
@@ -26,6 +39,11 @@ def whole(value: Any) -> Any:
         return {k: whole(v) for k, v in value.items()}
     if isinstance(value, list):
         return [whole(v) for v in value]
+    if _has_part(value):
+        value.all_gather()
+        found = value.detach().cpu().clone()
+        value.partition()
+        return found
     return value.full_tensor().cpu() if is_sharded(value) else value
 
 
@@ -33,6 +51,10 @@ def like(full: Tensor, target: Tensor) -> Tensor:
     """`full` cut as `target` is; each rank takes its part of what it has."""
     if not is_sharded(target) or is_sharded(full):
         return full
+    if _has_part(target):
+        part = nn.Parameter(full.detach(), requires_grad=False)
+        target.convert_to_zero_parameters(param_list=[part])  # type: ignore[attr-defined]
+        return part
     from torch.distributed.tensor import distribute_tensor
 
     full = full.to(target.device)
@@ -41,7 +63,15 @@ def like(full: Tensor, target: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part; what is written into it is written into `tensor`."""
+    if _has_part(tensor):
+        if tensor.numel():  # else it would be stale
+            tensor.partition()  # type: ignore[attr-defined]
+        return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _has_part(value: Any) -> bool:
+    return hasattr(value, "ds_tensor")
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -43,7 +43,7 @@ from sandbox.randomness import seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.selection import apart, split_groups
-from sandbox.sharding import load_optimizer, whole
+from sandbox.sharding import is_sharded, load_optimizer, whole
 from sandbox.stored import StoredLatents
 from sandbox.tracking import MetricBuffer, Trackers
 
@@ -154,7 +154,8 @@ class Training:
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank goes on by itself, with a whole system from `build`."""
-        if not self.root.trainer.shards or self.rank.world == 1:
+        is_whole = not any(map(is_sharded, self.system.parameters()))
+        if not self.root.trainer.shards or (self.rank.world == 1 and is_whole):
             return
         state = self.state()
         if self.leads:
@@ -543,6 +544,8 @@ class Stepping(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.training.scaler:
             trainer.precision_plugin.load_state_dict(self.training.scaler)
+        if self.training.ema:
+            self.training.ema.cut()  # by now its trainer has cut the weights
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int

@@ -1,14 +1,15 @@
-"""Several processes with a device each, gradients and optimizer state cut over them (DeepSpeed).
+"""Several processes with a device each and what belongs to weights cut over them (DeepSpeed).
 
-Rajbhandari et al. 2020 (1910.02054), stages 1 and 2: each process holds all weights, steps its part
-of them and gathers the others. DeepSpeed's engine goes back and steps; weights are float32 and
+Rajbhandari et al. 2020 (1910.02054). Stages 1 and 2: each process holds all weights, steps its part
+of them and gathers the others. Stage 3: it holds a part of the weights, and a module's are whole
+only while that computes. DeepSpeed's engine goes back and steps; weights are float32 and
 `precision` is autocast, as with every other trainer here, so numbers and checkpoints are theirs.
 """
 
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch import device as Device
 
 from plugins._blocks.processes import Processes
-from sandbox.contracts import OptimizerConfig, TrainerConfig, one_of
+from sandbox.contracts import ConfigError, OptimizerConfig, TrainerConfig, one_of
 from sandbox.registry import register
+from sandbox.sharding import is_sharded, like, local, shape_of
 
 
 class Driven(SingleDeviceStrategy):
@@ -34,6 +36,12 @@ class Driven(SingleDeviceStrategy):
         super().setup(trainer)
         self.engine = self.processes.engine_of(self.lightning_module, self.optimizers[0])
         self.optimizers = [self.engine.optimizer]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Through the engine where that cuts weights: there its hooks begin."""
+        if self.processes.cfg.stage < 3:
+            return super().training_step(*args, **kwargs)
+        return self.engine(super().training_step, *args, **kwargs)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Lightning has divided the loss by the micro-batches of a step."""
@@ -57,9 +65,10 @@ class DeepSpeed(Processes):
 
     @dataclass
     class Config(TrainerConfig):
-        """stage: 2 cuts gradients and optimizer state, 1 the latter alone; offload: that state is
-        in the memory of the host, where the optimizer steps, also for one process; bucket: numbers
-        that are reduced at a time. Every trained weight wants a gradient in every micro-batch.
+        """stage: 1 cuts optimizer state, 2 gradients, too, 3 also weights and their average;
+        offload: what stage 3 or else 1 cuts is in the memory of the host, where the optimizer
+        steps, also for one process; bucket: numbers that are reduced at a time. Every trained
+        weight wants a gradient in every micro-batch. Until training starts all is whole in each.
         """
 
         shards = True
@@ -70,10 +79,7 @@ class DeepSpeed(Processes):
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            if self.stage == 3:
-                yield "stage=3: want 1 or 2; trainer=fsdp2 is what cuts the weights, too"
-            else:
-                yield from one_of("stage", self.stage, (1, 2))
+            yield from one_of("stage", self.stage, (1, 2, 3))
             if self.bucket < 1:
                 yield f"bucket={self.bucket}: want >= 1"
             if self.bad_step == "skip":
@@ -120,8 +126,9 @@ class DeepSpeed(Processes):
         self.groups = [[*g["params"]] for g in optimizer.param_groups]
         optimizer.state.clear()
         trained = sum(p.numel() for group in self.groups for p in group)
+        offload = {"device": "cpu" if cfg.offload else "none"}
         self.engine, *_ = deepspeed.initialize(
-            model=system,
+            model=system if cfg.stage < 3 else Cut(system),
             optimizer=optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # only for its counts of samples
@@ -134,7 +141,11 @@ class DeepSpeed(Processes):
                     "overlap_comm": False,
                     "reduce_bucket_size": min(cfg.bucket, trained),
                     "allgather_bucket_size": min(cfg.bucket, trained),
-                    "offload_optimizer": {"device": "cpu" if cfg.offload else "none"},
+                    "offload_optimizer": offload,
+                    **({} if cfg.stage < 3 else {"offload_param": offload}),
+                    "sub_group_size": trained,  # a flat part for each group
+                    # Small ones are cut, too: a part is all that is written here.
+                    "stage3_param_persistence_threshold": 0,
                 },
             },
         )
@@ -142,23 +153,33 @@ class DeepSpeed(Processes):
             self._resume(optimizer, state)
         return self.engine
 
+    def _flats(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """This process's part of each group of the optimizer."""
+        if self.cfg.stage < 3:
+            return [flat for group in optimizer.param_groups for flat in group["params"]]
+        return self.engine.optimizer.fp32_partitioned_groups_flat
+
     def _resume(self, optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
         """Cuts whole moments as the engine has cut weights: into one flat part for each group."""
         numbers = iter(range(len(state)))
-        for parameters, group in zip(self.groups, optimizer.param_groups, strict=True):
-            (flat,) = group["params"]
+        for parameters, flat in zip(self.groups, self._flats(optimizer), strict=True):
             found: dict[str, Any] = {}
+            filled = 0
             for p, number in zip(parameters, numbers, strict=False):
                 for name, value in state[number].items():
-                    if not _is_moment(value, p):
+                    if not isinstance(value, Tensor) or value.shape != shape_of(p):
                         found[name] = value
                         continue
                     whole = found.setdefault(name, torch.zeros_like(flat))
-                    if p._hp_mapping is not None:  # of which this process has a part
+                    if is_sharded(p):
+                        part = local(like(value, p))
+                        whole.narrow(0, filled, part.numel()).copy_(part)
+                    elif p._hp_mapping is not None:  # of which this process has a part
                         here = p._hp_mapping.get_hp_fragment_address()
                         there = p._hp_mapping.lp_fragment_address
                         part = value.flatten().narrow(0, there.start, there.numel)
                         whole.narrow(0, here.start, here.numel).copy_(part)
+                filled += local(p).numel()
             optimizer.state[flat] = found
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -168,8 +189,8 @@ class DeepSpeed(Processes):
 
         state: dict[int, dict[str, Any]] = {}
         groups: list[dict[str, Any]] = []
-        for parameters, group in zip(self.groups, optimizer.param_groups, strict=True):
-            (flat,) = group["params"]
+        flats = self._flats(optimizer)
+        for parameters, group, flat in zip(self.groups, optimizer.param_groups, flats, strict=True):
             numbers = [*range(len(state), len(state) + len(parameters))]
             for p, number in zip(parameters, numbers, strict=True):
                 state[number] = {
@@ -180,6 +201,33 @@ class DeepSpeed(Processes):
                 }
             groups.append({k: v for k, v in group.items() if k != "params"} | {"params": numbers})
         return {"state": state, "param_groups": groups}
+
+
+class Cut(nn.Module):
+    """What the engine is to cut of a system, as a model that runs what it is called with."""
+
+    def __init__(self, system: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(_without_frozen(system))
+
+    def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return step(*args, **kwargs)
+
+
+def _without_frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts with trained weights and without a frozen part: those need not forward."""
+    if not any(p.requires_grad for p in module.parameters()):
+        return
+    if not any(getattr(m, "_frozen", False) for m in module.modules()):
+        yield module
+        return
+    if any(p.requires_grad for p in module.parameters(recurse=False)):
+        raise ConfigError(
+            f"trainer.stage=3: {type(module).__name__} has trained weights of its own and a frozen "
+            "part; want trainer.stage=2 or trainer=fsdp2"
+        )
+    for child in module.children():
+        yield from _without_frozen(child)
 
 
 def _is_moment(value: Any, parameter: Tensor) -> bool:
