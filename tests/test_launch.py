@@ -173,7 +173,7 @@ def test_ranks_that_do_not_connect_are_started_again(log, capfd):
 def test_ranks_that_never_connect_are_told_of_in_the_end(log):
     told = {"UNMET_LOG": str(log), "UNMET": "9"}
     # Of the one that gives up, or of the other where that is slow to say the same.
-    with pytest.raises(RankError, match="lost contact with the other ranks|no answer to rank"):
+    with pytest.raises(RankError, match=r"lost contact with the other ranks|no answer to rank"):
         launch("launch_unmet:count", None, 2, environment=told)
     assert log.read_text().count("started") == MEETINGS
 
