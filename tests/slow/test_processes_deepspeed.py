@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 trains what one process does, on CPUs; its checkpoints are everyone's."""
+"""DeepSpeed's ZeRO trains what one process does, on CPUs; its checkpoints are everyone's."""
 
 from __future__ import annotations
 
@@ -11,50 +11,56 @@ from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved,
 
 pytestmark = pytest.mark.slow
 
-TWICE = ("trainer.accumulate=2", "data.clips_per_epoch=48")
-# In half precision sums over other numbers of clips are rounded otherwise.
-HALF = ("precision=bf16", "backbone.gradient_checkpointing=true")
+STAGES = [2, 3]
+# What looks at the weights between steps.
+LOOKS = (
+    "callbacks=[samples,val_loss]", "callbacks.samples.every=2", "callbacks.samples.count=1",
+    "callbacks.val_loss.every=2", "callbacks.val_loss.clips=4",
+)  # fmt: skip
+COMMON = ("trainer.accumulate=2", "data.clips_per_epoch=48", *LOOKS)
+# In half precision sums over other numbers of clips are rounded otherwise, and so is a weight that
+# was clipped by a factor of another rounding.
+HALF = (
+    "precision=bf16", "backbone.gradient_checkpointing=true", "data.batch_size=2",
+    "trainer.accumulate=2", "trainer.clip=null", "steps=3",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("deepspeed")
-    zero, offload = ("trainer=deepspeed_zero2", *TWO), ("trainer=deepspeed_zero2_offload", *TWO)
-    jobs = [
-        job("one", out, *ONE),
-        job("zero", out, *zero, how="asked", rank=1, step=3),
-        moved("zero to zero", out, "zero", *zero),
-        moved("zero to one", out, "zero", *ONE),
-        job("one twice", out, *ONE, *TWICE),
-        job("offload twice", out, *offload, *TWICE),
-        job("half", out, "data.batch_size=2", "trainer.accumulate=2", *HALF),
-        job("half alone", out, "trainer=deepspeed_zero2_offload", "trainer.processes=1",
-            "data.batch_size=2", "trainer.accumulate=2", *HALF),
-    ]  # fmt: skip
+    jobs = [job("one", out, *ONE, *COMMON), job("half", out, *HALF)]
+    for stage in STAGES:
+        name = f"trainer=deepspeed_zero{stage}"
+        zero, offload = (name, *TWO, *COMMON), (f"{name}_offload", *TWO, *COMMON)
+        alone = (f"{name}_offload", "trainer.processes=1", *HALF)
+        jobs += [
+            job(f"zero {stage}", out, *zero, how="asked", rank=1, step=3),
+            moved(f"zero {stage} to offload", out, f"zero {stage}", *offload),
+            moved(f"zero {stage} to one", out, f"zero {stage}", *ONE, *COMMON),
+            job(f"half {stage}", out, *alone),
+        ]
     return done(out, jobs)
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(out):
-    found = states(out, "zero") | states(out, "zero to zero")
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one_also_where_a_run_goes_on_with_its_state_on_the_host(out, stage):
+    found = states(out, f"zero {stage}") | states(out, f"zero {stage} to offload")
     assert sorted(found) == list(range(1, STEPS + 1))
     assert_close(states(out, "one"), found)
-    one, two = metrics(out, "one"), Run(out / "zero to zero").metrics()
+    one, two = metrics(out, "one"), Run(out / f"zero {stage} to offload").metrics()
+    looked = ("val/loss", "val/loss_ema")
     for step in one:
-        for name in ("loss", "grad_norm", "lr"):
+        for name in ("loss", "grad_norm", "lr", *(looked if step in (2, 4) else ())):
             assert one[step][name] == pytest.approx(two[step][name], rel=2e-6), (step, name)
+    sheets = (out / f"zero {stage} to offload" / "samples").glob("step_*/*.png")
+    assert {sheet.parent.name for sheet in sheets} == {"step_00000002", "step_00000004"}
 
 
-def test_they_do_so_with_accumulated_gradients_and_the_optimizer_on_the_host(out):
-    assert_close(states(out, "one twice"), states(out, "offload twice"))
-
-
-def test_one_process_with_the_optimizer_on_the_host_equals_one_without(out):
-    assert_close(states(out, "half"), states(out, "half alone"))
-
-
-def test_a_checkpoint_is_that_of_any_trainer(out):
-    one, zero = states(out, "one")[3]["optimizer"], states(out, "zero")[3]["optimizer"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_is_that_of_any_trainer(out, stage):
+    one, zero = states(out, "one")[3]["optimizer"], states(out, f"zero {stage}")[3]["optimizer"]
     assert not differing(one["param_groups"], zero["param_groups"])
     assert one["state"].keys() == zero["state"].keys()
     for number, moments in one["state"].items():
@@ -65,17 +71,25 @@ def test_a_checkpoint_is_that_of_any_trainer(out):
             torch.testing.assert_close(value, found, rtol=0, atol=atol)
 
 
-def test_a_run_goes_on_in_one_process(out):
-    found = states(out, "zero to one")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_in_one_process(out, stage):
+    found = states(out, f"zero {stage} to one")
     assert sorted(found) == [4, 5]
     assert_close(states(out, "one"), found)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_with_its_state_on_the_host_equals_one_without(out, stage):
+    assert_close(states(out, "half"), states(out, f"half {stage}"))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero2_offload"])
-def test_on_a_gpu_it_equals_a_process_without(name, tmp_path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["", "_offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_on_a_gpu_it_equals_a_process_without(stage, offload, tmp_path):
     pytest.importorskip("deepspeed")
     on = ("trainer.accelerator=cuda", "data.batch_size=4")
-    zero = (f"trainer={name}", "trainer.processes=1", *on)
+    zero = (f"trainer=deepspeed_zero{stage}{offload}", "trainer.processes=1", *on)
     done(tmp_path, [job("one", tmp_path, *on), job("zero", tmp_path, *zero)])
     assert_close(states(tmp_path, "one"), states(tmp_path, "zero"))
