@@ -98,6 +98,17 @@ class DeepSpeed(Processes):
     cfg: Config
     engine: Any = None
 
+    def prepare(self, system: nn.Module, device: Device, world: int) -> None:
+        """Raises ConfigError where stage 3 cannot cut `system`."""
+        if self.cfg.stage < 3:
+            return
+        if getattr(system, "opponent", None):
+            raise ConfigError(
+                "trainer.stage=3: a discriminator looks at weights between the engine's turns; "
+                "want trainer.stage=2 or trainer=ddp"
+            )
+        Cut(system)
+
     def strategy(self, device: Device, world: int) -> Any:
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read at its first import

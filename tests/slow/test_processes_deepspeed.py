@@ -18,11 +18,10 @@ LOOKS = (
     "callbacks.val_loss.every=2", "callbacks.val_loss.clips=4",
 )  # fmt: skip
 COMMON = ("trainer.accumulate=2", "data.clips_per_epoch=48", *LOOKS)
-# In half precision sums over other numbers of clips are rounded otherwise, and so is a weight that
-# was clipped by a factor of another rounding.
+# In half precision sums over other numbers of clips are rounded otherwise.
 HALF = (
     "precision=bf16", "backbone.gradient_checkpointing=true", "data.batch_size=2",
-    "trainer.accumulate=2", "trainer.clip=null", "steps=3",
+    "trainer.accumulate=2",
 )  # fmt: skip
 
 
@@ -80,7 +79,11 @@ def test_a_run_goes_on_in_one_process(out, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_process_with_its_state_on_the_host_equals_one_without(out, stage):
-    assert_close(states(out, "half"), states(out, f"half {stage}"))
+    # The last bit of a weight (flat parts are stepped elsewhere in a vector) may turn its bfloat16.
+    assert_close(states(out, "half"), states(out, f"half {stage}"), most=1e-5)
+    one, alone = metrics(out, "half"), metrics(out, f"half {stage}")
+    for step in one:
+        assert one[step]["loss"] == pytest.approx(alone[step]["loss"], rel=2e-6), step
 
 
 @pytest.mark.gpu
