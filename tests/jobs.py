@@ -60,12 +60,12 @@ def metrics(out, name):
     return Run(path.parent).metrics()
 
 
-def assert_close(one, other, most=1e-6):
-    """Weights and average of each step of `other` within `most`: sums have another order."""
+def assert_close(one, other):
+    """Weights and average of each step of `other` within 1e-6: sums have another order."""
     assert other
     for step, state in other.items():
         for part in (lambda s: s["weights"], lambda s: s["ema"]["average"]):
             a, b = part(one[step]), part(state)
             assert a.keys() == b.keys()
             worst = max((a[name] - b[name]).abs().max().item() for name in a)
-            assert worst <= most, (step, worst)
+            assert worst <= 1e-6, (step, worst)

@@ -68,7 +68,9 @@ class DeepSpeed(Processes):
         """stage: 1 cuts optimizer state, 2 gradients, too, 3 also weights and their average;
         offload: what stage 3 or else 1 cuts is in the memory of the host, where the optimizer
         steps, also for one process; bucket: numbers that are reduced at a time. Every trained
-        weight wants a gradient in every micro-batch. Until training starts all is whole in each.
+        weight wants a gradient in every micro-batch. Of stage 3: until training starts all is
+        whole in each, frozen parts (with an adapter, all but that) stay so, and weights of linear
+        layers remain for the way back where blocks are not checkpointed.
         """
 
         shards = True
@@ -157,6 +159,8 @@ class DeepSpeed(Processes):
                     "sub_group_size": trained,  # a flat part for each group
                     # Small ones are cut, too: a part is all that is written here.
                     "stage3_param_persistence_threshold": 0,
+                    # Its own linear layer rounds before it adds the bias, and stays in the process.
+                    "memory_efficient_linear": False,
                 },
             },
         )
