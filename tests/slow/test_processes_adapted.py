@@ -21,29 +21,48 @@ FULL = (CHECKPOINTED, "backbone.num_blocks=2")
 # In half precision a sum over four clips is rounded once, and one over two and two twice.
 HALVES = ("data.batch_size=2", "trainer.accumulate=2")
 KINDS = {
-    "full": (FULL, ONE),
-    "lora": (LORA, ONE),
     "full bf16": ((*FULL, "precision=bf16"), HALVES),
     "lora bf16": ((*LORA, "precision=bf16"), HALVES),
 }
+FP32 = {"full": (FULL, ONE), "lora": (LORA, ONE)}
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("adapted")
-    ddp, fsdp = ("trainer=ddp", *TWO), ("trainer=fsdp2", *TWO)
-    stop = {"how": "asked", "rank": 0, "step": 3}
-    done(out, [job("base", out, *ONE)])
+    return done(out, [job("base", out, *ONE)])
+
+
+def init_from(out):
     (base,) = (out / "base").glob("*")
-    init = f"init_from={base}"
-    jobs = []
-    for kind, (overrides, one) in KINDS.items():
-        overrides = (*overrides, init) if "lora" in kind else overrides
-        jobs.append(job(f"{kind} one", out, *overrides, *one))
-        jobs.append(job(f"{kind} ddp", out, *overrides, *ddp))
-        jobs.append(job(f"{kind} fsdp", out, *overrides, *fsdp))
-    lora = (*LORA, init)
-    jobs += [
+    return f"init_from={base}"
+
+
+def by_trainers(out, kinds):
+    """Jobs of each kind in one process, and in two by each trainer."""
+    for kind, (overrides, one) in kinds.items():
+        overrides = (*overrides, init_from(out)) if "lora" in kind else overrides
+        yield job(f"{kind} one", out, *overrides, *one)
+        yield job(f"{kind} ddp", out, *overrides, "trainer=ddp", *TWO)
+        yield job(f"{kind} fsdp", out, *overrides, "trainer=fsdp2", *TWO)
+
+
+@pytest.fixture(scope="module")
+def half(out):
+    return done(out, [*by_trainers(out, KINDS)])
+
+
+@pytest.fixture(scope="module")
+def single(out):
+    return done(out, [*by_trainers(out, FP32)])
+
+
+@pytest.fixture(scope="module")
+def moves(out):
+    stop = {"how": "asked", "rank": 0, "step": 3}
+    lora, fsdp = (*LORA, init_from(out)), ("trainer=fsdp2", *TWO)
+    jobs = [
+        job("whole", out, *lora, *ONE),
         job("two", out, *lora, *fsdp, **stop),
         moved("two to one", out, "two", *lora, *ONE),
         job("one", out, *lora, *ONE, **stop),
@@ -52,9 +71,7 @@ def out(tmp_path_factory):
     return done(out, jobs)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_equal_one_with_the_same_global_batch(out, kind, trainer):
+def assert_two_equal_one(out, kind, trainer):
     one, two = states(out, f"{kind} one"), states(out, f"{kind} {trainer}")
     assert sorted(two) == list(range(1, STEPS + 1))
     assert_close(one, two)
@@ -65,9 +82,22 @@ def test_two_processes_equal_one_with_the_same_global_batch(out, kind, trainer):
             assert rows[step][name] == pytest.approx(others[step][name], rel=2e-6), (step, name)
 
 
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_equal_one_with_the_same_global_batch(half, kind, trainer):
+    assert_two_equal_one(half, kind, trainer)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", FP32)
+def test_two_processes_equal_one_in_single_precision(single, kind, trainer):
+    assert_two_equal_one(single, kind, trainer)
+
+
 @pytest.mark.parametrize("trainer", ["one", "ddp", "fsdp"])
-def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(out, trainer):
-    (folder,) = (out / f"lora bf16 {trainer}").glob("*")
+def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(half, trainer):
+    (folder,) = (half / f"lora bf16 {trainer}").glob("*")
     saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
     assert saved["weights"].keys() == saved["ema"]["average"].keys()
     assert any(".lora_" in name for name in saved["weights"])
@@ -80,21 +110,21 @@ def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(o
 
 
 @pytest.mark.parametrize("name", ["two to one", "one to two"])
-def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processes(out, name):
-    found = states(out, name)
+def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processes(moves, name):
+    found = states(moves, name)
     assert sorted(found) == [4, 5]
-    assert_close(states(out, "lora one"), found)
+    assert_close(states(moves, "whole"), found)
 
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
-@pytest.mark.parametrize("kind", ["full", "lora bf16"])
-def test_an_export_of_a_sharded_run_has_its_whole_weights(out, kind, weights, tmp_path):
-    (folder,) = (out / f"{kind} fsdp").glob("*")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_of_a_sharded_run_has_its_whole_weights(half, kind, weights, tmp_path):
+    (folder,) = (half / f"{kind} fsdp").glob("*")
     to = tmp_path / "weights.safetensors"
     cfg = registry.default("task", "export")
     cfg = replace(cfg, run=str(folder), format="safetensors", weights=weights, to=str(to))
     registry.create(cfg)(wire(read_root(folder)))
-    state = states(out, f"{kind} fsdp")[STEPS]
+    state = states(half, f"{kind} fsdp")[STEPS]
     expected = state["ema"]["average"] if weights == "ema" else state["weights"]
     found = checkpoint.read_foreign(to)
     assert not differing(expected, {k: found[k] for k in expected})
