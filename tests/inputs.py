@@ -110,20 +110,32 @@ def stored(cfg: DataConfig, folder: Path, root: Root) -> str:
 
 
 def write_clips(folder: Path, size: Clip) -> None:
-    """Videos with captions and pictures, four to train on and two to validate; lists name them."""
+    """Videos with captions and pictures, four to train on and two to validate.
+
+    Lists name them, and shards hold them.
+    """
     from PIL import Image
 
     from sandbox.media import write_video
+    from sandbox.prepared import write_shards
+
+    about = {"source": "", "start": 0.0, "end": 1.0, "scores": {}}
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
 
     for i in range(6):
         path = folder / ("train" if i < 4 else "val") / f"{i}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_video(path, video(size, 1, seed=i)[0], 8.0)
         path.with_suffix(".txt").write_text(WORDS[i % 3])
+        clip = {"frames": size.frames, "height": size.height, "width": size.width, "fps": 8.0}
+        clip["bytes"] = path.stat().st_size
+        row = {"id": str(i), "file": path, "caption": WORDS[i % 3], "clip": clip}
+        splits[path.parent.name].append(about | row)
         named = folder / "videos" / "all" / path.name
         named.parent.mkdir(parents=True, exist_ok=True)
         named.hardlink_to(path)
         Image.new("RGB", (size.width, size.height), (40 * i, 0, 0)).save(path.with_suffix(".png"))
+    write_shards(folder, splits, 1 << 20)
     rows = [f"{i},all,{WORDS[i % 3]} {i}" for i in range(6)]
     (folder / "metadata.csv").write_text("\n".join(["videoid,page_dir,name", *rows]))
     entries = [

@@ -6,7 +6,10 @@ Pure functions; sizes are (height, width) in pixels, ratios height over width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import log
 from typing import TypeVar
+
+from sandbox.contracts import Clip
 
 Size = tuple[int, int]
 T = TypeVar("T")
@@ -59,3 +62,16 @@ def batch_frames(lengths: Sequence[int], interval: int, most: int) -> int:
     """
     length = min([*lengths, most + interval])
     return max(length // interval * interval, 1)
+
+
+def nearest(look: tuple[int, int, int], clips: Sequence[Clip]) -> Clip:
+    """The one of `clips` for a video of these frames, height and width; the first of equals."""
+    number, height, width = look
+    counts = {clip.frames for clip in clips}
+    frames = max((n for n in counts if n <= number), default=min(counts))
+
+    def distance(clip: Clip) -> tuple[float, int]:
+        aspects = abs(log(clip.height * width / (clip.width * height)))
+        return aspects, abs(clip.height - height) + abs(clip.width - width)
+
+    return min((clip for clip in clips if clip.frames == frames), key=distance)

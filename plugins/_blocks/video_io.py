@@ -1,10 +1,10 @@
-"""Clips from video files (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
+"""Clips from videos (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,14 @@ IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 Choose = Callable[[int], int]  # room -> place in [0, room]
 Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> numbers of frames
 Shape = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
+
+
+class Media(Protocol):
+    """A file by its path, or bytes that lie in another file."""
+
+    @property
+    def suffix(self) -> str: ...
+    def open(self, mode: str, /) -> BinaryIO: ...
 
 
 class Fit:
@@ -58,18 +66,19 @@ def to_video(images: list[np.ndarray]) -> Tensor:
     return (video.float() / 127.5 - 1).contiguous()
 
 
-def read_image(path: Path, fit: Shape) -> Tensor:
+def read_image(path: Media, fit: Shape) -> Tensor:
     """(3, 1, H, W) in [-1, 1]. Raises BadItem."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path, formats=[IMAGES[path.suffix.lower()]]) as image:
+        formats = [IMAGES[path.suffix.lower()]]
+        with path.open("rb") as file, Image.open(file, formats=formats) as image:
             return to_video([fit(ImageOps.exif_transpose(image).convert("RGB"))])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadItem(f"cannot be read: {e}") from e
 
 
-def measured(path: Path) -> tuple[int, int, int]:
+def measured(path: Media) -> tuple[int, int, int]:
     """Frames, height and width of a file, of a video by its head and its first frame.
 
     Raises BadItem.
@@ -104,12 +113,13 @@ def all_measured(paths: list[Path]) -> list[tuple[int, int, int] | BadItem]:
         return [*pool.map(of, paths)]
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Media) -> tuple[int, int]:
     """Height and width as it is shown. Raises BadItem."""
     from PIL import ExifTags, Image
 
     try:
-        with Image.open(path, formats=[IMAGES[path.suffix.lower()]]) as image:
+        formats = [IMAGES[path.suffix.lower()]]
+        with path.open("rb") as file, Image.open(file, formats=formats) as image:
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return (image.width, image.height) if is_turned else (image.height, image.width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -117,7 +127,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_video(
-    path: Path, frames: int, stride: int, choose: Choose, fit: Fit
+    path: Media, frames: int, stride: int, choose: Choose, fit: Fit
 ) -> tuple[Tensor, float]:
     """(3, frames, H, W) in [-1, 1] and the file's fps.
 
@@ -136,7 +146,7 @@ def read_video(
     return to_video(images), rate
 
 
-def read_frames(path: Path, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], float]:
+def read_frames(path: Media, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], float]:
     """The frames whose numbers `pick` chooses, in order, and the file's fps. Raises BadItem."""
     import av
 
@@ -161,7 +171,7 @@ def read_frames(path: Path, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], f
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+def opened(path: Media) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """A file and its first video. Raises BadItem, and what PyAV raises."""
     import av
 

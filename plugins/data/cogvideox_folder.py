@@ -5,13 +5,13 @@ with frames and sizes is a setting where it is not the default.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import log
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from plugins._blocks.buckets import nearest
 from plugins._blocks.folders import folder_of, held_out, identity
 from plugins._blocks.video_io import (
     CONTAINERS,
@@ -260,19 +260,6 @@ class Samples:
         if row.image is not None:
             sample["image"] = read_image(row.root / row.image, shape(cfg, clip))
         return sample
-
-
-def nearest(look: tuple[int, int, int], clips: Sequence[Clip]) -> Clip:
-    """The one of `clips` for a video of these frames, height and width; the first of equals."""
-    number, height, width = look
-    counts = {clip.frames for clip in clips}
-    frames = max((n for n in counts if n <= number), default=min(counts))
-
-    def distance(clip: Clip) -> tuple[float, int]:
-        aspects = abs(log(clip.height * width / (clip.width * height)))
-        return aspects, abs(clip.height - height) + abs(clip.width - width)
-
-    return min((clip for clip in clips if clip.frames == frames), key=distance)
 
 
 def shape(cfg: CogVideoXFolder.Config, clip: Clip) -> Shape:

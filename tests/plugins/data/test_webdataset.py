@@ -1,0 +1,441 @@
+"""Shards: what is in them, the splits, buckets, order on many processes, and damage."""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from plugins._blocks.video_io import CONTAINERS, IMAGES
+from plugins.data.webdataset import MEDIA, WebDataset
+from sandbox.contracts import BadItem, Clip, DataError, StorageError
+from sandbox.data import Loader, batches
+from sandbox.prepared import write_shards
+from sandbox.randomness import keyed
+from tests.plugins.data.test_video_folder import levels, write_video
+
+CONFIG = WebDataset.Config(frames=1, height=16, width=16)
+Payloads = Mapping[str, bytes]
+
+
+def picture(level: int, height: int = 16, width: int = 16) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 8 * level, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def pairs(numbers: range) -> Payloads:
+    """Pictures that show their number, and captions that say it."""
+    return {f"{i:03}.png": picture(i % 32) for i in numbers} | {
+        f"{i:03}.txt": f" number\n {i} ".encode() for i in numbers
+    }
+
+
+def shard(path: Path, payloads: Payloads) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, payload in payloads.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    return path
+
+
+def source(root: Path, **settings) -> WebDataset:
+    keep = str(root.parent / f"{root.name} indices")
+    return WebDataset(replace(CONFIG, root=str(root), **{"index": keep, **settings}))
+
+
+def ids(items) -> list[str]:
+    return [items.id(i) for i in range(len(items))]
+
+
+def split_of(root: Path, **settings) -> dict[str, set[str]]:
+    data = source(root, **settings)
+    return {name: set(ids(data.split(name))) for name in ("train", "val")}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """24 samples to train on in three shards, four to validate."""
+    folder = tmp_path / "shards"
+    for number in range(3):
+        numbers = range(8 * number, 8 * number + 8)
+        shard(folder / f"train-{number:05}.tar", pairs(numbers))
+    shard(folder / "val-00000.tar", pairs(range(24, 28)))
+    return folder
+
+
+# --- what is in them ------------------------------------------------------------------------------
+
+
+def test_endings_are_those_that_the_readers_know():
+    assert {f".{ending}" for ending in MEDIA} == {*CONTAINERS, *IMAGES}
+
+
+def test_shards_of_the_webdataset_library_are_read(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    write_video(tmp_path / "clip.mp4", 6)
+    clip = (tmp_path / "clip.mp4").read_bytes()
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for split in ("train", "val"):
+        with webdataset.TarWriter(str(folder / f"{split}-0.tar")) as writer:
+            writer.write({"__key__": "a/one", "mp4": clip, "json": {"text": f"of {split}"}})
+    data = source(folder, frames=3, start="centre", caption="json", caption_field="text")
+    sample = data.split("train").load(0, keyed(0))
+    assert levels(sample["video"]) == [1, 2, 3]
+    assert (sample["caption"], sample["fps"], sample["frame_stride"]) == ("of train", 10, 1)
+    assert data.prompts() == ["of val"]
+
+
+def test_a_picture_and_its_caption_stay_together_whatever_the_order_of_members(tmp_path):
+    payloads = pairs(range(20))
+    mixed = {name: payloads[name] for name in sorted(payloads, key=lambda n: (n[2], n[4], n))}
+    shard(tmp_path / "s" / "train.tar", mixed)
+    shard(tmp_path / "s" / "val.tar", pairs(range(1)))
+    (whole,) = batches(source(tmp_path / "s").split("train"), 20)
+    shown = [levels(video)[0] for video in whole.video]
+    assert whole.captions == [f"number {n}" for n in shown] and len({*shown}) == 20
+
+
+def test_members_that_are_named_otherwise_are_chosen_by_settings(tmp_path):
+    payloads = {"a.big.PNG": picture(1), "a.png": picture(2), "a.caption.txt": b"yes", "a.txt": b""}
+    for split in ("train", "val"):
+        shard(tmp_path / "s" / f"{split}.tar", payloads)
+    data = source(tmp_path / "s", media=("big.png", "png"), caption="caption.txt")
+    sample = data.split("train").load(0, keyed(0))
+    assert (levels(sample["video"]), sample["caption"]) == ([1], "yes")
+    assert "caption" not in source(tmp_path / "s", caption=None).split("val").load(0, keyed(0))
+
+
+@pytest.mark.parametrize("text", [None, b" \n", b"\xff\xfe\xfa"])
+def test_a_sample_without_a_usable_caption_is_bad(tmp_path, text):
+    payloads = {"a.png": picture(1)} | ({} if text is None else {"a.txt": text})
+    for split in ("train", "val"):
+        shard(tmp_path / "s" / f"{split}.tar", payloads)
+    with pytest.raises(BadItem, match=r"caption .*\.txt"):
+        source(tmp_path / "s").split("train").load(0, keyed(0))
+    if text is None:
+        data = source(tmp_path / "s", missing_caption="empty")
+        assert data.split("train").load(0, keyed(0))["caption"] == ""
+
+
+def test_a_hash_of_the_content_follows_what_is_read_and_nothing_else(root):
+    before = source(root).split("val").content(0)
+    payloads = dict(pairs(range(24, 28)))
+    shard(root / "val-00000.tar", {"024.cls": b"7"} | payloads)
+    assert source(root).split("val").content(0) == before
+    shard(root / "val-00000.tar", payloads | {"024.txt": b"other"})
+    assert source(root).split("val").content(0) != before
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def epoch(root: Path, rank: int, world: int, workers: int, stop: int | None = None):
+    """Ids of a rank's first micro-batches of an epoch, and where its loader then stands."""
+    items = source(root).split("train")
+    loader = Loader(items, 2, 5, rank=rank, world=world, num_workers=workers)
+    try:
+        seen = [name for batch in islice(loader, stop) for name in batch.ids]
+        return seen, loader.state_dict()
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 5), (2, 0), (2, 2), (3, 0), (4, 0), (8, 0)])
+def test_every_sample_comes_once_in_an_epoch_on_any_number_of_machines_and_workers(
+    root, world, workers
+):
+    """Also with more of both than there are shards."""
+    seen = [name for rank in range(world) for name in epoch(root, rank, world, workers)[0]]
+    assert sorted(seen) == sorted(ids(source(root).split("train"))) and len(seen) == 24
+
+
+@pytest.mark.parametrize("world", [5, 7])
+def test_what_does_not_divide_by_the_machines_is_left_out_and_nothing_repeats(root, world):
+    seen = [name for rank in range(world) for name in epoch(root, rank, world, 0)[0]]
+    assert len(seen) == len({*seen}) == 24 - 24 % world
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_epoch_is_the_rest_of_it(root, workers):
+    whole, _ = epoch(root, 1, 2, 0)
+    begun, state = epoch(root, 1, 2, workers, stop=2)
+    items = source(root).split("train")
+    loader = Loader(items, 2, 5, rank=1, world=2, num_workers=workers)
+    loader.load_state_dict(state)
+    rest = [name for batch in loader for name in batch.ids]
+    loader.close()
+    assert len(begun) == 4 and begun + rest == whole
+
+
+# --- indices --------------------------------------------------------------------------------------
+
+
+def test_an_index_is_made_once_for_each_state_of_a_shard(root):
+    before = split_of(root)
+    keep = root.parent / "shards indices"
+    made = sorted(keep.iterdir())
+    assert len(made) == 4
+    for file in made:  # what is kept is what is used
+        file.write_text(file.read_text().replace('"key": "0', '"key": "kept 0'))
+    assert all("kept" in name for name in split_of(root)["train"])
+    for path in root.iterdir():
+        shard(path, {f"new {name}": p for name, p in pairs(range(4)).items()})
+    assert all("new" in name for name in split_of(root)["train"])
+    assert before["train"] and len([*keep.iterdir()]) == 8
+
+
+def test_a_broken_index_and_a_folder_that_takes_none_are_errors_with_the_cure(root):
+    split_of(root)
+    for file in (root.parent / "shards indices").iterdir():
+        file.write_text("[{")
+    with pytest.raises(DataError, match=r"is damaged .*; remove it, and it is made again"):
+        split_of(root)
+    (root.parent / "file").touch()
+    with pytest.raises(StorageError, match=r"data\.index=.*name a folder that can be written"):
+        split_of(root, index=str(root.parent / "file"))
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """Shards as task=prepare writes them: three clips of four frames, 24x16 pixels, one long."""
+    folder, splits = tmp_path / "prepared", {"train": [], "val": []}
+    folder.mkdir()
+    for i, (frames, height) in enumerate([(4, 24), (4, 16), (9, 24), (4, 16)]):
+        file = tmp_path / f"{i}.mp4"
+        write_video(file, frames, first=4 * i, height=height)
+        clip = {"frames": frames, "height": height, "width": 16, "fps": 10.0}
+        row = {"id": f"id{i}", "file": file, "caption": f"clip {i}", "scores": {}, "source": "x"}
+        row |= {"start": 0.0, "end": 1.0, "clip": clip | {"bytes": file.stat().st_size}}
+        splits["val" if i == 3 else "train"].append(row)
+    write_shards(folder, splits, 4096)
+    return folder
+
+
+def test_the_index_of_prepared_shards_is_used_and_no_other_is_made(prepared):
+    assert len([*prepared.glob("train-*.tar")]) > 1
+    data = source(prepared, frames=4)
+    samples = [*batches(data.split("train"), 3)]
+    found = zip(samples[0].captions, samples[0].video, strict=True)
+    assert {caption: levels(video)[0] // 4 for caption, video in found} == {
+        "clip 0": 0, "clip 1": 1, "clip 2": 2,
+    }  # fmt: skip
+    assert data.prompts() == ["clip 3"]
+    assert not (prepared.parent / "prepared indices").exists()
+
+
+def changed(index: dict, entry: dict, harm: str) -> None:
+    if harm == "format":
+        index["format"] = 99
+    elif harm == "outside":
+        entry["samples"][0]["members"]["mp4"] = [0, 10**9]
+    elif harm == "missing":
+        entry["file"] = "train-00099.tar"
+    elif harm == "elsewhere":
+        entry["file"] = "../0.mp4"
+        entry["bytes"] = 1
+    else:
+        entry["bytes"] += 1
+
+
+@pytest.mark.parametrize(
+    "harm, problem",
+    [
+        ("format", "its format is 99, want 1"),
+        ("outside", r"index.json is damaged .*'id0' is at 0"),
+        ("missing", "train-00099.tar is not there"),
+        ("elsewhere", "copy it again"),
+        ("bytes", r"train-00000.tar has \d+ bytes, index.json says"),
+    ],
+)
+def test_an_index_that_disagrees_with_the_shards_is_an_error(prepared, harm, problem):
+    path = prepared / "index.json"
+    index = json.loads(path.read_text())
+    changed(index, index["splits"]["train"][0], harm)
+    path.write_text(json.dumps(index))
+    with pytest.raises(DataError, match=problem):
+        split_of(prepared, frames=4)
+
+
+# --- buckets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_clips_go_to_the_bucket_of_their_frames_and_shape(prepared, is_indexed):
+    if not is_indexed:
+        (prepared / "index.json").unlink()
+    settings = {"frames": 4, "buckets": ("4x24x16", "9x24x16"), "stride": 1}
+    items = source(prepared, **settings).split("train")
+    sizes = {ids(items)[i][-3:]: items.bucket(i, keyed(i)) for i in range(3)}
+    assert sizes == {
+        "id0": Clip(3, 4, 24, 16),
+        "id1": Clip(3, 4, 16, 16),
+        "id2": Clip(3, 9, 24, 16),
+    }
+    loader = Loader(items, 1, 0)
+    assert {tuple(b.video.shape[1:]) for b in loader} == {
+        (3, 4, 24, 16), (3, 4, 16, 16), (3, 9, 24, 16),
+    }  # fmt: skip
+    assert source(prepared, **settings | {"stride": 2}).split("train").bucket(2, keyed(0)) == Clip(
+        3, 4, 24, 16
+    )
+
+
+def test_images_train_beside_videos_where_a_size_has_one_frame(tmp_path, caplog):
+    write_video(tmp_path / "a.mp4", 4)
+    payloads = {"a.mp4": (tmp_path / "a.mp4").read_bytes(), "b.png": picture(3), "c.png": b"no"}
+    for split in ("train", "val"):
+        shard(tmp_path / "s" / f"{split}.tar", payloads)
+    both = source(tmp_path / "s", frames=4, caption=None, buckets=("1x16x16",))
+    assert both.cfg.provides() == {"video"}
+    found = [*batches(both.split("train"), 4)]
+    assert sorted(tuple(b.video.shape) for b in found) == [(1, 3, 1, 16, 16), (1, 3, 4, 16, 16)]
+    assert [line for b in found for line in b.bad if "cannot be read" in line]
+    assert len(source(tmp_path / "s", frames=4, caption=None).split("train")) == 1
+    assert "4 images, because no clip has one frame" in caplog.text
+
+
+# --- the split ------------------------------------------------------------------------------------
+
+
+def test_names_of_shards_or_folders_are_the_splits_where_they_have_both(root):
+    found = split_of(root)
+    assert {k: len(v) for k, v in found.items()} == {"train": 24, "val": 4}
+    for old in [*root.iterdir()]:
+        split, _, number = old.name.partition("-")
+        (root / split).mkdir(exist_ok=True)
+        old.rename(root / split / number)
+    assert {k: len(v) for k, v in split_of(root).items()} == {"train": 24, "val": 4}
+    shard(root / "test-0.tar", pairs(range(3)))
+    assert {k: len(v) for k, v in split_of(root).items()} == {"train": 24, "val": 4}
+
+
+def test_whole_shards_are_held_out_by_shard(root):
+    found = split_of(root, split_by="shard", val_fraction=0.5)
+    by_shard = [{name.partition("/")[0] for name in side} for side in found.values()]
+    assert not by_shard[0] & by_shard[1] and len(by_shard[0] | by_shard[1]) == 4
+
+
+def test_a_key_is_on_one_side_whatever_shards_have_it_and_stays_there(root):
+    for number in (3, 4):
+        shard(root / f"train-{number:05}.tar", pairs(range(8)))
+    before = split_of(root, split_by="key", val_fraction=0.3)
+    keys = {name: {i.rpartition("/")[2] for i in found} for name, found in before.items()}
+    assert not keys["train"] & keys["val"] and len(keys["train"] | keys["val"]) == 28
+    assert len(before["train"] | before["val"]) == 28 + 16
+    shard(root / "train-00005.tar", pairs(range(100, 150)))
+    after = split_of(root, split_by="key", val_fraction=0.3)
+    assert before["train"] <= after["train"] and before["val"] <= after["val"]
+
+
+def test_one_shard_cannot_be_split_by_shard(tmp_path):
+    shard(tmp_path / "s" / "0.tar", pairs(range(40)))
+    with pytest.raises(DataError, match=r"no sample for 'val' .*data\.split_by=key"):
+        split_of(tmp_path / "s", split_by="shard")
+    assert split_of(tmp_path / "s")["val"]
+
+
+# --- shards of others -----------------------------------------------------------------------------
+
+
+def test_names_links_and_pickles_in_a_shard_do_nothing(tmp_path):
+    folder = tmp_path / "shards"
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(picture(9))
+    evil = b"cposix\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
+    endings = ("pyd", "pkl", "pickle", "pth", "pt", "npy")
+    payloads = {"../../up.png": picture(1), "/root.png": picture(2), "pipe:touch x.png": picture(3)}
+    payloads |= {f"../../up.{ending}": evil for ending in endings} | {".hidden": b"", "bare": b""}
+    for split in ("train", "val"):
+        shard(folder / f"{split}.tar", payloads)
+        with tarfile.open(folder / f"{split}.tar", "a") as tar:
+            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
+                member = tarfile.TarInfo(f"link{kind.decode()}.png")
+                member.type, member.linkname = kind, str(outside)
+                tar.addfile(member)
+    before = set(tmp_path.rglob("*"))
+    data = source(folder, caption=None)
+    found = [*batches(data.split("train"), 9)]
+    assert [levels(v) for v in found[0].video] == [[1], [2], [3]] and not found[0].bad
+    made = set(tmp_path.rglob("*")) - before
+    assert {p.parent for p in made} == {tmp_path, tmp_path / "shards indices"} and len(made) == 3
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: 512 * 9 + 100])
+
+
+def tear_a_header(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[1024 + 148 : 1024 + 156] = b"\xff" * 8  # the checksum of the second member
+    path.write_bytes(whole)
+
+
+def compress(path: Path) -> None:
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def twice(path: Path) -> None:
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("000.txt"))
+
+
+@pytest.mark.parametrize(
+    "harm, problem",
+    [
+        (cut_short, "cannot be read"),
+        (tear_a_header, "is damaged at byte 1024"),
+        (compress, "want a whole tar file that is not compressed"),
+        (twice, "has two members '000.txt'"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+    ],
+    ids=["cut", "header", "gzip", "twice", "empty"],
+)
+def test_a_damaged_shard_is_an_error_and_loses_no_sample_silently(root, harm, problem):
+    harm(root / "train-00000.tar")
+    with pytest.raises(DataError, match=rf"train-00000\.tar {problem}|{problem}"):
+        split_of(root)
+
+
+def test_a_damaged_member_is_a_bad_item(root):
+    items = source(root).split("train")
+    member = items.entries[0].member("png")
+    with (root / "train-00000.tar").open("r+b") as file:
+        file.seek(member.offset)
+        file.write(bytes(member.size))
+    loader = Loader(items, 4, 0)
+    assert sum(batch.size for batch in loader) == 24  # one takes its place
+    assert [*loader.bad] == ["train-00000.tar/000"]
+    (root / "train-00000.tar").write_bytes(b"")
+    with pytest.raises(BadItem, match=r"train-00000\.tar ends before byte"):
+        items.load(1, keyed(0))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"media": ()},
+        {"media": ("pkl",)},
+        {"missing_caption": "guess"},
+        {"split_by": "name"},
+        {"val_fraction": 0.0},
+        {"stride": 0},
+        {"start": "end"},
+        {"crop": "left"},
+        {"num_prompts": -1},
+        {"buckets": ("9x16",)},
+    ],
+)
+def test_a_bad_setting_is_one_problem_that_starts_with_its_name(settings):
+    problems = list(replace(CONFIG, **settings).problems())
+    assert len(problems) == 1 and problems[0].startswith(next(iter(settings)))
