@@ -297,7 +297,9 @@ WIRED = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_cha
 COSTLY = {"clips_per_epoch", "num_workers", "timesteps", "val_clips"}
 FIXED = {"plugin", "weights", "root", "steps", "include", "exclude", *COSTLY}
 # Of data that are read: what the few files of a test do not have.
-OF_FILES = {"batch_size", "image", "text", "val_root", "val_fraction", "train_list", "val_list"}
+OF_FILES = {
+    "batch_size", "image", "text", "val_root", "val_fraction", "train_list", "val_list", "media",
+}  # fmt: skip
 NUMBERS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24)
 
 
