@@ -63,7 +63,9 @@ class Fit:
 def to_video(images: list[np.ndarray]) -> Tensor:
     """(H, W, 3) uint8 each -> (3, T, H, W) float32 in [-1, 1]."""
     video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)
-    return (video.float() / 127.5 - 1).contiguous()
+    # Turned around while it is converted, then in place: the plain way takes longer than decoding.
+    floats = video.to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.div_(127.5).sub_(1)
 
 
 def read_image(path: Media, fit: Shape) -> Tensor:
