@@ -81,20 +81,33 @@ def ours(root: Path, frames: int, height: int, width: int) -> Way:
 
 
 def pyav(file: object, window: int | None = None) -> int:
-    """RGB arrays of all frames, or of `window` from the middle on."""
+    """RGB arrays of all frames, or of `window` from the middle on, as uint8 each by itself."""
+    return len(pyav_frames(file, window))
+
+
+def pyav_clip(file: object, window: int | None = None) -> int:
+    """The same as one float tensor (3, T, H, W) in [-1, 1], as one would write it."""
+    import numpy as np
+    import torch
+
+    video = torch.from_numpy(np.stack(pyav_frames(file, window))).permute(3, 0, 1, 2)
+    return (video.float() / 127.5 - 1).contiguous().shape[1]
+
+
+def pyav_frames(file: object, window: int | None) -> list:
     import av
 
     with av.open(file, format="mp4") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         start = 0 if window is None else (FRAMES - window) // 2
-        stop, count = start + (window or FRAMES), 0
+        stop, found = start + (window or FRAMES), []
         for i, frame in enumerate(container.decode(stream)):
             if i >= stop:
                 break
             if i >= start:
-                count += len(frame.to_ndarray(format="rgb24")) > 0
-        return count
+                found.append(frame.to_ndarray(format="rgb24"))
+        return found
 
 
 def torchcodec(files: list[Path], window: int | None = None) -> Way:
@@ -148,11 +161,19 @@ def ways(folder: Path) -> Iterator[tuple[str, Callable[[], Way]]]:
     whole, some = f"all {FRAMES} frames", f"{WINDOW} frames of each"
     yield f"data=webdataset, {whole}", lambda: ours(clips, FRAMES, HEIGHT, WIDTH)
     yield f"plain PyAV on files, {whole}", lambda: lambda: sum(pyav(str(f)) for f in files)
+    yield (
+        f"plain PyAV on files to float tensors, {whole}",
+        lambda: lambda: sum(pyav_clip(str(f)) for f in files),
+    )
     yield f"torchcodec on files, {whole}", lambda: torchcodec(files)
     yield f"webdataset's torch_video, {whole}", lambda: library(clips, own_decoder(), "mp4")
     yield f"webdataset's reading with PyAV, {whole}", lambda: library(clips, by_pyav, "mp4")
     yield f"data=webdataset, {some}", lambda: ours(clips, WINDOW, HEIGHT, WIDTH)
     yield (f"plain PyAV on files, {some}", lambda: lambda: sum(pyav(str(f), WINDOW) for f in files))
+    yield (
+        f"plain PyAV on files to float tensors, {some}",
+        lambda: lambda: sum(pyav_clip(str(f), WINDOW) for f in files),
+    )
     yield f"torchcodec on files, {some}", lambda: torchcodec(files, WINDOW)
     yield "data=webdataset, pictures", lambda: ours(pictures, 1, SIDE, SIDE)
     yield "webdataset's torchrgb, pictures", lambda: library(pictures, "torchrgb", "jpg")

@@ -1,9 +1,10 @@
-"""Benchmarks that need a GPU take the same path at tiny size on a CPU."""
+"""Benchmarks take the same path at tiny size, those that need a GPU on a CPU."""
 
 import json
 
 import pytest
 
+from benchmarks import decoding
 from benchmarks.gpu_training_steps import MEASURED, SYSTEMS, configured, main
 
 
@@ -23,3 +24,15 @@ def test_every_case_of_every_system_is_a_configuration_of_its_full_size():
             root = configured(name, case, "init_from=base")  # which an adapter wants
             assert root.recipe == name and root.data.height >= 256
             assert root.trainer.processes == 1
+
+
+@pytest.mark.slow
+def test_every_way_to_decode_gives_all_frames_or_says_why_it_cannot(tmp_path):
+    decoding.main(["--clips", "1", "--rounds", "1", "--out", str(tmp_path)])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "decoding.json").read_text())["rows"]}
+    want = {"all 96 frames": 96, "16 frames of each": 16, "pictures": 8}
+    for way, row in rows.items():
+        expected = want[way.rpartition(", ")[2]]
+        assert row.get("frames") == expected or row["cannot"], way
+    ran = [way for way, row in rows.items() if "frames" in row]
+    assert sum(way.startswith(("data=webdataset", "plain PyAV")) for way in ran) == 7
