@@ -619,6 +619,10 @@ class MetricConfig(PluginConfig):
         """Problems with clips of this size, one line each."""
         yield from ()
 
+    def learns_from(self) -> int:
+        """Real training clips that it is fitted with; 0: none."""
+        return 2048
+
 
 @dataclass
 class AdapterConfig(PluginConfig):
@@ -1085,6 +1089,15 @@ class ByClip(Protocol):
 
     def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """(N,) for each score that is a mean over clips."""
+        ...
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """A metric that compares each clip with the real one in whose place it stands."""
+
+    def beside(self, real: Tensor) -> None:
+        """The real clips (N, 3, T, H, W), before `score` of clips for the same N captions."""
         ...
 
 

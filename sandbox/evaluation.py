@@ -17,13 +17,13 @@ from torch import Tensor
 
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
-from sandbox.contracts import SAMPLE_TENSORS, Batch, ByClip, Clip
+from sandbox.config import Root
+from sandbox.contracts import SAMPLE_TENSORS, Batch, Beside, ByClip, Clip
 from sandbox.data import Loader, batches, usual_size
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.progress import Progress
 
-FITTING_CLIPS = 2048  # real training clips that a metric learns from
 CHUNK = 96  # clips sampled at a time, small ones
 PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
 Between = Callable[[], None]
@@ -53,6 +53,7 @@ def evaluate(
     """
     root = system.root
     source = registry.create(root.data)
+    metric = None if root.metric is None else registry.create(root.metric)
     real = gather(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, between=between)}
@@ -68,10 +69,12 @@ def evaluate(
     if untrained:
         what = "sampling the untrained model"
         floor["untrained model"] = generate(_untrained(system), real, what, between=between)
-    if root.metric is not None:
-        metric = registry.create(root.metric)
-        train = training_clips(source.split("train"), FITTING_CLIPS, root.seed)
-        metric.fit(train.video, train.captions)
+    if metric is not None:
+        if wanted := root.metric.learns_from():
+            train = training_clips(source.split("train"), wanted, root.seed)
+            metric.fit(train.video, train.captions or [""] * train.size)
+        if isinstance(metric, Beside):
+            metric.beside(real.video)
         clips |= metric.baselines(captions)
         result.meaning, result.rates = metric.meaning(), metric.rates()
         result.scores = {
@@ -82,6 +85,15 @@ def evaluate(
             result.each = {name: values.tolist() for name, values in each.items()}
     clips |= floor
     return result
+
+
+def by_pairs(root: Root) -> Any:
+    """The metric of `root` where it compares clips with real ones, as of a first stage; else None.
+
+    Raises StorageError for weights that it lacks.
+    """
+    metric = None if root.metric is None else registry.plugin_class(root.metric.plugin)
+    return registry.create(root.metric) if hasattr(metric, "beside") else None
 
 
 def _untrained(system: LatentDiffusion) -> LatentDiffusion:

@@ -72,11 +72,13 @@ class LPIPS(nn.Module):
 
     `weights`: "random" (for tests: it compares nothing that people see); "hub" (downloads what is
     not in torch's cache, 528 MB); a folder that holds both files, vgg16-397923af.pth of torchvision
-    and vgg.pth of LPIPS 0.1; or one file with the whole state dict. Raises StorageError.
+    and vgg.pth of LPIPS 0.1; or one file with the whole state dict. Raises StorageError, in which
+    it is called `setting`.
     """
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str, setting: str = "reconstruction.lpips") -> None:
         super().__init__()
+        self.setting = setting
         self.scaling_layer, self.net = ScalingLayer(), VGG16()
         for i, width in enumerate(WIDTHS):
             self.add_module(f"lin{i}", Linear(width))
@@ -99,16 +101,17 @@ class LPIPS(nn.Module):
     def _load(self, weights: str) -> None:
         place = Path(weights).expanduser()
         if place.is_file():
-            state = _read(place)
+            state = _read(place, self.setting)
         else:
-            state = from_torchvision(_found(weights, VGG_FILE)) | _found(weights, LINEAR_FILE)
+            vgg, linear = (_found(weights, name, self.setting) for name in (VGG_FILE, LINEAR_FILE))
+            state = from_torchvision(vgg) | linear
         own = self.state_dict()
         state = {k: v for k, v in own.items() if k.startswith("scaling_layer.")} | state
         strange = sorted(own.keys() ^ state.keys())
         strange += [k for k in own if k in state and own[k].shape != state[k].shape]
         if strange:
             raise StorageError(
-                f"reconstruction.lpips={weights}: {len(strange)} names or shapes are not those of "
+                f"{self.setting}={weights}: {len(strange)} names or shapes are not those of "
                 f"LPIPS with VGG16: {', '.join(strange[:10])}"
             )
         self.load_state_dict(state)
@@ -124,27 +127,27 @@ def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"net.{slices[n]}.{n}.{kind}": v for (_, n, kind), v in parts if n in slices}
 
 
-def _found(weights: str, name: str) -> dict[str, Tensor]:
+def _found(weights: str, name: str, setting: str) -> dict[str, Tensor]:
     if weights != "hub":
-        return _read(Path(weights).expanduser() / name)
+        return _read(Path(weights).expanduser() / name, setting)
     try:
         return torch.hub.load_state_dict_from_url(
             URLS[name], map_location="cpu", progress=False, file_name=name, weights_only=True
         )
     except OSError as e:
         raise StorageError(
-            f"reconstruction.lpips=hub: {name} ({SIZES[name]}) cannot be fetched from {URLS[name]} "
+            f"{setting}=hub: {name} ({SIZES[name]}) cannot be fetched from {URLS[name]} "
             f"({e}); put {VGG_FILE} and {LINEAR_FILE} in a folder and name it, "
-            "reconstruction.lpips=FOLDER, or try things out with reconstruction.lpips=random"
+            f"{setting}=FOLDER, or try things out with {setting}=random"
         ) from e
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, setting: str) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise StorageError(
-            f"reconstruction.lpips: {path} cannot be read ({e}); want a folder with {VGG_FILE} and "
+            f"{setting}: {path} cannot be read ({e}); want a folder with {VGG_FILE} and "
             f"{LINEAR_FILE}"
         ) from e
 

@@ -248,17 +248,19 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def load(model: nn.Module, weights: str, prefix: str) -> None:
+def load(
+    model: nn.Module, weights: str, prefix: str, setting: str = "conditioning.weights"
+) -> None:
     """Fills `model`, a TextModel or an ImageModel, strictly; "random" leaves it as it is.
 
     weights: a file (a CLIP, or a whole published system with the model under `prefix`), or a name
-    on the hub. On the meta device nothing is read. Raises StorageError that says what is missing
-    and how to get it.
+    on the hub. On the meta device nothing is read. Raises StorageError that says what is missing of
+    `setting` and how to get it.
     """
     if weights == RANDOM or next(model.parameters()).is_meta:
         return
-    path, own = found(weights), model.state_dict()
-    state = read(path)
+    path, own = found(weights, setting), model.state_dict()
+    state = read(path, setting)
     if any(k.startswith(prefix) for k in state):
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     differing = [f"{k} is missing" for k in own if k not in state]
@@ -269,20 +271,20 @@ def load(model: nn.Module, weights: str, prefix: str) -> None:
     ]
     if differing:
         raise StorageError(
-            f"conditioning.weights={weights}: {len(differing)} of its weights do not fit this "
+            f"{setting}={weights}: {len(differing)} of its weights do not fit this "
             f"OpenCLIP: {', '.join(differing[:10])}"
         )
     model.load_state_dict({k: state[k] for k in own})
 
 
-def found(weights: str) -> Path:
+def found(weights: str, setting: str = "conditioning.weights") -> Path:
     """The file of `weights`, fetched from the hub where there is none of that name."""
     path = Path(weights).expanduser()
     if path.is_file():
         return path
     if path.suffix or not HUB_NAME.fullmatch(weights):
         raise StorageError(
-            f"conditioning.weights={weights}: no such file; want a file, a name on the hub such as "
+            f"{setting}={weights}: no such file; want a file, a name on the hub such as "
             "laion/CLIP-ViT-H-14-laion2B-s32B-b79K (3.9 GB), or weights=random for a dry run"
         )
     from huggingface_hub import hf_hub_download
@@ -294,14 +296,14 @@ def found(weights: str) -> Path:
         except (OSError, ValueError) as e:
             reason = e
     raise StorageError(
-        f"conditioning.weights={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not "
+        f"{setting}={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not "
         f"here and the hub does not give it ({type(reason).__name__}); download it where there is "
-        "a network and name the file, conditioning.weights=FILE, or use weights=random for a dry "
+        f"a network and name the file, {setting}=FILE, or use weights=random for a dry "
         "run"
     ) from reason
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, setting: str = "conditioning.weights") -> dict[str, Tensor]:
     """Named tensors of a file; nothing in it is run. Raises StorageError."""
     import pickle
 
@@ -313,7 +315,7 @@ def read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-        raise StorageError(f"conditioning.weights={path}: cannot be read as weights ({e})") from e
+        raise StorageError(f"{setting}={path}: cannot be read as weights ({e})") from e
     for key in ("state_dict", "module"):
         if isinstance(state.get(key), dict):
             state = state[key]
