@@ -81,6 +81,7 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         init_from=None,
         trainable=None,
         adapter=None,
+        metric=None,
         reconstruction=None,
         callbacks={},
         logger=None,
@@ -93,12 +94,14 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     """Trains, measures on held-out clips, and writes a run folder; returns its result."""
     from pathlib import Path
 
+    from sandbox.evaluation import by_pairs
     from sandbox.first_stages import init_first_stage
     from sandbox.runs import opened
     from sandbox.training import fit, start
 
     root = complete(root)
     check_trainable(root)
+    by_pairs(root)  # weights that it lacks are missed now
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
@@ -177,7 +180,7 @@ def _finish(training: Any) -> dict[str, Any]:
 
     from sandbox import checkpoint, media, registry
     from sandbox.autoencoding import psnr, through
-    from sandbox.evaluation import gather
+    from sandbox.evaluation import by_pairs, gather
     from sandbox.first_stages import calibrate
 
     root, run, system = training.root, training.run, training.system
@@ -191,11 +194,18 @@ def _finish(training: Any) -> dict[str, Any]:
         made = torch.cat([through(first_stage, part) for part in video.split(32)]).clamp(-1, 1)
         checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
     decibels = psnr(made, video).mean().item()
+    scores: dict[str, float] = {}
+    if metric := by_pairs(root):
+        metric.beside(video)
+        scores = metric.score(made, val.captions or [""] * val.size)
     sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
     captions = (val.captions or [])[shown]
     media.reconstruction_sheet(sheet, [*video[shown]], [*made[shown]], captions)
-    training.trackers.summary({"psnr_db": decibels})
+    training.trackers.summary({"psnr_db": decibels} | {f"score/{k}": v for k, v in scores.items()})
     result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
+    result |= {"scores": scores} if scores else {}
     run.finish(result)
-    print(f"first stage: {decibels:.1f} dB on {val.size} held-out clips; sheet {sheet}", flush=True)
+    said = "".join(f", {name} {value:.4g}" for name, value in scores.items())
+    measured = f"{decibels:.1f} dB{said} on {val.size} held-out clips"
+    print(f"first stage: {measured}; sheet {sheet}", flush=True)
     return result
