@@ -232,8 +232,8 @@ class PluginConfig:
     def files(self) -> dict[str, str | None]:
         """Settings that name a file or folder that must be there before a run, with their values.
 
-        Those of task, conditioning, reconstruction and data are looked for where the task uses
-        them, not by `problems`: a configuration can be composed, shown, planned and verified on a
+        Those of task, conditioning, reconstruction, metric and data are looked for where the task
+        uses them, not by `problems`: a configuration can be composed, shown, planned and verified on a
         machine that has none of them. None: the setting must be given.
         """
         return {}

@@ -226,7 +226,7 @@ def checked(root: Root) -> Wiring | None:
     if reads_data or (root.task.takes_weights() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:
-        groups += ["data", "reconstruction"]
+        groups += ["data", "reconstruction", "metric"]
     absent = [
         f"{name}={file}: no such file or folder"
         for name, file in named.items()

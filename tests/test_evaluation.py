@@ -18,6 +18,8 @@ from sandbox.systems import build_system
 from sandbox.wiring import wire
 from tests.engine import differing, small
 
+FRECHET = "frechet_video"
+
 
 @pytest.fixture(scope="module")
 def system():
@@ -70,6 +72,25 @@ def test_without_a_metric_there_are_clips_and_no_scores(system):
         system.root = root
     assert found.scores == found.meaning == {}
     assert {"model", "real clips", "untrained model"} <= found.clips.keys()
+
+
+@pytest.mark.parametrize("name", ["frechet", "reconstruction"])
+def test_every_row_is_scored_by_the_metric_that_is_chosen(system, name):
+    root = system.root
+    try:
+        system.root = replace(root, metric=registry.default("metric", name))
+        found = evaluate(system, 4, untrained=False)
+    finally:
+        system.root = root
+    assert [*found.scores] == ["model", "real clips", "real through first stage"]
+    assert all(row.keys() == found.meaning.keys() for row in found.scores.values())
+    if name == "frechet":
+        assert found.scores["model"][FRECHET] > found.scores["real clips"][FRECHET]
+    else:
+        ceiling, real = found.scores["real through first stage"], found.scores["real clips"]
+        assert found.scores["model"]["psnr"] < ceiling["psnr"] < real["psnr"]
+        assert real["ssim"] == pytest.approx(1)
+        assert len(found.each["ssim"]) == 4
 
 
 def test_more_clips_than_there_are_is_all_there_are(system):

@@ -5,7 +5,12 @@ import torch
 from skimage.metrics import structural_similarity
 
 from plugins.metric.reconstruction import Reconstruction, psnr, ssim
-from sandbox.contracts import Clip, StorageError
+from sandbox.contracts import Clip, ConfigError, StorageError
+from sandbox.main import checked
+from sandbox.rank import Rank
+from sandbox.tasks.train_vae import train_first_stage
+from sandbox.wiring import wire
+from tests.helpers import composed
 from tests.inputs import tensor
 
 
@@ -52,6 +57,25 @@ def test_lpips_is_there_where_it_is_asked_for():
 def test_weights_of_lpips_that_are_not_there_are_named(tmp_path):
     with pytest.raises(StorageError, match=r"metric\.lpips: .*vgg16-397923af.pth"):
         scores(clips(), lpips=str(tmp_path))
+
+
+def test_a_first_stage_that_is_trained_is_measured_with_it(tmp_path):
+    words = (
+        "task=train_vae", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]", "logger=null", "steps=1",
+        "data.clips_per_epoch=8", "task.clips=2", "task.shown=1", "task.batch_size=2",
+        "trainer.threads=1", f"out={tmp_path}", "vae.weights=null", "ema=none",
+    )  # fmt: skip
+    found = train_first_stage(wire(composed(*words, "metric=reconstruction")).root, None, Rank())
+    assert found["scores"].keys() == {"psnr", "ssim"}
+    # The mean over frames of a logarithm is not less than that of their mean error.
+    assert found["psnr_db"] <= found["scores"]["psnr"] + 1e-4
+    assert -1 < found["scores"]["ssim"] < 1
+
+
+def test_a_file_of_lpips_that_is_not_there_is_missed_at_once():
+    line = ("task=train_vae", "vae=kl", "metric=reconstruction", "metric.lpips=/no/where")
+    with pytest.raises(ConfigError, match=r"metric\.lpips=/no/where: no such file or folder"):
+        checked(composed(*line))
 
 
 def test_clips_of_another_size_are_refused():
