@@ -233,8 +233,8 @@ class PluginConfig:
         """Settings that name a file or folder that must be there before a run, with their values.
 
         Those of task, conditioning, reconstruction, metric and data are looked for where the task
-        uses them, not by `problems`: a configuration can be composed, shown, planned and verified on a
-        machine that has none of them. None: the setting must be given.
+        uses them, not by `problems`: a configuration can be composed, shown, planned and verified
+        on a machine that has none of them. None: the setting must be given.
         """
         return {}
 
@@ -1093,7 +1093,7 @@ class ByClip(Protocol):
 
 
 @runtime_checkable
-class Beside(Protocol):
+class Beside(Metric, Protocol):
     """A metric that compares each clip with the real one in whose place it stands."""
 
     def beside(self, real: Tensor) -> None:

@@ -53,7 +53,7 @@ def evaluate(
     """
     root = system.root
     source = registry.create(root.data)
-    metric = None if root.metric is None else registry.create(root.metric)
+    metric: Any = None if root.metric is None else registry.create(root.metric)
     real = gather(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, between=between)}
@@ -92,8 +92,10 @@ def by_pairs(root: Root) -> Any:
 
     Raises StorageError for weights that it lacks.
     """
-    metric = None if root.metric is None else registry.plugin_class(root.metric.plugin)
-    return registry.create(root.metric) if hasattr(metric, "beside") else None
+    cfg = root.metric
+    if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "beside"):
+        return None
+    return registry.create(cfg)
 
 
 def _untrained(system: LatentDiffusion) -> LatentDiffusion:

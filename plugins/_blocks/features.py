@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins._blocks import openclip
-from plugins._configs.features import IN_FILES, NETWORKS, RANDOM
 from sandbox.contracts import StorageError
 
+OF_CLIPS = frozenset({"random3d", "r3d_18", "i3d", "script3d"})  # others look at pictures
+IN_FILES = frozenset({"script2d", "i3d", "script3d"})
 TIMEOUT = 5.0  # seconds until a host that does not answer is given up
 AT_ONCE = 32  # clips, or pictures, in one pass
 URL = "https://download.pytorch.org/models/"
@@ -42,7 +43,7 @@ class Features:
 
     def __init__(self, network: str, weights: str, setting: str) -> None:
         """`setting`: what errors call `weights`. Raises StorageError."""
-        self.of_clips, self.network = NETWORKS[network], network
+        self.of_clips, self.network = network in OF_CLIPS, network
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
@@ -92,7 +93,7 @@ def clip_pixels(x: Tensor, side: int) -> Tensor:
 
 
 def _built(network: str, weights: str, setting: str) -> nn.Module:
-    make = _scripted if network in IN_FILES else _MAKERS[network]
+    make = _scripted if network in IN_FILES else MAKERS[network]
     return make(weights, setting).eval()
 
 
@@ -141,7 +142,7 @@ def clip(name: str, weights: str, setting: str) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-_MAKERS: dict[str, Callable[[str, str], nn.Module]] = {
+MAKERS: dict[str, Callable[[str, str], nn.Module]] = {
     "random2d": lambda weights, setting: _tiny(nn.Conv2d, nn.AdaptiveAvgPool2d),
     "random3d": lambda weights, setting: _tiny(nn.Conv3d, nn.AdaptiveAvgPool3d),
     "inception_v3": _inception,
@@ -154,7 +155,7 @@ _MAKERS: dict[str, Callable[[str, str], nn.Module]] = {
 
 
 def _fill(model: nn.Module, network: str, weights: str, setting: str) -> None:
-    if weights == RANDOM:
+    if weights == openclip.RANDOM:
         return
     name, size = FILES[network]
     try:

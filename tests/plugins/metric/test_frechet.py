@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from plugins._blocks.features import Features
+from plugins._blocks.features import IN_FILES, MAKERS, OF_CLIPS, Features
 from plugins._blocks.frechet import Gaussian, distance, gaussian
+from plugins._configs.features import NETWORKS
 from plugins.metric.frechet import Frechet
 from sandbox.contracts import StorageError
 from tests.helpers import composed
@@ -67,6 +68,11 @@ def test_features_of_pictures_see_each_frame_alone():
 def test_networks_of_torchvision_give_their_last_pooling(network, width):
     found = Features(network, "random", "metric.weights")(clips(2)[:, :, :1])
     assert found.shape == ((2, width) if network == "r3d_18" else (2, 1, width))
+
+
+def test_configs_know_the_networks_that_there_are():
+    assert {name for name, of_clips in NETWORKS.items() if of_clips} == OF_CLIPS
+    assert {name for name in NETWORKS if name not in MAKERS} == IN_FILES
 
 
 class Mean(nn.Module):
