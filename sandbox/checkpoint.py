@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from sandbox.contracts import Diverged, StorageError
+from sandbox.contracts import ConfigError, Diverged, StorageError
 from sandbox.files import storing, sync_folder, write_atomic
 
 FORMAT = 1  # of file and manifest; a program reads its own format and older ones
@@ -277,6 +277,20 @@ def newest(folder: Path) -> Path | None:
         else:
             return path
     return None
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """The checkpoint of a step. Raises ConfigError with the steps that there are."""
+    for path in checkpoints(folder):
+        if _step(path) == step:
+            return path
+    steps = ", ".join(map(str, steps_in(folder))) or "none"
+    raise ConfigError(f"task.step={step}: {folder} has no such checkpoint; there is {steps}")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints of a folder, newest first."""
+    return list(dict.fromkeys(_step(path) for path in checkpoints(folder)))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from sandbox.progress import Progress
 CHUNK = 96  # clips sampled at a time, small ones
 PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
 Between = Callable[[], None]
+Watch = Callable[[int, int], None]
 
 
 @dataclass
@@ -117,10 +118,12 @@ def generate(
     what: str = "sampling",
     steps: int | None = None,
     between: Between | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
 
     Of the size of the clips of `like` where it has any, else of the first of the data.
+    watch(done, total) is told of each call of the model.
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
@@ -130,7 +133,10 @@ def generate(
     with Progress(what, len(starts) * calls) as progress:
 
         def show(step: int, of: int) -> None:
-            progress.update(len(made) * calls + step + 1)
+            done = len(made) * calls + step + 1
+            progress.update(done)
+            if watch:
+                watch(done, progress.total)
             if between:
                 between()
 

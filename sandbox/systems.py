@@ -56,22 +56,24 @@ def clips_per_step(root: Root) -> int:
 
 
 def load_system(
-    folder: Path, weights: str = "ema", wiring: Wiring | None = None
+    folder: Path, weights: str = "ema", wiring: Wiring | None = None, step: int | None = None
 ) -> LatentDiffusion:
-    """The system of a run folder with the weights of its newest good checkpoint, to sample from.
+    """The system of a run folder with the weights of a checkpoint, to sample from.
 
-    `weights`: "ema" or "live"; the live ones where the run has no average. It is on its device, in
-    eval mode, with the threads of training. Raises StorageError where there is no checkpoint.
+    step: that of the checkpoint; None is the newest good one. `weights`: "ema" or "live"; the live
+    ones where the run has no average. It is on its device, in eval mode, with the threads of
+    training. Raises StorageError where there is no checkpoint, ConfigError for a `step` of none.
     """
     wiring = wiring or wire(read_root(folder))
-    newest = checkpoint.newest(folder / "checkpoints")
-    if newest is None:
+    kept = folder / "checkpoints"
+    chosen = checkpoint.newest(kept) if step is None else checkpoint.of_step(kept, step)
+    if chosen is None:
         raise StorageError(
             f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
         )
     device = _device(wiring.root)
     system = build_system(wiring, folder, empty=True)
-    restore_weights(system, checkpoint.load(newest), weights)
+    restore_weights(system, checkpoint.load(chosen), weights)
     return system.to(device).eval()
 
 

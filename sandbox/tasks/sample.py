@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandbox.contracts import TaskConfig, above, in_range, one_of
 from sandbox.registry import register
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @register("task", "sample")
@@ -23,8 +26,9 @@ class Sample:
 
         Without prompts and images: the data's prompts, with the images and rates of validation
         clips; count: how many of those. weights: ema or live; of init_from those that training
-        would begin with. to: folder for the files; null is samples/prompts in the run folder, and
-        samples/RECIPE in `out` where there is no run. save_fps: frames a second of videos.
+        would begin with. step: of the run's checkpoint, null for the newest. to: folder for the
+        files; null is samples/prompts in the run folder, and samples/RECIPE in `out` where there
+        is no run. save_fps: frames a second of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -34,6 +38,7 @@ class Sample:
         frame_stride: float | None = None
         count: int = 8
         weights: str = "ema"
+        step: int | None = None
         to: str | None = None
         save_fps: float = 8.0
 
@@ -61,6 +66,14 @@ class Sample:
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
+        paths, captions = self.make(wiring)
+        kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
+        to = paths[-1].parent
+        print(f"{len(captions)} {kind} and sheet.png in {to}")
+        return {"folder": str(to), "captions": captions}
+
+    def make(self, wiring: Any, watch: Any = None) -> tuple[list[Path], list[str]]:
+        """Files of the clips, the sheet last, and captions; watch(done, total) is told of calls."""
         from pathlib import Path
 
         from sandbox.evaluation import generate
@@ -75,10 +88,7 @@ class Sample:
         if cfg.run is None:
             system, to = begun_system(wiring), Path(root.out) / "samples" / root.recipe
         else:
-            system = load_system(Path(cfg.run), cfg.weights, wiring)
+            system = load_system(Path(cfg.run), cfg.weights, wiring, cfg.step)
             to = Path(cfg.run) / "samples" / "prompts"
-        to = Path(cfg.to or to)
-        write_clips(to, captions, generate(system, batch), cfg.save_fps)
-        kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
-        print(f"{len(captions)} {kind} and sheet.png in {to}")
-        return {"folder": str(to), "captions": captions}
+        video = generate(system, batch, watch=watch)
+        return write_clips(Path(cfg.to or to), captions, video, cfg.save_fps), captions

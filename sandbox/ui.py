@@ -1,0 +1,236 @@
+"""The page of task=ui, in gradio. It asks `Runs` for everything, and shows what comes back."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from html import escape
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from sandbox import config
+from sandbox.contracts import ConfigError, SandboxError
+from sandbox.markup import Markup, el, join
+from sandbox.report import Media
+from sandbox.secrets import mask_text
+from sandbox.wishes import Runs, Wish, captions_of
+
+FONTS = ["system-ui", "sans-serif"]  # of the machine: the page asks no other server for one
+P, T = ParamSpec("P"), TypeVar("T")
+MONO = ["ui-monospace", "monospace"]
+CSS = """
+.clips th, .clips td {padding: 4px 10px; text-align: left; vertical-align: top}
+.clips video, .clips img {width: 224px; image-rendering: pixelated; display: block}
+iframe.report {width: 100%; height: 75vh; border: 1px solid #8886; background: white}
+"""
+
+
+@contextmanager
+def served(
+    runs: Runs, begin: str | None = None, host: str = "127.0.0.1", port: int | None = None
+) -> Iterator[str]:
+    """The page's address while it answers. Its files lie in a folder of its own, then removed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="sandbox-ui-") as own:
+        os.environ["GRADIO_TEMP_DIR"] = own  # uploads, too
+        page = blocks(Answers(runs, Path(own)), begin)
+        try:
+            page.queue(default_concurrency_limit=1).launch(
+                server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
+                prevent_thread_lock=True, show_error=True, ssr_mode=False, footer_links=["api"],
+                theme=gr.themes.Default(font=FONTS, font_mono=MONO), css=CSS, mcp_server=False,
+                enable_monitoring=False, max_file_size="32mb", pwa=False,
+            )  # fmt: skip
+            yield page.local_url
+        except OSError as e:
+            raise ConfigError(f"task.host={host} task.port={port}: cannot be had ({e})") from e
+        finally:
+            page.close(verbose=False)
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def told(answer: Callable[P, T]) -> Callable[P, T]:
+    """`answer`, whose errors the page and its clients show."""
+
+    @wraps(answer)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        import gradio as gr
+
+        try:
+            return answer(*args, **kwargs)
+        except SandboxError as e:
+            said = escape(mask_text(str(e)), quote=False)
+            raise gr.Error(said, duration=None, print_exception=False) from e
+
+    return call
+
+
+class Answers:
+    """What the page's buttons do; each call of `sample` has a folder of its own below `own`."""
+
+    def __init__(self, runs: Runs, own: Path) -> None:
+        self.runs, self.own = runs, own
+
+    def sample(
+        self, run: str | None, weights: str, beside: str | None, beside_weights: str,
+        prompts: str | None, image: str | None, end_image: str | None, sampler: str | None,
+        steps: int | None, guidance: float | None, frames: int | None, height: int | None,
+        width: int | None, seed: int | None, progress: Callable[..., None],
+    ) -> tuple[str, list[str], str]:  # fmt: skip
+        """Table of clips, a column for each run; their files, and the commands that make them."""
+        ends = {"images": image, "end_images": end_image}
+        files = {name: (file,) for name, file in ends.items() if file}
+        first = Wish(
+            run or "", weights, captions_of(prompts), sampler=sampler or None, steps=steps,
+            guidance=guidance, frames=frames, height=height, width=width, seed=seed, **files,
+        )  # fmt: skip
+        wishes = [first]
+        if beside:
+            wishes.append(replace(first, run=beside, weights=beside_weights))
+        for wish in wishes:  # a wrong second one is told before the first is made
+            self.runs.chosen(wish.run)
+            wish.overrides()
+        columns: dict[str, list[Path]] = {}
+        for i, wish in enumerate(wishes):
+            name = f"{wish.run} ({wish.weights})"
+            progress(i / len(wishes), desc=f"loading {name}")
+
+            def watch(done: int, total: int, i: int = i, name: str = name) -> None:
+                progress((i + done / total) / len(wishes), desc=f"{name}: call {done} of {total}")
+
+            to = Path(tempfile.mkdtemp(prefix="clips-", dir=self.own))
+            columns[f"{name}{' ' * (name in columns)}"] = self.runs.make(wish, to, watch)
+        commands = "\n".join(dict.fromkeys(self.runs.command(wish) for wish in wishes))
+        made = [str(file) for column in columns.values() for file in column]
+        return table(first.prompts, columns), made, mask_text(commands)
+
+    def browse(self, page: str | None) -> str:
+        """A report, which may run no script here, and samples of its runs."""
+        source, samples = self.runs.report(page)
+        frame = el("iframe", srcdoc=source, sandbox="", class_="report", title=page)
+        rows = [
+            el("tr", el("th", run), *(el("td", _shown(file, file.stem)) for file in files))
+            for run, files in samples.items()
+        ]
+        return join(frame, el("table", *rows, class_="clips"))
+
+
+def table(prompts: Sequence[str], columns: dict[str, list[Path]]) -> Markup:
+    """A row for each prompt, a column for each run: the same prompt and noise side by side."""
+    rows = [el("tr", el("th"), *(el("th", name) for name in columns))]
+    for i, files in enumerate(zip(*columns.values(), strict=True)):
+        caption = prompts[i] if i < len(prompts) else ""
+        cells = [el("td", _shown(file, caption)) for file in files]
+        rows.append(el("tr", el("th", caption), *cells))
+    return el("table", *rows, class_="clips")
+
+
+def _shown(file: Path, caption: str) -> Markup:
+    return Media(file.parent).show(file, caption)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def blocks(answers: Answers, begin: str | None) -> Any:
+    """The page: a tab to sample and compare, and one for reports."""
+    import gradio as gr
+
+    with gr.Blocks(title="Latent video sandbox", analytics_enabled=False) as page:
+        gr.Markdown(f"## Latent video sandbox\n`{answers.runs.folder}`")
+        with gr.Tab("Sample"):
+            run = _sample_tab(answers, begin)
+        with gr.Tab("Reports"):
+            reports = _report_tab(answers)
+
+        def again() -> tuple[Any, ...]:
+            names = answers.runs.names()
+            one = begin if begin in names else next(iter(names), None)
+            lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=names)
+            return *lists, gr.Dropdown(choices=answers.runs.pages())
+
+        page.load(again, outputs=[*run, reports], api_visibility="private")
+    return page
+
+
+def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
+    """Makes the tab; the lists of runs."""
+    import gradio as gr
+
+    def choose(label: str, value: str | None) -> tuple[Any, Any]:
+        names = answers.runs.names()
+        run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True)
+        return run, gr.Radio(["ema", "live"], value="ema", label="weights", container=False)
+
+    def number(label: str, whole: bool = True) -> Any:
+        return gr.Number(None, label=label, precision=0 if whole else None, min_width=80)
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            run, weights = choose("run", begin)
+            about = gr.Markdown()
+            beside, beside_weights = choose("compare with (may be empty)", None)
+            prompts = gr.Textbox(label="prompts, one a line", lines=3)
+            with gr.Accordion("images, for a run that wants them", open=False), gr.Row():
+                image = gr.Image(type="filepath", label="first frame", sources=["upload"])
+                end_image = gr.Image(type="filepath", label="last frame", sources=["upload"])
+            gr.Markdown("An empty field is what the run says.")
+            with gr.Row():
+                samplers = config.options("sampler")
+                sampler = gr.Dropdown(["", *samplers], value="", label="sampler", min_width=120)
+                steps, guidance = number("steps"), number("guidance", whole=False)
+            with gr.Row():
+                frames, height, width = number("frames"), number("height"), number("width")
+            with gr.Row():
+                seed = number("seed")
+                dice = gr.Button("dice", min_width=60)
+            go = gr.Button("Generate", variant="primary")
+        with gr.Column(scale=3, min_width=480):
+            shown = gr.HTML(label="clips", min_height=240)
+            files = gr.Files(label="files", interactive=False)
+            command = gr.Code(label="command", language="shell", interactive=False)
+
+    @told
+    def sample(
+        run, weights, beside, beside_weights, prompts, image, end_image, sampler, steps, guidance,
+        frames, height, width, seed, progress=gr.Progress(),  # noqa: B008
+    ):  # fmt: skip
+        return answers.sample(
+            run, weights, beside, beside_weights, prompts, image, end_image, sampler, steps,
+            guidance, frames, height, width, seed, progress,
+        )  # fmt: skip
+
+    asked = [run, weights, beside, beside_weights, prompts, image, end_image, sampler, steps,
+             guidance, frames, height, width, seed]  # fmt: skip
+    go.click(sample, asked, [shown, files, command], api_name="sample", concurrency_limit=1)
+    dice.click(lambda: random.randrange(2**31), outputs=seed, api_visibility="private")
+    run.change(told(lambda name: answers.runs.about(name) if name else ""), run, about,
+               api_name="about")  # fmt: skip
+    return run, beside
+
+
+def _report_tab(answers: Answers) -> Any:
+    """Makes the tab; the list of reports."""
+    import gradio as gr
+
+    with gr.Row():
+        page = gr.Dropdown(
+            answers.runs.pages(), value=None, label="report", allow_custom_value=True, scale=4
+        )
+        show = gr.Button("Show", scale=1)
+    shown = gr.HTML(label="report", min_height=240)
+    show.click(told(answers.browse), page, shown, api_name="report", concurrency_limit=1)
+    return page

@@ -1,0 +1,236 @@
+"""The page of task=ui as its command serves it: in a real browser, and for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from shutil import which
+
+import av
+import pytest
+
+from sandbox import compose, train
+from tests.command import CHECKOUT
+from tests.helpers import TINY
+
+pytestmark = pytest.mark.slow
+CHROMIUM = which("chromium") or which("chromium-browser")
+PROMPTS = "a red 3 moving left\na blue 7 moving up"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[str]:
+    """The folder, and the names of two runs in it."""
+    out = tmp_path_factory.mktemp("runs")
+    words = (*TINY, "task.score_clips=2", "task.samples=1", "task.untrained=false")
+    roots = [compose(*words, f"seed={seed}", "checkpoint.every=1") for seed in (0, 1)]
+    made = [train(replace(r, out=str(out), cache=str(out / "cache"))) for r in roots]
+    (out.parent / "secret.txt").write_text("not of this page")
+    return [str(out), *(run.name for run in made)]
+
+
+@pytest.fixture(scope="module")
+def address(runs) -> Iterator[str]:
+    """That of the page, served by the command."""
+    words = [sys.executable, "-u", "run.py", "task=ui", f"run={runs[0]}/{runs[1]}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        words, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, env=env
+    ) as server:
+        assert server.stdout is not None
+        said = [line for line in iter(server.stdout.readline, "runs    " + runs[0] + "\n") if line]
+        try:
+            yield next(line.split()[1] for line in said if line.startswith("page"))
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    from gradio_client import Client
+
+    return Client(address, verbose=False, analytics_enabled=False)
+
+
+@pytest.fixture(scope="module")
+def page(address):
+    """The page in headless Chromium, which reaches this machine alone."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        page.elsewhere = []
+
+        def only_here(route) -> None:
+            if route.request.url.startswith((address, "data:", "blob:")):
+                route.continue_()
+            else:
+                page.elsewhere.append(route.request.url)
+                route.abort()
+
+        page.route("**/*", only_here)
+        page.goto(address)
+        page.get_by_role("button", name="Generate").wait_for()
+        yield page
+        browser.close()
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+def videos_after(page, count: int) -> list[dict]:
+    """What the browser decoded of the clips, when there are `count`."""
+    page.wait_for_function(
+        "n => {const v = [...document.querySelectorAll('.clips video')];"
+        " return v.length === n && v.every(x => x.readyState >= 2)}",
+        arg=count,
+    )
+    return page.eval_on_selector_all(
+        ".clips video", "vs => vs.map(v => ({s: v.duration, w: v.videoWidth, h: v.videoHeight}))"
+    )
+
+
+def test_a_page_makes_a_video_for_each_prompt(page, runs):
+    page.get_by_text("9 frames of 16 x 16").wait_for()  # of the run that it began with
+    page.get_by_label("prompts").fill(PROMPTS)
+    page.get_by_label("seed").fill("5")
+    page.get_by_role("button", name="Generate").click()
+    for video in videos_after(page, 2):
+        assert video["s"] == pytest.approx(9 / 8, abs=0.02)  # 9 frames at 8 a second
+        assert video["w"] == video["h"] >= 160
+    command = page.locator(".cm-content").inner_text()
+    assert "seed=5" in command
+    assert runs[1] in command
+
+
+def test_the_dice_give_a_seed(page):
+    page.get_by_label("seed").fill("")
+    page.get_by_role("button", name="dice").click()
+    page.wait_for_function("() => document.querySelector('[aria-label=seed]').value !== ''")
+
+
+def test_two_runs_stand_side_by_side(page, runs):
+    page.get_by_label("compare with").fill(runs[2])
+    page.get_by_label("compare with").press("Enter")
+    page.get_by_role("button", name="Generate").click()
+    videos_after(page, 4)
+    heads = page.locator(".clips tr").first.inner_text()
+    assert runs[1] in heads
+    assert runs[2] in heads
+
+
+def test_a_wrong_input_is_said_and_the_page_goes_on(page):
+    page.get_by_label("frames").fill("-3")
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("frames=-3").first.wait_for()
+    page.get_by_label("frames").fill("")
+    page.get_by_role("button", name="Generate").click()
+    videos_after(page, 4)
+
+
+def test_reports_are_shown_with_samples(page, runs):
+    page.get_by_role("tab", name="Reports").click()
+    page.get_by_label("report", exact=True).fill(f"{runs[1]}/report.html")
+    page.get_by_label("report", exact=True).press("Enter")
+    page.get_by_role("button", name="Show").click()
+    page.frame_locator("iframe.report").get_by_text("Run report").wait_for()
+    page.locator(".clips video:visible").first.wait_for()
+
+
+def test_the_page_asks_no_other_server(page):
+    assert page.elsewhere == []
+
+
+# --- for scripts ----------------------------------------------------------------------------------
+
+
+def asked(client, run: str, *, weights="ema", beside=None, prompts=PROMPTS, **named):
+    return client.predict(
+        run=run, weights=weights, beside=beside, beside_weights="live", prompts=prompts,
+        api_name="/sample", **named,
+    )  # fmt: skip
+
+
+def test_a_script_gets_files_that_hold_the_frames(client, runs):
+    shown, files, command = asked(client, runs[1], steps=1, sampler="heun")
+    assert len(files) == 2
+    for file in files:
+        with av.open(file) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 9
+    assert "sampler=heun" in command
+    assert "sampler.steps=1" in command
+
+
+def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
+    import shlex
+
+    _, files, command = asked(client, f"{runs[1]}@1", weights="live", seed=3)
+    words = [sys.executable, *shlex.split(command)[1:], f"to={tmp_path}"]
+    subprocess.run(words, cwd=CHECKOUT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    made = sorted(tmp_path.glob("*.mp4"))
+    assert [p.read_bytes() for p in made] == [Path(f).read_bytes() for f in files]
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("run='../secret.txt'|not in the folder", {"run": "../secret.txt"}),
+        ("run='/etc'|not in the folder", {"run": "/etc"}),
+        ("no such run", {"run": "none"}),
+        ("task.step=7", {"run": "RUN@7"}),
+        ("told no such image", {"run": "RUN", "image": "PICTURE"}),
+        ("sampler.steps", {"run": "RUN", "steps": 0}),
+        ("guidance_scale", {"run": "RUN", "guidance": -1}),
+    ],
+)
+def test_a_script_is_told_what_is_wrong(client, runs, said, named, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    named = {k: v.replace("RUN", runs[1]) if k == "run" else v for k, v in named.items()}
+    if "image" in named:
+        named["image"] = handle_file(tmp_path / "picture.png")
+    with pytest.raises(AppError, match=said):
+        asked(client, **named)
+
+
+def test_no_request_gets_a_file_from_elsewhere(address, runs):
+    secret = Path(runs[0]).parent / "secret.txt"
+    inside = Path(runs[0]) / runs[1] / "config.yaml"
+    for path in (secret, inside, Path("/etc/passwd"), CHECKOUT / "pyproject.toml"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}gradio_api/file={path}")
+        assert refused.value.code in (403, 404)
+
+
+def test_an_image_that_nobody_uploaded_is_refused(address, runs):
+    body = json.dumps(
+        {"data": [runs[1], "ema", None, "ema", "", {"path": "/etc/passwd",
+         "meta": {"_type": "gradio.FileData"}}, *(None,) * 8]}
+    ).encode()  # fmt: skip
+    ask = urllib.request.Request(
+        f"{address}gradio_api/call/sample", body, {"Content-Type": "application/json"}
+    )
+    event = json.load(urllib.request.urlopen(ask))["event_id"]
+    answer = urllib.request.urlopen(f"{address}gradio_api/call/sample/{event}").read().decode()
+    assert "event: error" in answer
+    assert "root:" not in answer
+
+
+def test_it_listens_on_this_machine_alone(address):
+    assert address.startswith("http://127.0.0.1:")
