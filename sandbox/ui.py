@@ -72,8 +72,8 @@ def told(answer: Callable[P, T]) -> Callable[P, T]:
         try:
             return answer(*args, **kwargs)
         except SandboxError as e:
-            said = escape(mask_text(str(e)), quote=False)
-            raise gr.Error(said, duration=None, print_exception=False) from e
+            said = escape(mask_text(str(e)), quote=False).replace("\n", "<br>")
+            raise gr.Error(said, duration=30, print_exception=False) from e
 
     return call
 
@@ -87,15 +87,17 @@ class Answers:
     def sample(
         self, run: str | None, weights: str, beside: str | None, beside_weights: str,
         prompts: str | None, image: str | None, end_image: str | None, sampler: str | None,
-        steps: int | None, guidance: float | None, frames: int | None, height: int | None,
-        width: int | None, seed: int | None, progress: Callable[..., None],
+        steps: str | None, guidance: str | None, frames: str | None, height: str | None,
+        width: str | None, seed: str | None, progress: Callable[..., None],
     ) -> tuple[str, list[str], str]:  # fmt: skip
         """Table of clips, a column for each run; their files, and the commands that make them."""
         ends = {"images": image, "end_images": end_image}
         files = {name: (file,) for name, file in ends.items() if file}
         first = Wish(
-            run or "", weights, captions_of(prompts), sampler=sampler or None, steps=steps,
-            guidance=guidance, frames=frames, height=height, width=width, seed=seed, **files,
+            run or "", weights, captions_of(prompts), sampler=sampler or None,
+            steps=number("steps", steps), guidance=number("guidance", guidance, float),
+            frames=number("frames", frames), height=number("height", height),
+            width=number("width", width), seed=number("seed", seed), **files,
         )  # fmt: skip
         wishes = [first]
         if beside:
@@ -119,6 +121,8 @@ class Answers:
 
     def browse(self, page: str | None) -> str:
         """A report, which may run no script here, and samples of its runs."""
+        if not page:
+            return ""
         source, samples = self.runs.report(page)
         frame = el("iframe", srcdoc=source, sandbox="", class_="report", title=page)
         rows = [
@@ -126,6 +130,17 @@ class Answers:
             for run, files in samples.items()
         ]
         return join(frame, el("table", *rows, class_="clips"))
+
+
+def number(name: str, said: str | None, kind: Callable[[str], Any] = int) -> Any:
+    """The number in a field; None where it is empty. Raises ConfigError."""
+    if not said or not said.strip():
+        return None
+    try:
+        return kind(said)
+    except ValueError:
+        want = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{name}={said!r}: want {want}, or nothing") from None
 
 
 def table(prompts: Sequence[str], columns: dict[str, list[Path]]) -> Markup:
@@ -172,11 +187,14 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
 
     def choose(label: str, value: str | None) -> tuple[Any, Any]:
         names = answers.runs.names()
-        run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True)
-        return run, gr.Radio(["ema", "live"], value="ema", label="weights", container=False)
+        with gr.Row():
+            run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True, scale=3)
+            weights = gr.Radio(["ema", "live"], value="ema", label="weights", min_width=140)
+        return run, weights
 
-    def number(label: str, whole: bool = True) -> Any:
-        return gr.Number(None, label=label, precision=0 if whole else None, min_width=80)
+    def field(label: str) -> Any:
+        # not gr.Number, which takes an empty field for 0
+        return gr.Textbox(label=label, min_width=80, max_lines=1)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -191,17 +209,17 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
             with gr.Row():
                 samplers = config.options("sampler")
                 sampler = gr.Dropdown(["", *samplers], value="", label="sampler", min_width=120)
-                steps, guidance = number("steps"), number("guidance", whole=False)
+                steps, guidance = field("steps"), field("guidance")
             with gr.Row():
-                frames, height, width = number("frames"), number("height"), number("width")
+                frames, height, width = field("frames"), field("height"), field("width")
             with gr.Row():
-                seed = number("seed")
+                seed = field("seed")
                 dice = gr.Button("dice", min_width=60)
             go = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3, min_width=480):
             shown = gr.HTML(label="clips", min_height=240)
-            files = gr.Files(label="files", interactive=False)
             command = gr.Code(label="command", language="shell", interactive=False)
+            files = gr.Files(label="files", interactive=False)
 
     @told
     def sample(
@@ -216,7 +234,7 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
     asked = [run, weights, beside, beside_weights, prompts, image, end_image, sampler, steps,
              guidance, frames, height, width, seed]  # fmt: skip
     go.click(sample, asked, [shown, files, command], api_name="sample", concurrency_limit=1)
-    dice.click(lambda: random.randrange(2**31), outputs=seed, api_visibility="private")
+    dice.click(lambda: str(random.randrange(2**31)), outputs=seed, api_visibility="private")
     run.change(told(lambda name: answers.runs.about(name) if name else ""), run, about,
                api_name="about")  # fmt: skip
     return run, beside
@@ -226,11 +244,7 @@ def _report_tab(answers: Answers) -> Any:
     """Makes the tab; the list of reports."""
     import gradio as gr
 
-    with gr.Row():
-        page = gr.Dropdown(
-            answers.runs.pages(), value=None, label="report", allow_custom_value=True, scale=4
-        )
-        show = gr.Button("Show", scale=1)
+    page = gr.Dropdown(answers.runs.pages(), value=None, label="report", allow_custom_value=True)
     shown = gr.HTML(label="report", min_height=240)
-    show.click(told(answers.browse), page, shown, api_name="report", concurrency_limit=1)
+    page.change(told(answers.browse), page, shown, api_name="report")
     return page

@@ -94,7 +94,7 @@ class Runs:
         return path.resolve().is_relative_to(self.folder)
 
     def names(self) -> list[str]:
-        """Runs that can be sampled from, newest first, and their checkpoints where there are several."""
+        """Runs that can be sampled from, newest first; of several checkpoints each."""
         from sandbox.checkpoint import steps_in
 
         found = [p.parent for p in self.folder.glob("*/config.yaml") if self.is_inside(p)]
