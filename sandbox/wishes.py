@@ -186,10 +186,12 @@ class Runs:
 
 
 def quoted(text: str) -> str:
-    """A text as a quoted value of an override, without interpolation."""
+    """A text as a value of an override, as it stands: in quotes where it is more than a path."""
+    if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and "/" in text:
+        return text
     text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
-    text = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (r"\'" if m[2] else ""), text)
-    return f"'{text}'"
+    text = re.sub(r"(\\+)$|(\\*)\"", lambda m: m[1] * 2 if m[1] else m[2] * 2 + r"\"", text)
+    return f'"{text}"'
 
 
 def _free() -> None:

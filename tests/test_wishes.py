@@ -1,0 +1,77 @@
+"""What a page may ask of a folder of runs, and what it is told where it asks for more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sandbox import config
+from sandbox.contracts import ConfigError
+from sandbox.wishes import Runs, Wish, captions_of, quoted
+
+TEXTS = ["a red 3", "it's", 'say "no"', "a, b]", "a=b", "${oc.env:HOME}", "back\\slash", "tail\\",
+         "\\${seed}", "$5 {now}", "#1; (two)", "", "null", "1e3"]  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path) -> Runs:
+    """A folder with a link that leads out of it."""
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("config.yaml", "report.html"):
+        (tmp_path / "elsewhere" / name).write_text("task: null\n")
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    return Runs(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("name", ["..", "../elsewhere", "/etc", "link", "one/../../x", "a\0b"])
+def test_nothing_outside_the_folder_has_a_name(runs, name):
+    with pytest.raises(ConfigError, match="not in the folder of runs"):
+        runs.chosen(name)
+    with pytest.raises(ConfigError, match="not in the folder of runs"):
+        runs.report(f"{name}/report.html")
+
+
+def test_links_that_lead_out_are_not_listed(runs):
+    assert runs.names() == []
+    assert runs.pages() == []
+
+
+@pytest.mark.parametrize("name", ["", None, "one", ".", "two", "one@x"])
+def test_what_is_no_run_is_told_with_what_there_is(runs, name):
+    with pytest.raises(ConfigError, match="no such run; there is none in"):
+        runs.chosen(name)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_quoted_text_comes_back_as_it_was(text):
+    config.setup()
+    words = ["task=sample", f"task.prompts=[{quoted(text)}]"]
+    root = config.to_root(config.compose(words))
+    assert [*root.task.prompts] == [text]
+
+
+@pytest.mark.parametrize(
+    ("named", "problem"),
+    [
+        ({"sampler": "../x"}, "sampler='../x': want one of"),
+        ({"seed": "${oc.env:HOME}"}, "want a number"),
+        ({"steps": True}, "sampler.steps=True: want a number"),
+        ({"prompts": ("a",) * 33}, "33 at once"),
+    ],
+)
+def test_a_wish_holds_choices_and_numbers_alone(named, problem):
+    with pytest.raises(ConfigError) as e:
+        Wish("one", **named).overrides()
+    assert problem in str(e.value)
+
+
+def test_a_line_is_a_prompt():
+    assert captions_of(" a red 3 \n\nb\n") == ("a red 3", "b")
+    assert captions_of(None) == ()
+
+
+def test_a_run_folder_is_named_by_its_own_name(runs, tmp_path: Path):
+    (tmp_path / "runs" / "one" / "config.yaml").write_text("task: null\n")
+    assert runs.chosen("one@12") == ((tmp_path / "runs" / "one").resolve(), 12)
