@@ -167,7 +167,7 @@ def blocks(answers: Answers, begin: str | None) -> Any:
     with gr.Blocks(title="Latent video sandbox", analytics_enabled=False) as page:
         gr.Markdown(f"## Latent video sandbox\n`{answers.runs.folder}`")
         with gr.Tab("Sample"):
-            run = _sample_tab(answers, begin)
+            run, beside, about = _sample_tab(answers, begin)
         with gr.Tab("Reports"):
             reports = _report_tab(answers)
 
@@ -175,14 +175,15 @@ def blocks(answers: Answers, begin: str | None) -> Any:
             names = answers.runs.names()
             one = begin if begin in names else next(iter(names), None)
             lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=names)
-            return *lists, gr.Dropdown(choices=answers.runs.pages())
+            said = answers.runs.about(one) if one else ""
+            return *lists, said, gr.Dropdown(choices=answers.runs.pages())
 
-        page.load(again, outputs=[*run, reports], api_visibility="private")
+        page.load(told(again), outputs=[run, beside, about, reports], api_visibility="private")
     return page
 
 
-def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
-    """Makes the tab; the lists of runs."""
+def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
+    """Makes the tab; the lists of runs, and the line about the first one."""
     import gradio as gr
 
     def choose(label: str, value: str | None) -> tuple[Any, Any]:
@@ -237,7 +238,7 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any]:
     dice.click(lambda: str(random.randrange(2**31)), outputs=seed, api_visibility="private")
     run.change(told(lambda name: answers.runs.about(name) if name else ""), run, about,
                api_name="about")  # fmt: skip
-    return run, beside
+    return run, beside, about
 
 
 def _report_tab(answers: Answers) -> Any:
