@@ -70,11 +70,11 @@ def evaluate(
     if untrained:
         what = "sampling the untrained model"
         floor["untrained model"] = generate(_untrained(system), real, what, between=between)
-    if metric is not None:
+    if root.metric is not None:
         if wanted := root.metric.learns_from():
             train = training_clips(source.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)
-        if isinstance(metric, Beside):
+        if isinstance(metric, Beside) and real.video is not None:
             metric.beside(real.video)
         clips |= metric.baselines(captions)
         result.meaning, result.rates = metric.meaning(), metric.rates()
