@@ -21,7 +21,8 @@ from sandbox.secrets import mask_text
 from sandbox.wishes import Runs, Wish, captions_of
 
 FONTS = ["system-ui", "sans-serif"]  # of the machine: the page asks no other server for one
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 MONO = ["ui-monospace", "monospace"]
 CSS = """
 .clips th, .clips td {padding: 4px 10px; text-align: left; vertical-align: top}
@@ -36,7 +37,7 @@ def served(
 ) -> Iterator[str]:
     """The page's address while it answers. Its files lie in a folder of its own, then removed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import gradio as gr
+    from gradio.themes import Default
 
     before = os.environ.get("GRADIO_TEMP_DIR")
     with tempfile.TemporaryDirectory(prefix="sandbox-ui-") as own:
@@ -46,7 +47,7 @@ def served(
             page.queue(default_concurrency_limit=1).launch(
                 server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
                 prevent_thread_lock=True, show_error=True, ssr_mode=False, footer_links=["api"],
-                theme=gr.themes.Default(font=FONTS, font_mono=MONO), css=CSS, mcp_server=False,
+                theme=Default(font=FONTS, font_mono=MONO), css=CSS, mcp_server=False,
                 enable_monitoring=False, max_file_size="32mb", pwa=False,
             )  # fmt: skip
             yield page.local_url
@@ -88,7 +89,7 @@ class Answers:
         self, run: str | None, weights: str, beside: str | None, beside_weights: str,
         prompts: str | None, image: str | None, end_image: str | None, sampler: str | None,
         steps: str | None, guidance: str | None, frames: str | None, height: str | None,
-        width: str | None, seed: str | None, progress: Callable[..., None],
+        width: str | None, seed: str | None, progress: Callable[..., Any],
     ) -> tuple[str, list[str], str]:  # fmt: skip
         """Table of clips, a column for each run; their files, and the commands that make them."""
         ends = {"images": image, "end_images": end_image}

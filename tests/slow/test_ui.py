@@ -162,7 +162,7 @@ def test_the_page_asks_no_other_server(page):
 def asked(client, run: str, *, weights="ema", beside=None, prompts=PROMPTS, **named):
     return client.predict(
         run=run, weights=weights, beside=beside, beside_weights="live", prompts=prompts,
-        api_name="/sample", **named,
+        api_name="/sample", **{"image": None, "end_image": None, **named},
     )  # fmt: skip
 
 
