@@ -196,7 +196,7 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
 
     def field(label: str) -> Any:
         # not gr.Number, which takes an empty field for 0
-        return gr.Textbox(label=label, min_width=80, max_lines=1)
+        return gr.Textbox("", label=label, min_width=80, max_lines=1)
 
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
