@@ -63,7 +63,7 @@ def test_its_fields_are_of_types_that_a_command_line_can_set(key):
 
 @each_config
 def test_its_defaults_are_accepted(key):
-    asks = {"task/new"}  # which has no default group and name
+    asks = {"task/new", "task/diff", "task/replay", "task/prepare"}  # which want a name or a run
     assert list(CONFIGS[key].problems()) == [] or key in asks
 
 

@@ -25,7 +25,14 @@ from plugins.sampler.ddim import DDIM
 from plugins.schedule.ddpm import DDPM
 from plugins.vae.kl import AutoencoderKL
 from sandbox.config import Root
-from sandbox.contracts import BackboneConfig, Batch, Clip, Conditions, FirstStageConfig
+from sandbox.contracts import (
+    BackboneConfig,
+    Batch,
+    Clip,
+    Conditions,
+    FirstStageConfig,
+    TrainerConfig,
+)
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import Parts
 from sandbox.randomness import Recorded
@@ -132,7 +139,7 @@ def first_stage() -> AutoencoderKL:
 
 
 def system(**settings) -> LatentDiffusion:
-    root = Root(backbone=BackboneConfig(), vae=FirstStageConfig())
+    root = Root(backbone=BackboneConfig(), vae=FirstStageConfig(), trainer=TrainerConfig())
     parts = Parts(
         first_stage(), conditioner(**settings), stub(Network(), "unet"), DDPM(SCHEDULE),
         LDMLoss(LDMLoss.Config()), DDIM(DDIM.Config()), NoGuidance(NoGuidance.Config()),

@@ -41,6 +41,7 @@ PRESETS = {
     "sampler/ddim_cogvideox": {"steps": 50, "eta": 0.0, "landing": "stride"},
     "guidance/cfg_dynamicrafter": {"guidance_scale": 7.5, "guidance_rescale": 0.7},
     "guidance/cfg_cogvideox": {"guidance_scale": 6.0, "guidance_rescale": 0.0},
+    "guidance/cfg_easyanimate": {"guidance_scale": 6.0, "guidance_rescale": 0.0},
 }
 
 
