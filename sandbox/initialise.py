@@ -33,6 +33,8 @@ def init_from(system: Trainable, path: Path | str) -> None:
     backbone names as its `additions` may be absent, each of them as a whole.
     """
     path = Path(path)
+    if not path.exists():
+        raise StorageError(f"init_from={path}: no such file or folder")
     if path.is_dir() and not Run(path).config_file.is_file():
         _of_published(system, path)
         return
@@ -93,8 +95,6 @@ def _put_backbone(system: Any, state: State, path: Path) -> None:
 
 def _checkpoint(path: Path) -> Path:
     """The checkpoint that `path` stands for."""
-    if not path.exists():
-        raise StorageError(f"init_from={path}: no such file or folder")
     if not path.is_dir():
         return path
     newest = checkpoint.newest(Run(path).checkpoints)

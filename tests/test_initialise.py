@@ -154,7 +154,7 @@ class Evil:
         ("absent", "no such file"),
         ("no run", "not a run folder"),
         ("empty run", "no good checkpoint"),
-        ("foreign checkpoint", "not a checkpoint of this program"),
+        ("foreign checkpoint", "weights do not fit this model: a is not in this model"),
         ("not safetensors", "not a safetensors file"),
         ("code", "not the manifest"),
     ],
