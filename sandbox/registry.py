@@ -233,7 +233,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     more = f" and {len(words) - SHOWN} more (--help)" if len(words) > SHOWN else ""
-    return f"; there is {', '.join(words[:SHOWN]) or 'none'}{more}"
+    shown = sorted(sorted(words, key=len)[:SHOWN])  # a preset's name is longer than its plugin's
+    return f"; there is {', '.join(shown) or 'none'}{more}"
 
 
 def plugin_class(key: str) -> type:
