@@ -13,7 +13,6 @@ import argparse
 import importlib.metadata
 import io
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ |= {"WDS_SECURE": "1", "OMP_NUM_THREADS": "1"}
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 

@@ -7,6 +7,8 @@ whose run is finished already is not repeated, so the same command again does wh
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +27,10 @@ from sandbox.files import storing
 from sandbox.main import Line, check, checked, perform, report, settled
 from sandbox.runs import Run, code, finished_run, read_json
 from sandbox.secrets import mask_text
+
+# Launchers send the Configs of plugins by value; cloudpickle before 3 (hydra-ray-launcher asks for
+# it) copies what marks the fields of a dataclass, and such a copy has no fields.
+copyreg.pickle(type(dataclasses._FIELD), lambda kind: kind.name)  # type: ignore[attr-defined]
 
 SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
