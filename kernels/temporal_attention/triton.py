@@ -137,7 +137,8 @@ def temporal_attention_bwd_kernel(
     v_rows = _rows(b, t, site, h, v_b, v_t, v_s, v_h, V)
     d_rows = _rows(b, t, site, h, d_b, d_t, d_s, d_h, V)
 
-    for first in tl.range(0, FRAMES, ROWS):
+    # what stays the same is computed again for each of the rows: held, it would not fit
+    for first in tl.range(0, FRAMES, ROWS, disable_licm=ADD):
         i = first + tl.arange(0, ROWS)
         live = i < T
         q_rows = _rows(b, i, site, h, q_b, q_t, q_s, q_h, V)

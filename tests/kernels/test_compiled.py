@@ -26,10 +26,10 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def check(launch, target: str, matrix: bool = False, wide: bool = False, spills: int = 0) -> None:
+def check(launch, target: str, matrix: bool = False, wide: bool = False) -> None:
     made, kernel = compiled(launch, target), launch.kernel.__name__
     said = f"{kernel} on {target}: {made.registers} registers"
-    assert made.spills <= spills, f"{said}, {made.spills} bytes of stack"
+    assert made.spills == 0, f"{said}, {made.spills} bytes of stack"
     assert made.shared <= SHARED[target], f"{said}, {made.shared} bytes of shared memory"
     if matrix:
         assert made.matrix > 0, f"{said}, no matrix instruction"
@@ -166,9 +166,7 @@ def attention_launches(
 def check_attention(frames, dim, dtype, target, biased=False, causal=False) -> None:
     for launch in attention_launches(frames, dim, dtype, target, biased, causal):
         wide = dim % 8 == 0 and dim > 16  # 16 x 16 numbers are 8 bytes for each of 64 threads
-        # heads that are no multiple of 8 are loaded number by number, which takes registers
-        spills = 24 if (frames, dim, dtype) == (128, 18, FP32) else 0
-        check(launch, target, matrix=True, wide=wide, spills=spills)
+        check(launch, target, matrix=True, wide=wide)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
