@@ -57,6 +57,7 @@ IGNORED = (
     "trainer.timeout",
     "hydra",
 )
+PATIENCE = 2.0  # seconds for the ranks of a command that was just killed to be gone
 PACKAGES = (
     "torch",
     "torchvision",
@@ -197,9 +198,9 @@ def opened(root: Any, rank: Rank) -> Iterator[Run]:
 def _own(out: Path, stem: str, resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for folder in _folders(out, stem) if resume else ():
+    for n, folder in enumerate(_folders(out, stem) if resume else ()):
         run = Run(folder)
-        if not run.finished and run._lock():
+        if not run.finished and run._lock(0 if n else PATIENCE):
             if not run.finished:  # it may have ended between the two looks
                 return run
             run.close()
@@ -331,12 +332,15 @@ class Run:
     def close(self) -> None:
         """Gives the lock back."""
         if self._handle in _held:  # not so in a forked child, which has dropped it
-            _held.remove(self._handle)
+            del _held[self._handle]
             os.close(self._handle)
         self._handle = None
 
-    def _lock(self) -> bool:
-        """Takes the lock, which the system frees when this process dies. False: it is taken."""
+    def _lock(self, patience: float = 0) -> bool:
+        """Takes the lock, which the system frees when this process dies.
+
+        False: it is taken, and another process that has it keeps it for `patience` seconds.
+        """
         path = self.folder / "lock"
         with storing(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -345,11 +349,14 @@ class Run:
         except OSError as e:
             os.close(handle)
             if isinstance(e, BlockingIOError):
-                return False
+                if patience <= 0 or path in _held.values():
+                    return False
+                time.sleep(0.05)
+                return self._lock(patience - 0.05)
             raise StorageError(
                 f"{path}: this file system has no locks ({e.strerror or e}); choose another out="
             ) from e
-        _held.add(handle)
+        _held[handle] = path
         self._handle = handle
         return True
 
@@ -388,13 +395,13 @@ class Run:
             write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-_held: set[int] = set()  # handles of locks of this process
+_held: dict[int, Path] = {}  # the locks of this process, by their handles
 
 
 def _drop_locks_in_child() -> None:
     """A forked child (a loader's worker) would keep the lock alive after a kill of its parent."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_drop_locks_in_child)

@@ -353,12 +353,12 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
     ],
 )
 def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
-    earlier(here / "mine")
-    earlier(here / "first", task="task/train_vae")
-    path = earlier(here / "broken") / "config.yaml"
-    path.write_text(path.read_text().replace("patch: 4", "pach: 4"))
-    path = earlier(here / "wrong") / "config.yaml"
-    path.write_text(path.read_text().replace("patch: 4", "patch: four"))
+    text = (earlier(here / "mine") / "config.yaml").read_text()
+    other = {"first": ("task/train", "task/train_vae"), "broken": ("patch: 4", "pach: 4"),
+             "wrong": ("patch: 4", "patch: four")}  # fmt: skip
+    for name, (old, new) in other.items():
+        write(here / name / "config.yaml", text.replace(old, new))
+        write(here / name / "result.json", "{}")
     assert expected in complaint(words)
     with pytest.raises(SandboxError, match=re.escape(expected)):
         _main(["-m", *words])

@@ -95,6 +95,19 @@ def test_run_in_use_is_left_alone(tmp_path):
         assert second.folder.name == first.folder.name + "-2"
 
 
+def test_a_process_that_is_just_ending_is_waited_for(tmp_path):
+    """As the ranks of a command that was killed a moment before the same command again."""
+    folder = open_run(tmp_path, "x", CONFIG)
+    folder.close()
+    hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+    hold += " print(flush=True); time.sleep(0.5)"
+    words = [sys.executable, "-c", hold, str(folder.folder / "lock")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with open_run(tmp_path, "x", CONFIG) as run:
+            assert run.folder == folder.folder and run.resumed
+
+
 def test_newest_unfinished_run_is_continued(tmp_path):
     opened = [open_run(tmp_path, "x", CONFIG) for _ in range(11)]
     opened[10].finish({})
