@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import cache
 
 import pytest
 import yaml
 
-from sandbox.config import CONF, GROUPS
+from sandbox.config import CONF, GROUPS, Root
 from sandbox.contracts import PluginConfig
 from sandbox.main import checked
 from tests.helpers import composed
@@ -23,6 +24,11 @@ STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer",
 OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fraction", "max_bad",
                "train_frames", "frames_per_pass", "attempts", "wait", "cosine_s", "turning_step",
                "one_by_one", "every", "best_of"}  # fmt: skip
+
+
+@cache
+def whole(recipe: str) -> Root:
+    return composed(f"experiment={recipe}")
 
 
 def chosen(recipe: str) -> dict[str, str]:
@@ -50,7 +56,7 @@ def test_a_recipe_chooses_every_group(recipe):
 @pytest.mark.parametrize("group", STATED)
 def test_its_presets_state_every_number(recipe, group):
     """A default that is tuned later changes no published recipe."""
-    cfg = getattr(composed(f"experiment={recipe}"), group)
+    cfg = getattr(whole(recipe), group)
     assert isinstance(cfg, PluginConfig)
     own = {f.name for f in fields(cfg)} - OPERATIONAL
     assert own <= stated(group, chosen(recipe)[group])
@@ -61,7 +67,7 @@ def test_absent_data_and_weights_are_named_before_a_run(recipe):
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError) as raised:
-        checked(composed(f"experiment={recipe}"))
+        checked(whole(recipe))
     assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 
@@ -69,7 +75,7 @@ def test_absent_data_and_weights_are_named_before_a_run(recipe):
 @pytest.mark.parametrize("recipe", TINY_LDM)
 def test_a_tiny_sibling_differs_in_size_and_data_alone(recipe):
     """The same plugins, and the same noise, loss, network form, optimizer and average."""
-    full, tiny = (composed(f"experiment={name}") for name in (recipe.removesuffix("_tiny"), recipe))
+    full, tiny = (whole(name) for name in (recipe.removesuffix("_tiny"), recipe))
     for group in STATED[1:]:
         assert getattr(full, group).plugin == getattr(tiny, group).plugin, group
     for group in ("schedule", "loss", "optimizer", "lr_schedule", "ema", "trainer", "guidance"):
