@@ -164,6 +164,7 @@ def test_what_needs_no_training_answers_without_heavy_imports(tmp_path):
         ("--version", 0, "Hydra"),
         ("-sc install=bash", 0, "hydra_bash_completion"),
         ("task=plugins", 0, "vae/pca.py"),
+        ("task=plugins to=reference", 0, "pages to reference"),
         ("task=sample", 2, "task.run=null: no finished run"),
         ("backbone.widht=3", 2, "did you mean 'width'?"),
         ("data.height=18", 2, "data.height=18"),

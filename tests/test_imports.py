@@ -31,6 +31,7 @@ LIGHT = {
     "sandbox.wiring": HEAVY | {"hydra"},
     "sandbox.main": HEAVY | {"hydra"},
     "sandbox.usage": HEAVY | {"hydra"},
+    "sandbox.reference": HEAVY,
     "sandbox.earlier": HEAVY,
     "sandbox.runs": HEAVY,
     "sandbox.secrets": HEAVY,

@@ -38,10 +38,18 @@ class Plugins:
 
     @dataclass
     class Config(TaskConfig):
-        """only: a group, for that one alone."""
+        """only: a group, for that one alone; to: a folder, which gets the reference of all groups
+        as Markdown (docs/reference is made so).
+        """
 
         needs_torch: ClassVar[bool] = False
         only: str | None = None
+        to: str | None = None
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            if self.only is not None and self.to is not None:
+                yield f"only={self.only}: to= takes the reference of all groups; keep one"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -49,6 +57,8 @@ class Plugins:
     def __call__(self, root: Any) -> dict[str, Any]:
         from sandbox.config import GROUPS
 
+        if self.cfg.to is not None:
+            return self.write(Path(self.cfg.to), root.plugins_path)
         groups = [
             *(g for g in GROUPS if g in registry.groups()),
             *(g for g in registry.groups() if g not in GROUPS),
@@ -70,6 +80,23 @@ class Plugins:
         ending = f", {len(broken)} broken: {', '.join(broken)}" if broken else ""
         print(f"\n{len(found)} plugins{ending}")
         return {"plugins": len(found), "broken": broken}
+
+    def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
+        """The reference as files, in place of those of an earlier one."""
+        from sandbox.config import plugin_folders
+        from sandbox.files import storing
+        from sandbox.reference import MADE, pages
+
+        made = pages(plugin_folders([f"plugins_path={plugins_path}"] if plugins_path else []))
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.md"):
+                if old.name not in made and old.read_text(encoding="utf-8").startswith(MADE):
+                    old.unlink()
+            for name, text in made.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        print(f"wrote {len(made)} pages to {folder}")
+        return {"files": [str(folder / name) for name in made]}
 
 
 def described(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
@@ -111,15 +138,15 @@ def _settings(config: type[PluginConfig]) -> Iterator[str]:
     for f in fields(config):
         if f.name != "plugin":
             value = f.default_factory() if f.default_factory is not MISSING else f.default
-            yield f"{f.name}={_value(value)}"
+            yield f"{f.name}={shown_value(value)}"
 
 
-def _value(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """As one would type it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
-        return f"[{','.join(map(_value, value))}]"
+        return f"[{','.join(map(shown_value, value))}]"
     return str(value)
 
 

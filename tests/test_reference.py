@@ -1,0 +1,60 @@
+"""docs/reference: what stands there is what the Configs say."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from sandbox import config, registry
+from sandbox.config import GROUPS, HOME
+from sandbox.main import main
+from sandbox.reference import pages
+
+MAKE = "python run.py task=plugins to=docs/reference"
+
+
+@cache
+def made() -> dict[str, str]:
+    config.setup()
+    return pages()
+
+
+def test_the_reference_in_the_docs_is_up_to_date():
+    there = {p.name: p.read_text(encoding="utf-8") for p in (HOME / "docs/reference").glob("*")}
+    assert [n for n in sorted({*there, *made()}) if there.get(n) != made().get(n)] == [], MAKE
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_option_and_preset_of_a_group_is_there(group):
+    config.setup()
+    page = made()[f"{group}.md"]
+    ours = [p for p in registry.plugins(group) if p.path and p.path.is_relative_to(HOME)]
+    assert [p.name for p in ours if f"\n## {p.name}\n" not in page] == []
+    presets = [p.stem for p in (HOME / "conf" / group).glob("*.yaml")]
+    assert [name for name in presets if f"\n- `{name}`: " not in page] == []
+
+
+def test_settings_have_type_default_and_the_comment_beside_or_above_them():
+    assert "| `components` | `int` | `32` | latent channels |" in made()["vae.md"]
+    assert (
+        "| `lr` | `float \\| None` | `null` | peak learning rate; null: that of"
+        in (made()["README.md"])
+    )
+    above = "| `run` | `str \\| None` | `null` | Folder of an earlier run that this task works on;"
+    assert above in made()["task.md"]
+
+
+def test_a_preset_shows_what_differs_from_its_plugin():
+    (line,) = [x for x in made()["backbone.md"].splitlines() if x.startswith("- `dit_w96`")]
+    assert line.endswith("`width=96 num_heads=3`")
+
+
+def test_a_folder_of_plugins_gets_a_reference_of_its_own(plugin_folder, tmp_path):
+    for words in (["task=new", "group=vae", "name=mine"], ["task=plugins", f"to={tmp_path}/ref"]):
+        with pytest.raises(SystemExit) as left:
+            main([*words, f"plugins_path={plugin_folder}"])
+        assert not left.value.code
+    page = (tmp_path / "ref" / "vae.md").read_text()
+    assert "## mine" in page
+    assert "- `mine_p8`: Patches of 8 pixels" in page
