@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +21,49 @@ CLEAN: Level = (1.0, 0.0)
 def per_sample(values: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1, 1), to be multiplied with latents."""
     return values.view(-1, 1, 1, 1, 1)
+
+
+LAST = 999.9999  # backbones are promised times below 1000
+
+
+class Continuous:
+    """What schedules of a time in [0, 1] share.
+
+    A subclass gives `alpha`, `sigma`, `target` and `denoised`, and its `spacings`.
+    """
+
+    spacings: ClassVar[tuple[str, ...]] = ("trailing",)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def snr(self, t: Tensor) -> Tensor:
+        """(alpha / sigma)^2, infinite where there is no noise. (B, 1, 1, 1, 1)."""
+        return (self.alpha(t) / self.sigma(t)).square()
+
+    def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
+
+    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the backbone gets; it counts times to 1000."""
+        return z_t, (t * 1000).clamp_max(LAST)
+
+    def weight(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def even(self, first: float, steps: int, spacing: str) -> Tensor:
+        """(steps,) float64 on the CPU, evenly down from `first`; 0 would come next.
+
+        Raises ValueError for what cannot be spaced.
+        """
+        if steps < 1:
+            raise ValueError(f"steps={steps}: want at least 1")
+        if spacing not in self.spacings:
+            raise ValueError(f"spacing={spacing!r}: want one of {list(self.spacings)}")
+        return torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu")[:-1]
 
 
 class Table:

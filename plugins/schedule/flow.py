@@ -7,18 +7,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from plugins._blocks.diffusion import per_sample
+from plugins._blocks.diffusion import Continuous, per_sample
 from sandbox.contracts import Denoised, Draws, ScheduleConfig, above, in_range, one_of
 from sandbox.registry import register
 
 T_DISTRIBUTIONS = ("logit_normal", "uniform")
 T_DRAWS = ("stratified", "independent")
 SPACINGS = ("trailing",)
-LAST = 999.9999  # backbones are promised times below 1000
 
 
 @register("schedule", "flow")
-class Flow:
+class Flow(Continuous):
     """Rectified flow, z_t = (1 - t) z0 + t eps; predicts the velocity eps - z0."""
 
     @dataclass
@@ -77,21 +76,8 @@ class Flow:
     def sigma(self, t: Tensor) -> Tensor:
         return per_sample(t)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """((1 - t) / t)^2, infinite at 0. (B, 1, 1, 1, 1)."""
-        return per_sample(((1 - t) / t).square())
-
-    def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
-
-    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return z_t, (t * 1000).clamp_max(LAST)
-
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - z0
-
-    def weight(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
     # sampling
 
@@ -103,12 +89,7 @@ class Flow:
 
         Raises ValueError for what cannot be spaced.
         """
-        if steps < 1:
-            raise ValueError(f"steps={steps}: want at least 1")
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
-        even = torch.linspace(self.cfg.t_start, 0, steps + 1, dtype=torch.float64, device="cpu")
-        return self._shifted(even[:-1]).float()
+        return self._shifted(self.even(self.cfg.t_start, steps, spacing)).float()
 
     def _shifted(self, t: Tensor) -> Tensor:
         return self.cfg.shift * t / (1 + (self.cfg.shift - 1) * t)

@@ -16,6 +16,7 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 STAND_IN, STAND_IN_CLASS = "mine", "Mine"  # what the templates call themselves
 VALUES = ("null", "true", "false", "nan", "inf")  # words that mean something else on a command line
 OPTIONS = {
+    "adapter": "adapter={name} init_from=FOLDER",
     "callbacks": "'callbacks=[{name}]'",
     "reconstruction": "task=train_vae vae=kl reconstruction={name}",
     "stage": "task=prepare data_root=FOLDER 'stage=[{name},normalise]'",
@@ -81,14 +82,13 @@ class New:
         return {"files": [str(path) for path in files]}
 
     def check(self) -> None:
-        """Raises ConfigError for a group without a template and a name that is taken."""
+        """Raises ConfigError for an unknown group and for a name that is taken."""
         from sandbox import registry
-        from sandbox.config import GROUPS, options
+        from sandbox.config import options
 
         group, name, known = self.cfg.group or "", self.cfg.name or "", templates()
         if group not in known:
-            why = "its plugins belong to the frame" if group in GROUPS else "no such group"
-            raise ConfigError(f"task.group={group!r}: {why}; want one of {', '.join(known)}")
+            raise ConfigError(f"task.group={group!r}: no such group; want {', '.join(known)}")
         taken = dict.fromkeys(options(group), f"a preset of {group}")
         taken |= {p.name: shown(p.path) if p.path else "live code" for p in registry.plugins(group)}
         for word in (name, *(f"{name}_{size}" for size in presets(group))):
