@@ -1,0 +1,129 @@
+"""The guides: what they quote is in the source, what they link to is there, commands compose."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sandbox import config
+from sandbox.config import HOME
+from sandbox.main import parse
+
+PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+HOLE = "\N{HORIZONTAL ELLIPSIS}"  # a value in a message; the page writes three dots
+MESSAGE = re.compile(r"^\| `(.+?)` \|", re.M)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w&-]+)?\)")
+COMMAND = re.compile(r"^ +(python run\.py .*)$", re.M)
+MOST_WORDS = 1300  # read in five minutes; error messages are looked up instead
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+@cache
+def messages() -> tuple[str, ...]:
+    """Every text of the program with its values left out; docstrings are none."""
+    files = (p for d in ("sandbox", "plugins", "kernels") for p in (HOME / d).rglob("*.py"))
+    return tuple(text for path in files for text in _texts(path))
+
+
+def _texts(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in (n for n in ast.walk(tree) if id(n) not in docs):
+        if isinstance(node, ast.JoinedStr):
+            parts = (v.value if isinstance(v, ast.Constant) else HOLE for v in node.values)
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield re.sub(r"%(?:\.\d)?[sdgr]", HOLE, node.value)
+
+
+def quoted() -> list[str]:
+    page = (HOME / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    return MESSAGE.findall(page)
+
+
+def is_said(message: str) -> bool:
+    """Whether some text of the program has the fixed parts of `message`, in this order."""
+    parts = [re.escape(p) for p in message.split("...") if p.strip()]
+    found = re.compile(f"{HOLE}?.*".join(parts), re.DOTALL)
+    return any(found.search(text) for text in messages())
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_a_message_on_the_page_is_one_of_the_program(message):
+    assert is_said(message)
+
+
+def test_no_message_stands_twice():
+    assert len(set(quoted())) == len(quoted()) > 80
+
+
+def test_a_message_that_nobody_says_is_found():
+    assert not is_said("...: no such thing as a free ...")
+    assert not is_said("keep one...is given twice")
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@each_page
+def test_what_a_page_links_to_is_there(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [x for x in links if not (page.parent / x).exists()] == []
+
+
+@each_page
+def test_a_page_is_read_in_five_minutes(page):
+    words = len(page.read_text(encoding="utf-8").split())
+    assert words < MOST_WORDS or page.name == "troubleshooting.md"
+
+
+def test_the_index_has_every_page():
+    index = (HOME / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [p.name for p in PAGES[1:] if p.name != "README.md" and f"({p.name})" not in index] == []
+
+
+def test_the_page_of_examples_has_every_group():
+    page = (HOME / "docs" / "adding.md").read_text(encoding="utf-8")
+    missing = [g for g in config.GROUPS if f"../sandbox/templates/{g}/plugin.py.txt" not in page]
+    assert missing == []
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[str]:
+    """Lines that begin with `python run.py`, without their comments; a `\\` continues one."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return list(dict.fromkeys(COMMAND.findall(text)))
+
+
+def first_values(word: str) -> str:
+    """A word of a multirun as its first job has it."""
+    name, _, value = word.partition("=")
+    plain = value[:1] not in "[{'\"(" and "(" not in value
+    return f"{name}={value.split(',')[0]}" if plain else word
+
+
+@pytest.mark.slow
+@each_page
+def test_the_commands_of_a_page_compose(page):
+    for line in commands(page):
+        words = shlex.split(line, comments=True)[2:]
+        if "..." in words:
+            continue
+        parsed = parse(words)
+        overrides = [first_values(w) for w in parsed.overrides if not w.startswith("seeds=")]
+        if any("hydra/sweeper" in w for w in overrides):  # whose words only a sweep reads
+            overrides = [w for w in overrides if "(" not in w and not w.startswith("hydra")]
+        config.setup(overrides)
+        made = config.compose(config.expand(overrides), config_dir=None)
+        assert config.to_root(made).task is not None, line
