@@ -18,6 +18,7 @@ import pickle
 import re
 import struct
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -261,8 +262,17 @@ def load(path: Path, device: str = "cpu") -> dict[str, Any]:
     said = manifest(path)
     with _opened(path) as file:
         _compare(path, file, said)
-        file.seek(0)
         return _load_plain(path, file, device)
+
+
+def skim(path: Path) -> dict[str, Any]:
+    """The state with numbers that are mapped, not read: for names and shapes. Raises StorageError.
+
+    The hash is not looked at.
+    """
+    manifest(path)
+    with _opened(path) as file:
+        return _load_plain(path, file, "cpu", mapped=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -376,9 +386,15 @@ def _compare(path: Path, file: BinaryIO, said: Mapping[str, Any]) -> None:
         raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
 
 
-def _load_plain(path: Path, file: BinaryIO, device: str) -> Any:
-    """torch.load of tensors and plain containers; anything else in the file is refused, not run."""
+def _load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) -> Any:
+    """torch.load of tensors and plain containers; anything else in the file is refused, not run.
+
+    `mapped`: numbers are read when they are looked at, where the file is of a kind that allows it.
+    """
     try:
+        if mapped and zipfile.is_zipfile(file):
+            return torch.load(str(path), map_location=device, weights_only=True, mmap=True)
+        file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
     except pickle.UnpicklingError as e:
         refused = re.search(r"(?:GLOBAL|Unsupported \w+) ([\w.]+)", str(e))
@@ -451,11 +467,12 @@ def export_foreign(content: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def read_foreign(path: Path) -> dict[str, Tensor]:
+def read_foreign(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
 
     Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`).
-    Nothing in the file is run. Raises StorageError.
+    Nothing in the file is run. `mapped`: numbers are read when they are looked at, where the file
+    allows it (safetensors always do). Raises StorageError.
     """
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -468,7 +485,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
         raise StorageError(f"{path}: want a .safetensors, .ckpt, .pt, .pth or .bin file")
     with _opened(path) as file:
-        found = _load_plain(path, file, "cpu")
+        found = _load_plain(path, file, "cpu", mapped)
     for key in STATE_KEYS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]

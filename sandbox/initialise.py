@@ -32,37 +32,43 @@ def init_from(system: Trainable, path: Path | str) -> None:
     part, such as the first stage, is not the one that the weights were trained with. Only what the
     backbone names as its `additions` may be absent, each of them as a whole.
     """
-    path = Path(path)
-    if not path.exists():
-        raise StorageError(f"init_from={path}: no such file or folder")
-    if path.is_dir() and not Run(path).config_file.is_file():
-        _of_published(system, path)
-        return
-    if (parts := whole_systems.read(path)) is not None:
-        _say(path, whole_systems.put(system, parts, path))
-        return
-    if path.is_dir() or path.with_suffix(".json").is_file():
-        weights, which = _of_checkpoint(system, _checkpoint(path))
-    else:
-        weights, which = checkpoint.read_foreign(path), "exported"
-        if not any(name.startswith(whole_systems.OURS) for name in weights):
-            _put_backbone(system, weights, path)
-            _say(path, "backbone's")
-            return
-    _put(system, weights, path)
-    _say(path, which)
-
-
-def _say(path: Path, which: str) -> None:
     log.info(
-        "starting at step 0 from the %s weights of %s; optimizer, average and data order are new "
+        "starting at step 0 from the %s of %s; optimizer, average and data order are new "
         "(to continue a run instead: resume.run=FOLDER)",
-        which,
+        _begin(system, Path(path)),
         path,
     )
 
 
-def _of_published(system: Any, path: Path) -> None:
+def check_fits(planned: Trainable, path: Path | str) -> None:
+    """Raises StorageError as `init_from` does, for a system on the meta device.
+
+    Names, shapes and the schedule's tables are compared; numbers are neither made nor read.
+    """
+    _begin(planned, Path(path))
+
+
+def _begin(system: Any, path: Path) -> str:
+    """Puts the weights at `path` into `system`, and says which those are."""
+    if not path.exists():
+        raise StorageError(f"init_from={path}: no such file or folder")
+    mapped = any(p.is_meta for p in system.parameters())
+    if path.is_dir() and not Run(path).config_file.is_file():
+        return _of_published(system, path)
+    if (parts := whole_systems.read(path, mapped)) is not None:
+        return f"{whole_systems.put(system, parts, path)} weights"
+    if path.is_dir() or path.with_suffix(".json").is_file():
+        weights, which = _of_checkpoint(system, _checkpoint(path), mapped)
+    else:
+        weights, which = checkpoint.read_foreign(path, mapped), "exported"
+        if not any(name.startswith(whole_systems.OURS) for name in weights):
+            _put_backbone(system, weights, path)
+            return "backbone's weights"
+    _put(system, weights, path)
+    return f"{which} weights"
+
+
+def _of_published(system: Any, path: Path) -> str:
     """Puts the backbone of a published system into place, in the dtype that it has here."""
     parts = read_parts(path, "init_from")
     if parts is None and any(files_of(path)):
@@ -74,11 +80,9 @@ def _of_published(system: Any, path: Path) -> None:
         )
     _put_backbone(system, parts["backbone"], path)
     others = ", ".join(sorted(parts.keys() - {"backbone"})) or "nothing"
-    log.info(
-        "starting at step 0 from the published backbone of %s; its other parts (%s) are chosen by "
-        "settings of their own (vae.weights, conditioning.weights)",
-        path,
-        others,
+    return (
+        f"published backbone (not {others}, which settings of their own choose: vae.weights, "
+        "conditioning.weights)"
     )
 
 
@@ -103,18 +107,19 @@ def _checkpoint(path: Path) -> Path:
     return newest
 
 
-def _of_checkpoint(system: Trainable, path: Path) -> tuple[dict[str, Tensor], str]:
+def _of_checkpoint(system: Trainable, path: Path, mapped: bool) -> tuple[dict[str, Tensor], str]:
     """Weights of a checkpoint of ours, averaged ones over live ones, and which those are."""
     if not path.with_suffix(".json").is_file():
         raise StorageError(
             f"init_from={path}: not a checkpoint of this program (no manifest beside it); want a "
             "run folder, one of its checkpoints, or exported weights (*.safetensors)"
         )
-    state: dict[str, Any] = checkpoint.load(path)
+    state: dict[str, Any] = checkpoint.skim(path) if mapped else checkpoint.load(path)
     if not {"weights", "frozen"} <= state.keys():
         raise StorageError(f"init_from={path}: holds no weights of a system")
     try:
-        system.check_frozen(state["frozen"], but="backbone")  # it is what begins anew
+        if not mapped:
+            system.check_frozen(state["frozen"], but="backbone")  # it is what begins anew
     except StorageError as e:
         raise StorageError(
             f"init_from={path}: {e}. Where another is wanted on purpose, start from exported "

@@ -183,6 +183,16 @@ def open_root(root: Any) -> Run:
     return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
 
 
+def continues(root: Any) -> bool:
+    """Whether `open_root` finds a run to go on with, which has weights of its own."""
+    from sandbox.config import to_container
+
+    if root.resume.run is not None:
+        return True
+    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    return root.resume.mode == "auto" and any(not Run(path).finished for path in found)
+
+
 @contextmanager
 def opened(root: Any, rank: Rank) -> Iterator[Run]:
     """`open_root` in rank 0, which alone writes there; the others get the folder to read from."""

@@ -13,7 +13,7 @@ from sandbox.contracts import StorageError
 from sandbox.devices import device_of, use_threads
 from sandbox.earlier import read_root
 from sandbox.first_stages import prepare_first_stage
-from sandbox.initialise import init_from
+from sandbox.initialise import check_fits, init_from
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.rank import Rank
@@ -43,11 +43,21 @@ def build_system(
     return system
 
 
-def check_trainable(wiring: Wiring) -> None:
-    """Raises ConfigError where `trainable` names no weights that are there; makes none."""
-    if wiring.root.trainable is not None:
+def check_weights(wiring: Wiring, begins: bool = True) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there, and StorageError where
+    those of `init_from` have other names, shapes or tables; makes none.
+
+    `begins`: whether the run has no weights of its own yet, so that it looks at `init_from`.
+    """
+    root = wiring.root
+    start = root.init_from if begins or root.adapter is not None else None
+    if start is not None:
+        check_sources(root)
+    if start is not None or root.trainable is not None:
         with torch.device("meta"):
-            LatentDiffusion(wiring, build_parts(wiring), 1)
+            planned = LatentDiffusion(wiring, build_parts(wiring), 1)
+        if start is not None:
+            check_fits(planned, start)
 
 
 def clips_per_step(root: Root) -> int:
@@ -81,7 +91,7 @@ def begun_system(wiring: Wiring) -> LatentDiffusion:
     """The system of a configuration with the weights of its `init_from`, to sample from."""
     root = wiring.root
     assert root.init_from is not None  # else there would be a run
-    check_sources(root)
+    check_weights(wiring)
     device = _device(root)
     system = build_system(wiring, empty=True)
     if system.adapter is None:

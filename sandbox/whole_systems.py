@@ -33,14 +33,14 @@ CURES = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}
 TABLE_ERROR = 1e-5  # of float32 tables that were computed in another order
 
 
-def read(path: Path) -> dict[str, State] | None:
+def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
     """The parts of the published file at `path`; None where it is no file, ours, or of no layout.
 
-    Raises StorageError.
+    `mapped`: numbers are read when they are looked at. Raises StorageError.
     """
     if not path.is_file() or path.with_suffix(".json").is_file():
         return None
-    state = checkpoint.read_foreign(path)
+    state = checkpoint.read_foreign(path, mapped)
     if all(name.startswith(OURS) for name in state):
         return None
     return parts_of(state, f"init_from={path}")
@@ -52,7 +52,7 @@ def check_sources(root: Root) -> None:
         return
     if root.data.stored() is not None:
         return  # latents are those of the first stage that comes with them
-    parts = read(Path(root.init_from))
+    parts = read(Path(root.init_from), mapped=True)
     if parts and parts["vae"]:
         raise ConfigError(
             f"vae.weights=auto: init_from={root.init_from} is a published system with a first "
@@ -64,7 +64,7 @@ def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
     """Puts the parts of the published file `path` into `system`; says which: averaged or live.
 
     Strict. Raises StorageError with the first ten names that differ, where the schedule is another,
-    or where a frozen part is not the file's.
+    or where a frozen part is not the file's, which a system on the meta device cannot tell.
     """
     assert isinstance(system, LatentDiffusion)
     average = {k: v for k, v in parts["ema"].items() if k not in ("decay", "num_updates")}
@@ -84,7 +84,7 @@ def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
     _same_tables(parts["schedule"], tables(system), path)
     begun = {k: own[k] for k in own.keys() & system.trainable_state().keys()} | network
     for name in own.keys() - begun.keys():
-        if not torch.equal(own[name].cpu().float(), given[name].float()):
+        if not own[name].is_meta and not torch.equal(own[name].cpu().float(), given[name].float()):
             place = name.partition(".")[0]
             setting = CURES.get(place, place)
             raise StorageError(

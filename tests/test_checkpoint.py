@@ -349,8 +349,9 @@ def torch_legacy(path: Path, marker: Path) -> None:
 def test_payload_in_a_foreign_file_is_not_run(tmp_path, write, suffix):
     path, marker = tmp_path / f"model{suffix}", tmp_path / "owned"
     write(path, marker)
-    with pytest.raises(StorageError, match="model"):
-        checkpoint.read_foreign(path)
+    for mapped in (False, True):
+        with pytest.raises(StorageError, match="model"):
+            checkpoint.read_foreign(path, mapped)
     assert not marker.exists()
 
 
@@ -404,6 +405,17 @@ def test_export_to_a_full_disk_leaves_the_old_file(tmp_path):
     assert names(tmp_path) == ["w.safetensors"]
 
 
+def test_numbers_of_a_mapped_file_are_read_when_they_are_looked_at(tmp_path):
+    """Names and shapes of a file are known without reading it: here its numbers change after."""
+    path, zeros = tmp_path / "model.ckpt", bytes(4 * 4096)
+    torch.save({"state_dict": {"a": torch.zeros(4096)}}, path)
+    found = checkpoint.read_foreign(path, mapped=True)
+    changed = path.read_bytes().replace(zeros, b"\x01" * len(zeros))
+    with path.open("r+b") as file:
+        file.write(changed)
+    assert found["a"].all()
+
+
 @pytest.mark.parametrize("key", [None, "state_dict", "module", "model"])
 def test_weights_are_found_in_a_foreign_training_checkpoint(tmp_path, key):
     weights = {"w": torch.randn(2)}
@@ -440,8 +452,9 @@ def nothing(path: Path) -> None:
 def test_what_is_no_weights_file_is_a_storage_error(tmp_path, write, suffix):
     path = tmp_path / f"model{suffix}"
     write(path)
-    with pytest.raises(StorageError, match="model"):
-        checkpoint.read_foreign(path)
+    for mapped in (False, True):
+        with pytest.raises(StorageError, match="model"):
+            checkpoint.read_foreign(path, mapped)
 
 
 @pytest.mark.parametrize("name", ["missing.pt", "missing.safetensors", "weights.npz"])

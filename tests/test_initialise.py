@@ -11,10 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sandbox import build, checkpoint, compose
+from sandbox.config import to_container
 from sandbox.contracts import SandboxError, StorageError
 from sandbox.initialise import init_from
+from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import build_system
+from sandbox.tasks.train import train
+from sandbox.tasks.train_vae import train_vae
 from sandbox.wiring import wire
 
 STEP = 7
@@ -119,6 +123,31 @@ def test_of_many_names_that_differ_ten_are_shown(trained, tmp_path):
     with pytest.raises(StorageError, match="is missing") as e:
         init_from(other, save(trained, tmp_path / "run"))
     assert str(e.value).count("is missing") == 10
+
+
+@pytest.mark.parametrize("kind", ["a run", "a checkpoint", "a file", "a first stage"])
+def test_what_does_not_fit_is_said_before_anything_is_made(trained, tmp_path, kind):
+    """No run folder, and no first stage that vae.weights=auto would fit before."""
+    folder = save(trained, tmp_path / "run")
+    start = {
+        "a run": folder,
+        "a checkpoint": checkpoint.newest(folder / "checkpoints"),
+        "a file": checkpoint.export_weights(
+            trained.trainable_state(), tmp_path / "all.safetensors"
+        ),
+        "a first stage": checkpoint.export_weights(
+            {"encoder.a": torch.ones(1)}, tmp_path / "vae.safetensors"
+        ),
+    }[kind]
+    words = ["backbone.mlp_ratio=2", "vae.weights=auto", f"init_from={start}"]
+    if kind == "a first stage":
+        words += ["task=train_vae", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]"]
+    out = tmp_path / "out"
+    root = compose(*(o for o in TINY if o[:4] != "vae."), *words, f"out={out}", f"cache={out}")
+    run = {"root": to_container(root), "group": None, "overrides": []}
+    with pytest.raises(StorageError, match=r"16\S* here|is missing"):
+        (train_vae if kind == "a first stage" else train)(run, Rank())
+    assert not out.exists()
 
 
 def make_foreign(kind: str, folder: Path) -> Path:

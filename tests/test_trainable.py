@@ -14,7 +14,7 @@ from sandbox.initialise import init_from
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.selection import rates
-from sandbox.systems import build_system, check_trainable, load_system
+from sandbox.systems import build_system, check_weights, load_system
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_first_stage
 from sandbox.wiring import wire
@@ -60,7 +60,7 @@ def test_an_entry_that_cannot_be_read_is_a_configuration_error(entry):
 def test_names_are_looked_for_before_a_run_folder_is_made(tmp_path):
     root = composed("trainable=[blocs]", f"out={tmp_path}", "logger=null", "vae.weights=null")
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
-        check_trainable(wire(root))
+        check_weights(wire(root))
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
         train({"root": config.to_container(root), "group": None, "overrides": []}, Rank())
     assert not list(tmp_path.iterdir())

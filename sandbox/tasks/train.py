@@ -54,18 +54,16 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.config import received
     from sandbox.initialise import init_from
     from sandbox.outcome import check_objective, finish_run
-    from sandbox.runs import opened
-    from sandbox.systems import build_system, check_trainable
+    from sandbox.runs import continues, opened
+    from sandbox.systems import build_system, check_weights
     from sandbox.training import fit, start
-    from sandbox.whole_systems import check_sources
     from sandbox.wiring import wire
 
     began = time.monotonic()
     wiring = wire(received(settings["root"]))
     root = wiring.root
     check_objective(root, root.task.objective)
-    check_sources(root)
-    check_trainable(wiring)
+    check_weights(wiring, begins=not continues(root))
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         with rank.first():  # it makes the first stage, where there is none; the others load it

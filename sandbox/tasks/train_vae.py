@@ -96,18 +96,21 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
 
     from sandbox.evaluation import by_pairs
     from sandbox.first_stages import init_first_stage
-    from sandbox.runs import opened
+    from sandbox.runs import continues, opened
     from sandbox.training import fit, start
 
     root = complete(root)
-    check_trainable(root)
+    check_weights(root, begins=not continues(root))
     by_pairs(root)  # weights that it lacks are missed now
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
-        if root.init_from is not None:
-            init_first_stage(system.first_stage, Path(root.init_from))
-        with start(system, run, group, rank) as training:
+
+        def initialise() -> None:
+            if root.init_from is not None:
+                init_first_stage(system.first_stage, Path(root.init_from))
+
+        with start(system, run, group, rank, initialise) as training:
             fit(training)
             result: dict[str, Any] = {}
             with rank.first():
@@ -149,17 +152,24 @@ def complete(root: Root) -> Root:
     return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
 
 
-def check_trainable(root: Root) -> None:
-    """Raises ConfigError where `trainable` names no weights that are there; makes none."""
+def check_weights(root: Root, begins: bool = True) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there, and StorageError where
+    those of `init_from`, where it `begins`, have other names or shapes; makes none.
+    """
+    from pathlib import Path
+
     import torch
 
+    from sandbox.first_stages import init_first_stage
     from sandbox.parts import build
     from sandbox.selection import rates
 
+    with torch.device("meta"):
+        planned = build("vae", root)
     if root.trainable is not None:
-        with torch.device("meta"):
-            names = [f"first_stage.{name}" for name, _ in build("vae", root).named_parameters()]
-        rates(names, root.trainable)
+        rates([f"first_stage.{name}" for name, _ in planned.named_parameters()], root.trainable)
+    if root.init_from is not None and begins:
+        init_first_stage(planned, Path(root.init_from))
 
 
 def build_autoencoding(root: Root) -> Autoencoding:

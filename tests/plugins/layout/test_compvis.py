@@ -19,7 +19,7 @@ from sandbox.first_stages import load_weights
 from sandbox.initialise import init_from
 from sandbox.main import perform
 from sandbox.parts import build as build_part
-from sandbox.systems import begun_system
+from sandbox.systems import begun_system, check_weights
 from sandbox.whole_systems import check_sources, taken_apart
 from sandbox.wiring import wire
 from tests.helpers import preset, tiny
@@ -226,6 +226,17 @@ def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
     perform(root)
     names = sorted(p.name for p in (tmp_path / "samples" / "crafter").iterdir())
     assert names == ["000-a-bear.mp4", "sheet.png"]
+
+
+def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_path):
+    """Also of a pickle: its numbers are mapped."""
+    path = written(original, tmp_path)
+    words = (*SMALL, f"init_from={path}", f"vae.weights={path}", f"conditioning.weights={path}")
+    check_weights(wire(compose(*words)))
+    with pytest.raises(StorageError, match="names or shapes differ"):
+        begun_system(wire(compose(*words, "backbone.model_channels=64")))
+    with pytest.raises(StorageError, match="table scale_arr is not that of this schedule"):
+        begun_system(wire(compose(*words, "schedule.base_scale=0.3")))
 
 
 def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
