@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -39,13 +39,14 @@ from sandbox.module import Trainable
 from sandbox.outcome import write_clips
 from sandbox.progress import Progress
 from sandbox.prompts import of_data
-from sandbox.randomness import seed_dropout, seed_of
+from sandbox.randomness import Keyed, seed_dropout, seed_of
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.selection import apart, split_groups
 from sandbox.sharding import is_sharded, load_optimizer, whole
 from sandbox.stored import StoredLatents
 from sandbox.tracking import MetricBuffer, Trackers
+from sandbox.wiring import Wiring
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 NAMED = 8  # samples that an error names
@@ -270,8 +271,7 @@ class Training:
     def validate(self, count: int) -> None:
         """Loss on `count` held-out clips, live and averaged weights, always on the same noise.
 
-        Under val/ with the names that the loss logs; raises ConfigError where checkpoint.best_of is
-        none of them.
+        Under val/ with the names that the loss logs.
         """
         self.flush()
         val = registry.create(self.root.data).split("val")
@@ -280,12 +280,6 @@ class Training:
             with self.averaged():
                 averaged = self._losses(val, count)
             found |= {f"val/{name}_ema": value for name, value in averaged.items()}
-        policy = self.root.checkpoint
-        if policy.best and policy.best_of not in found:
-            raise ConfigError(
-                f"checkpoint.best_of={policy.best_of}: not measured here; want one of "
-                + ", ".join(sorted(found))
-            )
         self.measured = self.step, found
         self._record([(self.step, found)])
 
@@ -347,6 +341,29 @@ def _samples(seen: list[Seen], rank: Rank) -> str:
 
 
 # --- beginning ------------------------------------------------------------------------------------
+
+
+def check_best(wiring: Wiring) -> None:
+    """Raises ConfigError where checkpoint.best_of is no number of the loss, which is asked once."""
+    root, grid = wiring.root, wiring.grids[0]
+    if root.checkpoint.best:
+        schedule = registry.create(root.schedule)
+        z = torch.zeros(1, grid.channels, 1, 2, 2)
+        out = z.repeat(1, root.schedule.outputs(), 1, 1, 1)
+        t = schedule.draw_t(Keyed(root.seed, 0, torch.zeros(1, dtype=torch.int64), 1))
+        _check_best(root, registry.create(root.loss)(schedule, out, z, z, t).log)
+
+
+def _check_best(root: Root, names: Iterable[str]) -> None:
+    """`names`: of the numbers that the loss logs."""
+    policy, found = root.checkpoint, {f"val/{name}" for name in (*names, "loss")}
+    if root.ema.averages():
+        found |= {f"{name}_ema" for name in found}
+    if policy.best and policy.best_of not in found:
+        raise ConfigError(
+            f"checkpoint.best_of={policy.best_of}: not measured here; want one of "
+            + ", ".join(sorted(found))
+        )
 
 
 @contextmanager
@@ -583,6 +600,8 @@ class Stepping(Callback):
             rate = self.root.lr_schedule.factor(training.step, training.steps)
             with trainer.precision_plugin.forward_context():
                 pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
+        if not training.step:
+            _check_best(self.root, pl_module.metrics)
         self.metrics.append(pl_module.metrics)
         self.seen.append(Seen(batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch

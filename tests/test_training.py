@@ -17,11 +17,15 @@ from lightning import Callback
 from torch.nn.utils import clip_grad_norm_
 
 from sandbox import checkpoint, registry
+from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Diverged, Preempted
 from sandbox.data import Loader, batches
 from sandbox.ema import EMA
+from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import build_system
+from sandbox.tasks.train import train
+from sandbox.tasks.train_vae import train_vae
 from sandbox.training import Stream, fit
 from sandbox.wiring import wire
 from tests.engine import differing, record, session, small
@@ -434,11 +438,21 @@ def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
         assert checkpoint.manifest(path)["notes"]["val/loss"] == measured[step]
 
 
-def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path):
-    root = small(*EPOCHS, "steps=2", "callbacks=[val_loss]", "callbacks.val_loss.every=2",
-                 "checkpoint.every=2", "checkpoint.best=1", "checkpoint.best_of=val/x")  # fmt: skip
-    with pytest.raises(ConfigError, match=r"checkpoint\.best_of=val/x: .*val/loss_ema"):
-        record(root, tmp_path)
+@pytest.mark.parametrize("task", ["train", "train_vae"])
+def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path, task):
+    """Before a run folder is made; of a first stage, whose loss wants its output, at once."""
+    root = small(*EPOCHS, "steps=9", "callbacks=[val_loss]", "callbacks.val_loss.every=9",
+                 "checkpoint.every=9", "checkpoint.best=1", "checkpoint.best_of=val/x",
+                 f"out={tmp_path}/out", f"task={task}", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]",
+                 "vae.weights=null")  # fmt: skip
+    if task == "train_vae":
+        root = replace(root, task=replace(root.task, batch_size=2))
+    run = {"root": to_container(root), "group": None, "overrides": []}
+    other = "val/loss_ema" if task == "train" else "val/rec_loss_ema"
+    with pytest.raises(ConfigError, match=rf"checkpoint\.best_of=val/x: .*{other}"):
+        (train if task == "train" else train_vae)(run, Rank())
+    assert (tmp_path / "out").exists() == (task == "train_vae")
+    assert not [*tmp_path.glob("*/*/metrics.jsonl")]
 
 
 def test_weights_alone_are_written_beside_the_checkpoints(tmp_path):

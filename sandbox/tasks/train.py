@@ -56,13 +56,14 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.outcome import check_objective, finish_run
     from sandbox.runs import continues, opened
     from sandbox.systems import build_system, check_weights
-    from sandbox.training import fit, start
+    from sandbox.training import check_best, fit, start
     from sandbox.wiring import wire
 
     began = time.monotonic()
     wiring = wire(received(settings["root"]))
     root = wiring.root
     check_objective(root, root.task.objective)
+    check_best(wiring)
     check_weights(wiring, begins=not continues(root))
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
