@@ -94,7 +94,8 @@ def with_clips(cfg: DataConfig, folder: Path, root: Root | None = None) -> DataC
         root = folder / f"clips_{frames}x{cfg.height}x{cfg.width}"
         if not root.exists():
             write_clips(root, Clip(3, frames + 3, cfg.height, cfg.width))
-        return replace(cfg, root=str(root))
+        own = {"meta_path": str(root / "images.json")} if vars(cfg).get("only") == "image" else {}
+        return replace(cfg, root=str(root), **own)
 
 
 def stored(cfg: DataConfig, folder: Path, root: Root) -> str:
@@ -138,10 +139,13 @@ def write_clips(folder: Path, size: Clip) -> None:
     write_shards(folder, splits, 1 << 20)
     rows = [f"{i},all,{WORDS[i % 3]} {i}" for i in range(6)]
     (folder / "metadata.csv").write_text("\n".join(["videoid,page_dir,name", *rows]))
-    entries = [
-        {"file_path": f"videos/all/{i}.mp4", "text": WORDS[i % 3], "type": "video"}
-        for i in range(6)
-    ]
-    (folder / "metadata.json").write_text(json.dumps(entries))
+    for table, kind, files in (
+        ("metadata.json", "video", [f"videos/all/{i}.mp4" for i in range(6)]),
+        ("images.json", "image", [f"train/{i}.png" for i in range(4)] + ["val/4.png", "val/5.png"]),
+    ):
+        entries = [
+            {"file_path": name, "text": WORDS[i % 3], "type": kind} for i, name in enumerate(files)
+        ]
+        (folder / table).write_text(json.dumps(entries))
     (folder / "prompts.txt").write_text("\n".join(f"{WORDS[i % 3]} {i}" for i in range(6)))
     (folder / "videos.txt").write_text("\n".join(f"videos/all/{i}.mp4" for i in range(6)))

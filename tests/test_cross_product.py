@@ -20,7 +20,7 @@ import torch
 
 from sandbox import config, registry
 from sandbox.config import Root
-from sandbox.contracts import ConfigError, DataConfig, DataError, PluginConfig
+from sandbox.contracts import ConfigError, DataConfig, PluginConfig
 from sandbox.parts import build
 from sandbox.systems import load_system
 from sandbox.wiring import Wiring, wire
@@ -386,13 +386,8 @@ def test_some_random_settings_that_are_accepted_train(tmp_path):
 
 @pytest.mark.slow
 def test_two_hundred_random_settings_that_are_accepted_train(tmp_path):
-    missing = 0
     for wiring, words in accepted(range(40, 240)):
-        try:
-            take_two_steps(wiring, tmp_path, words)
-        except DataError:  # asks for more or longer clips than the files of a test have
-            missing += 1
-    assert missing <= 5
+        take_two_steps(wiring, tmp_path, words)
 
 
 def test_enough_random_settings_are_accepted_and_enough_refused():
