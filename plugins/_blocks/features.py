@@ -8,18 +8,17 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins._blocks import openclip
+from plugins._blocks.fetching import from_url
 from sandbox.contracts import StorageError
 
 OF_CLIPS = frozenset({"random3d", "r3d_18", "i3d", "script3d"})  # others look at pictures
 IN_FILES = frozenset({"script2d", "i3d", "script3d"})
-TIMEOUT = 5.0  # seconds until a host that does not answer is given up
 AT_ONCE = 32  # clips, or pictures, in one pass
 URL = "https://download.pytorch.org/models/"
 FILES = {  # of torchvision; the eight digits are the start of the file's SHA-256
@@ -159,7 +158,7 @@ def _fill(model: nn.Module, network: str, weights: str, setting: str) -> None:
         return
     name, size = FILES[network]
     try:
-        state = _hub(name) if weights == "hub" else _file(weights)
+        state = from_url(URL + name, name, True) if weights == "hub" else _file(weights)
         model.load_state_dict(state)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise StorageError(
@@ -171,14 +170,6 @@ def _fill(model: nn.Module, network: str, weights: str, setting: str) -> None:
 
 def _brief(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _hub(name: str) -> dict[str, Tensor]:
-    if not Path(torch.hub.get_dir(), "checkpoints", name).is_file():
-        urlopen(Request(URL + name, method="HEAD"), timeout=TIMEOUT).close()  # a fast no
-    return torch.hub.load_state_dict_from_url(
-        URL + name, map_location="cpu", progress=False, check_hash=True, weights_only=True
-    )
 
 
 def _file(weights: str) -> dict[str, Tensor]:

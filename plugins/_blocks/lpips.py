@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from plugins._blocks.fetching import from_url
 from sandbox.contracts import StorageError
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -131,9 +132,7 @@ def _found(weights: str, name: str, setting: str) -> dict[str, Tensor]:
     if weights != "hub":
         return _read(Path(weights).expanduser() / name, setting)
     try:
-        return torch.hub.load_state_dict_from_url(
-            URLS[name], map_location="cpu", progress=False, file_name=name, weights_only=True
-        )
+        return from_url(URLS[name], name)
     except OSError as e:
         raise StorageError(
             f"{setting}=hub: {name} ({SIZES[name]}) cannot be fetched from {URLS[name]} "

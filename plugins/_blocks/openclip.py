@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins._blocks.fetching import from_hub
 from sandbox.contracts import StorageError
 
 VOCABULARY = 49408  # of open_clip's tokenizer
@@ -24,7 +25,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 # (file on the hub, size): what a released ViT-H-14 is
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TIMEOUT = 5.0  # seconds
 
 
 class Attention(nn.Module):
@@ -287,20 +287,14 @@ def found(weights: str, setting: str = "conditioning.weights") -> Path:
             f"{setting}={weights}: no such file; want a file, a name on the hub such as "
             "laion/CLIP-ViT-H-14-laion2B-s32B-b79K (3.9 GB), or weights=random for a dry run"
         )
-    from huggingface_hub import hf_hub_download
-
-    reason: Exception | None = None
-    for name in HUB_FILES:
-        try:
-            return Path(hf_hub_download(weights, name, etag_timeout=TIMEOUT))
-        except (OSError, ValueError) as e:
-            reason = e
-    raise StorageError(
-        f"{setting}={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not "
-        f"here and the hub does not give it ({type(reason).__name__}); download it where there is "
-        f"a network and name the file, {setting}=FILE, or use weights=random for a dry "
-        "run"
-    ) from reason
+    try:
+        return from_hub(weights, HUB_FILES)
+    except (OSError, ValueError) as e:
+        raise StorageError(
+            f"{setting}={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not here and "
+            f"the hub does not give it ({type(e).__name__}); download it where there is a network "
+            f"and name the file, {setting}=FILE, or use weights=random for a dry run"
+        ) from e
 
 
 def read(path: Path, setting: str = "conditioning.weights") -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -152,6 +154,30 @@ def test_without_a_network_the_error_names_file_size_and_cure(monkeypatch, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(StorageError, match=r"open_clip_model\.safetensors.*3\.9 GB.*FILE"):
         made(weights="laion/nothing-here")
+
+
+class Silent(BaseRequestHandler):
+    """Takes a connection and says nothing, as a network without a way out does."""
+
+    asked = 0
+
+    def handle(self) -> None:
+        type(self).asked += 1
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    """Its own library asks it a dozen times, for a minute and a half."""
+    with TCPServer(("127.0.0.1", 0), Silent) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_address[1]}"
+        place = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(StorageError, match=r"open_clip_model\.safetensors.*3\.9 GB.*FILE"):
+            made(weights="laion/nothing-here")
+        hub.shutdown()
+    assert Silent.asked == 1
 
 
 def test_the_published_size_needs_no_weights_on_the_meta_device():

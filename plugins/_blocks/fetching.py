@@ -1,0 +1,45 @@
+"""Weights of others from where they are published; no host in reach is said within seconds."""
+
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+TIMEOUT = 5.0  # seconds until a host that does not answer is given up
+
+
+def reach(url: str) -> None:
+    """Raises OSError where no host answers, within seconds: those who download try for a minute."""
+    with suppress(HTTPError):  # from a host; what it refuses it tells those who download
+        urlopen(Request(url, method="HEAD"), timeout=TIMEOUT).close()
+
+
+def from_hub(repository: str, names: tuple[str, ...]) -> Path:
+    """The first of these files that the cache has, else that the hub has.
+
+    Raises OSError or ValueError where there is none.
+    """
+    from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    for name in names:
+        if isinstance(kept := try_to_load_from_cache(repository, name), str):
+            return Path(kept)
+    reach(hf_hub_url(repository, names[0]))
+    for name in names[:-1]:
+        try:
+            return Path(hf_hub_download(repository, name, etag_timeout=TIMEOUT))
+        except (OSError, ValueError):  # perhaps it has another
+            continue
+    return Path(hf_hub_download(repository, names[-1], etag_timeout=TIMEOUT))
+
+
+def from_url(url: str, name: str, check_hash: bool = False) -> dict:
+    """The tensors of a file that torch keeps under `name`; nothing in it is run. Raises OSError."""
+    import torch
+
+    if not Path(torch.hub.get_dir(), "checkpoints", name).is_file():
+        reach(url)
+    return torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", progress=False, check_hash=check_hash, file_name=name,
+        weights_only=True,
+    )  # fmt: skip
