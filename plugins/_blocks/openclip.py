@@ -277,6 +277,12 @@ def load(
     model.load_state_dict({k: state[k] for k in own})
 
 
+def look(weights: str) -> None:
+    """Raises StorageError where `load` would, for want of a file: before a model is made for it."""
+    if weights != RANDOM and torch.get_default_device().type != "meta":
+        found(weights)
+
+
 def found(weights: str, setting: str = "conditioning.weights") -> Path:
     """The file of `weights`, fetched from the hub where there is none of that name."""
     path = Path(weights).expanduser()

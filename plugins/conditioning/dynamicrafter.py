@@ -243,6 +243,7 @@ class DynamiCrafter(nn.Module):
 
 def towers(cfg: DynamiCrafter.Config) -> tuple[nn.Module, nn.Module]:
     """The text and the image tower, frozen."""
+    openclip.look(cfg.weights)
     text = openclip.TextModel(cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.embed_dim)
     visual = openclip.Vision(
         cfg.vision_width, cfg.vision_layers, cfg.vision_head_width, cfg.patch_size,

@@ -73,6 +73,7 @@ class OpenCLIP(nn.Module):
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
+        openclip.look(cfg.weights)
         model = openclip.TextModel(cfg.width, cfg.layers, cfg.heads, cfg.embed_dim)
         openclip.load(model, cfg.weights, "cond_stage_model.model.")
         skip = 1 if cfg.layer == "penultimate" else 0
