@@ -15,6 +15,17 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are left out where there is none."""
+    for_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_a_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            config.hook.pytest_deselected(items=for_a_gpu)
+            items[:] = [item for item in items if item not in for_a_gpu]
+
+
 @pytest.fixture
 def plugin_folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder that SANDBOX_PLUGINS names; plugins that it adds are forgotten afterwards."""

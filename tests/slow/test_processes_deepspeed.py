@@ -86,7 +86,6 @@ def test_one_process_with_its_state_on_the_host_equals_one_without(out, stage):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("offload", ["", "_offload"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_on_a_gpu_it_equals_a_process_without(stage, offload, tmp_path):
