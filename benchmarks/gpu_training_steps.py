@@ -82,6 +82,17 @@ CRAFTER = {
 }  # fmt: skip
 FROM_NOTHING = ("init_from=null", "conditioning.weights=random")
 SMALL, LARGE = ("data.height=320", "data.width=512"), ("data.height=576", "data.width=1024")
+# As many frames as fit: a case of more is a row that says so. T5 takes no memory of the device
+# (trainer.low_vram), and a table of words takes its place.
+FRAMES = {f"{n} frames": (f"data.frames={n}",) for n in (144, 36, 9)}
+TOLD = (
+    "init_from=null", "conditioning=words", "conditioning.offer=tokens", "conditioning.width=4096",
+    "conditioning.max_words=120", "conditioning.buckets=64",
+)  # fmt: skip
+SQUARES = (
+    "data=moving_digits", "data.speed=1", "data.height=512", "data.width=512", "data.batch_size=1",
+)  # fmt: skip
+FIRST = ("data=moving_digits", "data.speed=1", "trainer=single", "trainer.accumulate=1")
 
 # recipe -> how it is measured: another system is another entry
 SYSTEMS = {
@@ -97,6 +108,25 @@ SYSTEMS = {
         (*CLIPS, *SMALL, "data.batch_size=2"), CRAFTER, FROM_NOTHING
     ),
     "dynamicrafter_1024": System((*CLIPS, *LARGE, "data.batch_size=1"), CRAFTER, FROM_NOTHING),
+    "easyanimate_v2_stage3": System(SQUARES, FRAMES, TOLD),
+    "easyanimate_v2_lora": System(
+        SQUARES,
+        {
+            f"{name}; published: 24 GB": (*of, "adapter=lora_easyanimate")
+            for name, of in FRAMES.items()
+        },
+        TOLD,
+    ),
+    "easyanimate_v2_vae_magvit": System(
+        (*FIRST, "data.frames=9", "data.height=128", "data.width=128"),
+        {"as published: fp32, two clips": ("task.batch_size=2",)},
+        ("init_from=null", "reconstruction.lpips=random"),
+    ),
+    "easyanimate_v2_vae_slice": System(
+        (*FIRST, "data.frames=25", "data.height=256", "data.width=256"),
+        {"as published: fp32, one clip": ("task.batch_size=1",)},
+        ("init_from=null", "reconstruction.lpips=random"),
+    ),
 }
 
 
@@ -179,6 +209,7 @@ def configured(name: str, case: str | None, *more: str) -> Root:
     said = {w.partition("=")[0]: w for w in (*words, *more)}
     if "init_from" not in "".join(more):  # an adapter wants weights to be beside
         said = {k: w for k, w in said.items() if not k.startswith("adapter")}
+        said["adapter"] = "adapter=null"
     return compose(*said.values())
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import decoding
+from benchmarks import decoding, gpu_first_stages
 from benchmarks.gpu_training_steps import MEASURED, SYSTEMS, configured, main
 
 
@@ -22,8 +22,15 @@ def test_every_case_of_every_system_is_a_configuration_of_its_full_size():
     for name, system in SYSTEMS.items():
         for case in system.cases:
             root = configured(name, case, "init_from=base")  # which an adapter wants
-            assert root.recipe == name and root.data.height >= 256
+            assert root.recipe == name and root.data.height >= 128
             assert root.trainer.processes == 1
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_case_of_a_first_stage_is_a_configuration(tiny):
+    sizes = {(case.name, gpu_first_stages.configured(case).data.height)
+             for case in gpu_first_stages.cases(tiny)}  # fmt: skip
+    assert len(sizes) == (6 if tiny else 10)
 
 
 @pytest.mark.slow
