@@ -28,6 +28,11 @@ Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> numbers
 Shape = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
 
 
+def chooser(is_random: bool, rng: np.random.Generator) -> Choose:
+    """Places drawn from `rng`, or the middle."""
+    return (lambda room: int(rng.integers(room + 1))) if is_random else (lambda room: room // 2)
+
+
 class Media(Protocol):
     """A file by its path, or bytes that lie in another file."""
 

@@ -2,14 +2,14 @@
 
 import csv
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from plugins._blocks.folders import folder_of, held_out, identity, walk
-from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, read_image, read_video
+from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, chooser, read_image, read_video
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
@@ -230,15 +230,11 @@ class Files:
         name, cfg = self.names[index], self.cfg
         path = self.root / name
         sample: Sample = {} if self.captions is None else {"caption": self.captions(name)}
-        fit = Fit(cfg.height, cfg.width, self._choose(cfg.crop, rng))
+        fit = Fit(cfg.height, cfg.width, chooser(self.training and cfg.crop == "random", rng))
         if path.suffix.lower() in IMAGES:
             return sample | {"video": read_image(path, fit)}
-        video, rate = read_video(path, cfg.frames, cfg.stride, self._choose(cfg.start, rng), fit)
+        start = chooser(self.training and cfg.start == "random", rng)
+        video, rate = read_video(path, cfg.frames, cfg.stride, start, fit)
         if cfg.frames > 1:
             sample |= {"fps": rate / cfg.stride, "frame_stride": float(cfg.stride)}
         return sample | {"video": video}
-
-    def _choose(self, place: str, rng: np.random.Generator) -> Callable[[int], int]:
-        if self.training and place == "random":
-            return lambda room: int(rng.integers(room + 1))
-        return lambda room: room // 2

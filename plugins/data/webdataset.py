@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from plugins._blocks.buckets import nearest
 from plugins._blocks.folders import folder_of, held_out
 from plugins._blocks.tars import Entry, Shard, first_of, read_shards
-from plugins._blocks.video_io import IMAGES, Fit, read_image, read_video
+from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
@@ -229,16 +229,11 @@ class Samples:
         assert ending is not None  # others were left out
         media = entry.member(ending)
         sample: Sample = {} if cfg.caption is None else {"caption": caption_of(entry, cfg)}
-        fit = Fit(clip.height, clip.width, self._choose(cfg.crop, rng))
+        fit = Fit(clip.height, clip.width, chooser(self.training and cfg.crop == "random", rng))
         if is_image(ending):
             return sample | {"video": read_image(media, fit)}
-        start = self._choose(cfg.start, rng)
+        start = chooser(self.training and cfg.start == "random", rng)
         video, rate = read_video(media, clip.frames, cfg.stride, start, fit)
         if "fps" in cfg.provides():
             sample |= {"fps": rate / cfg.stride, "frame_stride": float(cfg.stride)}
         return sample | {"video": video}
-
-    def _choose(self, place: str, rng: np.random.Generator) -> Callable[[int], int]:
-        if self.training and place == "random":
-            return lambda room: int(rng.integers(room + 1))
-        return lambda room: room // 2
