@@ -208,6 +208,9 @@ class DeepSpeed(Processes):
         for parameters, group, flat in zip(self.groups, optimizer.param_groups, flats, strict=True):
             numbers = [*range(len(state), len(state) + len(parameters))]
             for p, number in zip(parameters, numbers, strict=True):
+                if (own := getattr(p, "_hp_mapping", None)) is not None:
+                    # The engine does so after its first group's first step, when others have none.
+                    own.set_optim_state_fragment(flat, optimizer.state[flat])
                 state[number] = {
                     name: safe_get_full_optimizer_state(p, name).cpu()
                     if _is_moment(value, flat)

@@ -17,7 +17,10 @@ LOOKS = (
     "callbacks=[samples,val_loss]", "callbacks.samples.every=2", "callbacks.samples.count=1",
     "callbacks.val_loss.every=2", "callbacks.val_loss.clips=4",
 )  # fmt: skip
-COMMON = ("trainer.accumulate=2", "data.clips_per_epoch=48", *LOOKS)
+COMMON = (
+    "trainer.accumulate=2", "data.clips_per_epoch=48", *LOOKS,
+    "trainable=[.,patch_out@0.1]",  # all weights, in two groups of the optimizer
+)  # fmt: skip
 # In half precision sums over other numbers of clips are rounded otherwise.
 HALF = (
     "precision=bf16", "backbone.gradient_checkpointing=true", "data.batch_size=2",
@@ -94,3 +97,35 @@ def test_on_a_gpu_it_equals_a_process_without(stage, offload, tmp_path):
     zero = (f"trainer=deepspeed_zero{stage}{offload}", "trainer.processes=1", *on)
     done(tmp_path, [job("one", tmp_path, *on), job("zero", tmp_path, *zero)])
     assert_close(states(tmp_path, "one"), states(tmp_path, "zero"))
+
+
+PARTS = {
+    "lora": ("adapter=lora", "adapter.rank=4", "precision=bf16", HALF[1]),
+    "some": ("trainable=[blocks,patch_out@0.1]",),
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Trainings of an adapter, and of some of the weights, on one process and on two."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path_factory.mktemp("parts")
+    done(out, [job("base", out, *ONE)])
+    (base,) = (out / "base").glob("*")
+    lora, some = (*PARTS["lora"], f"init_from={base}"), PARTS["some"]
+    halves = ("data.batch_size=2", "trainer.accumulate=2")
+    jobs = [job("lora", out, *lora, *halves), job("some", out, *some, *ONE)]
+    for stage in STAGES:
+        zero = (f"trainer=deepspeed_zero{stage}", *TWO)
+        jobs += [job(f"lora {stage}", out, *lora, *zero), job(f"some {stage}", out, *some, *zero)]
+    return done(out, jobs)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_and_weights_that_are_chosen_train_as_on_one_process(parts, stage, kind):
+    one, two = states(parts, kind), states(parts, f"{kind} {stage}")
+    assert sorted(two) == list(range(1, STEPS + 1))
+    assert_close(one, two)
+    assert differing(two[1]["weights"], two[STEPS]["weights"])
