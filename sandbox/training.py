@@ -553,6 +553,8 @@ class Stepping(Callback):
     def __init__(self, training: Training) -> None:
         self.training, self.root, self.cfg = training, training.root, training.root.trainer
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
+        every, watching = self.root.checkpoint.every, filter(None, self.root.callbacks.values())
+        self.is_measured = any(c.measures(every) for c in watching)  # not while in the cache
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
         self.rates: dict[str, float] = {}
@@ -600,7 +602,7 @@ class Stepping(Callback):
             rate = self.root.lr_schedule.factor(training.step, training.steps)
             with trainer.precision_plugin.forward_context():
                 pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
-        if not training.step:
+        if not training.step and self.is_measured:
             _check_best(self.root, pl_module.metrics)
         self.metrics.append(pl_module.metrics)
         self.seen.append(Seen(batch.ids, pl_module.per_sample))

@@ -25,7 +25,7 @@ from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import build_system
 from sandbox.tasks.train import train
-from sandbox.tasks.train_vae import train_vae
+from sandbox.tasks.train_vae import train_first_stage, train_vae
 from sandbox.training import Stream, fit
 from sandbox.wiring import wire
 from tests.engine import differing, record, session, small
@@ -453,6 +453,16 @@ def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path,
         (train if task == "train" else train_vae)(run, Rank())
     assert (tmp_path / "out").exists() == (task == "train_vae")
     assert not [*tmp_path.glob("*/*/metrics.jsonl")]
+
+
+def test_a_first_stage_that_is_trained_on_the_way_is_not_asked_for_the_systems_metric(tmp_path):
+    root = small(*EPOCHS, "steps=2", "callbacks=[val_loss]", "callbacks.val_loss.every=2",
+                 "loss=ldm", "schedule=ddpm", "checkpoint.every=2", "checkpoint.best=1",
+                 "checkpoint.best_of=val/loss_simple", "vae=kl", "vae.ch=8",
+                 "vae.ch_mult=[1,1]")  # fmt: skip
+    inner = replace(root, callbacks={}, task=registry.default("task", "train_vae"))
+    inner = replace(inner, task=replace(inner.task, batch_size=2, clips=2), out=str(tmp_path))
+    assert train_first_stage(inner, None, Rank())["steps"] == 2
 
 
 def test_weights_alone_are_written_beside_the_checkpoints(tmp_path):
