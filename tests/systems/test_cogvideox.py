@@ -70,8 +70,15 @@ def test_loss_and_gradients_equal_those_of_official_fine_tuning(variant: str) ->
         {"t": want["timesteps"], "noise": want["noise_BFCHW"].transpose(1, 2),
          "drop_text": torch.ones(2)}
     )  # fmt: skip
+    calls = []
+    model.backbone.register_forward_hook(lambda _, args, out: calls.append((args, out)))
     terms = model.step(batch, draws)
     terms.total.backward()
+    ((z_t, _, conditions), out), channels = calls[0], want["latents_BCFHW"].shape[1]
+    told = torch.cat([z_t] if conditions.concat is None else [z_t, conditions.concat], 1)
+    for mine, theirs in ((told, "model_input"), (out, "model_output_v")):
+        torch.testing.assert_close(mine.transpose(1, 2), want[theirs], atol=1e-5, rtol=1e-4)
+    assert out.shape[1] == channels
     torch.testing.assert_close(terms.total, want["loss"][0], rtol=1e-4, atol=0)
     own = dict(model.backbone.named_parameters())
     for name in (k[5:] for k in want if k.startswith("grad/")):
