@@ -39,7 +39,7 @@ from sandbox.config import Root  # noqa: E402
 from sandbox.module import Trainable  # noqa: E402
 from sandbox.runs import open_run  # noqa: E402
 from sandbox.systems import build_system, clips_per_step  # noqa: E402
-from sandbox.tasks.train_vae import build_autoencoding, complete  # noqa: E402
+from sandbox.tasks.train_vae import build_autoencoding  # noqa: E402
 from sandbox.training import Training, fit, start  # noqa: E402
 from sandbox.wiring import wire  # noqa: E402
 
@@ -217,7 +217,7 @@ def built(name: str, case: str | None, folder: Path) -> Trainable:
     """The system with random weights, those below an adapter too."""
     root = configured(name, case)
     if root.task.plugin == "task/train_vae":
-        return build_autoencoding(complete(root))
+        return build_autoencoding(wire(root).root)
     system = build_system(wire(root))
     if case is None or not any(word.startswith("adapter=") for word in SYSTEMS[name].cases[case]):
         return system

@@ -89,6 +89,39 @@ def _scaled(root: Root) -> tuple[Root, list[str]]:
     ]
 
 
+def first_stage_alone(root: Root) -> Root:
+    """`root` with the loss and the batch of a first stage that is trained alone.
+
+    Raises ConfigError where none is trained.
+    """
+    found = []
+    if root.vae.fitted() != "trained":
+        found.append(
+            f"vae={_name(root.vae)}: it is not trained (vae.weights=auto fits it); want another vae"
+        )
+    if "video" not in root.data.provides():
+        found.append(
+            f"data={_name(root.data)}: it has no pixels, which a first stage is trained on; want "
+            "other data"
+        )
+    if root.trainer.shards:
+        found.append(
+            f"trainer={_name(root.trainer)}: a first stage is trained whole; want trainer=ddp or "
+            "trainer=single"
+        )
+    if found:
+        raise ConfigError(*found)
+    recipe = root.vae.recipe()
+    loss: Any = root.reconstruction or replace(
+        registry.default("reconstruction", root.vae.regularizer()), **recipe.reconstruction
+    )
+    refused = [f"reconstruction.{p}" for p in loss.accepts(root.vae)]
+    if refused:
+        raise ConfigError(*refused)
+    batch_size = root.task.micro_batch(root.data, root.vae)
+    return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
+
+
 REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler",
             "guidance", "optimizer", "lr_schedule", "ema", "trainer", "checkpoint", "resume",
             "kernels")  # fmt: skip
@@ -116,7 +149,7 @@ class _Check:
         self.beginning()
         self.schedule()
         self.fields()
-        root = self.metric(root)
+        root = self.first_stage(self.metric(root))
         clips = root.data.clips() if self.sound("data") else ()
         sizes: list[tuple[Clip, Clip]] = []
         for clip in clips:
@@ -248,6 +281,17 @@ class _Check:
             for clip in root.data.clips():
                 self.say(*(_of("metric", root.metric, p) for p in root.metric.accepts(clip)))
         return root
+
+    def first_stage(self, root: Root) -> Root:
+        """What trains a first stage alone, where the task does."""
+        needed = ("task", "vae", "data", "trainer", "reconstruction")
+        if not self.sound(*needed) or not root.task.trains_first_stage:
+            return root
+        try:
+            return first_stage_alone(root)
+        except ConfigError as e:
+            self.say(*e.problems)
+            return root
 
     def sizes(self, clip: Clip) -> tuple[Clip, Clip] | None:
         """(latents, grid) of a clip; None where first stage or backbone do not take it.

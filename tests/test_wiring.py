@@ -153,6 +153,18 @@ def test_the_metric_is_that_of_the_data_where_none_is_chosen():
     assert wire(root()).root.metric.plugin == "metric/digits"
 
 
+def test_a_first_stage_alone_has_its_loss_and_its_batch_before_anything_starts():
+    parts = {"task": registry.default("task", "train_vae"), "vae": registry.default("vae", "vq")}
+    found = wire(root(**parts)).root
+    assert found.reconstruction.plugin == "reconstruction/codebook"
+    assert found.data.batch_size == parts["vae"].recipe().batch_size
+    assert wire(found).root == found
+    assert problems(task=parts["task"], steps=0) == (
+        "steps=0: want >= 1",
+        "vae=pca: it is not trained (vae.weights=auto fits it); want another vae",
+    )
+
+
 def test_every_size_of_the_data_is_wired():
     wiring = wire(root(data=Buckets(), conditioning=untold()))
     assert wiring.latents == (Clip(32, 3, 4, 4), Clip(32, 1, 8, 4))

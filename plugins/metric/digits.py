@@ -46,7 +46,14 @@ class Digits:
 
     @dataclass
     class Config(MetricConfig):
+        """reference: real training clips that it learns from; 1,024 or more are enough."""
+
         imports = ("sklearn.svm",)
+        reference: int = 2048
+
+        def problems(self) -> Iterator[str]:
+            yield from super().problems()
+            yield from in_range("reference", self.reference, 1)
 
         def needs(self) -> frozenset[str]:
             return frozenset({"captions", "digit_captions"})
@@ -55,11 +62,14 @@ class Digits:
             for name in ("height", "width"):
                 yield from in_range(name, getattr(clip, name), WINDOW)
 
+        def learns_from(self) -> int:
+            return self.reference
+
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def fit(self, video: Tensor, captions: list[str]) -> None:
-        """Learns colours, digits, windows and mean clips from real clips; 1,024 or more are enough.
+        """Learns colours, digits, windows and mean clips from real clips.
 
         Raises ValueError where one of the ten digits is in no clip.
         """

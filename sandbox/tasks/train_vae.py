@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sandbox.contracts import DataConfig, FirstStageConfig, TaskConfig, in_range
 from sandbox.registry import register
@@ -27,6 +27,7 @@ class TrainVAE:
         sheet.
         """
 
+        trains_first_stage: ClassVar[bool] = True
         batch_size: int | None = None
         clips: int = 192
         shown: int = 12
@@ -67,6 +68,7 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
     from pathlib import Path
 
     from sandbox import registry
+    from sandbox.wiring import first_stage_alone
 
     task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
     own = replace(
@@ -87,11 +89,12 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         logger=None,
         resume=registry.default("resume", "auto"),
     )
-    return Path(train_first_stage(own, None, rank)["folder"]) / "first_stage.safetensors"
+    done = train_first_stage(first_stage_alone(own), None, rank)
+    return Path(done["folder"]) / "first_stage.safetensors"
 
 
 def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
-    """Trains, measures on held-out clips, and writes a run folder; returns its result."""
+    """Trains a wired `root`, measures, and writes a run folder; returns its result."""
     from pathlib import Path
 
     from sandbox.evaluation import by_pairs
@@ -99,7 +102,6 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     from sandbox.runs import continues, opened
     from sandbox.training import fit, start
 
-    root = complete(root)
     check_weights(root, begins=not continues(root))
     by_pairs(root)  # weights that it lacks are missed now
     with opened(root, rank) as run:
@@ -117,39 +119,6 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
                 if rank.index == 0:
                     result = _finish(training)
             return result
-
-
-def complete(root: Root) -> Root:
-    """`root` with the loss and the batch of a first stage. Raises ConfigError where none is
-    trained.
-    """
-    from sandbox import registry
-    from sandbox.contracts import ConfigError
-
-    if root.vae.fitted() != "trained":
-        raise ConfigError(
-            f"vae={root.vae.plugin.split('/')[1]}: it is not trained (vae.weights=auto fits it); "
-            "want another vae"
-        )
-    if "video" not in root.data.provides():
-        raise ConfigError(
-            f"data={root.data.plugin.split('/')[1]}: it has no pixels, which a first stage is "
-            "trained on; want other data"
-        )
-    if root.trainer.shards:
-        raise ConfigError(
-            f"trainer={root.trainer.plugin.split('/')[1]}: a first stage is trained whole; want "
-            "trainer=ddp or trainer=single"
-        )
-    recipe = root.vae.recipe()
-    loss: Any = root.reconstruction or replace(
-        registry.default("reconstruction", root.vae.regularizer()), **recipe.reconstruction
-    )
-    refused = [f"reconstruction.{p}" for p in loss.accepts(root.vae)]
-    if refused:
-        raise ConfigError(*refused)
-    batch_size = root.task.micro_batch(root.data, root.vae)
-    return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
 
 
 def check_weights(root: Root, begins: bool = True) -> None:
@@ -213,6 +182,7 @@ def _finish(training: Any) -> dict[str, Any]:
     media.reconstruction_sheet(sheet, [*video[shown]], [*made[shown]], captions)
     training.trackers.summary({"psnr_db": decibels} | {f"score/{k}": v for k, v in scores.items()})
     result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
+    result["objective"] = decibels
     result |= {"scores": scores} if scores else {}
     run.finish(result)
     said = "".join(f", {name} {value:.4g}" for name, value in scores.items())

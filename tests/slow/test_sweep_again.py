@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-from sandbox import evaluation
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.launch import in_this_process
 from sandbox.main import _main
@@ -17,19 +16,14 @@ from tests.command import SMALL
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """The metric learns from few clips: seconds of each run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "FITTING_CLIPS", 200)
-        yield
+QUICK = ("steps=3", "metric=digits", "metric.reference=200")  # seconds of each run
 
 
 def command(out, *words):
     given = {w.partition("=")[0] for w in words}
     small = [w for w in SMALL if w.partition("=")[0] not in given]
     with in_this_process():
-        return _main([*small, "steps=3", f"out={out}", f"cache={out}/cache", *words])
+        return _main([*small, *QUICK, f"out={out}", f"cache={out}/cache", *words])
 
 
 def folders(out):
@@ -80,6 +74,26 @@ def test_the_same_multirun_again_repeats_only_what_is_missing(out, tmp_path, cap
     after = {p: (p / "result.json").stat().st_mtime_ns for p in before}
     assert after == before
     assert capsys.readouterr().out.count("): done before") == 4
+
+
+FIRST_STAGE = (
+    "task=train_vae", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]", "steps=2", "logger=null",
+    "data.clips_per_epoch=8", "clips=2", "shown=1", "task.batch_size=2", "ema=none",
+    "trainer.threads=1", "vae.weights=null",
+)  # fmt: skip
+
+
+def test_first_stages_that_are_trained_are_not_repeated(tmp_path):
+    words = [*FIRST_STAGE, f"out={tmp_path}", "-m", "lr=1e-3,2e-3"]
+    with in_this_process():
+        assert _main(words) == 0
+        both = {p: (p / "result.json").stat().st_mtime_ns for p in folders(tmp_path)}
+        assert len(both) == 2
+        words[-1] += ",4e-3"
+        assert _main(words) == 0
+    assert sorted(o["done_before"] for o in outcomes(tmp_path)) == [False, True, True]
+    assert len(folders(tmp_path)) == 3
+    assert both == {p: (p / "result.json").stat().st_mtime_ns for p in both}
 
 
 def test_with_resume_never_a_job_is_repeated(out, tmp_path):
