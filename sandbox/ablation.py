@@ -109,7 +109,7 @@ def read(folder: Path) -> Found:
             found.left_out.append(f"{path.name} is not finished")
             continue
         result, environment = read_json(run.result), read_json(run.environment)
-        metrics = read_json(path / "metrics.json")
+        metrics = _with_evaluations(path)
         settings = leaves(config)
         flops = planned.get(identity_of_work(settings))
         found.entries.append(Entry(path, settings, metrics, result, environment, flops))
@@ -120,6 +120,22 @@ def read(folder: Path) -> Found:
             "want the folder of a multirun, or one of run folders"
         )
     return found
+
+
+def _with_evaluations(folder: Path) -> dict[str, Any]:
+    """metrics.json, with the further scores that task=evaluate has found; of a name the newest."""
+    metrics = read_json(folder / "metrics.json")
+    paths = (folder / "evaluations").glob("evaluation-*.json")
+    for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
+        told = read_json(path)
+        scores = told.get("scores", {}).get("model", {})
+        known = metrics.setdefault("scores", {}).setdefault("model", {})
+        for name in scores.keys() - known.keys():
+            known[name] = scores[name]
+            for kind in ("protocols", "meaning"):
+                if name in told.get(kind, {}):
+                    metrics.setdefault(kind, {})[name] = told[kind][name]
+    return metrics
 
 
 def _of_jobs(folder: Path, found: Found) -> Iterator[Path]:

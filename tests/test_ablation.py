@@ -177,6 +177,31 @@ def test_numbers_of_different_protocols_are_not_mixed(tmp_path):
         compared(tmp_path, metrics=["digit"])
 
 
+def evaluation(folder: Path, number: int, score: float, protocol: dict) -> None:
+    """What task=evaluate leaves in a run folder."""
+    (folder / "evaluations").mkdir(exist_ok=True)
+    found = {"scores": {"model": {"frechet_image": score, "digit": 0.0}}, "clips": 8,
+             "meaning": {"frechet_image": "distance"},
+             "protocols": {"frechet_image": protocol, "digit": {}}}  # fmt: skip
+    (folder / "evaluations" / f"evaluation-{number:02}.json").write_text(json.dumps(found))
+
+
+def test_scores_that_were_asked_later_stand_beside_those_of_the_run(tmp_path):
+    """The newest evaluation of a name counts; what the run has measured stays as it is."""
+    for backbone in ("dit", "unet3d"):
+        folder = run(tmp_path, backbone, 1e-3, 0, 0.5)
+        evaluation(folder, 9, 70.0, PROTOCOL | {"clips": 64})
+        evaluation(folder, 10, 30.0, PROTOCOL)
+    found = compared(tmp_path)
+    assert found.metrics == ["digit", "frechet_image", "loss"]
+    assert found.cells["A", "frechet_image"].here.mean == 30.0
+    assert found.cells["A", "digit"].here.mean == 0.5
+    assert found.protocols["frechet_image"]["clips"] == "8"
+    evaluation(folder, 11, 20.0, PROTOCOL | {"weights": "live"})
+    notes = compared(tmp_path).notes
+    assert any("frechet_image is not compared" in n and '"ema" and "live"' in n for n in notes)
+
+
 def test_a_number_without_a_protocol_is_not_mixed_with_one_that_has_one(tmp_path):
     run(tmp_path, "dit", 1e-3, 0, 0.5)
     run(tmp_path, "unet3d", 1e-3, 0, 0.5, protocol={})

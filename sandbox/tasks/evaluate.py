@@ -44,24 +44,29 @@ class Evaluate:
         import json
         from pathlib import Path
 
+        from sandbox.comparable import protocols
+        from sandbox.contracts import Clip
         from sandbox.evaluation import evaluate
         from sandbox.files import storing, write_atomic
         from sandbox.outcome import say_scores, spread, write_sheet
         from sandbox.systems import load_system
 
         folder = Path(self.cfg.run or "")
-        system = load_system(folder, self.cfg.weights, wiring)
+        weights = self.cfg.weights if wiring.root.ema.averages() else "live"
+        system = load_system(folder, weights, wiring)
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
+        clip = Clip(*found.clips["model"].shape[1:])
         to = folder / "evaluations"
         numbers = (f"evaluation-{n:02}" for n in itertools.count(1))
         name = next(n for n in numbers if not (to / f"{n}.json").exists())
         scores = {
             "overrides": list(overrides),
-            "weights": self.cfg.weights,
+            "weights": weights,
             "clips": found.count,
             "scores": found.scores,
             "meaning": found.meaning,
             "first_stage_psnr_db": found.first_stage_psnr,
+            "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
         }
         with storing(to):
             to.mkdir(exist_ok=True)
