@@ -331,6 +331,12 @@ class BackboneConfig(PluginConfig):
         """
         raise NotImplementedError
 
+    def layers(self) -> tuple[str | None, int]:
+        """The setting that says how many layers it has, where these are all alike, and after how
+        many they repeat; task=plan then measures a few of them.
+        """
+        return None, 1
+
     def adapter_targets(self) -> tuple[str, ...]:
         """Default LoRA targets, as suffixes of module names."""
         return ()

@@ -3,13 +3,28 @@
 Cells of a grid (T, H, W) run frame by frame, row by row. Tables are cached: a grid has one.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 Size = tuple[int, int]  # height, width
 THETA = 10_000.0
+T = TypeVar("T")
+
+
+def remembered(make: Callable[..., T]) -> Callable[..., T]:
+    """Makes a table once; of torch's fake tensors (task=plan), which have no numbers, each time."""
+    known = lru_cache(maxsize=16)(make)
+
+    @wraps(make)
+    def table(*key: object) -> T:
+        return make(*key) if detect_fake_mode() else known(*key)
+
+    return table
 
 
 def crop_region(grid: Size, base: Size) -> tuple[Size, Size]:
@@ -40,7 +55,7 @@ def whole_places(grid: Size) -> tuple[Tensor, Tensor]:
     return torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
 
 
-@lru_cache(maxsize=16)
+@remembered
 @torch.no_grad()
 def rotary_table(
     frames: int, grid: Size, base: Size | None, head_dim: int, device: torch.device
@@ -90,7 +105,7 @@ def sinusoidal_table(
     return torch.cat(tuple(parts), -1).flatten(1, 2)
 
 
-@lru_cache(maxsize=16)
+@remembered
 @torch.no_grad()
 def cached_sinusoidal_table(
     frames: int,

@@ -138,6 +138,9 @@ class CogVideoX(nn.Module):
             """Latent frames of the sample size."""
             return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
 
+        def layers(self) -> tuple[str | None, int]:
+            return "num_layers", 1
+
         def takes(self) -> frozenset[str]:
             told = {
                 "context": self.text_embed_dim != 0,

@@ -128,6 +128,9 @@ class DiT(nn.Module):
                         f"{inner}; want an even number"
                     )
 
+        def layers(self) -> tuple[str | None, int]:
+            return "num_blocks", 2 if self.skips == "uvit" else 1
+
         def takes(self) -> frozenset[str]:
             return frozenset({"context", "vector", "concat", *self.scalars})
 

@@ -127,6 +127,9 @@ class EasyAnimate(nn.Module):
         def has_micro_conditions(self) -> bool:
             return self.sample_size == LARGEST
 
+        def layers(self) -> tuple[str | None, int]:
+            return "num_layers", 2 if self.enable_uvit else 1
+
         def takes(self) -> frozenset[str]:
             told = {
                 "context": self.caption_channels != 0,

@@ -13,6 +13,7 @@ from sandbox import registry
 from sandbox.config import Root
 from sandbox.contracts import Clip, Conditions, Slots
 from sandbox.ema import EMA
+from sandbox.plan.depth import deeper
 from sandbox.plan.measure import Measured, faked, measure
 from sandbox.wiring import Wiring
 
@@ -162,25 +163,91 @@ def largest_unit(parts: dict[str, Any]) -> int:
 # --- a step ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the first stage does in a step, and the form of the latents that it leaves."""
+
+    measured: Measured
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def encoded(root: Root, sizes: Sizes, is_cuda: bool = True) -> Encoded | None:
+    """The part of a step before the backbone, alike in all of them; None without pixels."""
+    if "stored" in root.data.provides():
+        return None
+    parts = parts_of(root)
+    made: list[Tensor] = []
+
+    def step() -> Tensor:
+        made.append(latents())
+        return made[0]
+
+    with plain_kernels(), faked(parts["vae"]):
+        latents, inputs = first_stage_step(parts["vae"], sizes)
+        found = measure(step, [parts["vae"]], inputs, _narrow(root), is_cuda)
+        return Encoded(found, made[0].shape, made[0].stride(), made[0].dtype)
+
+
 def measured(
     root: Root,
     sizes: Sizes,
     checkpointing: bool | None = None,
     half: bool = False,
     is_cuda: bool = True,
+    before: Encoded | None = None,
 ) -> Measured:
     """One training step of `root`, as sandbox.latent_diffusion makes it, forward and backward.
 
     Conditions come as the conditioning offers them, in shapes alone: what makes them is not part.
+    A deep network is measured at three small depths, where these tell what it takes. `before`: what
+    `encoded` has found, which is measured here without it.
     """
+    before = before or encoded(root, sizes, is_cuda)
+
+    def at(backbone: Any) -> Measured:
+        whole = replace(root, backbone=backbone)
+        return step_of(whole, sizes, checkpointing, half, is_cuda, before)
+
+    found = from_shallow(root.backbone, at) or at(root.backbone)
+    return found if before is None else before.measured.then(found)
+
+
+def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | None:
+    """What `at` would find of a deep network; None where it is not deep, or not to be foretold."""
+    name, period = backbone.layers()
+    if name is None:
+        return None
+    layers = getattr(backbone, name)
+    first = 2 * period + layers % period
+    depths = [first + i * period for i in range(3)]
+    if layers <= sum(depths):
+        return None
+    return deeper([at(replace(backbone, **{name: n})) for n in depths], (layers - first) // period)
+
+
+def step_of(
+    root: Root,
+    sizes: Sizes,
+    checkpointing: bool | None,
+    half: bool,
+    is_cuda: bool,
+    before: Encoded | None,
+) -> Measured:
+    """The part of `measured` after the first stage, at the depth that is there."""
     parts = parts_of(root, checkpointing, half)
     modules = modules_of(parts)
-    narrow = None if root.precision == "fp32" else dtype_of(root)
     with plain_kernels(), faked(*modules):
         told = conditions(sizes, any(p.requires_grad for p in _parameters(parts["conditioning"])))
-        step, inputs = training_step(root, parts, sizes, told)
+        step, inputs = training_step(root, parts, sizes, told, before)
         held = [*inputs, *(x for _, x in told.tensors())]
-        return measure(step, modules, held, narrow, is_cuda)
+        return measure(step, modules, held, _narrow(root), is_cuda)
+
+
+def _narrow(root: Root) -> torch.dtype | None:
+    """What autocast makes of float32."""
+    return None if root.precision == "fp32" else dtype_of(root)
 
 
 def _parameters(part: Any) -> Any:
@@ -195,13 +262,9 @@ def plain_kernels() -> Any:
     return registry.create(eager).apply()
 
 
-def training_step(
-    root: Root, parts: dict[str, Any], sizes: Sizes, told: Conditions
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """What makes the loss of one micro-batch, and the tensors that it is made from."""
-    first_stage, backbone, schedule = parts["vae"], parts["backbone"].train(), parts["schedule"]
-    has_pixels = "stored" not in root.data.provides()
-    clip = sizes.clip if has_pixels else sizes.grid
+def first_stage_step(first_stage: Any, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """What makes the latents of one micro-batch, and the pixels that they are made from."""
+    clip = sizes.clip
     given = torch.empty(sizes.batch, clip.channels, clip.frames, clip.height, clip.width)
 
     def latents() -> Tensor:
@@ -211,13 +274,38 @@ def training_step(
         padding = sizes.grid.frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
+    return latents, [given]
+
+
+def training_step(
+    root: Root,
+    parts: dict[str, Any],
+    sizes: Sizes,
+    told: Conditions,
+    before: Encoded | None = None,
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """What makes the loss of one micro-batch, and the tensors that it is made from.
+
+    `before`: the latents are of its form, and nothing makes them.
+    """
+    backbone, schedule = parts["backbone"].train(), parts["schedule"]
+    if "stored" in root.data.provides():
+        z = sizes.grid
+        stored = torch.empty(sizes.batch, z.channels, z.frames, z.height, z.width)
+        latents, inputs = (lambda: stored), [stored]
+    elif before is not None:
+        form = before.shape, before.stride
+        latents, inputs = (lambda: torch.empty_strided(*form, dtype=before.dtype)), []
+    else:
+        latents, inputs = first_stage_step(parts["vae"], sizes)
+
     def step() -> Tensor:
-        z0 = latents() if has_pixels else given
+        z0 = latents()
         t, eps = schedule.draw_t(Unknown(sizes.batch)), torch.empty_like(z0)
         out = backbone(*schedule.inputs(schedule.noised(z0, eps, t), t), told)
         return parts["loss"](schedule, out, z0, eps, t).total
 
-    return step, [given]
+    return step, inputs
 
 
 def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -29,7 +29,8 @@ class Measured:
 
     forward, backward: operations without what checkpointing repeats, which is `repeated`; held:
     what the forward pass leaves for the backward one; peak: the largest sum of all that comes and
-    goes, gradients excluded; moments: (that sum, gradients so far) whenever something was added.
+    goes, gradients excluded; moments: (that sum, gradients so far) whenever something was added,
+    the first `turn` of them in the forward pass.
     """
 
     forward: int = 0
@@ -38,10 +39,23 @@ class Measured:
     held: int = 0
     peak: int = 0
     moments: list[tuple[int, int]] = field(default_factory=list)
+    turn: int = 0
 
     @property
     def total(self) -> int:
         return self.forward + self.backward + self.repeated
+
+    def then(self, rest: Measured) -> Measured:
+        """The numbers of both, where only what `rest` begins with is left of the first."""
+        return Measured(
+            forward=self.forward + rest.forward,
+            backward=rest.backward,
+            repeated=rest.repeated,
+            held=rest.held,
+            peak=max(self.peak, rest.peak),
+            moments=self.moments + rest.moments,
+            turn=self.turn + rest.turn,
+        )
 
     def largest(self, share: float) -> int:
         """Peak of all that comes and goes with a `share` of the gradients that are there."""
@@ -64,7 +78,10 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0  # whoever asks for a value hears the same
-        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # the shortest way: two of three calls ask this
+        with torch._C.DisableTorchFunction():
+            out = func(*args, **kwargs)
         count = formula(func)
         if count is not None:
             operations = count(*args, **kwargs, out_val=out)
@@ -234,6 +251,7 @@ def measure(
         with narrow:
             loss = step()
         found.forward, found.held = meter.operations, meter.live - static
+        found.turn = len(meter.moments)
         meter.in_backward = True
         if loss.requires_grad:
             # What Tensor.backward calls: that itself would leave LikeCUDA outside, and so what

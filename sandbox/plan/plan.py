@@ -17,6 +17,7 @@ from sandbox.plan.build import (
     checkpointing_field,
     counts,
     dtype_of,
+    encoded,
     largest_unit,
     measured,
     optimizer_bytes,
@@ -170,8 +171,10 @@ def steps(
     is_cuda = root.trainer.accelerator != "cpu"
     settings = [False] if is_on is None else [True, False]
 
+    before = encoded(root, sizes, is_cuda)
+
     def of(on: bool, is_half: bool) -> Measured:
-        return measured(root, sizes, None if is_on is None else on, is_half, is_cuda)
+        return measured(root, sizes, None if is_on is None else on, is_half, is_cuda, before)
 
     native = {on: of(on, False) for on in settings}
     if root.adapter is not None:

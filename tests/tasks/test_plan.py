@@ -16,7 +16,17 @@ from sandbox.config import to_container
 from sandbox.contracts import ConfigError
 from sandbox.ema import EMA
 from sandbox.main import checked, perform
-from sandbox.plan.build import Sizes, conditions, counts, measured, parts_of, training_step
+from sandbox.plan.build import (
+    Sizes,
+    conditions,
+    counts,
+    encoded,
+    from_shallow,
+    measured,
+    parts_of,
+    step_of,
+    training_step,
+)  # fmt: skip
 from sandbox.plan.measure import OWN, Measured, faked, measure
 from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
@@ -97,6 +107,28 @@ def test_a_step_without_numbers_holds_and_frees_what_a_real_one_does(name):
     rel = 0.03 if narrow else 1e-6
     assert found.held == pytest.approx(real.held, rel=rel)
     assert found.peak == pytest.approx(real.peak, rel=rel)
+
+
+DEEP = {
+    "cogvideox": (*ANY, "backbone=cogvideox", "conditioning=t5", "precision=bf16"),
+    "long skips": (*TINY, "backbone.skips=uvit"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "checkpointing"), [("cogvideox", True), ("long skips", False)])
+def test_a_deep_network_takes_what_shallow_ones_foretell(name, checkpointing):
+    """To the last byte and operation, at every moment."""
+    wiring = wired(*DEEP[name])
+    root, sizes = wiring.root, Sizes.of(wiring)
+    before = encoded(root, sizes)
+
+    def at(backbone):
+        return step_of(replace(root, backbone=backbone), sizes, checkpointing, False, True, before)
+
+    layers, period = root.backbone.layers()
+    deep = replace(root.backbone, **{layers: 10 if period == 1 else 20})
+    assert from_shallow(deep, at) == at(deep)
 
 
 def test_what_is_kept_is_what_autograd_saves():

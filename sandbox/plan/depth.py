@@ -1,0 +1,69 @@
+"""What a step of a deep network takes, from steps of shallow ones: its layers are all alike.
+
+A layer more adds the same comings and goings of tensors at one or two places of the forward pass
+and of the backward pass. These are found by comparing two depths, and a third one must be what they
+foretell; else there is no answer, and the network is measured whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from sandbox.plan.measure import Measured
+
+Events = list[tuple[int, int]]  # by how much (what comes and goes, gradients) have changed
+
+
+def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
+    """`measured`: at three depths, a stride apart; `times`: strides from the first to the wanted.
+
+    None where the third is not what the others foretell.
+    """
+    numbers = [[m.forward, m.backward, m.repeated, m.held, *_turn(m)] for m in measured]
+    passes = zip(*(_passes(m) for m in measured), strict=True)
+    grown = [_grown(a, b, c, times) for a, b, c in passes]
+    if None in grown or any(a + c != 2 * b for a, b, c in zip(*numbers, strict=True)):
+        return None
+    *sums, other, own = (a + times * (b - a) for a, b in zip(*numbers[:2], strict=True))
+    forward, backward = (events or [] for events in grown)
+    events = forward + [(other, own)] * bool(backward) + backward
+    moments = list(accumulate(events, lambda a, b: (a[0] + b[0], a[1] + b[1])))
+    peak = max([0, *(other for other, _ in moments)])
+    return Measured(*sums, peak=peak, moments=moments, turn=len(forward))
+
+
+def _turn(found: Measured) -> tuple[int, int]:
+    """The first event of the backward pass: autocast's copies of all weights have gone by then."""
+    return (_events(found)[found.turn :] or [(0, 0)])[0]
+
+
+def _passes(found: Measured) -> tuple[Events, Events]:
+    """Forward, and backward without its first event."""
+    events = _events(found)
+    return events[: found.turn], events[found.turn + 1 :]
+
+
+def _events(found: Measured) -> Events:
+    pairs = pairwise([(0, 0), *found.moments])
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairs]
+
+
+def _grown(a: Events, b: Events, c: Events, times: int) -> Events | None:
+    """`a` with what makes `b` of it put in `times` times over; None where twice is not `c`."""
+    start = _common(a, b)
+    end = min(_common(a[::-1], b[::-1]), len(a) - start)
+    head, between, tail = a[:start], a[start : len(a) - end], a[len(a) - end :]
+    for own in range(len(b) - len(a), -1, -1):  # so many events come in at the first place
+        first, rest = b[start : start + own], b[start + own : len(b) - end]
+        if rest[: len(between)] == between:
+            second = rest[len(between) :]
+            if head + 2 * first + between + 2 * second + tail == c:
+                return head + times * first + between + times * second + tail
+    return None
+
+
+def _common(a: Events, b: Events) -> int:
+    """How many events both begin with."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
