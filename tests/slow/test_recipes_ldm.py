@@ -135,6 +135,7 @@ def test_a_run_is_scored(run, tmp_path):
     perform(settled(composed(*words), words))
     found = json.loads(next((run / "evaluations").glob("*.json")).read_text())
     assert found["clips"] == 8
+    assert found["protocols"]["first_stage_psnr_db"]["clips"] == 8
     assert found["first_stage_psnr_db"] > 10
 
 
