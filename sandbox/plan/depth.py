@@ -27,7 +27,8 @@ def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
         return None
     *sums, other, own = (a + times * (b - a) for a, b in zip(*numbers[:2], strict=True))
     forward, backward = (events or [] for events in grown)
-    events = forward + [(other, own)] * bool(backward) + backward
+    turns = len(measured[0].moments) > measured[0].turn
+    events = forward + [(other, own)] * turns + backward
     moments = list(accumulate(events, lambda a, b: (a[0] + b[0], a[1] + b[1])))
     peak = max([0, *(other for other, _ in moments)])
     return Measured(*sums, peak=peak, moments=moments, turn=len(forward))

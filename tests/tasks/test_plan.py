@@ -27,6 +27,7 @@ from sandbox.plan.build import (
     step_of,
     training_step,
 )  # fmt: skip
+from sandbox.plan.depth import deeper
 from sandbox.plan.measure import OWN, Measured, faked, measure
 from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
@@ -129,6 +130,21 @@ def test_a_deep_network_takes_what_shallow_ones_foretell(name, checkpointing):
     layers, period = root.backbone.layers()
     deep = replace(root.backbone, **{layers: 10 if period == 1 else 20})
     assert from_shallow(deep, at) == at(deep)
+
+
+def of_depth(layers: int) -> Measured:
+    """A layer leaves 3 bytes in the forward pass, and frees them for 2 of gradients."""
+    forward = [(10 + 3 * i, 0) for i in range(layers)]
+    most = forward[-1][0]
+    backward = [(most - 3 * i, 2 * (i + 1)) for i in range(layers)]
+    return Measured(7 * layers, 14 * layers, 0, most, most, forward + backward, layers)
+
+
+def test_what_the_third_depth_does_not_bear_out_is_not_foretold():
+    assert deeper([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
+    assert deeper([of_depth(n) for n in (2, 3, 5)], 8) is None
+    more = replace(of_depth(4), forward=29)
+    assert deeper([of_depth(2), of_depth(3), more], 8) is None
 
 
 def test_what_is_kept_is_what_autograd_saves():
