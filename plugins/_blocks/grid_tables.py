@@ -5,7 +5,7 @@ Cells of a grid (T, H, W) run frame by frame, row by row. Tables are cached: a g
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,12 +17,21 @@ T = TypeVar("T")
 
 
 def remembered(make: Callable[..., T]) -> Callable[..., T]:
-    """Makes a table once; of torch's fake tensors (task=plan), which have no numbers, each time."""
+    """Makes a table once, and of fake tensors (task=plan) once in each of their modes.
+
+    Those have no numbers: nobody else may find them.
+    """
     known = lru_cache(maxsize=16)(make)
 
     @wraps(make)
-    def table(*key: object) -> T:
-        return make(*key) if detect_fake_mode() else known(*key)
+    def table(*key: Any) -> T:
+        mode = detect_fake_mode()
+        if mode is None:
+            return known(*key)
+        kept = vars(mode).setdefault("tables", {})
+        if (make, key) not in kept:
+            kept[make, key] = make(*key)
+        return kept[make, key]
 
     return table
 
