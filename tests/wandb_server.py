@@ -60,12 +60,12 @@ class Sweep:
 
 @dataclass
 class Server:
-    """`stop_after`: number of a trial (0 is the first) -> rows of history after which it ends."""
+    """`stop_after`: trial (sweep0-0 is the first) -> rows of history after which it ends."""
 
     url: str = ""
     runs: dict[str, Run] = field(default_factory=dict)
     sweeps: dict[str, Sweep] = field(default_factory=dict)
-    stop_after: dict[int, int] = field(default_factory=dict)
+    stop_after: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)  # operations that it does not know
 
     def environment(self) -> dict[str, str]:
@@ -112,7 +112,8 @@ class Server:
         run.sweep = v.get("sweep") or run.sweep
         run.config |= json.loads(v.get("config") or "{}")
         run.summary |= json.loads(v.get("summaryMetrics") or "{}")
-        project = {"id": "1", "name": v["project"], "entity": {"id": "1", "name": v["entity"]}}
+        entity = {"id": "1", "name": v["entity"] or "us"}
+        project = {"id": "1", "name": v["project"], "entity": entity}
         bucket = {
             "id": _id(run.name),
             "name": run.name,
@@ -132,6 +133,18 @@ class Server:
 
     def _RunStoppedStatus(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"run": {"stopped": False}}}
+
+    def _ServerFeaturesQuery(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"serverInfo": {"features": []}}
+
+    def _ArtifactType(self, v: dict[str, Any]) -> dict[str, Any]:
+        return {"project": None}  # nothing of this name yet
+
+    def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
+        """As one that is there already: nothing of it is sent; a table is a file of its run too."""
+        sequence = {"id": "1", "latestArtifact": {"id": "1", "versionIndex": 0}}
+        artifact = {"id": "1", "state": "COMMITTED", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": artifact}}
 
     def _UpsertSweep(self, v: dict[str, Any]) -> dict[str, Any]:
         name = f"sweep{len(self.sweeps)}"
@@ -165,7 +178,7 @@ class Server:
         commands = []
         for name in running:
             rows = self.runs[name].history if name in self.runs else []
-            limit = self.stop_after.get(int(name.rpartition("-")[2]))
+            limit = self.stop_after.get(name)
             if limit is not None and len(rows) >= limit + sweep.again.get(name, 0):
                 sweep.ended.add(name)
                 commands.append({"type": "stop", "id": f"stop-{name}", "run_id": name})

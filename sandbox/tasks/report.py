@@ -75,7 +75,8 @@ def deliver(tracker: Any, page: Path, found: Ablation, group: str) -> None:
 
     from sandbox.ablation_page import plain, tables
 
-    sweeps = {e.environment.get("sweep") for e in found.entries}
+    # further seeds of a trial are runs beside the sweep
+    sweeps = {e.environment.get("sweep") for e in found.entries} - {None}
     sweep = sweeps.pop() if len(sweeps) == 1 else None
     before = os.environ.get("WANDB_SWEEP_ID")
     if sweep:
@@ -85,10 +86,10 @@ def deliver(tracker: Any, page: Path, found: Ablation, group: str) -> None:
     finally:
         if sweep and before is None:
             del os.environ["WANDB_SWEEP_ID"]
+    sheet = page.parent / "samples.png"
+    if sheet.is_file():  # first: step 0 is over with what follows
+        tracker.images(0, "samples", [sheet])
     tracker.page("report", page)
     for heading, rows in tables(found):
         tracker.table(heading.partition(" ")[0].lower(), rows)
-    sheet = page.parent / "samples.png"
-    if sheet.is_file():
-        tracker.images(0, "samples", [sheet])
     tracker.finish(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sandbox.main import _main
 from tests.helpers import TINY
 from tests.wandb_server import Server, serving
 
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.slow
 def environment(folder: Path) -> dict[str, str]:
     """Of somebody who has never used W&B."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    return kept | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    # Rows go out each second (fifteen by default), and a trial has long to save on a busy machine.
+    quick = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_AGENT_KILL_DELAY": "300"}
+    return kept | quick | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
 
 
 def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
@@ -35,14 +38,20 @@ def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
     said = ""
     for words in (["sweep", "--project", "test", str(file)], ["agent"]):
         if words == ["agent"]:
-            (name,) = server.sweeps
-            words += [f"us/test/{name}"]
+            words += [f"us/test/{[*server.sweeps][-1]}"]
         found = subprocess.run(
             [WANDB, *words], cwd=folder, env=environ, text=True, capture_output=True, timeout=900
         )
         said += found.stdout + found.stderr
         assert found.returncode == 0, said
     return said
+
+
+SETTINGS = (
+    *(s for s in TINY if not s.startswith(("logger", "steps"))), "logger=wandb",
+    "trainer.log_every=1", "task.score_clips=2", "task.samples=1", "task.untrained=false",
+    "metric=digits", "metric.reference=200",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +62,10 @@ def trials(tmp_path_factory):
                   "data": {"value": {"clips_per_epoch": 12}},
                   "trainer.clip": {"value": None}}  # fmt: skip
     sweep = {"program": "run.py", "method": "grid", "parameters": parameters}
-    settings = [s for s in TINY if not s.startswith(("logger", "steps", "lr=", "data.clips"))]
-    settings += ["logger=wandb", "logger.requeue=true", f"out={folder}/out",
-                 f"cache={folder}/cache", "trainer.log_every=1",
-                 "task.score_clips=2", "task.samples=1"]  # fmt: skip
+    settings = [s for s in SETTINGS if not s.startswith("data.clips")]
+    settings += ["logger.requeue=true", f"out={folder}/out", f"cache={folder}/cache"]
     with serving() as server:
-        server.stop_after = {1: 3}
+        server.stop_after = {"sweep0-1": 3}
         said = swept(folder, server, sweep, *settings)
         yield server, folder, said
 
@@ -125,14 +132,31 @@ def test_a_report_is_sent_to_the_sweep_of_its_runs(trials):
         capture_output=True, timeout=200, env={**environment(folder), **server.environment()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = [
-        r
-        for r in server.runs.values()
-        if any("report.html" in f or "report_" in f for f in r.files)
-    ]
-    assert run.sweep in (None, "sweep0") and run.exit_code == 0
+    pages = [r for r in server.runs.values() if any("media/html/report" in f for f in r.files)]
+    (run,) = pages
+    assert run.sweep == "sweep0" and run.exit_code == 0
     names = " ".join(run.files)
     assert "media/table/scores" in names and "media/images/samples" in names
+
+
+def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monkeypatch):
+    server, folder, _ = trials
+    for name in [n for n in os.environ if n.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    out = folder / "offline"
+    words = [f"runs={folder}/out", "task.send=true", "logger=wandb_offline", f"task.to={out}"]
+    before = [*server.runs]
+    assert _main(["task=report", *words]) == 0
+    assert [*server.runs] == before
+    (kept,) = out.glob("wandb/offline-run-*")
+    done = subprocess.run(
+        [WANDB, "sync", str(kept)], cwd=folder, text=True, capture_output=True, timeout=200,
+        env={**environment(folder), **server.environment()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = server.runs[(out / "wandb_id").read_text().strip()]
+    assert run.sweep == "sweep0", done.stdout
+    assert any("media/html/report" in name for name in run.files)
 
 
 def test_the_client_asks_nothing_that_the_stand_in_cannot_answer(trials):
