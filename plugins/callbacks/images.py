@@ -7,7 +7,7 @@ from typing import Any
 from lightning import Callback
 
 from sandbox import registry
-from sandbox.contracts import PluginConfig, in_range, one_of
+from sandbox.contracts import CallbackConfig, in_range, one_of
 from sandbox.registry import register
 
 ROWS = (
@@ -21,7 +21,7 @@ class Images(Callback):
     """Samples as sheets, by step or micro-batch, as CompVis and DynamiCrafter log images."""
 
     @dataclass
-    class Config(PluginConfig):
+    class Config(CallbackConfig):
         """every: steps between two; unit: "step" or "micro_batch"; max_images: clips in each.
 
         increase_log_steps: also at 1, 2, 4, ... below `every`, to see early whether it learns.

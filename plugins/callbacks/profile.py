@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning import Callback
 
-from sandbox.contracts import PluginConfig, in_range
+from sandbox.contracts import CallbackConfig, in_range
 from sandbox.registry import register
 
 
@@ -16,7 +16,7 @@ class Profile(Callback):
     """torch's profiler over some steps: profile.txt (costly operations), profile.json (trace)."""
 
     @dataclass
-    class Config(PluginConfig):
+    class Config(CallbackConfig):
         """first: optimizer step at which it starts; steps: how many; rows: of the table.
 
         profile.json is in the format of Chrome's tracing page.

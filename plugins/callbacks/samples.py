@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback
 
-from sandbox.contracts import PluginConfig, in_range
+from sandbox.contracts import CallbackConfig, in_range
 from sandbox.registry import register
 
 
@@ -15,7 +15,7 @@ class Samples(Callback):
     """Samples from averaged weights every so many steps, as videos and a sheet."""
 
     @dataclass
-    class Config(PluginConfig):
+    class Config(CallbackConfig):
         """every: optimizer steps; count: the data's prompts; prompts: captions in their place."""
 
         every: int = 500

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from sandbox import config, registry
 from sandbox.contracts import PluginConfig
+from sandbox.contracts import __name__ as CONTRACTS
 from tests.helpers import plugin_configs
 
 config.setup()
@@ -42,6 +43,16 @@ def test_it_says_in_a_line_what_it_is(plugin):
 def test_importing_it_gives_its_class(plugin):
     cls = registry.plugin_class(plugin.key)
     assert cls.Config is plugin.config
+
+
+@each_plugin
+def test_its_config_makes_the_promises_of_its_group(plugin):
+    """Derived from the same Config of sandbox.contracts as those of the others."""
+    assert {promises(p.config) for p in registry.plugins(plugin.group)} == {promises(plugin.config)}
+
+
+def promises(config: type) -> type:
+    return next(kind for kind in config.__mro__ if kind.__module__.startswith(CONTRACTS))
 
 
 @each_plugin
