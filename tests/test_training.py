@@ -27,7 +27,7 @@ from sandbox.systems import build_system
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_first_stage, train_vae
 from sandbox.training import Stream, fit
-from sandbox.wiring import wire
+from sandbox.wiring import first_stage_alone, wire
 from tests.engine import differing, record, session, small
 
 EPOCHS = ("data.clips_per_epoch=13", "trainer.log_every=3", "checkpoint.every=5")
@@ -446,7 +446,7 @@ def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path,
                  f"out={tmp_path}/out", f"task={task}", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]",
                  "vae.weights=null")  # fmt: skip
     if task == "train_vae":
-        root = replace(root, task=replace(root.task, batch_size=2))
+        root = first_stage_alone(replace(root, task=replace(root.task, batch_size=2)))
     run = {"root": to_container(root), "group": None, "overrides": []}
     other = "val/loss_ema" if task == "train" else "val/rec_loss_ema"
     with pytest.raises(ConfigError, match=rf"checkpoint\.best_of=val/x: .*{other}"):
@@ -462,7 +462,7 @@ def test_a_first_stage_that_is_trained_on_the_way_is_not_asked_for_the_systems_m
                  "vae.ch_mult=[1,1]")  # fmt: skip
     inner = replace(root, callbacks={}, task=registry.default("task", "train_vae"))
     inner = replace(inner, task=replace(inner.task, batch_size=2, clips=2), out=str(tmp_path))
-    assert train_first_stage(inner, None, Rank())["steps"] == 2
+    assert train_first_stage(first_stage_alone(inner), None, Rank())["steps"] == 2
 
 
 def test_weights_alone_are_written_beside_the_checkpoints(tmp_path):
