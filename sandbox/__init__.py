@@ -1,10 +1,22 @@
 """A research sandbox for latent diffusion of images and video: `from sandbox import compose, build,
-train, sample`.
+train, sample`; `sandbox.api` has the rest.
 """
 
 from typing import Any
 
-__all__ = ["build", "compose", "sample", "train"]
+__all__ = [
+    "build",
+    "clips",
+    "compare",
+    "compose",
+    "curve",
+    "movie",
+    "results",
+    "sample",
+    "sheet",
+    "sweep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +100,19 @@ def read(folder: Path) -> Found:
     found = Found([])
     is_sweep = any(folder.glob("job-*.json"))
     planned = _planned((folder.parent.parent if is_sweep else folder) / "plans")
-    for path in _of_jobs(folder, found) if is_sweep else _below(folder):
+    add(found, _of_jobs(folder, found) if is_sweep else _below(folder), planned)
+    if not found.entries:
+        why = "; ".join(found.left_out[:MOST_NAMED])
+        raise ConfigError(
+            f"task.runs={folder}: no finished run of task=train there{f' ({why})' if why else ''}; "
+            "want the folder of a multirun, or one of run folders"
+        )
+    return found
+
+
+def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | None = None) -> Found:
+    """`found` with the finished training runs among `folders`; `planned`: FLOPs by kind of work."""
+    for path in folders:
         run = Run(path)
         config = run.config()
         if (config.get("task") or {}).get("plugin") != TRAINED_BY:
@@ -111,14 +123,8 @@ def read(folder: Path) -> Found:
         result, environment = read_json(run.result), read_json(run.environment)
         metrics = _with_evaluations(path)
         settings = leaves(config)
-        flops = planned.get(identity_of_work(settings))
+        flops = planned.get(identity_of_work(settings)) if planned else None
         found.entries.append(Entry(path, settings, metrics, result, environment, flops))
-    if not found.entries:
-        why = "; ".join(found.left_out[:MOST_NAMED])
-        raise ConfigError(
-            f"task.runs={folder}: no finished run of task=train there{f' ({why})' if why else ''}; "
-            "want the folder of a multirun, or one of run folders"
-        )
     return found
 
 
@@ -311,6 +317,12 @@ class Ablation:
     @property
     def title(self) -> str:
         return " x ".join(self.columns) or "repeated runs"
+
+    def _repr_markdown_(self) -> str:
+        """What a notebook shows."""
+        from sandbox.ablation_page import markdown
+
+        return markdown(self)
 
 
 def compare(found: Found, baseline: Sequence[str] = (), metrics: Sequence[str] = ()) -> Ablation:

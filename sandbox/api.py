@@ -7,21 +7,32 @@ A notebook begins with
     cfg = compose("backbone=dit", "vae=pca", "steps=200")
     run = train(cfg)  # a finished run folder, as the command makes it
     video = sample(run, ["a red 3 moving left"])  # (B, 3, T, H, W) in [-1, 1]
+    runs = sweep("backbone=dit,unet3d", "seeds=3")  # as `python run.py -m` does
+    compare(runs)  # the report: a table with intervals
+
+`clips` has the data's own, `curve` and `results` what a run recorded; `sheet` and `movie` show
+clips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandbox import config, registry
 from sandbox.config import Root
+from sandbox.contracts import ConfigError
 from sandbox.wiring import Wiring, wire
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
     from torch import Tensor
 
+    from sandbox.ablation import Ablation
+    from sandbox.contracts import Batch
     from sandbox.latent_diffusion import LatentDiffusion
 
 
@@ -85,4 +96,139 @@ def sample(
     return generate(system.eval(), batch, steps=steps)
 
 
-__all__ = ["build", "compose", "registry", "sample", "train"]
+def sweep(*overrides: str) -> list[Path]:
+    """The run folders of a command line with `-m`, made here one after the other.
+
+    `a=1,2` is a job for each value, `seeds=3` one for each seed. All are checked before the first
+    starts, which raises ConfigError with every problem; what has finished before is not repeated.
+    """
+    from sandbox.launch import in_this_process
+    from sandbox.multirun import in_turn
+
+    with in_this_process():
+        return [Path(result["folder"]) for result in in_turn(overrides)]
+
+
+def compare(
+    runs: Path | str | Sequence[Path | str],
+    baseline: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+) -> Ablation:
+    """Finished runs, or all in a folder, as one comparison, which a notebook shows as its tables.
+
+    baseline, metrics: as of `task=report`, which writes it as a page and for a paper. Raises
+    ConfigError as that does.
+    """
+    from sandbox import ablation
+
+    is_folder = isinstance(runs, Path | str)
+    found = (
+        ablation.read(Path(runs))
+        if is_folder
+        else ablation.add(ablation.Found([]), map(Path, runs))
+    )
+    if not found.entries:
+        raise ConfigError("compare: none of these runs is a finished one of task=train")
+    return ablation.compare(found, baseline, metrics)
+
+
+# --- what a run recorded --------------------------------------------------------------------------
+
+
+def curve(run: Path | str, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a number that training recorded, such as "loss" or "lr".
+
+    Raises ConfigError with the names that there are.
+    """
+    import numpy as np
+
+    from sandbox.runs import Run
+
+    recorded = Run(run).metrics()
+    points = [(step, row[name]) for step, row in recorded.items() if name in row]
+    if not points:
+        there = sorted({k for row in recorded.values() for k in row})
+        raise ConfigError(f"{run}: it recorded no {name!r}; want one of {there}")
+    steps, values = np.array(points).T
+    return steps, values
+
+
+def results(run: Path | str) -> dict[str, dict[str, float]]:
+    """Row -> score -> number of a finished run, or of a file of its `evaluations/`.
+
+    Rows are "model" and what it is compared with, such as "real clips". Raises ConfigError.
+    """
+    from sandbox.runs import read_json
+
+    path = Path(run)
+    found = read_json(path / "metrics.json" if path.is_dir() else path).get("scores")
+    if not found:
+        raise ConfigError(f"{run}: it has no scores; want a finished run that has a metric")
+    return found
+
+
+# --- clips ----------------------------------------------------------------------------------------
+
+
+def clips(of: Root | LatentDiffusion, count: int, split: str = "val") -> Batch:
+    """The data's own clips, in `.video` (B, 3, T, H, W) in [-1, 1], with `.captions`.
+
+    `split`: "train", or "val", which training never sees.
+    """
+    from sandbox.evaluation import gather
+
+    root = of if isinstance(of, Root) else of.root
+    return gather(registry.create(root.data).split(split), count, root.seed)
+
+
+def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
+    """Filmstrips as a picture: a row for each caption, a column for each kind of clips.
+
+    Clips are (B, 3, T, H, W) in [-1, 1]; a name's underscores show as spaces.
+    """
+    from sandbox import media
+
+    named = {label.replace("_", " "): video for label, video in columns.items()}
+    rows = [media.Row(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
+    return media.sheet(rows)
+
+
+@dataclass
+class Movie:
+    """A moving picture that a notebook shows; `gif` is the file."""
+
+    gif: bytes
+
+    def _repr_html_(self) -> str:
+        from base64 import b64encode
+
+        return f'<img src="data:image/gif;base64,{b64encode(self.gif).decode()}">'
+
+
+def movie(captions: Sequence[str], video: Tensor, fps: float = 8.0, columns: int = 6) -> Movie:
+    """Clips (B, 3, T, H, W) in [-1, 1] side by side, moving, each with its caption."""
+    from tempfile import TemporaryDirectory
+
+    from sandbox import media
+
+    frames = media.wall(list(zip(captions, video, strict=True)), columns)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "movie.gif")
+        media.write_gif(path, frames, fps)
+        return Movie(path.read_bytes())
+
+
+__all__ = [
+    "build",
+    "clips",
+    "compare",
+    "compose",
+    "curve",
+    "movie",
+    "registry",
+    "results",
+    "sample",
+    "sheet",
+    "sweep",
+    "train",
+]

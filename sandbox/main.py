@@ -128,7 +128,7 @@ def _main(argv: list[str]) -> int:
     line.overrides = understood(line.overrides)
     config.setup(line.overrides)
     line.overrides = config.expand(line.overrides)
-    seeds = _take_seeds(line)
+    seeds = take_seeds(line)
     if "--help" in line.flags:
         from sandbox.usage import usage
 
@@ -152,7 +152,7 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
-def _take_seeds(line: Line) -> int | None:
+def take_seeds(line: Line) -> int | None:
     """Takes the word `seeds=3` out of a command line: the same with seeds 0, 1 and 2."""
     words = [o for o in line.overrides if o.startswith("seeds=")]
     if not words:

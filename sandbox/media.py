@@ -306,7 +306,14 @@ class Row:
 
 
 def contact_sheet(path: str | Path, rows: Sequence[Row]) -> None:
-    """Writes a PNG: in each row a caption and its filmstrips, one labelled column per kind of clip.
+    """Writes `sheet` as a PNG."""
+    image = sheet(rows)
+    with replacing(path) as draft:
+        image.save(draft, format="PNG", optimize=True)
+
+
+def sheet(rows: Sequence[Row]) -> Image:
+    """In each row a caption and its filmstrips, one labelled column per kind of clip.
 
     Columns stand in the order in which labels first appear; a row that lacks one leaves it empty.
     Strips of more than 9 frames are thinned evenly. Where every clip is an image, rows become cells
@@ -314,12 +321,11 @@ def contact_sheet(path: str | Path, rows: Sequence[Row]) -> None:
     """
     labels = list(dict.fromkeys(label for row in rows for label in row.strips))
     if not labels:
-        raise ValueError("contact_sheet: want at least one row with a clip")
+        raise ValueError("sheet: want at least one row with a clip")
     clips = [{k: frames_uint8(v) for k, v in row.strips.items()} for row in rows]
     images = all(len(clip) == 1 for strips in clips for clip in strips.values())
     draw = _grid if images else _film
-    with replacing(path) as draft:
-        draw([row.caption for row in rows], clips, labels).save(draft, format="PNG", optimize=True)
+    return draw([row.caption for row in rows], clips, labels)
 
 
 def reconstruction_sheet(

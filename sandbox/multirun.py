@@ -24,7 +24,7 @@ from sandbox import config, registry
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.files import storing
-from sandbox.main import Line, check, checked, perform, report, settled
+from sandbox.main import Line, check, checked, parse, perform, report, settled, take_seeds
 from sandbox.runs import Run, code, finished_run, read_json
 from sandbox.secrets import mask_text
 
@@ -41,9 +41,7 @@ def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
     `seeds`: how many runs each job is, with seeds 0, 1, ...; jobs of their own, but where a sweeper
     searches, which wants one number for them all.
     """
-    planned = jobs(line.overrides)
-    if planned is not None and seeds is not None:
-        planned = [[*words, f"seed={seed}"] for words in planned for seed in range(seeds)]
+    planned = jobs(line.overrides, seeds)
     known = planned or [[o for o in line.overrides if not _sweeps(o)]]
     _check_all(line, earlier, known)
     folder = Path(line.compose([*earlier, *known[0]]).hydra.sweep.dir)
@@ -68,6 +66,24 @@ def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
     code = _sum_up(folder, len(planned or ()))
     _compare(folder)
     return code
+
+
+def in_turn(overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Results of a multirun's jobs, which run one after the other in this process, without Hydra's
+    launcher; the first that fails ends it. Raises ConfigError as `multirun` does.
+    """
+    from sandbox.earlier import choices
+
+    line = parse(overrides)
+    config.setup(line.overrides)
+    line.overrides = config.expand(line.overrides)
+    seeds = take_seeds(line)
+    planned = jobs(line.overrides, seeds)
+    if planned is None:
+        raise ConfigError("hydra/sweeper: one that searches wants the command, python run.py -m")
+    earlier = choices(line.overrides)
+    _check_all(line, earlier, planned)
+    return [_once(line.compose([*earlier, *words]), words, None)[0] for words in planned]
 
 
 def trial(line: Line, earlier: list[str], seeds: int) -> None:
@@ -229,8 +245,10 @@ def _numbers(jobs: list[int]) -> str:
     return f"job{'s' * (len(jobs) > 1)} {shown}{more}"
 
 
-def jobs(overrides: Sequence[str]) -> list[list[str]] | None:
-    """The overrides of a multirun's jobs; None where the sweeper decides them as it goes."""
+def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] | None:
+    """The overrides of a multirun's jobs, each with `seeds` seeds; None where the sweeper decides
+    them as it goes.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -243,11 +261,12 @@ def jobs(overrides: Sequence[str]) -> list[list[str]] | None:
     try:
         parsed = OverridesParser.create().parse_overrides([*overrides])
         batches = BasicSweeper.split_arguments(parsed, None)
-        return [config.expand(job) for batch in batches for job in batch]
+        found = [config.expand(job) for batch in batches for job in batch]
     except HydraException as e:
         from sandbox.mistakes import explain_words
 
         raise explain_words(e, overrides) from e
+    return found if seeds is None else [[*j, f"seed={n}"] for j in found for n in range(seeds)]
 
 
 def _is_hydras(override: str) -> bool:
