@@ -16,7 +16,10 @@ clips.
 
 from __future__ import annotations
 
+import io
+import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +80,7 @@ def train(cfg: Root) -> Path:
 
 def sample(
     run: Path | str | LatentDiffusion,
-    captions: Sequence[str],
+    captions: Sequence[str] | int,
     steps: int | None = None,
     images: Sequence[Path | str] = (),
     end_images: Sequence[Path | str] = (),
@@ -85,6 +88,7 @@ def sample(
 ) -> Tensor:
     """Clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`.
 
+    captions: or how many clips, of the data's own captions where the conditioning is told any.
     images, end_images: files, one for all captions or one for each; scalars: such as fps=24. Raises
     ConfigError where the conditioning wants others.
     """
@@ -92,7 +96,8 @@ def sample(
     from sandbox.prompts import given
 
     system = build(run) if isinstance(run, Path | str) else run
-    batch = given(system.root, captions, images, end_images, count=len(captions) or 8, **scalars)
+    count, words = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
+    batch = given(system.root, words, images, end_images, count=count, **scalars)
     return generate(system.eval(), batch, steps=steps)
 
 
@@ -101,12 +106,21 @@ def sweep(*overrides: str) -> list[Path]:
 
     `a=1,2` is a job for each value, `seeds=3` one for each seed. All are checked before the first
     starts, which raises ConfigError with every problem; what has finished before is not repeated.
+    A line is printed for each job, and what it prints itself is not.
     """
     from sandbox.launch import in_this_process
     from sandbox.multirun import in_turn
 
-    with in_this_process():
-        return [Path(result["folder"]) for result in in_turn(overrides)]
+    jobs, runs = in_turn(overrides), []
+    for number, (words, run) in enumerate(jobs, 1):
+        began = time.monotonic()
+        with in_this_process(), redirect_stdout(io.StringIO()):
+            result, was_there = run()
+        runs.append(Path(result["folder"]))
+        own = " ".join(w for w in words if not all(w in other for other, _ in jobs)) or "the job"
+        spent = "done before" if was_there else f"{time.monotonic() - began:.0f} s"
+        print(f"{number} of {len(jobs)}: {own}, {spent}", flush=True)
+    return runs
 
 
 def compare(

@@ -14,9 +14,10 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,10 @@ def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
     return code
 
 
-def in_turn(overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Results of a multirun's jobs, which run one after the other in this process, without Hydra's
-    launcher; the first that fails ends it. Raises ConfigError as `multirun` does.
+def in_turn(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tuple[Any, bool]]]]:
+    """A multirun's jobs, all checked: their overrides, and what runs each without Hydra's launcher.
+
+    That returns the result and whether it was there already. Raises ConfigError as `multirun` does.
     """
     from sandbox.earlier import choices
 
@@ -83,7 +85,9 @@ def in_turn(overrides: Sequence[str]) -> list[dict[str, Any]]:
         raise ConfigError("hydra/sweeper: one that searches wants the command, python run.py -m")
     earlier = choices(line.overrides)
     _check_all(line, earlier, planned)
-    return [_once(line.compose([*earlier, *words]), words, None)[0] for words in planned]
+    return [
+        (words, partial(_once, line.compose([*earlier, *words]), words, None)) for words in planned
+    ]
 
 
 def trial(line: Line, earlier: list[str], seeds: int) -> None:

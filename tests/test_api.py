@@ -78,11 +78,17 @@ def test_fresh_systems_of_one_seed_are_the_same():
 
 
 def test_samples_are_clips_and_the_same_each_time(run):
-    clips = sample(run, CAPTIONS)
-    assert clips.shape == (2, 3, 9, 16, 16)
-    assert clips.abs().max() <= 1
-    assert torch.equal(clips, sample(build(run), CAPTIONS))
-    assert not torch.equal(clips, sample(run, CAPTIONS, steps=5))
+    video = sample(run, CAPTIONS)
+    assert video.shape == (2, 3, 9, 16, 16)
+    assert video.abs().max() <= 1
+    assert torch.equal(video, sample(build(run), CAPTIONS))
+    assert not torch.equal(video, sample(run, CAPTIONS, steps=5))
+
+
+def test_a_number_of_samples_is_of_the_datas_own_captions(run):
+    first, second = sample(run, 3), sample(run, 3)
+    assert first.shape == (3, 3, 9, 16, 16)
+    assert torch.equal(first, second)
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, run):
@@ -101,9 +107,11 @@ def test_a_task_on_an_earlier_run_has_that_runs_configuration(run):
 # --- sweeps and what runs recorded ----------------------------------------------------------------
 
 
-def test_a_sweep_is_a_run_for_each_job_and_repeats_none(words, runs):
+def test_a_sweep_is_a_run_for_each_job_and_repeats_none(words, runs, capsys):
     assert [read_root(r).lr for r in runs] == [1e-3, 4e-3]
     assert sweep(*words) == runs
+    said = "1 of 2: lr=1e-3, done before\n2 of 2: lr=4e-3, done before\n"
+    assert capsys.readouterr().out == said
 
 
 def test_runs_are_compared_by_their_folders_or_by_what_holds_them(runs):
