@@ -110,7 +110,7 @@ def test_a_task_on_an_earlier_run_has_that_runs_configuration(run):
 def test_a_sweep_is_a_run_for_each_job_and_repeats_none(words, runs, capsys):
     assert [read_root(r).lr for r in runs] == [1e-3, 4e-3]
     assert sweep(*words) == runs
-    said = "1 of 2: lr=1e-3, done before\n2 of 2: lr=4e-3, done before\n"
+    said = "1 of 2: lr=0.001, done before\n2 of 2: lr=0.004, done before\n"
     assert capsys.readouterr().out == said
 
 
