@@ -426,6 +426,12 @@ class DataConfig(PluginConfig):
         """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
         return None
 
+    def whole(self) -> Self:
+        """These data where training sees all of their clips: what a fitted first stage and a metric
+        learn from, so that they are the same whatever part of the clips a system trains on.
+        """
+        return self
+
     def provides(self) -> frozenset[str]:
         """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not
         empty.

@@ -72,7 +72,8 @@ def evaluate(
         floor["untrained model"] = generate(_untrained(system), real, what, between=between)
     if root.metric is not None:
         if wanted := root.metric.learns_from():
-            train = training_clips(source.split("train"), wanted, root.seed)
+            whole = registry.create(root.data.whole())
+            train = training_clips(whole.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)
         if isinstance(metric, Beside) and real.video is not None:
             metric.beside(real.video)

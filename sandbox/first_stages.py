@@ -83,7 +83,7 @@ def _keep(path: Path, kept: Path) -> None:
 def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
     """Fits or trains `first_stage` on the training split, in this process alone."""
     if root.vae.fitted() == "closed_form":
-        train = registry.create(root.data).split("train")
+        train = registry.create(root.data.whole()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
     from sandbox.tasks.train_vae import train_in_cache
@@ -96,12 +96,12 @@ def _plain(root: Root) -> Root:
     fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
     machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
     trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, precision="fp32", trainer=trainer, **fixed)
+    return replace(root, data=root.data.whole(), precision="fp32", trainer=trainer, **fixed)
 
 
 def calibrate(root: Root, first_stage: Any) -> None:
     """Measures the scale of the latents on training clips, where it is left to the data."""
-    train = registry.create(root.data).split("train")
+    train = registry.create(root.data.whole()).split("train")
 
     def some() -> Iterator[torch.Tensor]:
         for i, batch in enumerate(batches(train, 64, root.seed)):
@@ -186,7 +186,8 @@ def cached(root: Root) -> Path:
     for shared in ("_blocks", "_configs"):
         files += Path(registry.__file__).parent.parent.glob(f"plugins/{shared}/*.py")
     code = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(filter(None, files))]
-    key = json.dumps([vae, data_identity(root.data), root.seed, code], sort_keys=True)
+    data = data_identity(root.data.whole())
+    key = json.dumps([vae, data, root.seed, code], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
     return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
 

@@ -6,14 +6,15 @@ Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998, CC BY 4.0).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Self
 
 import numpy as np
 import torch
 
-from sandbox.contracts import DataConfig, Items, Sample, above, in_range
+from sandbox.contracts import Clip, DataConfig, Items, Sample, above, in_range
 from sandbox.registry import register
 
 SCAN = 8  # pixels, both ways
@@ -68,6 +69,10 @@ class MovingDigits:
 
         random_speed: each clip has a speed of its own, from 1 to `speed`. fps: the rate of a clip
         of speed 1, told in whole frames a second; a faster one skips frames, so its rate is less.
+
+        distinct: so many different training clips, the same for every seed, null: they never
+        repeat; stills: share of the training clips that are pictures, in batches of their own;
+        backdrops: each clip has a grey backdrop of its own, from black to this (1 is white).
         """
 
         imports = ("sklearn.datasets",)
@@ -75,6 +80,9 @@ class MovingDigits:
         speed: int = 1
         random_speed: bool = False
         fps: float | None = None
+        distinct: int | None = None
+        stills: float = 0.0
+        backdrops: float = 0.0
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -83,6 +91,9 @@ class MovingDigits:
             yield from in_range("clips_per_epoch", self.clips_per_epoch, 1)
             yield from in_range("speed", self.speed, 1)
             yield from above("fps", self.fps, 0)
+            yield from in_range("distinct", self.distinct, 1)
+            yield from in_range("stills", self.stills, 0, 0.9)
+            yield from in_range("backdrops", self.backdrops, 0, 1)
             for name in ("height", "width"):
                 yield from in_range(name, getattr(self, name), SCAN)
             room = min(self.height, self.width) - SCAN
@@ -93,12 +104,20 @@ class MovingDigits:
                     f"{SCAN} + speed*(frames-1) <= {room + SCAN}"
                 )
 
+        def clips(self) -> tuple[Clip, ...]:
+            (clip,) = super().clips()
+            return (clip, replace(clip, frames=1)) if self.stills and self.frames > 1 else (clip,)
+
+        def whole(self) -> Self:
+            return replace(self, distinct=None, stills=0.0)
+
         def provides(self) -> frozenset[str]:
-            fields = {"video", "captions", "digit_captions", "prompts"}
-            return frozenset(fields | (set() if self.fps is None else {"fps"}))
+            told = {"digit_captions"} if not self.backdrops else set()  # read off black alone
+            told |= set() if self.fps is None else {"fps"}
+            return frozenset({"video", "captions", "prompts"} | told)
 
         def metric(self) -> str | None:
-            return "digits"
+            return "brightness" if self.backdrops else "digits"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -107,7 +126,9 @@ class MovingDigits:
         """Clips of "train", or of "val": four of each held-out caption, from held-out scans."""
         if name not in ("train", "val"):
             raise ValueError(f"split {name!r}: want 'train' or 'val'")
-        return Train(self.cfg) if name == "train" else Val(self.cfg)
+        if name == "val":
+            return Val(self.cfg)
+        return Mixed(self.cfg) if len(self.cfg.clips()) > 1 else Train(self.cfg)
 
     def prompts(self) -> list[str]:
         return [caption(combination) for combination in HELD_OUT]
@@ -126,11 +147,24 @@ class Train:
         return f"train/{index}"
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
+        if self.cfg.distinct is not None:
+            rng = np.random.default_rng(index % self.cfg.distinct)
         which, scan, lane, start = rng.random(4)
         combination = TRAINED[int(which * len(TRAINED))]
         choices = self.scans[combination[1]]
-        chosen, speed = choices[int(scan * len(choices))], speed_of(self.cfg, rng)
-        return sample(self.cfg, combination, chosen, lane, start, speed)
+        return sample(self.cfg, combination, choices[int(scan * len(choices))], lane, start, rng)
+
+
+class Mixed(Train):
+    """Clips and pictures; a picture is the first frame of a clip."""
+
+    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
+        return self.cfg.clips()[int(rng.random() < self.cfg.stills)]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        size = self.bucket(index, rng)
+        clip = super().load(index, rng)
+        return clip | {"video": clip["video"][:, : size.frames]}
 
 
 class Val:
@@ -153,25 +187,27 @@ class Val:
         scan = self.scans[digit][earlier * VAL_REPEATS + repeat]
         rng = np.random.default_rng(index)
         lane, start = rng.random(2)
-        return sample(self.cfg, combination, scan, lane, start, speed_of(self.cfg, rng))
-
-
-def speed_of(cfg: MovingDigits.Config, rng: np.random.Generator) -> int:
-    return int(rng.integers(1, cfg.speed + 1)) if cfg.random_speed else cfg.speed
+        return sample(self.cfg, combination, scan, lane, start, rng)
 
 
 def sample(
     cfg: MovingDigits.Config, combination: Combination, scan: np.ndarray, lane: float,
-    start: float, speed: int,
+    start: float, rng: np.random.Generator,
 ) -> Sample:  # fmt: skip
-    """One clip; `lane` and `start` in [0, 1) choose the place across and along the motion."""
+    """One clip; `lane` and `start` in [0, 1) choose the place across and along the motion.
+
+    `rng` draws its speed and its backdrop, where they differ.
+    """
     colour, _, direction = combination
+    speed = int(rng.integers(1, cfg.speed + 1)) if cfg.random_speed else cfg.speed
     tops, lefts = offsets(cfg, DIRECTIONS[direction], lane, start, speed)
     ink = np.zeros((cfg.frames, cfg.height, cfg.width), np.float32)
     for frame, top, left in zip(ink, tops, lefts, strict=True):
         frame[top : top + SCAN, left : left + SCAN] = scan
     rgb = np.array(list(COLOURS.values())[colour], np.float32)
     video = np.multiply.outer(2 * rgb, ink)
+    if cfg.backdrops:
+        video += 2 * cfg.backdrops * rng.random(dtype=np.float32) * (1 - ink)
     video -= 1
     rate = {} if cfg.fps is None else {"fps": float(cfg.fps // speed)}
     return {"video": torch.from_numpy(video), "caption": caption(combination), **rate}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from plugins.data.moving_digits import COLOURS, MovingDigits, scans_by_digit
+from sandbox.contracts import Clip
 from sandbox.randomness import keyed
 
 CONFIG = MovingDigits.Config()
@@ -134,6 +135,9 @@ def test_the_length_of_an_epoch_is_a_setting():
         ({"speed": 0}, "speed=0: want >= 1"),
         ({"clips_per_epoch": 0}, "clips_per_epoch=0: want >= 1"),
         ({"root": "scans"}, "root='scans': want null"),
+        ({"distinct": 0}, "distinct=0: want >= 1"),
+        ({"stills": 1.0}, "stills=1.0: want 0 to 0.9"),
+        ({"backdrops": 2.0}, "backdrops=2.0: want 0 to 1"),
     ],
 )
 def test_what_does_not_fit_is_a_problem_with_the_rule(settings, problem):
@@ -166,3 +170,38 @@ def test_a_clip_that_moves_twice_as_fast_has_half_the_rate(split):
 def test_a_rate_is_told_where_it_is_asked_for():
     assert "fps" in replace(CONFIG, fps=24.0).provides()
     assert list(replace(CONFIG, fps=0.0).problems()) == ["fps=0.0: want > 0"]
+
+
+def test_of_distinct_clips_no_more_are_shown_and_validation_keeps_all():
+    few = source(distinct=10).split("train")
+    shown = [few.load(i, keyed(i))["video"] for i in range(40)]
+    assert len({clip.numpy().tobytes() for clip in shown}) == 10
+    more = source(distinct=25).split("train")
+    assert all(torch.equal(more.load(i, keyed(0))["video"], shown[i]) for i in range(10))
+    assert len(source(distinct=10).split("val")) == 192
+
+
+def test_stills_are_the_first_frames_of_a_share_of_the_clips():
+    cfg = replace(CONFIG, stills=0.25)
+    items = MovingDigits(cfg).split("train")
+    sizes = [items.bucket(i, keyed(i)) for i in range(400)]
+    clips = [items.load(i, keyed(i))["video"] for i in range(40)]
+    assert [Clip(*clip.shape) for clip in clips] == sizes[:40]
+    assert 0.15 < sum(size.frames == 1 for size in sizes) / 400 < 0.35
+    assert {size.frames for size in sizes} == {clip.frames for clip in cfg.clips()} == {1, 9}
+    assert not hasattr(source().split("train"), "bucket")
+
+
+def test_backdrops_are_grey_and_of_every_brightness():
+    clips = torch.stack([clip["video"] for clip in train_clips(200, backdrops=0.8)])
+    corner = (clips[:, :, :, 0, 0] + 1) / 2  # (N, 3, T): no digit comes here
+    assert torch.equal(corner, corner[:, :1, :1].expand_as(corner))
+    assert 0 <= corner.min() < 0.05 and 0.75 < corner.max() <= 0.8
+    assert clips.min() >= -1 and clips.max() <= 1 + 1e-6
+    cfg = replace(CONFIG, backdrops=0.8)
+    assert cfg.metric() == "brightness" and "digit_captions" not in cfg.provides()
+
+
+def test_what_is_learned_from_all_clips_is_the_same_whatever_part_is_trained_on():
+    cfg = replace(CONFIG, distinct=10, stills=0.5, backdrops=0.3)
+    assert cfg.whole() == replace(CONFIG, backdrops=0.3)
