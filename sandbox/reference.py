@@ -191,7 +191,7 @@ def _base(plugins: list[Plugin]) -> type | None:
     """The Config of `sandbox.contracts` that the Configs of a group are derived from."""
     made = plugins[0].config
     assert made
-    return next((c for c in made.__mro__ if c.__module__ == contracts.__name__), None)
+    return next((c for c in made.__mro__ if c.__module__.startswith(contracts.__name__)), None)
 
 
 def _own(config: type, base: type | None) -> Iterator[str]:

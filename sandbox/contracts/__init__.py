@@ -1,0 +1,92 @@
+"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and
+tensor Protocols.
+
+Two halves. The Config side (`configs`) answers every question before a run (does it fit, what goes
+where, what does it cost) and never imports torch. The tensor side (`tensors`, and `footage` for raw
+video) names the few calls that the training step and the samplers make. A plugin sees this package
+and never another group's plugin.
+"""
+
+# ruff: noqa: F401  what is imported here is what others import from here
+
+from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
+from sandbox.contracts.configs import (
+    SCALARS,
+    SIZES,
+    AdapterConfig,
+    BackboneConfig,
+    CallbackConfig,
+    CheckpointConfig,
+    Clip,
+    ConditioningConfig,
+    DataConfig,
+    EMAConfig,
+    FirstStageConfig,
+    FirstStageRecipe,
+    GuidanceConfig,
+    LayoutConfig,
+    LossConfig,
+    LRScheduleConfig,
+    MetricConfig,
+    OptimizerConfig,
+    PluginConfig,
+    SamplerConfig,
+    ScheduleConfig,
+    Slots,
+    StageConfig,
+    TaskConfig,
+    Tokens,
+    TrainerConfig,
+)
+from sandbox.contracts.errors import (
+    BadItem,
+    ConfigError,
+    DataError,
+    Diverged,
+    Misfit,
+    PluginError,
+    Preempted,
+    SandboxError,
+    StorageError,
+)
+from sandbox.contracts.footage import (
+    Cuts,
+    Footage,
+    Judges,
+    Looks,
+    Rendering,
+    Renders,
+    Row,
+    Span,
+    VideoFile,
+)
+from sandbox.contracts.tensors import (
+    SAMPLE_TENSORS,
+    Adapter,
+    Backbone,
+    Batch,
+    Beside,
+    Bucketed,
+    ByClip,
+    Conditioner,
+    Conditions,
+    DataSource,
+    Denoised,
+    Draws,
+    Encode,
+    FirstStage,
+    Guidance,
+    Hashed,
+    Hooks,
+    Items,
+    Layout,
+    Loss,
+    Metric,
+    Posterior,
+    Sample,
+    Sampler,
+    Schedule,
+    State,
+    Terms,
+    TextEncoder,
+)
