@@ -173,20 +173,32 @@ def apart(image: np.ndarray, path: Path) -> float:
     return min(float(np.abs(image - (x / 127.5 - 1)).mean()) for _, x in frames)
 
 
-@pytest.mark.parametrize("form", ["cogvideox_folder", "webvid"])
+READERS = {  # of a layout: the data plugin and the settings that docs/preparing.md names
+    "webdataset": ("webdataset", {"root": "{}"}),
+    "cogvideox_folder": ("cogvideox_folder", {"root": "{}/train", "val_root": "{}/val"}),
+    "webvid": ("webvid", {"root": "{}", "val_meta_path": "{}/metadata_val.csv"}),
+    "easyanimate": (
+        "easyanimate_json",
+        {"root": "{}", "meta_path": "{}/train.json", "val_meta_path": "{}/val.json",
+         "only": "video"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", READERS)
 def test_the_data_plugin_of_a_layout_reads_each_clip_with_its_caption(
     form, raw, prepared, tmp_path
 ):
     to = tmp_path / "out"
     shutil.copytree(prepared, to)
-    run(raw, to, f"format={form}")
-    size = {"frames": 8, "height": 64, "width": 96}
-    cfg = replace(registry.default("data", form), **size, root=str(to / form))
-    if form == "webvid":
-        cfg = replace(cfg, val_meta_path=str(to / form / "metadata_val.csv"))
-    else:
-        cfg = replace(cfg, root=str(to / form / "train"), val_root=str(to / form / "val"))
-    source, found = registry.create(cfg), {}
+    if form != "webdataset":  # which is there
+        run(raw, to, f"format={form}")
+    plugin, settings = READERS[form]
+    cfg = replace(registry.default("data", plugin), frames=9, height=64, width=96)
+    if form == "easyanimate":
+        cfg = replace(cfg, enable_bucket=False)
+    told = {name: text.format(to / form) for name, text in settings.items()}
+    source, found = registry.create(replace(cfg, **told)), {}
     for split in ("train", "val"):
         items = source.split(split)
         for i in range(len(items)):
@@ -215,6 +227,47 @@ def test_easyanimates_list_names_files_that_are_there(raw, prepared, tmp_path):
             assert (entry["text"], entry["type"], row["split"]) == (row["caption"], "video", split)
             assert (entry["width"], entry["height"]) == (96, 64)
     assert not rows
+
+
+CAPTIONER = """
+from dataclasses import dataclass
+from sandbox.contracts import StageConfig
+from sandbox.registry import register
+
+
+@register("stage", "namer")
+class Namer:
+    \"\"\"Says which colour a clip has most of, as a model would that looks at it.\"\"\"
+
+    @dataclass
+    class Config(StageConfig):
+        def times(self, seconds):
+            return [seconds / 2]
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def look(self, clip):
+        (image,) = clip.at(self.cfg.times(clip.seconds))
+        return {"text": "mostly " + ("red", "green", "blue")[image.mean((0, 1)).argmax()]}
+
+    def judge(self, rows):
+        return [{"caption": row["scores"]["namer"]["text"]} for row in rows]
+"""
+
+
+def test_a_stage_of_ones_own_captions_clips_by_what_it_sees(plugin_folder, tmp_path):
+    (plugin_folder / "stage").mkdir()
+    (plugin_folder / "stage" / "namer.py").write_text(CAPTIONER)
+    for i, name in enumerate(("red", "green", "blue")):
+        frames = np.full((8, 32, 32, 3), 20, np.uint8)
+        frames[..., i] = 200
+        write(tmp_path / "raw" / f"{name}.mp4", frames)
+        (tmp_path / "raw" / f"{name}.txt").write_text("of a file")
+    words = ("stage=[namer,captions,normalise]", "workers=0", f"to={tmp_path / 'out'}")
+    prepare(composed("task=prepare", f"data_root={tmp_path / 'raw'}", *words))
+    found = {row["source"]: row["caption"] for row in manifest(tmp_path / "out")}
+    assert found == {f"{name}.mp4": f"mostly {name}" for name in ("red", "green", "blue")}
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
