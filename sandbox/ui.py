@@ -23,6 +23,7 @@ from sandbox.wishes import Runs, Wish, captions_of
 FONTS = ["system-ui", "sans-serif"]  # of the machine: the page asks no other server for one
 P = ParamSpec("P")
 T = TypeVar("T")
+Upload = dict[str, Any] | None  # what gradio says of a file; it has looked that it was uploaded
 MONO = ["ui-monospace", "monospace"]
 CSS = """
 .clips th, .clips td {padding: 4px 10px; text-align: left; vertical-align: top}
@@ -87,13 +88,13 @@ class Answers:
 
     def sample(
         self, run: str | None, weights: str, beside: str | None, beside_weights: str,
-        prompts: str | None, image: str | None, end_image: str | None, sampler: str | None,
+        prompts: str | None, image: Upload, end_image: Upload, sampler: str | None,
         steps: str | None, guidance: str | None, frames: str | None, height: str | None,
         width: str | None, seed: str | None, progress: Callable[..., Any],
     ) -> tuple[str, list[str], str]:  # fmt: skip
         """Table of clips, a column for each run; their files, and the commands that make them."""
         ends = {"images": image, "end_images": end_image}
-        files = {name: (file,) for name, file in ends.items() if file}
+        files = {name: (file["path"],) for name, file in ends.items() if file and file["path"]}
         first = Wish(
             run or "", weights, captions_of(prompts), sampler=sampler or None,
             steps=number("steps", steps), guidance=number("guidance", guidance, float),
@@ -168,7 +169,7 @@ def blocks(answers: Answers, begin: str | None) -> Any:
     with gr.Blocks(title="Latent video sandbox", analytics_enabled=False) as page:
         gr.Markdown(f"## Latent video sandbox\n`{answers.runs.folder}`")
         with gr.Tab("Sample"):
-            run, beside, about = _sample_tab(answers, begin)
+            run, beside, shown = _sample_tab(answers, begin)
         with gr.Tab("Reports"):
             reports = _report_tab(answers)
 
@@ -177,14 +178,28 @@ def blocks(answers: Answers, begin: str | None) -> Any:
             one = begin if begin in names else next(iter(names), None)
             lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=names)
             said = answers.runs.about(one) if one else ""
-            return *lists, said, gr.Dropdown(choices=answers.runs.pages())
+            pages = gr.Dropdown(choices=answers.runs.pages())
+            return *lists, said, *inputs(answers.runs, one), pages
 
-        page.load(told(again), outputs=[run, beside, about, reports], api_visibility="private")
+        page.load(told(again), outputs=[run, beside, *shown, reports], api_visibility="private")
     return page
 
 
-def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
-    """Makes the tab; the lists of runs, and the line about the first one."""
+def inputs(runs: Runs, name: str | None) -> tuple[Any, ...]:
+    """The place for images, and a field for each that a run is told.
+
+    Fields of others are emptied, for what is not seen must not be sent.
+    """
+    import gradio as gr
+
+    wanted = runs.images(name) if name else ()
+    images = (gr.Image(visible=True) if end in wanted else gr.Image(visible=False, value=None)
+              for end in ("start", "end"))  # fmt: skip
+    return gr.Accordion(visible=bool(wanted)), *images
+
+
+def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, list[Any]]:
+    """Makes the tab; the lists of runs, and what the first of them changes."""
     import gradio as gr
 
     def choose(label: str, value: str | None) -> tuple[Any, Any]:
@@ -193,6 +208,9 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
             run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True, scale=3)
             weights = gr.Radio(["ema", "live"], value="ema", label="weights", min_width=140)
         return run, weights
+
+    def picture(label: str) -> Any:
+        return gr.Image(label=label, sources=["upload"], height=200)
 
     def field(label: str) -> Any:
         # not gr.Number, which takes an empty field for 0
@@ -204,9 +222,8 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
             about = gr.Markdown()
             beside, beside_weights = choose("compare with (may be empty)", None)
             prompts = gr.Textbox(label="prompts, one a line", lines=3)
-            with gr.Accordion("images, for a run that wants them", open=False), gr.Row():
-                image = gr.Image(type="filepath", label="first frame", sources=["upload"])
-                end_image = gr.Image(type="filepath", label="last frame", sources=["upload"])
+            with gr.Accordion("images that the run is told", visible=False) as images, gr.Row():
+                image, end_image = picture("first frame"), picture("last frame")
             gr.Markdown("An empty field is what the run says.")
             with gr.Row():
                 samplers = config.options("sampler")
@@ -219,7 +236,7 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
                 dice = gr.Button("dice", min_width=60)
             go = gr.Button("Generate", variant="primary")
         with gr.Column(scale=3, min_width=480):
-            shown = gr.HTML(label="clips", min_height=240)
+            clips = gr.HTML(label="clips", min_height=240)
             command = gr.Code(label="command", language="shell", interactive=False)
             files = gr.Files(label="files", interactive=False)
 
@@ -235,11 +252,15 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, Any]:
 
     asked = [run, weights, beside, beside_weights, prompts, image, end_image, sampler, steps,
              guidance, frames, height, width, seed]  # fmt: skip
-    go.click(sample, asked, [shown, files, command], api_name="sample", concurrency_limit=1)
+    # not preprocess: gradio would open the images, and tell of its own insides where they are none
+    go.click(sample, asked, [clips, files, command], preprocess=False, api_name="sample",
+             concurrency_limit=1)  # fmt: skip
     dice.click(lambda: str(random.randrange(2**31)), outputs=seed, api_visibility="private")
     run.change(told(lambda name: answers.runs.about(name) if name else ""), run, about,
                api_name="about")  # fmt: skip
-    return run, beside, about
+    asks = [images, image, end_image]
+    run.change(told(lambda name: inputs(answers.runs, name)), run, asks, api_visibility="private")
+    return run, beside, [about, *asks]
 
 
 def _report_tab(answers: Answers) -> Any:

@@ -128,6 +128,10 @@ class Runs:
         also = f"; wants images: {', '.join(told)}" if told else ""
         return f"{size}; {' '.join(parts)}; steps={root.sampler.steps} seed={root.seed}{also}"
 
+    def images(self, name: str | None) -> tuple[str, ...]:
+        """The pictures that a run is told: (), ("start",) or ("start", "end")."""
+        return read_root(self.chosen(name)[0]).conditioning.images()
+
     def make(self, wish: Wish, to: Path, watch: Callable[[int, int], None]) -> list[Path]:
         """Files of the clips in the order of `prompts`, made by task=sample. Raises SandboxError.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -25,17 +26,39 @@ from tests.helpers import TINY
 pytestmark = pytest.mark.slow
 CHROMIUM = which("chromium") or which("chromium-browser")
 PROMPTS = "a red 3 moving left\na blue 7 moving up"
+SMALL = ("task.score_clips=2", "task.samples=1", "task.untrained=false")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[str]:
     """The folder, and the names of two runs in it."""
     out = tmp_path_factory.mktemp("runs")
-    words = (*TINY, "task.score_clips=2", "task.samples=1", "task.untrained=false")
-    roots = [compose(*words, f"seed={seed}", "checkpoint.every=1") for seed in (0, 1)]
+    roots = [compose(*TINY, *SMALL, f"seed={seed}", "checkpoint.every=1") for seed in (0, 1)]
     made = [train(replace(r, out=str(out), cache=str(out / "cache"))) for r in roots]
     (out.parent / "secret.txt").write_text("not of this page")
     return [str(out), *(run.name for run in made)]
+
+
+@pytest.fixture(scope="module")
+def of_images(runs) -> str:
+    """The name of a run in the same folder that is told the first and the last frame."""
+    words = ("experiment=dynamicrafter_512_interp_tiny", "vae.weights=null", "callbacks=[]",
+             "sampler.steps=2", "data.batch_size=1", "trainer.accumulate=1", "trainer.threads=1",
+             "logger=null", "steps=1")  # fmt: skip
+    root = compose(*words, *SMALL)
+    return train(replace(root, out=runs[0], cache=f"{runs[0]}/cache")).name
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[str]:
+    """A red and a blue one, and a file that is none."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("red", "blue"):
+        Image.new("RGB", (40, 30), name).save(folder / f"{name}.png")
+    (folder / "text.png").write_text("not a picture")
+    return [str(folder / f"{name}.png") for name in ("red", "blue", "text")]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +121,7 @@ def videos_after(page, count: int) -> list[dict]:
         "n => {const v = [...document.querySelectorAll('.clips video')];"
         " return v.length === n && v.every(x => x.readyState >= 2)}",
         arg=count,
+        timeout=180_000,  # a first request imports what its system is made of
     )
     return page.eval_on_selector_all(
         ".clips video", "vs => vs.map(v => ({s: v.duration, w: v.videoWidth, h: v.videoHeight}))"
@@ -144,6 +168,31 @@ def test_a_wrong_input_is_said_and_the_page_goes_on(page):
     videos_after(page, 4)
 
 
+def test_a_run_that_is_told_images_gets_fields_for_them(page, runs, of_images, pictures):
+    from playwright.sync_api import expect
+
+    run, upload = page.get_by_label("run", exact=True), page.locator("input[type=file]")
+    page.get_by_text("9 frames of 16 x 16").wait_for()
+    expect(page.get_by_text("first frame")).to_be_hidden()
+    page.get_by_label("compare with").fill("")
+    page.get_by_label("compare with").press("Enter")
+    page.get_by_label("prompts").fill(PROMPTS)
+    run.fill(of_images)
+    run.press("Enter")
+    page.get_by_text("last frame").wait_for()
+    for i, file in enumerate(pictures[:2]):
+        upload.nth(i).set_input_files(file)
+    page.locator("img[src*='blue']").wait_for()
+    page.get_by_role("button", name="Generate").click()
+    videos_after(page, 2)
+    run.fill(runs[1])  # which is told none, also none of before
+    run.press("Enter")
+    expect(page.get_by_text("first frame")).to_be_hidden()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("columnheader", name=runs[1]).wait_for()
+    videos_after(page, 2)
+
+
 def test_reports_are_shown_with_samples(page, runs):
     page.get_by_role("tab", name="Reports").click()
     page.get_by_label("report", exact=True).fill(f"{runs[1]}/report.html")
@@ -176,6 +225,37 @@ def test_a_script_gets_files_that_hold_the_frames(client, runs):
     assert "sampler.steps=1" in command
 
 
+def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
+    from gradio_client import handle_file
+
+    red, blue, _ = map(handle_file, pictures)
+    # its first stage and CLIP are random: those of the run's seed, not of this one
+    _, files, command = asked(client, of_images, image=red, end_image=blue, seed="3")
+    assert len(files) == 2
+    for file in files:
+        with av.open(file) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 5
+    assert 'images=["red.png"]' in command
+    assert 'end_images=["blue.png"]' in command
+
+
+@pytest.mark.parametrize(
+    ("said", "image", "end_image"),
+    [
+        ("told the end image; name a file", 0, None),
+        ("told the start image; name a file", None, 1),
+        ("cannot be read as an image", 2, 1),
+    ],
+)
+def test_a_script_is_told_which_image_is_wrong(client, of_images, pictures, said, image, end_image):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    chosen = [None if i is None else handle_file(pictures[i]) for i in (image, end_image)]
+    with pytest.raises((AppError, ValueError), match=re.escape(said)):
+        asked(client, of_images, image=chosen[0], end_image=chosen[1])
+
+
 def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
     import shlex
 
@@ -200,15 +280,13 @@ def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
         ("../x", {"run": "RUN", "sampler": "../x"}),
     ],
 )
-def test_a_script_is_told_what_is_wrong(client, runs, said, named, tmp_path):
+def test_a_script_is_told_what_is_wrong(client, runs, pictures, said, named):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
-    from PIL import Image
 
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     named = {k: v.replace("RUN", runs[1]) if k == "run" else v for k, v in named.items()}
     if "image" in named:
-        named["image"] = handle_file(tmp_path / "picture.png")
+        named["image"] = handle_file(pictures[0])
     with pytest.raises((AppError, ValueError), match=re.escape(said)):
         asked(client, **named)
 
@@ -234,6 +312,22 @@ def test_an_image_that_nobody_uploaded_is_refused(address, runs):
     answer = urllib.request.urlopen(f"{address}gradio_api/call/sample/{event}").read().decode()
     assert "event: error" in answer
     assert "root:" not in answer
+
+
+def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
+    from sandbox.wishes import Runs, Wish
+
+    def systems() -> int:
+        gc.collect()  # what the training of `runs` has left
+        return sum(type(x).__name__ == "LatentDiffusion" for x in gc.get_objects())
+
+    seen: list[int] = []
+    before = systems()
+    wish = Wish(runs[1], prompts=("a red 3 moving left",))
+    files = Runs(Path(runs[0])).make(wish, tmp_path, lambda done, total: seen.append(systems()))
+    assert len(files) == 1
+    assert seen and set(seen) == {before + 1}
+    assert systems() == before
 
 
 def test_it_listens_on_this_machine_alone(address):
