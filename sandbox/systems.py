@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,25 @@ from sandbox.wiring import Wiring, wire
 
 
 def build_system(
-    wiring: Wiring, folder: Path | None = None, rank: Rank | None = None, empty: bool = False
+    wiring: Wiring,
+    folder: Path | None = None,
+    rank: Rank | None = None,
+    empty: bool = False,
+    seed: int | None = None,
 ) -> LatentDiffusion:
     """Fresh weights on the CPU, but a ready first stage.
 
     That of the run `folder`, else from the cache, from a file, or trained now, by `rank` alone.
     Below an adapter the backbone has the weights of `init_from`. `empty`: what is trained gets
-    weights next, and has none of its own.
+    weights next, and has none of its own. seed: of weights; None is that of the configuration.
     """
-    start = wiring.root.init_from if wiring.root.adapter is not None else None
-    parts = build_parts(wiring, empty or start is not None)
-    if wiring.root.data.stored() is not None:
-        prepare_stored(wiring.root, parts.first_stage)
+    root = wiring.root if seed is None else replace(wiring.root, seed=seed)
+    start = root.init_from if root.adapter is not None else None
+    parts = build_parts(replace(wiring, root=root), empty or start is not None)
+    if root.data.stored() is not None:
+        prepare_stored(root, parts.first_stage)
     else:
-        prepare_first_stage(wiring.root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
+        prepare_first_stage(root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
     if start is not None:
         init_from(system, start)  # no checkpoint holds a frozen backbone
@@ -74,7 +80,8 @@ def load_system(
     ones where the run has no average. It is on its device, in eval mode, with the threads of
     training. Raises StorageError where there is no checkpoint, ConfigError for a `step` of none.
     """
-    wiring = wiring or wire(read_root(folder))
+    own = read_root(folder)
+    wiring = wiring or wire(own)
     kept = folder / "checkpoints"
     chosen = checkpoint.newest(kept) if step is None else checkpoint.of_step(kept, step)
     if chosen is None:
@@ -82,7 +89,8 @@ def load_system(
             f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
         )
     device = _device(wiring.root)
-    system = build_system(wiring, folder, empty=True)
+    # random weights that are not trained are those of its seed, whatever samples are drawn with
+    system = build_system(wiring, folder, empty=True, seed=own.seed)
     restore_weights(system, checkpoint.load(chosen), weights)
     return system.to(device).eval()
 
