@@ -55,7 +55,7 @@ config.setup()
 
 
 SIZES = {
-    "data": {"clips_per_epoch": 16, "batch_size": 2},
+    "data": {"clips_per_epoch": 24, "batch_size": 2},
     "vae": {"fit_clips": 16},
     "backbone": {"width": 8, "num_blocks": 1, "num_heads": 2, "time_features": 8},
     "conditioning": {"width": 8, "buckets": 32},
@@ -385,6 +385,7 @@ def test_some_random_settings_that_are_accepted_train(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_hundred_random_settings_that_are_accepted_train(tmp_path):
     for wiring, words in accepted(range(40, 240)):
         take_two_steps(wiring, tmp_path, words)

@@ -145,16 +145,17 @@ def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monke
         monkeypatch.delenv(name)
     out = folder / "offline"
     words = [f"runs={folder}/out", "task.send=true", "logger=wandb_offline", f"task.to={out}"]
-    before = [*server.runs]
+    before = {*server.runs}
     assert _main(["task=report", *words]) == 0
-    assert [*server.runs] == before
+    assert {*server.runs} == before
     (kept,) = out.glob("wandb/offline-run-*")
     done = subprocess.run(
         [WANDB, "sync", str(kept)], cwd=folder, text=True, capture_output=True, timeout=200,
         env={**environment(folder), **server.environment()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    run = server.runs[(out / "wandb_id").read_text().strip()]
+    (new,) = server.runs.keys() - before  # of a sweep, W&B chooses the number itself
+    run = server.runs[new]
     assert run.sweep == "sweep0", done.stdout
     assert any("media/html/report" in name for name in run.files)
 

@@ -29,7 +29,7 @@ SETTINGS = (
     "task=train_vae", "vae=vq", "vae.ch=8", "vae.ch_mult=[1,1]", "vae.num_groups=4",
     "vae.n_embed=8", "optimizer=adam_first_stage", "vae.weights=null",
     "reconstruction=lpips_gan", "reconstruction.disc_ndf=4",
-    "reconstruction.disc_start=2", "data.batch_size=2", "data.clips_per_epoch=13", "logger=null",
+    "reconstruction.disc_start=2", "task.batch_size=2", "data.clips_per_epoch=13", "logger=null",
     "trainer.accumulate=2", "trainer.threads=1", "steps=4", "checkpoint.every=2",
 )  # fmt: skip
 
