@@ -16,7 +16,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a GPU are left out where there is none."""
+    """Slow tests go first, so that workers end together; those that need a GPU are left out where
+    there is none.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_a_gpu:
         import torch

@@ -232,6 +232,8 @@ def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     assert torch.equal(clips, again), words
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
     for choice in covering(all_choices()):
         take_two_steps(wired(choice), tmp_path, to_words(choice))

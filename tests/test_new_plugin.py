@@ -183,6 +183,7 @@ for group in sys.argv[1].split(","):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tests_of_new_plugins_pass_in_a_checkout_and_outside(tmp_path):
     checkout, outside = tmp_path / "checkout", tmp_path / "outside"
     outside.mkdir()

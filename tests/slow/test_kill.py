@@ -38,6 +38,7 @@ def assert_equal_runs(one, other):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.exhaustive
 def test_kills_at_random_change_nothing(one, tmp_path):
     """Each kill comes after the trace has grown; the number of workers changes as well."""
     dice, kills = random.Random(7), 0

@@ -117,6 +117,7 @@ def test_a_job_leaves_the_same_weights_under_every_launcher(sweeps, launcher):
     assert not differing(*states)
 
 
+@pytest.mark.exhaustive
 def test_under_torchrun_the_command_is_a_rank(tmp_path):
     run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py")
     done = command(tmp_path / "torchrun", *DDP, program=run)
@@ -129,6 +130,7 @@ def test_under_torchrun_the_command_is_a_rank(tmp_path):
     assert not differing(*states)
 
 
+@pytest.mark.exhaustive
 def test_two_processes_go_on_after_kills_and_signals_as_if_nothing_had_happened(tmp_path):
     words = (*DDP[:1], "steps=24", "data.num_workers=1")
     assert run_until(tmp_path / "a", None, signal.SIGKILL, *words) == 0, said(tmp_path / "a")
