@@ -176,7 +176,7 @@ def blocks(answers: Answers, begin: str | None) -> Any:
         def again() -> tuple[Any, ...]:
             names = answers.runs.names()
             one = begin if begin in names else next(iter(names), None)
-            lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=names)
+            lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=["", *names])
             said = answers.runs.about(one) if one else ""
             pages = gr.Dropdown(choices=answers.runs.pages())
             return *lists, said, *inputs(answers.runs, one), pages
@@ -202,8 +202,7 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, list[Any
     """Makes the tab; the lists of runs, and what the first of them changes."""
     import gradio as gr
 
-    def choose(label: str, value: str | None) -> tuple[Any, Any]:
-        names = answers.runs.names()
+    def choose(label: str, names: Sequence[str], value: str | None) -> tuple[Any, Any]:
         with gr.Row():
             run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True, scale=3)
             weights = gr.Radio(["ema", "live"], value="ema", label="weights", min_width=140)
@@ -216,11 +215,12 @@ def _sample_tab(answers: Answers, begin: str | None) -> tuple[Any, Any, list[Any
         # not gr.Number, which takes an empty field for 0
         return gr.Textbox("", label=label, min_width=80, max_lines=1)
 
+    names = answers.runs.names()
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            run, weights = choose("run", begin)
+            run, weights = choose("run", names, begin)
             about = gr.Markdown()
-            beside, beside_weights = choose("compare with (may be empty)", None)
+            beside, beside_weights = choose("compare with (may be empty)", ["", *names], None)
             prompts = gr.Textbox(label="prompts, one a line", lines=3)
             with gr.Accordion("images that the run is told", visible=False) as images, gr.Row():
                 image, end_image = picture("first frame"), picture("last frame")
