@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ def per_sample(values: Tensor) -> Tensor:
 LAST = 999.9999  # backbones are promised times below 1000
 
 
-class Continuous:
+class Continuous(ABC):
     """What schedules of a time in [0, 1] share.
 
     A subclass gives `alpha`, `sigma`, `target` and `denoised`, and its `spacings`.
@@ -34,11 +35,13 @@ class Continuous:
 
     spacings: ClassVar[tuple[str, ...]] = ("trailing",)
 
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of the latents. (B, 1, 1, 1, 1)."""
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of the noise. (B, 1, 1, 1, 1)."""
 
     def snr(self, t: Tensor) -> Tensor:
         """(alpha / sigma)^2, infinite where there is no noise. (B, 1, 1, 1, 1)."""
