@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import Any
 
@@ -17,8 +18,8 @@ from sandbox.selection import rates
 from sandbox.sharding import detached, like
 
 
-class Trainable(LightningModule):
-    """A system that `sandbox.training.fit` trains.
+class Trainable(LightningModule, ABC):
+    """A system that `sandbox.fitting.fit` trains.
 
     `group`: clips in one optimizer step over all processes, over which stratified draws spread.
     `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
@@ -59,9 +60,9 @@ class Trainable(LightningModule):
         assert batch.position is not None  # the loader writes it
         return Keyed(self.root.seed, batch.epoch, batch.position, self.group, self.device)
 
+    @abstractmethod
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
-        raise NotImplementedError
 
     def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
         """What else trains on a micro-batch, once its own gradients are used; nothing here.

@@ -74,6 +74,8 @@ BROKEN = {  # what is changed, what the error says, the line that it names
     "no default": (("int = CHANNELS", "int"), "non-default argument", None),
     "unknown type": (("int = CHANNELS", "set[int] | None = None"), "Config cannot be used", None),
     "undefined name": (("int = CHANNELS", "int = CHANEL"), "name 'CHANEL' is not", "CHANEL"),
+    "no size of latents": (
+        ("def latents", "def latent"), "abstract class Config with", "class Config"),
     "error in the class body": (("int = CHANNELS", "int = 1 // 0"), "ZeroDivisionError", "1 // 0"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """What all first stages share: scale and shift of the latents, and the pass that trains them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -9,15 +10,14 @@ from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import Draws, Posterior
 
 
-class FirstStage(nn.Module):
+class FirstStage(nn.Module, ABC):
     """Scaled latents are (z - shift) * scale.
 
     A number comes from the Config, as published. None leaves it to the data: then `shift` or
     `scale` is a buffer (C, 1, 1, 1) of the state dict, 0 or 1 until `calibrate` measures it,
     channel by channel.
 
-    A subclass gives `encode(x) -> Posterior`, `posterior(stored)` and `pixels(z)`: unscaled
-    latents -> video.
+    A subclass gives `encode`, `pixels` and `posterior(stored)`.
     """
 
     shift: float | Tensor
@@ -32,11 +32,13 @@ class FirstStage(nn.Module):
             else:
                 setattr(self, name, value)
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
-        raise NotImplementedError
+        """Video (B, 3, T, H, W) -> the distribution of its unscaled latents."""
 
+    @abstractmethod
     def pixels(self, z: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Unscaled latents -> video."""
 
     def scaled(self, z: Tensor) -> Tensor:
         return (z - self.shift) * self.scale

@@ -7,6 +7,7 @@ are the published ones. Pictures are (N, C, H, W); those of clips are frame-majo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -272,7 +273,7 @@ class Layers(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, ABC):
     """Input blocks down to the smallest size, the middle, and output blocks that see each of them.
 
     A subclass says what attention is (`attention`) and what follows a ResBlock (`temporal_conv`).
@@ -329,9 +330,9 @@ class UNet(nn.Module):
         )
         self.init_attn: Layers | None = None
 
+    @abstractmethod
     def attention(self, width: int, output: bool = False) -> list[nn.Module]:
         """The layers that follow a ResBlock where there is attention."""
-        raise NotImplementedError
 
     def temporal_conv(self, width: int) -> TemporalConvBlock | None:
         return None

@@ -1,5 +1,6 @@
 """What the Configs of EasyAnimate's two first stages (`vae=magvit`, `vae=slice`) share."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -115,13 +116,13 @@ class Autoencoder3DConfig(FirstStageConfig):
                     f"share a whole number of them, not {shared:g}"
                 )
 
+    @abstractmethod
     def problems_of_windows(self, time: int) -> Iterator[str]:
         """Bad `mini_batch_encoder` and `mini_batch_decoder`; frames are divided by `time`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latent_frames(self, frames: int) -> int:
         """Frames of the latents of so many frames; raises Misfit for a number that is refused."""
-        raise NotImplementedError
 
     def widths(self) -> tuple[int, ...]:
         """Channels of the levels, from the pixels down."""

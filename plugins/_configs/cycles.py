@@ -1,5 +1,6 @@
 """What the Configs of CompVis latent-diffusion's learning-rate cycles share."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,6 @@ class CyclesConfig(LRScheduleConfig):
             return self.f_start[i] + rise * n
         return self.f_min[i] + (self.f_max[i] - self.f_min[i]) * self.fall(i, n)
 
+    @abstractmethod
     def fall(self, i: int, n: int) -> float:
         """Share of the way from `f_min` to `f_max` at step `n` of cycle `i`, after its warm-up."""
-        raise NotImplementedError

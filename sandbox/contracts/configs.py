@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -118,7 +119,7 @@ class FirstStageRecipe:
 
 
 @dataclass
-class FirstStageConfig(PluginConfig):
+class FirstStageConfig(PluginConfig, ABC):
     """Between pixels and latents.
 
     weights: "auto" (cached, else trained first), a file, or null (random); one_by_one: training
@@ -129,9 +130,9 @@ class FirstStageConfig(PluginConfig):
     weights: str | None = "auto"
     one_by_one: bool = False
 
+    @abstractmethod
     def latents(self, clip: Clip) -> Clip:
         """Size of the latents of a clip of pixels; raises Misfit where the clip does not fit."""
-        raise NotImplementedError
 
     def fitted(self) -> str:
         """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or
@@ -153,7 +154,7 @@ class FirstStageConfig(PluginConfig):
 
 
 @dataclass
-class BackboneConfig(PluginConfig):
+class BackboneConfig(PluginConfig, ABC):
     """The denoising network."""
 
     def takes(self) -> frozenset[str]:
@@ -168,11 +169,11 @@ class BackboneConfig(PluginConfig):
         """Latent size that it works on: `z`, or more frames (padding in front); raises Misfit."""
         return z
 
+    @abstractmethod
     def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
         """Complete config for latents `z`, by `agree`; `outputs` is channels out per channel in.
         Raises ConfigError.
         """
-        raise NotImplementedError
 
     def layers(self) -> tuple[str | None, int]:
         """The setting that says how many layers it has, where these are all alike, and after how
@@ -287,7 +288,7 @@ class DataConfig(PluginConfig):
 
 
 @dataclass
-class ScheduleConfig(PluginConfig):
+class ScheduleConfig(PluginConfig, ABC):
     """The noise process: z_t = alpha(t) z0 + sigma(t) eps, and what the network predicts."""
 
     kind: ClassVar[str] = "discrete"  # or "continuous"
@@ -296,9 +297,9 @@ class ScheduleConfig(PluginConfig):
         """Backbone channels per latent channel: 1, or 2 with a learned variance."""
         return 1
 
+    @abstractmethod
     def predicts(self) -> str:
         """What the network's first channels are: "eps", "v", "x0" or "velocity" (eps - z0)."""
-        raise NotImplementedError
 
     def ends_in_noise(self) -> bool:
         """Whether SNR(T) = 0; then eps says nothing at T, and a spacing must reach T."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.openclip import tokenizer
 from plugins._blocks.resampler import Resampler
+from plugins.backbone.unet3d import UNet3D
 from plugins.conditioning.dynamicrafter import DynamiCrafter
 from plugins.guidance.cfg import ClassifierFree
 from plugins.guidance.none import NoGuidance
@@ -26,11 +27,9 @@ from plugins.schedule.ddpm import DDPM
 from plugins.vae.kl import AutoencoderKL
 from sandbox.config import Root
 from sandbox.contracts import (
-    BackboneConfig,
     Batch,
     Clip,
     Conditions,
-    FirstStageConfig,
     TrainerConfig,
 )
 from sandbox.latent_diffusion import LatentDiffusion
@@ -139,7 +138,7 @@ def first_stage() -> AutoencoderKL:
 
 
 def system(**settings) -> LatentDiffusion:
-    root = Root(backbone=BackboneConfig(), vae=FirstStageConfig(), trainer=TrainerConfig())
+    root = Root(backbone=UNet3D.Config(), vae=AutoencoderKL.Config(), trainer=TrainerConfig())
     parts = Parts(
         first_stage(), conditioner(**settings), stub(Network(), "unet"), DDPM(SCHEDULE),
         LDMLoss(LDMLoss.Config()), DDIM(DDIM.Config()), NoGuidance(NoGuidance.Config()),

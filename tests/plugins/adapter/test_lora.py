@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from plugins.adapter.lora import FILE, METADATA, LoRA
 from plugins.backbone.cogvideox import CogVideoX
 from sandbox import build, checkpoint, compose, config, registry
-from sandbox.contracts import BackboneConfig, Conditions, ConfigError, StorageError
+from sandbox.contracts import Conditions, ConfigError, StorageError
 from sandbox.data import batches
 from sandbox.wiring import wire
 from tests.helpers import composed, preset, sampled, train, wired_around
@@ -51,7 +51,7 @@ def recorded() -> tuple[CogVideoX, dict[str, Tensor], dict]:
 
 def adapted(model: nn.Module, **settings) -> LoRA:
     lora = LoRA(LoRA.Config(**{"rank": 4} | settings))
-    targets = getattr(model, "cfg", BackboneConfig()).adapter_targets()
+    targets = model.cfg.adapter_targets() if hasattr(model, "cfg") else ()
     lora.apply(model, targets, torch.float32)
     return lora
 
