@@ -50,6 +50,29 @@ class Tracker(Protocol):
         ...
 
 
+class PageTracker(Tracker, Protocol):
+    """One that takes a report as well (task.send)."""
+
+    def start(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        name: str,
+        group: str | None,
+        sweep: str | None = None,
+    ) -> None:
+        """`sweep`: id of the one that it stands in, where that is not the agent's own."""
+        ...
+
+    def page(self, name: str, path: Path) -> None:
+        """A self-contained HTML page."""
+        ...
+
+    def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
+        """Rows of text, the first one the header."""
+        ...
+
+
 class Trackers:
     """The run's metrics file and any number of trackers as one."""
 

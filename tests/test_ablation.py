@@ -13,7 +13,8 @@ from PIL import Image
 
 from sandbox.ablation import Ablation, compare, read, varying
 from sandbox.ablation_page import latex, markdown, write_ablation
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.main import _main
 from sandbox.runs import identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
@@ -284,3 +285,71 @@ def test_markdown_and_latex_have_every_variant_with_its_interval(runs):
     assert text.count("| unet3d ") >= 4 and "0.330 [0.255, 0.405]" in text
     assert paper.count("\\midrule") == 1 and paper.count("& unet3d &") == 2
     assert "{\\scriptsize [0.255, 0.405]}" in paper and "95 \\% interval" in paper
+
+
+# --- where it is sent -----------------------------------------------------------------------------
+
+SHELF = '''
+from dataclasses import dataclass
+from pathlib import Path
+from sandbox.contracts import PluginConfig
+from sandbox.registry import register
+
+@register("logger", "shelf")
+class Shelf:
+    """Writes down what a report is sent as; a page of `reach` bytes is too far."""
+
+    @dataclass
+    class Config(PluginConfig):
+        to: str = ""
+        reach: int = 10_000_000
+
+    def __init__(self, cfg):
+        self.cfg, self.said = cfg, []
+
+    def start(self, folder, config, name, group, sweep=None):
+        self.said.append(f"start {name} {group} {sweep}")
+
+    def images(self, step, name, paths, captions=()):
+        self.said.append(f"images {name}")
+
+    def page(self, name, path):
+        if path.stat().st_size > self.cfg.reach:
+            raise OSError("no route to the shelf")
+        self.said.append(f"page {name}")
+
+    def table(self, name, rows):
+        self.said.append(f"table {name} {len(rows)}")
+
+    def finish(self, exit_code):
+        Path(self.cfg.to).write_text("\\n".join([*self.said, f"finish {exit_code}"]))
+'''
+
+
+@pytest.fixture
+def shelf(plugin_folder, runs) -> Path:
+    (plugin_folder / "logger").mkdir()
+    (plugin_folder / "logger" / "shelf.py").write_text(SHELF)
+    return runs.parent / "shelf.txt"
+
+
+def sent(runs: Path, shelf: Path, *words: str) -> int:
+    placed = (f"runs={runs}", f"task.to={runs}/page", f"logger.to={shelf}")
+    return _main(["task=report", "task.send=true", "logger=shelf", *placed, *words])
+
+
+def test_a_report_is_sent_with_its_samples_and_tables_to_the_sweep_of_its_runs(shelf, runs):
+    for folder in runs.glob("run-*"):
+        (folder / "environment.json").write_text(json.dumps({"sweep": "abc"}))
+    assert sent(runs, shelf) == 0
+    said = shelf.read_text().splitlines()
+    assert said[:3] == [f"start report {runs.name} abc", "images samples", "page report"]
+    assert said[-1] == "finish 0" and any(s.startswith("table ") for s in said)
+
+
+def test_a_report_that_cannot_be_sent_is_kept_and_says_so(shelf, runs):
+    kept = rf"no route to the shelf\); it is kept in {runs}/page"
+    with pytest.raises(StorageError, match=kept):
+        sent(runs, shelf, "logger.reach=10")
+    assert (runs / "page" / "report.html").is_file()
+    assert shelf.read_text().endswith("finish 1")

@@ -52,7 +52,14 @@ class WandbLogger:
         self.cfg = cfg
         self.run: Any = None
 
-    def start(self, folder: Path, config: dict[str, Any], name: str, group: str | None) -> None:
+    def start(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        name: str,
+        group: str | None,
+        sweep: str | None = None,
+    ) -> None:
         mode = self.mode()
         if mode == "disabled":
             return
@@ -84,6 +91,8 @@ class WandbLogger:
             # It holds the command line with its secrets; ours is in `environment`.
             "x_disable_meta": True,
         }
+        if sweep is not None:
+            settings["sweep_id"] = sweep
         if mode == "online":
             # `silent` given to init comes too late: without credentials it would ask at a terminal.
             silent = wandb.Settings(silent=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sandbox.contracts import ConfigError, TaskConfig
+from sandbox.contracts import ConfigError, StorageError, TaskConfig
 from sandbox.registry import register
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sandbox.ablation import Ablation
+    from sandbox.tracking import PageTracker
 
 
 @register("task", "report")
@@ -57,7 +58,7 @@ class Report:
             deliver(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
-    def tracker(self, root: Any) -> Any:
+    def tracker(self, root: Any) -> PageTracker | None:
         """The one that the page is sent to; None where it stays here. Raises ConfigError."""
         from sandbox import registry
 
@@ -69,27 +70,31 @@ class Report:
         return tracker
 
 
-def deliver(tracker: Any, page: Path, found: Ablation, group: str) -> None:
-    """Page, tables and pictures as a run beside those compared; of their sweep, where it is one."""
-    import os
+def deliver(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
+    """Page, tables and pictures as a run beside those compared; of their sweep, where it is one.
+
+    Raises StorageError: what could not be sent is kept.
+    """
+    from contextlib import suppress
 
     from sandbox.ablation_page import plain, tables
 
     # further seeds of a trial are runs beside the sweep
     sweeps = {e.environment.get("sweep") for e in found.entries} - {None}
     sweep = sweeps.pop() if len(sweeps) == 1 else None
-    before = os.environ.get("WANDB_SWEEP_ID")
-    if sweep:
-        os.environ["WANDB_SWEEP_ID"] = sweep
     try:
-        tracker.start(page.parent, plain(found), "report", group)
-    finally:
-        if sweep and before is None:
-            del os.environ["WANDB_SWEEP_ID"]
-    sheet = page.parent / "samples.png"
-    if sheet.is_file():  # first: step 0 is over with what follows
-        tracker.images(0, "samples", [sheet])
-    tracker.page("report", page)
-    for heading, rows in tables(found):
-        tracker.table(heading.partition(" ")[0].lower(), rows)
-    tracker.finish(0)
+        tracker.start(page.parent, plain(found), "report", group, sweep)
+        sheet = page.parent / "samples.png"
+        if sheet.is_file():  # first: step 0 is over with what follows
+            tracker.images(0, "samples", [sheet])
+        tracker.page("report", page)
+        for heading, rows in tables(found):
+            tracker.table(heading.partition(" ")[0].lower(), rows)
+        tracker.finish(0)
+    except Exception as e:  # third-party code and networks
+        with suppress(Exception):
+            tracker.finish(1)
+        raise StorageError(
+            f"the report was not sent ({type(e).__name__}: {e}); it is kept in {page.parent}, and "
+            "the same command sends it again"
+        ) from e
