@@ -5,7 +5,7 @@
     python benchmarks/gpu_training_steps.py --tiny ldm_celebahq_vq4    # its tiny sibling, on a CPU
 
 Weights are random and clips are generated, at the published sizes. The steps are those of
-`sandbox.training.fit`: frozen encoders, first stage, noise, loss, backward, optimizer, average.
+`sandbox.fitting.fit`: frozen encoders, first stage, noise, loss, backward, optimizer, average.
 One step warms up, three are measured, one more is looked at by torch's profiler. A case that does
 not fit is a row that says so. Writes benchmarks/results/training_steps.{json,md}.
 """
@@ -36,11 +36,12 @@ sys.path.insert(0, str(HOME))
 
 from sandbox import checkpoint, compose  # noqa: E402 (the checkout, from wherever this is started)
 from sandbox.config import Root  # noqa: E402
+from sandbox.fitting import fit  # noqa: E402
 from sandbox.module import Trainable  # noqa: E402
 from sandbox.runs import open_run  # noqa: E402
 from sandbox.systems import build_system, clips_per_step  # noqa: E402
 from sandbox.tasks.train_vae import build_autoencoding  # noqa: E402
-from sandbox.training import Training, fit, start  # noqa: E402
+from sandbox.training import Training, start  # noqa: E402
 from sandbox.wiring import wire  # noqa: E402
 
 RESULTS = HOME / "benchmarks" / "results"

@@ -45,9 +45,10 @@ def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[s
     """Loss and gradient norm of every step."""
     from sandbox import compose
     from sandbox.contracts import Diverged
+    from sandbox.fitting import fit
     from sandbox.runs import open_root
     from sandbox.systems import build_system
-    from sandbox.training import fit, start
+    from sandbox.training import start
     from sandbox.wiring import wire
 
     root = compose(

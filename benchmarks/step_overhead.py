@@ -5,7 +5,7 @@
 
 Both sides train the same backbone with the same optimizer, clipping and batches (rendered before).
 The bare loop draws noise and times with torch's global generator and logs nothing. Ours is
-`sandbox.training.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
+`sandbox.fitting.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
 steps, finite checks. Rounds alternate; medians of rounds.
 """
 
@@ -17,6 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from lightning import Callback
 
 from sandbox import compose, registry
 from sandbox.data import Loader
+from sandbox.fitting import fit
 from sandbox.runs import open_run
 from sandbox.systems import build_system
-from sandbox.training import fit, start
+from sandbox.training import start
 from sandbox.wiring import wire
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,28 +86,34 @@ def bare_loop(overrides: list[str], steps: int) -> float:
 class Clock(Callback):
     """When each micro-batch ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *rest: object) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.now())
 
 
-def our_loop(overrides: list[str], steps: int) -> float:
+def our_loop(
+    overrides: list[str],
+    steps: int,
+    logger: str = "logger=null",
+    now: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds per step of `fit` between its 10th and its last step (the checkpoint at the end is
     not in it).
     """
     with tempfile.TemporaryDirectory() as out:
         total = steps + 11
         root = compose(
-            "logger=null", "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}",
+            logger, "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}",
             "checkpoint.every=1000000", f"out={out}",
             f"cache={RESULTS.parent.parent}/outputs/cache", *overrides,
         )  # fmt: skip
         wiring = wire(root)
         with open_run(root.out, "benchmark", {}, "never") as run:
             with start(build_system(wiring, run.folder), run) as training:
-                clock = Clock()
+                clock = Clock(now)
                 fit(training, [clock], threads=torch.get_num_threads())
             return (clock.ends[-2] - clock.ends[9]) / (len(clock.ends) - 11)
 

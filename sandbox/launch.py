@@ -42,6 +42,7 @@ PRELOAD = (
     "sandbox.systems",
     "sandbox.tasks.train",
     "sandbox.tasks.train_vae",
+    "sandbox.fitting",
     "sandbox.training",
     "av",
     "einops",

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sandbox.config import Root
 from sandbox.contracts import Preempted
+from sandbox.fitting import fit
 from sandbox.rank import Rank
 from sandbox.runs import open_root
 from sandbox.systems import build_system
-from sandbox.training import Training, fit, start
+from sandbox.training import Training, start
 from sandbox.wiring import wire
 from tests.helpers import TINY, composed
 

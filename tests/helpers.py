@@ -141,9 +141,10 @@ class Trained:
 
 def train(wiring: Wiring, out: Path) -> Trained:
     """Trains with the real engine in a new run folder below `out`; no scores and no page."""
+    from sandbox.fitting import fit
     from sandbox.runs import open_run
     from sandbox.systems import build_system
-    from sandbox.training import fit, start
+    from sandbox.training import start
 
     root = replace(wiring.root, out=str(out), cache=str(out / "cache"))
     wiring = replace(wiring, root=root)

@@ -25,9 +25,10 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
     import torch
 
     from sandbox.config import received
+    from sandbox.fitting import fit
     from sandbox.runs import opened
     from sandbox.systems import build_system
-    from sandbox.training import fit, start
+    from sandbox.training import start
     from sandbox.wiring import wire
     from tests.engine import Recorder
 

@@ -12,8 +12,8 @@ from torch.nn.functional import dropout
 
 from sandbox import checkpoint
 from sandbox.contracts import Preempted, StorageError
+from sandbox.fitting import fit
 from sandbox.runs import Run
-from sandbox.training import fit
 from sandbox.wiring import wire
 from tests.command import SMALL, folder_of, run_until, said
 from tests.engine import differing, record, session, small, train_until

@@ -21,12 +21,12 @@ from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Diverged, Preempted
 from sandbox.data import Loader, batches
 from sandbox.ema import EMA
+from sandbox.fitting import Stream, fit
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import build_system
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_first_stage, train_vae
-from sandbox.training import Stream, fit
 from sandbox.wiring import first_stage_alone, wire
 from tests.engine import differing, record, session, small
 

@@ -52,11 +52,12 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     `settings` are those of `sandbox.launch.launch_run`.
     """
     from sandbox.config import received
+    from sandbox.fitting import fit
     from sandbox.initialise import init_from
     from sandbox.outcome import check_objective, finish_run
     from sandbox.runs import continues, opened
     from sandbox.systems import build_system, check_weights
-    from sandbox.training import check_best, fit, start
+    from sandbox.training import check_best, start
     from sandbox.wiring import wire
 
     began = time.monotonic()

@@ -99,8 +99,9 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
 
     from sandbox.evaluation import by_pairs
     from sandbox.first_stages import init_first_stage
+    from sandbox.fitting import fit
     from sandbox.runs import continues, opened
-    from sandbox.training import fit, start
+    from sandbox.training import start
 
     check_weights(root, begins=not continues(root))
     by_pairs(root)  # weights that it lacks are missed now

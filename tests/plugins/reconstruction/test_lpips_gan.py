@@ -16,10 +16,11 @@ from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
 from plugins.reconstruction.lpips_gan import LPIPSWithDiscriminator
 from sandbox.autoencoding import Autoencoding
 from sandbox.contracts import ConfigError, Preempted, StorageError
+from sandbox.fitting import fit
 from sandbox.main import checked
 from sandbox.parts import build
 from sandbox.runs import open_root
-from sandbox.training import fit, start
+from sandbox.training import start
 from sandbox.wiring import wire
 from tests.engine import StopAfter, differing
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
