@@ -8,6 +8,7 @@ import torch
 
 from sandbox.config import Root
 from sandbox.contracts import ConfigError
+from sandbox.workers import cores
 
 
 def device_of(root: Root, index: int = 0) -> torch.device:
@@ -35,9 +36,7 @@ def use_threads(root: Root, threads: int | None = None) -> None:
     That is what the loader's workers leave of its part of the cores. Sampling uses as many as
     training did, which sums in the same order.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    share = max(1, cores // root.trainer.processes - root.data.num_workers)
+    share = max(1, cores() // root.trainer.processes - root.data.num_workers)
     said = os.environ.get("OMP_NUM_THREADS", "")
     asked = threads or root.trainer.threads or (int(said) if said.isdigit() else 0)
     torch.set_num_threads(asked or share)

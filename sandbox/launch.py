@@ -200,9 +200,9 @@ def _share(environ: Mapping[str, str], processes: int) -> int:
     """Torch threads of a rank; the variable itself comes too late for a forked rank."""
     if environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(environ["OMP_NUM_THREADS"]))
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, cores // processes)
+    from sandbox.workers import cores
+
+    return max(1, cores() // processes)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from sandbox.plan.build import (
 from sandbox.plan.measure import Measured
 from sandbox.plan.objective import Objective, objective
 from sandbox.plan.published import published
+from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
 from sandbox.plan.wires import Diagram, diagram
 from sandbox.wiring import Wiring
@@ -173,15 +174,20 @@ def steps(
 
     before = encoded(root, sizes, is_cuda)
 
-    def of(on: bool, is_half: bool) -> Measured:
+    def of(job: tuple[bool, bool]) -> Measured:
+        on, is_half = job
         return measured(root, sizes, None if is_on is None else on, is_half, is_cuda, before)
 
-    native = {on: of(on, False) for on in settings}
+    jobs = [(on, False) for on in settings]
+    if root.adapter is None and root.precision != "fp32":
+        jobs.append((bool(is_on), True))
+    found = dict(zip(jobs, side_by_side(of, jobs), strict=True))
+    native = {on: found[on, False] for on in settings}
     if root.adapter is not None:
         return native, {}
     if root.precision == "fp32":
         return native, native
-    return native, {bool(is_on): of(bool(is_on), True)}
+    return native, {bool(is_on): found[bool(is_on), True]}
 
 
 def need_of(root: Root, table: Sequence[Count], parts: dict[str, Any]) -> Need:

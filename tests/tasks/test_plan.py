@@ -1,6 +1,7 @@
 """task=plan: what it counts equals what a real run allocates and computes."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
 from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
+from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import written
 from sandbox.runs import identity_of_work, leaves
@@ -360,3 +362,24 @@ def test_a_report_finds_the_operations_of_a_run_by_its_settings():
     assert planned["work"] == identity_of_work(leaves(to_container(trained)))
     assert planned["work"] != identity_of_work(leaves(to_container(other)))
     assert planned["flops_per_step"] > 0
+
+
+# --- several at once ------------------------------------------------------------------------------
+
+
+def of_process(item: int) -> tuple[int, int]:
+    return item, os.getpid()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_several_are_measured_at_once_where_there_are_cores(monkeypatch, cores):
+    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: cores)
+    found = side_by_side(of_process, [3, 1, 2])
+    assert [item for item, _ in found] == [3, 1, 2]
+    assert len({process for _, process in found}) == (3 if cores > 1 else 1)
+
+
+def test_what_goes_wrong_in_another_process_is_raised_as_it_is(monkeypatch):
+    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: 2)
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(lambda item: 1 // item, [1, 0])
