@@ -94,14 +94,20 @@ class Clock(Callback):
         self.ends.append(self.now())
 
 
-def our_loop(
+def our_loop(overrides: list[str], steps: int) -> float:
+    """Seconds per step of `fit` between its 10th and its last step."""
+    ends = ends_of_steps(overrides, steps)
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
+def ends_of_steps(
     overrides: list[str],
     steps: int,
     logger: str = "logger=null",
     now: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Seconds per step of `fit` between its 10th and its last step (the checkpoint at the end is
-    not in it).
+) -> list[float]:
+    """When so many steps of `fit` began, from the 10th on, and when the last of them ended (the
+    checkpoint at the end is not in it).
     """
     with tempfile.TemporaryDirectory() as out:
         total = steps + 11
@@ -115,7 +121,7 @@ def our_loop(
             with start(build_system(wiring, run.folder), run) as training:
                 clock = Clock(now)
                 fit(training, [clock], threads=torch.get_num_threads())
-            return (clock.ends[-2] - clock.ends[9]) / (len(clock.ends) - 11)
+            return clock.ends[9:-1]
 
 
 def main() -> None:
