@@ -1,8 +1,9 @@
 """A stand-in for the W&B server on loopback: as much of its API as runs, sweeps and agents use.
 
 It takes what the real client sends (GraphQL, file streams, uploads) and keeps it in memory for a
-test to read; its sweeps hand out the trials of a grid, one after the other, and end those that a
-test names.
+test to read. Its sweeps hand out the trials of a grid, or of a search (each range from end to end,
+where the real server would think), one after the other; they end those that a test names, and with
+early_terminate those that are worse than another one at the first bracket.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Run:
 
 @dataclass
 class Sweep:
-    """Its trials are those of the grid; `asked` counts how many an agent has got."""
+    """`asked` counts how many trials an agent has got."""
 
     name: str
     config: dict[str, Any]
@@ -50,12 +51,32 @@ class Sweep:
     again: dict[str, int] = field(default_factory=dict)  # runs handed out twice -> rows before
 
     def trials(self) -> list[dict[str, Any]]:
-        values = {
-            k: p.get("values", [p.get("value")]) for k, p in self.config["parameters"].items()
-        }
-        return [
-            dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
-        ]
+        values = {k: _values(p) for k, p in self.config["parameters"].items()}
+        if self.config["method"] == "grid":
+            return [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
+        count = self.config["run_cap"]
+        return [{k: v[i * len(v) // count] for k, v in values.items()} for i in range(count)]
+
+    def is_worse(self, run: Run, others: list[Run]) -> bool:
+        """Whether hyperband ends it: another one had a better best at the first bracket."""
+        rule, metric = self.config.get("early_terminate"), self.config.get("metric", {})
+        if rule is None:
+            return False
+        sign = -1 if metric["goal"] == "maximize" else 1
+        first = rule["min_iter"]
+
+        def best(of: Run) -> float | None:
+            found = [sign * row[metric["name"]] for row in of.history if metric["name"] in row]
+            return min(found[:first]) if len(found) >= first else None
+
+        own, rest = best(run), [b for o in others if o is not run and (b := best(o)) is not None]
+        return own is not None and bool(rest) and min(rest) < own
+
+
+def _values(parameter: dict[str, Any]) -> list[Any]:
+    if "min" in parameter:
+        return [parameter["min"], parameter["max"]]
+    return parameter.get("values", [parameter.get("value")])
 
 
 @dataclass
@@ -179,7 +200,9 @@ class Server:
         for name in running:
             rows = self.runs[name].history if name in self.runs else []
             limit = self.stop_after.get(name)
-            if limit is not None and len(rows) >= limit + sweep.again.get(name, 0):
+            is_due = limit is not None and len(rows) >= limit + sweep.again.get(name, 0)
+            others = [r for r in self.runs.values() if r.sweep == sweep.name]
+            if is_due or (rows and sweep.is_worse(self.runs[name], others)):
                 sweep.ended.add(name)
                 commands.append({"type": "stop", "id": f"stop-{name}", "run_id": name})
         trials = sweep.trials()

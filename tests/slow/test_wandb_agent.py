@@ -160,5 +160,28 @@ def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monke
     assert any("media/html/report" in name for name in run.files)
 
 
+def test_a_search_ends_trials_that_are_worse_and_they_save_and_leave(tmp_path):
+    """conf/sweep/bayes.yaml, with a rate that trains nothing for the trial that is to be worse."""
+    sweep = yaml.safe_load((CHECKOUT / "conf" / "sweep" / "bayes.yaml").read_text())
+    sweep["parameters"] |= {"lr": {"values": [4e-3, 0.0]}, "steps": {"values": [4, 100_000]}}
+    fixed = [w for w in sweep["command"] if not w.startswith("${")]
+    wide = [s for s in SETTINGS if not s.startswith(("backbone.width", "conditioning.width"))]
+    settings = [*fixed, *wide, "callbacks.val_loss.every=1", "callbacks.val_loss.clips=2",
+                "lr_schedule.warmup=0", f"out={tmp_path}/out", f"cache={tmp_path}"]  # fmt: skip
+    with serving() as server:
+        said = swept(tmp_path, server, {**sweep, "run_cap": 2}, *settings)
+    good, bad = (server.runs[f"sweep0-{i}"] for i in range(2))
+    assert server.sweeps["sweep0"].ended == {"sweep0-1"}, said
+    assert (good.exit_code, bad.exit_code) == (0, 75), said
+    assert len([row for row in good.history if "val/loss" in row]) == 4
+    widths = [r.config["cfg"]["value"]["backbone"]["width"] for r in (good, bad)]
+    assert widths == [32, 64]
+    kept = {p.read_text().strip(): p.parent for p in (tmp_path / "out").glob("*/wandb_id")}
+    assert (kept["sweep0-0"] / "result.json").is_file()
+    assert not (kept["sweep0-1"] / "result.json").exists()
+    assert any((kept["sweep0-1"] / "checkpoints").iterdir())  # to go on from
+    assert server.refused == []
+
+
 def test_the_client_asks_nothing_that_the_stand_in_cannot_answer(trials):
     assert trials[0].refused == []
