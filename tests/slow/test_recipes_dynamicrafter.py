@@ -1,6 +1,6 @@
 """DynamiCrafter's tiny recipes whole: they train, sample, score, and sample from images.
 
-About two minutes of CPU time each, the first stage included, which two of them share.
+About a minute and a half of CPU time each, the first stage included, which two of them share.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(request, tmp_path_factory, cache) -> Path:
 
 def test_it_learns_and_is_scored(run):
     losses = [m["loss"] for m in Run(run).metrics().values() if "loss" in m]
-    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])  # it fell to 0.4 of that where this was written
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])  # it fell to 0.61 of that where written
     scores = json.loads((run / "metrics.json").read_text())["scores"]
     assert {"model", "real clips", "real through first stage"} <= scores.keys()
     assert scores["real through first stage"]["colour"] >= 0.9
@@ -45,11 +45,11 @@ def test_samples_and_checkpoints_come_at_their_moments(run):
     """Samples after every 200 micro-batches, two of them a step; the newest checkpoint of each 90
     steps and the end, and the weights alone of every 100.
     """
-    assert {p.name for p in (run / "samples").glob("step_*")} == {"step_00000100", "step_00000200"}
+    assert {p.name for p in (run / "samples").glob("step_*")} == {"step_00000100"}
     kept = {p.stem for p in (run / "checkpoints").glob("*.ckpt")}
-    assert kept == {"step_00000200"}
+    assert kept == {"step_00000150"}
     weights = {p.name for p in (run / "weights").glob("step_*")}
-    assert weights == {"step_00000100", "step_00000200"}
+    assert weights == {"step_00000100"}
 
 
 def test_images_become_videos(run, tmp_path):
