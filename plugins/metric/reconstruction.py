@@ -28,7 +28,7 @@ class Reconstruction:
 
     @dataclass
     class Config(MetricConfig):
-        """lpips: null (leaves it out), "hub" (536 MB), a folder or a file; "random" for tests."""
+        """lpips: null (leaves it out), "hub" (528 MB), a folder or a file; "random" for tests."""
 
         lpips: str | None = None
 
