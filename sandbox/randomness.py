@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,8 @@ class Shared:
     """The same names with one value for the whole micro-batch: that of its first sample."""
 
     def __init__(self, draws: Keyed) -> None:
-        self.size = len(draws.positions)
-        first = torch.from_numpy(draws.positions[:1])
-        self.first = Keyed(draws.seed, draws.epoch, first, draws.group, draws.device)
+        self.size, self.first = len(draws.positions), copy(draws)
+        self.first.positions = draws.positions[:1]
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         return self.first.normal(name, like[:1]).expand_as(like)

@@ -1,0 +1,121 @@
+"""Nothing of a step or a sample is left on another device than its system, though no GPU is here.
+
+torch's fake tensors have devices that are not there, and refuse to mix them as real ones do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sandbox import registry
+from sandbox.contracts import Batch
+from sandbox.data import batches
+from sandbox.prompts import of_data
+from sandbox.randomness import Keyed
+from sandbox.systems import build_system
+from sandbox.tasks.train_vae import build_autoencoding
+from sandbox.wiring import Wiring
+from tests.helpers import plugin_configs, wired_around
+from tests.inputs import with_clips
+
+GPU = torch.device("cuda", 0)
+GROUPS = ("data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance")
+CONFIGS = {key: cfg for group in GROUPS for key, cfg in plugin_configs(group)}
+LOSSES = dict(plugin_configs("reconstruction"))
+
+
+class Answers(TorchDispatchMode):
+    """Says a number where one asks for the value of a fake tensor: 0, of floats 1/2, 2/3, ..."""
+
+    asked = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._local_scalar_dense.default:
+            return func(*args, **kwargs or {})
+        if not args[0].is_floating_point():
+            return 0
+        self.asked += 1
+        return 1 - 1 / self.asked
+
+
+@contextmanager
+def on_a_gpu(system: Any) -> Iterator[None]:
+    """Inside the block the weights and buffers of `system` are fake ones of a GPU."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def there(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in known:
+            form = tensor.shape, tensor.stride()
+            made: Tensor = torch.empty_strided(*form, dtype=tensor.dtype, device=GPU)
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            known[id(tensor)] = tensor, made
+        return known[id(tensor)][1]
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Answers():
+        for module in system.modules():
+            for own in (module._parameters, module._buffers):
+                own.update({name: there(tensor) for name, tensor in own.items()})
+            if hasattr(module, "_device"):  # as Lightning says it
+                module._device = GPU
+        yield
+
+
+def with_data(wiring: Wiring, folder: Any) -> tuple[Wiring, Batch]:
+    """With two of its clips."""
+    root = replace(wiring.root, data=with_clips(wiring.root.data, folder, wiring.root))
+    batch = next(iter(batches(registry.create(root.data).split("train"), 2, 0)))
+    return replace(wiring, root=root), batch
+
+
+def draws(wiring: Wiring, batch: Batch) -> Keyed:
+    assert batch.position is not None
+    return Keyed(wiring.root.seed, batch.epoch, batch.position, 2, GPU)
+
+
+@pytest.mark.parametrize("key", CONFIGS)
+def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
+    wiring, batch = with_data(wired_around(key.partition("/")[0], CONFIGS[key]), tmp_path)
+    system, keyed = build_system(wiring), draws(wiring, batch)
+    captions = ("a red 3", "a blue 4") if wiring.root.conditioning.needs() & {"captions"} else ()
+    like = of_data(wiring.root, captions, 2)
+    with on_a_gpu(system):
+        terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
+        assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}
+        if "video" in wiring.root.data.provides():  # else it reads its first stage now
+            assert system.eval().sample(like).device == GPU
+
+
+@pytest.mark.parametrize("key", LOSSES)
+def test_a_step_of_a_first_stage_stays_on_its_device(key, tmp_path):
+    loss = LOSSES[key]
+    if hasattr(loss, "lpips"):
+        loss = replace(loss, lpips="random")
+    stages = [cfg for _, cfg in plugin_configs("vae") if cfg.fitted() == "trained"]
+    first_stage = next(cfg for cfg in stages if not any(loss.accepts(cfg)))
+    wiring = wired_around("vae", first_stage)
+    wiring, batch = with_data(
+        replace(wiring, root=replace(wiring.root, reconstruction=loss)), tmp_path
+    )
+    system, keyed = build_autoencoding(wiring.root), draws(wiring, batch)
+    with on_a_gpu(system), torch.no_grad():  # autograd itself wants a driver
+        terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
+        assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}
+
+
+def test_mixed_devices_are_seen():
+    """So that the other tests can fail."""
+    layer = nn.Linear(2, 2)
+    with on_a_gpu(layer), pytest.raises(RuntimeError, match="device"):
+        layer(torch.zeros(1, 2, device="cpu"))
