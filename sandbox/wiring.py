@@ -66,6 +66,9 @@ def wire(root: Root, unasked: frozenset[str] = frozenset()) -> Wiring:
     check = _Check(root, unsound)
     wiring = check.run()
     found += check.found
+    if not found and wiring is not None:  # of what was filled in, too
+        parts = [(path, cfg) for path, cfg in wiring.root.parts() if path not in unsound]
+        found = [f"{path}.{p}" for path, cfg in parts for p in cfg.problems()]
     if found or wiring is None:
         raise ConfigError(*dict.fromkeys(found))
     return wiring

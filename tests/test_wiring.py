@@ -143,6 +143,20 @@ def test_a_wired_configuration_wires_to_itself():
     assert wire(once).root == once
 
 
+def test_what_is_filled_in_is_checked_like_what_is_given():
+    """Else a run would begin that cannot be loaded again."""
+
+    @dataclass
+    class Picky(Network):
+        def problems(self) -> Iterator[str]:
+            if self.context_dim == 0:
+                yield "context_dim=0: want text"
+
+    assert problems(backbone=Picky(), conditioning=untold()) == (
+        "backbone.context_dim=0: want text",
+    )
+
+
 def test_the_task_decides_rate_and_steps_only_where_they_are_open():
     assert wire(root()).root.steps == 1200
     assert wire(root(steps=7, lr=0.0)).root.steps == 7

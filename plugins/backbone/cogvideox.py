@@ -125,7 +125,7 @@ class CogVideoX(nn.Module):
                 if self.sample_height % self.patch_size or self.sample_width % self.patch_size:
                     yield f"sample_height and sample_width: want multiples of {self.patch_size}"
                 elif self.max_text_seq_length == 0:
-                    yield "use_learned_positional_embeddings=True: want text tokens"
+                    yield "use_learned_positional_embeddings=True: want text tokens, or false"
 
         def width(self) -> int:
             return self.num_attention_heads * self.attention_head_dim
