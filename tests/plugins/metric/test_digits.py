@@ -40,6 +40,7 @@ def test_real_clips_score_as_in_the_table(metric, real):
     assert scores["shape"] == pytest.approx(1, abs=1e-3)
     assert scores["realism"] == pytest.approx(0.93, abs=0.02)
     assert scores["diversity"] == pytest.approx(0.30, abs=0.02)
+    assert scores["lanes"] == pytest.approx(1.7, abs=0.1)
     assert scores["speed"] == pytest.approx(1, abs=1e-4)
 
 
@@ -83,7 +84,7 @@ def test_the_conditional_mean_passes_all_but_digit_and_diversity(metric, real):
     assert scores["shape"] == pytest.approx(1, abs=0.01)
     assert scores["realism"] == pytest.approx(0.90, abs=0.04)
     assert scores["digit"] <= 0.2
-    assert scores["diversity"] == 0
+    assert scores["diversity"] == scores["lanes"] == 0
 
 
 def test_noise_scores_at_chance(metric, real):
@@ -94,6 +95,30 @@ def test_noise_scores_at_chance(metric, real):
     assert scores["colour"] == pytest.approx(1 / 6, abs=0.08)
     assert scores["digit"] == pytest.approx(1 / 10, abs=0.07)
     assert scores["shape"] == pytest.approx(0, abs=0.05)
+    assert scores["lanes"] < 0.1
+
+
+@pytest.mark.parametrize("gain", [0.6, 2])
+def test_brighter_clips_are_farther_apart_but_in_the_same_lanes(metric, real, gain):
+    video, captions = real
+    scores, brighter = metric.score(*real), (gain * (video + 1) - 1).clamp(-1, 1)
+    found = metric.score(brighter, captions)
+    assert (found["diversity"] / scores["diversity"] - 1) / (gain - 1) > 0.2
+    assert found["lanes"] == pytest.approx(scores["lanes"], rel=0.03)
+
+
+@pytest.mark.parametrize("direction, across", [("left", 2), ("up", 3)])
+def test_lanes_are_apart_across_the_motion_alone(metric, real, direction, across):
+    video, captions = real
+    row = next(i for i, c in enumerate(captions) if c.endswith(direction))
+    clip = video[row, :, 2:7]  # of (3, T, H, W), where it is not at the edge
+
+    def apart(axis: int) -> float:
+        both = torch.stack([clip, clip.roll(1, axis)])
+        return metric.score(both, [captions[row]] * 2)["lanes"]
+
+    assert apart(across) == pytest.approx(1, abs=1e-4)
+    assert apart(5 - across) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_black_clip_has_neither_colour_nor_direction(metric, real):
@@ -132,7 +157,7 @@ def test_images_are_scored_without_motion(metric, real):
 
 def test_one_clip_of_each_caption_has_no_diversity(metric, real):
     video, captions = real
-    assert "diversity" not in metric.score(video[:48], captions[:48])
+    assert not {"diversity", "lanes"} & metric.score(video[:48], captions[:48]).keys()
 
 
 def test_every_score_has_a_meaning(metric, real):
