@@ -116,7 +116,8 @@ class Order:
 
     Iterating gives what is left of the epoch. `batch_of`: clips of a size for one rank; a global
     micro-batch has `world` times as many. The last one of each size in an epoch holds what is left,
-    cut to a multiple of `world`, or there is none with `drop_incomplete`.
+    cut to a multiple of `world`, or there is none with `drop_incomplete`. With `turns` there is one
+    micro-batch of each size, then the next of each; what other sizes have more is left out.
     """
 
     buckets: Buckets
@@ -124,6 +125,7 @@ class Order:
     rank: int
     world: int
     drop_incomplete: bool = False
+    turns: bool = False
     epoch: int = 0
     taken: int = 0
     _planned: tuple[int, Cut, np.ndarray] | None = None  # epoch, all batches, those that are kept
@@ -175,6 +177,10 @@ class Order:
                 plan = plan.taken(keyed(seed, "order of batches", epoch).permutation(len(plan)))
             least = np.array(lengths)[plan.codes] if self.drop_incomplete else self.world
             kept = np.flatnonzero(plan.stops - plan.starts >= least)
+            if self.turns:
+                of_each = [kept[plan.codes[kept] == code] for code in range(len(sizes))]
+                rounds = min(map(len, of_each))
+                kept = np.stack([places[:rounds] for places in of_each], 1).ravel()
             self._planned = epoch, plan, kept
         return self._planned[1:]
 
@@ -183,9 +189,9 @@ class Loader:
     """Micro-batches of one rank; an iterator goes from where the loader stands to the epoch's end.
 
     `batch_of`: clips of a size, where items have several (default: `batch_size`). The state counts
-    what was handed out, not what workers prepare ahead. Raises DataError (exit code 3) without
-    data, with less than one global micro-batch, with more than `max_bad` different bad items
-    (counted by each process, in `bad`), and where no good item is found.
+    what was handed out, not what workers prepare ahead. `turns`: see `Order`. Raises DataError
+    (exit code 3) without data, with less than one global micro-batch, with more than `max_bad` different
+    bad items (counted by each process, in `bad`), and where no good item is found.
     """
 
     def __init__(
@@ -199,13 +205,14 @@ class Loader:
         max_bad: int = 100,
         batch_of: Callable[[Clip], int] | None = None,
         drop_incomplete: bool = False,
+        turns: bool = False,
     ) -> None:
         def clips_of(size: Size) -> int:
             return batch_size if size is None or batch_of is None else batch_of(size)
 
         self.stride = batch_size * world
         buckets = Buckets(items, seed)
-        self.order = Order(buckets, clips_of, rank, world, drop_incomplete)
+        self.order = Order(buckets, clips_of, rank, world, drop_incomplete, turns)
         self.sizes = self.order.sizes()
         self._enough(batch_size)
         self.max_bad = max_bad

@@ -261,6 +261,17 @@ def test_sizes_come_in_no_order():
     assert sorted(widths, reverse=True) != widths
 
 
+def test_sizes_that_take_turns_have_a_batch_of_each_in_every_round():
+    one = sized(200, turns=True)
+    for _ in range(2):
+        seen = [*one]
+        widths = [b.video.shape[-1] for b in seen]
+        assert len(seen) == len(one)
+        assert widths == widths[:3] * (len(widths) // 3) and len({*widths[:3]}) == 3
+        captions = [c for b in seen for c in b.captions]
+        assert len({*captions}) == len(captions)
+
+
 def test_incomplete_batches_of_each_size_are_dropped_where_that_is_asked_for():
     one = sized(43, drop_incomplete=True)
     assert [b.size for b in one if b.size != batch_of(Clip(*b.video.shape[1:]))] == []

@@ -71,7 +71,8 @@ class MovingDigits:
         of speed 1, told in whole frames a second; a faster one skips frames, so its rate is less.
 
         distinct: so many different training clips, the same for every seed, null: they never
-        repeat; stills: share of the training clips that are pictures, in batches of their own;
+        repeat; pictures: so many come with each training clip, in micro-batches that take turns
+        with those of clips (trainer.accumulate=2: both in a step);
         backdrops: each clip has a grey backdrop of its own, from black to this (1 is white).
         """
 
@@ -81,7 +82,7 @@ class MovingDigits:
         random_speed: bool = False
         fps: float | None = None
         distinct: int | None = None
-        stills: float = 0.0
+        pictures: int = 0
         backdrops: float = 0.0
 
         def problems(self) -> Iterator[str]:
@@ -92,7 +93,7 @@ class MovingDigits:
             yield from in_range("speed", self.speed, 1)
             yield from above("fps", self.fps, 0)
             yield from in_range("distinct", self.distinct, 1)
-            yield from in_range("stills", self.stills, 0, 0.9)
+            yield from in_range("pictures", self.pictures, 0)
             yield from in_range("backdrops", self.backdrops, 0, 1)
             for name in ("height", "width"):
                 yield from in_range(name, getattr(self, name), SCAN)
@@ -106,10 +107,16 @@ class MovingDigits:
 
         def clips(self) -> tuple[Clip, ...]:
             (clip,) = super().clips()
-            return (clip, replace(clip, frames=1)) if self.stills and self.frames > 1 else (clip,)
+            return (clip, replace(clip, frames=1)) if self.pictures and self.frames > 1 else (clip,)
+
+        def batch_of(self, clip: Clip) -> int:
+            return self.batch_size * (1 if clip == self.clips()[0] else self.pictures)
+
+        def takes_turns(self) -> bool:
+            return True
 
         def whole(self) -> Self:
-            return replace(self, distinct=None, stills=0.0)
+            return replace(self, distinct=None, pictures=0)
 
         def provides(self) -> frozenset[str]:
             told = {"digit_captions"} if not self.backdrops else set()  # read off black alone
@@ -159,7 +166,8 @@ class Mixed(Train):
     """Clips and pictures; a picture is the first frame of a clip."""
 
     def bucket(self, index: int, rng: np.random.Generator) -> Clip:
-        return self.cfg.clips()[int(rng.random() < self.cfg.stills)]
+        pictures = self.cfg.pictures
+        return self.cfg.clips()[int(rng.random() * (1 + pictures) < pictures)]
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         size = self.bucket(index, rng)

@@ -266,6 +266,12 @@ class DataConfig(PluginConfig):
         """Clips of this size per process and micro-batch."""
         return self.batch_size
 
+    def takes_turns(self) -> bool:
+        """Whether micro-batches of each size come in turn, so that with as many of them a step has
+        one of each; else in no order.
+        """
+        return False
+
     def stored(self) -> str | None:
         """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
         return None

@@ -1,6 +1,7 @@
 """Moving digits: what a clip shows, what is held out, which sizes fit."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from plugins.data.moving_digits import COLOURS, MovingDigits, scans_by_digit
 from sandbox.contracts import Clip
+from sandbox.data import Loader
 from sandbox.randomness import keyed
 
 CONFIG = MovingDigits.Config()
@@ -136,7 +138,7 @@ def test_the_length_of_an_epoch_is_a_setting():
         ({"clips_per_epoch": 0}, "clips_per_epoch=0: want >= 1"),
         ({"root": "scans"}, "root='scans': want null"),
         ({"distinct": 0}, "distinct=0: want >= 1"),
-        ({"stills": 1.0}, "stills=1.0: want 0 to 0.9"),
+        ({"pictures": -1}, "pictures=-1: want >= 0"),
         ({"backdrops": 2.0}, "backdrops=2.0: want 0 to 1"),
     ],
 )
@@ -181,14 +183,16 @@ def test_of_distinct_clips_no_more_are_shown_and_validation_keeps_all():
     assert len(source(distinct=10).split("val")) == 192
 
 
-def test_stills_are_the_first_frames_of_a_share_of_the_clips():
-    cfg = replace(CONFIG, stills=0.25)
+def test_pictures_are_first_frames_and_so_many_come_with_each_clip():
+    cfg = replace(CONFIG, pictures=3, batch_size=4, clips_per_epoch=400)
     items = MovingDigits(cfg).split("train")
     sizes = [items.bucket(i, keyed(i)) for i in range(400)]
     clips = [items.load(i, keyed(i))["video"] for i in range(40)]
     assert [Clip(*clip.shape) for clip in clips] == sizes[:40]
-    assert 0.15 < sum(size.frames == 1 for size in sizes) / 400 < 0.35
-    assert {size.frames for size in sizes} == {clip.frames for clip in cfg.clips()} == {1, 9}
+    assert 0.65 < sum(size.frames == 1 for size in sizes) / 400 < 0.85
+    loader = Loader(items, 4, 0, batch_of=cfg.batch_of, turns=cfg.takes_turns())
+    shapes = [tuple(batch.video.shape[::2]) for batch in islice(loader, 8)]  # (clips, frames, W)
+    assert shapes == [(12, 1, 16), (4, 9, 16)] * 4
     assert not hasattr(source().split("train"), "bucket")
 
 
@@ -203,5 +207,5 @@ def test_backdrops_are_grey_and_of_every_brightness():
 
 
 def test_what_is_learned_from_all_clips_is_the_same_whatever_part_is_trained_on():
-    cfg = replace(CONFIG, distinct=10, stills=0.5, backdrops=0.3)
+    cfg = replace(CONFIG, distinct=10, pictures=4, backdrops=0.3)
     assert cfg.whole() == replace(CONFIG, backdrops=0.3)
