@@ -190,8 +190,8 @@ class Loader:
 
     `batch_of`: clips of a size, where items have several (default: `batch_size`). The state counts
     what was handed out, not what workers prepare ahead. `turns`: see `Order`. Raises DataError
-    (exit code 3) without data, with less than one global micro-batch, with more than `max_bad` different
-    bad items (counted by each process, in `bad`), and where no good item is found.
+    (exit code 3) without data, with less than one global micro-batch, with more than `max_bad`
+    different bad items (counted by each process, in `bad`), and where no good item is found.
     """
 
     def __init__(
