@@ -25,6 +25,7 @@ from sandbox.parts import build_parts
 from sandbox.progress import Progress
 
 CHUNK = 96  # clips sampled at a time, small ones
+THROUGH = 32  # clips that go through a first stage at a time, small ones
 PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
 Between = Callable[[], None]
 Watch = Callable[[int, int], None]
@@ -128,7 +129,7 @@ def generate(
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
-    at_once = max(1, min(CHUNK, PIXELS // (clip.frames * clip.height * clip.width)))
+    at_once = _at_once(clip, CHUNK)
     starts = range(0, like.size, at_once)
     made: list[Tensor] = []
     with Progress(what, len(starts) * calls) as progress:
@@ -145,6 +146,10 @@ def generate(
             part = take(like, start, start + at_once)
             made.append(system.sample(part, clip, steps=calls, progress=show).cpu())
     return torch.cat(made)
+
+
+def _at_once(clip: Clip, most: int) -> int:
+    return max(1, min(most, PIXELS // (clip.frames * clip.height * clip.width)))
 
 
 def _size(system: LatentDiffusion, like: Batch) -> Clip:
@@ -213,17 +218,21 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
 
 
 @torch.no_grad()
+def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
+    """Clips (N, 3, T, H, W) on the CPU through a first stage on `device`; in [-1, 1]."""
+    parts = video.split(_at_once(Clip(*video.shape[1:]), THROUGH))
+    return torch.cat([through(first_stage, x.to(device)).cpu() for x in parts]).clamp(-1, 1)
+
+
+@torch.no_grad()
 def _through(system: LatentDiffusion, real: Batch) -> Tensor:
     """Real clips through the first stage, from their pixels or their stored latents."""
     first_stage, parts = system.first_stage, []
-    clips = real.video if real.video is not None else real.stored
-    assert clips is not None  # data bring one of them
     with system.at_work(first_stage):
-        for part in clips.split(32):
-            part = part.to(system.device)
-            if real.video is not None:
-                parts.append(through(first_stage, part).cpu())
-            else:
-                z = first_stage.scaled(first_stage.posterior(part).mean)
-                parts.append(first_stage.decode(z).cpu())
+        if real.video is not None:
+            return reconstructed(first_stage, real.video, system.device)
+        assert real.stored is not None  # data bring one of them
+        for part in real.stored.split(_at_once(_size(system, real), THROUGH)):
+            z = first_stage.scaled(first_stage.posterior(part.to(system.device)).mean)
+            parts.append(first_stage.decode(z).cpu())
     return torch.cat(parts).clamp(-1, 1)

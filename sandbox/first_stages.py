@@ -99,8 +99,11 @@ def _plain(root: Root) -> Root:
     return replace(root, data=root.data.whole(), precision="fp32", trainer=trainer, **fixed)
 
 
-def calibrate(root: Root, first_stage: Any) -> None:
-    """Measures the scale of the latents on training clips, where it is left to the data."""
+def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
+    """Measures the scale of the latents on training clips, where it is left to the data.
+
+    `device`: where the first stage is.
+    """
     train = registry.create(root.data.whole()).split("train")
 
     def some() -> Iterator[torch.Tensor]:
@@ -108,7 +111,7 @@ def calibrate(root: Root, first_stage: Any) -> None:
             if i * 64 >= CALIBRATION_CLIPS:
                 return
             assert batch.video is not None  # `batches` loads clips
-            yield batch.video
+            yield batch.video.to(device)
 
     first_stage.calibrate(some())
 

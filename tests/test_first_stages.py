@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sandbox import checkpoint, registry
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.first_stages import KEPT, cached, load_weights, prepare_first_stage
+from sandbox.evaluation import reconstructed
+from sandbox.first_stages import KEPT, cached, calibrate, load_weights, prepare_first_stage
 from sandbox.parts import build
 from sandbox.systems import build_system, load_system
 from sandbox.wiring import wire
@@ -180,3 +182,17 @@ def quick(vae):
     kind = type(vae)
     recipe = replace(vae.recipe(), steps=2)
     return type("Quick", (kind,), {"recipe": lambda self: recipe})(**vars(vae))
+
+
+def test_a_first_stage_on_a_gpu_is_calibrated_and_measured_there():
+    """FakeTensorMode has devices that are not there, and refuses to mix them as a real one does."""
+    root = small("vae=kl", "vae.ch=8", "vae.num_groups=4", "data.clips_per_epoch=4")
+    gpu, video = torch.device("cuda", 0), torch.zeros(2, 3, 1, 16, 16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with gpu:
+            first_stage = registry.create(root.vae)
+        with pytest.raises(RuntimeError, match="same device"):
+            first_stage.encode(video)
+        calibrate(root, first_stage, gpu)
+        made = reconstructed(first_stage, video, gpu)
+        assert (made.device.type, made.shape) == ("cpu", video.shape)

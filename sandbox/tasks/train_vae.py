@@ -159,19 +159,19 @@ def _finish(training: Any) -> dict[str, Any]:
     import torch
 
     from sandbox import checkpoint, media, registry
-    from sandbox.autoencoding import psnr, through
-    from sandbox.evaluation import by_pairs, gather
+    from sandbox.autoencoding import psnr
+    from sandbox.evaluation import by_pairs, gather, reconstructed
     from sandbox.first_stages import calibrate
 
     root, run, system = training.root, training.run, training.system
     task, first_stage = root.task, system.first_stage
     with training.averaged(), torch.no_grad():
         system.eval()
-        calibrate(root, first_stage)
+        calibrate(root, first_stage, system.device)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
         video = val.video
         assert video is not None  # gathered
-        made = torch.cat([through(first_stage, part) for part in video.split(32)]).clamp(-1, 1)
+        made = reconstructed(first_stage, video, system.device)
         checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
