@@ -30,6 +30,7 @@ IN_DIFFUSERS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 LEAST_SIGNAL = 1e-10  # abar at the end: less drowns in the rounding of float32
 T_DRAWS = ("independent", "stratified")
 REACH_T = ("trailing", "linspace")
+FAR = 0.7  # share of the times below which the first one is not taken for noise
 SPACINGS = (*REACH_T, "leading", "uniform", "quad")
 
 
@@ -165,6 +166,13 @@ class DDPM:
                 yield from one_of("spacing", spacing, SPACINGS)
             if steps > self.timesteps:
                 yield f"steps={steps}: want 1 to {self.timesteps}, as many as the schedule has"
+            elif spacing == "leading" and not self.ends_in_noise():
+                first = (steps - 1) * (self.timesteps // max(steps, 1))
+                if first < FAR * self.timesteps:
+                    yield (
+                        f"spacing='leading': with steps={steps} the first time is {first} of "
+                        f"{self.timesteps}, far from noise; want spacing=trailing, or other steps"
+                    )
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -334,6 +334,18 @@ def test_a_spacing_must_reach_the_end_where_that_is_noise():
     assert problem.startswith("spacing='uniform'") and "trailing" in problem
 
 
+@pytest.mark.parametrize(("steps", "first"), [(1, 0), (600, 599)])
+def test_leading_is_refused_where_it_begins_far_from_noise(steps, first):
+    """Sampling starts from pure noise at the first time, whatever that is."""
+    cfg = DDPM.Config()
+    assert DDPM(cfg).times(steps, "leading")[0] == first
+    (problem,) = cfg.spacing_problems(steps, "leading")
+    assert f"the first time is {first} of 1000" in problem and "trailing" in problem
+    assert not any(
+        list(cfg.spacing_problems(n, "leading")) for n in (4, 20, 30, 50, 150, 250, 1000)
+    )
+
+
 def test_more_steps_than_times_are_refused():
     (problem,) = DDPM.Config(timesteps=10).spacing_problems(11, "trailing")
     assert problem.startswith("steps=11")
