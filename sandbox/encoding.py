@@ -3,7 +3,8 @@ encoder, into shards whose keys are hashes of all that decides what comes out.
 
 A key holds the pixels that go in, the settings and weights of the network, and the precision; what
 has another key is made anew, what has the same is found. A second key, of the files and settings
-that pixels come from, spares decoding them again. The index is written last, at once.
+that pixels come from, spares decoding them again. The index is written last, at once. What data
+draw at random for each epoch is stored as epoch 0 has it, and `drawn` in the row of the clip.
 """
 
 from __future__ import annotations
@@ -117,8 +118,17 @@ def _say(folder: Path, index: dict[str, Any], made: int) -> None:
     for name, reason in index["bad"].items():
         print(f"  left out {name}: {reason}", flush=True)
     also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
+    rows = [row for split in index["splits"].values() for row in split]
+    if drawn := sum(row.get("drawn", False) for row in rows):
+        data = index["data"]["plugin"].rpartition("/")[2]
+        print(
+            f"  {drawn} of {len(rows)} clips are drawn at random by data={data} (start, crop, "
+            "captions left out), in each epoch anew; they are stored as epoch 0 has them, and "
+            "training on latents sees nothing else of them",
+            flush=True,
+        )
     frames, height, width = index["clip"][1:]
-    found = {"x".join(map(str, row["size"])) for rows in index["splits"].values() for row in rows}
+    found = {"x".join(map(str, row["size"])) for row in rows}
     if further := sorted(found - {f"{frames}x{height}x{width}"}):
         also += f" 'data.buckets=[{','.join(further)}]'"
     print(
@@ -276,7 +286,10 @@ class Writer:
         return _hash(self.networks.of_latents, data, *where)
 
     def _encoded(self, items: Items, index: int) -> dict[str, Any]:
-        sample = items.load(index, keyed(self.root.seed, "data", 0, items.id(index)))
+        own = self.root.seed, "data", 0, items.id(index)
+        rng = keyed(*own)
+        sample = items.load(index, rng)
+        is_drawn = rng.random() != keyed(*own).random()  # some numbers are gone
         key = _hash(self.networks.of_latents, *pixels_of(sample))
         if key not in self.places["latents"]:
             tensors = self.networks.latents(sample)
@@ -284,7 +297,8 @@ class Writer:
             self.made += 1
         scalars = {name: float(sample[name]) for name in sorted(SCALARS.intersection(sample))}
         size = list(sample["video"].shape[1:])
-        return {"caption": sample.get("caption"), "scalars": scalars, "latents": key, "size": size}
+        row = {"caption": sample.get("caption"), "scalars": scalars, "latents": key, "size": size}
+        return row | ({"drawn": True} if is_drawn else {})
 
     def _count(self, name: str, reason: str) -> None:
         self.bad[name] = reason

@@ -111,6 +111,29 @@ def test_clips_of_several_sizes_are_stored_in_them_and_have_the_same_losses(fold
         registry.create(from_cache(root).data).split("train")
 
 
+def test_what_an_epoch_draws_is_stored_once_and_that_is_said(folder, capsys):
+    """Uncached training sees another part of a long video in each epoch."""
+    root = settings(folder)
+    encode_all(root, Rank())
+    assert "at random" not in capsys.readouterr().out
+    name = registry.create(root.data).split("train").rows[0].video
+    for path in (folder / "videos").iterdir():
+        path.with_suffix(".txt").write_text("a digit")
+    write_video(folder / name, video(Clip(3, 12, 16, 16), 1)[0], 8.0)
+    files = replace(registry.default("data", "video_folder"), root=str(folder), frames=9, height=16,
+                    width=16, batch_size=1)  # fmt: skip
+    for start, count in (
+        ("random", 1),
+        ("random", 1),
+        ("centre", 0),
+    ):  # found again the second time
+        encode_all(replace(root, data=replace(files, start=start)), Rank())
+        said = "1 of 6 clips are drawn at random by data=video_folder" in capsys.readouterr().out
+        index = json.loads((folder.parent / "cache" / "index.json").read_text())
+        drawn = [row.get("drawn", False) for row in index["splits"]["train"]]
+        assert (said, sum(drawn)) == (bool(count), count)
+
+
 def with_t5(folder: Path, tmp_path: Path, *more: str) -> Root:
     """A system with a small released text encoder."""
     cfg = released(tmp_path / "t5")

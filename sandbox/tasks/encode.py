@@ -25,7 +25,8 @@ class Encode:
 
         splits: which are stored; shard_mb: size that a shard does not exceed, in MB; prompts:
         captions of no clip whose embeddings are stored, too, to sample with; prune: what is stored
-        and no longer asked for is deleted, which else stays to be found again.
+        and no longer asked for is deleted, which else stays to be found again. What data draw at
+        random in each epoch anew (start, crop, captions left out) is stored as epoch 0 has it.
         """
 
         to: str = "outputs/latents"
