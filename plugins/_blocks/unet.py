@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels import group_norm
+from plugins._blocks.checkpointing import checkpointed
 from sandbox.contracts import Conditions
 
 GROUPS = 32  # as published, in every norm
@@ -72,19 +71,6 @@ def zeroed(layer: nn.Module) -> nn.Module:
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
-
-
-def checkpointed(
-    on: bool, f: Callable[..., Tensor], *args: Tensor | int | None, random: bool = False
-) -> Tensor:
-    """f(*args); where `on`, its activations are computed again in the backward pass.
-
-    Outputs and gradients are the same, and parameters may be frozen. `random`: f draws dropout,
-    which must be the same the second time.
-    """
-    if on and torch.is_grad_enabled():
-        return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=random)
-    return f(*args)
 
 
 class Norm(nn.GroupNorm):
@@ -203,7 +189,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, frames: int = 1) -> Tensor:
         """x (N, C, H, W), emb (n, E) of N / n consecutive pictures each -> (N, C', H', W')."""
-        return checkpointed(self.use_checkpoint, self.run, x, emb, frames, random=self.training)
+        return checkpointed(self.use_checkpoint, self, x, emb, frames, run=self.run)
 
     def tell(self, x: Tensor, told: Told) -> Tensor:
         return self(x, told.emb, told.frames)
@@ -247,7 +233,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpointed(self.use_checkpoint, self.run, x)
+        return checkpointed(self.use_checkpoint, self, x, run=self.run)
 
     def run(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))  # (N, 3C, S)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import kernels
 from plugins._blocks.attention import attend
-from plugins._blocks.unet import Norm, Told, checkpointed, zeroed
+from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.unet import Norm, Told, zeroed
 
 PROJECTIONS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d}
 
@@ -174,7 +175,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, *told: Tensor | None) -> Tensor:
-        return checkpointed(self.use_checkpoint, self.run, x, *told)
+        return checkpointed(self.use_checkpoint, self, x, *told, run=self.run)
 
     def run(self, x: Tensor, *told: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))

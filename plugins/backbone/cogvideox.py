@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import sinusoids
 from plugins._blocks.grid_tables import (
     cached_sinusoidal_table,
@@ -237,12 +237,8 @@ class CogVideoX(nn.Module):
         mask = None if cond.context_mask is None else seen(cond.context_mask, x.shape[1])
         rope = self.rotary(frames, (grid[0], grid[1]), x.device)
         for block in self.transformer_blocks:
-            if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                text, x = checkpoint(
-                    block, text, x, emb, rope, mask, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                text, x = block(text, x, emb, rope, mask)
+            told = (emb, rope, mask)
+            text, x = checkpointed(cfg.gradient_checkpointing, block, text, x, *told)
         shift, scale = self.norm_out(emb)
         x = self.proj_out(modulated(self.norm_out.norm(self.norm_final(x)), shift, scale))
         return rearrange(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
+from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
 from plugins._blocks.motion import MotionModule
 from plugins._blocks.skips import long_skips, through
@@ -229,9 +229,7 @@ class DiT(nn.Module):
 
         def step(block: Block, x: Tensor) -> Tensor:
             told = (c, cond.context, cond.context_mask, height)
-            if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(block, x, *told, use_reentrant=False, preserve_rng_state=False)
-            return block(x, *told)
+            return checkpointed(cfg.gradient_checkpointing, block, x, *told)
 
         x = through([partial(step, block) for block in self.blocks], self.skips, x)
         shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)

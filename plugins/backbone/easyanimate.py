@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.motion import MotionModule, frame_sinusoids
 from plugins._blocks.skips import long_skips, through
 from plugins._blocks.unet import timestep_embedding, zeroed
@@ -225,12 +225,7 @@ class EasyAnimate(nn.Module):
                 bias = (~cond.context_mask.bool()).to(x.dtype) * -10_000.0  # (B, L), as published
 
         def step(block: Block, x: Tensor) -> Tensor:
-            if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                return checkpoint(
-                    block, x, modulation, context, bias,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            return block(x, modulation, context, bias)
+            return checkpointed(cfg.gradient_checkpointing, block, x, modulation, context, bias)
 
         blocks = [lambda x, block=block: step(block, x) for block in self.transformer_blocks]
         x = through(blocks, self.long_connect_fc, x)

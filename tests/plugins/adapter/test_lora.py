@@ -222,6 +222,26 @@ def test_every_backbone_takes_an_adapter_at_the_layers_that_it_names(name) -> No
     assert any(g.any() for n, g in grads.items() if ".lora_B." in n)
 
 
+@needs_peft
+@pytest.mark.parametrize("name", [p.name for p in registry.plugins("backbone")])
+def test_dropout_of_an_adapter_is_the_same_where_activations_are_made_twice(name) -> None:
+    wiring = wired_around("backbone", registry.default("backbone", name))
+    cfg, (grid, *_), (slots, *_) = wiring.root.backbone, wiring.grids, wiring.slots
+    switch = "use_checkpoint" if hasattr(cfg, "use_checkpoint") else "gradient_checkpointing"
+    grads = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = registry.create(replace(cfg, **{switch: on}))
+        adapted(model, rank=2, dropout=0.5)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        z = tensor(2, *sizes(grid))
+        model(z, torch.tensor([10.0, 900.0]), conditions(slots, grid)).square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for n, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][n], grad, msg=lambda said, n=n: f"{n}: {said}")
+
+
 def test_an_adapter_wants_weights_to_begin_with() -> None:
     with pytest.raises(ConfigError, match="name its weights with init_from=FOLDER"):
         compose(*TINY, "adapter=lora")
