@@ -20,6 +20,8 @@ from sandbox.runs import IGNORED, Run, identity_of_work, leaves, matches, read_j
 from sandbox.statistics import LEAST_PROMPTS, LEAST_SEEDS, Estimate, holm, of_prompts, of_seeds
 
 ASIDE = (*IGNORED, "seed", "task")  # settings that make no variant
+# Settings of data that change neither clips nor who is held out.
+LOADING = ("batch_size", "bucket_batch_sizes", "drop_incomplete", "max_bad", "num_prompts")
 TRAINED_BY = "task/train"
 MOST_NAMED = 5
 COSTS = {  # key in a run's cost -> heading
@@ -60,6 +62,11 @@ class Entry:
     def protocol(self, name: str) -> dict[str, str]:
         """How `name` was computed, dotted name -> value; empty where the run does not say."""
         return leaves(self.metrics.get("protocols", {}).get(name, {}))
+
+    @property
+    def held_out(self) -> dict[str, str]:
+        """Number and hashes of the validation clips; empty where the run does not say."""
+        return leaves((self.environment.get("data") or {}).get("val") or {})
 
     @cached_property
     def costs(self) -> dict[str, float]:
@@ -372,6 +379,7 @@ def comparable(entries: Sequence[Entry]) -> tuple[list[str], dict[str, str]]:
         first = entries[0].protocol(name)
         other = next((e for e in entries if e.protocol(name) != first), None)
         lacking = next((e for e in entries if name not in e.values), None)
+        judged = _judged_apart(entries, name)
         if lacking is not None:
             refused[name] = f"{name} is not compared: {lacking.folder.name} has none"
         elif other is not None:
@@ -380,9 +388,21 @@ def comparable(entries: Sequence[Entry]) -> tuple[list[str], dict[str, str]]:
                 + _apart(first, other.protocol(name))
                 + f" in {entries[0].folder.name} and {other.folder.name})"
             )
+        elif judged:
+            refused[name] = (
+                f"{name} is not compared: {judged[0].folder.name} and {judged[1].folder.name} "
+                "were judged on different held-out clips"
+            )
         else:
             names.append(name)
     return names, refused
+
+
+def _judged_apart(entries: Sequence[Entry], name: str) -> list[Entry]:
+    """The first two of different held-out clips; none where all that say so had the same."""
+    told = [e for e in entries if e.held_out and e.protocol(name).get("split") == '"val"']
+    others = [e for e in told if e.held_out != told[0].held_out]
+    return [told[0], others[0]] if others else []
 
 
 def _apart(one: Mapping[str, str], other: Mapping[str, str]) -> str:
@@ -467,6 +487,12 @@ def _notes(found: Found, variants: Sequence[Variant], follows: Sequence[str]) ->
         yield "Not every variant has the same seeds; differences are of those that both have."
     if follows:
         yield f"Follow from the settings shown: {', '.join(follows)}."
+    of_data = [n.partition(".")[2] for n in variants[0].settings if n.startswith("data.")]
+    if shown := [f"data.{name}" for name in of_data if name not in LOADING]:
+        yield (
+            f"Clips depend on {', '.join(shown)}: a score is of the held-out clips of its own run, "
+            "and a distance to real clips is to those."
+        )
     if min(len(v.runs) for v in variants) < LEAST_SEEDS:
         yield (
             f"An interval wants {LEAST_SEEDS} seeds, or scores of {LEAST_PROMPTS} prompts; "

@@ -178,6 +178,25 @@ def test_numbers_of_different_protocols_are_not_mixed(tmp_path):
         compared(tmp_path, metrics=["digit"])
 
 
+def test_scores_on_other_held_out_clips_are_not_mixed(tmp_path):
+    """As of data.root=curated,raw: everything that a protocol says is the same."""
+    judged = PROTOCOL | {"split": "val"}
+    folders = [run(tmp_path, "dit", 1e-3, 0, 0.5, protocol=judged, data={"root": r}) for r in "abc"]
+
+    def told(hashes: str) -> list[str]:
+        for folder, ids in zip(folders, hashes, strict=True):
+            data = {"train": {"clips": 9, "ids": ids}, "val": {"clips": 8, "ids": ids}}
+            facts = {"data": data} if ids != "?" else {}
+            (folder / "environment.json").write_text(json.dumps(facts))
+        found = compared(tmp_path)
+        assert found.columns == ["data.root"]
+        assert any("Clips depend on data.root" in note for note in found.notes)
+        return found.metrics
+
+    assert told("xyx") == told("?xy") == ["loss"]
+    assert told("xxx") == told("x?x") == ["digit", "loss"]
+
+
 def evaluation(folder: Path, number: int, score: float, protocol: dict) -> None:
     """What task=evaluate leaves in a run folder."""
     (folder / "evaluations").mkdir(exist_ok=True)
