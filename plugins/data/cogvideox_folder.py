@@ -55,8 +55,8 @@ class CogVideoXFolder:
         this kind to validate on; without it `val_fraction` of the videos is held out, by the hash
         of their names.
 
-        With `buckets` a clip goes to the most frames that its video has (else to the fewest), and
-        among the sizes with so many to the one whose aspect is nearest, then to the nearest in
+        With `buckets` a clip goes to the most frames that its video has, frame_stride apart where
+        that is set (else to the fewest), and among the sizes with so many to the one whose aspect is nearest, then to the nearest in
         pixels. (By pixels alone, as in the original, a video that is larger than both goes to
         480x720 as well as to 720x480.)
         """
@@ -236,7 +236,11 @@ class Samples:
         if not self._looks:  # all at once, as all are asked for
             self._looks = all_measured([row.root / row.video for row in self.rows])
         look = self._looks[index]
-        return main if isinstance(look, BadItem) else nearest(look, (main, *others))
+        if isinstance(look, BadItem):
+            return main
+        number, *size = look  # of frames, of which a clip has every so many
+        apart = (number - 1) // (self.cfg.frame_stride or 1) + 1
+        return nearest((apart, size[0], size[1]), (main, *others))
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         row, cfg = self.rows[index], self.cfg

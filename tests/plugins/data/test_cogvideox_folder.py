@@ -117,6 +117,15 @@ def test_frames_are_chosen_as_published(tmp_path, frames, settings, want):
     assert [level - first for level in levels(sample["video"])] == want
 
 
+@pytest.mark.parametrize(("stride", "frames"), [(None, 7), (1, 7), (2, 3), (4, 1)])
+def test_a_bucket_has_no_more_frames_than_a_stride_leaves(tmp_path, stride, frames):
+    """Else the last frame would stand still for most of a clip."""
+    samples = split(made(tmp_path, 2, 7), frame_stride=stride, buckets=("1x16x16", "7x16x16"))
+    video = samples.load(0, keyed(0))["video"]
+    assert video.shape[1] == frames
+    assert len(set(levels(video))) == frames
+
+
 def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
     shapes = {
         "a": (9, 16, 16),
