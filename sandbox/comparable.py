@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from sandbox.config import Root, to_container
@@ -47,25 +49,41 @@ def protocols(
 def cost(system: Any, seconds: dict[str, float]) -> dict[str, Any]:
     """Parameters of the parts that sample, trained ones, seconds, and peak memory in MiB.
 
-    Memory is that of the GPU, else of this process with all its libraries.
+    Memory is that of the GPU, else of this process with all its libraries, since `forget_peak`.
     """
     parameters = list(system.parameters())
     device = system.device
-    if device.type == "cuda":
-        import torch
-
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = most / (2**20 if sys.platform == "darwin" else 2**10)
     return {
         "parameters": sum(p.numel() for p in parameters),
         "trained": sum(p.numel() for p in parameters if p.requires_grad),
         "training_seconds": round(seconds["training"], 2),
         "seconds": round(sum(seconds.values()), 2),
-        "peak_memory_mib": round(peak, 1),
+        "peak_memory_mib": round(peak_memory(device), 1),
         "memory_of": device.type,
     }
+
+
+def peak_memory(device: Any) -> float:
+    """MiB of a GPU, else of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak(device: Any) -> None:
+    """Begins anew: a first stage that was made before, or an earlier run of a notebook, may have
+    taken more. Of a process only Linux can do it, where that is allowed; else both count.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def fingerprint(items: Items) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sandbox import checkpoint, media, registry
 from sandbox.autoencoding import through
+from sandbox.comparable import forget_peak
 from sandbox.config import Root, to_container
 from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data import Loader, batches
@@ -380,6 +381,7 @@ def start(
     newest = rank.broadcast_plain(_newest(run) if rank.index == 0 else None)
     if newest is None:
         initialise()
+    forget_peak(device)
     processes = registry.create(root.trainer)
     processes.prepare(system, device, rank.world)
     system.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from sandbox import checkpoint, registry
+from sandbox.comparable import forget_peak, peak_memory
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Preempted
 from sandbox.main import perform
@@ -80,6 +82,20 @@ def test_every_number_carries_how_it_was_computed_and_what_it_took(folder, resul
     assert found["cost"]["peak_memory_mib"] > 1
     data = json.loads((folder / "environment.json").read_text())["data"]
     assert data["train"]["clips"] > 0 and data["train"]["ids"] != data["val"]["ids"]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="wants Linux")
+def test_memory_is_that_since_a_run_began_whatever_was_there_before():
+    """As of a first stage that the first run of a sweep trains, or the runs of a notebook."""
+    cpu = torch.device("cpu")
+    forget_peak(cpu)
+    before = peak_memory(cpu)
+    taken = torch.ones(2**26)  # 256 MiB
+    assert peak_memory(cpu) > before + 200
+    del taken
+    assert peak_memory(cpu) > before + 200
+    forget_peak(cpu)
+    assert peak_memory(cpu) < before + 100
 
 
 def test_scores_are_the_means_of_those_of_the_clips(folder, result):

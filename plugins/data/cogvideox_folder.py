@@ -56,9 +56,9 @@ class CogVideoXFolder:
         of their names.
 
         With `buckets` a clip goes to the most frames that its video has, frame_stride apart where
-        that is set (else to the fewest), and among the sizes with so many to the one whose aspect is nearest, then to the nearest in
-        pixels. (By pixels alone, as in the original, a video that is larger than both goes to
-        480x720 as well as to 720x480.)
+        that is set (else to the fewest), and among the sizes with so many to the one whose aspect
+        is nearest, then to the nearest in pixels. (By pixels alone, as in the original, a video
+        that is larger than both goes to 480x720 as well as to 720x480.)
         """
 
         prompts: str = "prompts.txt"
