@@ -118,7 +118,7 @@ def sweep(*overrides: str) -> list[Path]:
             result, was_there = run()
         runs.append(Path(result["folder"]))
         own = " ".join(w for w in words if not all(w in other for other, _ in jobs)) or "the job"
-        spent = "done before" if was_there else f"{time.monotonic() - began:.0f} s"
+        spent = was_there or f"{time.monotonic() - began:.0f} s"
         print(f"{number} of {len(jobs)}: {own}, {spent}", flush=True)
     return runs
 

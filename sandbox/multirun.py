@@ -69,10 +69,10 @@ def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
     return code
 
 
-def in_turn(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tuple[Any, bool]]]]:
+def in_turn(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tuple[Any, str]]]]:
     """A multirun's jobs, all checked: their overrides, and what runs each without Hydra's launcher.
 
-    That returns the result and whether it was there already. Raises ConfigError as `multirun` does.
+    That returns the result, and words where it was there already. Raises ConfigError as `multirun`.
     """
     from sandbox.earlier import choices
 
@@ -138,15 +138,15 @@ def _beside_the_sweep() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def _once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, bool]:
-    """The result of a job, and whether it was there already."""
+def _once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, str]:
+    """The result of a job, and in words that it was there already; empty where it was not."""
     root = settled(config.to_root(cfg), overrides)
     kept = _finished(root)
     if kept is None:
-        return perform(root, overrides, group), False
+        return perform(root, overrides, group), ""
     other = " by other code" if read_json(kept / "environment.json").get("code") != code() else ""
     print(f"done before{other}, in {kept} (resume=never repeats it)", flush=True)
-    return read_json(kept / "result.json"), True
+    return read_json(kept / "result.json"), f"done before{other}"
 
 
 def _finished(root: Root) -> Path | None:
@@ -344,7 +344,7 @@ def _sum_up(folder: Path, planned: int) -> int:
     for i in range(max([planned, *(n + 1 for n in outcomes)])):
         o = outcomes.setdefault(i, {"overrides": "", "exit_code": 1, "error": "it left no word"})
         text = str(o.get("error", "")).partition("\n")[0]
-        done = "done before" if o.get("done_before") else "done"
+        done = o.get("done_before") or "done"
         said = done if o["exit_code"] == 0 else f"failed (exit code {o['exit_code']}): {text}"
         print(f"job {i} ({o['overrides']}): {said}")
     print(f"multirun  {folder}", flush=True)

@@ -15,9 +15,11 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -202,6 +204,16 @@ def _twice(key: str, first: str, second: str) -> str:
 def plugins(group: str | None = None) -> list[Plugin]:
     """Every plugin, or those of a group, by name."""
     return [p for _, p in sorted(_plugins.items()) if group in (None, p.group)]
+
+
+def sources_beside(folder: Path) -> Iterator[bytes]:
+    """The code of plugins that are not below `folder`: files, and cells of a notebook."""
+    for plugin in plugins():
+        with suppress(OSError):  # a file that is gone, or code that was never in one
+            if plugin.path is None:
+                yield inspect.getsource(_classes[plugin.key]).encode()
+            elif not plugin.path.is_relative_to(folder):
+                yield plugin.path.read_bytes()
 
 
 def groups() -> list[str]:

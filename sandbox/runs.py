@@ -452,21 +452,36 @@ def _versions() -> dict[str, str]:
 
 
 def code() -> dict[str, Any]:
-    """Commit of the checkout and whether files differ from it; empty outside a git checkout."""
+    """Commit of the checkout, whether files differ from it, and a hash of what does, plugins
+    elsewhere included; empty outside a git checkout.
+    """
+    from sandbox.registry import sources_beside
+
     if not (CHECKOUT / ".git").exists():
         return {}
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+        found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(CHECKOUT)]
     except (OSError, subprocess.SubprocessError):
         return {}
+    own = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))
+    return found | ({"changes": own.hexdigest()[:12]} if changes else {})
+
+
+def _changes() -> Iterator[bytes]:
+    """What differs from the commit: of files that git knows, and new ones of code and settings."""
+    yield _git("diff", "HEAD", "--no-ext-diff", "--binary").encode()
+    new = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
+    for name in filter(None, new.split("\0")):
+        yield name.encode()
+        yield (CHECKOUT / name).read_bytes()
 
 
 def _git(*words: str) -> str:
     done = subprocess.run(
-        ["git", "-C", str(CHECKOUT), *words], capture_output=True, text=True, timeout=5, check=True
+        ["git", "-C", str(CHECKOUT), *words], capture_output=True, timeout=5, check=True
     )
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()
 
 
 def _hardware() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import runs
+from sandbox import registry, runs
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.runs import Run, differences, identity, open_run
 
@@ -252,6 +252,32 @@ def test_environment_tells_versions_code_and_machine(tmp_path):
     assert told["versions"]["torch"] and told["python"] and told["hardware"]["cores"] >= 1
     assert len(told["code"].get("commit", 40 * "0")) == 40
     assert told["argv"] == sys.argv or len(told["argv"]) == len(sys.argv)
+
+
+def test_code_tells_one_change_beside_the_commit_from_another(tmp_path, monkeypatch):
+    """Else a sweep that is repeated after an edit takes the runs of before for its own."""
+    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
+    for folder in (checkout, elsewhere / "guidance"):
+        folder.mkdir(parents=True)
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (checkout / "known.py").write_text("1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(runs, "CHECKOUT", checkout)
+    monkeypatch.setattr(registry, "_plugins", {})
+    found = [runs.code()]
+    for path, text in [(checkout / "known.py", "2\n"), (checkout / "known.py", "3\n"),
+                       (checkout / "new.py", "1\n"), (checkout / "new.py", "2\n")]:  # fmt: skip
+        path.write_text(text)
+        found.append(runs.code())
+    own = registry.Plugin("guidance", "mine", "mine", elsewhere / "guidance/mine.py")
+    registry._plugins[own.key] = own
+    for text in ("1\n", "2\n"):
+        own.path.write_text(text)
+        found.append(runs.code())
+    assert found[0] == {"commit": found[0]["commit"], "dirty": False}
+    assert len({json.dumps(c) for c in found}) == len(found)
+    assert runs.code() == found[-1]
 
 
 def test_environments_of_earlier_starts_are_kept(tmp_path):

@@ -68,7 +68,7 @@ def test_the_same_multirun_again_repeats_only_what_is_missing(out, tmp_path, cap
     before = {p: (p / "result.json").stat().st_mtime_ns for p in folders(out)[1:]}
     assert command(out, "-m", "lr=1e-3,2e-3", "seeds=3") == 0
     done = outcomes(out)
-    assert sorted(o["done_before"] for o in done) == [False, False, True, True, True, True]
+    assert sorted(bool(o["done_before"]) for o in done) == [False, False, True, True, True, True]
     assert all(o["result"]["objective"] is not None for o in done)
     assert len(folders(out)) == 6 and (second / "result.json").is_file()
     after = {p: (p / "result.json").stat().st_mtime_ns for p in before}
@@ -91,7 +91,7 @@ def test_first_stages_that_are_trained_are_not_repeated(tmp_path):
         assert len(both) == 2
         words[-1] += ",4e-3"
         assert _main(words) == 0
-    assert sorted(o["done_before"] for o in outcomes(tmp_path)) == [False, True, True]
+    assert sorted(bool(o["done_before"]) for o in outcomes(tmp_path)) == [False, True, True]
     assert len(folders(tmp_path)) == 3
     assert both == {p: (p / "result.json").stat().st_mtime_ns for p in both}
 
