@@ -120,6 +120,7 @@ class Autoencoding(Trainable):
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms, decibels = self.reconstruct(batch, self.draws(batch))
         self.metrics = {"loss": terms.total.detach(), "psnr": decibels.mean(), **terms.log}
+        self.logged = frozenset(terms.log)
         return terms.total
 
     def step(self, batch: Batch, draws: Draws) -> Terms:

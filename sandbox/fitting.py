@@ -167,7 +167,7 @@ class Stepping(Callback):
             with trainer.precision_plugin.forward_context():
                 pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
         if not training.step and self.is_measured:
-            check_best_of(self.root, pl_module.metrics)
+            check_best_of(self.root, sorted(pl_module.logged))
         self.metrics.append(pl_module.metrics)
         self.seen.append(Seen(batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch

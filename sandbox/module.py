@@ -23,7 +23,8 @@ class Trainable(LightningModule, ABC):
 
     `group`: clips in one optimizer step over all processes, over which stratified draws spread.
     `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
-    (B,) where they are told; the engine gathers them. `optimizer` and `finished_steps`, the number
+    (B,) where they are told; the engine gathers them. `logged`: names of those that are the loss's,
+    which validation measures, too. `optimizer` and `finished_steps`, the number
     of optimizer steps so far, are set by the engine. `opponent` is what trains in turn with it.
     `rates`: factor of the learning rate by weight, where `trainable` chooses some; 0 is held still.
     """
@@ -32,6 +33,7 @@ class Trainable(LightningModule, ABC):
         super().__init__()
         self.root, self.group = root, group
         self.metrics: dict[str, Tensor] = {}
+        self.logged: frozenset[str] = frozenset()
         self.per_sample: Tensor | None = None
         self.optimizer: Any = None
         self.opponent: Any = None  # a sandbox.autoencoding.Opponent
@@ -74,7 +76,7 @@ class Trainable(LightningModule, ABC):
         """Keeps what the engine asks for after a training step; nothing is copied or waited for."""
         numbers = {"loss": terms.total, **terms.log, **others}
         self.metrics = {name: value.detach() for name, value in numbers.items()}
-        self.per_sample = terms.per_sample.detach()
+        self.logged, self.per_sample = frozenset(terms.log), terms.per_sample.detach()
 
     def configure_optimizers(self) -> Any:
         return self.optimizer

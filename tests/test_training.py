@@ -438,18 +438,23 @@ def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
         assert checkpoint.manifest(path)["notes"]["val/loss"] == measured[step]
 
 
-@pytest.mark.parametrize("task", ["train", "train_vae"])
-def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path, task):
-    """Before a run folder is made; of a first stage, whose loss wants its output, at once."""
+@pytest.mark.parametrize(
+    ("task", "name"), [("train", "val/x"), ("train_vae", "val/x"), ("train_vae", "val/psnr")]
+)
+def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path, task, name):
+    """Before a run folder is made; of a first stage, whose loss wants its output, at once.
+
+    A first stage logs its psnr in training alone, where the lowest would not be the best.
+    """
     root = small(*EPOCHS, "steps=9", "callbacks=[val_loss]", "callbacks.val_loss.every=9",
-                 "checkpoint.every=9", "checkpoint.best=1", "checkpoint.best_of=val/x",
+                 "checkpoint.every=9", "checkpoint.best=1", f"checkpoint.best_of={name}",
                  f"out={tmp_path}/out", f"task={task}", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]",
                  "vae.weights=null")  # fmt: skip
     if task == "train_vae":
         root = first_stage_alone(replace(root, task=replace(root.task, batch_size=2)))
     run = {"root": to_container(root), "group": None, "overrides": []}
     other = "val/loss_ema" if task == "train" else "val/rec_loss_ema"
-    with pytest.raises(ConfigError, match=rf"checkpoint\.best_of=val/x: .*{other}"):
+    with pytest.raises(ConfigError, match=rf"checkpoint\.best_of={name}: .*{other}"):
         (train if task == "train" else train_vae)(run, Rank())
     assert (tmp_path / "out").exists() == (task == "train_vae")
     assert not [*tmp_path.glob("*/*/metrics.jsonl")]
