@@ -59,7 +59,7 @@ class LDMLoss(nn.Module):
 
     def forward(self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Terms:
         cfg = self.cfg
-        error = out.float() - schedule.target(z0, eps, t).float()
+        error = out.float() - schedule.target(z0.float(), eps.float(), t)
         error = error.square() if cfg.loss_type == "l2" else error.abs()
         simple = error.flatten(1).mean(1)  # (B,)
         logvar = self.logvar[t] if cfg.learn_logvar else torch.full_like(simple, cfg.logvar_init)

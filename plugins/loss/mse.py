@@ -28,7 +28,7 @@ class MSE:
     def __call__(
         self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
     ) -> Terms:
-        error = out.float() - schedule.target(z0, eps, t).float()
+        error = out.float() - schedule.target(z0.float(), eps.float(), t)
         per_sample = schedule.weight(t) * error.square().flatten(1).mean(1)
         total = per_sample.mean()
         return Terms(total, per_sample, {"loss": total.detach()})

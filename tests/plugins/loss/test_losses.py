@@ -153,6 +153,13 @@ def test_bf16_predictions_are_compared_in_float32(loss):
     assert out.grad.dtype == torch.bfloat16 and out.grad.isfinite().all()
 
 
+def test_the_velocity_of_bf16_latents_is_not_rounded():
+    schedule = SCHEDULES["flow"]
+    z0, eps, t = sample(schedule)
+    z0, eps = z0.bfloat16(), eps.bfloat16()
+    assert LOSSES["mse"](schedule, eps.float() - z0.float(), z0, eps, t).total.item() == 0
+
+
 def test_logged_values_hold_no_graph():
     schedule = SCHEDULES["eps"]
     z0, eps, t = sample(schedule)
