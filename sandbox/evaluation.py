@@ -42,6 +42,7 @@ class Evaluation:
     # dB, of the real clips through the first stage; None where they are stored as latents
     first_stage_psnr: float | None = None
     count: int = 0
+    fps: float | None = None  # of the real clips, where the data tell it
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
     each: dict[str, list[float]] = field(default_factory=dict)  # the model's, clip by clip
 
@@ -63,7 +64,7 @@ def evaluate(
         clips |= {"real clips": real.video, "real through first stage": _through(system, real)}
     else:
         clips["real through first stage"] = _through(system, real)
-    result = Evaluation({}, {}, captions, clips, count=real.size)
+    result = Evaluation({}, {}, captions, clips, count=real.size, fps=rate_of(real))
     if real.video is not None:
         ceiling = psnr(clips["real through first stage"], real.video)
         result.first_stage_psnr = ceiling.mean().item()
@@ -146,6 +147,12 @@ def generate(
             part = take(like, start, start + at_once)
             made.append(system.sample(part, clip, steps=calls, progress=show).cpu())
     return torch.cat(made)
+
+
+def rate_of(batch: Batch) -> float | None:
+    """Frames a second of the clips, the median; None where they are not told."""
+    told = batch.scalars.get("fps")
+    return None if told is None else told.median().item()
 
 
 def _at_once(clip: Clip, most: int) -> int:

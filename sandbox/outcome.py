@@ -53,7 +53,8 @@ def finish_run(
     if not root.conditioning.needs() & {"captions", "text"}:
         found.captions = [""] * found.count  # those of real clips, which nobody told the model
     captions = [found.captions[i] for i in picked]
-    paths = write_clips(run.samples, captions, found.clips["model"][picked]) if picked else []
+    made, fps = found.clips["model"][picked], found.fps or FPS
+    paths = write_clips(run.samples, captions, made, fps) if picked else []
     shown = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data import Loader, batches
 from sandbox.devices import device_of, use_threads
 from sandbox.ema import EMA
-from sandbox.evaluation import gather, generate
+from sandbox.evaluation import gather, generate, rate_of
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.looks import looks
 from sandbox.module import Trainable
-from sandbox.outcome import write_clips
+from sandbox.outcome import FPS, write_clips
 from sandbox.prompts import of_data
 from sandbox.randomness import Keyed
 from sandbox.rank import Rank
@@ -205,6 +206,12 @@ class Training:
             f"lower lr={self.root.lr}, or look at these samples"
         )
 
+    @cached_property
+    def fps(self) -> float:
+        """Of sample videos: that of the first validation clip, where the data tell it."""
+        val = registry.create(self.root.data).split("val")
+        return rate_of(gather(val, 1, self.root.seed)) or FPS
+
     # what callbacks may call
 
     def sample(self, prompts: Sequence[str], count: int) -> None:
@@ -220,7 +227,7 @@ class Training:
         if not self.leads:
             return
         captions = batch.captions or []
-        paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video)
+        paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video, self.fps)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)

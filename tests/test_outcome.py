@@ -10,6 +10,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,7 @@ from sandbox.systems import load_system
 from sandbox.tasks.train import train
 from tests.engine import differing, small
 
-QUICK = ("steps=5", "task.score_clips=6", "task.samples=3", "task.untrained=false")
+QUICK = ("steps=5", "data.fps=6", "task.score_clips=6", "task.samples=3", "task.untrained=false")
 
 
 def settings(out, *overrides):
@@ -57,6 +58,12 @@ def test_a_run_folder_is_complete(folder):
     }  # fmt: skip
     videos = sorted(p.name for p in (folder / "samples").glob("*.mp4"))
     assert len(videos) == 3 and videos[0].startswith("000-a-")
+
+
+def test_samples_play_as_fast_as_the_data(folder):
+    for path in (folder / "samples").glob("*.mp4"):
+        with av.open(path) as file:
+            assert file.streams.video[0].average_rate == 6
 
 
 def test_the_result_is_written_last(folder):
