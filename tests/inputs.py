@@ -95,6 +95,7 @@ def with_clips(cfg: DataConfig, folder: Path, root: Root | None = None) -> DataC
         if not root.exists():
             write_clips(root, Clip(3, frames + 3, cfg.height, cfg.width))
         own = {"meta_path": str(root / "images.json")} if vars(cfg).get("only") == "image" else {}
+        own |= {name: None for name in ("train_list", "val_list") if hasattr(cfg, name)}
         return replace(cfg, root=str(root), **own)
 
 
