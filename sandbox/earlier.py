@@ -12,6 +12,8 @@ from sandbox.contracts import ConfigError, SandboxError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
+# What a run's weights are made for: with another one they do not fit, or mean something else.
+MADE_FOR = ("vae", "conditioning", "backbone", "schedule")
 TRAINED_BY = "task/train"  # runs of other tasks hold no system: task=train_vae leaves a first stage
 
 
@@ -51,6 +53,27 @@ def read_root(folder: Path) -> Root:
         return from_container(Run(folder).config())
     except SandboxError as e:
         raise type(e)(*(f"{folder}: {text}" for text in e.args)) from e
+
+
+def check_same_system(folder: Path, own: Root, root: Root) -> None:
+    """Raises ConfigError where `root` is of another system than the run in `folder`, `own`.
+
+    A network that was trained with another schedule or target fits, and its samples are wrong.
+    """
+    of = {
+        group: [getattr(r, group).plugin.rpartition("/")[2] for r in (own, root)]
+        for group in MADE_FOR
+    }
+    if own.schedule.plugin == root.schedule.plugin:
+        of["schedule.prediction"] = [r.schedule.predicts() for r in (own, root)]
+    problems = [
+        f"{name}={new}: the weights of {folder} are made for {name}={old}; leave it out, or "
+        "train another run"
+        for name, (old, new) in of.items()
+        if old != new
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

@@ -181,7 +181,7 @@ def settled(root: Root, overrides: Sequence[str]) -> Root:
         return root
     if root.task.run is None and root.init_from is not None and root.task.takes_weights():
         return root
-    from sandbox.earlier import find_run, read_root
+    from sandbox.earlier import check_same_system, find_run, read_root
 
     folder = find_run(root.out, root.task.run)
     own = read_root(folder)
@@ -191,6 +191,7 @@ def settled(root: Root, overrides: Sequence[str]) -> Root:
             "own; give one of them"
         )
     root = config.overridden(own, root, overrides)
+    check_same_system(folder, own, root)
     return replace(root, task=replace(root.task, run=str(folder)))
 
 

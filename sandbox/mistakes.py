@@ -284,11 +284,13 @@ def _type_problem(override: str, cfg: Any, reason: str) -> str:
 
 
 def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:
-    """The groups in which a setting of this name is, else the nearest name."""
+    """The groups in which a setting of this name is, else the nearest name, also of the task's
+    settings, which need no `task.` before them.
+    """
     known = [g for g in GROUPS if cfg.get(g) is not None and name in cfg[g]]
     if known:
         return f" of the run; did you mean {' or '.join(f'{g}.{name}' for g in known[:4])}?"
-    near = registry.nearest(name, [*names, *PRESETS])
+    near = registry.nearest(name, [*names, *PRESETS, *(cfg.get("task") or ())])
     return near if "did you mean" in near else registry.nearest(name, set(names) - set(GROUPS))
 
 

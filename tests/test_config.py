@@ -346,6 +346,18 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample", "run=broken"], "broken: vae.pach: vae/pca has no such setting"),
         (["task=sample", "run=wrong"], "wrong: vae.patch: Value 'four'"),
         (["task=sample", "run=mine", "data.frames=8"], "data.frames=8 does not fit vae=pca"),
+        (
+            ["task=sample", "run=mine", "backbone=unet3d"],
+            "backbone=unet3d: the weights of mine are made for backbone=dit; leave it out",
+        ),
+        (
+            ["task=evaluate", "run=mine", "schedule=ddpm", "sampler=ddim"],
+            "schedule=ddpm: the weights of mine are made for schedule=flow",
+        ),
+        (
+            ["task=sample", "run=eps", "schedule.prediction=v"],
+            "schedule.prediction=v: the weights of eps are made for schedule.prediction=eps",
+        ),
         (["task=sample", "run=mine", "init_from=a"], "init_from=a and task.run=mine: a run has"),
         (["task=sample", "init_from=a", "images=[b]"], "init_from=a: no such file or folder"),
         (["task=sample", "init_from=a", "images=[b]"], "task.images[0]=b: no such file or folder"),
@@ -354,6 +366,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
 )
 def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
     text = (earlier(here / "mine") / "config.yaml").read_text()
+    earlier(here / "eps", "schedule=ddpm", "schedule.prediction=eps", "sampler=ddim")
     other = {"first": ("task/train", "task/train_vae"), "broken": ("patch: 4", "pach: 4"),
              "wrong": ("patch: 4", "patch: four")}  # fmt: skip
     for name, (old, new) in other.items():

@@ -29,6 +29,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("backbone.widht=128", ("backbone.widht: backbone=dit has no such setting", "'width'")),
     ("ema=none ema.decay=0.9", ("ema.decay", "ema=none has no such setting")),
     ("width=128", ("width: no such setting of the run", "backbone.width")),
+    ("task=sample prompt=[a]", ("prompt: no such setting; did you mean 'prompts'?",)),
     ("frames=16", ("frames", "did you mean data.frames?")),
     ("learning_rate=1e-4", ("learning_rate: no such setting", "lr")),
     ("optimizer.lr=1e-4", ("optimizer.lr: optimizer=adamw has no such setting",)),
