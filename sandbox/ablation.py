@@ -24,6 +24,7 @@ ASIDE = (*IGNORED, "seed", "task")  # settings that make no variant
 LOADING = ("batch_size", "bucket_batch_sizes", "drop_incomplete", "max_bad", "num_prompts")
 TRAINED_BY = "task/train"
 MOST_NAMED = 5
+MOST_REASONS = 3  # why numbers are not compared, where none is
 COSTS = {  # key in a run's cost -> heading
     "parameters": "parameters",
     "trained": "trained",
@@ -341,15 +342,23 @@ def compare(found: Found, baseline: Sequence[str] = (), metrics: Sequence[str] =
     entries = found.entries
     variants, follows = grouped(entries)
     names, refused = comparable(entries)
+    known = ", ".join(names or refused) or "those of runs with scores"
     problems = [
-        refused.get(m) or f"task.metrics={m}: no run has it; want some of {', '.join(names)}"
+        refused.get(m) or f"task.metrics={m}: no run has it; want some of {known}"
         for m in metrics
         if m not in names
     ]
     if problems:
         raise ConfigError(*problems)
     if not names:
-        raise ConfigError(*(refused.values() or ["task.runs: the runs have no number in common"]))
+        reasons = [*refused.values()]
+        more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+        raise ConfigError(
+            "task.runs: the runs have no number in common; want the folder of a multirun "
+            "(outputs/sweeps/TIME), or one that holds runs of one recipe alone",
+            *reasons[:MOST_REASONS],
+            *more,
+        )
     names = list(metrics) or names
     base = chosen(variants, baseline)
     cells: dict[tuple[str, str], Cell] = {}

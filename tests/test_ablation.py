@@ -233,6 +233,18 @@ def test_a_number_that_is_not_there_is_refused_by_name(runs):
         compared(runs, metrics=["colour"])
 
 
+def test_runs_without_a_common_number_are_refused_with_what_to_name(runs):
+    found = read(runs)
+    found.entries[0].values.clear()
+    with pytest.raises(
+        ConfigError, match="no number in common; want the folder of a multirun"
+    ) as e:
+        compare(found)
+    assert e.value.args[1].startswith("digit is not compared")
+    with pytest.raises(ConfigError, match="colour: no run has it; want some of digit, loss"):
+        compare(found, metrics=["colour"])
+
+
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no finished run"):
         read(tmp_path)
