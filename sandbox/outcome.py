@@ -19,12 +19,13 @@ from sandbox.files import storing, write_atomic
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.report import Report, ScoreRow, read_curves, terminal_table, write_report
 from sandbox.runs import Run
-from sandbox.secrets import mask_text
+from sandbox.secrets import mask, mask_text
 
 if TYPE_CHECKING:
     from sandbox.training import Training
 
 BY_CLIP = "scores_by_clip.json"  # of the model
+RECORD = "samples.json"  # beside clips for prompts: what made them
 FPS = 8.0  # of sample videos where the data name none
 SHEET_COLUMNS = ("real clips", "model", "untrained model")
 STORED_COLUMNS = ("real through first stage", "model", "untrained model")
@@ -132,6 +133,22 @@ def write_clips(
     rows = [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]
     media.contact_sheet(sheet, rows)
     return [*paths, sheet]
+
+
+def write_samples(
+    folder: Path, captions: Sequence[str], video: Tensor, fps: float, made_by: dict[str, Any]
+) -> list[Path]:
+    """`write_clips` in the place of what an earlier call left there, and the settings beside it."""
+    record = folder / RECORD
+    with storing(folder):
+        if record.is_file():
+            for name in json.loads(record.read_text(encoding="utf-8"))["clips"]:
+                (folder / Path(name).name).unlink(missing_ok=True)
+        paths = write_clips(folder, captions, video, fps)
+        clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
+        text = json.dumps(mask(made_by) | {"clips": clips}, indent=1)
+        write_atomic(record, text + "\n")
+    return paths
 
 
 def file_name(caption: str) -> str:

@@ -21,7 +21,7 @@ from sandbox.comparable import forget_peak, peak_memory
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Preempted
 from sandbox.main import perform
-from sandbox.outcome import file_name, final_loss, spread, write_clips
+from sandbox.outcome import file_name, final_loss, spread, write_clips, write_samples
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import load_system
@@ -242,3 +242,14 @@ def test_clips_are_written_with_a_sheet(tmp_path):
     paths = write_clips(tmp_path / "new", ["a red 3", "a red 3"], video)
     assert [p.name for p in paths] == ["000-a-red-3.mp4", "001-a-red-3.mp4", "sheet.png"]
     assert all(p.stat().st_size for p in paths)
+
+
+def test_samples_take_the_place_of_those_of_an_earlier_call_and_say_what_made_them(tmp_path):
+    (tmp_path / "000-mine.png").touch()
+    for captions, seed in ((["a", "b"], 1), (["c"], 2)):
+        video = torch.zeros(len(captions), 3, 1, 4, 4)
+        write_samples(tmp_path, captions, video, 8.0, {"seed": seed, "task": {"password": "x"}})
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"000-c.png", "000-mine.png", "samples.json", "sheet.png"}
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record == {"seed": 2, "task": {"password": "***"}, "clips": {"000-c.png": "c"}}

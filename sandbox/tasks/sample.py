@@ -28,7 +28,8 @@ class Sample:
         clips; count: how many of those. weights: ema or live; of init_from those that training
         would begin with. step: of the run's checkpoint, null for the newest. to: folder for the
         files; null is samples/prompts in the run folder, and samples/RECIPE in `out` where there
-        is no run. save_fps: frames a second of videos.
+        is no run. What an earlier call left there makes room; samples.json says what made the
+        clips. save_fps: frames a second of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -67,17 +68,18 @@ class Sample:
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
         paths, captions = self.make(wiring)
-        kind = "pictures" if wiring.clips[0].frames == 1 else "videos"
+        kind = "picture" if wiring.clips[0].frames == 1 else "video"
         to = paths[-1].parent
-        print(f"{len(captions)} {kind} and sheet.png in {to}")
+        print(f"{len(captions)} {kind}{'s' * (len(captions) > 1)} and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}
 
     def make(self, wiring: Any, watch: Any = None) -> tuple[list[Path], list[str]]:
         """Files of the clips, the sheet last, and captions; watch(done, total) is told of calls."""
         from pathlib import Path
 
+        from sandbox.config import to_container
         from sandbox.evaluation import generate
-        from sandbox.outcome import write_clips
+        from sandbox.outcome import write_samples
         from sandbox.prompts import given
         from sandbox.systems import begun_system, load_system
 
@@ -91,4 +93,7 @@ class Sample:
             system = load_system(Path(cfg.run), cfg.weights, wiring, cfg.step)
             to = Path(cfg.run) / "samples" / "prompts"
         video = generate(system, batch, watch=watch)
-        return write_clips(Path(cfg.to or to), captions, video, cfg.save_fps), captions
+        parts = ("seed", "init_from", "task", "sampler", "guidance")
+        made_by = {name: to_container(getattr(root, name)) for name in parts}
+        folder = Path(cfg.to or to)
+        return write_samples(folder, captions, video, cfg.save_fps, made_by), captions
