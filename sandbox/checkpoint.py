@@ -446,6 +446,19 @@ def export_weights(
     return path
 
 
+def header(path: Path) -> dict[str, str]:
+    """The text in the header of exported weights; empty for files of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
+
+
 def export_foreign(content: Mapping[str, Any], path: Path) -> Path:
     """Writes tensors and plain containers as others' code unpickles them, atomically.
 

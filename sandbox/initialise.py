@@ -19,6 +19,7 @@ from sandbox.module import Trainable
 from sandbox.published import compare, files_of, read_model, read_parts
 from sandbox.runs import Run
 
+FIRST_STAGE = "task/train_vae"  # whose runs have no network that makes latents
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +41,20 @@ def init_from(system: Trainable, path: Path | str) -> None:
     )
 
 
+def check_first_stage(system: Trainable, path: Path | str) -> None:
+    """Raises StorageError where exported weights at `path` were trained with another first stage.
+
+    A new run may begin from them with one of its own; what it decodes of theirs is wrong.
+    """
+    recorded = checkpoint.header(Path(path)).get("first_stage")
+    here = system.made_with().get("first_stage")
+    if recorded is not None and recorded != here:
+        raise StorageError(
+            f"init_from={path}: trained with another first stage than this one (SHA-256 "
+            f"{recorded[:12]}, here {here and here[:12]}); name its file or run with vae.weights="
+        )
+
+
 def check_fits(planned: Trainable, path: Path | str) -> None:
     """Raises StorageError as `init_from` does, for a system on the meta device.
 
@@ -55,6 +70,10 @@ def _begin(system: Any, path: Path) -> str:
     mapped = any(p.is_meta for p in system.parameters())
     if path.is_dir() and not Run(path).config_file.is_file():
         return _of_published(system, path)
+    if path.is_dir() and _trained_by(path) == FIRST_STAGE:
+        raise StorageError(
+            f"init_from={path}: a run of a first stage alone; use vae.weights={path}"
+        )
     if (parts := whole_systems.read(path, mapped)) is not None:
         return f"{whole_systems.put(system, parts, path)} weights"
     if path.is_dir() or path.with_suffix(".json").is_file():
@@ -66,6 +85,10 @@ def _begin(system: Any, path: Path) -> str:
             return "backbone's weights"
     _put(system, weights, path)
     return f"{which} weights"
+
+
+def _trained_by(folder: Path) -> str | None:
+    return (Run(folder).config().get("task") or {}).get("plugin")
 
 
 def _of_published(system: Any, path: Path) -> str:

@@ -126,6 +126,10 @@ class Trainable(LightningModule, ABC):
             self._fingerprints = {name: fingerprint(module) for name, module in named}
         return self._fingerprints
 
+    def made_with(self) -> dict[str, str]:
+        """Header of exported weights: the first stage whose latents they are of."""
+        return {k: v for k, v in self.frozen_parts().items() if k == "first_stage"}
+
     def forget_fingerprints(self) -> None:
         """After frozen parts were given other weights."""
         self._fingerprints = None

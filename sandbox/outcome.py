@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BY_CLIP = "scores_by_clip.json"  # of the model
 RECORD = "samples.json"  # beside clips for prompts: what made them
 FPS = 8.0  # of sample videos where the data name none
+UNTOLD = "This model is told no captions: its scores against captions are those of chance."
 SHEET_COLUMNS = ("real clips", "model", "untrained model")
 STORED_COLUMNS = ("real through first stage", "model", "untrained model")
 
@@ -41,10 +42,12 @@ def finish_run(
     system, run, root = training.system, training.run, training.root
     assert isinstance(system, LatentDiffusion)
     began = time.monotonic()
-    checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.LIVE)
+    origin = system.made_with()
+    checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.LIVE, origin)
     with training.averaged():
         if training.ema:
-            checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.AVERAGED)
+            path = run.folder / checkpoint.AVERAGED
+            checkpoint.export_weights(system.trainable_state(), path, origin)
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             checkpoint.export_weights(weights, run.folder / name, header)
@@ -185,10 +188,13 @@ def report(
             f"The first stage reaches {reached:.1f} dB on held-out clips: "
             "no sample can look better."
         ]
+    if found.scores and _scores_untold(root):
+        notes.append(UNTOLD)
+    told = f"told by {_name(root.conditioning)}" if root.conditioning.needs() else "told nothing"
     return Report(
         title=root.recipe,
-        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, told by "
-        f"{_name(root.conditioning)}, trained with {_name(root.schedule)} on {_name(root.data)}",
+        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, {told}, trained with "
+        f"{_name(root.schedule)} on {_name(root.data)}",
         command=" ".join(["python run.py", *overrides]),
         facts={
             "seed": root.seed,
@@ -212,6 +218,12 @@ def report(
     )
 
 
+def _scores_untold(root: Root) -> bool:
+    """Whether a score compares clips with captions that the model is never told."""
+    told = root.conditioning.needs() & {"captions", "text"}
+    return not told and root.metric is not None and "captions" in root.metric.needs()
+
+
 def _name(cfg: PluginConfig) -> str:
     return cfg.plugin.rpartition("/")[2]
 
@@ -221,5 +233,7 @@ def say_scores(root: Root, found: Evaluation) -> None:
     if found.scores:
         rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
         print("\n" + terminal_table(rows, found.meaning, found.rates) + "\n")
+        if _scores_untold(root):
+            print(UNTOLD + "\n")
     if found.first_stage_psnr is not None:
         print(f"first stage {_name(root.vae)}: {found.first_stage_psnr:.1f} dB on held-out clips")

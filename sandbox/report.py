@@ -241,7 +241,7 @@ def _sheet(sheet: Path | None, media: Media) -> Markup:
         return Markup()
     shown = media.show(Path(sheet), "contact sheet")
     where = el("p", "Full size: ", media.link(media.find(Path(sheet))), class_="quiet small")
-    return section("Frame by frame", el("figure", shown, class_="sheet"), where)
+    return section("Beside real clips", el("figure", shown, class_="sheet"), where)
 
 
 # --- curves and times -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from sandbox.contracts import StorageError
 from sandbox.devices import device_of, use_threads
 from sandbox.earlier import read_root
 from sandbox.first_stages import prepare_first_stage
-from sandbox.initialise import check_fits, init_from
+from sandbox.initialise import check_first_stage, check_fits, init_from
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.rank import Rank
@@ -104,6 +104,7 @@ def begun_system(wiring: Wiring) -> LatentDiffusion:
     system = build_system(wiring, empty=True)
     if system.adapter is None:
         init_from(system, root.init_from)
+        check_first_stage(system, root.init_from)
     return system.to(device).eval()
 
 

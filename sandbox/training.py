@@ -144,7 +144,7 @@ class Training:
         state = whole(self.system.trainable_state())
         if self.leads:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            checkpoint.export_weights(state, path)
+            checkpoint.export_weights(state, path, self.system.made_with())
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank goes on by itself, with a whole system from `build`."""

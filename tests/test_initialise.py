@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from sandbox import build, checkpoint, compose
 from sandbox.config import to_container
 from sandbox.contracts import SandboxError, StorageError
-from sandbox.initialise import init_from
+from sandbox.initialise import check_first_stage, init_from
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import build_system
@@ -86,12 +86,17 @@ def test_one_checkpoint_can_be_named(trained, tmp_path):
 
 
 def test_exported_weights_can_be_named_also_with_another_first_stage(trained, tmp_path):
-    path = checkpoint.export_weights(trained.trainable_state(), tmp_path / "weights.safetensors")
+    path = tmp_path / "weights.safetensors"
+    checkpoint.export_weights(trained.trainable_state(), path, trained.made_with())
     fresh = system()
+    check_first_stage(fresh, path)
     with torch.no_grad():
         fresh.first_stage.first.mean.add_(1)
+    fresh.forget_fingerprints()
     init_from(fresh, path)
     assert same(weights(fresh), weights(trained))
+    with pytest.raises(StorageError, match=r"another first stage than this one.*vae\.weights="):
+        check_first_stage(fresh, path)  # as task=sample does, which decodes with it
 
 
 def test_it_says_that_this_is_no_resume(trained, tmp_path, caplog):
@@ -108,6 +113,12 @@ def test_another_first_stage_is_refused_with_the_cure(trained, tmp_path):
     with pytest.raises(StorageError, match=r"first_stage.*vae.weights"):
         init_from(fresh, save(trained, tmp_path / "run"))
     assert same(weights(fresh), before)
+
+
+def test_a_run_of_a_first_stage_is_refused_with_the_setting_it_is_for(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: {plugin: task/train_vae}\n")
+    with pytest.raises(StorageError, match=f"first stage alone; use vae.weights={tmp_path}"):
+        init_from(system(), tmp_path)
 
 
 def test_a_model_of_another_size_is_refused_with_both_shapes(trained, tmp_path):

@@ -16,12 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox import checkpoint, registry
+from sandbox import checkpoint, compose, registry
 from sandbox.comparable import forget_peak, peak_memory
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Preempted
+from sandbox.evaluation import Evaluation
 from sandbox.main import perform
-from sandbox.outcome import file_name, final_loss, spread, write_clips, write_samples
+from sandbox.outcome import (
+    file_name,
+    final_loss,
+    say_scores,
+    spread,
+    write_clips,
+    write_samples,
+)
 from sandbox.rank import Rank
 from sandbox.runs import Run
 from sandbox.systems import load_system
@@ -253,3 +261,12 @@ def test_samples_take_the_place_of_those_of_an_earlier_call_and_say_what_made_th
     assert left == {"000-c.png", "000-mine.png", "samples.json", "sheet.png"}
     record = json.loads((tmp_path / "samples.json").read_text())
     assert record == {"seed": 2, "task": {"password": "***"}, "clips": {"000-c.png": "c"}}
+
+
+@pytest.mark.parametrize("conditioning", ["words", "none"])
+def test_scores_against_captions_that_nobody_told_the_model_are_said_to_be_chance(
+    conditioning, capsys
+):
+    found = Evaluation({"model": {"digit": 0.1}}, {"digit": "chance 0.1"}, [], {}, count=1)
+    say_scores(compose(f"conditioning={conditioning}"), found)
+    assert ("told no captions" in capsys.readouterr().out) == (conditioning == "none")

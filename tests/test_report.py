@@ -96,7 +96,7 @@ def full(run: Path, text: str = "plain") -> Report:
 def test_page_holds_every_section_and_closes_every_element(run):
     page = Page(write_report(run, full(run)))
     assert page.open == []
-    sections = "Scores", "Samples", "Frame by frame", "Training", "Where the time went"
+    sections = "Scores", "Samples", "Beside real clips", "Training", "Where the time went"
     sections += "Every setting", "Environment", "Files of this run"
     for word in (*sections, "backbone=dit", "backbone.width", "metrics.jsonl"):
         assert word in page.said, word

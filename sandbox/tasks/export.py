@@ -85,7 +85,7 @@ class Export:
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
                 print(f"{name}/ is not in it (none is here): from_pretrained(..., {name}=None)")
         elif layout is None:
-            checkpoint.export_weights(system.trainable_state(), to)
+            checkpoint.export_weights(system.trainable_state(), to, system.made_with())
         else:
             newest = checkpoint.newest(folder / "checkpoints")
             assert newest is not None  # load_system has found it
