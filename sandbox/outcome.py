@@ -119,9 +119,16 @@ def check_objective(root: Root, name: str | None) -> None:
 
 
 def write_clips(
-    folder: Path, captions: Sequence[str], video: Tensor, fps: float = FPS
+    folder: Path,
+    captions: Sequence[str],
+    video: Tensor,
+    fps: float = FPS,
+    given: Tensor | None = None,
 ) -> list[Path]:
-    """An mp4 for each clip (N, 3, T, H, W), a PNG where T is 1; last the contact sheet of all."""
+    """An mp4 for each clip (N, 3, T, H, W), a PNG where T is 1; last the contact sheet of all.
+
+    given: images that the model was told (N, 3, K, H, W), which the sheet shows before the clips.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
@@ -133,13 +140,19 @@ def write_clips(
             paths.append(path.with_suffix(".mp4"))
             media.write_video(paths[-1], clip, fps, media.enlargement(*clip.shape[2:]))
     sheet = folder / "sheet.png"
-    rows = [media.Row(c, {"sample": v}) for c, v in zip(captions, video, strict=True)]
+    columns = {"sample": video} if given is None else {"given": given, "sample": video}
+    rows = [media.Row(c, {k: v[i] for k, v in columns.items()}) for i, c in enumerate(captions)]
     media.contact_sheet(sheet, rows)
     return [*paths, sheet]
 
 
 def write_samples(
-    folder: Path, captions: Sequence[str], video: Tensor, fps: float, made_by: dict[str, Any]
+    folder: Path,
+    captions: Sequence[str],
+    video: Tensor,
+    fps: float,
+    made_by: dict[str, Any],
+    given: Tensor | None = None,
 ) -> list[Path]:
     """`write_clips` in the place of what an earlier call left there, and the settings beside it."""
     record = folder / RECORD
@@ -147,7 +160,7 @@ def write_samples(
         if record.is_file():
             for name in json.loads(record.read_text(encoding="utf-8"))["clips"]:
                 (folder / Path(name).name).unlink(missing_ok=True)
-        paths = write_clips(folder, captions, video, fps)
+        paths = write_clips(folder, captions, video, fps, given)
         clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
         text = json.dumps(mask(made_by) | {"clips": clips}, indent=1)
         write_atomic(record, text + "\n")

@@ -263,6 +263,16 @@ def test_samples_take_the_place_of_those_of_an_earlier_call_and_say_what_made_th
     assert record == {"seed": 2, "task": {"password": "***"}, "clips": {"000-c.png": "c"}}
 
 
+def test_the_sheet_shows_the_images_that_the_model_was_given_before_its_clips(tmp_path):
+    video, given = torch.zeros(1, 3, 3, 16, 16), torch.full((1, 3, 2, 16, 16), 1.0)
+    *_, plain = write_clips(tmp_path / "plain", [""], video)
+    *_, sheet = write_clips(tmp_path / "given", [""], video, given=given)
+    with Image.open(plain) as a, Image.open(sheet) as b:
+        assert b.width > a.width
+        first = np.asarray(b.convert("L"))[b.height // 2] == 255
+    assert first.sum() >= 32 and first.nonzero()[0].max() < b.width - a.width // 3
+
+
 @pytest.mark.parametrize("conditioning", ["words", "none"])
 def test_scores_against_captions_that_nobody_told_the_model_are_said_to_be_chance(
     conditioning, capsys

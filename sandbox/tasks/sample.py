@@ -96,4 +96,5 @@ class Sample:
         parts = ("seed", "init_from", "task", "sampler", "guidance")
         made_by = {name: to_container(getattr(root, name)) for name in parts}
         folder = Path(cfg.to or to)
-        return write_samples(folder, captions, video, cfg.save_fps, made_by), captions
+        paths = write_samples(folder, captions, video, cfg.save_fps, made_by, batch.image)
+        return paths, captions
