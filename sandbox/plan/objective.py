@@ -77,7 +77,8 @@ def formulas(root: Root) -> Iterator[tuple[str, str]]:
         yield "noise", "z_t = alpha(t) z0 + sigma(t) eps,  t in [0, 1]"
     yield "process", settings(schedule)
     yield "network", f"out = f(z_t, t, conditions), trained on {prediction}"
-    yield "target", f"{prediction} = {TARGETS[prediction]}"
+    target = TARGETS[prediction]
+    yield "target", target if target == prediction else f"{prediction} = {target}"
     yield "loss", f"E over z0, eps, t of weight(t) |out - target|^2; {settings(root.loss)}"
     passes = len(root.guidance.passes(root.conditioning.signals()))
     yield "guidance", f"{settings(root.guidance)}; {passes} passes a step"

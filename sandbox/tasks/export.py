@@ -69,7 +69,8 @@ class Export:
         if cfg.format == "diffusers":
             chosen = registry.default("layout", "diffusers")
         elif cfg.format == "original" and chosen is None:
-            raise ConfigError("layout=null: task=export task.format=original wants one, see --help")
+            known = " or ".join(f"layout={p.name}" for p in registry.plugins("layout"))
+            raise ConfigError(f"layout=null: task=export task.format=original wants one, {known}")
         layout = registry.create(chosen) if cfg.format != "safetensors" else None
         is_folder = hasattr(layout, "described")
         one = (
