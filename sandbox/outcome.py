@@ -154,16 +154,18 @@ def write_samples(
     made_by: dict[str, Any],
     given: Tensor | None = None,
 ) -> list[Path]:
-    """`write_clips` in the place of what an earlier call left there, and the settings beside it."""
-    record = folder / RECORD
-    with storing(folder):
-        if record.is_file():
-            for name in json.loads(record.read_text(encoding="utf-8"))["clips"]:
-                (folder / Path(name).name).unlink(missing_ok=True)
-        paths = write_clips(folder, captions, video, fps, given)
-        clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
-        text = json.dumps(mask(made_by) | {"clips": clips}, indent=1)
-        write_atomic(record, text + "\n")
+    """`write_clips`, and beside them the settings that made them.
+
+    Where `folder` has those of an earlier call, into the next one that has none: `folder`-2, ...
+    """
+    number, free = 1, folder
+    while (free / RECORD).is_file():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    paths = write_clips(free, captions, video, fps, given)
+    clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
+    with storing(free):
+        write_atomic(free / RECORD, json.dumps(mask(made_by) | {"clips": clips}, indent=1) + "\n")
     return paths
 
 

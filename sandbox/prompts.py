@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,12 @@ from sandbox.config import Root
 from sandbox.contracts import SCALARS, SIZES, Batch, Clip, ConfigError
 from sandbox.evaluation import gather
 from sandbox.latent_diffusion import prompts_batch
+from sandbox.prompt_checks import SETTINGS, Files, check, of_captions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SETTINGS = {"start": "images", "end": "end_images"}  # of task=sample, for what a conditioning asks
 RATES = SCALARS - set(SIZES)
-Files = Sequence[Path | str]
 
 
 def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
@@ -34,7 +33,8 @@ def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
     """
     conditioning, source = root.conditioning, registry.create(root.data)
     if not conditioning.needs() & {"captions", "text"}:
-        _refuse_captions(root, captions)
+        if found := [*of_captions(root, captions)]:
+            raise ConfigError(*found)
         return prompts_batch([""] * count)
     if not conditioning.images() and not conditioning.needs() & RATES:
         found = [*captions] or source.prompts()[:count] or [""] * count
@@ -81,10 +81,7 @@ def given(
     files = {"images": images, "end_images": end_images}
     rates = {name: value for name, value in scalars.items() if value is not None}
     is_of_data = not captions and not images and not end_images
-    if not root.conditioning.needs() & {"captions", "text"}:
-        _refuse_captions(root, captions)
-    if problems := list(_problems(root, captions, {} if is_of_data else files, rates)):
-        raise ConfigError(*problems)
+    check(root, captions, images, end_images, rates)
     if is_of_data:
         batch = of_data(root, (), count)
     else:
@@ -98,36 +95,6 @@ def given(
             batch.image = torch.stack([torch.stack(row) for row in shown], 2)
     told = {name: torch.full((batch.size,), float(value)) for name, value in rates.items()}
     return replace(batch, scalars=batch.scalars | told)
-
-
-def _refuse_captions(root: Root, captions: Sequence[str]) -> None:
-    if captions:
-        name = root.conditioning.plugin.rpartition("/")[2]
-        raise ConfigError(
-            f"prompts={[*captions]}: conditioning={name} is told none; want a count alone"
-        )
-
-
-def _problems(
-    root: Root, captions: Sequence[str], files: dict[str, Files], rates: dict[str, float]
-) -> Iterator[str]:
-    conditioning = root.conditioning
-    asked = {SETTINGS[name]: name for name in conditioning.images()}
-    name = f"conditioning={conditioning.plugin.rpartition('/')[2]}"
-    count = max(1, len(captions), *map(len, files.values())) if files else 1
-    for setting, of in files.items():
-        said = f"task.{setting}=[{', '.join(map(str, of))}]"
-        if of and setting not in asked:
-            yield f"{said}: {name} is told no such image with these settings; leave it out"
-        elif setting in asked and len(of) not in (1, count):
-            yield (
-                f"{said}: {name} is told the {asked[setting]} image; name a file for all prompts, "
-                f"or one for each of the {count}"
-            )
-    if files and len(captions) not in (0, 1, count):
-        yield f"task.prompts has {len(captions)} captions: want one for all {count} images or each"
-    for rate in rates.keys() - conditioning.needs():
-        yield f"task.{rate}={rates[rate]}: {name} is told no {rate} with these settings"
 
 
 def _for_each(values: Sequence[Any], count: int) -> list[Any]:

@@ -33,6 +33,7 @@ LIGHT = {
     "sandbox.usage": HEAVY | {"hydra"},
     "sandbox.reference": HEAVY,
     "sandbox.earlier": HEAVY,
+    "sandbox.prompt_checks": HEAVY,
     "sandbox.runs": HEAVY,
     "sandbox.secrets": HEAVY,
     "sandbox.files": HEAVY,

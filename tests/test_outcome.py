@@ -252,15 +252,17 @@ def test_clips_are_written_with_a_sheet(tmp_path):
     assert all(p.stat().st_size for p in paths)
 
 
-def test_samples_take_the_place_of_those_of_an_earlier_call_and_say_what_made_them(tmp_path):
-    (tmp_path / "000-mine.png").touch()
-    for captions, seed in ((["a", "b"], 1), (["c"], 2)):
+def test_samples_of_each_call_stay_and_say_what_made_them(tmp_path):
+    for captions, seed in ((["a", "b"], 1), (["c"], 2), (["d"], 3)):
         video = torch.zeros(len(captions), 3, 1, 4, 4)
-        write_samples(tmp_path, captions, video, 8.0, {"seed": seed, "task": {"password": "x"}})
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"000-c.png", "000-mine.png", "samples.json", "sheet.png"}
-    record = json.loads((tmp_path / "samples.json").read_text())
-    assert record == {"seed": 2, "task": {"password": "***"}, "clips": {"000-c.png": "c"}}
+        made_by = {"seed": seed, "task": {"password": "x"}}
+        write_samples(tmp_path / "prompts", captions, video, 8.0, made_by)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("*/*.png")}
+    assert {name for name in left if "sheet" not in name} == {
+        "prompts/000-a.png", "prompts/001-b.png", "prompts-2/000-c.png", "prompts-3/000-d.png"
+    }  # fmt: skip
+    record = json.loads((tmp_path / "prompts-3" / "samples.json").read_text())
+    assert record == {"seed": 3, "task": {"password": "***"}, "clips": {"000-d.png": "d"}}
 
 
 def test_the_sheet_shows_the_images_that_the_model_was_given_before_its_clips(tmp_path):

@@ -11,6 +11,7 @@ from sandbox import registry
 from sandbox.contracts import Clip, ConfigError
 from sandbox.data import batches
 from sandbox.main import checked
+from sandbox.prompt_checks import check
 from sandbox.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
@@ -150,6 +151,18 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_text("none")
     with pytest.raises(ConfigError, match=r"a\.png: cannot be read as an image"):
         picture(tmp_path / "a.png", Clip(3, 1, 12, 10))
+
+
+def test_all_that_is_wrong_with_a_wish_is_said_at_once(tmp_path):
+    (tmp_path / "a.png").write_text("none")
+    root = composed(*TOLD)
+    with pytest.raises(ConfigError) as e:
+        check(root, ["a", "b", "c"], [tmp_path / "a.png", tmp_path / "b.png"], [], {"ofs": 2.0})
+    said = "\n".join(e.value.problems)
+    assert "name a file for all prompts, or one for each of the 3" in said
+    for i, name in enumerate(("a.png", "b.png")):
+        assert f"task.images[{i}]={tmp_path / name}: cannot be read as an image" in said
+    assert "task.ofs=2.0" in said
 
 
 # --- before a run ---------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ class Sample:
         clips; count: how many of those. weights: ema or live; of init_from those that training
         would begin with. step: of the run's checkpoint, null for the newest. to: folder for the
         files; null is samples/prompts in the run folder, and samples/RECIPE in `out` where there
-        is no run. What an earlier call left there makes room; samples.json says what made the
-        clips. save_fps: frames a second of videos.
+        is no run; after an earlier call the next one beside it (prompts-2). samples.json says what
+        made the clips. save_fps: frames a second of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -78,13 +78,18 @@ class Sample:
         from pathlib import Path
 
         from sandbox.config import to_container
+        from sandbox.prompt_checks import check
+
+        cfg, root = self.cfg, wiring.root
+        rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
+        told = {name: rate for name, rate in rates.items() if rate is not None}
+        check(root, cfg.prompts, cfg.images, cfg.end_images, told)  # before torch is imported
+
         from sandbox.evaluation import generate
         from sandbox.outcome import write_samples
         from sandbox.prompts import given
         from sandbox.systems import begun_system, load_system
 
-        cfg, root = self.cfg, wiring.root
-        rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
         batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
         captions = batch.captions or []
         if cfg.run is None:
