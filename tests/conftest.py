@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+LONG = frozenset(
+    {"test_processes.py", "test_default_run.py", "test_cross_product.py", "test_interpreted.py"}
+)
+
 
 def pytest_configure() -> None:
     """Ctrl-C means something to the tests, also where a shell started them in the background."""
@@ -16,10 +20,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests go first, so that workers end together; those that need a GPU are left out where
-    there is none.
+    """Slow tests go first, and files that take a minute, so that workers end together; those that
+    need a GPU are left out where there is none.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.path.name in LONG))
     for_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_a_gpu:
         import torch

@@ -14,6 +14,11 @@ PRESETS = {
     "schedule/ddpm_ldm_celebahq": {"prediction": "eps", "betas": (0.0015, 0.0195)},
     "schedule/ddpm_cosine": {"beta_schedule": "cosine", "zero_terminal_snr": False},
     "schedule/ddpm_stable_diffusion": {"prediction": "eps", "betas": (0.00085, 0.012)},
+    "schedule/ddpm_stable_diffusion_v": {
+        "prediction": "v",
+        "betas": (0.00085, 0.012),
+        "t_draw": "stratified",
+    },
     "schedule/ddpm_dynamicrafter_512": {
         "prediction": "v",
         "betas": (0.00085, 0.012),
