@@ -437,13 +437,25 @@ def export_weights(
                 save_file(tensors, part, {"format": "pt", **(metadata or {})})
             except SafetensorError as e:  # its way to say a full disk
                 raise OSError(str(e)) from e
-            with part.open("rb") as file:
+            with part.open("r+b") as file:
+                _sort_header(file)
                 os.fsync(file.fileno())
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
         sync_folder(path.parent)
     return path
+
+
+def _sort_header(file: BinaryIO) -> None:
+    """The library writes the texts of a header in any order; the same weights are to be the same."""
+    length = int.from_bytes(file.read(8), "little")
+    found = json.loads(file.read(length))
+    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+    assert len(text) == length
+    file.seek(8)
+    file.write(text)
 
 
 def header(path: Path) -> dict[str, str]:

@@ -101,11 +101,13 @@ def test_folder_without_checkpoints_has_no_newest(tmp_path, folder):
 
 
 def save_until_killed(folder: Path, first: int) -> None:
+    torch.set_num_threads(1)  # a pool of threads does not live through a fork
     for step in range(first, first + 1000):
         checkpoint.save(folder, state(step, 500_000), step)
 
 
 def save_and_be_killed_in_a_write(folder: Path) -> None:
+    torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # ends the process in the middle of write()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -379,6 +381,22 @@ def test_exported_weights_are_read_again(tmp_path, name):
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[k], weights[k]) for k in weights)
     assert names(path.parent) == [name]
+
+
+def test_the_same_weights_and_texts_are_the_same_bytes_in_every_process(tmp_path):
+    """safetensors alone writes texts in a random order."""
+    from safetensors import safe_open
+
+    texts = {name: f"{name} \u00e4" for name in "abcdef"}
+    written = set()
+    for i in range(8):
+        weights = {"w": torch.ones(2), "b": torch.zeros(3)}
+        path = checkpoint.export_weights(weights, tmp_path / f"{i}.safetensors", texts)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", **texts}
+        assert file.get_tensor("w").tolist() == [1, 1]
 
 
 def test_exported_metadata_is_in_the_header(tmp_path):

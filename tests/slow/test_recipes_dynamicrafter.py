@@ -64,7 +64,8 @@ def test_images_become_videos(run, tmp_path):
     done = perform(root)
     assert done["captions"] == ["a red 3 moving left", "a red 4 moving up"]
     files = sorted(p.name for p in (tmp_path / "to").iterdir())
-    assert files == ["000-a-red-3-moving-left.mp4", "001-a-red-4-moving-up.mp4", "sheet.png"]
+    clips = ["000-a-red-3-moving-left.mp4", "001-a-red-4-moving-up.mp4"]
+    assert files == [*clips, "samples.json", "sheet.png"]
     with av.open(str(tmp_path / "to" / files[0])) as file:
         assert sum(1 for _ in file.decode(video=0)) == root.data.frames
         assert file.streams.video[0].average_rate == 8

@@ -119,7 +119,7 @@ def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
     words = ["task=sample", f"task.run={run}", "task.count=3", f"task.to={tmp_path}"]
     perform(settled(composed(*words), words))
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["000-clip.png", "001-clip.png", "002-clip.png", "sheet.png"]
+    assert names == ["000-clip.png", "001-clip.png", "002-clip.png", "samples.json", "sheet.png"]
     pictures = [Image.open(tmp_path / name) for name in names[:3]]
     assert {p.size for p in pictures} == {(16, 16)}
     assert len({p.tobytes() for p in pictures}) == 3

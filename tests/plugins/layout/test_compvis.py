@@ -225,7 +225,7 @@ def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
     assert same(begun_system(wire(root)).state_dict(), original.state_dict())
     perform(root)
     names = sorted(p.name for p in (tmp_path / "samples" / "crafter").iterdir())
-    assert names == ["000-a-bear.mp4", "sheet.png"]
+    assert names == ["000-a-bear.mp4", "samples.json", "sheet.png"]
 
 
 def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_path):
