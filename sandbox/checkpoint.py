@@ -448,7 +448,7 @@ def export_weights(
 
 
 def _sort_header(file: BinaryIO) -> None:
-    """The library writes the texts of a header in any order; the same weights are to be the same."""
+    """The same texts in the same order: the library writes them in a random one."""
     length = int.from_bytes(file.read(8), "little")
     found = json.loads(file.read(length))
     found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
