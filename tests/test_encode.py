@@ -339,6 +339,7 @@ def test_shards_are_cut_and_webdataset_reads_them(folder, monkeypatch):
 
 def encode_until_killed(root: Root) -> None:
     """Ends in the middle of the fourth clip, by kill -9."""
+    torch.set_num_threads(1)  # a pool of threads does not live through a fork
     own, begun = Networks.latents, []
 
     def latents_of(self: Networks, sample: Any) -> Any:
