@@ -67,7 +67,12 @@ class _Local:
         if self.pool is None:
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.count, context, _begin)
-        return self.pool.submit(function, job)
+        try:
+            return self.pool.submit(function, job)
+        except BrokenProcessPool as e:  # by a job before this one, whose result says so, too
+            broken: Future[Any] = Future()
+            broken.set_exception(e)
+            return broken
 
     def stop(self) -> None:
         if self.pool is not None:

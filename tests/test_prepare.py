@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,6 +388,19 @@ def test_results_come_in_order_and_a_job_that_ends_its_process_takes_no_other_al
     with started("local", 2) as ordered:
         found = list(ordered(double, range(30)))
     assert found == [Crashed() if i == 13 else 2 * i for i in range(30)]
+
+
+def test_jobs_that_come_after_a_process_has_ended_are_done():
+    others = set(multiprocessing.active_children())
+
+    def jobs() -> Iterator[int]:
+        yield 13
+        while set(multiprocessing.active_children()) - others:
+            time.sleep(0.01)
+        yield from (14, 15)
+
+    with started("local", 2) as ordered:
+        assert list(ordered(double, jobs())) == [Crashed(), 28, 30]
 
 
 @pytest.mark.slow
