@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class TrainableFirstStage(FirstStage, Protocol):
 Reconstruct = Callable[[Any, int], Terms]
 
 
+@runtime_checkable
 class Adversarial(Protocol):
     """A reconstruction loss that trains networks of its own, in turn with the first stage.
 
@@ -113,8 +114,8 @@ class Autoencoding(Trainable):
         super().__init__(root, group)
         self.first_stage = first_stage
         self.reconstruction = reconstruction
-        discriminator = getattr(reconstruction, "discriminator", None)
-        self.opponent = None if discriminator is None else Opponent(discriminator)
+        is_adversarial = isinstance(reconstruction, Adversarial)
+        self.opponent = Opponent(reconstruction.discriminator) if is_adversarial else None
         self.hold_still()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
@@ -140,7 +141,8 @@ class Autoencoding(Trainable):
             out = self.first_stage.reconstruct(_pixels(batch), self.draws(batch))
 
         def loss() -> Terms:
-            return self.reconstruction.discriminate(out, self.finished_steps)  # type: ignore[attr-defined]
+            assert isinstance(self.reconstruction, Adversarial)
+            return self.reconstruction.discriminate(out, self.finished_steps)
 
         self.metrics = self.metrics | self.opponent.turn(loss, share, rate, is_update).log
 

@@ -19,14 +19,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests go first, and files that take a minute, so that workers end together; those that
     need a GPU are left out where there is none.
     """
     items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.path.name in LONG))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     for_a_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if for_a_gpu:
         import torch
@@ -34,17 +31,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not torch.cuda.is_available():
             config.hook.pytest_deselected(items=for_a_gpu)
             items[:] = [item for item in items if item not in for_a_gpu]
-
-
-def _group(item: pytest.Item) -> str:
-    """Tests of one group go to one worker (--dist loadgroup), as each worker would make the
-    fixtures of a module for itself: those of a file, but slow ones without such fixtures go alone.
-    """
-    assert isinstance(item, pytest.Function)
-    fixtures = item._fixtureinfo.name2fixturedefs.values()
-    shared = any(made[-1].scope == "module" for made in fixtures)
-    alone = item.get_closest_marker("slow") and not shared
-    return item.name if alone else item.module.__name__
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -268,8 +268,3 @@ def measure(
     for parameter in trained.values():
         parameter.grad = None
     return found
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """All tensors in nested containers."""
-    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
