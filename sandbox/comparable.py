@@ -80,7 +80,8 @@ def forget_peak(device: Any) -> None:
     if device.type == "cuda":
         import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
+        if torch.cuda.is_initialized():  # else there is none, and torch refuses to forget it
+            torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -113,6 +113,14 @@ def test_memory_is_that_since_a_run_began_whatever_was_there_before():
     assert peak_memory(cpu) < before + 100
 
 
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="a test before has used the GPU")
+def test_a_gpu_that_nothing_has_used_has_no_peak():
+    """As where a run begins; torch refuses to reset it."""
+    gpu = torch.device("cuda", 0)
+    forget_peak(gpu)
+    assert peak_memory(gpu) == 0
+
+
 def test_scores_are_the_means_of_those_of_the_clips(folder, result):
     found = json.loads((folder / "scores_by_clip.json").read_text())
     assert len(found["captions"]) == 6
