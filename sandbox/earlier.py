@@ -29,7 +29,7 @@ def find_run(out: str, named: str | None) -> Path:
                 f"task.run={named}: no run there (it has no config.yaml); there is "
                 + _some(Path(out))
             )
-        task = _task(folder)
+        task = task_of(folder)
         if task != TRAINED_BY:
             raise ConfigError(
                 f"task.run={named}: a run of {task.replace('/', '=')}, which leaves no system to "
@@ -38,7 +38,7 @@ def find_run(out: str, named: str | None) -> Path:
         return folder
     finished = [p.parent for p in Path(out).glob("*/result.json")]
     finished.sort(key=lambda f: (f / "result.json").stat().st_mtime_ns, reverse=True)
-    newest = next((f for f in finished if _task(f) == TRAINED_BY), None)
+    newest = next((f for f in finished if task_of(f) == TRAINED_BY), None)
     if newest is None:
         raise ConfigError(
             f"task.run=null: no finished run in out={out}; train one first (python run.py), "
@@ -60,20 +60,25 @@ def check_same_system(folder: Path, own: Root, root: Root) -> None:
 
     A network that was trained with another schedule or target fits, and its samples are wrong.
     """
-    of = {
-        group: [getattr(r, group).plugin.rpartition("/")[2] for r in (own, root)]
-        for group in MADE_FOR
-    }
-    if own.schedule.plugin == root.schedule.plugin:
-        of["schedule.prediction"] = [r.schedule.predicts() for r in (own, root)]
+    old, new = _made_for(own), _made_for(root)
+    if new.get("schedule") != old["schedule"]:
+        new.pop("schedule.prediction", None)  # follows from it
     problems = [
-        f"{name}={new}: the weights of {folder} are made for {name}={old}; leave it out, or "
-        "train another run"
-        for name, (old, new) in of.items()
-        if old != new
+        f"{name}={new[name]}: the weights of {folder} are made for {name}={old[name]}; leave it "
+        "out, or train another run"
+        for name in new
+        if new[name] != old[name]
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _made_for(root: Root) -> dict[str, str]:
+    """Without what was emptied, which wiring refuses."""
+    there = {group: cfg for group in MADE_FOR if (cfg := getattr(root, group)) is not None}
+    found = {group: cfg.plugin.rpartition("/")[2] for group, cfg in there.items()}
+    predicts = {"schedule.prediction": root.schedule.predicts()} if "schedule" in there else {}
+    return found | predicts
 
 
 def choices(overrides: Sequence[str]) -> list[str]:
@@ -107,7 +112,8 @@ def choices(overrides: Sequence[str]) -> list[str]:
     return found
 
 
-def _task(folder: Path) -> str:
+def task_of(folder: Path) -> str:
+    """The task that made a run folder, such as "task/train"; empty where it does not say."""
     return (Run(folder).config().get("task") or {}).get("plugin", "")
 
 

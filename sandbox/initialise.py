@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sandbox import checkpoint, whole_systems
 from sandbox.contracts import State, StorageError
+from sandbox.earlier import task_of
 from sandbox.module import Trainable
 from sandbox.published import compare, files_of, read_model, read_parts
 from sandbox.runs import Run
@@ -70,7 +71,7 @@ def _begin(system: Any, path: Path) -> str:
     mapped = any(p.is_meta for p in system.parameters())
     if path.is_dir() and not Run(path).config_file.is_file():
         return _of_published(system, path)
-    if path.is_dir() and _trained_by(path) == FIRST_STAGE:
+    if path.is_dir() and task_of(path) == FIRST_STAGE:
         raise StorageError(
             f"init_from={path}: a run of a first stage alone; use vae.weights={path}"
         )
@@ -85,10 +86,6 @@ def _begin(system: Any, path: Path) -> str:
             return "backbone's weights"
     _put(system, weights, path)
     return f"{which} weights"
-
-
-def _trained_by(folder: Path) -> str | None:
-    return (Run(folder).config().get("task") or {}).get("plugin")
 
 
 def _of_published(system: Any, path: Path) -> str:

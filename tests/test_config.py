@@ -358,6 +358,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
             ["task=sample", "run=eps", "schedule.prediction=v"],
             "schedule.prediction=v: the weights of eps are made for schedule.prediction=eps",
         ),
+        (["task=sample", "run=mine", "schedule=null"], "schedule=null: want one of"),
         (["task=sample", "run=mine", "init_from=a"], "init_from=a and task.run=mine: a run has"),
         (["task=sample", "init_from=a", "images=[b]"], "init_from=a: no such file or folder"),
         (["task=sample", "init_from=a", "images=[b]"], "task.images[0]=b: no such file or folder"),
