@@ -185,12 +185,13 @@ def cached(root: Root) -> Path:
     vae, parts = to_container(root.vae) | {"weights": None}, [root.vae.plugin, root.data.plugin]
     if root.vae.fitted() == "trained":
         parts.append(f"reconstruction/{root.vae.regularizer()}")
-    files = [registry.find(part).path for part in parts]
+    code = [registry.source(registry.find(part)) for part in parts]
     for shared in ("_blocks", "_configs"):
-        files += Path(registry.__file__).parent.parent.glob(f"plugins/{shared}/*.py")
-    code = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(filter(None, files))]
+        files = Path(registry.__file__).parent.parent.glob(f"plugins/{shared}/*.py")
+        code += [path.read_bytes() for path in sorted(files)]
     data = data_identity(root.data.whole())
-    key = json.dumps([vae, data, root.seed, code], sort_keys=True)
+    hashes = [hashlib.sha256(part).hexdigest() for part in code]
+    key = json.dumps([vae, data, root.seed, hashes], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
     return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
 

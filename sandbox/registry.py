@@ -206,14 +206,26 @@ def plugins(group: str | None = None) -> list[Plugin]:
     return [p for _, p in sorted(_plugins.items()) if group in (None, p.group)]
 
 
+def source(plugin: Plugin) -> bytes:
+    """Its code: that of its file, or of the cells of a notebook; empty where it is in neither.
+
+    Raises OSError where the file is gone.
+    """
+    if plugin.path is not None:
+        return plugin.path.read_bytes()
+    cells: dict[str, None] = {}  # of what stands in one `inspect` finds functions alone
+    for method in filter(inspect.isfunction, vars(_classes[plugin.key]).values()):
+        with suppress(OSError):  # typed at a prompt
+            cells["".join(inspect.findsource(inspect.unwrap(method))[0])] = None
+    return "".join(cells).encode()
+
+
 def sources_beside(folder: Path) -> Iterator[bytes]:
-    """The code of plugins that are not below `folder`: files, and cells of a notebook."""
+    """The code of plugins that are not in files below `folder`."""
     for plugin in plugins():
-        with suppress(OSError):  # a file that is gone, or code that was never in one
-            if plugin.path is None:
-                yield inspect.getsource(_classes[plugin.key]).encode()
-            elif not plugin.path.is_relative_to(folder):
-                yield plugin.path.read_bytes()
+        if plugin.path is None or not plugin.path.is_relative_to(folder):
+            with suppress(OSError):  # a file that is gone
+                yield source(plugin)
 
 
 def groups() -> list[str]:

@@ -1,6 +1,7 @@
 """Plugins are read without being imported, break alone, and come from three kinds of places."""
 
 import copy
+import linecache
 import pickle
 import subprocess
 import sys
@@ -271,9 +272,11 @@ def test_two_presets_of_one_name_are_an_error_with_both_files(plugin_folder):
 
 
 def notebook(text: str = GOOD, name: str = "a_notebook") -> ModuleType:
-    """Runs a cell: a module without a file."""
+    """Runs a cell as Jupyter does: a module without a file, and lines under a name of their own."""
     module = sys.modules.setdefault(name, ModuleType(name))
-    exec(textwrap.dedent(text), module.__dict__)
+    text, file = textwrap.dedent(text), f"/tmp/ipykernel_1/{len(linecache.cache)}.py"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    exec(compile(text, file, "exec"), module.__dict__)
     return module
 
 
@@ -292,6 +295,16 @@ def test_a_cell_that_is_run_again_replaces_its_plugin(plugin_folder, monkeypatch
     module = notebook(GOOD.replace("CHANNELS = 3", "CHANNELS = 6"))
     made = registry.create(compose("vae=mine").vae)
     assert type(made) is module.Mine and made.cfg.channels == 6
+
+
+def test_the_code_of_a_cell_is_all_of_it(plugin_folder, monkeypatch, tmp_path):
+    """Else what an edited cell makes is taken for what it made before: runs, first stages."""
+    monkeypatch.setitem(sys.modules, "a_notebook", ModuleType("a_notebook"))
+    notebook()
+    assert registry.source(registry.find("vae/mine")).decode() == GOOD
+    edited = GOOD.replace("CHANNELS = 3", "CHANNELS = 6")
+    notebook(edited)
+    assert edited.encode() in registry.sources_beside(config.HOME)
 
 
 def test_a_notebook_cannot_take_the_name_of_a_plugin(plugin_folder, monkeypatch):
