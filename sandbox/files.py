@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,6 +44,23 @@ def storing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({e.strerror or e}); "
             "check free space, quota and permissions, or choose another out="
         ) from e
+
+
+def claimed(paths: Iterable[Path]) -> Path:
+    """The first of `paths` that is not there, now an empty file: jobs that come at once have one
+    each. Raises StorageError.
+    """
+    return next(path for path in paths if _made(path))
+
+
+def _made(path: Path) -> bool:
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from sandbox.comparable import cost, protocols
 from sandbox.config import Root, to_container
 from sandbox.contracts import Clip, ConfigError, PluginConfig
 from sandbox.evaluation import Evaluation, evaluate
-from sandbox.files import storing, write_atomic
+from sandbox.files import claimed, storing, write_atomic
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.report import Report, ScoreRow, read_curves, terminal_table, write_report
 from sandbox.runs import Run
@@ -154,18 +155,17 @@ def write_samples(
     made_by: dict[str, Any],
     given: Tensor | None = None,
 ) -> list[Path]:
-    """`write_clips`, and beside them the settings that made them.
+    """`write_clips`, and beside them the settings that made them: seed, step, sampler, ...
 
-    Where `folder` has those of an earlier call, into the next one that has none: `folder`-2, ...
+    Where `folder` has those of another call, into the next one that has none: `folder`-2, ...
+    Raises StorageError.
     """
-    number, free = 1, folder
-    while (free / RECORD).is_file():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    paths = write_clips(free, captions, video, fps, given)
+    folders = chain([folder], (Path(f"{folder}-{number}") for number in count(2)))
+    record = claimed(own / RECORD for own in folders)
+    paths = write_clips(record.parent, captions, video, fps, given)
     clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
-    with storing(free):
-        write_atomic(free / RECORD, json.dumps(mask(made_by) | {"clips": clips}, indent=1) + "\n")
+    with storing(record):
+        write_atomic(record, json.dumps(mask(made_by) | {"clips": clips}, indent=1) + "\n")
     return paths
 
 

@@ -122,3 +122,4 @@ def restore_weights(system: LatentDiffusion, state: dict[str, Any], weights: str
     system.check_frozen(new | known)
     average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
     system.load_trainable(state["weights"] | average)
+    system.finished_steps = state["step"]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,6 +272,18 @@ def test_samples_of_each_call_stay_and_say_what_made_them(tmp_path):
     }  # fmt: skip
     record = json.loads((tmp_path / "prompts-3" / "samples.json").read_text())
     assert record == {"seed": 3, "task": {"password": "***"}, "clips": {"000-d.png": "d"}}
+
+
+def test_samples_that_are_made_at_once_have_a_folder_each(tmp_path):
+    def one(number: int) -> Path:
+        clips = ["a"] * number, torch.zeros(number, 3, 1, 4, 4)
+        return write_samples(tmp_path / "to", *clips, 8.0, {"seed": number})[0].parent
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = [*pool.map(one, range(1, 5))]
+    for number, folder in enumerate(folders, 1):
+        assert json.loads((folder / "samples.json").read_text())["seed"] == number
+        assert len([*folder.glob("*-a.png")]) == number
 
 
 def test_the_sheet_shows_the_images_that_the_model_was_given_before_its_clips(tmp_path):

@@ -407,6 +407,7 @@ def test_samples_of_a_run_are_those_of_the_sampling_task(tmp_path):
     assert len(names) == 4  # three videos and the sheet
     again = {p.name for p in (tmp_path / "again").iterdir()}
     assert again == {*names, "samples.json"}
+    assert json.loads((tmp_path / "again" / "samples.json").read_text())["step"] == 5
     for name in names:
         assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
     assert recorder.states[5]["ema"]["updates"] == 5

@@ -47,8 +47,9 @@ class Evaluate:
         from sandbox.comparable import protocols
         from sandbox.contracts import Clip
         from sandbox.evaluation import evaluate
-        from sandbox.files import storing, write_atomic
+        from sandbox.files import claimed, storing, write_atomic
         from sandbox.outcome import say_scores, spread, write_sheet
+        from sandbox.secrets import mask_text
         from sandbox.systems import load_system
 
         folder = Path(self.cfg.run or "")
@@ -57,10 +58,10 @@ class Evaluate:
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
         clip = Clip(*found.clips["model"].shape[1:])
         to = folder / "evaluations"
-        numbers = (f"evaluation-{n:02}" for n in itertools.count(1))
-        name = next(n for n in numbers if not (to / f"{n}.json").exists())
+        record = claimed(to / f"evaluation-{n:02}.json" for n in itertools.count(1))
+        sheet = record.with_suffix(".png")
         scores = {
-            "overrides": list(overrides),
+            "overrides": [mask_text(o) for o in overrides],
             "weights": weights,
             "clips": found.count,
             "scores": found.scores,
@@ -69,9 +70,8 @@ class Evaluate:
             "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
         }
         with storing(to):
-            to.mkdir(exist_ok=True)
-            write_sheet(to / f"{name}.png", found, spread(found.captions, self.cfg.samples) or [0])
-            write_atomic(to / f"{name}.json", json.dumps(scores, indent=1) + "\n")
+            write_sheet(sheet, found, spread(found.captions, self.cfg.samples) or [0])
+            write_atomic(record, json.dumps(scores, indent=1) + "\n")
         say_scores(wiring.root, found)
-        print(f"scores  {to / name}.json\nsheet   {to / name}.png")
+        print(f"scores  {record}\nsheet   {sheet}")
         return {"folder": str(folder), "scores": found.scores.get("model", {})}

@@ -82,8 +82,7 @@ class Sample:
 
         cfg, root = self.cfg, wiring.root
         rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
-        told = {name: rate for name, rate in rates.items() if rate is not None}
-        check(root, cfg.prompts, cfg.images, cfg.end_images, told)  # before torch is imported
+        check(root, cfg.prompts, cfg.images, cfg.end_images, rates)  # before torch is imported
 
         from sandbox.evaluation import generate
         from sandbox.outcome import write_samples
@@ -100,6 +99,7 @@ class Sample:
         video = generate(system, batch, watch=watch)
         parts = ("seed", "init_from", "task", "sampler", "guidance")
         made_by = {name: to_container(getattr(root, name)) for name in parts}
+        made_by["step"] = system.finished_steps
         folder = Path(cfg.to or to)
         paths = write_samples(folder, captions, video, cfg.save_fps, made_by, batch.image)
         return paths, captions
