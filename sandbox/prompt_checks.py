@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandbox.config import Root
@@ -17,10 +17,11 @@ def check(
     captions: Sequence[str],
     images: Files,
     end_images: Files,
-    rates: dict[str, float],
+    rates: Mapping[str, float | None],
 ) -> None:
     """Raises ConfigError for what the conditioning is not told, for what it must be told and is
     not, and for files that are no images. Without captions and images, all is that of the data.
+    rates: by name, such as fps=24; None is not told.
     """
     files = {"images": images, "end_images": end_images}
     is_of_data = not captions and not images and not end_images
@@ -29,8 +30,11 @@ def check(
         found += _of_images(root, captions, files)
         found += _unreadable(files)
     needs, name = root.conditioning.needs(), _name(root)
-    for rate in rates.keys() - needs:
-        found.append(f"task.{rate}={rates[rate]}: {name} is told no {rate} with these settings")
+    found += [
+        f"task.{rate}={value}: {name} is told no {rate} with these settings"
+        for rate, value in rates.items()
+        if value is not None and rate not in needs
+    ]
     if found:
         raise ConfigError(*found)
 

@@ -79,10 +79,8 @@ def given(
     not told, for what it must be told and is not, and for files that are no images.
     """
     files = {"images": images, "end_images": end_images}
-    rates = {name: value for name, value in scalars.items() if value is not None}
-    is_of_data = not captions and not images and not end_images
-    check(root, captions, images, end_images, rates)
-    if is_of_data:
+    check(root, captions, images, end_images, scalars)
+    if not captions and not images and not end_images:
         batch = of_data(root, (), count)
     else:
         size = max(len(captions), *map(len, files.values()))
@@ -93,6 +91,7 @@ def given(
             rows = [_for_each(files[SETTINGS[name]], size) for name in asked]
             shown = [[picture(file, clip) for file in row] for row in rows]
             batch.image = torch.stack([torch.stack(row) for row in shown], 2)
+    rates = {name: value for name, value in scalars.items() if value is not None}
     told = {name: torch.full((batch.size,), float(value)) for name, value in rates.items()}
     return replace(batch, scalars=batch.scalars | told)
 
