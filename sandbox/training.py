@@ -217,8 +217,8 @@ class Training:
     def sample(self, prompts: Sequence[str], count: int) -> None:
         """Videos and a sheet of `prompts`, else of the data's first `count`.
 
-        Images that the conditioning wants are those of validation clips. Equal to those of
-        task=sample for this step.
+        Images that the conditioning wants are those of validation clips. The clips are those that
+        task=sample makes of this step.
         """
         self.flush()
         batch = of_data(self.root, prompts, count)
@@ -227,7 +227,8 @@ class Training:
         if not self.leads:
             return
         captions = batch.captions or []
-        paths = write_clips(self.run.samples / f"step_{self.step:08}", captions, video, self.fps)
+        folder = self.run.samples / f"step_{self.step:08}"
+        paths = write_clips(folder, captions, video, self.fps, batch.image)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)

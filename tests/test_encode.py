@@ -122,11 +122,7 @@ def test_what_an_epoch_draws_is_stored_once_and_that_is_said(folder, capsys):
     write_video(folder / name, video(Clip(3, 12, 16, 16), 1)[0], 8.0)
     files = replace(registry.default("data", "video_folder"), root=str(folder), frames=9, height=16,
                     width=16, batch_size=1)  # fmt: skip
-    for start, count in (
-        ("random", 1),
-        ("random", 1),
-        ("centre", 0),
-    ):  # found again the second time
+    for start, count in [("random", 1), ("random", 1), ("centre", 0)]:  # made, found again, other
         encode_all(replace(root, data=replace(files, start=start)), Rank())
         said = "1 of 6 clips are drawn at random by data=video_folder" in capsys.readouterr().out
         index = json.loads((folder.parent / "cache" / "index.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -75,8 +76,6 @@ def deliver(tracker: PageTracker, page: Path, found: Ablation, group: str) -> No
 
     Raises StorageError: what could not be sent is kept.
     """
-    from contextlib import suppress
-
     from sandbox.ablation_page import plain, tables
 
     # further seeds of a trial are runs beside the sweep
