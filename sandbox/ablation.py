@@ -15,14 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sandbox.contracts import ConfigError
+from sandbox.contracts import LOADING, ConfigError
+from sandbox.earlier import TRAINED_BY
 from sandbox.runs import IGNORED, Run, identity_of_work, leaves, matches, read_json
 from sandbox.statistics import LEAST_PROMPTS, LEAST_SEEDS, Estimate, holm, of_prompts, of_seeds
 
 ASIDE = (*IGNORED, "seed", "task")  # settings that make no variant
-# Settings of data that change neither clips nor who is held out.
-LOADING = ("batch_size", "bucket_batch_sizes", "drop_incomplete", "max_bad", "num_prompts")
-TRAINED_BY = "task/train"
 MOST_NAMED = 5
 MOST_REASONS = 3  # why numbers are not compared, where none is
 COSTS = {  # key in a run's cost -> heading

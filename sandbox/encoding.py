@@ -33,8 +33,8 @@ from sandbox.contracts import (
     TextEncoder,
 )
 from sandbox.devices import device_of, use_threads
-from sandbox.files import storing, write_atomic
-from sandbox.first_stages import data_identity, locked, prepare_first_stage
+from sandbox.files import locked, storing, write_atomic
+from sandbox.first_stages import data_identity, prepare_first_stage
 from sandbox.module import fingerprint, freeze
 from sandbox.parts import DTYPES, build, use_kernels
 from sandbox.progress import Progress

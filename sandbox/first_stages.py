@@ -21,7 +21,7 @@ from torch import nn
 
 from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
-from sandbox.contracts import DataConfig, State, StorageError
+from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.data import batches
 from sandbox.files import locked, storing
 from sandbox.published import compare, parts_of, read_model, read_parts
@@ -30,9 +30,6 @@ from sandbox.rank import Rank
 CALIBRATION_CLIPS = 512
 KEPT = "first_stage.safetensors"  # in a run folder
 OURS = "first_stage."  # before its names in a system
-LOADING = frozenset(  # how data come, not what they are
-    {"batch_size", "bucket_batch_sizes", "drop_incomplete", "num_workers", "max_bad"}
-)
 TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
 
 

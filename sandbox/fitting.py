@@ -118,7 +118,8 @@ class Stepping(Callback):
         self.training, self.root, self.cfg = training, training.root, training.root.trainer
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
         every, watching = self.root.checkpoint.every, filter(None, self.root.callbacks.values())
-        self.is_measured = any(c.measures(every) for c in watching)  # not while in the cache
+        # what a first stage that goes to the cache trains with has no callback that measures
+        self.is_measured = any(c.measures(every) for c in watching)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
         self.seen: list[Seen] = []
         self.rates: dict[str, float] = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 from sandbox import config, registry
 from sandbox.contracts import ConfigError
-from sandbox.earlier import TRAINED_BY, choices, read_root
+from sandbox.earlier import TRAINED_BY, choices, read_root, task_of
 from sandbox.main import checked, settled
 from sandbox.runs import Run
 
@@ -102,7 +102,7 @@ class Runs:
         names = []
         for path in found:
             steps = steps_in(path / "checkpoints")
-            if steps and (Run(path).config().get("task") or {}).get("plugin") == TRAINED_BY:
+            if steps and task_of(path) == TRAINED_BY:
                 names.append(path.name)
                 names += [f"{path.name}@{step}" for step in steps if len(steps) > 1]
         return names

@@ -11,6 +11,7 @@ and never another group's plugin.
 
 from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
 from sandbox.contracts.configs import (
+    LOADING,
     SCALARS,
     SIZES,
     AdapterConfig,

@@ -13,6 +13,10 @@ from sandbox.contracts.errors import ConfigError
 # Of the pixels of a clip; the loader, and sampling, tell them of every clip.
 SIZES = ("height", "width", "aspect_ratio")  # aspect_ratio: height / width
 SCALARS = frozenset({"fps", "frame_stride", "ofs", *SIZES})
+# Settings of data that say how clips come: they change neither clips nor who is held out.
+LOADING = frozenset(
+    {"batch_size", "bucket_batch_sizes", "drop_incomplete", "num_workers", "max_bad", "num_prompts"}
+)
 
 
 @dataclass(frozen=True)
