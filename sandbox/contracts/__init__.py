@@ -10,33 +10,29 @@ and never another group's plugin.
 # ruff: noqa: F401  what is imported here is what others import from here
 
 from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
-from sandbox.contracts.configs import (
-    LOADING,
-    SCALARS,
-    SIZES,
-    AdapterConfig,
-    BackboneConfig,
-    CallbackConfig,
-    CheckpointConfig,
-    Clip,
-    ConditioningConfig,
-    DataConfig,
-    EMAConfig,
-    FirstStageConfig,
-    FirstStageRecipe,
+from sandbox.contracts.configs.base import PluginConfig
+from sandbox.contracts.configs.data import LOADING, DataConfig, MetricConfig, StageConfig
+from sandbox.contracts.configs.diffusion import (
     GuidanceConfig,
-    LayoutConfig,
     LossConfig,
-    LRScheduleConfig,
-    MetricConfig,
-    OptimizerConfig,
-    PluginConfig,
     SamplerConfig,
     ScheduleConfig,
-    Slots,
-    StageConfig,
-    TaskConfig,
-    Tokens,
+)
+from sandbox.contracts.configs.system import (
+    AdapterConfig,
+    BackboneConfig,
+    ConditioningConfig,
+    FirstStageConfig,
+    FirstStageRecipe,
+    LayoutConfig,
+)
+from sandbox.contracts.configs.task import TaskConfig
+from sandbox.contracts.configs.training import (
+    CallbackConfig,
+    CheckpointConfig,
+    EMAConfig,
+    LRScheduleConfig,
+    OptimizerConfig,
     TrainerConfig,
 )
 from sandbox.contracts.errors import (
@@ -61,6 +57,7 @@ from sandbox.contracts.footage import (
     Span,
     VideoFile,
 )
+from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Slots, Tokens
 from sandbox.contracts.tensors import (
     SAMPLE_TENSORS,
     Adapter,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from sandbox.contracts.configs import Clip
+from sandbox.contracts.sizes import Clip
 
 if TYPE_CHECKING:
     import numpy as np
