@@ -58,8 +58,9 @@ def make(folder: Path, count: int) -> None:
 
 def timed(folder: Path) -> dict[str, float]:
     """CPU seconds of reading, comparing and writing."""
-    from sandbox.ablation import compare, read
+    from sandbox.ablation import compare
     from sandbox.ablation_page import write_ablation
+    from sandbox.ablation_runs import read
 
     marks = [time.process_time()]
     found = read(folder)

@@ -15,7 +15,8 @@ from string import Template
 import numpy as np
 
 from sandbox import media
-from sandbox.ablation import COSTS, Ablation, Cell, Variant
+from sandbox.ablation import Ablation, Cell, Variant
+from sandbox.ablation_runs import COSTS
 from sandbox.charts import number
 from sandbox.figures import draw_curves, draw_intervals
 from sandbox.files import storing, write_atomic

@@ -134,13 +134,10 @@ def compare(
     ConfigError as that does.
     """
     from sandbox import ablation
+    from sandbox.ablation_runs import Found, add, read
 
     is_folder = isinstance(runs, Path | str)
-    found = (
-        ablation.read(Path(runs))
-        if is_folder
-        else ablation.add(ablation.Found([]), map(Path, runs))
-    )
+    found = read(Path(runs)) if is_folder else add(Found([]), map(Path, runs))
     if not found.entries:
         raise ConfigError("compare: none of these runs is a finished one of task=train")
     return ablation.compare(found, baseline, metrics)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sandbox.ablation import Ablation, Entry, Variant
+from sandbox.ablation import Ablation, Variant
+from sandbox.ablation_runs import Entry
 from sandbox.charts import smoothed
 from sandbox.media import replacing
 from sandbox.report import read_curves

@@ -162,8 +162,9 @@ def _compare(folder: Path) -> None:
     results = [read_json(p).get("result") or {} for p in folder.glob("job-*.json")]
     if len({*(f for r in results for f in r.get("folders") or [r.get("folder")] if f)}) < 2:
         return
-    from sandbox.ablation import compare, read
+    from sandbox.ablation import compare
     from sandbox.ablation_page import write_ablation
+    from sandbox.ablation_runs import read
 
     try:
         print(f"report    {write_ablation(folder / 'report', compare(read(folder)))}", flush=True)

@@ -173,7 +173,7 @@ class Runs:
 
     def report(self, name: str | None) -> tuple[str, dict[str, list[Path]]]:
         """The page `name` of `pages`, and videos and pictures of the runs that it is about."""
-        from sandbox.ablation import read
+        from sandbox.ablation_runs import read
 
         path = self.inside(name or "")
         if name not in self.pages():

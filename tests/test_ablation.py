@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from sandbox.ablation import Ablation, compare, read, varying
+from sandbox.ablation import Ablation, compare, varying
 from sandbox.ablation_page import latex, markdown, write_ablation
+from sandbox.ablation_runs import read
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.main import _main
 from sandbox.runs import identity_of_work

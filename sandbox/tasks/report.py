@@ -44,8 +44,9 @@ class Report:
     def __call__(self, root: Any) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox.ablation import compare, read
+        from sandbox.ablation import compare
         from sandbox.ablation_page import markdown_table, tables, write_ablation
+        from sandbox.ablation_runs import read
 
         folder = Path(self.cfg.runs or root.out)
         tracker = self.tracker(root)
