@@ -94,6 +94,8 @@ class MovingDigits:
             yield from above("fps", self.fps, 0)
             yield from in_range("distinct", self.distinct, 1)
             yield from in_range("pictures", self.pictures, 0)
+            if self.frames == 1 and self.pictures:
+                yield f"pictures={self.pictures}: want 0 where clips are pictures, of frames=1"
             yield from in_range("backdrops", self.backdrops, 0, 1)
             for name in ("height", "width"):
                 yield from in_range(name, getattr(self, name), SCAN)
@@ -107,7 +109,7 @@ class MovingDigits:
 
         def clips(self) -> tuple[Clip, ...]:
             (clip,) = super().clips()
-            return (clip, replace(clip, frames=1)) if self.pictures and self.frames > 1 else (clip,)
+            return (clip, replace(clip, frames=1)) if self.pictures else (clip,)
 
         def batch_of(self, clip: Clip) -> int:
             return self.batch_size * (1 if clip == self.clips()[0] else self.pictures)
@@ -135,7 +137,7 @@ class MovingDigits:
             raise ValueError(f"split {name!r}: want 'train' or 'val'")
         if name == "val":
             return Val(self.cfg)
-        return Mixed(self.cfg) if len(self.cfg.clips()) > 1 else Train(self.cfg)
+        return Mixed(self.cfg) if self.cfg.pictures else Train(self.cfg)
 
     def prompts(self) -> list[str]:
         return [caption(combination) for combination in HELD_OUT]
