@@ -220,10 +220,10 @@ def source(plugin: Plugin) -> bytes:
     return "".join(cells).encode()
 
 
-def sources_beside(folder: Path) -> Iterator[bytes]:
-    """The code of plugins that are not in files below `folder`."""
+def sources_beside(*folders: Path) -> Iterator[bytes]:
+    """The code of plugins that are not in files below one of `folders`."""
     for plugin in plugins():
-        if plugin.path is None or not plugin.path.is_relative_to(folder):
+        if plugin.path is None or not any(map(plugin.path.is_relative_to, folders)):
             with suppress(OSError):  # a file that is gone
                 yield source(plugin)
 

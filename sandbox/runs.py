@@ -459,13 +459,14 @@ def code() -> dict[str, Any]:
 
     if not (CHECKOUT / ".git").exists():
         return {}
+    own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git need not know the rest, as in .venv
     try:
         found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(CHECKOUT)]
+        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(*own)]
     except (OSError, subprocess.SubprocessError):
         return {}
-    own = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))
-    return found | ({"changes": own.hexdigest()[:12]} if changes else {})
+    parts = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))
+    return found | ({"changes": parts.hexdigest()[:12]} if changes else {})
 
 
 def _changes() -> Iterator[bytes]:

@@ -270,11 +270,15 @@ def test_code_tells_one_change_beside_the_commit_from_another(tmp_path, monkeypa
                        (checkout / "new.py", "1\n"), (checkout / "new.py", "2\n")]:  # fmt: skip
         path.write_text(text)
         found.append(runs.code())
-    own = registry.Plugin("guidance", "mine", "mine", elsewhere / "guidance/mine.py")
-    registry._plugins[own.key] = own
-    for text in ("1\n", "2\n"):
-        own.path.write_text(text)
-        found.append(runs.code())
+    installed = checkout / ".venv"  # a folder that git is told to pass over
+    (installed / "guidance").mkdir(parents=True)
+    (installed / ".gitignore").write_text("*\n")
+    for folder in (elsewhere, installed):
+        own = registry.Plugin("guidance", "mine", "mine", folder / "guidance/mine.py")
+        registry._plugins[own.key] = own
+        for text in ("1\n", "2\n"):
+            own.path.write_text(f"{folder.name} {text}")
+            found.append(runs.code())
     assert found[0] == {"commit": found[0]["commit"], "dirty": False}
     assert len({json.dumps(c) for c in found}) == len(found)
     assert runs.code() == found[-1]
