@@ -110,6 +110,10 @@ class Root:
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
         yield from registry.misshapen(self)
 
+    def files(self) -> dict[str, str | None]:
+        """As `PluginConfig.files`."""
+        return {} if self.init_from is None else {"init_from": self.init_from}
+
     def parts(self) -> Iterator[tuple[str, PluginConfig]]:
         """Every chosen plugin's Config with its path, those inside others too: ("vae", ...)."""
         for group in GROUPS:
@@ -353,6 +357,19 @@ def received(node: dict[str, Any]) -> Root:
     folder = node.get("plugins_path")
     setup([f"plugins_path={folder}"] if folder else ())
     return from_container(node)
+
+
+def placed(part: Any, folder: Path) -> Any:
+    """A Root where files that it names by relative paths are those below `folder`, if there."""
+    if isinstance(part, dict):
+        return {name: placed(value, folder) for name, value in part.items()}
+    if not isinstance(part, Root | PluginConfig):
+        return part
+    own = {f.name: placed(getattr(part, f.name), folder) for f in fields(part)}
+    for name in own.keys() & part.files().keys():
+        if own[name] is not None and (folder / own[name]).exists():
+            own[name] = str(folder / own[name])
+    return replace(part, **own)
 
 
 def to_container(root: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 from sandbox import config
-from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container
+from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container, placed
 from sandbox.contracts import ConfigError, SandboxError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
@@ -48,11 +48,17 @@ def find_run(out: str, named: str | None) -> Path:
 
 
 def read_root(folder: Path) -> Root:
-    """The configuration of a run folder. Raises ConfigError, PluginError, StorageError."""
+    """The configuration of a run folder, whose files are found from any folder.
+
+    Raises ConfigError, PluginError, StorageError.
+    """
+    run = Run(folder)
     try:
-        return from_container(Run(folder).config())
+        root = from_container(run.config())
     except SandboxError as e:
         raise type(e)(*(f"{folder}: {text}" for text in e.args)) from e
+    start = run.started_in()
+    return root if start == Path.cwd() else placed(root, start)
 
 
 def check_same_system(folder: Path, own: Root, root: Root) -> None:

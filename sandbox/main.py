@@ -223,7 +223,7 @@ def checked(root: Root) -> Wiring | None:
     groups = ["task"]
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
-        groups.append("conditioning")
+        groups += ["conditioning", "adapter"]
     if reads_data or (root.task.takes_weights() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:

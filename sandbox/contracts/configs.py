@@ -76,8 +76,9 @@ class PluginConfig:
     def files(self) -> dict[str, str | None]:
         """Settings that name a file or folder that must be there before a run, with their values.
 
-        Those of task, conditioning, reconstruction, metric and data are looked for where the task
-        uses them, not by `problems`: a configuration can be composed, shown, planned and verified
+        Relative ones are found from the folder that the run was started from. Those of task,
+        conditioning, adapter, reconstruction, metric and data are looked for where the task uses
+        them, not by `problems`: a configuration can be composed, shown, planned and verified
         on a machine that has none of them. None: the setting must be given.
         """
         return {}
@@ -129,6 +130,9 @@ class FirstStageConfig(PluginConfig, ABC):
 
     weights: str | None = "auto"
     one_by_one: bool = False
+
+    def files(self) -> dict[str, str | None]:
+        return {} if self.weights in (None, "auto") else {"weights": self.weights}
 
     @abstractmethod
     def latents(self, clip: Clip) -> Clip:
