@@ -23,6 +23,9 @@ CONF = HOME / "conf"
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Settings that are always those of the command, also where it works on an earlier run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
+# Settings that training alone reads: on top of a run they would do nothing.
+OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
+               "reconstruction", "checkpoint")  # fmt: skip
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
     "task": "what a run does",
@@ -402,6 +405,10 @@ def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
                 f"{override}: this task works on a run with a configuration of its own; "
                 "name the settings that shall differ"
             )
+        elif top in OF_TRAINING:
+            other = ", or give sampler.steps" if path == "steps" else ""
+            task = composed.task.plugin.partition("/")[2]
+            problems.append(f"{override}: has no effect on task={task}; leave it out{other}")
         elif top not in OF_THE_COMMAND and not top.startswith("hydra"):
             was, now = getattr(result, top), getattr(composed, top)
             if rest and type(was) is not type(now):

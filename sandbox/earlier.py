@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from sandbox import config
 from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container, placed
-from sandbox.contracts import ConfigError, SandboxError, StorageError
+from sandbox.contracts import ConfigError, PluginConfig, SandboxError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
@@ -64,22 +65,29 @@ def read_root(folder: Path) -> Root:
 def check_same_system(folder: Path, own: Root, root: Root) -> None:
     """Raises ConfigError where `root` is of another system than the run in `folder`, `own`.
 
-    A network that was trained with another schedule or target fits, and its samples are wrong.
+    A network that was trained with another schedule, target or number of heads fits, and its
+    samples are wrong.
     """
-    of = {
-        group: [getattr(r, group).plugin.rpartition("/")[2] for r in (own, root)]
-        for group in MADE_FOR
-    }
-    if own.schedule.plugin == root.schedule.plugin:
-        of["schedule.prediction"] = [r.schedule.predicts() for r in (own, root)]
-    problems = [
-        f"{name}={new}: the weights of {folder} are made for {name}={old}; leave it out, or "
-        "train another run"
-        for name, (old, new) in of.items()
-        if old != new
-    ]
+    problems = []
+    for group in MADE_FOR:
+        apart = _apart(group, getattr(own, group), getattr(root, group))
+        if apart:
+            was, now = (", ".join(f"{k}={v[i]}" for k, v in apart.items()) for i in (0, 1))
+            problems.append(
+                f"{now}: the weights of {folder} are made for {was}; leave it out, or train "
+                "another run"
+            )
     if problems:
         raise ConfigError(*problems)
+
+
+def _apart(group: str, own: PluginConfig, other: PluginConfig) -> dict[str, tuple[Any, Any]]:
+    """Name -> both values of what must be equal and is not; null is what wiring will fill in."""
+    if own.plugin != other.plugin:
+        return {group: (own.plugin.rpartition("/")[2], other.plugin.rpartition("/")[2])}
+    names = [f.name for f in fields(own) if f.name not in own.may_differ]
+    pairs = {f"{group}.{name}": (getattr(own, name), getattr(other, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[1] not in (None, pair[0])}
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

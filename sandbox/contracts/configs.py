@@ -65,6 +65,9 @@ class PluginConfig:
     """
 
     imports: ClassVar[tuple[str, ...]] = ()  # slow packages of its; a multirun imports them once
+    # Settings with other values of which a run's weights still mean the same: of training alone, of
+    # memory, of sizes. Of vae, conditioning, backbone and schedule no other may differ.
+    may_differ: ClassVar[tuple[str, ...]] = ()
     plugin: str = ""
 
     def problems(self) -> Iterator[str]:
@@ -128,6 +131,7 @@ class FirstStageConfig(PluginConfig, ABC):
     clip of the batch.
     """
 
+    may_differ: ClassVar[tuple[str, ...]] = ("weights", "one_by_one")
     weights: str | None = "auto"
     one_by_one: bool = False
 
