@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox import config
+from sandbox import config, registry
 from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container, placed
-from sandbox.contracts import ConfigError, PluginConfig, SandboxError, StorageError
+from sandbox.contracts import ConfigError, Misfit, PluginConfig, SandboxError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
@@ -88,6 +89,32 @@ def _apart(group: str, own: PluginConfig, other: PluginConfig) -> dict[str, tupl
     names = [f.name for f in fields(own) if f.name not in own.may_differ]
     pairs = {f"{group}.{name}": (getattr(own, name), getattr(other, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[1] not in (None, pair[0])}
+
+
+def other_first_stage(root: Root) -> Iterator[str]:
+    """Problems with a run folder as vae.weights, as far as its settings tell."""
+    here, run = root.vae, Run(root.vae.weights or "")
+    if "weights" not in here.files() or not run.config_file.is_file():
+        return
+    try:
+        made = registry.typed(run.config().get("vae"))
+    except SandboxError:
+        return  # of another version of the program: its names and shapes are compared
+    if made is None or any(here.problems()) or any(root.data.problems()):
+        return
+    where, name = f"vae.weights={root.vae.weights}", here.plugin.rpartition("/")[2]
+    if made.plugin != here.plugin:
+        yield f"{where}: a run of vae={made.plugin.rpartition('/')[2]}, not of vae={name}"
+        return
+    clip = root.data.clips()[0]
+    with suppress(Misfit):  # said by the wiring
+        sizes = made.latents(clip), here.latents(clip)
+        theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames: of windows, too
+        if theirs != ours:
+            yield (
+                f"{where}: its first stage makes latents of {sizes[0]}, vae={name} has settings "
+                f"for {sizes[1]}; choose those that it was made with"
+            )
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

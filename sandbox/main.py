@@ -235,6 +235,10 @@ def checked(root: Root) -> Wiring | None:
     ]
     for group in groups:
         absent += _absent(group, getattr(root, group))
+    if "vae.weights" in named and None not in (root.vae, root.data):
+        from sandbox.earlier import other_first_stage
+
+        absent += other_first_stage(root)
     try:
         wiring = wire(root)
     except ConfigError as e:

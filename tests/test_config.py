@@ -400,6 +400,15 @@ def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
         _main(["-m", *words])
 
 
+def test_the_run_of_another_first_stage_is_refused_with_all_else_that_is_wrong(here):
+    earlier(here / "first", "vae=kl", task="task/train_vae")
+    said = complaint(["vae=vq", "vae.weights=first", "lr=-1"])
+    assert "vae.weights=first: a run of vae=kl, not of vae=vq" in said and "lr=-1" in said
+    said = complaint(["vae=kl", "vae.embed_dim=6", "vae.weights=first"])
+    assert "makes latents of 4x9x4x4, vae=kl has settings for 6x9x4x4" in said
+    check_line(["vae=kl", "vae.weights=first", "vae.resolution=32"])
+
+
 def test_published_weights_stand_for_a_run_with_the_configuration_of_the_line(here):
     earlier(here / "outputs/a", "schedule=ddpm", "sampler=ddim", "seed=7")
     root = on_top("task=sample", "init_from=model.ckpt", "schedule.std=2")
