@@ -72,6 +72,8 @@ def check_first_stage_is_there(root: Root, path: Path, is_sampled: bool = False)
     if run.config_file.is_file():
         vae = run.config().get("vae") or {}
         own, weights = vae.get("plugin", root.vae.plugin), vae.get("weights", "auto")
+        if weights not in (None, "auto") and run.started_in() != Path.cwd():
+            weights = run.started_in() / weights
         other = f"vae={own.rpartition('/')[2]} " if own != root.vae.plugin else ""
         cure = f"use {other}vae.weights={run.folder if weights == 'auto' else weights or 'null'}"
     elif not is_checkpoint and not (is_sampled and "first_stage" in checkpoint.header(path)):
