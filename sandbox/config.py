@@ -23,6 +23,9 @@ CONF = HOME / "conf"
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Settings that are always those of the command, also where it works on an earlier run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
+# Settings that training alone reads: on top of a run they would do nothing.
+OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
+               "reconstruction", "checkpoint")  # fmt: skip
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
     "task": "what a run does",
@@ -109,6 +112,10 @@ class Root:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
         yield from registry.misshapen(self)
+
+    def files(self) -> dict[str, str | None]:
+        """As `PluginConfig.files`."""
+        return {} if self.init_from is None else {"init_from": self.init_from}
 
     def parts(self) -> Iterator[tuple[str, PluginConfig]]:
         """Every chosen plugin's Config with its path, those inside others too: ("vae", ...)."""
@@ -355,6 +362,19 @@ def received(node: dict[str, Any]) -> Root:
     return from_container(node)
 
 
+def placed(part: Any, folder: Path) -> Any:
+    """A Root where files that it names by relative paths are those below `folder`, if there."""
+    if isinstance(part, dict):
+        return {name: placed(value, folder) for name, value in part.items()}
+    if not isinstance(part, Root | PluginConfig):
+        return part
+    own = {f.name: placed(getattr(part, f.name), folder) for f in fields(part)}
+    for name in own.keys() & part.files().keys():
+        if own[name] is not None and (folder / own[name]).exists():
+            own[name] = str(folder / own[name])
+    return replace(part, **own)
+
+
 def to_container(root: Any) -> Any:
     """Plain containers of a Root (tuples become lists): what is saved, hashed and handed over."""
     if is_dataclass(root):
@@ -385,6 +405,10 @@ def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
                 f"{override}: this task works on a run with a configuration of its own; "
                 "name the settings that shall differ"
             )
+        elif top in OF_TRAINING:
+            other = ", or give sampler.steps" if path == "steps" else ""
+            task = composed.task.plugin.partition("/")[2]
+            problems.append(f"{override}: has no effect on task={task}; leave it out{other}")
         elif top not in OF_THE_COMMAND and not top.startswith("hydra"):
             was, now = getattr(result, top), getattr(composed, top)
             if rest and type(was) is not type(now):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
-from sandbox import config
-from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container
-from sandbox.contracts import ConfigError, SandboxError, StorageError
+from sandbox import config, registry
+from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container, placed
+from sandbox.contracts import ConfigError, Misfit, SandboxError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
@@ -48,37 +50,73 @@ def find_run(out: str, named: str | None) -> Path:
 
 
 def read_root(folder: Path) -> Root:
-    """The configuration of a run folder. Raises ConfigError, PluginError, StorageError."""
+    """The configuration of a run folder, whose files are found from any folder.
+
+    Raises ConfigError, PluginError, StorageError.
+    """
+    run = Run(folder)
     try:
-        return from_container(Run(folder).config())
+        root = from_container(run.config())
     except SandboxError as e:
         raise type(e)(*(f"{folder}: {text}" for text in e.args)) from e
+    start = run.started_in()
+    return root if start == Path.cwd() else placed(root, start)
 
 
 def check_same_system(folder: Path, own: Root, root: Root) -> None:
     """Raises ConfigError where `root` is of another system than the run in `folder`, `own`.
 
-    A network that was trained with another schedule or target fits, and its samples are wrong.
+    A network that was trained with another schedule, target or number of heads fits, and its
+    samples are wrong.
     """
-    old, new = _made_for(own), _made_for(root)
-    if new.get("schedule") != old["schedule"]:
-        new.pop("schedule.prediction", None)  # follows from it
-    problems = [
-        f"{name}={new[name]}: the weights of {folder} are made for {name}={old[name]}; leave it "
-        "out, or train another run"
-        for name in new
-        if new[name] != old[name]
-    ]
+    problems = []
+    for group in MADE_FOR:
+        apart = _apart(group, getattr(own, group), getattr(root, group))
+        if apart:
+            was, now = (", ".join(f"{k}={v[i]}" for k, v in apart.items()) for i in (0, 1))
+            problems.append(
+                f"{now}: the weights of {folder} are made for {was}; leave it out, or train "
+                "another run"
+            )
     if problems:
         raise ConfigError(*problems)
 
 
-def _made_for(root: Root) -> dict[str, str]:
-    """Without what was emptied, which wiring refuses."""
-    there = {group: cfg for group in MADE_FOR if (cfg := getattr(root, group)) is not None}
-    found = {group: cfg.plugin.rpartition("/")[2] for group, cfg in there.items()}
-    predicts = {"schedule.prediction": root.schedule.predicts()} if "schedule" in there else {}
-    return found | predicts
+def _apart(group: str, own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> both values of what must be equal and is not; null is what wiring will fill in."""
+    if other is None:  # emptied, which wiring refuses
+        return {}
+    if own.plugin != other.plugin:
+        return {group: (own.plugin.rpartition("/")[2], other.plugin.rpartition("/")[2])}
+    names = [f.name for f in fields(own) if f.name not in own.may_differ]
+    pairs = {f"{group}.{name}": (getattr(own, name), getattr(other, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[1] not in (None, pair[0])}
+
+
+def other_first_stage(root: Root) -> Iterator[str]:
+    """Problems with a run folder as vae.weights, as far as its settings tell."""
+    here, run = root.vae, Run(root.vae.weights or "")
+    if "weights" not in here.files() or not run.config_file.is_file():
+        return
+    try:
+        made = registry.typed(run.config().get("vae"))
+    except SandboxError:
+        return  # of another version of the program: its names and shapes are compared
+    if made is None or any(here.problems()) or any(root.data.problems()):
+        return
+    where, name = f"vae.weights={root.vae.weights}", here.plugin.rpartition("/")[2]
+    if made.plugin != here.plugin:
+        yield f"{where}: a run of vae={made.plugin.rpartition('/')[2]}, not of vae={name}"
+        return
+    clip = root.data.clips()[0]
+    with suppress(Misfit):  # said by the wiring
+        sizes = made.latents(clip), here.latents(clip)
+        theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames: of windows, too
+        if theirs != ours:
+            yield (
+                f"{where}: its first stage makes latents of {sizes[0]}, vae={name} has settings "
+                f"for {sizes[1]}; choose those that it was made with"
+            )
 
 
 def choices(overrides: Sequence[str]) -> list[str]:

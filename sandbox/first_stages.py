@@ -115,8 +115,16 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
 def load_weights(first_stage: nn.Module, path: Path) -> None:
     """Strictly loads a file of any origin. Raises StorageError with names that differ."""
+    first_stage.load_state_dict(fitting_weights(first_stage, path))
+
+
+def fitting_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -> State:
+    """The weights at `path`, whose names and shapes are those of `first_stage`, meta or not.
+
+    `mapped`: numbers are read when they are looked at. Raises StorageError with what differs.
+    """
     own = first_stage.state_dict()
-    state = read_weights(path, "vae.weights", own.keys())
+    state = read_weights(path, "vae.weights", own.keys(), mapped)
     strange = sorted(set(own) ^ set(state))
     strange += [k for k in own if k in state and own[k].shape != state[k].shape]
     if strange:
@@ -124,19 +132,21 @@ def load_weights(first_stage: nn.Module, path: Path) -> None:
             f"vae.weights={path}: {len(strange)} names or shapes differ from this configuration: "
             f"{', '.join(strange[:10])}; choose the vae settings it was made with, or weights=auto"
         )
-    first_stage.load_state_dict(state)
+    return state
 
 
-def read_weights(path: Path, what: str, own: Collection[str]) -> State:
+def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = False) -> State:
     """A first stage's weights at `path`; where its names are not `own`, those in a whole system.
 
     `path`: a file of any origin, a run folder, or that of a published system or first stage. What
-    only its training needed (loss.*) is left out. `what` names the setting. Raises StorageError.
+    only its training needed (loss.*) is left out. `what` names the setting. `mapped`: numbers are
+    read when they are looked at. Raises StorageError.
     """
     if not path.exists():
         also = ", or use vae.weights=auto" if what == "vae.weights" else ""
         raise StorageError(f"{what}={path}: no such file; name one{also}")
-    state = _of_folder(path, what) if path.is_dir() else checkpoint.read_foreign(path)
+    is_folder = path.is_dir()
+    state = _of_folder(path, what, mapped) if is_folder else checkpoint.read_foreign(path, mapped)
     if own == state.keys():
         return state
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
@@ -145,12 +155,12 @@ def read_weights(path: Path, what: str, own: Collection[str]) -> State:
     return {name: x for name, x in state.items() if not name.startswith("loss.")}
 
 
-def _of_folder(folder: Path, what: str) -> State:
+def _of_folder(folder: Path, what: str, mapped: bool) -> State:
     """The first stage of a run, finished or not, of a published system, or of that model alone."""
     if (folder / KEPT).is_file():
         return checkpoint.read_foreign(folder / KEPT)
     if newest := checkpoint.newest(folder / "checkpoints"):
-        state = checkpoint.load(newest)
+        state = checkpoint.skim(newest) if mapped else checkpoint.load(newest)
         return state["weights"] | ((state["ema"] or {}).get("average") or {})
     parts = read_parts(folder, what)
     return parts["vae"] if parts and "vae" in parts else read_model(folder, what)

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from sandbox import checkpoint, whole_systems
-from sandbox.contracts import State, StorageError
+from sandbox.config import Root
+from sandbox.contracts import ConfigError, State, StorageError
 from sandbox.earlier import task_of
+from sandbox.first_stages import cached
 from sandbox.module import Trainable
 from sandbox.published import compare, files_of, read_model, read_parts
 from sandbox.runs import Run
@@ -54,6 +56,33 @@ def check_first_stage(system: Trainable, path: Path | str) -> None:
             f"init_from={path}: trained with another first stage than this one (SHA-256 "
             f"{recorded[:12]}, here {here and here[:12]}); name its file or run with vae.weights="
         )
+
+
+def check_first_stage_is_there(root: Root, path: Path, is_sampled: bool = False) -> None:
+    """Raises ConfigError where a first stage would be trained for weights that have one.
+
+    Exported ones say so, too, but a new run may begin from them with one of its own: they count
+    where it `is_sampled`.
+    """
+    is_trained = root.vae.weights == "auto" and root.vae.fitted() == "trained"
+    if not is_trained or root.data.stored() is not None or cached(root).is_file():
+        return
+    is_checkpoint = path.with_suffix(".json").is_file()
+    run = Run(path.parent.parent if is_checkpoint else path)
+    cure = "name its file or run with vae.weights="
+    if run.config_file.is_file():
+        vae = run.config().get("vae") or {}
+        own, weights = vae.get("plugin", root.vae.plugin), vae.get("weights", "auto")
+        if weights not in (None, "auto") and run.started_in() != Path.cwd():
+            weights = run.started_in() / weights
+        other = f"vae={own.rpartition('/')[2]} " if own != root.vae.plugin else ""
+        cure = f"use {other}vae.weights={run.folder if weights == 'auto' else weights or 'null'}"
+    elif not is_checkpoint and not (is_sampled and "first_stage" in checkpoint.header(path)):
+        return
+    raise ConfigError(
+        f"vae.weights=auto: it would train a first stage, but init_from={path} was trained with "
+        f"one of its own: {cure}"
+    )
 
 
 def check_fits(planned: Trainable, path: Path | str) -> None:

@@ -223,7 +223,7 @@ def checked(root: Root) -> Wiring | None:
     groups = ["task"]
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
-        groups.append("conditioning")
+        groups += ["conditioning", "adapter"]
     if reads_data or (root.task.takes_weights() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:
@@ -235,6 +235,10 @@ def checked(root: Root) -> Wiring | None:
     ]
     for group in groups:
         absent += _absent(group, getattr(root, group))
+    if "vae.weights" in named and None not in (root.vae, root.data):
+        from sandbox.earlier import other_first_stage
+
+        absent += other_first_stage(root)
     try:
         wiring = wire(root)
     except ConfigError as e:

@@ -5,7 +5,8 @@ The name is the recipe and a hash of the resolved config, so the same command fi
     outputs/default-1a2b3c4d/   the first run of this configuration; -2, -3 ... are further ones
       lock                        held by the running process; freed by the system when that dies
       config.yaml                 resolved, secrets masked
-      environment.json            versions, code, machine, command line; earlier starts in "earlier"
+      environment.json            versions, code, machine, command line and the folder that it was
+                                  given in; earlier starts in "earlier"
       metrics.jsonl               the truth about metrics: a line a step, the last one counts
       checkpoints/ samples/
       result.json                 written last: the run is finished
@@ -246,14 +247,16 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
         raise ConfigError(
             f"resume.run={folder}: a process is running in it; wait for it or stop it"
         )
-    changed = changes(run.config(), config)
+    changed, start = changes(run.config(), config), run.started_in()
     for line in differences(run.config(), config):
         log.info("resume: %s", line)
     refused = [
         f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
         f"to allow it: resume.allow=[{k}]"
         for k, (a, b) in changed.items()
-        if not matches(k, (*IGNORED, *allow)) and not (k == "steps" and _number(b) >= _number(a))
+        if not matches(k, (*IGNORED, *allow))
+        and not (k == "steps" and _number(b) >= _number(a))
+        and not _same_file(start, a, b)
     ]
     if refused:
         run.close()
@@ -262,6 +265,14 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
         with storing(run.result):
             run.result.replace(run.folder / "result.earlier.json")
     return run
+
+
+def _same_file(start: Path, a: str, b: str) -> bool:
+    """Whether two values (JSON) name one file or folder, `a` seen from the folder `start`."""
+    if not a[:1] == b[:1] == '"' or "/" not in a + b:
+        return False
+    one, other = start / json.loads(a), Path(json.loads(b))
+    return one.exists() and one.resolve() == other.resolve()
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -301,6 +312,11 @@ class Run:
             return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (OSError, yaml.YAMLError) as e:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+
+    def started_in(self) -> Path:
+        """The folder that its relative paths are of: that of its last start, where it is there."""
+        folder = Path(read_json(self.environment).get("folder", ""))
+        return folder if folder.is_absolute() and folder.is_dir() else Path.cwd()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics of an optimizer step; of a step's equal names the last one counts."""
@@ -432,6 +448,7 @@ def _environment() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": [mask_text(a) for a in sys.argv],
+        "folder": os.getcwd(),
         "code": code(),
         "python": platform.python_version(),
         "platform": platform.platform(),

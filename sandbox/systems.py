@@ -13,10 +13,15 @@ from sandbox.config import Root
 from sandbox.contracts import StorageError
 from sandbox.devices import device_of, use_threads
 from sandbox.earlier import read_root
-from sandbox.first_stages import prepare_first_stage
-from sandbox.initialise import check_first_stage, check_fits, init_from
+from sandbox.first_stages import fitting_weights, prepare_first_stage
+from sandbox.initialise import (
+    check_first_stage,
+    check_first_stage_is_there,
+    check_fits,
+    init_from,
+)
 from sandbox.latent_diffusion import LatentDiffusion
-from sandbox.parts import build_parts
+from sandbox.parts import build, build_parts
 from sandbox.rank import Rank
 from sandbox.stored import prepare_stored
 from sandbox.whole_systems import check_sources
@@ -49,21 +54,27 @@ def build_system(
     return system
 
 
-def check_weights(wiring: Wiring, begins: bool = True) -> None:
-    """Raises ConfigError where `trainable` names no weights that are there, and StorageError where
-    those of `init_from` have other names, shapes or tables; makes none.
+def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there, or a first stage would
+    be trained that is not that of `init_from`; StorageError where the weights of `init_from` or
+    `vae.weights` have other names, shapes or tables. Makes none.
 
-    `begins`: whether the run has no weights of its own yet, so that it looks at `init_from`.
+    `begins`: whether the run has no weights of its own yet, so that it looks at `init_from`;
+    `is_sampled`: whether it is not trained, either.
     """
     root = wiring.root
     start = root.init_from if begins or root.adapter is not None else None
-    if start is not None:
-        check_sources(root)
+    if root.vae.fitted() != "none" and "weights" in root.vae.files():
+        with torch.device("meta"):
+            fitting_weights(build("vae", root), Path(root.vae.weights), mapped=True)
     if start is not None or root.trainable is not None:
         with torch.device("meta"):
             planned = LatentDiffusion(wiring, build_parts(wiring), 1)
         if start is not None:
             check_fits(planned, start)
+    if start is not None and begins:
+        check_sources(root)
+        check_first_stage_is_there(root, Path(start), is_sampled)
 
 
 def clips_per_step(root: Root) -> int:
@@ -99,7 +110,7 @@ def begun_system(wiring: Wiring) -> LatentDiffusion:
     """The system of a configuration with the weights of its `init_from`, to sample from."""
     root = wiring.root
     assert root.init_from is not None  # else there would be a run
-    check_weights(wiring)
+    check_weights(wiring, is_sampled=True)
     device = _device(root)
     system = build_system(wiring, empty=True)
     if system.adapter is None:

@@ -17,7 +17,7 @@ from sandbox.runs import IGNORED, Run, changes, leaves, matches, read_json
 
 # Measured on the clock, or of the machine: these differ between equal runs.
 CLOCK = ("*seconds*", "*per_second*", "*_ms", "time*", "*memory*")
-OF_THE_START = ("started", "argv", "earlier", "code", "data", "versions", "sweep")
+OF_THE_START = ("started", "argv", "folder", "earlier", "code", "data", "versions", "sweep")
 WEIGHTS = ("weights.safetensors", "weights_ema.safetensors", "first_stage.safetensors")
 
 

@@ -7,6 +7,7 @@ resumed run finds them again; here they are only compared.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
     }
     network = {f"backbone.{k}": v for k, v in system.base_state().items()}
     own |= network
-    _same_names(given, own, path)
+    _same_names(given, own, path, system.root)
     _same_tables(parts["schedule"], tables(system), path)
     begun = {k: own[k] for k in own.keys() & system.trainable_state().keys()} | network
     for name in own.keys() - begun.keys():
@@ -96,19 +97,27 @@ def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
     return "averaged" if average else "live"
 
 
-def _same_names(given: State, own: State, path: Path) -> None:
-    differing = [f"{k} is missing" for k in own if k not in given]
-    differing += [f"{k} is not in this system" for k in given if k not in own]
-    differing += [
-        f"{k} is {list(given[k].shape)} and {list(own[k].shape)} here"
+def _same_names(given: State, own: State, path: Path, root: Root) -> None:
+    differing = {k: f"{k} is missing" for k in own if k not in given}
+    differing |= {k: f"{k} is not in this system" for k in given if k not in own}
+    differing |= {
+        k: f"{k} is {list(given[k].shape)} and {list(own[k].shape)} here"
         for k in own.keys() & given.keys()
         if given[k].shape != own[k].shape
-    ]
-    if differing:
-        raise StorageError(
-            f"init_from={path}: {len(differing)} names or shapes differ from this system: "
-            f"{', '.join(sorted(differing)[:10])}; choose the components and sizes of its recipe"
-        )
+    }
+    if not differing:
+        return
+    counts = Counter(name.partition(".")[0] for name in differing)
+    groups = {place: group for group, place in PLACES.items()}
+    of = ", ".join(
+        f"{count} of {groups[place]}={getattr(root, groups[place]).plugin.rpartition('/')[2]}"
+        for place, count in counts.most_common()
+    )
+    raise StorageError(
+        f"init_from={path}: {len(differing)} names or shapes differ from this system ({of}): "
+        f"{', '.join(sorted(differing.values())[:10])}; choose the components and sizes of the "
+        "recipe that the file is of"
+    )
 
 
 def _same_tables(given: State, own: State, path: Path) -> None:

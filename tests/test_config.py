@@ -325,6 +325,14 @@ def test_a_component_that_the_line_chooses_replaces_that_of_the_run(here):
     assert on_top("task=sample", "sampler=heun").sampler.plugin == "sampler/heun"
 
 
+def test_what_leaves_the_meaning_of_weights_alone_may_differ_from_the_run(here):
+    earlier(here / "outputs/a", "backbone.in_channels=32")
+    may = ("schedule.shift=3", "backbone.gradient_checkpointing=true", "backbone.in_channels=null")
+    root = on_top("task=sample", *may, "backbone.width=64", "conditioning=words", "data.frames=13")
+    assert root.schedule.shift == 3 and root.backbone.gradient_checkpointing
+    assert root.backbone.in_channels is None and root.data.frames == 13
+
+
 def test_the_newest_run_that_has_a_system_is_taken(here):
     for age, (name, task) in enumerate(
         [("c", "task/train_vae"), ("b", "task/train"), ("a", "task/train")]
@@ -359,6 +367,21 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
             "schedule.prediction=v: the weights of eps are made for schedule.prediction=eps",
         ),
         (["task=sample", "run=mine", "schedule=null"], "schedule=null: want one of"),
+        (
+            ["task=sample", "run=mine", "backbone.width=16", "backbone.num_heads=1"],
+            "backbone.width=16, backbone.num_heads=1: the weights of mine are made for "
+            "backbone.width=64, backbone.num_heads=2; leave it out",
+        ),
+        (
+            ["task=sample", "run=mine", "vae=pca", "vae.patch=2"],
+            "vae.patch=2: the weights of mine are made for vae.patch=4",
+        ),
+        (["task=sample", "run=mine", "lr=0.1"], "lr=0.1: has no effect on task=sample; leave"),
+        (
+            ["task=evaluate", "run=mine", "steps=50"],
+            "steps=50: has no effect on task=evaluate; leave it out, or give sampler.steps",
+        ),
+        (["task=export", "run=mine", "optimizer=muon"], "optimizer=muon: has no effect on"),
         (["task=sample", "run=mine", "init_from=a"], "init_from=a and task.run=mine: a run has"),
         (["task=sample", "init_from=a", "images=[b]"], "init_from=a: no such file or folder"),
         (["task=sample", "init_from=a", "images=[b]"], "task.images[0]=b: no such file or folder"),
@@ -376,6 +399,15 @@ def test_what_cannot_be_put_on_a_run_is_said(here, words, expected):
     assert expected in complaint(words)
     with pytest.raises(SandboxError, match=re.escape(expected)):
         _main(["-m", *words])
+
+
+def test_the_run_of_another_first_stage_is_refused_with_all_else_that_is_wrong(here):
+    earlier(here / "first", "vae=kl", task="task/train_vae")
+    said = complaint(["vae=vq", "vae.weights=first", "lr=-1"])
+    assert "vae.weights=first: a run of vae=kl, not of vae=vq" in said and "lr=-1" in said
+    said = complaint(["vae=kl", "vae.embed_dim=6", "vae.weights=first"])
+    assert "makes latents of 4x9x4x4, vae=kl has settings for 6x9x4x4" in said
+    check_line(["vae=kl", "vae.weights=first", "vae.resolution=32"])
 
 
 def test_published_weights_stand_for_a_run_with_the_configuration_of_the_line(here):

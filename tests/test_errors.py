@@ -97,7 +97,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("schedule=ddpm schedule.zero_terminal_snr=true", ("schedule.prediction='eps'", "zero_terminal_snr=false")),
     ("loss=ldm", ("loss=ldm: needs a schedule with whole times; want schedule=ddpm", "schedule=flow")),
     ("sampler=cogvideox_dpm", ("sampler=cogvideox_dpm: needs whole times; want schedule=ddpm",)),
-    ("trainer.processes=2", ("trainer.processes=2: want",)),
+    ("trainer.processes=2", ("trainer.processes=2: want 1, or trainer=ddp",)),
     ("metric=digits data=video_folder", ("metric=digits needs", "data=video_folder provides", "metric=null")),
     ("resume.allow=[lr]", ("resume.allow=['lr']: only with resume.run=FOLDER",)),
     ("init_from=a.ckpt resume.run=b", ("init_from=a.ckpt and resume.run=b", "begins a new run at step 0")),

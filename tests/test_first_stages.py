@@ -10,11 +10,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sandbox import checkpoint, registry
+from sandbox.config import to_container
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.evaluation import reconstructed
 from sandbox.first_stages import KEPT, cached, calibrate, load_weights, prepare_first_stage
 from sandbox.parts import build
-from sandbox.systems import build_system, load_system
+from sandbox.rank import Rank
+from sandbox.systems import build_system, check_weights, load_system
+from sandbox.tasks.train import train
 from sandbox.wiring import wire
 from tests.engine import differing, session, small, train_until
 
@@ -131,6 +134,15 @@ def test_a_file_of_another_size_is_refused(tmp_path):
     path = checkpoint.export_weights(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
     with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
         prepared(small(f"vae.weights={path}", "vae.components=16"))
+
+
+def test_a_file_of_another_size_is_refused_before_a_run_folder_is_made(tmp_path):
+    path = checkpoint.export_weights(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
+    other = small(f"vae.weights={path}", "vae.components=16", f"out={tmp_path}/out")
+    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
+        train({"root": to_container(other), "group": None, "overrides": []}, Rank())
+    assert not (tmp_path / "out").exists()
+    check_weights(wire(small(f"vae.weights={path}")))
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

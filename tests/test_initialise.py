@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from sandbox import build, checkpoint, compose
 from sandbox.config import to_container
-from sandbox.contracts import SandboxError, StorageError
+from sandbox.contracts import ConfigError, SandboxError, StorageError
+from sandbox.first_stages import cached
 from sandbox.initialise import check_first_stage, init_from
 from sandbox.rank import Rank
 from sandbox.runs import Run
-from sandbox.systems import build_system
+from sandbox.systems import build_system, check_weights
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_vae
 from sandbox.wiring import wire
@@ -159,6 +160,32 @@ def test_what_does_not_fit_is_said_before_anything_is_made(trained, tmp_path, ki
     with pytest.raises(StorageError, match=r"16\S* here|is missing"):
         (train_vae if kind == "a first stage" else train)(run, Rank())
     assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["a run", "a checkpoint", "exported"])
+def test_no_first_stage_is_trained_for_weights_that_have_one(trained, tmp_path, kind):
+    """Exported ones may begin a run with a new first stage; to sample they want their own."""
+    folder = save(trained, tmp_path / "run")
+    (folder / "config.yaml").write_text("vae: {plugin: vae/pca, weights: auto}\n")
+    start = folder if kind == "a run" else checkpoint.newest(folder / "checkpoints")
+    cure = f"use vae=pca vae.weights={folder}"
+    if kind == "exported":
+        start, cure = tmp_path / "all.safetensors", "name its file or run with vae.weights="
+        checkpoint.export_weights(trained.trainable_state(), start, trained.made_with())
+    words = ("vae=kl", "vae.ch=8", "vae.embed_dim=32", f"init_from={start}")
+    out = tmp_path / "out"
+    wiring = wire(compose(*TINY[1:], *words, f"out={out}", f"cache={out}"))
+    with pytest.raises(ConfigError, match=f"would train a first stage, but .*{cure}"):
+        check_weights(wiring, is_sampled=True)
+    if kind == "exported":
+        return check_weights(wiring)
+    with pytest.raises(ConfigError, match=cure):
+        train({"root": to_container(wiring.root), "group": None, "overrides": []}, Rank())
+    assert not out.exists()
+    check_weights(wiring, begins=False)  # a run that goes on has its first stage
+    cached(wiring.root).parent.mkdir()
+    cached(wiring.root).touch()
+    return check_weights(wiring)  # what is there is compared when it is read
 
 
 def make_foreign(kind: str, folder: Path) -> Path:

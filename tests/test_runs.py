@@ -359,6 +359,47 @@ def test_typed_configuration_comes_back_from_the_folder(tmp_path):
     assert earlier.read_root(run.folder) == root
 
 
+def test_files_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
+    """Those that it names by relative paths; from where it was started nothing is changed."""
+    from sandbox import earlier
+    from tests.helpers import composed
+
+    started, data = tmp_path / "started", tmp_path / "started" / "data"
+    data.mkdir(parents=True)
+    (started / "first.safetensors").touch()
+    monkeypatch.chdir(started)
+    named = ("vae=kl", "vae.weights=first.safetensors", "data=video_folder", "data.root=data")
+    root = composed(*named, "init_from=lost.ckpt", "metric=clip_score", "metric.weights=./clip.pt")
+    with runs.open_root(root) as run:
+        folder = run.folder.resolve()
+    assert earlier.read_root(folder) == root
+    monkeypatch.chdir(tmp_path)
+    found = earlier.read_root(folder)
+    assert found.vae.weights == str(started / "first.safetensors")
+    assert found.data.root == str(data)
+    assert (found.init_from, found.metric.weights) == ("lost.ckpt", "./clip.pt")  # not there
+    started.rename(tmp_path / "moved")  # a project as a whole
+    monkeypatch.chdir(tmp_path / "moved")
+    assert earlier.read_root(tmp_path / "moved" / folder.relative_to(started)) == root
+
+
+def test_a_run_goes_on_from_another_folder_with_its_files_named_from_there(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "first.safetensors").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    config = {"vae": {"weights": "first.safetensors"}}
+    with open_run(tmp_path / "out", "mine", config) as run:
+        pass
+    monkeypatch.chdir(tmp_path)
+    same = {"vae": {"weights": "here/first.safetensors"}}
+    with open_run(tmp_path / "out", "mine", same, str(run.folder)) as again:
+        assert again.resumed
+    (tmp_path / "first.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"vae\.weights: was .* may change the result"):
+        other = {"vae": {"weights": "./first.safetensors"}}
+        open_run(tmp_path / "out", "mine", other, str(run.folder))
+
+
 def test_run_folders_need_no_torch():
     code = "import sys, sandbox.runs, sandbox.secrets; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sandbox.contracts import (
     Clip,
@@ -18,6 +19,13 @@ from sandbox.contracts import (
 @dataclass
 class Autoencoder2DConfig(FirstStageConfig):
     """An encoder and a decoder of pictures in levels that halve the size; published names."""
+
+    may_differ: ClassVar[tuple[str, ...]] = (
+        *FirstStageConfig.may_differ,
+        "dropout",
+        "train_frames",
+        "frames_per_pass",
+    )
 
     embed_dim: int = 4  # latent channels
     ch: int = 16

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from sandbox.contracts import (
     Clip,
@@ -31,6 +32,14 @@ class Autoencoder3DConfig(FirstStageConfig):
 
     A plugin says which frames the networks see at once (`problems_of_windows`, `latent_frames`).
     """
+
+    may_differ: ClassVar[tuple[str, ...]] = (
+        *FirstStageConfig.may_differ,
+        "use_tiling",
+        "tile_sample_min_size",
+        "tile_overlap_factor",
+        "start",
+    )
 
     ch: int = 16
     ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each

@@ -62,6 +62,9 @@ class LoRA:
             if not self.prefix.isidentifier():
                 yield f"prefix={self.prefix!r}: want a name such as transformer or unet"
 
+        def files(self) -> dict[str, str | None]:
+            return {} if self.weights is None else {"weights": self.weights}
+
         def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
             if self.targets is None and not backbone.adapter_targets():
                 yield "targets=null: this backbone names none; want names of its linear layers"

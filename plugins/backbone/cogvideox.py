@@ -7,7 +7,7 @@ folder transformer/), and the settings those of its config.json.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,16 @@ class CogVideoX(nn.Module):
         ofs_embed_dim: the network is told the number ofs. vector_dim: width of a vector that joins
         the time embedding through a layer of its own; 0 as released.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (
+            "gradient_checkpointing",
+            "sample_height",
+            "sample_width",
+            "sample_frames",
+            "rope_grid",
+            "spatial_interpolation_scale",
+            "temporal_interpolation_scale",
+        )
 
         num_attention_heads: int = 2
         attention_head_dim: int = 32

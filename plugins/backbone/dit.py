@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class DiT(nn.Module):
         motion_heads heads. skips: uvit adds long skips from early blocks to late ones. Both start
         at zero: weights trained without them give at first what they gave before.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
 
         width: int = 64
         num_blocks: int = 4

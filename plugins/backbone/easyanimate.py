@@ -7,7 +7,7 @@ the published ones; the published sizes are the presets `easyanimate_v1` and `ea
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,8 @@ class EasyAnimate(nn.Module):
         the time embedding, which the published network has not. As published, sample_size=128 is
         told height, width and aspect_ratio.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
 
         num_attention_heads: int = 4
         attention_head_dim: int = 16

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -52,6 +52,8 @@ class UNet2D(UNet):
         channels too. adm_in_channels: width of a vector that joins the time embedding, under the
         name of Stability's models; published latent diffusion has none.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("image_size", "dropout", "use_checkpoint")
 
         image_size: int | None = None
         in_channels: int | None = None

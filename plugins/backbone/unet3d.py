@@ -6,7 +6,7 @@ is told a text, an image's tokens, the image's latents as channels, and a frame 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -60,6 +60,13 @@ class UNet3D(UNet):
         adm_in_channels: width of a vector that joins the time embedding, under the name of
         Stability's models; DynamiCrafter has none.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (
+            "dropout",
+            "temporal_dropout",
+            "use_checkpoint",
+            "default_fs",
+        )
 
         in_channels: int | None = None
         out_channels: int | None = None

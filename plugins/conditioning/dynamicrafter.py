@@ -7,7 +7,7 @@ the published ones.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,13 @@ class DynamiCrafter(nn.Module):
         micro-batch, else the first. interp_mode: latents of the first and the last frame, zeros
         between. fps_condition_type: the number that the network is told, in whole units.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (
+            "weights",
+            "uncond_prob",
+            "rand_cond_frame",
+            "video_length",
+        )
 
         weights: str = "random"
         text_width: int = 32

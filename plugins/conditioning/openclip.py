@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class OpenCLIP(nn.Module):
         "random" (for tests and dry runs). layer: features of the last block or of the one before.
         drop_text: probability that training drops a caption.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("weights", "drop_text")
 
         weights: str = "random"
         layer: str = "penultimate"

@@ -7,7 +7,7 @@ in CogVideoX (Yang et al. 2024, 2408.06072, section 3.4; noise augmentation as p
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,17 @@ class T5(nn.Module):
         network is told height, width and aspect_ratio of the clip, in pixels (EasyAnimate with
         sample_size=128).
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (
+            "weights",
+            "dtype",
+            "drop_text",
+            "image_noise_mean",
+            "image_noise_std",
+            "image_noise_shared",
+            "drop_image",
+            "ofs",
+        )
 
         weights: str | None = None
         dtype: str = "fp32"

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Words(nn.Module):
         made this long: cut, or filled with the embedding of "no word", of which an empty or
         dropped one consists entirely; drop_text: probability that training drops a caption.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("drop_text",)
 
         offer: str = "vector"
         width: int = 64

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from math import cos, exp, log1p, pi
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class DDPM:
         t_draw: the published recipes draw times independently; stratified spreads them over an
         optimizer step.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = ("min_snr_gamma", "t_draw")
 
         timesteps: int = 1000
         beta_schedule: str = "scaled_linear"

@@ -30,6 +30,14 @@ class Flow(Continuous):
         """
 
         kind: ClassVar[str] = "continuous"
+        may_differ: ClassVar[tuple[str, ...]] = (
+            "t_distribution",
+            "mean",
+            "std",
+            "t_draw",
+            "shift",
+            "t_start",
+        )
 
         t_distribution: str = "logit_normal"
         mean: float = 1.0

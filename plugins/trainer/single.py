@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plugins._blocks.processes import Processes
-from sandbox.contracts import TrainerConfig, one_of
+from sandbox.contracts import TrainerConfig
 from sandbox.registry import register
 
 
@@ -16,4 +16,5 @@ class Single(Processes):
     class Config(TrainerConfig):
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from one_of("processes", self.processes, (1,))
+            if self.processes > 1:
+                yield f"processes={self.processes}: want 1, or trainer=ddp, which starts several"

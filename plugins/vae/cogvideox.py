@@ -7,7 +7,7 @@ its config.json. What the published code does around the network happens inside 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ class AutoencoderCogVideoX(FirstStage):
         a little; use_slicing: one sample at a time; tile_sample_min_*: size of a tile in pixels,
         null half of sample_*; tile_overlap_factor_*: share of a tile that its neighbour has, too.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (
+            *FirstStageConfig.may_differ,
+            "sample_height",
+            "sample_width",
+            "use_slicing",
+            "use_tiling",
+            "tile_sample_min_height",
+            "tile_sample_min_width",
+            "tile_overlap_factor_height",
+            "tile_overlap_factor_width",
+        )
 
         block_out_channels: tuple[int, ...] = (16, 32, 32)  # halves the size between them
         layers_per_block: int = 1  # residual blocks of a level; the decoder has one more

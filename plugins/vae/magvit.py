@@ -7,6 +7,7 @@ and `decode`: windows of frames, tiles of pixels, clamping, smoothing of the sea
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class MagViT(FirstStage):
         """mini_batch_encoder, mini_batch_decoder: frames and latents of a window; nothing crosses
         windows.
         """
+
+        may_differ: ClassVar[tuple[str, ...]] = (*Autoencoder3DConfig.may_differ, "smooth_output")
 
         smooth_output: bool = False  # soften the seams between windows; doubles the cost of decode
 

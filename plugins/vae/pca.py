@@ -6,6 +6,7 @@ picture is a clip of one frame. Each of the two has its own components.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -75,6 +76,8 @@ class PatchPCA(FirstStage):
 
     @dataclass
     class Config(FirstStageConfig):
+        may_differ: ClassVar[tuple[str, ...]] = (*FirstStageConfig.may_differ, "fit_clips")
+
         components: int = 32  # latent channels
         patch: int = 4  # height and width of a patch in pixels
         group: int = 4  # frames of a patch, frame 0 apart

@@ -6,6 +6,7 @@ quantises. The first stage of CelebAHQ-LDM-VQ-4 is the preset `vq_f4`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -68,6 +69,13 @@ class VQModel(FirstStage):
 
     @dataclass
     class Config(Autoencoder2DConfig):
+        may_differ: ClassVar[tuple[str, ...]] = (
+            *Autoencoder2DConfig.may_differ,
+            "beta",
+            "legacy",
+            "force_not_quantize",
+        )
+
         n_embed: int = 256  # codes
         beta: float = 0.25  # weight of one half of the codebook loss
         legacy: bool = True  # as published: beta weighs the codebook, not the commitment

@@ -31,6 +31,7 @@ class Replay:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
+        from contextlib import chdir
         from pathlib import Path
 
         from sandbox import registry
@@ -44,14 +45,18 @@ class Replay:
             raise ConfigError(f"task.run={folder}: no run there (it has no config.yaml)")
         if not Run(folder).finished:
             raise ConfigError(f"task.run={folder}: it is not finished; the same command goes on")
-        again = replace(
-            read_root(folder),
-            out=root.out,
-            cache=root.cache,
-            logger=root.logger,
-            resume=replace(registry.default("resume", "auto"), mode="never"),
-        )
-        result = perform(again)
+        start, here, run = Run(folder).started_in(), Path.cwd(), folder.absolute()
+        places = {"out": root.out, "cache": root.cache}
+        if start != here:
+            places = {name: str(here / place) for name, place in places.items()}
+        with chdir(start):  # so that its files are recorded, and are a part of scores, as they were
+            again = replace(
+                read_root(run),
+                **places,
+                logger=root.logger,
+                resume=replace(registry.default("resume", "auto"), mode="never"),
+            )
+            result = perform(again)
         twins = compared(folder, Path(result["folder"]))
         print(told(twins))
         if not twins.same_result:

@@ -51,6 +51,11 @@ def test_its_config_makes_the_promises_of_its_group(plugin):
     assert {promises(p.config) for p in registry.plugins(plugin.group)} == {promises(plugin.config)}
 
 
+def test_what_may_differ_from_a_run_are_settings():
+    for plugin in PLUGINS:
+        assert {*plugin.config.may_differ} <= {f.name for f in fields(plugin.config)}, plugin.key
+
+
 def promises(config: type) -> type:
     return next(kind for kind in config.__mro__ if kind.__module__.startswith(CONTRACTS))
 

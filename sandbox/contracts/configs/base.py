@@ -16,6 +16,9 @@ class PluginConfig:
     """
 
     imports: ClassVar[tuple[str, ...]] = ()  # slow packages of its; a multirun imports them once
+    # Settings with other values of which a run's weights still mean the same: of training alone, of
+    # memory, of sizes. Of vae, conditioning, backbone and schedule no other may differ.
+    may_differ: ClassVar[tuple[str, ...]] = ()
     plugin: str = ""
 
     def problems(self) -> Iterator[str]:
@@ -27,8 +30,9 @@ class PluginConfig:
     def files(self) -> dict[str, str | None]:
         """Settings that name a file or folder that must be there before a run, with their values.
 
-        Those of task, conditioning, reconstruction, metric and data are looked for where the task
-        uses them, not by `problems`: a configuration can be composed, shown, planned and verified
+        Relative ones are found from the folder that the run was started from. Those of task,
+        conditioning, adapter, reconstruction, metric and data are looked for where the task uses
+        them, not by `problems`: a configuration can be composed, shown, planned and verified
         on a machine that has none of them. None: the setting must be given.
         """
         return {}

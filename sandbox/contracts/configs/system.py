@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import ClassVar, Self
 
 from sandbox.contracts.configs.base import PluginConfig
 from sandbox.contracts.sizes import Clip, Slots
@@ -34,8 +34,12 @@ class FirstStageConfig(PluginConfig, ABC):
     clip of the batch.
     """
 
+    may_differ: ClassVar[tuple[str, ...]] = ("weights", "one_by_one")
     weights: str | None = "auto"
     one_by_one: bool = False
+
+    def files(self) -> dict[str, str | None]:
+        return {} if self.weights in (None, "auto") else {"weights": self.weights}
 
     @abstractmethod
     def latents(self, clip: Clip) -> Clip:

@@ -270,6 +270,14 @@ def test_no_first_stage_is_trained_for_a_file_that_has_one(original, tmp_path):
         check_sources(root)
 
 
+def test_a_file_of_another_system_says_so_before_vae_weights_are_spoken_of(original, tmp_path):
+    path = written(original, tmp_path)
+    words = ("backbone.model_channels=64", "vae.ch=16", "vae.weights=auto", f"init_from={path}")
+    parts = r"\(\d+ of backbone=unet3d, \d+ of vae=kl\)"
+    with pytest.raises(StorageError, match=f"names or shapes differ from this system {parts}: "):
+        check_weights(wire(compose(*SMALL, *words)))
+
+
 def test_nothing_in_a_pickle_is_run(original, tmp_path):
     path, marker = tmp_path / "model.ckpt", tmp_path / "ran"
 
