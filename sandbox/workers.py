@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sandbox.contracts import ConfigError
@@ -58,59 +58,141 @@ def started(engine: str, count: int, address: str | None = None) -> Iterator[Ord
 # --- processes on this machine --------------------------------------------------------------------
 
 
+@dataclass
+class _Task:
+    """One job, with its function in the bytes that a worker gets; `said` is what has come back."""
+
+    words: bytes
+    begun: bool = False
+    crashes: int = 0
+    said: tuple[Any, BaseException | None, str] | None = None
+
+
+class JobTraceback(Exception):
+    """The cause of a job's error in the command: the traceback that it has in the worker."""
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class _Worker:
+    """A process that does one job at a time, so that it is known which one has ended it."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=_work, args=(far,))
+        self.process.start()
+        far.close()
+        self.task: _Task | None = None
+
+    def sources(self) -> list[Any]:
+        """What `wait` looks at."""
+        return [self.pipe, self.process.sentinel]
+
+    def begin(self, task: _Task) -> None:
+        """Raises OSError where the process has ended."""
+        self.task, task.begun = task, True
+        self.pipe.send_bytes(task.words)
+
+    def hear(self) -> None:
+        """Takes in the result. Raises EOFError or OSError where the process has ended instead."""
+        assert self.task
+        if not self.pipe.poll():
+            raise EOFError
+        self.task.said = pickle.loads(self.pipe.recv_bytes())
+        self.task = None
+
+    def leave(self) -> None:
+        """Lets it end, after a job that it may be at."""
+        self.pipe.close()
+        self.process.join()
+
+
 class _Local:
+    """Workers that are started as they are needed, looked after by the thread that asks alone.
+
+    (ProcessPoolExecutor has a thread for that, which in Python 3.11 may take its pool apart while
+    a job is handed in: then that fails with "handle is closed", or is waited for without end.)
+    """
+
     def __init__(self, count: int) -> None:
         self.count = count
-        self.pool: ProcessPoolExecutor | None = None
-
-    def submit(self, function: Function, job: Any) -> Future[Any]:
-        if self.pool is None:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(self.count, context, _begin)
-        try:
-            return self.pool.submit(function, job)
-        except BrokenProcessPool as e:  # by a job before this one, whose result says so, too
-            broken: Future[Any] = Future()
-            broken.set_exception(e)
-            return broken
+        self.workers: list[_Worker] = []
 
     def stop(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=True, cancel_futures=True)
-            self.pool = None
+        for worker in self.workers:
+            worker.pipe.close()  # of all before it waits for one
+        while self.workers:
+            self.workers.pop().leave()
 
     def ordered(self, function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
-        waiting: deque[tuple[Any, Future[Any]]] = deque()
+        tasks: deque[_Task] = deque()
         for job in jobs:
-            waiting.append((job, self.submit(function, job)))
-            if len(waiting) >= AHEAD * self.count:
-                yield from self.results(function, waiting, 1)
-        yield from self.results(function, waiting, len(waiting))
+            tasks.append(_Task(pickle.dumps((function, job))))
+            self.look_after(tasks, 0)
+            if len(tasks) >= AHEAD * self.count:
+                yield self.first(tasks)
+        while tasks:
+            yield self.first(tasks)
 
-    def results(
-        self, function: Function, waiting: deque[tuple[Any, Future[Any]]], count: int
-    ) -> Iterator[Any]:
-        """Those of the first `count` that wait; of all, where one of them ended its process."""
-        for _ in range(count):
-            try:
-                yield waiting[0][1].result()
-                waiting.popleft()
-            except BrokenProcessPool:
-                self.stop()
-                yield from [self.alone(function, job) for job, _ in waiting]
-                waiting.clear()
+    def first(self, tasks: deque[_Task]) -> Any:
+        """The result of the first task, when it is there; raises its error."""
+        self.look_after(tasks, 0)
+        while tasks[0].said is None:
+            self.look_after(tasks, None)
+        result, error, trace = tasks.popleft().said or (None, None, "")
+        if error is not None:
+            raise error from JobTraceback(trace)
+        return result
+
+    def look_after(self, tasks: Iterable[_Task], patience: float | None) -> None:
+        """Takes in what is done, for which it waits up to `patience` seconds, and begins others."""
+        busy = [w for w in self.workers if w.task]
+        ready = wait([s for w in busy for s in w.sources()], patience) if busy else []
+        for worker in busy:
+            if not {*worker.sources()}.isdisjoint(ready):
+                try:
+                    worker.hear()
+                except (EOFError, OSError):
+                    self.lose(worker)
+        for task in tasks:
+            if not task.begun and not self.give(task):
                 return
 
-    def alone(self, function: Function, job: Any) -> Any:
+    def give(self, task: _Task) -> bool:
+        """Begins it, where there is a worker for it: whether there was one.
+
+        A job that has ended a process is alone in its second try: it may be for want of memory.
+        """
+        running = [w.task for w in self.workers if w.task]
+        is_alone = any(t.crashes for t in (*running, task))
+        if len(running) >= (1 if is_alone else self.count):
+            return False
+        worker = next((w for w in self.workers if not w.task), None)
+        if worker is None:
+            self.workers.append(worker := _Worker())
         try:
-            return self.submit(function, job).result()
-        except BrokenProcessPool:
-            self.stop()
-            return Crashed()
+            worker.begin(task)
+        except OSError:
+            self.lose(worker)
+        return True
+
+    def lose(self, worker: _Worker) -> None:
+        """Its process has ended, and its task begins once more, or is given up."""
+        self.workers.remove(worker)
+        worker.leave()
+        task = worker.task
+        assert task
+        task.crashes += 1
+        if task.crashes == 2:
+            task.said = Crashed(), None, ""
+        else:
+            task.begun = False
 
 
-def _begin() -> None:
-    """In a worker: Ctrl-C is for the command, and where that is gone, so is the worker."""
+def _work(pipe: Connection) -> None:
+    """A worker: Ctrl-C is for the command, and where that is gone, so is the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
@@ -120,6 +202,24 @@ def _begin() -> None:
         os._exit(1)
 
     threading.Thread(target=leave, daemon=True).start()
+    with suppress(EOFError, OSError):  # there are no more jobs, or nobody waits for this one's end
+        while True:
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
+
+
+def _answer(words: bytes) -> bytes:
+    """The result of a job, its error and that error's traceback."""
+    try:
+        function, job = pickle.loads(words)
+        return pickle.dumps((function(job), None, ""))
+    except Exception as e:  # whatever it is, the command raises it
+        trace = traceback.format_exc()
+        try:
+            told = pickle.dumps((None, e, trace))
+            pickle.loads(told)
+        except Exception:  # a class that does not survive it, for reasons of its own
+            told = pickle.dumps((None, RuntimeError(f"{type(e).__name__}: {e}"), trace))
+        return told
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -137,7 +237,8 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
         raise ConfigError("task.engine=ray: ray is not installed; use the extra sweep") from e
     own = {} if address else {"num_cpus": max(count, 1), "include_dashboard": False}
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-    ray.init(address, log_to_driver=False, runtime_env=environment, **own)
+    # None would be another's cluster, where "ray start" has begun one on this machine.
+    ray.init(address or "local", log_to_driver=False, runtime_env=environment, **own)
     try:
         ahead = AHEAD * max(count, 1)
         # a process that ends is Ray's to start again; a job that ends three of them is given up

@@ -23,6 +23,7 @@ from sandbox.contracts import ConfigError, DataError
 from sandbox.main import checked
 from sandbox.preparing import prepare
 from sandbox.workers import Crashed, started
+from tests.crashing import double
 from tests.footage import precision_recall, scene, write, write_strange
 from tests.helpers import composed
 
@@ -375,32 +376,29 @@ def write_sound(path: Path) -> None:
 # --- workers, and being killed --------------------------------------------------------------------
 
 
-def double(number: int) -> int:
-    """A job for a worker; 13 ends its process, as a decoder does that crashes."""
-    if number == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.001 * (number % 3))
-    return 2 * number
-
-
-@pytest.mark.slow
 def test_results_come_in_order_and_a_job_that_ends_its_process_takes_no_other_along():
     with started("local", 2) as ordered:
         found = list(ordered(double, range(30)))
     assert found == [Crashed() if i == 13 else 2 * i for i in range(30)]
 
 
-def test_jobs_that_come_after_a_process_has_ended_are_done():
-    others = set(multiprocessing.active_children())
+def test_jobs_that_come_when_a_process_has_just_ended_are_done():
+    """The very moment; an error of one is raised as it is, and the next are done all the same."""
+    others = {*multiprocessing.active_children()}
 
     def jobs() -> Iterator[int]:
         yield 13
-        while set(multiprocessing.active_children()) - others:
-            time.sleep(0.01)
+        (worker,) = {*multiprocessing.active_children()} - others
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         yield from (14, 15)
 
     with started("local", 2) as ordered:
         assert list(ordered(double, jobs())) == [Crashed(), 28, 30]
+        with pytest.raises(ValueError, match="planned failure of -1") as caught:
+            list(ordered(double, [1, -1, 2]))
+        assert "in double" in str(caught.value.__cause__)
+        assert list(ordered(double, [3])) == [6]
+    assert {*multiprocessing.active_children()} <= others
 
 
 @pytest.mark.slow
