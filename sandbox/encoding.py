@@ -65,11 +65,11 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with rank.first():  # it makes the first stage, where there is none; the others load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
-    if rank.index == 0 and not (folder / weights).is_file():
-        checkpoint.export_weights(networks.first_stage.state_dict(), folder / weights)
     source = registry.create(root.data)
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
+        if rank.index == 0 and not (folder / weights).is_file():
+            checkpoint.export_weights(networks.first_stage.state_dict(), folder / weights)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None

@@ -24,7 +24,7 @@ from typing import Any
 from sandbox import config, registry
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
-from sandbox.files import storing
+from sandbox.files import storing, write_atomic
 from sandbox.main import Line, check, checked, parse, perform, report, settled, take_seeds
 from sandbox.runs import Run, code, finished_run, read_json
 from sandbox.secrets import mask_text
@@ -333,7 +333,7 @@ class Job:
             raise
         finally:
             path = self.folder / f"job-{hydra.job.num}.json"
-            path.write_text(json.dumps(outcome, indent=2, default=str))
+            write_atomic(path, json.dumps(outcome, indent=2, default=str))
 
 
 def _sum_up(folder: Path, planned: int) -> int:

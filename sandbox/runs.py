@@ -496,9 +496,11 @@ def _changes() -> Iterator[bytes]:
 
 
 def _git(*words: str) -> str:
+    # Without locks: `git status` would take that of the index, and a commit meanwhile would fail.
     done = subprocess.run(
-        ["git", "-C", str(CHECKOUT), *words], capture_output=True, timeout=5, check=True
-    )
+        ["git", "--no-optional-locks", "-C", str(CHECKOUT), *words],
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
     return done.stdout.decode(errors="replace").strip()
 
 

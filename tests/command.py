@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.helpers import TINY
+from tests.launch_helpers import wait_until
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OWN = (
@@ -22,6 +24,10 @@ OWN = (
     "task.samples=1",
     "task.untrained=false",
 )
+PATIENT_RAY = {  # with a machine that is slow and busy
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+}
 SMALL = (*(o for o in TINY if not o.startswith(("steps=", "data.clips_per_epoch="))), *OWN)
 
 
@@ -44,7 +50,10 @@ def reached(out: Path) -> int:
 
 
 def run_until(out: Path, step: int | None, number: signal.Signals, *overrides: str) -> int:
-    """Runs the command, sends a signal after `step` (None: never), and returns its exit code."""
+    """Runs the command, sends a signal after `step` (None: never), and returns its exit code.
+
+    Its ranks are gone then, too: after a kill they end by themselves, a moment later.
+    """
     process = begin(out, *overrides)
     try:
         while step is not None and process.poll() is None:
@@ -57,6 +66,17 @@ def run_until(out: Path, step: int | None, number: signal.Signals, *overrides: s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for lock in out.glob("*/lock"):
+            wait_until(lambda lock=lock: is_free(lock))
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def said(out: Path) -> str:

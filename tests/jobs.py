@@ -18,7 +18,7 @@ STEPS = 5
 
 # Six micro-batches of four clips an epoch.
 COMMON = ("data.clips_per_epoch=24", f"steps={STEPS}", "checkpoint.every=2", "trainer.clip=0.1")
-TWO = ("data.batch_size=2", "trainer.timeout=20")
+TWO = ("data.batch_size=2", "trainer.timeout=60")
 ONE = ("data.batch_size=4",)
 # From where a stopped run may go on in another shape.
 MOVES = ("trainer", "data.batch_size")

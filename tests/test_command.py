@@ -392,7 +392,7 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     "launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)]
 )
 def test_other_launchers_run_every_job_too(here, launcher):
-    limits = ["hydra.launcher.timeout_min=2"] if launcher == "submitit_local" else []
+    limits = ["hydra.launcher.timeout_min=9"] if launcher == "submitit_local" else []
     done = run(
         "hydra/launcher=" + launcher, "-m", "task=probe", "code=4,0", "lr=1", *limits, code=4
     )

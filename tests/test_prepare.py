@@ -23,6 +23,7 @@ from sandbox.contracts import ConfigError, DataError
 from sandbox.main import checked
 from sandbox.preparing import prepare
 from sandbox.workers import Crashed, started
+from tests.command import PATIENT_RAY
 from tests.crashing import double
 from tests.footage import precision_recall, scene, write, write_strange
 from tests.helpers import composed
@@ -404,11 +405,8 @@ def test_jobs_that_come_when_a_process_has_just_ended_are_done():
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_more_workers_write_the_same_bytes(engine, raw, prepared, tmp_path, monkeypatch):
-    for name, value in (
-        ("raylet_start_wait_time_s", "300"),
-        ("agent_register_timeout_ms", "300000"),
-    ):
-        monkeypatch.setenv(f"RAY_{name}", value)  # of a busy machine
+    for name, value in PATIENT_RAY.items():
+        monkeypatch.setenv(name, value)
     run(raw, tmp_path / "out", f"engine={engine}", "workers=2")
     assert outputs(tmp_path / "out") == outputs(prepared)
 

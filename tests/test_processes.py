@@ -43,7 +43,17 @@ def out(tmp_path_factory):
         job("skip sharded", out, *fsdp, "trainer.bad_step=skip", how="nan", rank=1, step=3),
         job("error", out, *ddp, how="error", rank=1, step=3),
         job("kill", out, *fsdp, how="kill", rank=0, step=3),
-        job("hang", out, *ddp, "trainer.timeout=2", how="hang", rank=1, step=3),
+        # Without a checkpoint, for whose writing a rank waits.
+        job(
+            "hang",
+            out,
+            *ddp[:-1],
+            "trainer.timeout=5",
+            "checkpoint.every=9",
+            how="hang",
+            rank=1,
+            step=3,
+        ),
     ]
     return done(out, jobs)
 

@@ -100,7 +100,7 @@ def test_a_process_that_is_just_ending_is_waited_for(tmp_path):
     folder = open_run(tmp_path, "x", CONFIG)
     folder.close()
     hold = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
-    hold += " print(flush=True); time.sleep(0.5)"
+    hold += " print(flush=True); time.sleep(0.2)"
     words = [sys.executable, "-c", hold, str(folder.folder / "lock")]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -147,7 +147,7 @@ def test_five_simultaneous_starts_get_five_folders(tmp_path):
     ]
     for child in children:
         child.start()
-    found = [told.get(timeout=30) for _ in children]
+    found = [told.get(timeout=300) for _ in children]
     for child in children:
         child.join()
     assert len({name for name, _ in found}) == 5
@@ -166,7 +166,7 @@ def test_killed_process_frees_its_run_though_its_worker_lives_on(tmp_path):
     told = FORK.Queue()
     child = FORK.Process(target=hold_with_a_worker, args=(tmp_path, told))
     child.start()
-    folder, worker = told.get(timeout=30)
+    folder, worker = told.get(timeout=300)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     try:

@@ -210,12 +210,13 @@ def test_overfitting_makes_the_loss_fall(tmp_path):
 
 
 def test_no_worker_is_left_after_training(tmp_path):
+    others = {*multiprocessing.active_children()}
     with session(small("data.num_workers=2", "steps=3"), tmp_path) as training:
         fit(training)
-        assert not multiprocessing.active_children()
+        assert {*multiprocessing.active_children()} <= others
         assert len(next(iter(training.loader)).ids) == 2  # others are started where needed
         training.loader.close()
-        assert not multiprocessing.active_children()
+        assert {*multiprocessing.active_children()} <= others
 
 
 # --- divergence -----------------------------------------------------------------------------------

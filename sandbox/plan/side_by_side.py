@@ -26,14 +26,21 @@ def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[F
     if len(items) < 2 or cores() < 2 or is_child or not can_fork:
         return [work(item) for item in items]
     context = multiprocessing.get_context("fork")
-    pipes = []
-    for item in items[1:]:
-        near, far = context.Pipe(duplex=False)
-        context.Process(target=_tell, args=(work, item, far), daemon=True).start()
-        far.close()
-        pipes.append((item, near))
-    first = work(items[0])
-    return [first, *(_heard(work, item, near) for item, near in pipes)]
+    pipes, children = [], []
+    try:
+        for item in items[1:]:
+            near, far = context.Pipe(duplex=False)
+            children.append(context.Process(target=_tell, args=(work, item, far), daemon=True))
+            children[-1].start()
+            far.close()
+            pipes.append((item, near))
+        first = work(items[0])
+        return [first, *(_heard(work, item, near) for item, near in pipes)]
+    finally:  # also after an error, or Ctrl-C
+        for child in children:
+            if child.pid:
+                child.kill()
+                child.join()
 
 
 def _tell(work: Callable[[Item], Found], item: Item, pipe: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from tempfile import TemporaryDirectory
 
 import nbformat
 import pytest
@@ -22,10 +23,12 @@ ORDER = sorted(NOTEBOOKS, key=lambda path: (path.stem != "05_kernels", path.stem
 def kernel(tmp_path_factory):
     """One process for all of them: imports would take longer than what each does."""
     own = {"SANDBOX_STEPS": "1", "PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
-    manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(tmp_path_factory.mktemp("notebooks")), env=os.environ | own)
-    yield manager
-    manager.shutdown_kernel(now=True)
+    # Not by ports: one that is found free may be taken before the kernel has it.
+    with TemporaryDirectory() as folder:  # of a short name, as sockets want it
+        manager = KernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
+        manager.start_kernel(cwd=str(tmp_path_factory.mktemp("notebooks")), env=os.environ | own)
+        yield manager
+        manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.parametrize("path", ORDER, ids=lambda path: path.stem)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from sandbox import checkpoint
-from tests.command import CHECKOUT, SMALL, folder_of, reached, run_until, said
+from tests.command import CHECKOUT, PATIENT_RAY, SMALL, folder_of, reached, run_until, said
 from tests.engine import differing
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ OPTUNA = (
 
 
 def test_ray_runs_the_jobs_of_a_sweep_side_by_side(tmp_path):
-    done = command(tmp_path, "-m", "lr=1e-3,2e-3", "steps=3", *RAY)
+    done = command(tmp_path, "-m", "lr=1e-3,2e-3", "steps=3", *RAY, **PATIENT_RAY)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(folders(tmp_path)) == [1e-3, 2e-3]
     assert done.stdout.count("): done") == 2

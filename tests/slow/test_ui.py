@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from shutil import which
 
@@ -24,6 +25,7 @@ from tests.command import CHECKOUT
 from tests.helpers import TINY
 
 pytestmark = pytest.mark.slow
+PATIENCE = 300_000  # ms, which only a hang takes
 CHROMIUM = which("chromium") or which("chromium-browser")
 PROMPTS = "a red 3 moving left\na blue 7 moving up"
 SMALL = ("task.score_clips=2", "task.samples=1", "task.untrained=false")
@@ -70,19 +72,19 @@ def address(runs) -> Iterator[str]:
         words, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, env=env
     ) as server:
         assert server.stdout is not None
-        said = [line for line in iter(server.stdout.readline, "runs    " + runs[0] + "\n") if line]
+        said = [*takewhile(lambda line: not line.startswith("runs"), server.stdout)]
         try:
             yield next(line.split()[1] for line in said if line.startswith("page"))
         finally:
             server.send_signal(signal.SIGINT)
-            server.communicate(timeout=60)
+            server.communicate(timeout=300)
 
 
 @pytest.fixture(scope="module")
 def client(address):
     from gradio_client import Client
 
-    return Client(address, verbose=False, analytics_enabled=False)
+    return Client(address, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 300})
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +92,13 @@ def page(address):
     """The page in headless Chromium, which reaches this machine alone."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE)
         page.elsewhere = []
 
         def only_here(route) -> None:
@@ -121,7 +124,6 @@ def videos_after(page, count: int) -> list[dict]:
         "n => {const v = [...document.querySelectorAll('.clips video')];"
         " return v.length === n && v.every(x => x.readyState >= 2)}",
         arg=count,
-        timeout=180_000,  # a first request imports what its system is made of
     )
     return page.eval_on_selector_all(
         ".clips video", "vs => vs.map(v => ({s: v.duration, w: v.videoWidth, h: v.videoHeight}))"
@@ -146,7 +148,7 @@ def test_the_dice_give_a_seed(page):
 
     page.get_by_label("seed").fill("")
     page.get_by_role("button", name="dice").click()
-    expect(page.get_by_label("seed")).to_have_value(re.compile(r"^\d+$"), timeout=60_000)
+    expect(page.get_by_label("seed")).to_have_value(re.compile(r"^\d+$"))
 
 
 def test_two_runs_stand_side_by_side(page, runs):

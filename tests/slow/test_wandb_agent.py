@@ -49,7 +49,8 @@ def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
 
 SETTINGS = (
     *(s for s in TINY if not s.startswith(("logger", "steps"))), "logger=wandb",
-    "trainer.log_every=1", "task.score_clips=2", "task.samples=1", "task.untrained=false",
+    "logger.timeout=120", "trainer.log_every=1", "task.score_clips=2", "task.samples=1",
+    "task.untrained=false",
     "metric=digits", "metric.reference=200",
 )  # fmt: skip
 
@@ -126,10 +127,11 @@ def test_a_trial_that_was_taken_away_goes_on_where_it_stood(trials):
 
 def test_a_report_is_sent_to_the_sweep_of_its_runs(trials):
     server, folder, _ = trials
-    words = ["task=report", f"runs={folder}/out", "task.send=true", "logger=wandb", f"out={folder}"]
+    words = ["task=report", f"runs={folder}/out", "task.send=true", "logger=wandb",
+             "logger.timeout=120", f"out={folder}"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(CHECKOUT / "run.py"), *words], cwd=folder, text=True,
-        capture_output=True, timeout=200, env={**environment(folder), **server.environment()},
+        capture_output=True, timeout=900, env={**environment(folder), **server.environment()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     pages = [r for r in server.runs.values() if any("media/html/report" in f for f in r.files)]
@@ -150,7 +152,7 @@ def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monke
     assert {*server.runs} == before
     (kept,) = out.glob("wandb/offline-run-*")
     done = subprocess.run(
-        [WANDB, "sync", str(kept)], cwd=folder, text=True, capture_output=True, timeout=200,
+        [WANDB, "sync", str(kept)], cwd=folder, text=True, capture_output=True, timeout=900,
         env={**environment(folder), **server.environment()},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

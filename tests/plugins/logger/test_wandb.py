@@ -201,7 +201,7 @@ def at_a_terminal(folder: Path) -> str:
         env={**os.environ, "TERM": "xterm"},
     )
     try:
-        child.wait(timeout=60)
+        child.wait(timeout=300)
     finally:
         child.kill()
         os.close(its)
@@ -236,7 +236,7 @@ def test_a_server_lost_in_mid_run_costs_no_record(tmp_path, monkeypatch, caplog)
     with serving() as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        run = logger(finish_timeout=2.0)
+        run = logger(timeout=120.0, finish_timeout=2.0)
         run.start(tmp_path, {"lr": 1}, "name", None)
         run.metrics(1, {"loss": 2.0})
     run.metrics(2, {"loss": 1.0})
