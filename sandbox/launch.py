@@ -186,7 +186,7 @@ def launch(
                     )  # fmt: skip
                     members.append(_Member(order, preload))
                     stop.pass_on()
-                _watch(members)
+                _watch(members, stop.woken)
             finally:
                 for member in members:
                     member.end()
@@ -221,19 +221,29 @@ def _folder() -> Iterator[str]:
 
 
 class _Stop:
-    """Inside the block a signal asks the ranks to stop; the third one raises KeyboardInterrupt."""
+    """Inside the block a signal asks the ranks to stop; the third one raises KeyboardInterrupt.
+
+    `woken` can be read from when one has come. Without it a signal that comes just before this
+    thread waits, or meets another thread, would be heard when the wait is over, which may be never.
+    """
 
     def __init__(self, members: list[_Member]) -> None:
         self.members = members
         self.signals: list[int] = []
 
     def __enter__(self) -> _Stop:
-        self.before = rank.handlers()
+        self.woken, self._wakes = os.pipe()
+        os.set_blocking(self.woken, False)
+        os.set_blocking(self._wakes, False)
+        self.before, self.woke = rank.handlers(), rank.wake(self._wakes)
         rank.handle(dict.fromkeys(self.before, self._note))
         return self
 
     def __exit__(self, *_: object) -> None:
         rank.handle(self.before)
+        rank.wake(self.woke)
+        os.close(self.woken)
+        os.close(self._wakes)
 
     def _note(self, number: int, frame: object) -> None:
         self.signals.append(number)
@@ -457,12 +467,14 @@ def _end_server() -> None:
 # --- how it ends ----------------------------------------------------------------------------------
 
 
-def _watch(members: Sequence[_Member]) -> None:
+def _watch(members: Sequence[_Member], woken: int) -> None:
     """Waits until every rank has left; after a failure only a moment."""
     deadline: float | None = None
     while any(not m.left for m in members):
         patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait([s for m in members for s in m.sources()], patience)
+        ready = wait([woken, *(s for m in members for s in m.sources())], patience)
+        if woken in ready:
+            os.read(woken, 1 << 10)
         for member in members:
             if not member.left:
                 member.hear(ready)

@@ -246,6 +246,13 @@ def handle(wanted: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
+def wake(handle: int) -> int:
+    """Has each signal write to `handle`, in the main thread; what it wrote to before."""
+    if threading.current_thread() is not threading.main_thread():
+        return -1
+    return signal.set_wakeup_fd(handle, warn_on_full_buffer=False)
+
+
 def ignore_signals(worker: int) -> None:
     """A data worker's first act (`worker_init_fn`): its rank alone ends it.
 

@@ -38,14 +38,17 @@ def run(function: str, settings: object = None, processes: int = 1, **more: obje
 
 
 def send_when_working(log: Path, count: int, *signals: int) -> None:
-    """Sends signals to this process as soon as `count` ranks work; all different, as two of a kind
-    are one where the first has not been looked at.
+    """Sends signals as soon as `count` ranks work.
+
+    They meet the thread that sends them: so they do not wake the main one, as one that comes when
+    that is about to wait. All are different: two of a kind are one where the first has not been
+    looked at.
     """
 
     def send() -> None:
         wait_until(lambda: len(lines(log, "working")) == count)
         for number in signals:
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.get_ident(), number)
 
     threading.Thread(target=send, daemon=True).start()
 

@@ -82,8 +82,6 @@ class WandbLogger:
             "config": known,
         }
         settings = {
-            "init_timeout": self.cfg.timeout,
-            "login_timeout": self.cfg.timeout,
             "finish_timeout": self.cfg.finish_timeout,
             "finish_timeout_raises": True,
             "console": "off",
@@ -98,8 +96,11 @@ class WandbLogger:
             silent = wandb.Settings(silent=True)
             wandb.setup(silent)
             wandb.termsetup(silent, None)  # where W&B was set up before
+            patience = {"init_timeout": self.cfg.timeout, "login_timeout": self.cfg.timeout}
             try:
-                self.run = wandb.init(mode=mode, settings=wandb.Settings(**settings), **options)
+                self.run = wandb.init(
+                    mode=mode, settings=wandb.Settings(**settings, **patience), **options
+                )
                 return
             except Exception as e:  # of network, server, login or settings: the run goes on
                 why = str(e).partition("\n")[0][:200]
