@@ -15,6 +15,7 @@ from typing import Any
 
 from sandbox.config import Root, to_container
 from sandbox.contracts import BadItem, Clip, Hashed, Items
+from sandbox.files import digest_of
 
 HASHED = 256  # clips whose content is hashed, spread over a split
 
@@ -34,16 +35,25 @@ def protocols(
         "height": clip.height,
         "width": clip.width,
     }
-    found = {name: {**judged, "weights": weights, "metric": to_container(root.metric)}
+    found = {name: {**judged, "weights": weights, "metric": _contents(root.metric)}
              for name in scores}  # fmt: skip
     loss = {
         "data": judged | {"split": "train", "clips": "last tenth of the steps"},
         "weights": "live",
         "loss": to_container(root.loss),
         "schedule": to_container(root.schedule),
-        "latents": to_container(root.vae),
+        "latents": _contents(root.vae),
     }
     return found | {"loss": loss, "first_stage_psnr_db": judged}
+
+
+def _contents(cfg: Any) -> Any:
+    """Its settings; of a file what is in it, wherever it lies."""
+    found = to_container(cfg)
+    for name, path in cfg.files().items() if cfg else ():
+        if path and Path(path).is_file():
+            found[name] = f"sha256 {digest_of(Path(path))[:16]}"
+    return found
 
 
 def cost(system: Any, seconds: dict[str, float]) -> dict[str, Any]:

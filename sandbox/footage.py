@@ -6,7 +6,6 @@ shown: a file of variable rate needs no special care. A file that cannot be used
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sandbox.contracts import BadItem, VideoFile
+from sandbox.files import digest_of
 
 # Each ending has one container. Nothing is probed, so that a playlist that is called .mp4 opens no
 # other file and no address.
@@ -141,7 +141,7 @@ def probe(path: Path) -> VideoFile:
         height, width = (width, height) if rotation % 180 else (height, width)
         codec: Any = stream.codec_context
         return VideoFile(
-            sha256=_digest(path), width=width, height=height, frames=len(times), seconds=seconds,
+            sha256=digest_of(path), width=width, height=height, frames=len(times), seconds=seconds,
             fps=round(len(times) / seconds, 6), first=times[0], rotation=rotation,
             variable=bool(len(steps) and np.abs(steps / step - 1).max() > STEADY),
             codec=codec.name, pixels=codec.pix_fmt or "",
@@ -170,11 +170,6 @@ def _length(container: Any, stream: Any) -> float | None:
     if container.duration and len(container.streams) == 1:
         return container.duration / 1e6
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import ConfigError
+from sandbox.files import digest_of
 from sandbox.runs import IGNORED, Run, changes, leaves, matches, read_json
 
 # Measured on the clock, or of the machine: these differ between equal runs.
@@ -132,13 +132,8 @@ def _weights(one: Path, other: Path) -> Iterator[str]:
         there = [f.is_file() for f in files]
         if any(there) and not all(there):
             yield f"{name}: only in the {'first' if there[0] else 'second'} run"
-        elif all(there) and len({*map(_hash, files)}) > 1:
+        elif all(there) and len({*map(digest_of, files)}) > 1:
             yield f"{name}: differ"
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def told(twins: Twins, most: int = 20) -> str:

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from sandbox import checkpoint, compose, registry
-from sandbox.comparable import forget_peak, peak_memory
+from sandbox.comparable import forget_peak, peak_memory, protocols
 from sandbox.config import to_container
-from sandbox.contracts import ConfigError, Preempted
+from sandbox.contracts import Clip, ConfigError, Preempted
 from sandbox.evaluation import Evaluation
 from sandbox.main import perform
 from sandbox.outcome import (
@@ -98,6 +98,16 @@ def test_every_number_carries_how_it_was_computed_and_what_it_took(folder, resul
     assert found["cost"]["peak_memory_mib"] > 1
     data = json.loads((folder / "environment.json").read_text())["data"]
     assert data["train"]["clips"] > 0 and data["train"]["ids"] != data["val"]["ids"]
+
+
+def test_a_network_that_judges_is_named_by_its_content_and_not_by_its_place(tmp_path):
+    def judged_by(place: str, content: bytes) -> dict:
+        file = tmp_path / place
+        file.write_bytes(content)
+        root = small("metric=reconstruction", f"metric.lpips={file}")
+        return protocols(root, Clip(3, 9, 16, 16), 4, "ema", ["psnr"])["psnr"]
+
+    assert judged_by("a", b"one") == judged_by("b", b"one") != judged_by("a", b"other")
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="wants Linux")
