@@ -180,10 +180,11 @@ def conf_folders(overrides: Sequence[str], config_dir: str | None = None) -> lis
 def _check_presets(folders: Sequence[Path]) -> None:
     """Raises PluginError for a preset that would hide a plugin, or another preset."""
     seen: dict[Path, Path] = {}
+    keys = {plugin.key for plugin in registry.plugins()}
     for path in (p for folder in folders for p in sorted(folder.glob("*/**/*.yaml"))):
         folder = next(f for f in folders if path.is_relative_to(f))
         key = path.relative_to(folder)
-        if any(p.name == key.stem and p.group == str(key.parent) for p in registry.plugins()):
+        if key.with_suffix("").as_posix() in keys:
             raise PluginError(f"{path}: has the name of a plugin and would hide it; rename it")
         if key in seen:
             raise PluginError(

@@ -24,6 +24,8 @@ from sandbox.contracts import (
     Slots,
 )
 
+FARTHEST = 512  # how far from a size that does not fit one that does is looked for
+
 
 @dataclass(frozen=True)
 class Wiring:
@@ -355,20 +357,21 @@ class _Check:
         data, value = self.root.data, getattr(clip, field)
 
         def fits(size: int) -> bool:
-            if getattr(data, field) == value and any(replace(data, **{field: size}).problems()):
-                return False
             try:
                 z = self.root.vae.latents(replace(clip, **{field: size}))
                 if self.sound("backbone"):
                     self.root.backbone.grid(z)
             except Misfit as e:
-                return e.field != field
+                if e.field == field:
+                    return False
             except ConfigError:
                 return False
-            return True
+            is_own = getattr(data, field) == value
+            return not (is_own and any(replace(data, **{field: size}).problems()))
 
-        below = next((v for v in range(value - 1, 0, -1) if fits(v)), None)
-        over = next((v for v in range(value + 1, 4 * value + 65) if fits(v)), None)
+        below = next((v for v in range(value - 1, max(0, value - FARTHEST), -1) if fits(v)), None)
+        end = min(4 * value + 65, value + FARTHEST)
+        over = next((v for v in range(value + 1, end) if fits(v)), None)
         return [v for v in (below, over) if v is not None]
 
     def told(

@@ -109,14 +109,27 @@ def presets() -> Iterator[tuple[str, str, Path]]:
                 yield path.parent.name, path.stem, path
 
 
-@cache
 def preset(group: str, name: str) -> PluginConfig:
     """The Config of a preset, composed by Hydra."""
-    override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
-    found = getattr(composed(override), group)
+    found = getattr(_composed_presets(_names(group).index(name)), group)
     if isinstance(found, dict):
         (found,) = found.values()
     return found
+
+
+@cache
+def _composed_presets(turn: int) -> Root:
+    """One preset of each group, the `turn`-th, at once: each composition takes its time."""
+    chosen = {g: _names(g)[turn : turn + 1] for g in config.GROUPS}
+    return composed(*(
+        f"{g}=[{name}]" if g in registry.SEVERAL else f"{g}={name}"
+        for g, names in chosen.items() for name in names
+    ))  # fmt: skip
+
+
+@cache
+def _names(group: str) -> list[str]:
+    return [name for g, name, _ in presets() if g == group]
 
 
 def plugin_configs(*groups: str) -> Iterator[tuple[str, PluginConfig]]:

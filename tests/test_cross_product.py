@@ -1,6 +1,6 @@
 """Every combination of components works or is refused with reasons: wired, trained, saved.
 
-Three nets of different mesh: all combinations of plugins are wired; a set that has every pair of
+Nets of different mesh: all combinations of plugins are wired; a set that has every pair of
 options that fit takes two steps in the real engine; so do 200 configurations with random settings.
 """
 
@@ -41,8 +41,9 @@ GROUPS = (
     "optimizer", "lr_schedule", "ema", "metric",
 )  # fmt: skip
 APART = ("optimizer", "lr_schedule", "ema")
-DENOISER = ("data", "metric", "vae", "backbone", "conditioning", "schedule")
+DENOISER = ("data", "vae", "backbone", "conditioning", "schedule")
 NOISE = ("conditioning", "schedule", "loss", "sampler", "guidance")
+JUDGED = ("data", "metric")
 SMALL = 1_000_000  # parameters: presets that are larger are built elsewhere, on the meta device
 LARGE = 2**14  # pixels of all frames: presets of larger clips get the size of their plugin
 CALLS = 3  # sampling steps
@@ -130,7 +131,7 @@ def denoisers() -> tuple[list[Choice], list[Choice]]:
     """Every combination of the parts of a network: those that wire, and those that are refused."""
     found: tuple[list[Choice], list[Choice]] = [], []
     for names in product(*(options(g) for g in DENOISER)):
-        choice = dict(zip(DENOISER, names, strict=True))
+        choice = dict(zip(DENOISER, names, strict=True)) | {"metric": "null"}
         found[wired(choice) is None].append(choice)
     return found
 
@@ -147,6 +148,17 @@ def noises() -> tuple[list[Choice], list[Choice]]:
     return found
 
 
+@cache
+def judged() -> tuple[list[Choice], list[Choice]]:
+    """Every metric with all data, around a network that fits."""
+    found: tuple[list[Choice], list[Choice]] = [], []
+    around = {c["data"]: c for c in denoisers()[0]}
+    for data, metric in product(options("data"), options("metric")):
+        choice = around[data] | {"metric": metric}
+        found[wired(choice) is None].append(choice)
+    return found
+
+
 def shared(choice: Choice) -> tuple[str, ...]:
     """Options of the groups that are in both nets."""
     return tuple(choice[g] for g in DENOISER if g in NOISE)
@@ -157,16 +169,17 @@ def mixed(seed: int) -> Iterator[Choice]:
     generator = random.Random(seed)
     networks, noise = denoisers()[0], [{g: c[g] for g in NOISE} for c in noises()[0]]
     turns = cycle(product(*(options(g) for g in APART)))
+    judges: dict[str, list[str]] = {}
+    for choice in judged()[0]:
+        judges.setdefault(choice["data"], []).append(choice["metric"])
     for mine, others in ((networks, noise), (noise, networks)):
         fits: dict[tuple[str, ...], list[Choice]] = {}
         for choice in others:
             fits.setdefault(shared(choice), []).append(choice)
         for choice in mine:
-            yield (
-                choice
-                | generator.choice(fits[shared(choice)])
-                | dict(zip(APART, next(turns), strict=True))
-            )
+            whole = choice | generator.choice(fits[shared(choice)])
+            metric = generator.choice(judges[whole["data"]])
+            yield whole | dict(zip(APART, next(turns), strict=True)) | {"metric": metric}
 
 
 @cache
@@ -188,8 +201,8 @@ def to_words(choice: Choice) -> str:
 
 
 def test_every_combination_of_plugins_wires_or_is_refused_with_reasons():
-    for valid, refused in (denoisers(), noises()):
-        assert len(valid) > 100 and len(refused) > 100
+    for (valid, refused), least in ((denoisers(), 100), (noises(), 100), (judged(), 10)):
+        assert len(valid) > least and len(refused) > least
 
 
 def test_what_one_net_accepts_goes_with_what_the_other_accepts():
@@ -207,7 +220,7 @@ def test_every_plugin_is_in_some_combination_that_wires():
 def test_presets_wire_or_are_refused_with_reasons_too():
     generator = random.Random(0)
     for _ in range(1500):
-        wired({g: generator.choice([*options(g, True)]) for g in (*DENOISER, *NOISE)})
+        wired({g: generator.choice([*options(g, True)]) for g in (*DENOISER, *JUDGED, *NOISE)})
 
 
 # --- training -------------------------------------------------------------------------------------
