@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandbox import rank
 from sandbox.contracts import ConfigError, Preempted, SandboxError
+from sandbox.far_errors import FarTraceback
 from sandbox.rank import SIGNALS, Order, Rank, plain
 
 if TYPE_CHECKING:
@@ -80,13 +81,6 @@ class RankError(SandboxError):
     @property
     def traceback(self) -> str:
         return self.args[1]
-
-    def __str__(self) -> str:
-        return self.args[0]
-
-
-class RankTraceback(Exception):
-    """The cause of a rank's error in the supervisor: the traceback that it has in the rank."""
 
     def __str__(self) -> str:
         return self.args[0]
@@ -151,7 +145,7 @@ def launch(
 
     Raises a rank's SandboxError as it is (Preempted where the ranks were asked to stop), RankError
     for any other end, and KeyboardInterrupt at the third signal. The cause of every error is its
-    RankTraceback.
+    FarTraceback.
     """
     plain(settings, "settings")
     outside = rank.place(os.environ)
@@ -389,7 +383,7 @@ class _Member:
             if self.lost_contact:
                 text = f"lost contact with the other ranks ({text})"
             found = RankError(f"rank {self.index}: {text}", self.word["trace"])
-        found.__cause__ = RankTraceback(f"rank {self.index}:\n{self.word['trace']}")
+        found.__cause__ = FarTraceback(f"rank {self.index}:\n{self.word['trace']}")
         return found
 
 

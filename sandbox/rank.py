@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, Self
 
 from sandbox.contracts import ConfigError, Preempted
+from sandbox.far_errors import survives
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -486,15 +487,8 @@ def last_word(error: BaseException) -> dict[str, Any]:
         text = re.sub(r"^\[\S+\] ", "", text)  # the line in gloo's sources
     elif not ours:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    itself = None
-    if ours:
-        try:
-            itself = pickle.dumps(error)
-            pickle.loads(itself)
-        except Exception:  # a class that does not survive it, for reasons of its own
-            itself = None
     return {
-        "itself": itself,
+        "itself": pickle.dumps(error) if ours and survives(error) else None,
         "module": type(error).__module__,
         "code": error.exit_code if isinstance(error, SandboxError) else None,
         "text": text,

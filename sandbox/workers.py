@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sandbox.contracts import ConfigError
+from sandbox.far_errors import FarTraceback, survives
 
 AHEAD = 4  # jobs under way for each worker
 
@@ -66,13 +67,6 @@ class _Task:
     begun: bool = False
     crashes: int = 0
     said: tuple[Any, BaseException | None, str] | None = None
-
-
-class JobTraceback(Exception):
-    """The cause of a job's error in the command: the traceback that it has in the worker."""
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class _Worker:
@@ -143,7 +137,7 @@ class _Local:
             self.look_after(tasks, None)
         result, error, trace = tasks.popleft().said or (None, None, "")
         if error is not None:
-            raise error from JobTraceback(trace)
+            raise error from FarTraceback(trace)
         return result
 
     def look_after(self, tasks: Iterable[_Task], patience: float | None) -> None:
@@ -213,13 +207,8 @@ def _answer(words: bytes) -> bytes:
         function, job = pickle.loads(words)
         return pickle.dumps((function(job), None, ""))
     except Exception as e:  # whatever it is, the command raises it
-        trace = traceback.format_exc()
-        try:
-            told = pickle.dumps((None, e, trace))
-            pickle.loads(told)
-        except Exception:  # a class that does not survive it, for reasons of its own
-            told = pickle.dumps((None, RuntimeError(f"{type(e).__name__}: {e}"), trace))
-        return told
+        told = e if survives(e) else RuntimeError(f"{type(e).__name__}: {e}")
+        return pickle.dumps((None, told, traceback.format_exc()))
 
 
 # --- Ray ------------------------------------------------------------------------------------------

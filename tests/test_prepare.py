@@ -398,6 +398,8 @@ def test_jobs_that_come_when_a_process_has_just_ended_are_done():
         with pytest.raises(ValueError, match="planned failure of -1") as caught:
             list(ordered(double, [1, -1, 2]))
         assert "in double" in str(caught.value.__cause__)
+        with pytest.raises(RuntimeError, match="Stranger: a failure of 1 x 1"):
+            list(ordered(double, [1, -2, 2]))
         assert list(ordered(double, [3])) == [6]
     assert {*multiprocessing.active_children()} <= others
 
