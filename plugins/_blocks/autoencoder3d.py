@@ -15,11 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import group_norm
+from plugins._blocks.conv3d import Conv3d
 
 EPS = 1e-6  # of every group norm, as published
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(Conv3d):
     """Convolution with kernel 3, padded in time by two copies of the first frame, in front.
 
     causal=False: by a frame of zeros on either side instead. Space is padded by zeros: one on each

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins._blocks.conv3d import Conv3d
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.unet import GROUPS, Norm
 
@@ -30,10 +31,10 @@ class DiscriminatorBlock3D(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, is_pooled: bool) -> None:
         super().__init__()
         self.norm1 = Norm(in_channels)
-        self.conv1 = nn.Conv3d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3d(in_channels, out_channels, 3, padding=1)
         self.downsampler = BlurPool3d(out_channels) if is_pooled else nn.Identity()
         self.norm2 = Norm(out_channels)
-        self.conv2 = nn.Conv3d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3d(out_channels, out_channels, 3, padding=1)
         pool = [BlurPool3d(in_channels)] if is_pooled else []
         self.shortcut = nn.Sequential(*pool, nn.Conv3d(in_channels, out_channels, 1))
 
@@ -52,14 +53,14 @@ class Discriminator3D(nn.Module):
 
     def __init__(self, channels: tuple[int, ...] = (64, 128, 256)) -> None:
         super().__init__()
-        self.conv_in = nn.Conv3d(3, channels[0], 3, 2, 1)
+        self.conv_in = Conv3d(3, channels[0], 3, 2, 1)
         self.blocks = nn.ModuleList(
             DiscriminatorBlock3D(a, b, i < len(channels) - 1)
             for i, (a, b) in enumerate(zip((channels[0], *channels), channels, strict=False))
         )
         # As published: in the state dict, and never used.
         self.conv_norm_out = nn.GroupNorm(GROUPS, channels[-1])
-        self.conv_out = nn.Conv3d(channels[-1], 1, 3, padding=1)
+        self.conv_out = Conv3d(channels[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

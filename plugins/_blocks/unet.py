@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kernels import group_norm
 from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.conv3d import Conv3d
 from sandbox.contracts import Conditions
 
 GROUPS = 32  # as published, in every norm
@@ -140,7 +141,7 @@ class TemporalConvBlock(nn.Module):
 
     @staticmethod
     def stage(channels: int, kernel: tuple[int, int, int], *dropout: nn.Module) -> nn.Sequential:
-        conv = nn.Conv3d(channels, channels, kernel, padding=tuple(k // 2 for k in kernel))
+        conv = Conv3d(channels, channels, kernel, padding=tuple(k // 2 for k in kernel))
         # Identity keeps the place of the published SiLU, which the norm does
         return nn.Sequential(Norm(channels, act="silu"), nn.Identity(), *dropout, conv)
 
