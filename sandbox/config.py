@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
 # Settings that training alone reads: on top of a run they would do nothing.
 OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
                "reconstruction", "checkpoint")  # fmt: skip
+AT_HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # of an override: where a value starts with ~/
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
     "task": "what a run does",
@@ -221,8 +222,10 @@ def expand(overrides: Sequence[str]) -> list[str]:
 
     A setting of the chosen task may be given without `task.`: `task=new group=vae` is
     `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`. A
-    task that brings options of a group brings them where the line names none.
+    task that brings options of a group brings them where the line names none. A value that starts
+    with `~/` is below the home folder, which a shell says of `name=~/file` only in an assignment.
     """
+    overrides = [AT_HOME.sub(lambda _: os.path.expanduser("~"), o) for o in overrides]
     empty = {f"{group}=null": f"~{group}" for group in GROUPS}
     for group in SEVERAL:
         empty |= dict.fromkeys((f"{group}=null", f"~{group}"), f"{group}=[]")
@@ -292,7 +295,10 @@ def search_path(overrides: Sequence[str], config_dir: str | None = None) -> list
 
 
 def to_root(cfg: Any) -> Root:
-    """Typed Configs of a composed DictConfig; interpolations are resolved. Raises ConfigError."""
+    """Typed Configs of a composed DictConfig; interpolations and the `~` of files are resolved.
+
+    Raises ConfigError.
+    """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
@@ -313,7 +319,7 @@ def to_root(cfg: Any) -> Root:
     added = [*_added(plain, made), *_shapeless(made)]
     if added:
         raise ConfigError(*added)
-    return registry.tuples(made)
+    return _with_files(registry.tuples(made), os.path.expanduser)
 
 
 def _added(plain: Any, made: Any, path: str = "") -> Iterator[str]:
@@ -363,16 +369,21 @@ def received(node: dict[str, Any]) -> Root:
     return from_container(node)
 
 
-def placed(part: Any, folder: Path) -> Any:
+def placed(root: Root, folder: Path) -> Root:
     """A Root where files that it names by relative paths are those below `folder`, if there."""
+    return _with_files(root, lambda name: str(folder / name) if (folder / name).exists() else name)
+
+
+def _with_files(part: Any, change: Callable[[str], str]) -> Any:
+    """A Root or a part of it where `change` was made to the names of files."""
     if isinstance(part, dict):
-        return {name: placed(value, folder) for name, value in part.items()}
+        return {name: _with_files(value, change) for name, value in part.items()}
     if not isinstance(part, Root | PluginConfig):
         return part
-    own = {f.name: placed(getattr(part, f.name), folder) for f in fields(part)}
+    own = {f.name: _with_files(getattr(part, f.name), change) for f in fields(part)}
     for name in own.keys() & part.files().keys():
-        if own[name] is not None and (folder / own[name]).exists():
-            own[name] = str(folder / own[name])
+        if isinstance(own[name], str):
+            own[name] = change(own[name])
     return replace(part, **own)
 
 

@@ -84,6 +84,29 @@ def test_shorthands(words, expanded):
     assert config.expand(words) == expanded
 
 
+@pytest.mark.parametrize(
+    ("word", "expanded"),
+    [
+        ("out=~/runs", "out=/home/me/runs"),
+        ("task.runs=[~/a,'~/b']", "task.runs=[/home/me/a,'/home/me/b']"),
+        ("vae.weights=choice(~/a,x/~/b)", "vae.weights=choice(/home/me/a,x/~/b)"),
+        ("~logger", "~logger"),
+    ],
+)
+def test_a_value_that_starts_with_a_tilde_is_below_the_home_folder(word, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config.setup()
+    assert config.expand([word]) == [expanded]
+
+
+def test_files_of_yaml_with_a_tilde_are_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    write(tmp_path / "experiment/mine.yaml", GLOBAL + "init_from: ~/a\nvae: {weights: ~/b}\n")
+    cfg = config.compose(["experiment=mine"], config_dir=str(tmp_path))
+    root = config.to_root(cfg)
+    assert (root.init_from, root.vae.weights) == ("/home/me/a", "/home/me/b")
+
+
 # --- safety ---------------------------------------------------------------------------------------
 
 EVIL = "{_target_: builtins.open, file: ran, mode: w}"
