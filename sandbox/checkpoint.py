@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.contracts import ConfigError, Diverged, StorageError
-from sandbox.files import storing, sync_folder, write_atomic
+from sandbox.files import replacing, storing, sync_folder, write_atomic
 
 FORMAT = 1  # of file and manifest; a program reads its own format and older ones
 LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
@@ -429,21 +429,15 @@ def export_weights(
             tensor.clone() if storage in seen else tensor
         )  # the format has no shared storage
         seen.add(storage)
-    part = path.with_name(f".{path.name}.part")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as part:
             try:
                 save_file(tensors, part, {"format": "pt", **(metadata or {})})
             except SafetensorError as e:  # its way to say a full disk
                 raise OSError(str(e)) from e
             with part.open("r+b") as file:
                 _sort_header(file)
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        sync_folder(path.parent)
     return path
 
 
@@ -477,18 +471,10 @@ def export_foreign(content: Mapping[str, Any], path: Path) -> Path:
     Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
     """
     _check(dict(content))
-    part = path.with_name(f".{path.name}.part")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                torch.save(dict(content), file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with replacing(path) as part, part.open("wb") as file:
+            torch.save(dict(content), file)  # by its name, the file would hold that name
     return path
 
 

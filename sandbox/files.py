@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +22,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes beside `path`, syncs, renames; leaves no temporary file behind. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of this writer alone, whose file takes its place after the block.
+
+    A block that fails leaves `path` as it was, and no temporary file. Raises OSError.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield part
+        with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """The text in place of what `path` held, whole or not at all. Raises OSError."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sandbox import checkpoint, registry
 from sandbox.config import Root, to_container
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.data import batches
-from sandbox.files import locked, storing
+from sandbox.files import locked, replacing, storing
 from sandbox.published import compare, parts_of, read_model, read_parts
 from sandbox.rank import Rank
 
@@ -67,14 +67,11 @@ def prepare_first_stage(
 
 def _keep(path: Path, kept: Path) -> None:
     """The same file under another name, or a copy where the file system cannot; whole, or not."""
-    part = kept.with_name(f".{kept.name}.part")
-    with storing(kept):
-        part.unlink(missing_ok=True)
+    with storing(kept), replacing(kept) as part:
         try:
             os.link(path, part)
         except OSError:
             shutil.copyfile(path, part)
-        part.replace(kept)
 
 
 def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:

@@ -155,10 +155,12 @@ def test_full_disk_is_a_storage_error_and_touches_nothing(tmp_path):
 
 
 def test_manifest_that_cannot_be_written_leaves_no_file(tmp_path):
-    (tmp_path / ".step_00000001.json.part").mkdir()  # in the way of the manifest's temporary file
-    with pytest.raises(StorageError):
-        checkpoint.save(tmp_path, state(), 1, attempts=1)
-    assert names(tmp_path) == [".step_00000001.json.part"]
+    notes = {"note": "n" * 60_000}
+    with largest_file(50_000), pytest.raises(StorageError, match="too large"):
+        checkpoint.save(tmp_path, state(), 1, notes=notes, attempts=1)
+    assert names(tmp_path) == []
+    checkpoint.save(tmp_path, state(), 1, notes=notes)
+    assert names(tmp_path) == ["step_00000001.ckpt", "step_00000001.json"]
 
 
 def test_write_is_tried_again_until_there_is_space(tmp_path, caplog):
