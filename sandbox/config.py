@@ -23,9 +23,9 @@ CONF = HOME / "conf"
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Settings that are always those of the command, also where it works on an earlier run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
-# Settings that training alone reads: on top of a run they would do nothing.
+# Settings that training or task=prepare alone reads: on top of a run they would do nothing.
 OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
-               "reconstruction", "checkpoint")  # fmt: skip
+               "reconstruction", "checkpoint", "callbacks", "stage")  # fmt: skip
 AT_HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # of an override: where a value starts with ~/
 
 GROUPS = {  # every config group, with what it is; the order is that of --help
@@ -438,7 +438,5 @@ def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
 def _with(was: Any, now: Any, path: list[str]) -> Any:
     """`was` with the setting at `path` taken from `now`."""
     name, *rest = path
-    if isinstance(was, dict):
-        return was | {name: _with(was.get(name), now[name], rest) if rest else now[name]}
     value = _with(getattr(was, name), getattr(now, name), rest) if rest else getattr(now, name)
     return replace(was, **{name: value})
