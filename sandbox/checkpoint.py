@@ -20,10 +20,10 @@ import struct
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ TORN = (
 )
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -277,16 +279,28 @@ def skim(path: Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> Path | None:
     """The last good checkpoint; broken ones are named in the log. Raises NewerFormat."""
-    for path in checkpoints(folder):
+    return next((path for path, _ in _good_ones(folder, verify)), None)
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The state of the last good checkpoint, also where a run prunes them meanwhile.
+
+    Broken ones are named in the log. Raises NewerFormat.
+    """
+    return next((state for _, state in _good_ones(folder, load)), None)
+
+
+def _good_ones(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """Checkpoints that can be read, newest first of those that are there by then."""
+    seen: set[Path] = set()
+    while left := [path for path in checkpoints(folder) if path not in seen]:
+        seen.add(left[0])
         try:
-            verify(path)
+            yield left[0], read(left[0])
         except NewerFormat:
             raise
         except StorageError as e:
             log.warning("passed over: %s", e)
-        else:
-            return path
-    return None
 
 
 def of_step(folder: Path, step: int) -> Path:

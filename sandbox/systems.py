@@ -85,24 +85,41 @@ def clips_per_step(root: Root) -> int:
 def load_system(
     folder: Path, weights: str = "ema", wiring: Wiring | None = None, step: int | None = None
 ) -> LatentDiffusion:
-    """The system of a run folder with the weights of a checkpoint, to sample from.
+    """The system of a run folder with the weights of a checkpoint, as `restored_system`.
 
-    step: that of the checkpoint; None is the newest good one. `weights`: "ema" or "live"; the live
-    ones where the run has no average. It is on its device, in eval mode, with the threads of
-    training. Raises StorageError where there is no checkpoint, ConfigError for a `step` of none.
+    step: that of the checkpoint; None is the newest good one. Raises StorageError where there is
+    no checkpoint, ConfigError for a `step` of none.
     """
-    own = read_root(folder)
-    wiring = wiring or wire(own)
+    return restored_system(folder, load_state(folder, step), weights, wiring)
+
+
+def load_state(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """What a checkpoint of a run folder holds; raises as `load_system`."""
     kept = folder / "checkpoints"
-    chosen = checkpoint.newest(kept) if step is None else checkpoint.of_step(kept, step)
-    if chosen is None:
+    if step is not None:
+        return checkpoint.load(checkpoint.of_step(kept, step))
+    state = checkpoint.load_newest(kept)
+    if state is None:
         raise StorageError(
             f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
         )
+    return state
+
+
+def restored_system(
+    folder: Path, state: dict[str, Any], weights: str = "ema", wiring: Wiring | None = None
+) -> LatentDiffusion:
+    """The system of a run folder with the weights of `state`, to sample from.
+
+    `weights`: "ema" or "live"; the live ones where the run has no average. It is on its device, in
+    eval mode, with the threads of training.
+    """
+    own = read_root(folder)
+    wiring = wiring or wire(own)
     device = _device(wiring.root)
     # random weights that are not trained are those of its seed, whatever samples are drawn with
     system = build_system(wiring, folder, empty=True, seed=own.seed)
-    restore_weights(system, checkpoint.load(chosen), weights)
+    restore_weights(system, state, weights)
     return system.to(device).eval()
 
 

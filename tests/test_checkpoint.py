@@ -13,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,33 @@ def test_broken_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
     damage(broken)
     assert checkpoint.newest(tmp_path) == good
     assert "passed over" in caplog.text and broken.stem in caplog.text
+
+
+@pytest.mark.parametrize("damage", BREAKS)
+def test_the_state_of_the_newest_good_one_is_loaded(tmp_path, caplog, damage):
+    checkpoint.save(tmp_path, state(1), 1)
+    damage(checkpoint.save(tmp_path, state(2), 2))
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found["step"] == 1
+    assert "passed over" in caplog.text
+    assert checkpoint.load_newest(tmp_path / "empty") is None
+
+
+def test_the_newest_is_loaded_where_a_run_prunes_what_was_seen(tmp_path, monkeypatch):
+    """A run that keeps one saves the next and deletes the first, between a look and the reading."""
+    checkpoint.save(tmp_path, state(1), 1)
+    opened = Path.open
+
+    def late(path: Path, *how: Any, **more: Any) -> Any:
+        if path.name == "step_00000001.ckpt":
+            monkeypatch.undo()
+            checkpoint.save(tmp_path, state(2), 2)
+            checkpoint.prune(tmp_path, keep=1)
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", late)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None and found["step"] == 2
 
 
 @pytest.mark.parametrize("damage", BREAKS)

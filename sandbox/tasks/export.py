@@ -61,7 +61,7 @@ class Export:
         from sandbox.contracts import ConfigError
         from sandbox.exporting import write_folder
         from sandbox.parts import DTYPES
-        from sandbox.systems import load_system
+        from sandbox.systems import load_state, restored_system
         from sandbox.whole_systems import taken_apart
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
@@ -78,7 +78,10 @@ class Export:
             if cfg.weights == "live" or (cfg.weights, is_folder) == ("both", False)
             else "ema"
         )
-        system = load_system(folder, one, wiring).cpu()
+        state = load_state(folder)
+        system = restored_system(folder, state, one, wiring).cpu()
+        step, ema = state["step"], state["ema"] if cfg.weights == "both" else None
+        del state  # its optimizer is as large as two models
         ending = "" if is_folder else ".ckpt" if layout else ".safetensors"
         to = Path(cfg.to or folder / f"export{ending}")
         if is_folder:
@@ -88,11 +91,7 @@ class Export:
         elif layout is None:
             checkpoint.export_weights(system.trainable_state(), to, system.made_with())
         else:
-            newest = checkpoint.newest(folder / "checkpoints")
-            assert newest is not None  # load_system has found it
-            state = checkpoint.load(newest)
-            ema = state["ema"] if cfg.weights == "both" else None
             whole = layout.whole(taken_apart(system, ema))
-            checkpoint.export_foreign(layout.file(whole, state["step"]), to)
+            checkpoint.export_foreign(layout.file(whole, step), to)
         print(f"{cfg.format} weights in {to}")
         return {"folder": str(folder), "file": str(to)}
