@@ -34,7 +34,7 @@ from lightning import Callback
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import checkpoint, compose  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox import compose, weight_files  # noqa: E402 (the checkout, from wherever this is started)
 from sandbox.config import Root  # noqa: E402
 from sandbox.fitting import fit  # noqa: E402
 from sandbox.module import Trainable  # noqa: E402
@@ -222,7 +222,7 @@ def built(name: str, case: str | None, folder: Path) -> Trainable:
     system = build_system(wire(root))
     if case is None or not any(word.startswith("adapter=") for word in SYSTEMS[name].cases[case]):
         return system
-    base = checkpoint.export_weights(system.trainable_state(), folder / "base.safetensors")
+    base = weight_files.write(system.trainable_state(), folder / "base.safetensors")
     del system
     return build_system(wire(configured(name, case, f"init_from={base}")))
 

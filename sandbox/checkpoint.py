@@ -14,44 +14,23 @@ import json
 import logging
 import math
 import os
-import pickle
 import re
-import struct
 import time
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from torch import Tensor, nn
 
-from sandbox.contracts import ConfigError, Diverged, StorageError
-from sandbox.files import replacing, storing, sync_folder, write_atomic
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.files import storing, sync_folder, write_atomic
+from sandbox.weight_files import check_savable, load_plain, opened
 
 FORMAT = 1  # of file and manifest; a program reads its own format and older ones
-LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
-PLAIN = (str, int, float, bool, bytes, type(None))
-STATE_KEYS = ("state_dict", "module", "model")  # where foreign checkpoints keep their weights
 NAME = re.compile(r"step_(\d+)(?:-(\d+))?")
 CHUNK = 1 << 22
 LARGE = 1 << 18  # bytes that are worth a hand-over to another thread
-# What torch.load was seen to raise on damaged files, besides UnpicklingError.
-TORN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +55,7 @@ def save(
     seconds apart. Raises Diverged where a tensor is not finite, TypeError for what could not be
     loaded again, StorageError when it cannot be written; earlier checkpoints stay as they are.
     """
-    _check(dict(state))
+    check_savable(dict(state))
     for left in reversed(range(attempts)):
         try:
             return _write(folder, dict(state), step, dict(notes or {}))
@@ -185,45 +164,6 @@ def _free(folder: Path, step: int) -> Path:
     return folder / f"{stem}.ckpt"
 
 
-def _check(state: Mapping[str, Any]) -> None:
-    """Raises TypeError for what is not plain, Diverged for tensors that are not finite."""
-    floating = {}
-    for name, tensor in _tensors(state, "state"):
-        if tensor.is_floating_point() and tensor.numel():
-            floating[name] = tensor.detach()
-    if not floating:
-        return
-    # A sum is much faster than a look at each number; only where it overflows are they looked at.
-    sums = torch.stack([t.sum(dtype=torch.float32).cpu() for t in floating.values()])
-    if sums.isfinite().all():
-        return
-    bad = [name for name, tensor in floating.items() if not tensor.isfinite().all()]
-    if not bad:
-        return
-    raise Diverged(
-        f"not saved: {len(bad)} of {len(floating)} tensors are not finite: {', '.join(bad[:10])}"
-    )
-
-
-def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor below `node` with its path. Raises TypeError for what is not plain."""
-    if type(node) in (dict, OrderedDict):
-        for key, value in node.items():
-            if type(key) not in PLAIN:
-                raise TypeError(f"{name}: a {type(key).__name__} cannot be a key in a checkpoint")
-            yield from _tensors(value, f"{name}.{key}")
-    elif type(node) in (list, tuple):
-        for i, value in enumerate(node):
-            yield from _tensors(value, f"{name}.{i}")
-    elif type(node) in (Tensor, nn.Parameter):
-        yield name, node
-    elif type(node) not in PLAIN:
-        raise TypeError(
-            f"{name}: a {type(node).__name__} cannot be in a checkpoint; "
-            "want plain containers and tensors"
-        )
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -254,7 +194,7 @@ def manifest(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> dict[str, Any]:
     """The manifest, once size and SHA-256 of the file are found right. Raises StorageError."""
     said = manifest(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         _compare(path, file, said)
     return said
 
@@ -262,9 +202,9 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
     """The state that was saved. Raises StorageError where file and manifest do not agree."""
     said = manifest(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         _compare(path, file, said)
-        return _load_plain(path, file, device)
+        return load_plain(path, file, device)
 
 
 def skim(path: Path) -> dict[str, Any]:
@@ -273,8 +213,8 @@ def skim(path: Path) -> dict[str, Any]:
     The hash is not looked at.
     """
     manifest(path)
-    with _opened(path) as file:
-        return _load_plain(path, file, "cpu", mapped=True)
+    with opened(path) as file:
+        return load_plain(path, file, "cpu", mapped=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -382,13 +322,6 @@ def _step(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as e:
-        raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
-
-
 def _compare(path: Path, file: BinaryIO, said: Mapping[str, Any]) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != said["size"]:
@@ -398,125 +331,3 @@ def _compare(path: Path, file: BinaryIO, said: Mapping[str, Any]) -> None:
         sha256.update(chunk)
     if sha256.hexdigest() != said["sha256"]:
         raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
-
-
-def _load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) -> Any:
-    """torch.load of tensors and plain containers; anything else in the file is refused, not run.
-
-    `mapped`: numbers are read when they are looked at, where the file is of a kind that allows it.
-    """
-    try:
-        if mapped and zipfile.is_zipfile(file):
-            return torch.load(str(path), map_location=device, weights_only=True, mmap=True)
-        file.seek(0)
-        return torch.load(file, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as e:
-        refused = re.search(r"(?:GLOBAL|Unsupported \w+) ([\w.]+)", str(e))
-        named = f" ({refused[1]})" if refused else ""
-        raise StorageError(
-            f"{path}: holds more than tensors and plain containers{named}; nothing of it was run. "
-            "Convert it to .safetensors where you trust it"
-        ) from e
-    except TORN as e:
-        raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
-
-
-# --- weights of any origin ------------------------------------------------------------------------
-
-
-def export_weights(
-    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> Path:
-    """Writes weights as safetensors, atomically. `metadata` is text, in the header of the file.
-
-    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    _check(dict(state))
-    tensors, seen = {}, set()
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = (
-            tensor.clone() if storage in seen else tensor
-        )  # the format has no shared storage
-        seen.add(storage)
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            try:
-                save_file(tensors, part, {"format": "pt", **(metadata or {})})
-            except SafetensorError as e:  # its way to say a full disk
-                raise OSError(str(e)) from e
-            with part.open("r+b") as file:
-                _sort_header(file)
-    return path
-
-
-def _sort_header(file: BinaryIO) -> None:
-    """The same texts in the same order: the library writes them in a random one."""
-    length = int.from_bytes(file.read(8), "little")
-    found = json.loads(file.read(length))
-    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
-    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-    assert len(text) == length
-    file.seek(8)
-    file.write(text)
-
-
-def header(path: Path) -> dict[str, str]:
-    """The text in the header of exported weights; empty for files of another kind."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
-
-
-def export_foreign(content: Mapping[str, Any], path: Path) -> Path:
-    """Writes tensors and plain containers as others' code unpickles them, atomically.
-
-    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
-    """
-    _check(dict(content))
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part, part.open("wb") as file:
-            torch.save(dict(content), file)  # by its name, the file would hold that name
-    return path
-
-
-def read_foreign(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
-
-    Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`).
-    Nothing in the file is run. `mapped`: numbers are read when they are looked at, where the file
-    allows it (safetensors always do). Raises StorageError.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
-    if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
-        raise StorageError(f"{path}: want a .safetensors, .ckpt, .pt, .pth or .bin file")
-    with _opened(path) as file:
-        found = _load_plain(path, file, "cpu", mapped)
-    for key in STATE_KEYS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    tensors = found.items() if isinstance(found, Mapping) else ()
-    weights = {str(name): value.detach() for name, value in tensors if isinstance(value, Tensor)}
-    if not weights:
-        raise StorageError(f"{path}: holds no named tensors")
-    return weights

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox import checkpoint, registry
+from sandbox import registry, weight_files
 from sandbox.config import Root, to_container
 from sandbox.contracts import (
     SCALARS,
@@ -69,7 +69,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
         if rank.index == 0 and not (folder / weights).is_file():
-            checkpoint.export_weights(networks.first_stage.state_dict(), folder / weights)
+            weight_files.write(networks.first_stage.state_dict(), folder / weights)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None

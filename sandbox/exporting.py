@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox import checkpoint
+from sandbox import weight_files
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, State
 from sandbox.files import storing, write_atomic
@@ -89,7 +89,7 @@ def write_model(folder: Path, state: State, dtype: torch.dtype | None, shard_byt
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"{stem}{part}.safetensors"
         own = {name: state[name].to(kept(state[name])) for name in names}
-        checkpoint.export_weights(own, folder / file)
+        weight_files.write(own, folder / file)
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}

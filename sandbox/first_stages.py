@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sandbox import checkpoint, registry
+from sandbox import checkpoint, registry, weight_files
 from sandbox.config import Root, to_container
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.data import batches
@@ -56,7 +56,7 @@ def prepare_first_stage(
             how = "fitting" if cfg.fitted() == "closed_form" else "training"
             print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
             make(root, first_stage, rank)
-            checkpoint.export_weights(first_stage.state_dict(), path)
+            weight_files.write(first_stage.state_dict(), path)
         if kept:
             _keep(path, kept)
     try:
@@ -143,7 +143,7 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
         also = ", or use vae.weights=auto" if what == "vae.weights" else ""
         raise StorageError(f"{what}={path}: no such file; name one{also}")
     is_folder = path.is_dir()
-    state = _of_folder(path, what, mapped) if is_folder else checkpoint.read_foreign(path, mapped)
+    state = _of_folder(path, what, mapped) if is_folder else weight_files.read(path, mapped)
     if own == state.keys():
         return state
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
@@ -155,7 +155,7 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
 def _of_folder(folder: Path, what: str, mapped: bool) -> State:
     """The first stage of a run, finished or not, of a published system, or of that model alone."""
     if (folder / KEPT).is_file():
-        return checkpoint.read_foreign(folder / KEPT)
+        return weight_files.read(folder / KEPT)
     if newest := checkpoint.newest(folder / "checkpoints"):
         state = checkpoint.skim(newest) if mapped else checkpoint.load(newest)
         return state["weights"] | ((state["ema"] or {}).get("average") or {})

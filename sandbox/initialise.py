@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sandbox import checkpoint, whole_systems
+from sandbox import checkpoint, weight_files, whole_systems
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, State, StorageError
 from sandbox.earlier import task_of
@@ -49,7 +49,7 @@ def check_first_stage(system: Trainable, path: Path | str) -> None:
 
     A new run may begin from them with one of its own; what it decodes of theirs is wrong.
     """
-    recorded = checkpoint.header(Path(path)).get("first_stage")
+    recorded = weight_files.header(Path(path)).get("first_stage")
     here = system.made_with().get("first_stage")
     if recorded is not None and recorded != here:
         raise StorageError(
@@ -77,7 +77,7 @@ def check_first_stage_is_there(root: Root, path: Path, is_sampled: bool = False)
             weights = run.started_in() / weights
         other = f"vae={own.rpartition('/')[2]} " if own != root.vae.plugin else ""
         cure = f"use {other}vae.weights={run.folder if weights == 'auto' else weights or 'null'}"
-    elif not is_checkpoint and not (is_sampled and "first_stage" in checkpoint.header(path)):
+    elif not is_checkpoint and not (is_sampled and "first_stage" in weight_files.header(path)):
         return
     raise ConfigError(
         f"vae.weights=auto: it would train a first stage, but init_from={path} was trained with "
@@ -109,7 +109,7 @@ def _begin(system: Any, path: Path) -> str:
     if path.is_dir() or path.with_suffix(".json").is_file():
         weights, which = _of_checkpoint(system, _checkpoint(path), mapped)
     else:
-        weights, which = checkpoint.read_foreign(path, mapped), "exported"
+        weights, which = weight_files.read(path, mapped), "exported"
         if not any(name.startswith(whole_systems.OURS) for name in weights):
             _put_backbone(system, weights, path)
             return "backbone's weights"

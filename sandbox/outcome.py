@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sandbox import checkpoint, media, registry
+from sandbox import media, registry, weight_files
 from sandbox.comparable import cost, protocols
 from sandbox.config import Root, to_container
 from sandbox.contracts import Clip, ConfigError, PluginConfig
@@ -44,14 +44,14 @@ def finish_run(
     assert isinstance(system, LatentDiffusion)
     began = time.monotonic()
     origin = system.made_with()
-    checkpoint.export_weights(system.trainable_state(), run.folder / checkpoint.LIVE, origin)
+    weight_files.write(system.trainable_state(), run.folder / weight_files.LIVE, origin)
     with training.averaged():
         if training.ema:
-            path = run.folder / checkpoint.AVERAGED
-            checkpoint.export_weights(system.trainable_state(), path, origin)
+            path = run.folder / weight_files.AVERAGED
+            weight_files.write(system.trainable_state(), path, origin)
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
-            checkpoint.export_weights(weights, run.folder / name, header)
+            weight_files.write(weights, run.folder / name, header)
         found = evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.leave_if_asked)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)

@@ -19,7 +19,7 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from sandbox import checkpoint, media, registry
+from sandbox import checkpoint, media, registry, weight_files
 from sandbox.autoencoding import through
 from sandbox.comparable import forget_peak
 from sandbox.config import Root, to_container
@@ -135,16 +135,16 @@ class Training:
     def save_weights(self) -> None:
         """Writes the weights of this step alone, live and averaged ones."""
         self.flush()
-        self._export(checkpoint.LIVE)
+        self._export(weight_files.LIVE)
         if self.ema:
             with self.averaged():
-                self._export(checkpoint.AVERAGED)
+                self._export(weight_files.AVERAGED)
 
     def _export(self, name: str) -> None:
         state = whole(self.system.trainable_state())
         if self.leads:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            checkpoint.export_weights(state, path, self.system.made_with())
+            weight_files.write(state, path, self.system.made_with())
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank goes on by itself, with a whole system from `build`."""

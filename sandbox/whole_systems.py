@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox import checkpoint
+from sandbox import weight_files
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, State, StorageError
 from sandbox.latent_diffusion import LatentDiffusion
@@ -41,7 +41,7 @@ def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
     """
     if not path.is_file() or path.with_suffix(".json").is_file():
         return None
-    state = checkpoint.read_foreign(path, mapped)
+    state = weight_files.read(path, mapped)
     if all(name.startswith(OURS) for name in state):
         return None
     return parts_of(state, f"init_from={path}")

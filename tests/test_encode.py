@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sandbox import checkpoint, registry
+from sandbox import registry, weight_files
 from sandbox.config import Root, to_container
 from sandbox.contracts import BadItem, Clip, ConfigError, DataError, StorageError
 from sandbox.encoding import Networks, encode_all, in_bytes, narrowed
@@ -400,7 +400,7 @@ def test_other_weights_are_refused(folder, tmp_path):
     encoded(folder)
     root = from_cache(settings(folder))
     other = build_system(wire(settings(folder, "seed=1"))).first_stage
-    path = checkpoint.export_weights(other.state_dict(), tmp_path / "other.safetensors")
+    path = weight_files.write(other.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(StorageError, match="not the weights that made the latents"):
         build_system(wire(replace(root, vae=replace(root.vae, weights=str(path)))))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sandbox import checkpoint, registry
+from sandbox import registry, weight_files
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.evaluation import reconstructed
@@ -114,9 +114,9 @@ def test_a_changed_first_stage_is_refused_by_resuming_and_sampling(tmp_path):
     root = root_in(tmp_path, "steps=4")
     train_until(2, root, tmp_path)
     (kept,) = tmp_path.glob(f"*/{KEPT}")
-    state = checkpoint.read_foreign(kept)
+    state = weight_files.read(kept)
     state["first.mean"] = state["first.mean"] + 1
-    checkpoint.export_weights(state, kept)
+    weight_files.write(state, kept)
     with pytest.raises(StorageError, match="first_stage: its weights are not those"):
         train_until(None, root, tmp_path)
     with pytest.raises(StorageError, match="first_stage: its weights are not those"):
@@ -125,19 +125,19 @@ def test_a_changed_first_stage_is_refused_by_resuming_and_sampling(tmp_path):
 
 def test_a_file_is_used_as_it_is(tmp_path):
     made = prepared(root_in(tmp_path))
-    path = checkpoint.export_weights(made, tmp_path / "mine.safetensors")
+    path = weight_files.write(made, tmp_path / "mine.safetensors")
     root = small(f"vae.weights={path}")
     assert not differing(made, prepared(root))
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):
-    path = checkpoint.export_weights(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
+    path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
     with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
         prepared(small(f"vae.weights={path}", "vae.components=16"))
 
 
 def test_a_file_of_another_size_is_refused_before_a_run_folder_is_made(tmp_path):
-    path = checkpoint.export_weights(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
+    path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
     other = small(f"vae.weights={path}", "vae.components=16", f"out={tmp_path}/out")
     with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
         train({"root": to_container(other), "group": None, "overrides": []}, Rank())
@@ -147,7 +147,7 @@ def test_a_file_of_another_size_is_refused_before_a_run_folder_is_made(tmp_path)
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
-    checkpoint.export_weights({"encoder.weight": torch.zeros(2)}, path)
+    weight_files.write({"encoder.weight": torch.zeros(2)}, path)
     with pytest.raises(StorageError, match="names or shapes differ from this configuration"):
         load_weights(registry.create(small().vae), path)
     path.write_bytes(b"not a file of weights")

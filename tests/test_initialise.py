@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sandbox import build, checkpoint, compose
+from sandbox import build, checkpoint, compose, weight_files
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, SandboxError, StorageError
 from sandbox.first_stages import cached
@@ -88,7 +88,7 @@ def test_one_checkpoint_can_be_named(trained, tmp_path):
 
 def test_exported_weights_can_be_named_also_with_another_first_stage(trained, tmp_path):
     path = tmp_path / "weights.safetensors"
-    checkpoint.export_weights(trained.trainable_state(), path, trained.made_with())
+    weight_files.write(trained.trainable_state(), path, trained.made_with())
     fresh = system()
     check_first_stage(fresh, path)
     with torch.no_grad():
@@ -144,10 +144,8 @@ def test_what_does_not_fit_is_said_before_anything_is_made(trained, tmp_path, ki
     start = {
         "a run": folder,
         "a checkpoint": checkpoint.newest(folder / "checkpoints"),
-        "a file": checkpoint.export_weights(
-            trained.trainable_state(), tmp_path / "all.safetensors"
-        ),
-        "a first stage": checkpoint.export_weights(
+        "a file": weight_files.write(trained.trainable_state(), tmp_path / "all.safetensors"),
+        "a first stage": weight_files.write(
             {"encoder.a": torch.ones(1)}, tmp_path / "vae.safetensors"
         ),
     }[kind]
@@ -171,7 +169,7 @@ def test_no_first_stage_is_trained_for_weights_that_have_one(trained, tmp_path, 
     cure = f"use vae=pca vae.weights={folder}"
     if kind == "exported":
         start, cure = tmp_path / "all.safetensors", "name its file or run with vae.weights="
-        checkpoint.export_weights(trained.trainable_state(), start, trained.made_with())
+        weight_files.write(trained.trainable_state(), start, trained.made_with())
     words = ("vae=kl", "vae.ch=8", "vae.embed_dim=32", f"init_from={start}")
     out = tmp_path / "out"
     wiring = wire(compose(*TINY[1:], *words, f"out={out}", f"cache={out}"))

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox import checkpoint, compose, registry
+from sandbox import compose, registry, weight_files
 from sandbox.comparable import forget_peak, peak_memory, protocols
 from sandbox.config import to_container
 from sandbox.contracts import Clip, ConfigError, Preempted
@@ -150,21 +150,21 @@ def test_scores_are_the_means_of_those_of_the_clips(folder, result):
 
 
 def test_exported_weights_are_those_of_the_checkpoint(folder):
-    for name, weights in ((checkpoint.LIVE, "live"), (checkpoint.AVERAGED, "ema")):
+    for name, weights in ((weight_files.LIVE, "live"), (weight_files.AVERAGED, "ema")):
         system = load_system(folder, weights)
-        assert not differing(dict(system.trainable_state()), checkpoint.read_foreign(folder / name))
+        assert not differing(dict(system.trainable_state()), weight_files.read(folder / name))
 
 
 def test_exported_weights_can_be_started_from(folder, tmp_path):
-    start = folder / checkpoint.AVERAGED
+    start = folder / weight_files.AVERAGED
     found = train(settings(tmp_path, f"init_from={start}", "lr=0", "steps=1"), Rank())
-    weights = checkpoint.read_foreign(Run(found["folder"]).folder / checkpoint.LIVE)
-    assert not differing(checkpoint.read_foreign(start), weights)
+    weights = weight_files.read(Run(found["folder"]).folder / weight_files.LIVE)
+    assert not differing(weight_files.read(start), weights)
 
 
 def test_a_run_that_continues_does_not_read_its_beginning_again(result, folder, tmp_path):
     """Resuming and initialising are different things: the file may be another one by then."""
-    start = shutil.copy(folder / checkpoint.AVERAGED, tmp_path / "start.safetensors")
+    start = shutil.copy(folder / weight_files.AVERAGED, tmp_path / "start.safetensors")
     words = (f"init_from={start}", "lr=0", "steps=1")
     found = train(settings(tmp_path, *words), Rank())
     (Path(found["folder"]) / "result.json").unlink()
@@ -178,7 +178,7 @@ def test_a_run_that_continues_does_not_read_its_beginning_again(result, folder, 
 def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, folder, capsys):
     before = {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")}
     metrics = (folder / "metrics.jsonl").read_text()
-    for name in ("result.json", "metrics.json", "report.html", checkpoint.LIVE):
+    for name in ("result.json", "metrics.json", "report.html", weight_files.LIVE):
         (folder / name).unlink()
     again = train(settings(folder.parent), Rank())
     assert again == result

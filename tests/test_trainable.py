@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox import checkpoint, config
+from sandbox import config, weight_files
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.initialise import init_from
 from sandbox.rank import Rank
@@ -150,7 +150,7 @@ def test_a_decoder_trains_alone(tmp_path):
     more = (*words, f"init_from={first['folder']}", "trainable=[decoder,post_quant_conv]")
     second = train_first_stage(wire(composed(*more)).root, None, Rank())
     before, after = (
-        checkpoint.read_foreign(Path(run["folder"]) / "first_stage.safetensors")
+        weight_files.read(Path(run["folder"]) / "first_stage.safetensors")
         for run in (first, second)
     )
     changed = {k for k in before if not torch.equal(before[k], after[k])} - {"shift", "scale"}

@@ -16,7 +16,7 @@ import torch
 from lightning import Callback
 from torch.nn.utils import clip_grad_norm_
 
-from sandbox import checkpoint, registry
+from sandbox import checkpoint, registry, weight_files
 from sandbox.config import to_container
 from sandbox.contracts import ConfigError, Diverged, Preempted
 from sandbox.data import Loader, batches
@@ -479,8 +479,8 @@ def test_weights_alone_are_written_beside_the_checkpoints(tmp_path):
     recorder = record(root, tmp_path)
     (folder,) = tmp_path.glob("*/weights")
     assert sorted(p.name for p in folder.iterdir()) == ["step_00000003", "step_00000006"]
-    written = checkpoint.read_foreign(folder / "step_00000006" / checkpoint.LIVE)
-    averaged = checkpoint.read_foreign(folder / "step_00000006" / checkpoint.AVERAGED)
+    written = weight_files.read(folder / "step_00000006" / weight_files.LIVE)
+    averaged = weight_files.read(folder / "step_00000006" / weight_files.AVERAGED)
     state = recorder.states[6]
     assert not differing(written, state["weights"])
     assert not differing({k: averaged[k] for k in state["ema"]["average"]}, state["ema"]["average"])

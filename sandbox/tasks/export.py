@@ -57,7 +57,7 @@ class Export:
     ) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox import checkpoint, registry
+        from sandbox import registry, weight_files
         from sandbox.contracts import ConfigError
         from sandbox.exporting import write_folder
         from sandbox.parts import DTYPES
@@ -89,9 +89,9 @@ class Export:
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
                 print(f"{name}/ is not in it (none is here): from_pretrained(..., {name}=None)")
         elif layout is None:
-            checkpoint.export_weights(system.trainable_state(), to, system.made_with())
+            weight_files.write(system.trainable_state(), to, system.made_with())
         else:
             whole = layout.whole(taken_apart(system, ema))
-            checkpoint.export_foreign(layout.file(whole, step), to)
+            weight_files.write_pickled(layout.file(whole, step), to)
         print(f"{cfg.format} weights in {to}")
         return {"folder": str(folder), "file": str(to)}

@@ -158,7 +158,7 @@ def _finish(training: Any) -> dict[str, Any]:
     """Writes weights and reconstructions of held-out clips; the result file last."""
     import torch
 
-    from sandbox import checkpoint, media, registry
+    from sandbox import media, registry, weight_files
     from sandbox.autoencoding import psnr
     from sandbox.evaluation import by_pairs, gather, reconstructed
     from sandbox.first_stages import calibrate
@@ -172,7 +172,7 @@ def _finish(training: Any) -> dict[str, Any]:
         video = val.video
         assert video is not None  # gathered
         made = reconstructed(first_stage, video, system.device)
-        checkpoint.export_weights(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+        weight_files.write(first_stage.state_dict(), run.folder / "first_stage.safetensors")
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
     if metric := by_pairs(root):

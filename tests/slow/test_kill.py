@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from sandbox import checkpoint
+from sandbox import checkpoint, weight_files
 from sandbox.runs import Run
 from tests.command import folder_of, reached, run_until, said
 from tests.engine import differing
@@ -34,7 +34,7 @@ def assert_equal_runs(one, other):
     assert found[0] == found[1]  # every loss, gradient norm and rate
     scores = [json.loads((f / "result.json").read_text())["scores"] for f in (one, other)]
     assert scores[0] == scores[1]
-    for name in (checkpoint.LIVE, checkpoint.AVERAGED):
+    for name in (weight_files.LIVE, weight_files.AVERAGED):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sandbox import api, checkpoint, registry
+from sandbox import api, checkpoint, registry, weight_files
 from sandbox.earlier import read_root
 from sandbox.wiring import wire
 from tests.engine import differing
@@ -126,5 +126,5 @@ def test_an_export_of_a_sharded_run_has_its_whole_weights(half, kind, weights, t
     registry.create(cfg)(wire(read_root(folder)))
     state = states(half, f"{kind} fsdp")[STEPS]
     expected = state["ema"]["average"] if weights == "ema" else state["weights"]
-    found = checkpoint.read_foreign(to)
+    found = weight_files.read(to)
     assert not differing(expected, {k: found[k] for k in expected})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sandbox import build, checkpoint, registry
+from sandbox import build, registry, weight_files
 from sandbox.contracts import Conditions
 from sandbox.initialise import init_from
 from sandbox.randomness import Recorded
@@ -158,7 +158,7 @@ def test_trained_weights_load_in_diffusers_as_they_are(folder, tmp_path) -> None
     state = layout.whole({"backbone": system.backbone.state_dict()})
     own = {k.removeprefix("transformer/"): v for k, v in state.items()}
     place = tmp_path / "transformer"
-    checkpoint.export_weights(own, place / "diffusion_pytorch_model.safetensors")
+    weight_files.write(own, place / "diffusion_pytorch_model.safetensors")
     (place / "config.json").write_text((folder / "transformer/config.json").read_text())
     loaded = diffusers.CogVideoXTransformer3DModel.from_pretrained(place).eval()
     z, text, _ = inputs()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from plugins.layout.compvis import CompVis
-from sandbox import build, checkpoint, compose, registry
+from sandbox import build, compose, registry, weight_files
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.first_stages import load_weights
 from sandbox.initialise import init_from
@@ -73,7 +73,7 @@ def written(of, folder: Path, average: bool = False, **settings) -> Path:
     }
     format = layout(**settings)
     state = format.whole(taken_apart(of, ema if average else None))
-    return checkpoint.export_foreign(format.file(state, 7), folder / "model.ckpt")
+    return weight_files.write_pickled(format.file(state, 7), folder / "model.ckpt")
 
 
 def from_file(path: Path):
@@ -198,7 +198,7 @@ def test_what_is_written_again_is_the_file(original, tmp_path):
     path = written(original, tmp_path)
     fresh = from_file(path)
     init_from(fresh, path)
-    assert same(layout().whole(taken_apart(fresh)), checkpoint.read_foreign(path))
+    assert same(layout().whole(taken_apart(fresh)), weight_files.read(path))
 
 
 def test_the_original_would_find_what_it_unpickles(original, tmp_path):
@@ -244,7 +244,7 @@ def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
     content = torch.load(path, weights_only=True)
     del content["state_dict"]["model.diffusion_model.out.2.bias"]
     fresh = from_file(path)
-    checkpoint.export_foreign(content, path)
+    weight_files.write_pickled(content, path)
     with pytest.raises(StorageError, match=r"backbone\.out\.2\.bias is missing"):
         init_from(fresh, path)
 
@@ -304,7 +304,7 @@ def test_a_run_is_exported_and_initialises_another(tmp_path):
     to = tmp_path / "out.ckpt"
     cfg = Export.Config(run=str(trained.folder), to=str(to), weights="both")
     assert Export(cfg)(wiring)["file"] == str(to)
-    parts = layout().parts(checkpoint.read_foreign(to))
+    parts = layout().parts(weight_files.read(to))
     assert parts["ema"]["num_updates"].item() == 1
     assert parts["ema"]["num_updates"].dtype == torch.int32
     assert same(parts["backbone"], dict(trained.system.backbone.state_dict()))
