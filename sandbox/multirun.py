@@ -24,9 +24,10 @@ from typing import Any
 from sandbox import config, registry
 from sandbox.config import Root
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
+from sandbox.environment import code
 from sandbox.files import storing, write_atomic
 from sandbox.main import Line, check, checked, parse, perform, report, settled, take_seeds
-from sandbox.runs import Run, code, finished_run, read_json
+from sandbox.runs import Run, finished_run, read_json
 from sandbox.secrets import mask_text
 
 # Launchers send the Configs of plugins by value; cloudpickle before 3 (hydra-ray-launcher asks for

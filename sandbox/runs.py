@@ -21,15 +21,11 @@ from __future__ import annotations
 import fcntl
 import fnmatch
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,9 +33,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from sandbox.contracts import ConfigError, StorageError
+from sandbox.environment import environment
 from sandbox.files import storing, write_atomic
 from sandbox.rank import Rank
-from sandbox.secrets import mask, mask_text
+from sandbox.secrets import mask
 
 # Settings that do not change a result, with all that is below them. They are no part of a run's
 # identity and may differ when it is resumed.
@@ -59,23 +56,8 @@ IGNORED = (
     "hydra",
 )
 PATIENCE = 2.0  # seconds for the ranks of a command that was just killed to be gone
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "triton",
-    "lightning",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-    "numpy",
-    "av",
-    "safetensors",
-    "scikit-learn",
-    "einops",
-)
 # Groups and settings that decide the operations of an optimizer step.
 WORK = ("data", "vae", "backbone", "conditioning", "adapter", "trainable", "precision", "trainer")
-CHECKOUT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger(__name__)
 
@@ -391,7 +373,7 @@ class Run:
 
         self.resumed = self.config_file.is_file()
         earlier = read_json(self.environment)
-        now = _environment()
+        now = environment()
         if self.resumed and earlier.get("code") != now["code"]:
             log.warning(
                 "%s is continued with other code: %s -> %s",
@@ -439,87 +421,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-# --- environment ----------------------------------------------------------------------------------
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": [mask_text(a) for a in sys.argv],
-        "folder": os.getcwd(),
-        "code": code(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "hardware": _hardware(),
-        "sweep": os.environ.get("WANDB_SWEEP_ID"),
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def code() -> dict[str, Any]:
-    """Commit of the checkout, whether files differ from it, and a hash of what does, plugins
-    elsewhere included; empty outside a git checkout.
-    """
-    from sandbox.registry import sources_beside
-
-    if not (CHECKOUT / ".git").exists():
-        return {}
-    own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git need not know the rest, as in .venv
-    try:
-        found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(*own)]
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    parts = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))
-    return found | ({"changes": parts.hexdigest()[:12]} if changes else {})
-
-
-def _changes() -> Iterator[bytes]:
-    """What differs from the commit: of files that git knows, and new ones of code and settings."""
-    yield _git("diff", "HEAD", "--no-ext-diff", "--binary").encode()
-    new = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
-    for name in filter(None, new.split("\0")):
-        yield name.encode()
-        yield (CHECKOUT / name).read_bytes()
-
-
-def _git(*words: str) -> str:
-    # Without locks: `git status` would take that of the index, and a commit meanwhile would fail.
-    done = subprocess.run(
-        ["git", "--no-optional-locks", "-C", str(CHECKOUT), *words],
-        capture_output=True, timeout=60, check=True,
-    )  # fmt: skip
-    return done.stdout.decode(errors="replace").strip()
-
-
-def _hardware() -> dict[str, Any]:
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return {
-        "cpu": _entry(Path("/proc/cpuinfo"), "model name") or platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [_entry(p, "Model") for p in sorted(gpus.glob("*/information"))],
-    }
-
-
-def _entry(path: Path, name: str) -> str:
-    """Value of the first `name : value` line of a file of the system; empty where there is none."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next(
-        (v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == name), ""
-    )

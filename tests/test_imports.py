@@ -36,6 +36,7 @@ LIGHT = {
     "sandbox.prompt_checks": HEAVY,
     "sandbox.runs": HEAVY,
     "sandbox.secrets": HEAVY,
+    "sandbox.environment": HEAVY,
     "sandbox.files": HEAVY,
     "sandbox.api": HEAVY,
     "kernels": frozenset({"torch", "triton"}),

@@ -254,36 +254,6 @@ def test_environment_tells_versions_code_and_machine(tmp_path):
     assert told["argv"] == sys.argv or len(told["argv"]) == len(sys.argv)
 
 
-def test_code_tells_one_change_beside_the_commit_from_another(tmp_path, monkeypatch):
-    """Else a sweep that is repeated after an edit takes the runs of before for its own."""
-    checkout, elsewhere = tmp_path / "checkout", tmp_path / "elsewhere"
-    for folder in (checkout, elsewhere / "guidance"):
-        folder.mkdir(parents=True)
-    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (checkout / "known.py").write_text("1\n")
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *words], check=True)
-    monkeypatch.setattr(runs, "CHECKOUT", checkout)
-    monkeypatch.setattr(registry, "_plugins", {})
-    found = [runs.code()]
-    for path, text in [(checkout / "known.py", "2\n"), (checkout / "known.py", "3\n"),
-                       (checkout / "new.py", "1\n"), (checkout / "new.py", "2\n")]:  # fmt: skip
-        path.write_text(text)
-        found.append(runs.code())
-    installed = checkout / ".venv"  # a folder that git is told to pass over
-    (installed / "guidance").mkdir(parents=True)
-    (installed / ".gitignore").write_text("*\n")
-    for folder in (elsewhere, installed):
-        own = registry.Plugin("guidance", "mine", "mine", folder / "guidance/mine.py")
-        registry._plugins[own.key] = own
-        for text in ("1\n", "2\n"):
-            own.path.write_text(f"{folder.name} {text}")
-            found.append(runs.code())
-    assert found[0] == {"commit": found[0]["commit"], "dirty": False}
-    assert len({json.dumps(c) for c in found}) == len(found)
-    assert runs.code() == found[-1]
-
-
 def test_environments_of_earlier_starts_are_kept(tmp_path):
     for device in ("a", "b", "c"):
         with open_run(tmp_path, "x", CONFIG) as run:
@@ -350,7 +320,7 @@ def test_run_without_metrics_has_none(tmp_path):
 
 
 def test_typed_configuration_comes_back_from_the_folder(tmp_path):
-    from sandbox import config, earlier, registry
+    from sandbox import config, earlier
 
     config.setup()
     root = config.Root(out=str(tmp_path), recipe="mine", resume=registry.default("resume", "auto"))
