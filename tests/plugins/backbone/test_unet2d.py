@@ -98,9 +98,11 @@ def test_blocks_equal_the_original(key) -> None:
     near(key, out, tensors[f"out/{key}"])
 
 
-def test_time_embedding_equals_the_original_bit_for_bit() -> None:
+def test_time_embedding_equals_the_original() -> None:
+    """Angles reach 1000, where float32 has a step of 6e-5; exp and cos differ between processors."""
     tensors = load_file(GOLDEN / "dynamicrafter/schedules.safetensors")
-    assert torch.equal(timestep_embedding(tensors["temb/in"], 320), tensors["temb/out_320"])
+    got = timestep_embedding(tensors["temb/in"], 320)
+    torch.testing.assert_close(got, tensors["temb/out_320"], rtol=0, atol=1.2e-4)
 
 
 # --- the published size ---------------------------------------------------------------------------
