@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sandbox import checkpoint
+from sandbox.storage import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -26,8 +26,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from plugins.data.webdataset import WebDataset  # noqa: E402
-from sandbox.prepared import write_shards  # noqa: E402
-from sandbox.randomness import keyed  # noqa: E402
+from sandbox.data.randomness import keyed  # noqa: E402
+from sandbox.pipelines.prepare_outputs import write_shards  # noqa: E402
 from tests.footage import scene, texture, write  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

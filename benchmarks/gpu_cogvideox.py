@@ -27,11 +27,12 @@ from torch import Tensor, nn
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import config, registry  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox.config import composition, discovery, registry  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox.config.root import to_root
+from sandbox.config.wiring import Wiring, wire  # noqa: E402
 from sandbox.contracts import Batch  # noqa: E402
-from sandbox.latent_diffusion import LatentDiffusion  # noqa: E402
-from sandbox.parts import DTYPES, Parts, use_kernels  # noqa: E402
-from sandbox.wiring import Wiring, wire  # noqa: E402
+from sandbox.model.components import DTYPES, Parts, use_kernels  # noqa: E402
+from sandbox.model.latent_diffusion import LatentDiffusion  # noqa: E402
 
 ROWS = {"cogvideox_2b_lora": 16, "cogvideox_5b_lora": 24, "cogvideox_2b_sft": 36}  # published GB
 RESULTS = HOME / "benchmarks" / "results"
@@ -40,8 +41,8 @@ PACKAGES = ("torch", "diffusers", "peft")
 
 def wired(recipe: str) -> Wiring:
     words = [f"experiment={recipe}", "init_from=random", "data.root=random", "logger=null"]
-    config.setup(words)
-    return wire(config.to_root(config.compose(config.expand(words))))
+    discovery.setup(words)
+    return wire(to_root(composition.compose(composition.expand(words))))
 
 
 def filled(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:

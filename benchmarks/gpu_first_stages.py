@@ -27,8 +27,8 @@ HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
 from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.config import Root  # noqa: E402
-from sandbox.parts import build, use_kernels  # noqa: E402
+from sandbox.config.root import Root  # noqa: E402
+from sandbox.model.components import build, use_kernels  # noqa: E402
 
 RESULTS = HOME / "benchmarks" / "results"
 GIB = 2**30

@@ -5,7 +5,7 @@
     python benchmarks/gpu_training_steps.py --tiny ldm_celebahq_vq4    # its tiny sibling, on a CPU
 
 Weights are random and clips are generated, at the published sizes. The steps are those of
-`sandbox.fitting.fit`: frozen encoders, first stage, noise, loss, backward, optimizer, average.
+`training.loop.fit`: frozen encoders, first stage, noise, loss, backward, optimizer, average.
 One step warms up, three are measured, one more is looked at by torch's profiler. A case that does
 not fit is a row that says so. Writes benchmarks/results/training_steps.{json,md}.
 """
@@ -34,15 +34,16 @@ from lightning import Callback
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import compose, weight_files  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.config import Root  # noqa: E402
-from sandbox.fitting import fit  # noqa: E402
-from sandbox.module import Trainable  # noqa: E402
-from sandbox.runs import open_run  # noqa: E402
-from sandbox.systems import build_system, clips_per_step  # noqa: E402
+from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox.config.root import Root  # noqa: E402
+from sandbox.config.wiring import wire  # noqa: E402
+from sandbox.model.trainable import Trainable  # noqa: E402
+from sandbox.runs.run import open_run  # noqa: E402
+from sandbox.storage import weight_files  # noqa: E402
 from sandbox.tasks.train_vae import build_autoencoding  # noqa: E402
-from sandbox.training import Training, start  # noqa: E402
-from sandbox.wiring import wire  # noqa: E402
+from sandbox.training.build import build_system, clips_per_step  # noqa: E402
+from sandbox.training.loop import fit  # noqa: E402
+from sandbox.training.state import Training, start  # noqa: E402
 
 RESULTS = HOME / "benchmarks" / "results"
 WARM, MEASURED = 1, 3  # optimizer steps

@@ -58,14 +58,15 @@ def main() -> None:
 
 def measured_recipe(name: str, kinds: set[bool]) -> tuple:
     """What a recipe needs, and its steps, with weights in half precision (True) or not."""
-    from sandbox import config
-    from sandbox.main import checked
+    from sandbox.cli.jobs import checked
+    from sandbox.config import composition, discovery
+    from sandbox.config.root import to_root
     from sandbox.plan.build import Sizes, counts, measured, parts_of
     from sandbox.plan.plan import need_of
 
     words = [f"experiment={name}", "task=plan", "data.batch_size=1"]
-    config.setup(words)
-    wiring = checked(config.to_root(config.compose(config.expand(words))))
+    discovery.setup(words)
+    wiring = checked(to_root(composition.compose(composition.expand(words))))
     assert wiring is not None  # this task works on a system
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = parts_of(root)

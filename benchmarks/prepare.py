@@ -23,7 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
 from benchmarks.multirun import rss  # noqa: E402
-from sandbox.media import write_frames  # noqa: E402
+from sandbox.reports.media import write_frames  # noqa: E402
 from tests.footage import scene, written  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"

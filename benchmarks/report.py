@@ -26,9 +26,9 @@ SEEDS, STEPS = 5, 200
 
 def make(folder: Path, count: int) -> None:
     from sandbox import compose
-    from sandbox.comparable import protocols
-    from sandbox.config import to_container
+    from sandbox.config.root import to_container
     from sandbox.contracts import Clip
+    from sandbox.runs.protocol import protocols
 
     root = compose()
     config = to_container(root)
@@ -58,9 +58,9 @@ def make(folder: Path, count: int) -> None:
 
 def timed(folder: Path) -> dict[str, float]:
     """CPU seconds of reading, comparing and writing."""
-    from sandbox.ablation import compare
-    from sandbox.ablation_page import write_ablation
-    from sandbox.ablation_runs import read
+    from sandbox.reports.ablation import compare
+    from sandbox.reports.ablation_page import write_ablation
+    from sandbox.reports.ablation_runs import read
 
     marks = [time.process_time()]
     found = read(folder)

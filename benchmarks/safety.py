@@ -24,23 +24,25 @@ from typing import Any
 import lightning
 import torch
 
-from sandbox import checkpoint, compose, training
-from sandbox.data import Loader
-from sandbox.randomness import Keyed
-from sandbox.rank import Rank
-from sandbox.runs import open_run
-from sandbox.systems import build_system
-from sandbox.wiring import wire
+from sandbox import compose
+from sandbox.config.wiring import wire
+from sandbox.data.loader import Loader
+from sandbox.data.randomness import Keyed
+from sandbox.distributed.rank import Rank
+from sandbox.runs.run import open_run
+from sandbox.storage import checkpoint
+from sandbox.training import loop, state
+from sandbox.training.build import build_system
 
 RESULTS = Path(__file__).parent / "results"
 FEATURES: dict[str, list[tuple[Any, str]]] = {
     "keyed draws: noise, times, dropping": [
         (Keyed, "normal"), (Keyed, "uniform"), (Keyed, "stratified"), (Keyed, "integers")
     ],
-    "dropout seeded for each micro-batch": [(training, "seed_dropout"), (training, "seed_of")],
+    "dropout seeded for each micro-batch": [(state, "seed_dropout"), (state, "seed_of")],
     "ranks agree whether to stop": [(Rank, "agree_to_stop")],
     "metrics kept, checked and written": [
-        (training.Training, "note"), (training.Training, "flush")
+        (state.Training, "note"), (state.Training, "flush")
     ],
     "checkpoint (checked, hashed, synced)": [(checkpoint, "save_and_prune")],
     "order of samples and its state": [(Loader, "state_dict")],
@@ -82,9 +84,9 @@ def main() -> None:
             for feature, calls in FEATURES.items():
                 for owner, name in calls:
                     stack.enter_context(timed(owner, name, seconds, feature))
-            with training.start(system, run, None) as started:
+            with state.start(system, run, None) as started:
                 began = time.perf_counter()
-                training.fit(started)
+                loop.fit(started)
                 whole = time.perf_counter() - began
         latents = wiring.latents[0]
     shape = (16, latents.channels, latents.frames, latents.height, latents.width)

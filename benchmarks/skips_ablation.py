@@ -44,12 +44,12 @@ CALM = (
 def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[str, list[float]]:
     """Loss and gradient norm of every step."""
     from sandbox import compose
+    from sandbox.config.wiring import wire
     from sandbox.contracts import Diverged
-    from sandbox.fitting import fit
-    from sandbox.runs import open_root
-    from sandbox.systems import build_system
-    from sandbox.training import start
-    from sandbox.wiring import wire
+    from sandbox.runs.run import open_root
+    from sandbox.training.build import build_system
+    from sandbox.training.loop import fit
+    from sandbox.training.state import start
 
     root = compose(
         *COMMON, f"backbone.skips={skips}", f"backbone.motion_module={motion}", f"seed={seed}",

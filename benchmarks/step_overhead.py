@@ -5,7 +5,7 @@
 
 Both sides train the same backbone with the same optimizer, clipping and batches (rendered before).
 The bare loop draws noise and times with torch's global generator and logs nothing. Ours is
-`sandbox.fitting.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
+`training.loop.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
 steps, finite checks. Rounds alternate; medians of rounds.
 """
 
@@ -25,13 +25,14 @@ import lightning
 import torch
 from lightning import Callback
 
-from sandbox import compose, registry
-from sandbox.data import Loader
-from sandbox.fitting import fit
-from sandbox.runs import open_run
-from sandbox.systems import build_system
-from sandbox.training import start
-from sandbox.wiring import wire
+from sandbox import compose
+from sandbox.config import registry
+from sandbox.config.wiring import wire
+from sandbox.data.loader import Loader
+from sandbox.runs.run import open_run
+from sandbox.training.build import build_system
+from sandbox.training.loop import fit
+from sandbox.training.state import start
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {  # name: overrides

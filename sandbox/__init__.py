@@ -4,8 +4,11 @@ train, sample`; `sandbox.api` has the rest.
 
 from typing import Any
 
+from sandbox.config import moved_modules
+
 __all__ = [
     "build",
+    "build_parts",
     "clips",
     "compare",
     "compose",
@@ -17,6 +20,8 @@ __all__ = [
     "sweep",
     "train",
 ]
+
+moved_modules.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -24,32 +24,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sandbox import config, registry
-from sandbox.config import Root
+from sandbox.config import composition, discovery, registry
+from sandbox.config.root import Root, to_root
+from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import ConfigError
-from sandbox.wiring import Wiring, wire
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
-    from sandbox.ablation import Ablation
     from sandbox.contracts import Batch
-    from sandbox.latent_diffusion import LatentDiffusion
+    from sandbox.model.components import Parts
+    from sandbox.model.latent_diffusion import LatentDiffusion
+    from sandbox.reports.ablation import Ablation
 
 
 def compose(*overrides: str) -> Root:
     """Typed and complete configuration of a command line; a task that works on an earlier run has
     that run's. Raises ConfigError with all problems.
     """
-    from sandbox.earlier import choices
-    from sandbox.main import settled
+    from sandbox.cli.jobs import settled
+    from sandbox.runs.lookup import choices
 
-    config.setup(overrides)
-    expanded = config.expand(overrides)
-    cfg = config.compose([*choices(expanded), *expanded])
-    return wire(settled(config.to_root(cfg), expanded)).root
+    discovery.setup(overrides)
+    expanded = composition.expand(overrides)
+    cfg = composition.compose([*choices(expanded), *expanded])
+    return wire(settled(to_root(cfg), expanded)).root
 
 
 def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffusion:
@@ -58,12 +59,22 @@ def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffus
     `weights` of a run folder: "ema" or "live" of its newest checkpoint; the live ones where the run
     has no average.
     """
-    from sandbox.systems import build_system, load_system
+    from sandbox.training.build import build_system, load_system
 
-    config.setup()
+    discovery.setup()
     if isinstance(cfg, Path | str):
         return load_system(Path(cfg), weights)
     return build_system(cfg if isinstance(cfg, Wiring) else wire(cfg))
+
+
+def build_parts(cfg: Root | Wiring) -> Parts:
+    """The components of a configuration with fresh weights, before they are joined to a system.
+
+    Under `torch.device("meta")` they take no memory.
+    """
+    from sandbox.model import components
+
+    return components.build_parts(cfg if isinstance(cfg, Wiring) else wire(cfg))
 
 
 def train(cfg: Root) -> Path:
@@ -71,8 +82,8 @@ def train(cfg: Root) -> Path:
 
     One process is this one (`trainer.processes`); several are started beside it.
     """
-    from sandbox.launch import in_this_process
-    from sandbox.main import perform
+    from sandbox.cli.jobs import perform
+    from sandbox.distributed.supervisor import in_this_process
 
     with in_this_process():
         return Path(perform(cfg)["folder"])
@@ -92,8 +103,8 @@ def sample(
     images, end_images: files, one for all captions or one for each; scalars: such as fps=24. Raises
     ConfigError where the conditioning wants others.
     """
-    from sandbox.evaluation import generate
-    from sandbox.prompts import given
+    from sandbox.evaluation.evaluate import generate
+    from sandbox.evaluation.prompts import given
 
     system = build(run) if isinstance(run, Path | str) else run
     count, words = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
@@ -108,8 +119,8 @@ def sweep(*overrides: str) -> list[Path]:
     starts, which raises ConfigError with every problem; what has finished before is not repeated.
     A line is printed for each job, and what it prints itself is not.
     """
-    from sandbox.launch import in_this_process
-    from sandbox.multirun import in_turn
+    from sandbox.cli.multirun import in_turn
+    from sandbox.distributed.supervisor import in_this_process
 
     jobs, runs = in_turn(overrides), []
     for number, (words, run) in enumerate(jobs, 1):
@@ -133,8 +144,8 @@ def compare(
     baseline, metrics: as of `task=report`, which writes it as a page and for a paper. Raises
     ConfigError as that does.
     """
-    from sandbox import ablation
-    from sandbox.ablation_runs import Found, add, read
+    from sandbox.reports import ablation
+    from sandbox.reports.ablation_runs import Found, add, read
 
     is_folder = isinstance(runs, Path | str)
     found = read(Path(runs)) if is_folder else add(Found([]), map(Path, runs))
@@ -153,7 +164,7 @@ def curve(run: Path | str, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
     """
     import numpy as np
 
-    from sandbox.runs import Run
+    from sandbox.runs.run import Run
 
     recorded = Run(run).metrics()
     points = [(step, row[name]) for step, row in recorded.items() if name in row]
@@ -169,7 +180,7 @@ def results(run: Path | str) -> dict[str, dict[str, float]]:
 
     Rows are "model" and what it is compared with, such as "real clips". Raises ConfigError.
     """
-    from sandbox.runs import read_json
+    from sandbox.runs.run import read_json
 
     path = Path(run)
     found = read_json(path / "metrics.json" if path.is_dir() else path).get("scores")
@@ -186,7 +197,7 @@ def clips(of: Root | LatentDiffusion, count: int, split: str = "val") -> Batch:
 
     `split`: "train", or "val", which training never sees.
     """
-    from sandbox.evaluation import gather
+    from sandbox.evaluation.evaluate import gather
 
     root = of if isinstance(of, Root) else of.root
     return gather(registry.create(root.data).split(split), count, root.seed)
@@ -197,7 +208,7 @@ def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
 
     Clips are (B, 3, T, H, W) in [-1, 1]; a name's underscores show as spaces.
     """
-    from sandbox import media
+    from sandbox.reports import media
 
     named = {label.replace("_", " "): video for label, video in columns.items()}
     rows = [media.Row(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
@@ -220,7 +231,7 @@ def movie(captions: Sequence[str], video: Tensor, fps: float = 8.0, columns: int
     """Clips (B, 3, T, H, W) in [-1, 1] side by side, moving, each with its caption."""
     from tempfile import TemporaryDirectory
 
-    from sandbox import media
+    from sandbox.reports import media
 
     frames = media.wall(list(zip(captions, video, strict=True)), columns)
     with TemporaryDirectory() as folder:
@@ -231,6 +242,7 @@ def movie(captions: Sequence[str], video: Tensor, fps: float = 8.0, columns: int
 
 __all__ = [
     "build",
+    "build_parts",
     "clips",
     "compare",
     "compose",

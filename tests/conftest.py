@@ -38,9 +38,9 @@ def plugin_folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder that SANDBOX_PLUGINS names; plugins that it adds are forgotten afterwards."""
     from hydra.core.config_store import ConfigStore
 
-    from sandbox import config, registry
+    from sandbox.config import discovery, registry
 
-    config.setup()
+    discovery.setup()
     before = {p.key for p in registry.plugins()}
     folder = tmp_path / "plugins_of_mine"
     folder.mkdir()

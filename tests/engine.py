@@ -14,14 +14,14 @@ import torch
 from lightning import Callback
 from torch import Tensor
 
-from sandbox.config import Root
+from sandbox.config.root import Root
+from sandbox.config.wiring import wire
 from sandbox.contracts import Preempted
-from sandbox.fitting import fit
-from sandbox.rank import Rank
-from sandbox.runs import open_root
-from sandbox.systems import build_system
-from sandbox.training import Training, start
-from sandbox.wiring import wire
+from sandbox.distributed.rank import Rank
+from sandbox.runs.run import open_root
+from sandbox.training.build import build_system
+from sandbox.training.loop import fit
+from sandbox.training.state import Training, start
 from tests.helpers import TINY, composed
 
 Prepare = Callable[[Any], None]

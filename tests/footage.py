@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sandbox.media import write_video
+from sandbox.reports.media import write_video
 
 FPS = 10.0
 

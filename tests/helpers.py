@@ -9,10 +9,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from sandbox import config, registry
-from sandbox.config import CONF, Root
+from sandbox.config import composition, discovery, registry
+from sandbox.config.paths import CONF
+from sandbox.config.root import GROUPS, Root, to_container, to_root
+from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import ConfigError, PluginConfig
-from sandbox.wiring import Wiring, wire
 
 TINY = (
     "vae.weights=null",
@@ -36,8 +37,8 @@ PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "dat
 
 def composed(*overrides: str) -> Root:
     """What the command line composes, typed but not wired: numbers of other components are open."""
-    config.setup(overrides)
-    return config.to_root(config.compose(config.expand(overrides)))
+    discovery.setup(overrides)
+    return to_root(composition.compose(composition.expand(overrides)))
 
 
 @cache
@@ -102,10 +103,10 @@ def _wired(root: Root) -> Wiring | None:
 
 def presets() -> Iterator[tuple[str, str, Path]]:
     """(group, name, file) of every preset, of the project and of plugin folders."""
-    config.setup()
-    for folder in (CONF, *(f / "conf" for f in config.plugin_folders(()))):
+    discovery.setup()
+    for folder in (CONF, *(f / "conf" for f in discovery.plugin_folders(()))):
         for path in sorted(folder.glob("*/*.yaml")):
-            if path.parent.name in config.GROUPS:
+            if path.parent.name in GROUPS:
                 yield path.parent.name, path.stem, path
 
 
@@ -120,7 +121,7 @@ def preset(group: str, name: str) -> PluginConfig:
 @cache
 def _composed_presets(turn: int) -> Root:
     """One preset of each group, the `turn`-th, at once: each composition takes its time."""
-    chosen = {g: _names(g)[turn : turn + 1] for g in config.GROUPS}
+    chosen = {g: _names(g)[turn : turn + 1] for g in GROUPS}
     return composed(*(
         f"{g}=[{name}]" if g in registry.SEVERAL else f"{g}={name}"
         for g, names in chosen.items() for name in names
@@ -134,7 +135,7 @@ def _names(group: str) -> list[str]:
 
 def plugin_configs(*groups: str) -> Iterator[tuple[str, PluginConfig]]:
     """("schedule/ddpm", its default Config) of every plugin that can be read, in these groups."""
-    config.setup()
+    discovery.setup()
     for plugin in registry.plugins():
         if plugin.config and (not groups or plugin.group in groups):
             yield plugin.key, registry.default(plugin.group, plugin.name)
@@ -154,14 +155,14 @@ class Trained:
 
 def train(wiring: Wiring, out: Path) -> Trained:
     """Trains with the real engine in a new run folder below `out`; no scores and no page."""
-    from sandbox.fitting import fit
-    from sandbox.runs import open_run
-    from sandbox.systems import build_system
-    from sandbox.training import start
+    from sandbox.runs.run import open_run
+    from sandbox.training.build import build_system
+    from sandbox.training.loop import fit
+    from sandbox.training.state import start
 
     root = replace(wiring.root, out=str(out), cache=str(out / "cache"))
     wiring = replace(wiring, root=root)
-    with open_run(out, "run", config.to_container(root), "never") as run:
+    with open_run(out, "run", to_container(root), "never") as run:
         system = build_system(wiring, run.folder)
         with start(system, run) as training:
             fit(training)
@@ -171,7 +172,7 @@ def train(wiring: Wiring, out: Path) -> Trained:
 
 def sampled(system: Any, count: int = 2) -> Any:
     """`count` clips (count, 3, T, H, W) of the data's first prompts."""
-    from sandbox.prompts import of_data
+    from sandbox.evaluation.prompts import of_data
 
     root = system.root
     prompts = registry.create(root.data).prompts() or [""]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox import registry
-from sandbox.config import Root
+from sandbox.config import registry
+from sandbox.config.root import Root
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Batch, Clip, Conditions, DataConfig, DataError, Items, Slots
-from sandbox.encoding import encode_all
-from sandbox.randomness import Keyed
-from sandbox.rank import Rank
-from sandbox.wiring import Wiring
+from sandbox.data.randomness import Keyed
+from sandbox.distributed.rank import Rank
+from sandbox.pipelines.encode import encode_all
 from tests.helpers import tiny
 
 WORDS = ("a red 3 moving left", "a blue 7 moving up", "a green 0 moving down", "")
@@ -124,8 +124,8 @@ def write_clips(folder: Path, size: Clip) -> None:
     """
     from PIL import Image
 
-    from sandbox.media import write_video
-    from sandbox.prepared import write_shards
+    from sandbox.pipelines.prepare_outputs import write_shards
+    from sandbox.reports.media import write_video
 
     about = {"source": "", "start": 0.0, "end": 1.0, "scores": {}}
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from sandbox.config import to_container
-from sandbox.runs import Run
+from sandbox.config.root import to_container
+from sandbox.runs.run import Run
 from tests.engine import small
 from tests.launch_helpers import HERE
 

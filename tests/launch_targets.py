@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import Diverged, Misfit, Preempted
-from sandbox.rank import Rank, ignore_signals
+from sandbox.distributed.rank import Rank, ignore_signals
 
 
 def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sandbox.rank import Rank
+from sandbox.distributed.rank import Rank
 
 _log = Path(os.environ["UNMET_LOG"])
 if os.environ["RANK"] == "1":

@@ -24,12 +24,12 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
     """A rank: trains as the task does, without scores, and leaves its states by step."""
     import torch
 
-    from sandbox.config import received
-    from sandbox.fitting import fit
-    from sandbox.runs import opened
-    from sandbox.systems import build_system
-    from sandbox.training import start
-    from sandbox.wiring import wire
+    from sandbox.config.composition import received
+    from sandbox.config.wiring import wire
+    from sandbox.runs.run import opened
+    from sandbox.training.build import build_system
+    from sandbox.training.loop import fit
+    from sandbox.training.state import start
     from tests.engine import Recorder
 
     job = settings["overrides"][0]
@@ -81,15 +81,15 @@ FAILURES = {
 
 
 def main(jobs: Path, out: Path) -> None:
-    from sandbox import config
+    from sandbox.config import composition, discovery
     from sandbox.contracts import SandboxError
-    from sandbox.launch import launch_run
+    from sandbox.distributed.supervisor import launch_run
 
-    config.setup()
+    discovery.setup()
     for job in json.loads(jobs.read_text()):
         began = time.monotonic()
         try:
-            root = config.received(job.pop("root"))
+            root = composition.received(job.pop("root"))
             if "copy" in job:
                 (stopped,) = Path(job["copy"]).glob("*/config.yaml")
                 shutil.copytree(stopped.parent, root.resume.run)

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from sandbox.ablation import Ablation, compare, varying
-from sandbox.ablation_page import latex, markdown, write_ablation
-from sandbox.ablation_runs import read
+from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.main import _main
-from sandbox.runs import identity_of_work
+from sandbox.reports.ablation import Ablation, compare, varying
+from sandbox.reports.ablation_page import write_ablation
+from sandbox.reports.ablation_runs import read
+from sandbox.reports.ablation_tables import latex, markdown
+from sandbox.runs.run import identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sandbox import compose
-from sandbox.agent import PARAMETERS, understood
+from sandbox.cli.wandb_agent import PARAMETERS, understood
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch
 
 import sandbox
 from sandbox import api, build, compose, sample, train
-from sandbox.ablation_page import tables
 from sandbox.api import clips, compare, curve, movie, results, sheet, sweep
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.earlier import read_root
+from sandbox.reports.ablation_tables import tables
+from sandbox.runs.lookup import read_root
 from tests.engine import differing
 from tests.helpers import TINY
 

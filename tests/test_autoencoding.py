@@ -10,9 +10,9 @@ from plugins.reconstruction.kl import L1KL
 from plugins.vae.identity import Identity
 from plugins.vae.kl import AutoencoderKL
 from plugins.vae.vq import VQModel
-from sandbox.autoencoding import Autoencoding, psnr, through
-from sandbox.config import Root
+from sandbox.config.root import Root
 from sandbox.contracts import Batch
+from sandbox.model.autoencoding import Autoencoding, psnr, through
 
 SMALL = {"ch": 8, "ch_mult": (1, 1), "num_groups": 4, "embed_dim": 3, "z_channels": 3}
 SYSTEMS = [(AutoencoderKL, L1KL, "kl_loss"), (VQModel, L1Codebook, "quant_loss")]

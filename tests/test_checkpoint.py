@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from sandbox import checkpoint
 from sandbox.contracts import Diverged, StorageError
+from sandbox.storage import checkpoint
 from tests.harm import largest_file, names, plain_pickle, torch_legacy, torch_zip
 
 FORK = multiprocessing.get_context("fork")  # shares the imports: a spawned process needs seconds

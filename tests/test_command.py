@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config
+from sandbox.cli.command_line import parse
+from sandbox.cli.main import _main, main
+from sandbox.cli.multirun import jobs
+from sandbox.config import discovery
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import GROUPS
 from sandbox.contracts import ConfigError
-from sandbox.main import _main, main, parse
-from sandbox.multirun import jobs
 
-HOME = config.HOME
+HOME = CHECKOUT
 PROBE = '''
 """A task that notes its settings and ends as it is told."""
 import os
@@ -205,9 +208,9 @@ def test_a_wrong_request_for_completion_is_said(words):
 def test_help_lists_every_group_option_and_preset(capsys):
     _main(["--help"])
     text = capsys.readouterr().out
-    for group in config.GROUPS:
+    for group in GROUPS:
         assert re.search(rf"^{group}: ", text, re.MULTILINE), group
-        for option in config.options(group):
+        for option in discovery.options(group):
             assert re.search(rf"^  {option}\b.*\w", text, re.MULTILINE), option
 
 
@@ -356,7 +359,7 @@ def test_a_trial_of_an_agent_runs_its_seeds_itself(here, monkeypatch):
 
 
 def test_a_sweeper_that_finds_its_jobs_as_it_goes_is_left_to_it():
-    config.setup()
+    discovery.setup()
     assert jobs(["hydra/sweeper=optuna", "lr=interval(1,2)"]) is None
     assert jobs(["lr=1,2", "seed=3"]) == [["lr=1", "seed=3"], ["lr=2", "seed=3"]]
 

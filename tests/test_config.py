@@ -9,16 +9,20 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from sandbox import compose, config, registry
-from sandbox.config import CONF, GROUPS, Root, from_container, to_container
+from sandbox import compose
+from sandbox.cli.command_line import Line, parse
+from sandbox.cli.jobs import check, settled
+from sandbox.cli.main import _main
+from sandbox.config import composition, discovery, registry
+from sandbox.config.paths import CONF
+from sandbox.config.root import GROUPS, Root, from_container, to_container, to_root
 from sandbox.contracts import ConfigError, PluginConfig, SandboxError
-from sandbox.earlier import choices
-from sandbox.main import Line, _main, check, parse, settled
+from sandbox.runs.lookup import choices
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    config.setup()
+    discovery.setup()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -80,8 +84,8 @@ def test_parts_inside_parts_are_checked_too():
     ],
 )
 def test_shorthands(words, expanded):
-    config.setup()
-    assert config.expand(words) == expanded
+    discovery.setup()
+    assert composition.expand(words) == expanded
 
 
 @pytest.mark.parametrize(
@@ -95,15 +99,15 @@ def test_shorthands(words, expanded):
 )
 def test_a_value_that_starts_with_a_tilde_is_below_the_home_folder(word, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config.setup()
-    assert config.expand([word]) == [expanded]
+    discovery.setup()
+    assert composition.expand([word]) == [expanded]
 
 
 def test_files_of_yaml_with_a_tilde_are_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     write(tmp_path / "experiment/mine.yaml", GLOBAL + "init_from: ~/a\nvae: {weights: ~/b}\n")
-    cfg = config.compose(["experiment=mine"], config_dir=str(tmp_path))
-    root = config.to_root(cfg)
+    cfg = composition.compose(["experiment=mine"], config_dir=str(tmp_path))
+    root = to_root(cfg)
     assert (root.init_from, root.vae.weights) == ("/home/me/a", "/home/me/b")
 
 
@@ -224,7 +228,7 @@ def test_the_command_line_itself_may_choose_hydras_launchers_and_folders(here):
 
 
 def test_our_recipes_and_presets_set_nothing_under_hydra():
-    config.setup()
+    discovery.setup()
     for folder in ("experiment", "debug"):
         for path in sorted((CONF / folder).glob("*.yaml")):
             assert Line().compose([f"{folder}={path.stem}"]), path
@@ -270,8 +274,8 @@ def test_a_line_that_is_wrong_everywhere_gets_one_problem_for_each_word():
 def check_line(words: list[str]) -> None:
     """What the command does before it starts anything."""
     line = parse(words)
-    config.setup(line.overrides)
-    overrides = config.expand(line.overrides)
+    discovery.setup(line.overrides)
+    overrides = composition.expand(line.overrides)
     check(line.compose([*choices(overrides), *overrides]), overrides)
 
 
@@ -304,7 +308,7 @@ def test_a_mistake_in_a_preset_or_recipe_names_its_file(here, place, text, expec
 
 def test_a_configuration_that_does_not_start_from_ours_is_refused():
     with pytest.raises(ConfigError, match="- root"):
-        config.to_root(OmegaConf.create({"a": 1}))
+        to_root(OmegaConf.create({"a": 1}))
 
 
 def test_a_table_of_contents_that_is_not_there_is_said(here):
@@ -324,8 +328,8 @@ def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
 
 
 def on_top(*words: str) -> Root:
-    words = config.expand(words)
-    return settled(config.to_root(config.compose([*choices(words), *words])), words)
+    words = composition.expand(words)
+    return settled(to_root(composition.compose([*choices(words), *words])), words)
 
 
 def test_a_task_on_a_run_takes_its_configuration_and_what_the_line_names(here):

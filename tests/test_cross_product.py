@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from sandbox import config, registry
-from sandbox.config import Root
+from sandbox.config import discovery, registry
+from sandbox.config.root import Root
+from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import ConfigError, DataConfig, PluginConfig
-from sandbox.parts import build
-from sandbox.systems import load_system
-from sandbox.wiring import Wiring, wire
+from sandbox.model.components import build
+from sandbox.training.build import load_system
 from tests.helpers import (
     plugin_configs,
     preset,
@@ -49,7 +49,7 @@ LARGE = 2**14  # pixels of all frames: presets of larger clips get the size of t
 CALLS = 3  # sampling steps
 Choice = dict[str, str]  # group -> option
 
-config.setup()
+discovery.setup()
 
 
 # --- options and combinations ---------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sandbox.contracts import BadItem, Batch, Clip, DataError
-from sandbox.data import Loader, batches, usual_size
+from sandbox.data.loader import Loader, batches, usual_size
 
 
 class Numbers:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from sandbox import compose, train
-from sandbox.config import from_container, to_container
-from sandbox.earlier import read_root
-from sandbox.runs import Run
-from sandbox.wiring import wire
+from sandbox.config.root import from_container, to_container
+from sandbox.config.wiring import wire
+from sandbox.runs.lookup import read_root
+from sandbox.runs.run import Run
 
 CLIPS = 96  # standard error of a rate: at most 0.051
 

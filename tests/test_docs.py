@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config
-from sandbox.config import HOME
-from sandbox.main import parse
+from sandbox.cli.command_line import parse
+from sandbox.config import composition, discovery
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import GROUPS, to_root
 
-PAGES = [HOME / "README.md", *sorted((HOME / "docs").glob("*.md"))]
+PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
 HOLE = "\N{HORIZONTAL ELLIPSIS}"  # a value in a message; the page writes three dots
 MESSAGE = re.compile(r"^\| `(.+?)` \|", re.M)
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[\w&-]+)?\)")
@@ -33,7 +34,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 @cache
 def messages() -> tuple[str, ...]:
     """Every text of the program with its values left out; docstrings are none."""
-    files = (p for d in ("sandbox", "plugins", "kernels") for p in (HOME / d).rglob("*.py"))
+    files = (p for d in ("sandbox", "plugins", "kernels") for p in (CHECKOUT / d).rglob("*.py"))
     return tuple(text for path in files for text in _texts(path))
 
 
@@ -53,7 +54,7 @@ def _text(node: ast.AST) -> str:
 
 
 def quoted() -> list[str]:
-    page = (HOME / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    page = (CHECKOUT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     return MESSAGE.findall(page)
 
 
@@ -69,11 +70,11 @@ def is_said(message: str) -> bool:
 
 def raised() -> Iterator[tuple[str, str]]:
     """(file:line, text) of every error that ends a command and whose words stand where it is."""
-    for path in (p for d in ("sandbox", "plugins") for p in sorted((HOME / d).rglob("*.py"))):
+    for path in (p for d in ("sandbox", "plugins") for p in sorted((CHECKOUT / d).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             error = getattr(node, "exc", None)
             if isinstance(error, ast.Call) and ast.unparse(error.func) in ERRORS:
-                place = f"{path.relative_to(HOME)}:{node.lineno}"
+                place = f"{path.relative_to(CHECKOUT)}:{node.lineno}"
                 yield from ((place, text) for arg in error.args if (text := _text(arg)))
 
 
@@ -114,13 +115,13 @@ def test_a_page_is_read_in_five_minutes(page):
 
 
 def test_the_index_has_every_page():
-    index = (HOME / "docs" / "README.md").read_text(encoding="utf-8")
+    index = (CHECKOUT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [p.name for p in PAGES[1:] if p.name != "README.md" and f"({p.name})" not in index] == []
 
 
 def test_the_page_of_examples_has_every_group():
-    page = (HOME / "docs" / "adding.md").read_text(encoding="utf-8")
-    missing = [g for g in config.GROUPS if f"../sandbox/templates/{g}/plugin.py.txt" not in page]
+    page = (CHECKOUT / "docs" / "adding.md").read_text(encoding="utf-8")
+    missing = [g for g in GROUPS if f"../sandbox/templates/{g}/plugin.py.txt" not in page]
     assert missing == []
 
 
@@ -151,6 +152,6 @@ def test_the_commands_of_a_page_compose(page):
         overrides = [first_values(w) for w in parsed.overrides if not w.startswith("seeds=")]
         if any("hydra/sweeper" in w for w in overrides):  # whose words only a sweep reads
             overrides = [w for w in overrides if "(" not in w and not w.startswith("hydra")]
-        config.setup(overrides)
-        made = config.compose(config.expand(overrides))
-        assert config.to_root(made).task is not None, line
+        discovery.setup(overrides)
+        made = composition.compose(composition.expand(overrides))
+        assert to_root(made).task is not None, line

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
-from sandbox import config
-from sandbox.config import CONF, HOME
-from sandbox.main import checked, parse
-from sandbox.multirun import jobs
+from sandbox.cli.command_line import parse
+from sandbox.cli.jobs import checked
+from sandbox.cli.multirun import jobs
+from sandbox.config import discovery
+from sandbox.config.paths import CHECKOUT, CONF
 from tests.helpers import composed
 
 EFFECTS = sorted(p.stem for p in CONF.glob("experiment/effects/*.yaml"))
-REPORTS = HOME / "docs" / "effects"
+REPORTS = CHECKOUT / "docs" / "effects"
 each_effect = pytest.mark.parametrize("name", EFFECTS)
 MEASURED = re.compile(r"[+-]?\d+\.\d+ \[-?\d+\.\d+, -?\d+\.\d+\]")  # 0.12 [0.10, 0.14]
 LARGEST = 300_000  # bytes of a file in the repository
@@ -38,7 +39,7 @@ def planned(name: str) -> list[list[str]]:
     line = parse(re.sub(r"\$\(.*?\)", str(REPORTS), words).split())  # a folder that is there
     seeds = [w for w in line.overrides if w.startswith("seeds=")]
     assert "--multirun" in line.flags and seeds and int(seeds[0].removeprefix("seeds=")) >= 3
-    config.setup()
+    discovery.setup()
     return jobs([w for w in line.overrides if w not in seeds]) or []
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from plugins.ema.none import NoAverage
 from plugins.ema.warmup import Warmup
 from sandbox.contracts import StorageError
-from sandbox.ema import EMA
+from sandbox.model.ema import EMA
 
 GOLDEN = Path(__file__).parent / "golden" / "ldm"
 

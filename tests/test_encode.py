@@ -11,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from sandbox import registry, weight_files
-from sandbox.config import Root, to_container
+from sandbox.config import registry
+from sandbox.config.root import Root, to_container
+from sandbox.config.wiring import wire
 from sandbox.contracts import BadItem, Clip, ConfigError, DataError, StorageError
-from sandbox.encoding import Networks, encode_all, in_bytes, narrowed
-from sandbox.evaluation import gather
-from sandbox.launch import launch
-from sandbox.media import write_video
-from sandbox.prompts import given, of_data
-from sandbox.rank import Rank
-from sandbox.stored import StoredLatents
-from sandbox.systems import build_system, load_system
+from sandbox.distributed.rank import Rank
+from sandbox.distributed.supervisor import launch
+from sandbox.evaluation.evaluate import gather
+from sandbox.evaluation.prompts import given, of_data
+from sandbox.model.cached_latents import StoredLatents
+from sandbox.pipelines.encode import Networks, encode_all, in_bytes, narrowed
+from sandbox.reports.media import write_video
+from sandbox.storage import weight_files
 from sandbox.tasks.train import train as train_task
-from sandbox.wiring import wire
+from sandbox.training.build import build_system, load_system
 from tests.engine import differing, train_until
 from tests.helpers import TINY, composed, sampled, train
 from tests.inputs import video

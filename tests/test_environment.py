@@ -3,7 +3,8 @@
 import json
 import subprocess
 
-from sandbox import environment, registry
+from sandbox.config import registry
+from sandbox.runs import environment
 
 
 def test_code_tells_one_change_beside_the_commit_from_another(tmp_path, monkeypatch):

@@ -16,10 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config
+from sandbox.cli.command_line import parse
+from sandbox.cli.jobs import check
+from sandbox.cli.main import _main, main
+from sandbox.config import composition, discovery
+from sandbox.config.paths import CHECKOUT
 from sandbox.contracts import ConfigError, DataError, PluginError, SandboxError, StorageError
-from sandbox.earlier import choices
-from sandbox.main import _main, check, main, parse
+from sandbox.runs.lookup import choices
 
 AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     # names
@@ -124,8 +127,8 @@ def here(tmp_path, monkeypatch) -> Path:
 def check_line(words: list[str]) -> None:
     """What the command does before it starts anything."""
     line = parse(words)
-    config.setup(line.overrides)
-    overrides = config.expand(line.overrides)
+    discovery.setup(line.overrides)
+    overrides = composition.expand(line.overrides)
     check(line.compose([*choices(overrides), *overrides]), overrides)
 
 
@@ -224,7 +227,7 @@ def test_a_mistake_that_shows_only_in_the_world_has_its_exit_code(here, typed, k
 )  # fmt: skip
 def test_a_shell_sees_a_short_message_and_the_exit_code(tmp_path, typed, code, said):
     done = subprocess.run(
-        [sys.executable, str(config.HOME / "run.py"), *shlex.split(typed)], cwd=tmp_path,
+        [sys.executable, str(CHECKOUT / "run.py"), *shlex.split(typed)], cwd=tmp_path,
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     lines = done.stderr.splitlines()

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sandbox import evaluation, registry
-from sandbox.autoencoding import psnr
+from sandbox.config import registry
+from sandbox.config.wiring import wire
 from sandbox.contracts import Batch
-from sandbox.data import batches
-from sandbox.evaluation import evaluate, gather, generate, take, training_clips
-from sandbox.latent_diffusion import prompts_batch
-from sandbox.parts import build
-from sandbox.systems import build_system
-from sandbox.wiring import wire
+from sandbox.data.loader import batches
+from sandbox.evaluation.evaluate import evaluate, gather, generate, take, training_clips
+from sandbox.model.autoencoding import psnr
+from sandbox.model.components import build
+from sandbox.model.latent_diffusion import prompts_batch
+from sandbox.training.build import build_system
 from tests.engine import differing, small
 
 FRECHET = "frechet_video"
@@ -126,7 +126,7 @@ def test_clips_do_not_depend_on_the_chunks_they_are_made_in(system, monkeypatch)
     """Sums may be taken in another order in a batch of another size: 1e-5 of values of 1."""
     like = prompts_batch(["a red 3 moving left"] * 5)
     whole = generate(system, like)
-    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
     assert torch.allclose(generate(system, like), whole, atol=1e-5, rtol=0)
 
 

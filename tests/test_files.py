@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sandbox.files import replacing, write_atomic
+from sandbox.storage.atomic import replacing, write_atomic
 
 
 def test_writers_that_come_at_once_each_write_the_whole_file(tmp_path):

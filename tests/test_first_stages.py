@@ -9,16 +9,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sandbox import registry, weight_files
-from sandbox.config import to_container
+from sandbox.config import registry
+from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.evaluation import reconstructed
-from sandbox.first_stages import KEPT, cached, calibrate, load_weights, prepare_first_stage
-from sandbox.parts import build
-from sandbox.rank import Rank
-from sandbox.systems import build_system, check_weights, load_system
+from sandbox.distributed.rank import Rank
+from sandbox.evaluation.evaluate import reconstructed
+from sandbox.model.components import build
+from sandbox.storage import weight_files
+from sandbox.storage.first_stage_files import KEPT, cached, load_weights
 from sandbox.tasks.train import train
-from sandbox.wiring import wire
+from sandbox.training.build import build_system, check_weights, load_system
+from sandbox.training.first_stage import calibrate, prepare_first_stage
 from tests.engine import differing, session, small, train_until
 
 AUTO = ("vae.weights=auto", "vae.fit_clips=32", "data.clips_per_epoch=32")

@@ -10,17 +10,18 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sandbox import build, checkpoint, compose, weight_files
-from sandbox.config import to_container
+from sandbox import build, compose
+from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, SandboxError, StorageError
-from sandbox.first_stages import cached
-from sandbox.initialise import check_first_stage, init_from
-from sandbox.rank import Rank
-from sandbox.runs import Run
-from sandbox.systems import build_system, check_weights
+from sandbox.distributed.rank import Rank
+from sandbox.runs.run import Run
+from sandbox.storage import checkpoint, weight_files
+from sandbox.storage.first_stage_files import cached
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_vae
-from sandbox.wiring import wire
+from sandbox.training.build import build_system, check_weights
+from sandbox.weights.init_from import check_first_stage, init_from
 
 STEP = 7
 TINY = ("vae.weights=null", "backbone.width=8", "backbone.num_blocks=1", "backbone.time_features=8",

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import rank
 from sandbox.contracts import ConfigError, DataError, Diverged, Misfit, Preempted, SandboxError
-from sandbox.launch import MEETINGS, RankError, launch
-from sandbox.rank import Rank, last_word, place
+from sandbox.distributed import rank
+from sandbox.distributed.rank import Rank, last_word, place
+from sandbox.distributed.supervisor import MEETINGS, RankError, launch
 from tests.launch_helpers import alive, lines, supervisor, wait_until
 
 HERE = Path(__file__).parent
@@ -133,7 +133,7 @@ def test_a_result_that_is_not_plain_is_the_ranks_error():
 
 
 def test_launching_does_not_import_torch():
-    code = "import sys, sandbox.launch; assert 'torch' not in sys.modules"
+    code = "import sys, sandbox.distributed.supervisor; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=True)
 
 

@@ -1,6 +1,6 @@
-"""Arrows.
+"""Import rules: run.py -> sandbox -> contracts <- plugins -> kernels, and the packages of sandbox/.
 
-Run.py -> sandbox -> contracts <- plugins -> kernels. Imports are parsed, not followed.
+Imports are parsed, not followed; those under TYPE_CHECKING do not count.
 """
 
 from __future__ import annotations
@@ -15,6 +15,29 @@ import pytest
 HOME = Path(__file__).resolve().parent.parent
 OURS = ("sandbox", "plugins", "kernels", "tests", "benchmarks", "run", "conf")
 STDLIB = sys.stdlib_module_names
+
+
+# Packages of sandbox/, lowest first: each imports from itself and from those before it.
+LAYERS = (
+    "contracts",
+    "config",
+    "storage",
+    "distributed",
+    "runs",
+    "data",
+    "model",
+    "weights",
+    "reports",
+    "evaluation",
+    "training",
+    "pipelines",
+    "plan",
+    "cli",
+    "ui",
+    "tasks",
+    "templates",
+)
+TOP = {"__init__", "api", "registry", "testing"}  # modules at the top: the public import paths
 
 
 def modules(folder: str) -> list[str]:
@@ -45,7 +68,7 @@ def _for_types(tree: ast.Module) -> Iterator[ast.If]:
 
 
 def _full(module: str, name: str) -> str:
-    """`from sandbox import config` imports the module sandbox.config, not a name of sandbox."""
+    """`from sandbox import config` imports a module, not a name of sandbox."""
     place = HOME / module.replace(".", "/") / name
     return f"{module}.{name}" if place.is_dir() or place.with_suffix(".py").is_file() else module
 
@@ -69,7 +92,7 @@ def test_the_frame_knows_no_concrete_plugin_and_no_kernel(path):
 
 
 def test_the_command_is_the_frames_main_and_nothing_else():
-    assert imported("run.py") == {"sandbox.main"}
+    assert imported("run.py") == {"sandbox.cli.main"}
 
 
 @pytest.mark.parametrize("path", modules("sandbox/contracts"))
@@ -102,7 +125,7 @@ def test_a_plugin_knows_contracts_kernels_and_shared_blocks_only(path):
         "plugins._configs",
     )
     if path.startswith("plugins/trainer/"):  # trainers read the tensors that the engine writes
-        allowed = (*allowed, "sandbox.sharding")
+        allowed = (*allowed, "sandbox.model.sharding")
     assert {n for n in ours(imported(path)) if not below(n, *allowed)} == set()
 
 
@@ -110,7 +133,7 @@ def test_a_plugin_knows_contracts_kernels_and_shared_blocks_only(path):
 def test_shared_blocks_know_contracts_kernels_and_one_another_only(path):
     allowed = ("sandbox.contracts", "kernels", "plugins._blocks")
     if path.endswith("processes.py"):  # trainers read the tensors that the engine writes
-        allowed = (*allowed, "sandbox.sharding")
+        allowed = (*allowed, "sandbox.model.sharding")
     assert {n for n in ours(imported(path)) if not below(n, *allowed)} == set()
 
 
@@ -122,7 +145,7 @@ def test_shared_configs_know_contracts_and_no_package(path):
 
 @pytest.mark.parametrize("path", modules("plugins"))
 def test_a_file_of_plugins_is_in_a_group_under_its_own_name(path):
-    from sandbox.config import GROUPS
+    from sandbox.config.root import GROUPS
 
     parts = Path(path).relative_to("plugins").parts
     assert len(parts) >= 2 and (parts[0] in GROUPS or parts[0] in ("_blocks", "_configs"))

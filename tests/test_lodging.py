@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sandbox.config import Root
-from sandbox.module import freeze
-from sandbox.systems import build_system
-from sandbox.wiring import wire
+from sandbox.config.root import Root
+from sandbox.config.wiring import wire
+from sandbox.model.trainable import freeze
+from sandbox.training.build import build_system
 from tests.engine import differing, train_until
 from tests.helpers import TINY, composed
 from tests.inputs import video

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sandbox import build, compose, registry
-from sandbox.evaluation import gather
-from sandbox.looks import LOOKS, NOISE_LEVELS, looks
+from sandbox import build, compose
+from sandbox.config import registry
+from sandbox.evaluation.evaluate import gather
+from sandbox.training.image_rows import LOOKS, NOISE_LEVELS, looks
 from tests.helpers import TINY
 
 CLIPS = 3

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sandbox.contracts import StorageError
-from sandbox.media import (
+from sandbox.reports.media import (
     BACKGROUND,
     NAN,
     Row,

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config, registry
-from sandbox.config import GROUPS, HOME
-from sandbox.main import main
+from sandbox.cli.main import main
+from sandbox.config import composition, discovery, registry
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import GROUPS, to_root
+from sandbox.config.wiring import wire
 from sandbox.tasks.new import TEMPLATES, presets, rendered, templates
-from sandbox.wiring import wire
 from tests.helpers import composed, sampled, tiny, train, wired_around
 
 MOST_LINES = 60  # of an example that is read to the end
@@ -47,7 +48,7 @@ def test_every_group_has_a_template_that_is_short_enough_to_be_its_example():
 @each_group
 def test_a_new_plugin_trains_samples_and_is_found_by_its_place(group, plugin_folder, tmp_path):
     write(group, "mine", plugin_folder)
-    config.setup()
+    discovery.setup()
     plugin = registry.find(f"{group}/mine")
     assert plugin.path == plugin_folder / group / "mine.py"
     cfg = registry.default(group, "mine")
@@ -68,11 +69,11 @@ def test_a_new_plugin_trains_samples_and_is_found_by_its_place(group, plugin_fol
 @each_group
 def test_a_new_preset_is_an_option_of_its_group(group, plugin_folder):
     write(group, "mine", plugin_folder)
-    config.setup()
+    discovery.setup()
     (size,) = presets(group)
     name = f"mine_{size}"
     override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
-    found = getattr(config.to_root(config.compose([override])), group)
+    found = getattr(to_root(composition.compose([override])), group)
     cfg = found["mine"] if group in registry.SEVERAL else found
     assert cfg.plugin == f"{group}/mine"
     assert cfg != registry.default(group, "mine")
@@ -87,20 +88,20 @@ def test_it_says_what_it_wrote_and_what_to_do_next(plugin_folder, capsys):
 
 
 def test_in_the_checkout_files_go_to_their_places():
-    places = [str(p.relative_to(HOME)) for p in rendered("vae", "mine")]
+    places = [str(p.relative_to(CHECKOUT)) for p in rendered("vae", "mine")]
     assert places == [
         "plugins/vae/mine.py",
         "conf/vae/mine_p8.yaml",
         "tests/plugins/vae/test_mine.py",
     ]
-    assert rendered("task", "mine").keys() >= {HOME / "sandbox" / "tasks" / "mine.py"}
+    assert rendered("task", "mine").keys() >= {CHECKOUT / "sandbox" / "tasks" / "mine.py"}
 
 
 @pytest.mark.parametrize("name", ["clip", "tensor", "iterator", "config", "nn"])
 def test_a_name_that_the_template_uses_itself_does_no_harm(name, plugin_folder):
     for group in ("vae", "metric"):
         write(group, name, plugin_folder)
-        config.setup()
+        discovery.setup()
         assert (
             registry.plugin_class(f"{group}/{name}").Config
             is registry.find(f"{group}/{name}").config
@@ -116,7 +117,7 @@ def test_files_are_formatted_and_clean(group):
         for words in (["check"], ["format", "--diff"]) if path.suffix == ".py" else ():
             done = subprocess.run(
                 [*ruff, *words, "--stdin-filename", str(path), "-"],
-                cwd=HOME, input=text, capture_output=True, text=True,
+                cwd=CHECKOUT, input=text, capture_output=True, text=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout
 
@@ -188,9 +189,9 @@ def test_tests_of_new_plugins_pass_in_a_checkout_and_outside(tmp_path):
     checkout, outside = tmp_path / "checkout", tmp_path / "outside"
     outside.mkdir()
     for part in ("sandbox", "plugins", "kernels", "conf"):
-        shutil.copytree(HOME / part, checkout / part)
+        shutil.copytree(CHECKOUT / part, checkout / part)
     for part in ("run.py", "pyproject.toml"):
-        shutil.copy(HOME / part, checkout)
+        shutil.copy(CHECKOUT / part, checkout)
 
     def python(*words: str) -> str:
         """Runs it in the copy of the checkout."""

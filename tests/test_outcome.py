@@ -19,24 +19,20 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox import compose, registry, weight_files
-from sandbox.comparable import forget_peak, peak_memory, protocols
-from sandbox.config import to_container
+from sandbox import compose
+from sandbox.cli.jobs import perform
+from sandbox.config import registry
+from sandbox.config.root import to_container
 from sandbox.contracts import Clip, ConfigError, Preempted
-from sandbox.evaluation import Evaluation
-from sandbox.main import perform
-from sandbox.outcome import (
-    file_name,
-    final_loss,
-    say_scores,
-    spread,
-    write_clips,
-    write_samples,
-)
-from sandbox.rank import Rank
-from sandbox.runs import Run
-from sandbox.systems import load_system
+from sandbox.distributed.rank import Rank
+from sandbox.evaluation.evaluate import Evaluation
+from sandbox.reports.sample_files import file_name, write_clips, write_samples
+from sandbox.runs.protocol import forget_peak, peak_memory, protocols
+from sandbox.runs.run import Run
+from sandbox.storage import weight_files
 from sandbox.tasks.train import train
+from sandbox.training.build import load_system
+from sandbox.training.finish import final_loss, say_scores, spread
 from tests.engine import differing, small
 
 QUICK = ("steps=5", "data.fps=6", "task.score_clips=6", "task.samples=3", "task.untrained=false")

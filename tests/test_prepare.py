@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sandbox import registry
+from sandbox.cli.jobs import checked
+from sandbox.config import registry
 from sandbox.contracts import ConfigError, DataError
-from sandbox.main import checked
-from sandbox.preparing import prepare
-from sandbox.workers import Crashed, started
+from sandbox.distributed.pool import Crashed, started
+from sandbox.pipelines.prepare import prepare
 from tests.command import PATIENT_RAY
 from tests.crashing import double
 from tests.footage import precision_recall, scene, write, write_strange
@@ -171,7 +171,7 @@ def test_shards_hold_each_clip_with_its_own_caption_at_the_places_of_the_index(p
 
 def apart(image: np.ndarray, path: Path) -> float:
     """Mean difference of an image in [-1, 1] to the frame of a clip that is most like it."""
-    from sandbox.footage import Footage, probe
+    from sandbox.data.video_files import Footage, probe
 
     frames = Footage(path, probe(path)).stream()
     return min(float(np.abs(image - (x / 127.5 - 1)).mean()) for _, x in frames)

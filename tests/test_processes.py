@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox import checkpoint
+from sandbox.storage import checkpoint
 from tests.engine import differing
 from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, result, states
 

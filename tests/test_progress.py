@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from sandbox.progress import Progress
+from sandbox.reports.progress import Progress
 
 
 class Terminal(io.StringIO):

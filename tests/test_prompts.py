@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox import registry
+from sandbox.cli.jobs import checked
+from sandbox.config import registry
 from sandbox.contracts import Clip, ConfigError
-from sandbox.data import batches
-from sandbox.main import checked
-from sandbox.prompt_checks import check
-from sandbox.prompts import given, of_data, picture
+from sandbox.data.loader import batches
+from sandbox.evaluation.prompt_checks import check
+from sandbox.evaluation.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
 TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter_tiny")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sandbox.randomness import Keyed, Recorded, keyed, seed_dropout, seed_of
+from sandbox.data.randomness import Keyed, Recorded, keyed, seed_dropout, seed_of
 
 KINDS = ("normal", "uniform", "stratified", "integers")
 
@@ -65,7 +65,7 @@ def test_another_name_gives_other_numbers(kind):
 def test_numbers_are_the_same_in_another_process():
     """And with another hash seed of Python; recorded once, so that they stay as they are."""
     code = (
-        "import torch; from sandbox.randomness import Keyed, keyed, seed_of\n"
+        "import torch; from sandbox.data.randomness import Keyed, keyed, seed_of\n"
         "k = Keyed(3, 2, torch.arange(2), 8)\n"
         "print(k.uniform('x').tolist(), k.integers('x', 0, 100).tolist(),"
         " k.normal('x', torch.empty(2, 1)).flatten().tolist(), k.stratified('x').tolist(),"

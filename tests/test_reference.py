@@ -6,32 +6,33 @@ from functools import cache
 
 import pytest
 
-from sandbox import config, registry
-from sandbox.config import GROUPS, HOME
-from sandbox.main import main
-from sandbox.reference import pages
+from sandbox.cli.main import main
+from sandbox.cli.reference import pages
+from sandbox.config import discovery, registry
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import GROUPS
 
 MAKE = "python run.py task=plugins to=docs/reference"
 
 
 @cache
 def made() -> dict[str, str]:
-    config.setup()
+    discovery.setup()
     return pages()
 
 
 def test_the_reference_in_the_docs_is_up_to_date():
-    there = {p.name: p.read_text(encoding="utf-8") for p in (HOME / "docs/reference").glob("*")}
+    there = {p.name: p.read_text(encoding="utf-8") for p in (CHECKOUT / "docs/reference").glob("*")}
     assert [n for n in sorted({*there, *made()}) if there.get(n) != made().get(n)] == [], MAKE
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_option_and_preset_of_a_group_is_there(group):
-    config.setup()
+    discovery.setup()
     page = made()[f"{group}.md"]
-    ours = [p for p in registry.plugins(group) if p.path and p.path.is_relative_to(HOME)]
+    ours = [p for p in registry.plugins(group) if p.path and p.path.is_relative_to(CHECKOUT)]
     assert [p.name for p in ours if f"\n## {p.name}\n" not in page] == []
-    presets = [p.stem for p in (HOME / "conf" / group).glob("*.yaml")]
+    presets = [p.stem for p in (CHECKOUT / "conf" / group).glob("*.yaml")]
     assert [name for name in presets if f"\n- `{name}`: " not in page] == []
 
 

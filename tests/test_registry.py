@@ -13,10 +13,13 @@ from types import ModuleType
 import pytest
 import yaml
 
-from sandbox import compose, config, registry
+from sandbox import compose
+from sandbox.config import discovery, registry
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import to_container
 from sandbox.contracts import ConfigError, PluginConfig, PluginError, SandboxError
 
-HOME = config.HOME
+HOME = CHECKOUT
 GOOD = '''
 """A first stage for tests."""
 from dataclasses import dataclass
@@ -114,7 +117,7 @@ def test_an_error_at_import_is_that_plugins_own_when_it_is_built(plugin_folder, 
 
 
 def test_the_list_of_plugins_shows_a_broken_one_with_its_error(plugin_folder, capsys):
-    from sandbox.main import _main
+    from sandbox.cli.main import _main
 
     path = write(plugin_folder, GOOD.replace("class Mine:", "class Mine"))
     assert _main(["task=plugins", "task.only=vae"]) == 0
@@ -181,7 +184,7 @@ def test_folders_that_hold_no_plugins_are_passed_over(plugin_folder):
     write(plugin_folder, "syntax error", "tests/vae/test_mine.py")
     write(plugin_folder, "syntax error", "vae/_blocks.py")
     write(plugin_folder, "syntax error", "setup.py")
-    config.setup()
+    discovery.setup()
     assert not [p for p in registry.plugins() if str(plugin_folder) in p.place]
 
 
@@ -304,7 +307,7 @@ def test_the_code_of_a_cell_is_all_of_it(plugin_folder, monkeypatch, tmp_path):
     assert registry.source(registry.find("vae/mine")).decode() == GOOD
     edited = GOOD.replace("CHANNELS = 3", "CHANNELS = 6")
     notebook(edited)
-    assert edited.encode() in registry.sources_beside(config.HOME)
+    assert edited.encode() in registry.sources_beside(CHECKOUT)
 
 
 def test_a_notebook_cannot_take_the_name_of_a_plugin(plugin_folder, monkeypatch):
@@ -322,14 +325,14 @@ def test_a_class_without_a_config_is_refused(plugin_folder):
 
 
 def every_config() -> list[PluginConfig]:
-    config.setup()
+    discovery.setup()
     return [p.config(plugin=p.key) for p in registry.plugins() if p.config]
 
 
 @pytest.mark.parametrize("key", [c.plugin for c in every_config()])
 def test_a_config_survives_yaml_and_copy(key):
     cfg = registry.default(*key.rsplit("/", 1))
-    text = yaml.safe_dump(config.to_container(cfg))
+    text = yaml.safe_dump(to_container(cfg))
     assert registry.typed(yaml.safe_load(text)) == cfg
     assert type(registry.typed(yaml.safe_load(text))) is type(cfg)
     assert copy.copy(cfg) == cfg == copy.deepcopy(cfg)
@@ -338,7 +341,7 @@ def test_a_config_survives_yaml_and_copy(key):
 def test_every_config_survives_pickle_into_another_process(plugin_folder, tmp_path):
     """In a process that knows the plugins but has imported none; one from outside is among them."""
     write(plugin_folder)
-    config.setup()
+    discovery.setup()
     file = tmp_path / "configs.pickle"
     cheap = [c for c in every_config() if c.plugin in ("vae/mine", "task/train", "ema/none")]
     file.write_bytes(pickle.dumps(cheap))
@@ -371,7 +374,7 @@ def test_create_goes_by_the_name_in_the_config(plugin_folder):
     ],
 )
 def test_a_saved_configuration_that_does_not_fit_says_where(node, words):
-    config.setup()
+    discovery.setup()
     with pytest.raises(SandboxError) as e:
         registry.typed(node)
     assert words in str(e.value) and e.value.exit_code == 2

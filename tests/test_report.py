@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from sandbox import report as report_module
-from sandbox.charts import line_chart, log_ticks, nice_ticks, number
 from sandbox.contracts import StorageError
-from sandbox.markup import Markup, el, join
-from sandbox.media import Row, contact_sheet, write_video
-from sandbox.report import Report, ScoreRow, charts_of, duration, read_curves, write_report
-from sandbox.scores import interval, rates_of, terminal_table, wilson
+from sandbox.reports import run_page as report_module
+from sandbox.reports.charts import line_chart, log_ticks, nice_ticks, number
+from sandbox.reports.markup import Markup, el, join
+from sandbox.reports.media import Row, contact_sheet, write_video
+from sandbox.reports.run_page import (
+    Report,
+    ScoreRow,
+    charts_of,
+    duration,
+    read_curves,
+    write_report,
+)
+from sandbox.reports.scores import interval, rates_of, terminal_table, wilson
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $title <img src=https://example.org/x.png>"
 SCORES = [

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
-from sandbox import checkpoint
+from sandbox.config.wiring import wire
 from sandbox.contracts import Preempted, StorageError
-from sandbox.fitting import fit
-from sandbox.runs import Run
-from sandbox.wiring import wire
+from sandbox.runs.run import Run
+from sandbox.storage import checkpoint
+from sandbox.training.loop import fit
 from tests.command import SMALL, folder_of, run_until, said
 from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import registry, runs
+from sandbox.config import registry
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.runs import Run, differences, identity, open_run
+from sandbox.runs import run as runs
+from sandbox.runs.run import Run, differences, identity, open_run
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = {
@@ -320,18 +321,20 @@ def test_run_without_metrics_has_none(tmp_path):
 
 
 def test_typed_configuration_comes_back_from_the_folder(tmp_path):
-    from sandbox import config, earlier
+    from sandbox.config import discovery
+    from sandbox.config.root import Root
+    from sandbox.runs import lookup
 
-    config.setup()
-    root = config.Root(out=str(tmp_path), recipe="mine", resume=registry.default("resume", "auto"))
+    discovery.setup()
+    root = Root(out=str(tmp_path), recipe="mine", resume=registry.default("resume", "auto"))
     with runs.open_root(root) as run:
         assert run.folder.name.startswith("mine-")
-    assert earlier.read_root(run.folder) == root
+    assert lookup.read_root(run.folder) == root
 
 
 def test_files_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
     """Those that it names by relative paths; from where it was started nothing is changed."""
-    from sandbox import earlier
+    from sandbox.runs import lookup
     from tests.helpers import composed
 
     started, data = tmp_path / "started", tmp_path / "started" / "data"
@@ -342,15 +345,15 @@ def test_files_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
     root = composed(*named, "init_from=lost.ckpt", "metric=clip_score", "metric.weights=./clip.pt")
     with runs.open_root(root) as run:
         folder = run.folder.resolve()
-    assert earlier.read_root(folder) == root
+    assert lookup.read_root(folder) == root
     monkeypatch.chdir(tmp_path)
-    found = earlier.read_root(folder)
+    found = lookup.read_root(folder)
     assert found.vae.weights == str(started / "first.safetensors")
     assert found.data.root == str(data)
     assert (found.init_from, found.metric.weights) == ("lost.ckpt", "./clip.pt")  # not there
     started.rename(tmp_path / "moved")  # a project as a whole
     monkeypatch.chdir(tmp_path / "moved")
-    assert earlier.read_root(tmp_path / "moved" / folder.relative_to(started)) == root
+    assert lookup.read_root(tmp_path / "moved" / folder.relative_to(started)) == root
 
 
 def test_a_run_goes_on_from_another_folder_with_its_files_named_from_there(tmp_path, monkeypatch):
@@ -371,6 +374,6 @@ def test_a_run_goes_on_from_another_folder_with_its_files_named_from_there(tmp_p
 
 
 def test_run_folders_need_no_torch():
-    code = "import sys, sandbox.runs, sandbox.secrets; print('torch' in sys.modules)"
+    code = "import sys, sandbox.runs.run, sandbox.config.secrets; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

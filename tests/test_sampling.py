@@ -11,8 +11,8 @@ from plugins.sampler.heun import Heun
 from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
 from sandbox.contracts import Conditions
-from sandbox.randomness import Keyed
-from sandbox.sampling import KnownRegion, denoise, joined
+from sandbox.data.randomness import Keyed
+from sandbox.model.sampling import KnownRegion, denoise, joined
 
 FLOW = Flow(Flow.Config())
 CFG = ClassifierFree(ClassifierFree.Config(guidance_scale=3.0))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandbox.secrets import MASK, mask, mask_text
+from sandbox.config.secrets import MASK, mask, mask_text
 
 LONG = "a1b2c3d4e5f6a7b8c9d0"
 

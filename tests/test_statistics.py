@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from sandbox import statistics
-from sandbox.statistics import holm, of_prompts, of_seeds
+from sandbox.reports import statistics
+from sandbox.reports.statistics import holm, of_prompts, of_seeds
 
 SIMULATIONS = 10_000
 

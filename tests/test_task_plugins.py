@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sandbox import registry
-from sandbox.config import GROUPS
-from sandbox.main import main
+from sandbox.cli.main import main
+from sandbox.config import registry
+from sandbox.config.root import GROUPS
 
 BROKEN = {
     "syntax": ("def (:", "invalid syntax"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sandbox.contracts import StorageError
-from sandbox.runs import Run
-from sandbox.tracking import MetricBuffer, Trackers
+from sandbox.runs.run import Run
+from sandbox.training.tracking import MetricBuffer, Trackers
 
 
 class Recorder:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox import config, weight_files
+from sandbox.config.param_groups import rates
+from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.initialise import init_from
-from sandbox.rank import Rank
-from sandbox.runs import Run
-from sandbox.selection import rates
-from sandbox.systems import build_system, check_weights, load_system
+from sandbox.distributed.rank import Rank
+from sandbox.runs.run import Run
+from sandbox.storage import weight_files
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_first_stage
-from sandbox.wiring import wire
+from sandbox.training.build import build_system, check_weights, load_system
+from sandbox.weights.init_from import init_from
 from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed
 
@@ -62,7 +63,7 @@ def test_names_are_looked_for_before_a_run_folder_is_made(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
         check_weights(wire(root))
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
-        train({"root": config.to_container(root), "group": None, "overrides": []}, Rank())
+        train({"root": to_container(root), "group": None, "overrides": []}, Rank())
     assert not list(tmp_path.iterdir())
 
 

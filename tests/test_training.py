@@ -16,18 +16,19 @@ import torch
 from lightning import Callback
 from torch.nn.utils import clip_grad_norm_
 
-from sandbox import checkpoint, registry, weight_files
-from sandbox.config import to_container
+from sandbox.config import registry
+from sandbox.config.root import to_container
+from sandbox.config.wiring import first_stage_alone, wire
 from sandbox.contracts import ConfigError, Diverged, Preempted
-from sandbox.data import Loader, batches
-from sandbox.ema import EMA
-from sandbox.fitting import Stream, fit
-from sandbox.rank import Rank
-from sandbox.runs import Run
-from sandbox.systems import build_system
+from sandbox.data.loader import Loader, batches
+from sandbox.distributed.rank import Rank
+from sandbox.model.ema import EMA
+from sandbox.runs.run import Run
+from sandbox.storage import checkpoint, weight_files
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_first_stage, train_vae
-from sandbox.wiring import first_stage_alone, wire
+from sandbox.training.build import build_system
+from sandbox.training.loop import Stream, fit
 from tests.engine import differing, record, session, small
 
 EPOCHS = ("data.clips_per_epoch=13", "trainer.log_every=3", "checkpoint.every=5")
@@ -393,7 +394,7 @@ def test_validation_takes_as_many_clips_as_asked_for(tmp_path):
 
 def test_samples_of_a_run_are_those_of_the_sampling_task(tmp_path):
     """The files too, byte for byte."""
-    from sandbox.main import perform
+    from sandbox.cli.jobs import perform
 
     root = small(*EPOCHS, "steps=5", "callbacks=[samples]", "callbacks.samples.every=5")
     root = replace(root, callbacks={"samples": replace(root.callbacks["samples"], count=3)})

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox import weight_files
 from sandbox.contracts import StorageError
+from sandbox.storage import weight_files
 from tests.harm import largest_file, names, plain_pickle, torch_legacy, torch_zip
 
 # --- writing --------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from functools import cache
 
 import pytest
 
-from sandbox import config, registry
-from sandbox.config import Root
+from sandbox.config import composition, discovery, registry
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.root import Root, to_root
+from sandbox.config.wiring import wire
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -26,13 +28,12 @@ from sandbox.contracts import (
     in_range,
     must_divide,
 )
-from sandbox.wiring import wire
 
 
 @cache
 def default() -> Root:
-    config.setup()
-    return config.to_root(config.compose())
+    discovery.setup()
+    return to_root(composition.compose())
 
 
 def root(**changes) -> Root:
@@ -190,7 +191,7 @@ def test_wiring_needs_no_torch():
         "assert not {'torch', 'numpy', 'lightning'} & sys.modules.keys();"
         "assert {m.split('.')[1] for m in sys.modules if m.startswith('plugins.')} == {'_configs'}"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=config.HOME, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_base_lr_is_scaled_with_the_clips_of_an_optimizer_step_and_once():
 
 
 def test_base_lr_of_a_first_stage_counts_the_batch_that_it_trains_with():
-    start = config.to_root(config.compose(["task=train_vae", "vae=kl", "task.batch_size=8"]))
+    start = to_root(composition.compose(["task=train_vae", "vae=kl", "task.batch_size=8"]))
     assert wire(replace(start, base_lr=1e-4)).root.lr == pytest.approx(8e-4)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config
+from sandbox.config import composition, discovery
+from sandbox.config.root import to_root
 from sandbox.contracts import ConfigError
-from sandbox.wishes import Runs, Wish, captions_of, quoted
+from sandbox.ui.requests import Runs, Wish, captions_of, quoted
 
 TEXTS = ["a red 3", "it's", 'say "no"', "a, b]", "a=b", "${oc.env:HOME}", "back\\slash", "tail\\",
          "\\${seed}", "$5 {now}", "#1; (two)", "", "null", "1e3"]  # fmt: skip
@@ -46,9 +47,9 @@ def test_what_is_no_run_is_told_with_what_there_is(runs, name):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_quoted_text_comes_back_as_it_was(text):
-    config.setup()
+    discovery.setup()
     words = ["task=sample", f"task.prompts=[{quoted(text)}]"]
-    root = config.to_root(config.compose(words))
+    root = to_root(composition.compose(words))
     assert [*root.task.prompts] == [text]
 
 

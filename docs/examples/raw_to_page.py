@@ -26,8 +26,8 @@ import numpy as np
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
-from sandbox.main import main as command  # noqa: E402
-from sandbox.media import write_video  # noqa: E402
+from sandbox.cli.main import main as command  # noqa: E402
+from sandbox.reports.media import write_video  # noqa: E402
 
 FRAMES, SIDE, FPS = 9, 32, 8  # of the clips that are trained on
 COLOURS = {"red": (1.0, 0.3, 0.3), "green": (0.3, 1.0, 0.3), "blue": (0.3, 0.4, 1.0)}

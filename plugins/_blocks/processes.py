@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from sandbox.contracts import TrainerConfig
-from sandbox.sharding import total_norm, whole
+from sandbox.model.sharding import total_norm, whole
 
 
 class Processes:

@@ -21,8 +21,8 @@ from torch import device as Device
 
 from plugins._blocks.processes import Processes
 from sandbox.contracts import ConfigError, OptimizerConfig, TrainerConfig, one_of
+from sandbox.model.sharding import is_sharded, like, local, shape_of
 from sandbox.registry import register
-from sandbox.sharding import is_sharded, like, local, shape_of
 
 
 class Driven(SingleDeviceStrategy):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sandbox import registry
-from sandbox.config import Root
+from sandbox.config import registry
+from sandbox.config.root import Root
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Clip, Conditions, Slots
-from sandbox.ema import EMA
+from sandbox.model.ema import EMA
 from sandbox.plan.depth import deeper
 from sandbox.plan.measure import Measured, faked, measure
-from sandbox.wiring import Wiring
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of one setting
@@ -198,7 +198,7 @@ def measured(
     is_cuda: bool = True,
     before: Encoded | None = None,
 ) -> Measured:
-    """One training step of `root`, as sandbox.latent_diffusion makes it, forward and backward.
+    """One training step of `root`, as model.latent_diffusion makes it, forward and backward.
 
     Conditions come as the conditioning offers them, in shapes alone: what makes them is not part.
     A deep network is measured at three small depths, where these tell what it takes. `before`: what

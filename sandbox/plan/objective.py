@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox import registry
-from sandbox.config import Root
+from sandbox.config import registry
+from sandbox.config.root import Root
 from sandbox.contracts import PluginConfig
 
 TARGETS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from string import Template
 
-from sandbox.markup import Markup, el, join
 from sandbox.plan import text
 from sandbox.plan.plan import Plan
 from sandbox.plan.strategies import CARDS, Memory
 from sandbox.plan.wires import Box, Diagram
-from sandbox.report import TEMPLATE
+from sandbox.reports.markup import Markup, el, join
+from sandbox.reports.run_page import TEMPLATE
 
 STYLE = """
 .wide { width: 100%; font-size: 13.5px; }

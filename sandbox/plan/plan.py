@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sandbox.config import Root
+from sandbox.config.root import Root
+from sandbox.config.wiring import Wiring
 from sandbox.plan import strategies
 from sandbox.plan.build import (
     Count,
@@ -29,7 +30,6 @@ from sandbox.plan.published import published
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
 from sandbox.plan.wires import Diagram, diagram
-from sandbox.wiring import Wiring
 
 NOT_MODELLED = (
     "What makes the conditions (text and image encoders, query transformers): their weights, "
@@ -96,8 +96,8 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers."""
-        from sandbox.config import to_container
-        from sandbox.runs import identity_of_work, leaves
+        from sandbox.config.root import to_container
+        from sandbox.runs.run import identity_of_work, leaves
 
         config, trainer = to_container(self.root), self.root.trainer
         return {

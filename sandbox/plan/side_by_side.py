@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from sandbox.workers import cores
+from sandbox.distributed.pool import cores
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sandbox.config import Root
+from sandbox.config.root import Root
 from sandbox.contracts import Clip
 from sandbox.plan.build import Sizes, needs_first_stage
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, above, in_range
-from sandbox.registry import register
 
 
 @register("task", "clips")
@@ -38,10 +38,11 @@ class Clips:
     ) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox import media, registry
+        from sandbox.config import registry
         from sandbox.contracts import ConfigError
-        from sandbox.evaluation import training_clips
-        from sandbox.files import storing, write_atomic
+        from sandbox.evaluation.evaluate import training_clips
+        from sandbox.reports import media
+        from sandbox.storage.atomic import storing, write_atomic
 
         cfg, root = self.cfg, wiring.root
         if not {"video", "captions"} <= root.data.provides():

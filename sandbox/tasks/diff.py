@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig
-from sandbox.registry import register
 
 
 @register("task", "diff")
@@ -32,7 +32,7 @@ class Diff:
     def __call__(self, root: Any) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox.twins import compared, told
+        from sandbox.runs.diff import compared, told
 
         twins = compared(*map(Path, self.cfg.runs))
         print(told(twins))

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range, one_of
-from sandbox.registry import register
 
 if TYPE_CHECKING:
-    from sandbox.rank import Rank
+    from sandbox.distributed.rank import Rank
 
 SPLITS = ("train", "val")
 
@@ -49,15 +49,15 @@ class Encode:
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
-        from sandbox.launch import launch_run
+        from sandbox.distributed.supervisor import launch_run
 
         return launch_run("sandbox.tasks.encode:encode", wiring.root, overrides, group)
 
 
 def encode(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """The share of one rank; `settings` are those of `sandbox.launch.launch_run`."""
-    from sandbox.config import received
-    from sandbox.encoding import encode_all
-    from sandbox.wiring import wire
+    """The share of one rank; `settings`: as `launch_run` hands them over."""
+    from sandbox.config.composition import received
+    from sandbox.config.wiring import wire
+    from sandbox.pipelines.encode import encode_all
 
     return encode_all(wire(received(settings["root"])).root, rank)

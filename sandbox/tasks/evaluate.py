@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range, one_of
-from sandbox.registry import register
 
 
 @register("task", "evaluate")
@@ -44,13 +44,13 @@ class Evaluate:
         import json
         from pathlib import Path
 
-        from sandbox.comparable import protocols
+        from sandbox.config.secrets import mask_text
         from sandbox.contracts import Clip
-        from sandbox.evaluation import evaluate
-        from sandbox.files import claimed, storing, write_atomic
-        from sandbox.outcome import say_scores, spread, write_sheet
-        from sandbox.secrets import mask_text
-        from sandbox.systems import load_system
+        from sandbox.evaluation.evaluate import evaluate
+        from sandbox.runs.protocol import protocols
+        from sandbox.storage.atomic import claimed, storing, write_atomic
+        from sandbox.training.build import load_system
+        from sandbox.training.finish import say_scores, spread, write_sheet
 
         folder = Path(self.cfg.run or "")
         weights = self.cfg.weights if wiring.root.ema.averages() else "live"

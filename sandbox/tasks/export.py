@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range, one_of
-from sandbox.registry import register
 
 FORMATS = ("original", "safetensors", "diffusers")
 WEIGHTS = ("both", "ema", "live")
@@ -57,12 +57,13 @@ class Export:
     ) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox import registry, weight_files
+        from sandbox.config import registry
         from sandbox.contracts import ConfigError
-        from sandbox.exporting import write_folder
-        from sandbox.parts import DTYPES
-        from sandbox.systems import load_state, restored_system
-        from sandbox.whole_systems import taken_apart
+        from sandbox.model.components import DTYPES
+        from sandbox.storage import weight_files
+        from sandbox.training.build import load_state, restored_system
+        from sandbox.weights.export import write_folder
+        from sandbox.weights.system_files import taken_apart
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
         chosen = wiring.root.layout

@@ -9,10 +9,11 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, TaskConfig
-from sandbox.registry import register
 
-TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+TEMPLATES = CHECKOUT / "sandbox" / "templates"
 STAND_IN, STAND_IN_CLASS = "mine", "Mine"  # what the templates call themselves
 VALUES = ("null", "true", "false", "nan", "inf")  # words that mean something else on a command line
 OPTIONS = {
@@ -60,7 +61,7 @@ class New:
 
     def __call__(self, root: Any) -> dict[str, Any]:
         """Writes all files or none. Raises ConfigError where one is there, StorageError."""
-        from sandbox.files import storing
+        from sandbox.storage.atomic import storing
 
         group, name = self.cfg.group, self.cfg.name
         assert group and name  # problems() asks for both
@@ -83,8 +84,8 @@ class New:
 
     def check(self) -> None:
         """Raises ConfigError for an unknown group and for a name that is taken."""
-        from sandbox import registry
-        from sandbox.config import options
+        from sandbox.config import registry
+        from sandbox.config.discovery import options
 
         group, name, known = self.cfg.group or "", self.cfg.name or "", templates()
         if group not in known:
@@ -111,15 +112,15 @@ def presets(group: str) -> list[str]:
 
 def rendered(group: str, name: str, outside: Path | None = None) -> dict[Path, str]:
     """Path -> text of every file, plugin first and test last; in the checkout or in `outside`."""
-    from sandbox.config import CONF, HOME
+    from sandbox.config.paths import CHECKOUT, CONF
 
     folder = TEMPLATES / group
     if outside:
         home, conf, tests = outside / group, outside / "conf", outside / "tests"
     else:
-        home, conf, tests = HOME / "plugins" / group, CONF, HOME / "tests" / "plugins"
+        home, conf, tests = CHECKOUT / "plugins" / group, CONF, CHECKOUT / "tests" / "plugins"
     if group == "task" and not outside:
-        home = HOME / "sandbox" / "tasks"  # tasks may use the frame, plugins may not
+        home = CHECKOUT / "sandbox" / "tasks"  # tasks may use the frame, plugins may not
     source = (folder / "plugin.py.txt").read_text(encoding="utf-8")
     test = (folder / "test.py.txt").read_text(encoding="utf-8")
     cls = class_name(name, source + test)

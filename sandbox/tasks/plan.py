@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range
-from sandbox.registry import register
 
 
 @register("task", "plan")
@@ -40,12 +40,12 @@ class Plan:
         import json
         from pathlib import Path
 
-        from sandbox.config import to_container
-        from sandbox.files import storing, write_atomic
+        from sandbox.config.root import to_container
         from sandbox.plan.page import page
         from sandbox.plan.plan import plan
         from sandbox.plan.text import written
-        from sandbox.runs import identity
+        from sandbox.runs.run import identity
+        from sandbox.storage.atomic import storing, write_atomic
 
         made, root = plan(wiring, self.cfg.devices), wiring.root
         print(written(made))

@@ -8,7 +8,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sandbox import registry
+from sandbox.cli.reference import shown_value
+from sandbox.config import registry
+from sandbox.config.registry import register
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -25,7 +27,6 @@ from sandbox.contracts import (
     ScheduleConfig,
     TaskConfig,
 )
-from sandbox.registry import register
 
 INDENT = 4
 SHOWN = 4  # sizes of clips
@@ -55,7 +56,7 @@ class Plugins:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        from sandbox.config import GROUPS
+        from sandbox.config.root import GROUPS
 
         if self.cfg.to is not None:
             return self.write(Path(self.cfg.to), root.plugins_path)
@@ -83,9 +84,9 @@ class Plugins:
 
     def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
         """The reference as files, in place of those of an earlier one."""
-        from sandbox.config import plugin_folders
-        from sandbox.files import storing
-        from sandbox.reference import MADE, pages
+        from sandbox.cli.reference import MADE, pages
+        from sandbox.config.discovery import plugin_folders
+        from sandbox.storage.atomic import storing
 
         made = pages(plugin_folders([f"plugins_path={plugins_path}"] if plugins_path else []))
         with storing(folder):
@@ -139,15 +140,6 @@ def _settings(config: type[PluginConfig]) -> Iterator[str]:
         if f.name != "plugin":
             value = f.default_factory() if f.default_factory is not MISSING else f.default
             yield f"{f.name}={shown_value(value)}"
-
-
-def shown_value(value: Any) -> str:
-    """As one would type it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, tuple | list):
-        return f"[{','.join(map(shown_value, value))}]"
-    return str(value)
 
 
 # --- contracts: what a Config with its defaults answers, by kind ---------------------------------

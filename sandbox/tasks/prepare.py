@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range, one_of
-from sandbox.registry import register
 
 FORMATS = ("webdataset", "cogvideox_folder", "easyanimate", "webvid")
 ENGINES = ("local", "ray")
@@ -58,6 +58,6 @@ class Prepare:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        from sandbox.preparing import prepare
+        from sandbox.pipelines.prepare import prepare
 
         return prepare(root)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, SandboxError, TaskConfig
-from sandbox.registry import register
 
 
 @register("task", "replay")
@@ -34,11 +34,11 @@ class Replay:
         from contextlib import chdir
         from pathlib import Path
 
-        from sandbox import registry
-        from sandbox.earlier import read_root
-        from sandbox.main import perform
-        from sandbox.runs import Run
-        from sandbox.twins import compared, told
+        from sandbox.cli.jobs import perform
+        from sandbox.config import registry
+        from sandbox.runs.diff import compared, told
+        from sandbox.runs.lookup import read_root
+        from sandbox.runs.run import Run
 
         folder = Path(self.cfg.run or "")
         if not Run(folder).config_file.is_file():

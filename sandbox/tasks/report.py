@@ -6,14 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, StorageError, TaskConfig
-from sandbox.registry import register
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sandbox.ablation import Ablation
-    from sandbox.tracking import PageTracker
+    from sandbox.reports.ablation import Ablation
+    from sandbox.training.tracking import PageTracker
 
 
 @register("task", "report")
@@ -44,9 +44,10 @@ class Report:
     def __call__(self, root: Any) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox.ablation import compare
-        from sandbox.ablation_page import markdown_table, tables, write_ablation
-        from sandbox.ablation_runs import read
+        from sandbox.reports.ablation import compare
+        from sandbox.reports.ablation_page import write_ablation
+        from sandbox.reports.ablation_runs import read
+        from sandbox.reports.ablation_tables import markdown_table, tables
 
         folder = Path(self.cfg.runs or root.out)
         tracker = self.tracker(root)
@@ -62,7 +63,7 @@ class Report:
 
     def tracker(self, root: Any) -> PageTracker | None:
         """The one that the page is sent to; None where it stays here. Raises ConfigError."""
-        from sandbox import registry
+        from sandbox.config import registry
 
         if not self.cfg.send:
             return None
@@ -77,7 +78,7 @@ def deliver(tracker: PageTracker, page: Path, found: Ablation, group: str) -> No
 
     Raises StorageError: what could not be sent is kept.
     """
-    from sandbox.ablation_page import plain, tables
+    from sandbox.reports.ablation_tables import plain, tables
 
     # further seeds of a trial are runs beside the sweep
     sweeps = {e.environment.get("sweep") for e in found.entries} - {None}

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, above, in_range, one_of
-from sandbox.registry import register
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,17 +77,17 @@ class Sample:
         """Files of the clips, the sheet last, and captions; watch(done, total) is told of calls."""
         from pathlib import Path
 
-        from sandbox.config import to_container
-        from sandbox.prompt_checks import check
+        from sandbox.config.root import to_container
+        from sandbox.evaluation.prompt_checks import check
 
         cfg, root = self.cfg, wiring.root
         rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
         check(root, cfg.prompts, cfg.images, cfg.end_images, rates)  # before torch is imported
 
-        from sandbox.evaluation import generate
-        from sandbox.outcome import write_samples
-        from sandbox.prompts import given
-        from sandbox.systems import begun_system, load_system
+        from sandbox.evaluation.evaluate import generate
+        from sandbox.evaluation.prompts import given
+        from sandbox.reports.sample_files import write_samples
+        from sandbox.training.build import begun_system, load_system
 
         batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
         captions = batch.captions or []

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range
-from sandbox.registry import register
 
 if TYPE_CHECKING:
-    from sandbox.rank import Rank
+    from sandbox.distributed.rank import Rank
 
 
 @register("task", "train")
@@ -41,7 +41,7 @@ class Train:
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
-        from sandbox.launch import launch_run
+        from sandbox.distributed.supervisor import launch_run
 
         return launch_run("sandbox.tasks.train:train", wiring.root, overrides, group)
 
@@ -49,16 +49,16 @@ class Train:
 def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """All of the work of one rank; the result is that of rank 0, which alone writes and scores.
 
-    `settings` are those of `sandbox.launch.launch_run`.
+    `settings`: as `launch_run` hands them over.
     """
-    from sandbox.config import received
-    from sandbox.fitting import fit
-    from sandbox.initialise import init_from
-    from sandbox.outcome import check_objective, finish_run
-    from sandbox.runs import continues, opened
-    from sandbox.systems import build_system, check_weights
-    from sandbox.training import check_best, start
-    from sandbox.wiring import wire
+    from sandbox.config.composition import received
+    from sandbox.config.wiring import wire
+    from sandbox.runs.run import continues, opened
+    from sandbox.training.build import build_system, check_weights
+    from sandbox.training.finish import check_objective, finish_run
+    from sandbox.training.loop import fit
+    from sandbox.training.state import check_best, start
+    from sandbox.weights.init_from import init_from
 
     began = time.monotonic()
     wiring = wire(received(settings["root"]))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, TaskConfig, in_range
-from sandbox.registry import register
 
 
 @register("task", "ui")
@@ -40,12 +40,12 @@ class UI:
         from pathlib import Path
         from threading import Event
 
-        from sandbox.runs import Run
-        from sandbox.wishes import Runs
+        from sandbox.runs.run import Run
+        from sandbox.ui.requests import Runs
 
         if find_spec("gradio") is None:
             raise ConfigError("task=ui needs gradio: want the extra `ui` (pip install -e '.[ui]')")
-        from sandbox.ui import served
+        from sandbox.ui.page import served
 
         folder = Path(self.cfg.run or root.out)
         if not folder.is_dir():

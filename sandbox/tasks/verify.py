@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, SandboxError, StorageError, TaskConfig
-from sandbox.registry import register
 
 if TYPE_CHECKING:
-    from sandbox.wiring import Wiring
+    from sandbox.config.wiring import Wiring
 
-GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
+GOLDEN = CHECKOUT / "tests" / "golden"
 SHOWN = 3  # names that a row of the table names
 
 
@@ -103,7 +104,7 @@ def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
 
 
 def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> Iterator[Row]:
-    from sandbox import registry
+    from sandbox.config import registry
 
     want, layout = read_manifest(GOLDEN / evidence["manifest"]), wiring.root.layout
     if layout is None:
@@ -139,9 +140,9 @@ def on_meta(wiring: Wiring) -> dict[str, Any]:
     """The parts of the system as task=export takes them apart, without memory for its weights."""
     import torch
 
-    from sandbox.latent_diffusion import LatentDiffusion
-    from sandbox.parts import build_parts
-    from sandbox.whole_systems import taken_apart
+    from sandbox.model.components import build_parts
+    from sandbox.model.latent_diffusion import LatentDiffusion
+    from sandbox.weights.system_files import taken_apart
 
     # what trains is none of its business, and may be a first stage's
     wiring = replace(wiring, root=replace(wiring.root, trainable=None))
@@ -157,7 +158,7 @@ def on_meta(wiring: Wiring) -> dict[str, Any]:
 
 def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
     """Resolved settings, by their paths in the configuration, against the published values."""
-    from sandbox.config import to_container
+    from sandbox.config.root import to_container
 
     resolved = to_container(root)
     for path, (value, source) in evidence.get("settings", {}).items():

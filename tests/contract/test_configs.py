@@ -14,12 +14,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from sandbox import config, registry
+from sandbox.config import discovery, registry
+from sandbox.config.root import to_container
 from sandbox.contracts import PluginConfig
 from sandbox.contracts import __name__ as CONTRACTS
 from tests.helpers import plugin_configs
 
-config.setup()
+discovery.setup()
 PLUGINS = registry.plugins()
 CONFIGS = dict(plugin_configs())
 each_plugin = pytest.mark.parametrize("plugin", PLUGINS, ids=lambda p: p.key)
@@ -87,7 +88,7 @@ def test_its_defaults_are_accepted(key):
 def test_it_comes_back_from_omegaconf_and_from_plain_containers(key):
     cfg = CONFIGS[key]
     assert registry.tuples(OmegaConf.to_object(OmegaConf.structured(cfg))) == cfg
-    assert registry.typed(config.to_container(cfg)) == cfg
+    assert registry.typed(to_container(cfg)) == cfg
 
 
 @each_config

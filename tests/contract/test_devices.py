@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Batch
-from sandbox.data import batches
-from sandbox.prompts import of_data
-from sandbox.randomness import Keyed
-from sandbox.systems import build_system
+from sandbox.data.loader import batches
+from sandbox.data.randomness import Keyed
+from sandbox.evaluation.prompts import of_data
 from sandbox.tasks.train_vae import build_autoencoding
-from sandbox.wiring import Wiring
+from sandbox.training.build import build_system
 from tests.helpers import plugin_configs, wired_around
 from tests.inputs import with_clips
 

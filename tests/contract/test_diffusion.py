@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import PluginConfig
-from sandbox.wiring import Wiring
 from tests.helpers import plugin_configs, preset, presets, wired_around
 from tests.inputs import draws, tensor
 

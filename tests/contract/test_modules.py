@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Conditions, PluginConfig, PluginError
-from sandbox.latent_diffusion import clip_of
-from sandbox.wiring import Wiring
+from sandbox.model.latent_diffusion import clip_of
 from tests.helpers import plugin_configs, wired_around
 from tests.inputs import batch, conditions, draws, leave_nan_behind, sizes, tensor, video
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sandbox import registry
+from sandbox.config import registry
 from sandbox.contracts import ConfigError
 from tests.helpers import preset, presets, wired_around
 

@@ -8,9 +8,10 @@ from functools import cache
 import pytest
 import yaml
 
-from sandbox.config import CONF, GROUPS, Root
+from sandbox.cli.jobs import checked
+from sandbox.config.paths import CONF
+from sandbox.config.root import GROUPS, Root
 from sandbox.contracts import PluginConfig
-from sandbox.main import checked
 from tests.helpers import composed
 
 SYSTEMS = ("ldm", "dynamicrafter", "easyanimate")

@@ -9,9 +9,9 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from sandbox import registry
+from sandbox.config import registry
 from sandbox.contracts import Cuts, Judges, Looks, Renders
-from sandbox.footage import Footage, probe
+from sandbox.data.video_files import Footage, probe
 from tests.footage import scene, write
 from tests.helpers import plugin_configs
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Beside, Clip, PluginConfig
-from sandbox.evaluation import gather
-from sandbox.first_stages import data_identity
-from sandbox.wiring import Wiring
+from sandbox.evaluation.evaluate import gather
+from sandbox.storage.first_stage_files import data_identity
 from tests.helpers import plugin_configs, train, wired_around
 from tests.inputs import draws, items_of, sizes, video
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from sandbox.launch import in_this_process
-from sandbox.main import _main
+from sandbox.cli.main import _main
+from sandbox.distributed.supervisor import in_this_process
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import signal
 
 import pytest
 
-from sandbox import checkpoint, weight_files
-from sandbox.runs import Run
+from sandbox.runs.run import Run
+from sandbox.storage import checkpoint, weight_files
 from tests.command import folder_of, reached, run_until, said
 from tests.engine import differing
 

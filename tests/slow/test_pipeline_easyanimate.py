@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sandbox import checkpoint
-from sandbox.main import main
-from sandbox.runs import Run
+from sandbox.cli.main import main
+from sandbox.runs.run import Run
+from sandbox.storage import checkpoint
 
 pytestmark = pytest.mark.slow
 STAGES = ("stage1", "stage2", "stage3", "lora")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.config import CONF
-from sandbox.main import perform
+from sandbox.cli.jobs import perform
+from sandbox.config.paths import CONF
 from tests.helpers import composed
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sandbox import api, checkpoint, registry, weight_files
-from sandbox.earlier import read_root
-from sandbox.wiring import wire
+from sandbox import api
+from sandbox.config import registry
+from sandbox.config.wiring import wire
+from sandbox.runs.lookup import read_root
+from sandbox.storage import checkpoint, weight_files
 from tests.engine import differing
 from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
 

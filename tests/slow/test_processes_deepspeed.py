@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sandbox.runs import Run
+from sandbox.runs.run import Run
 from tests.engine import differing
 from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
 

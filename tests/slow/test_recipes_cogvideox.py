@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from sandbox.config import to_container
-from sandbox.main import perform
-from sandbox.rank import Rank
-from sandbox.runs import Run
+from sandbox.cli.jobs import perform
+from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
+from sandbox.distributed.rank import Rank
+from sandbox.runs.run import Run
 from sandbox.tasks.train import train as train_task
-from sandbox.wiring import wire
 from tests.helpers import composed
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from sandbox import compose, sample, train
-from sandbox.main import perform
-from sandbox.runs import Run
+from sandbox.cli.jobs import perform
+from sandbox.runs.run import Run
 
 pytestmark = pytest.mark.slow
 RECIPES = ("dynamicrafter_512", "dynamicrafter_512_interp", "dynamicrafter_1024")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox import checkpoint, registry
-from sandbox.main import perform, settled
+from sandbox.cli.jobs import perform, settled
+from sandbox.config import registry
+from sandbox.storage import checkpoint
 from tests.helpers import composed
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
+from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, SandboxError
-from sandbox.launch import in_this_process
-from sandbox.main import _main
-from sandbox.twins import compared, told
+from sandbox.distributed.supervisor import in_this_process
+from sandbox.runs.diff import compared, told
 from tests.command import SMALL
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from sandbox import checkpoint
+from sandbox.storage import checkpoint
 from tests.command import CHECKOUT, PATIENT_RAY, SMALL, folder_of, reached, run_until, said
 from tests.engine import differing
 

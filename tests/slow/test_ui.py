@@ -316,7 +316,7 @@ def test_an_image_that_nobody_uploaded_is_refused(address, runs):
 
 
 def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
-    from sandbox.wishes import Runs, Wish
+    from sandbox.ui.requests import Runs, Wish
 
     def systems() -> int:
         gc.collect()  # what the training of `runs` has left

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sandbox.main import _main
+from sandbox.cli.main import _main
 from tests.helpers import TINY
 from tests.wandb_server import Server, serving
 

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import Batch, Clip, Slots, Tokens
-from sandbox.latent_diffusion import LatentDiffusion
-from sandbox.parts import build_parts
-from sandbox.randomness import Recorded
-from sandbox.wiring import Wiring
+from sandbox.data.randomness import Recorded
+from sandbox.model.components import build_parts
+from sandbox.model.latent_diffusion import LatentDiffusion
 from tests.helpers import composed
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox"
@@ -102,7 +102,7 @@ def test_loss_and_gradients_equal_those_of_official_fine_tuning(variant: str) ->
     ],
 )
 def test_published_presets_wire_with_one_another(variant: str, data: str, vae: str) -> None:
-    from sandbox.wiring import wire
+    from sandbox.config.wiring import wire
 
     kind = {"5b_i2v": "t5_cogvideox_i2v", "1_5_5b_i2v": "t5_cogvideox_1_5_i2v"}
     root = composed(

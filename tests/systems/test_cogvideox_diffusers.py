@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sandbox import build, registry, weight_files
+from sandbox import build
+from sandbox.config import registry
+from sandbox.config.wiring import wire
 from sandbox.contracts import Conditions
-from sandbox.initialise import init_from
-from sandbox.randomness import Recorded
-from sandbox.sampling import denoise
-from sandbox.wiring import wire
+from sandbox.data.randomness import Recorded
+from sandbox.model.sampling import denoise
+from sandbox.storage import weight_files
+from sandbox.weights.init_from import init_from
 from tests.helpers import composed
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sandbox import compose
-from sandbox.config import to_container
-from sandbox.evaluation import take
-from sandbox.main import perform
-from sandbox.prompts import of_data
-from sandbox.rank import Rank
-from sandbox.systems import load_system
+from sandbox.cli.jobs import perform
+from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
+from sandbox.distributed.rank import Rank
+from sandbox.evaluation.evaluate import take
+from sandbox.evaluation.prompts import of_data
 from sandbox.tasks.train import train as train_task
-from sandbox.wiring import wire
+from sandbox.training.build import load_system
 from tests.helpers import composed
 from tests.plugins.conditioning.test_t5 import write_tokenizer
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from sandbox import registry
-from sandbox.config import CONF, GROUPS
+from sandbox.config import registry
+from sandbox.config.paths import CONF
+from sandbox.config.root import GROUPS
+from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import Clip, ConfigError
-from sandbox.wiring import Wiring, wire
 from tests.helpers import composed
 
 LATENTS = {"1.0": Clip(16, 13, 60, 90), "1.5": Clip(16, 21, 96, 170)}

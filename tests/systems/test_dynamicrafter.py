@@ -25,18 +25,18 @@ from plugins.loss.ldm import LDMLoss
 from plugins.sampler.ddim import DDIM
 from plugins.schedule.ddpm import DDPM
 from plugins.vae.kl import AutoencoderKL
-from sandbox.config import Root
+from sandbox.config.root import Root
+from sandbox.config.wiring import Wiring
 from sandbox.contracts import (
     Batch,
     Clip,
     Conditions,
     TrainerConfig,
 )
-from sandbox.latent_diffusion import LatentDiffusion
-from sandbox.parts import Parts
-from sandbox.randomness import Recorded
-from sandbox.sampling import PlainHooks, denoise
-from sandbox.wiring import Wiring
+from sandbox.data.randomness import Recorded
+from sandbox.model.components import Parts
+from sandbox.model.latent_diffusion import LatentDiffusion
+from sandbox.model.sampling import PlainHooks, denoise
 from tests.golden_weights import filled
 
 GOLDEN = Path(__file__).parents[1] / "golden/dynamicrafter"

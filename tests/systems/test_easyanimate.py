@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sandbox import registry
+from sandbox.config import registry
+from sandbox.config.wiring import wire
 from sandbox.contracts import Clip, StorageError
-from sandbox.initialise import init_from
-from sandbox.systems import build_system
-from sandbox.wiring import wire
+from sandbox.training.build import build_system
+from sandbox.weights.init_from import init_from
 from tests.helpers import composed, preset
 
 TINY = ("vae.weights=null", "logger=null")
@@ -81,7 +81,7 @@ def test_released_files_with_tables_of_positions_are_taken(tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_the_published_parameters(stage):
     """Of the full-size network, on the meta device."""
-    from sandbox.selection import rates
+    from sandbox.config.param_groups import rates
 
     root = wire(composed(f"experiment=easyanimate_v2_{stage}")).root
     with torch.device("meta"):

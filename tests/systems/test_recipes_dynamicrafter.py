@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 import pytest
 
-from sandbox import registry
-from sandbox.wiring import wire
+from sandbox.config import registry
+from sandbox.config.wiring import wire
 from tests.helpers import composed
 
 RECIPES = ("dynamicrafter_512", "dynamicrafter_512_interp", "dynamicrafter_1024")

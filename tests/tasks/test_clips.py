@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sandbox import registry
-from sandbox.evaluation import gather, training_clips
-from sandbox.main import perform
-from sandbox.wiring import wire
+from sandbox.cli.jobs import perform
+from sandbox.config import registry
+from sandbox.config.wiring import wire
+from sandbox.evaluation.evaluate import gather, training_clips
 from tests.helpers import composed
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import sdpa_flop_count
 
-from sandbox import registry
-from sandbox.config import to_container
+from sandbox.cli.jobs import checked, perform
+from sandbox.config import registry
+from sandbox.config.root import to_container
 from sandbox.contracts import ConfigError
-from sandbox.ema import EMA
-from sandbox.main import checked, perform
+from sandbox.model.ema import EMA
 from sandbox.plan.build import (
     Sizes,
     conditions,
@@ -37,7 +37,7 @@ from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import written
-from sandbox.runs import identity_of_work, leaves
+from sandbox.runs.run import identity_of_work, leaves
 from tests.helpers import TINY, composed
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"

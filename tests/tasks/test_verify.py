@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from sandbox import compose
+from sandbox.cli.jobs import checked, perform
 from sandbox.contracts import ConfigError, SandboxError
-from sandbox.main import checked, perform
 from sandbox.tasks import verify
 from sandbox.tasks.verify import GOLDEN, Row, outputs, read_evidence, same
 from sandbox.tasks.verify import settings as settings_rows
@@ -118,8 +118,8 @@ def test_a_row_shows_the_published_value_only_where_it_differs():
 
 
 def test_a_system_without_an_average_has_none_in_its_manifest():
-    from sandbox import registry
-    from sandbox.wiring import wire
+    from sandbox.config import registry
+    from sandbox.config.wiring import wire
 
     wiring = wire(tiny())
     without = wire(replace(tiny(), ema=registry.default("ema", "none")))

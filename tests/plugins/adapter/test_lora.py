@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from plugins.adapter.lora import FILE, METADATA, LoRA
 from plugins.backbone.cogvideox import CogVideoX
-from sandbox import build, checkpoint, compose, config, registry
+from sandbox import build, compose
+from sandbox.config import discovery, registry
+from sandbox.config.wiring import wire
 from sandbox.contracts import Conditions, ConfigError, StorageError
-from sandbox.data import batches
-from sandbox.wiring import wire
+from sandbox.data.loader import batches
+from sandbox.storage import checkpoint
 from tests.helpers import composed, preset, sampled, train, wired_around
 from tests.inputs import conditions, sizes, tensor
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
-config.setup()
+discovery.setup()
 TINY = (
     "vae.weights=null", "backbone.width=16", "backbone.num_blocks=1", "conditioning.width=16",
     "conditioning.buckets=32", "data.batch_size=2", "data.clips_per_epoch=16", "logger=null",

@@ -49,7 +49,7 @@ def test_the_count_goes_on_after_a_resume():
 
 
 def test_rows_that_nobody_draws_are_named():
-    from sandbox.looks import LOOKS
+    from sandbox.training.image_rows import LOOKS
 
     (problem,) = Images.Config(rows=("samples", "faces")).problems()
     assert problem.startswith("rows='faces'")

@@ -3,8 +3,8 @@
 import pytest
 
 from plugins.checkpoint.keep import Keep
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError
-from sandbox.wiring import wire
 from tests.helpers import composed, preset
 
 

@@ -15,7 +15,7 @@ from plugins._blocks import openclip
 from plugins._blocks.openclip import ImageEncoder, ImageModel, TextEncoder, TextModel, Vision
 from plugins.conditioning.openclip import OpenCLIP
 from sandbox.contracts import Batch, Clip, StorageError
-from sandbox.randomness import Recorded
+from sandbox.data.randomness import Recorded
 from tests.golden_weights import filled
 from tests.helpers import preset
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from plugins._blocks.t5 import T5Encoder
 from plugins.conditioning.t5 import T5
 from sandbox.contracts import Batch, Clip, Conditions, Slots, StorageError, Tokens
-from sandbox.module import Trainable
-from sandbox.randomness import Keyed, Recorded
+from sandbox.data.randomness import Keyed, Recorded
+from sandbox.model.trainable import Trainable
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"

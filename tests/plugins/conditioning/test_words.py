@@ -7,7 +7,7 @@ import torch
 
 from plugins.conditioning.words import Words, row
 from sandbox.contracts import Batch, Clip, Conditions, Slots, Tokens
-from sandbox.randomness import Keyed
+from sandbox.data.randomness import Keyed
 
 CLIP = Clip(3, 9, 16, 16)
 DIGIT_WORDS = "a moving red yellow green cyan blue magenta left right up down 0 1 2 3 4 5 6 7 8 9"

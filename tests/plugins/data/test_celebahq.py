@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from plugins.data.celebahq import CelebAHQ, prepare
 from sandbox.contracts import BadItem, DataError
-from sandbox.data import Loader
-from sandbox.randomness import keyed
+from sandbox.data.loader import Loader
+from sandbox.data.randomness import keyed
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ldm"
 CONFIG = CelebAHQ.Config(height=16, width=16)

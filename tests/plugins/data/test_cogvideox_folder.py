@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from plugins.data.cogvideox_folder import CogVideoXFolder
+from sandbox.config.wiring import wire
 from sandbox.contracts import BadItem, ConfigError, DataError
-from sandbox.data import Loader, batches
-from sandbox.randomness import keyed
-from sandbox.wiring import wire
+from sandbox.data.loader import Loader, batches
+from sandbox.data.randomness import keyed
 from tests.helpers import composed
 from tests.plugins.data.test_video_folder import levels, write_video
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from plugins.data.easyanimate_json import EasyAnimateJSON, frame_numbers, usable_frames
+from sandbox.config.wiring import wire
 from sandbox.contracts import Clip, ConfigError, DataError
-from sandbox.data import Loader, batches
-from sandbox.randomness import keyed
-from sandbox.wiring import wire
+from sandbox.data.loader import Loader, batches
+from sandbox.data.randomness import keyed
 from tests.helpers import TINY, composed, sampled, train
 from tests.plugins.data.test_video_folder import levels, write_video
 

@@ -9,8 +9,8 @@ import torch
 
 from plugins.data.moving_digits import COLOURS, MovingDigits, scans_by_digit
 from sandbox.contracts import Clip
-from sandbox.data import Loader
-from sandbox.randomness import keyed
+from sandbox.data.loader import Loader
+from sandbox.data.randomness import keyed
 
 CONFIG = MovingDigits.Config()
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}

@@ -13,8 +13,8 @@ from PIL import Image
 
 from plugins.data.video_folder import VideoFolder
 from sandbox.contracts import BadItem, DataError
-from sandbox.data import Loader, batches
-from sandbox.randomness import keyed
+from sandbox.data.loader import Loader, batches
+from sandbox.data.randomness import keyed
 
 CONFIG = VideoFolder.Config(frames=3, height=16, width=16)
 STEP = 8  # grey levels from one frame to the next

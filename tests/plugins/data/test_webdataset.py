@@ -16,9 +16,9 @@ from PIL import Image
 from plugins._blocks.video_io import CONTAINERS, IMAGES
 from plugins.data.webdataset import MEDIA, WebDataset
 from sandbox.contracts import BadItem, Clip, DataError, StorageError
-from sandbox.data import Loader, batches
-from sandbox.prepared import write_shards
-from sandbox.randomness import keyed
+from sandbox.data.loader import Loader, batches
+from sandbox.data.randomness import keyed
+from sandbox.pipelines.prepare_outputs import write_shards
 from tests.plugins.data.test_video_folder import levels, write_video
 
 CONFIG = WebDataset.Config(frames=1, height=16, width=16)

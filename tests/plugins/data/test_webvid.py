@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from plugins.data.webvid import Clips, Picker, WebVid, place, read_rows
 from sandbox.contracts import BadItem, DataError
-from sandbox.randomness import keyed
+from sandbox.data.randomness import keyed
 from tests.plugins.data.test_video_folder import write_video
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dynamicrafter"

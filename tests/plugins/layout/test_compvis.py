@@ -13,15 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from plugins.layout.compvis import CompVis
-from sandbox import build, compose, registry, weight_files
+from sandbox import build, compose
+from sandbox.cli.jobs import perform
+from sandbox.config import registry
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.first_stages import load_weights
-from sandbox.initialise import init_from
-from sandbox.main import perform
-from sandbox.parts import build as build_part
-from sandbox.systems import begun_system, check_weights
-from sandbox.whole_systems import check_sources, taken_apart
-from sandbox.wiring import wire
+from sandbox.model.components import build as build_part
+from sandbox.storage import weight_files
+from sandbox.storage.first_stage_files import load_weights
+from sandbox.training.build import begun_system, check_weights
+from sandbox.weights.init_from import init_from
+from sandbox.weights.system_files import check_sources, taken_apart
 from tests.helpers import preset, tiny
 
 MANIFESTS = Path(__file__).parents[2] / "golden/systems"

@@ -11,8 +11,8 @@ from torch import Tensor
 from plugins.layout.diffusers import Diffusers
 from sandbox import build, compose
 from sandbox.contracts import StorageError
-from sandbox.initialise import init_from
-from sandbox.published import read_model, read_parts
+from sandbox.storage.published import read_model, read_parts
+from sandbox.weights.init_from import init_from
 
 LAYOUT = Diffusers(Diffusers.Config())
 TINY = (

@@ -9,7 +9,7 @@ from torch import Tensor
 from plugins.data.moving_digits import MovingDigits
 from plugins.metric.digits import Digits
 from sandbox.contracts import Clip, ConfigError
-from sandbox.randomness import keyed
+from sandbox.data.randomness import keyed
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import torch
 from skimage.metrics import structural_similarity
 
 from plugins.metric.reconstruction import Reconstruction, psnr, ssim
+from sandbox.cli.jobs import checked
+from sandbox.config.wiring import wire
 from sandbox.contracts import Clip, ConfigError, StorageError
-from sandbox.main import checked
-from sandbox.rank import Rank
+from sandbox.distributed.rank import Rank
 from sandbox.tasks.train_vae import train_first_stage
-from sandbox.wiring import wire
 from tests.helpers import composed
 from tests.inputs import tensor
 

@@ -117,7 +117,7 @@ def test_resumed_training_equals_the_uninterrupted_one_bit_for_bit():
 
 
 def test_state_can_be_saved_as_a_checkpoint(tmp_path):
-    from sandbox import checkpoint
+    from sandbox.storage import checkpoint
 
     model = Net()
     opt = optimizer(model)

@@ -14,14 +14,14 @@ from plugins._blocks.lpips import LPIPS, from_torchvision
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
 from plugins.reconstruction.lpips_gan import LPIPSWithDiscriminator
-from sandbox.autoencoding import Autoencoding
+from sandbox.cli.jobs import checked
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Preempted, StorageError
-from sandbox.fitting import fit
-from sandbox.main import checked
-from sandbox.parts import build
-from sandbox.runs import open_root
-from sandbox.training import start
-from sandbox.wiring import wire
+from sandbox.model.autoencoding import Autoencoding
+from sandbox.model.components import build
+from sandbox.runs.run import open_root
+from sandbox.training.loop import fit
+from sandbox.training.state import start
 from tests.engine import StopAfter, differing
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import composed

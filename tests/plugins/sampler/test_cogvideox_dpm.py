@@ -9,8 +9,8 @@ from torch import Tensor
 
 from plugins.sampler.cogvideox_dpm import CogVideoXDPM
 from plugins.schedule.ddpm import DDPM
-from sandbox.randomness import Recorded
-from sandbox.sampling import PlainHooks
+from sandbox.data.randomness import Recorded
+from sandbox.model.sampling import PlainHooks
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox/scheduler.safetensors"
 

@@ -15,8 +15,8 @@ from plugins.sampler.ddim import DDIM
 from plugins.sampler.ddpm import posterior_step
 from plugins.schedule.ddpm import DDPM
 from sandbox.contracts import Denoised
-from sandbox.randomness import Recorded
-from sandbox.sampling import KnownRegion, PlainHooks, Quantised
+from sandbox.data.randomness import Recorded
+from sandbox.model.sampling import KnownRegion, PlainHooks, Quantised
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LDM = DDPM(DDPM.Config(betas=(0.0015, 0.0195)))

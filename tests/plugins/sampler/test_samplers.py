@@ -14,8 +14,8 @@ from plugins.sampler.pndm import PNDM
 from plugins.schedule.ddpm import DDPM, SPACINGS
 from plugins.schedule.flow import Flow
 from sandbox.contracts import Denoised
-from sandbox.randomness import Keyed, Recorded
-from sandbox.sampling import PlainHooks
+from sandbox.data.randomness import Keyed, Recorded
+from sandbox.model.sampling import PlainHooks
 
 SAMPLERS = {
     "ddim": DDIM(DDIM.Config()),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plugins.schedule.ddpm import DDPM, SPACINGS, alphas_cumprod, buffers, raw_betas
-from sandbox.randomness import Keyed, Recorded
+from sandbox.data.randomness import Keyed, Recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 # The presets of conf/schedule must say the same (test_presets_say_the_published_numbers).

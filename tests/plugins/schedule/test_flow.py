@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plugins.schedule.flow import Flow
-from sandbox.randomness import Keyed
+from sandbox.data.randomness import Keyed
 
 
 def made(**settings) -> Flow:

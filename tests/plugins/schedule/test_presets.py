@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sandbox import registry
+from sandbox.config import registry
 from sandbox.contracts import PluginConfig
 
 ROOT = Path(__file__).parents[3]

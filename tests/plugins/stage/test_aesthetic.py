@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.config import discovery, registry
+from sandbox.data.video_files import Footage, probe
 from tests.footage import scene, write
 
-config.setup()
+discovery.setup()
 
 SMALL = {
     "embed_dim": 16,

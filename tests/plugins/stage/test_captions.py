@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sandbox import config, registry
+from sandbox.config import discovery, registry
 from sandbox.contracts import DataError, VideoFile
 
-config.setup()
+discovery.setup()
 
 INFO = VideoFile("", 96, 64, 40, 4.0, 10.0)
 

@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.config import discovery, registry
+from sandbox.data.video_files import Footage, probe
 from tests.footage import precision_recall, scene, write
 
-config.setup()
+discovery.setup()
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.config import discovery, registry
+from sandbox.data.video_files import Footage, probe
 from tests.footage import precision_recall, scene, write
 from tests.helpers import composed
 
-config.setup()
+discovery.setup()
 SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels a frame; 5 frames lie between
 
 

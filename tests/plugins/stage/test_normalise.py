@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sandbox import config, registry
+from sandbox.config import discovery, registry
 from sandbox.contracts import VideoFile
-from sandbox.footage import Footage, probe
+from sandbox.data.video_files import Footage, probe
 from tests.footage import scene, write_strange
 
-config.setup()
+discovery.setup()
 
 
 def stage_of(**settings):

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sandbox import config, registry
+from sandbox.config import discovery, registry
 from sandbox.contracts import VideoFile
 
-config.setup()
+discovery.setup()
 
 
 def sides(sources, **settings):

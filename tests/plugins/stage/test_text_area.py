@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sandbox import config, registry
+from sandbox.config import discovery, registry
 from tests.footage import precision_recall, scene, written
 
-config.setup()
+discovery.setup()
 
 WORDS = ("BREAKING NEWS", "subscribe now", "Chapter 12", "THE END", "www.example.org", "LIVE 20:45")
 

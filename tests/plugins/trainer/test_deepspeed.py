@@ -6,7 +6,7 @@ from torch import nn
 
 from plugins.trainer.deepspeed import Cut
 from sandbox.contracts import ConfigError
-from sandbox.module import freeze
+from sandbox.model.trainable import freeze
 from tests.engine import small
 
 pytest.importorskip("deepspeed")

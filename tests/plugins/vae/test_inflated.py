@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sandbox import registry
+from sandbox.config import registry
 from sandbox.contracts import StorageError
-from sandbox.first_stages import init_first_stage
+from sandbox.storage.first_stage_files import init_first_stage
 from tests.helpers import preset
 from tests.inputs import tensor
 

@@ -13,7 +13,7 @@ from plugins._blocks.autoencoder2d import AttnBlock, Downsample, ResnetBlock, Up
 from plugins._blocks.posterior import Gaussian
 from plugins.vae.kl import AutoencoderKL
 from sandbox.contracts import Clip, Misfit
-from sandbox.randomness import Keyed, Recorded
+from sandbox.data.randomness import Keyed, Recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CLIP = (2, 3, 5, 16, 24)
@@ -122,7 +122,7 @@ def test_published_size_has_the_published_names_and_shapes() -> None:
 def test_preset_is_the_published_size() -> None:
     from omegaconf import OmegaConf
 
-    from sandbox.registry import tuples
+    from sandbox.config.registry import tuples
 
     preset = OmegaConf.load(Path(__file__).parents[3] / "conf/vae/kl_f8.yaml")
     del preset["defaults"]

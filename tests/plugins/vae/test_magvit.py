@@ -13,7 +13,7 @@ from torch import Tensor
 from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler, keep_smoothest, tiled
 from plugins.vae.magvit import MagViT
 from sandbox.contracts import Clip, Misfit
-from sandbox.randomness import Keyed, Recorded
+from sandbox.data.randomness import Keyed, Recorded
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests/golden/easyanimate"

@@ -11,7 +11,7 @@ from torch import Tensor
 from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler
 from plugins.vae.slice import SliceVAE
 from sandbox.contracts import Clip, Misfit
-from sandbox.randomness import Keyed
+from sandbox.data.randomness import Keyed
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import preset
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plugins.vae.vq import Codebook, VQModel
 from sandbox.contracts import Clip, Misfit
-from sandbox.randomness import Keyed
+from sandbox.data.randomness import Keyed
 
 GOLDEN = Path(__file__).parents[2] / "golden/ldm"
 CLIP = (2, 3, 5, 16, 24)
@@ -154,7 +154,7 @@ def test_published_size_has_the_published_names_and_shapes() -> None:
 def test_preset_is_the_published_size() -> None:
     from omegaconf import OmegaConf
 
-    from sandbox.registry import tuples
+    from sandbox.config.registry import tuples
 
     preset = OmegaConf.load(Path(__file__).parents[3] / "conf/vae/vq_f4.yaml")
     del preset["defaults"]

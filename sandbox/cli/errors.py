@@ -1,0 +1,23 @@
+"""Errors on the terminal."""
+
+from __future__ import annotations
+
+import sys
+
+from sandbox.config.secrets import mask_text
+from sandbox.contracts import ConfigError, SandboxError
+
+BUG = "this is a bug of the sandbox and not of your settings; please report it with the lines above"
+
+
+def report(error: SandboxError, before: str = "") -> None:
+    """One message on stderr, without secrets."""
+    problems = error.problems if isinstance(error, ConfigError) else (str(error),)
+    if len(problems) == 1:
+        text = f"{before}error: {problems[0]}"
+    else:
+        text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
+    text = "\n".join([text, *getattr(error, "__notes__", [])])
+    if trace := getattr(error, "traceback", ""):  # of a rank, where nobody foresaw it
+        text = f"{trace}{text}\n{BUG}"
+    print(mask_text(text), file=sys.stderr, flush=True)

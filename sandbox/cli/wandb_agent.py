@@ -1,0 +1,62 @@
+"""What an agent of a W&B sweep says, in the words of our command line.
+
+An agent writes a trial's parameters as Python does: None, {'a': 1}. Hydra reads the first as a word
+and refuses the second. The agent also leaves them as a file, which says what was meant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sandbox.config.root import GROUPS
+
+PARAMETERS = "WANDB_SWEEP_PARAM_PATH"
+
+
+def understood(overrides: Sequence[str]) -> list[str]:
+    """Overrides with the agent's None, lists and dictionaries in Hydra's words.
+
+    A dictionary for a group is its settings: backbone={'width': 8} is backbone.width=8.
+    """
+    found: list[str] = []
+    known = _parameters()
+    for word in overrides:
+        name = word.partition("=")[0]
+        if name in known and (known[name] is None or isinstance(known[name], Mapping | list)):
+            found += _words(name, known[name])
+        else:
+            found.append(word)
+    return found
+
+
+def _parameters() -> dict[str, Any]:
+    """Of this trial, by name; empty without an agent."""
+    path = os.environ.get(PARAMETERS)
+    if not path or not Path(path).is_file():
+        return {}
+    import yaml
+
+    node = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    return {k: v["value"] for k, v in node.items() if isinstance(v, dict) and "value" in v}
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping) and name.partition(".")[0] in GROUPS and value:
+        return [word for k, v in value.items() for word in _words(f"{name}.{k}", v)]
+    return [f"{name}={_literal(value)}"]
+
+
+def _literal(value: Any) -> str:
+    """As Hydra's grammar writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

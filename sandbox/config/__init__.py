@@ -1,0 +1,5 @@
+"""Configuration: Root, plugin registry, composition with Hydra, wiring, and error messages."""
+
+from sandbox.config.moved_modules import forward
+
+__getattr__ = forward("config")  # names of version 0.1

@@ -1,0 +1,5 @@
+"""Batches: the loader, keyed random draws, video files."""
+
+from sandbox.config.moved_modules import forward
+
+__getattr__ = forward("data")  # names of version 0.1

@@ -1,0 +1,1 @@
+"""Processes of a run: ranks, their supervisor, remote errors, worker pools."""

@@ -1,0 +1,1 @@
+"""Scores of generated clips, and prompts to generate from."""

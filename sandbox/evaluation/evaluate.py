@@ -1,0 +1,245 @@
+"""Scores of generated clips, each beside what it must be compared with.
+
+Rows: the model; real held-out clips; those through the first stage (the ceiling of any model on
+it); what the metric calls a baseline (such as the conditional mean clip); and the same system
+untrained (the floor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from itertools import chain, repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox.config import registry
+from sandbox.config.root import Root
+from sandbox.contracts import SAMPLE_TENSORS, Batch, Beside, ByClip, Clip
+from sandbox.data.loader import Loader, batches, usual_size
+from sandbox.model.autoencoding import psnr, through
+from sandbox.model.components import build_parts
+from sandbox.model.latent_diffusion import LatentDiffusion
+from sandbox.reports.progress import Progress
+
+CHUNK = 96  # clips sampled at a time, small ones
+THROUGH = 32  # clips that go through a first stage at a time, small ones
+PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
+Between = Callable[[], None]
+Watch = Callable[[int, int], None]
+
+
+@dataclass
+class Evaluation:
+    """Scores by row, and the clips that were judged, (N, 3, T, H, W) in [-1, 1]."""
+
+    scores: dict[str, dict[str, float]]  # {"model": {"colour": 1.0}, "real clips": ...}
+    meaning: dict[str, str]  # of each score; both are empty without a metric
+    captions: list[str]
+    clips: dict[str, Tensor] = field(default_factory=dict)  # by row
+    # dB, of the real clips through the first stage; None where they are stored as latents
+    first_stage_psnr: float | None = None
+    count: int = 0
+    fps: float | None = None  # of the real clips, where the data tell it
+    rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
+    each: dict[str, list[float]] = field(default_factory=dict)  # the model's, clip by clip
+
+
+def evaluate(
+    system: LatentDiffusion, count: int, untrained: bool = True, between: Between | None = None
+) -> Evaluation:
+    """Samples for the first `count` validation clips' captions, and scores them and the rest.
+
+    The caller has set eval mode. `between` is called now and then, and may raise to end it.
+    """
+    root = system.root
+    source = registry.create(root.data)
+    metric: Any = None if root.metric is None else registry.create(root.metric)
+    real = gather(source.split("val"), count, root.seed)
+    captions = real.captions or [""] * real.size
+    clips = {"model": generate(system, real, between=between)}
+    if real.video is not None:
+        clips |= {"real clips": real.video, "real through first stage": _through(system, real)}
+    else:
+        clips["real through first stage"] = _through(system, real)
+    result = Evaluation({}, {}, captions, clips, count=real.size, fps=rate_of(real))
+    if real.video is not None:
+        ceiling = psnr(clips["real through first stage"], real.video)
+        result.first_stage_psnr = ceiling.mean().item()
+    floor = {}
+    if untrained:
+        what = "sampling the untrained model"
+        floor["untrained model"] = generate(_untrained(system), real, what, between=between)
+    if root.metric is not None:
+        if wanted := root.metric.learns_from():
+            whole = registry.create(root.data.whole())
+            train = training_clips(whole.split("train"), wanted, root.seed)
+            metric.fit(train.video, train.captions or [""] * train.size)
+        if isinstance(metric, Beside) and real.video is not None:
+            metric.beside(real.video)
+        clips |= metric.baselines(captions)
+        result.meaning, result.rates = metric.meaning(), metric.rates()
+        result.scores = {
+            row: metric.score(video, captions) for row, video in (clips | floor).items()
+        }
+        if isinstance(metric, ByClip):
+            each = metric.each(clips["model"], captions)
+            result.each = {name: values.tolist() for name, values in each.items()}
+    clips |= floor
+    return result
+
+
+def by_pairs(root: Root) -> Any:
+    """The metric of `root` where it compares clips with real ones, as of a first stage; else None.
+
+    Raises StorageError for weights that it lacks.
+    """
+    cfg = root.metric
+    if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "beside"):
+        return None
+    return registry.create(cfg)
+
+
+def _untrained(system: LatentDiffusion) -> LatentDiffusion:
+    fresh = LatentDiffusion(
+        system.wiring, build_parts(system.wiring, system.adapter is not None), system.group
+    )
+    frozen = system.get_submodule("first_stage").state_dict()
+    fresh.get_submodule("first_stage").load_state_dict(frozen)
+    if fresh.adapter is not None:
+        trained = system.base_state()
+        for name, tensor in fresh.base_state().items():
+            tensor.copy_(trained[name])
+    return fresh.to(system.device).eval()
+
+
+def generate(
+    system: LatentDiffusion,
+    like: Batch,
+    what: str = "sampling",
+    steps: int | None = None,
+    between: Between | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
+
+    Of the size of the clips of `like` where it has any, else of the first of the data.
+    watch(done, total) is told of each call of the model.
+    """
+    calls: int = steps or system.root.sampler.steps
+    clip = _size(system, like)
+    at_once = _at_once(clip, CHUNK)
+    starts = range(0, like.size, at_once)
+    made: list[Tensor] = []
+    with Progress(what, len(starts) * calls) as progress:
+
+        def show(step: int, of: int) -> None:
+            done = len(made) * calls + step + 1
+            progress.update(done)
+            if watch:
+                watch(done, progress.total)
+            if between:
+                between()
+
+        for start in starts:
+            part = take(like, start, start + at_once)
+            made.append(system.sample(part, clip, steps=calls, progress=show).cpu())
+    return torch.cat(made)
+
+
+def rate_of(batch: Batch) -> float | None:
+    """Frames a second of the clips, the median; None where they are not told."""
+    told = batch.scalars.get("fps")
+    return None if told is None else told.median().item()
+
+
+def _at_once(clip: Clip, most: int) -> int:
+    return max(1, min(most, PIXELS // (clip.frames * clip.height * clip.width)))
+
+
+def _size(system: LatentDiffusion, like: Batch) -> Clip:
+    wiring = system.wiring
+    if like.video is not None:
+        return Clip(*like.video.shape[1:])
+    if like.stored is None:
+        return wiring.clips[0]
+    of_latents = zip(wiring.clips, wiring.latents, strict=True)
+    shape = like.stored.shape[2:]
+    return next(c for c, z in of_latents if (z.frames, z.height, z.width) == shape)
+
+
+def take(batch: Batch, start: int, stop: int) -> Batch:
+    """Clips start..stop of a batch, with all that belongs to them."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: cut(part) for name, part in value.items()}
+        return value[start:stop] if isinstance(value, Tensor | list) else value
+
+    parts = {f.name: cut(getattr(batch, f.name)) for f in fields(batch) if f.name != "bad"}
+    return Batch(**parts, bad=batch.bad)
+
+
+def gather(items: Any, count: int, seed: int) -> Batch:
+    """The first `count` clips of a split, or as many as there are, as one batch.
+
+    Of several sizes those of the one that most clips have.
+    """
+    return _first(count, batches(items, min(count, 256), seed, usual_size(items, seed)))
+
+
+def training_clips(items: Any, count: int, seed: int) -> Batch:
+    """`count` clips as training sees them; of a small split several epochs.
+
+    Of several sizes those of the one that most clips have.
+    """
+    loader, size = Loader(items, min(count, len(items), 64), seed), usual_size(items, seed)
+    stream = chain.from_iterable(repeat(loader))
+    of_one_size = (b for b in stream if b.video is None or size in (None, Clip(*b.video.shape[1:])))
+    return _first(count, of_one_size)
+
+
+def _first(count: int, stream: Iterable[Batch]) -> Batch:
+    """The first `count` clips of a stream as one batch, at positions 0, 1, ..."""
+    found: list[Batch] = []
+    for batch in stream:
+        found.append(batch)
+        if sum(b.size for b in found) >= count:
+            break
+    captions = [c for b in found for c in b.captions or ()]
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(b, name) for b in found])
+        for name in SAMPLE_TENSORS
+        if getattr(found[0], name) is not None
+    }
+    whole = Batch(
+        **tensors,
+        captions=captions or None,
+        scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
+        ids=[i for b in found for i in b.ids],
+        position=torch.arange(sum(b.size for b in found)),
+    )
+    return take(whole, 0, count)
+
+
+@torch.no_grad()
+def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
+    """Clips (N, 3, T, H, W) on the CPU through a first stage on `device`; in [-1, 1]."""
+    parts = video.split(_at_once(Clip(*video.shape[1:]), THROUGH))
+    return torch.cat([through(first_stage, x.to(device)).cpu() for x in parts]).clamp(-1, 1)
+
+
+@torch.no_grad()
+def _through(system: LatentDiffusion, real: Batch) -> Tensor:
+    """Real clips through the first stage, from their pixels or their stored latents."""
+    first_stage, parts = system.first_stage, []
+    with system.at_work(first_stage):
+        if real.video is not None:
+            return reconstructed(first_stage, real.video, system.device)
+        assert real.stored is not None  # data bring one of them
+        for part in real.stored.split(_at_once(_size(system, real), THROUGH)):
+            z = first_stage.scaled(first_stage.posterior(part.to(system.device)).mean)
+            parts.append(first_stage.decode(z).cpu())
+    return torch.cat(parts).clamp(-1, 1)

@@ -1,0 +1,1 @@
+"""The latent diffusion system and what it is made of."""

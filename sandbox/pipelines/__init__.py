@@ -1,0 +1,1 @@
+"""task=encode and task=prepare."""

@@ -1,0 +1,341 @@
+"""What task=encode does: each clip once through the first stage, each caption once through its
+encoder, into shards whose keys are hashes of all that decides what comes out.
+
+A key holds the pixels that go in, the settings and weights of the network, and the precision; what
+has another key is made anew, what has the same is found. A second key, of the files and settings
+that pixels come from, spares decoding them again. The index is written last, at once. What data
+draw at random for each epoch is stored as epoch 0 has it, and `drawn` in the row of the clip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sandbox.config import registry
+from sandbox.config.root import Root, to_container
+from sandbox.contracts import (
+    SCALARS,
+    BadItem,
+    ConfigError,
+    DataError,
+    Hashed,
+    Items,
+    Preempted,
+    Sample,
+    TextEncoder,
+)
+from sandbox.data.randomness import keyed
+from sandbox.distributed.rank import Rank
+from sandbox.model.cached_latents import settings_of
+from sandbox.model.components import DTYPES, build, use_kernels
+from sandbox.model.devices import device_of, use_threads
+from sandbox.model.trainable import fingerprint, freeze
+from sandbox.reports.progress import Progress
+from sandbox.storage import weight_files
+from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.first_stage_files import data_identity
+from sandbox.storage.shards import Journal, Place, Shards, present, read_journal
+from sandbox.training.first_stage import prepare_first_stage
+
+FORMAT = 1
+KINDS = ("latents", "text")
+
+
+def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
+    """Stores the splits of `root.data` in `root.task.to`, a share by each rank.
+
+    Returns the folder and how many clips it holds, were made now, and are unusable. Raises
+    ConfigError, DataError, StorageError, and Preempted when asked to stop.
+    """
+    if "video" not in root.data.provides():
+        raise ConfigError(
+            f"data={root.data.plugin.split('/')[1]}: it has no pixels to encode; want other data"
+        )
+    folder = Path(root.task.to).expanduser()
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    use_kernels(root)
+    use_threads(root)
+    with rank.first():  # it makes the first stage, where there is none; the others load it
+        networks = Networks(root, rank)
+    weights = f"first_stage-{networks.digest[:12]}.safetensors"
+    source = registry.create(root.data)
+    with ExitStack() as opened:
+        opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
+        if rank.index == 0 and not (folder / weights).is_file():
+            weight_files.write(networks.first_stage.state_dict(), folder / weights)
+        writer = opened.enter_context(Writer(folder, root, networks, rank))
+        shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
+        no_text = writer.text("") if networks.conditioner is not None else None
+        prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
+    rank.meet()
+    parts = rank.gather_plain([shares, writer.made, writer.bad])
+    bad = {k: v for _, _, found in parts for k, v in found.items()}
+    made = sum(number for _, number, _ in parts)
+    whole = {
+        name: [row for _, row in sorted((r for p, _, _ in parts for r in p[name]), key=_place)]
+        for name in root.task.splits
+    }
+    clip = root.data.clips()[0]
+    index = {
+        "format": FORMAT,
+        "clip": [clip.channels, clip.frames, clip.height, clip.width],
+        "vae": settings_of(root),
+        "first_stage": {"file": weights, "sha256": networks.digest},
+        "precision": root.precision,
+        "text": networks.conditioner is not None,
+        "image": root.conditioning.encodes(),
+        "no_text": no_text,
+        "prompts": prompts,
+        "data": to_container(root.data),
+        "bad": bad,
+        "splits": whole,
+    }
+    if rank.index == 0:
+        with storing(folder):
+            write_atomic(folder / "index.json", json.dumps(index))
+            if root.task.prune:
+                with locked(folder / "rank-00.json"):
+                    prune(folder, index, root.task.shard_mb * 1_000_000)
+        _say(folder, index, made)
+    count = sum(map(len, whole.values()))
+    return {"folder": str(folder), "clips": count, "made": made, "bad": len(bad)}
+
+
+def _place(numbered: list[Any]) -> int:
+    return numbered[0]
+
+
+def _say(folder: Path, index: dict[str, Any], made: int) -> None:
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in index["splits"].items())
+    print(f"{sizes} clips in {folder}, {made} made now", flush=True)
+    for name, reason in index["bad"].items():
+        print(f"  left out {name}: {reason}", flush=True)
+    also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
+    rows = [row for split in index["splits"].values() for row in split]
+    if drawn := sum(row.get("drawn", False) for row in rows):
+        data = index["data"]["plugin"].rpartition("/")[2]
+        print(
+            f"  {drawn} of {len(rows)} clips are drawn at random by data={data} (start, crop, "
+            "captions left out), in each epoch anew; they are stored as epoch 0 has them, and "
+            "training on latents sees nothing else of them",
+            flush=True,
+        )
+    frames, height, width = index["clip"][1:]
+    found = {"x".join(map(str, row["size"])) for row in rows}
+    if further := sorted(found - {f"{frames}x{height}x{width}"}):
+        also += f" 'data.buckets=[{','.join(further)}]'"
+    print(
+        f"train from it with data=latents data.root={folder} data.frames={frames} "
+        f"data.height={height} data.width={width}{also}",
+        flush=True,
+    )
+
+
+def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
+    """Deletes what the index does not name.
+
+    What a shard shares with it moves to a new one first, and the index says so before the old one
+    goes: whatever ends this, the index names what is there.
+    """
+    rows = [row for split in index["splits"].values() for row in split]
+    named = [(row, kind) for row in rows for kind in KINDS if row[kind]]
+    named += [(index["prompts"], caption) for caption in index["prompts"]]
+    named += [(index, "no_text")] if index["no_text"] else []
+    live = {tuple(of[name]) for of, name in named}
+    moved: dict[tuple, Place] = {}
+    stale: set[str] = set()
+    for journal in sorted(p for kind in KINDS for p in folder.glob(f"{kind}-*.jsonl")):
+        stored = {key: place for key, *place in read_journal(journal)}
+        own = {place[0] for place in stored.values()} - {place[0] for place in live}
+        mixed = {p[0] for p in stored.values() if tuple(p) not in live} - own
+        if mixed:
+            with Shards(folder, journal.stem, shard_bytes) as shards:
+                shards.begin_shard()
+                for key, (file, at, size, crc) in stored.items():
+                    if file in mixed and (file, at, size, crc) in live:
+                        with storing(folder / file), (folder / file).open("rb") as shard:
+                            shard.seek(at)
+                            moved[file, at, size, crc] = shards.put(key, shard.read(size))
+        stale |= own | mixed
+    for of, name in named:
+        of[name] = moved.get(tuple(of[name]), of[name])
+    if moved:
+        write_atomic(folder / "index.json", json.dumps(index))
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    kept = index["first_stage"]["file"]
+    for path in folder.glob("first_stage-*.safetensors"):
+        if path.name != kept:
+            path.unlink()
+
+
+class Networks:
+    """What encodes: a first stage, and where it is frozen the text encoder of the conditioning."""
+
+    def __init__(self, root: Root, rank: Rank) -> None:
+        self.device, self.precision = device_of(root, rank.local), root.precision
+        self.first_stage: Any = build("vae", root)
+        prepare_first_stage(root, self.first_stage, None, rank)
+        freeze(self.first_stage)
+        self.digest = fingerprint(self.first_stage)
+        self.keeps_image = root.conditioning.encodes()
+        self.of_latents = _hash(settings_of(root), self.digest, self.precision, self.keeps_image)
+        self.conditioner: TextEncoder | None = None
+        self.of_text = ""
+        if root.conditioning.embeds():
+            conditioner: Any = freeze(build("conditioning", root))
+            self.of_text = _hash(to_container(root.conditioning), fingerprint(conditioner))
+            self.conditioner = conditioner.to(self.device)
+        self.first_stage.to(self.device)
+
+    @torch.no_grad()
+    def latents(self, sample: Sample) -> dict[str, Tensor]:
+        """As the training step encodes: in its precision, the whole posterior."""
+        video = sample["video"][None].to(self.device)
+        dtype = DTYPES[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            stored = self.first_stage.encode(video).stored
+        tensors = {"stored": stored[0].cpu()}
+        return tensors | ({"image": in_bytes(image_of(sample))} if self.keeps_image else {})
+
+    @torch.no_grad()
+    def text(self, caption: str) -> dict[str, Tensor]:
+        assert self.conditioner is not None
+        embedding, mask = self.conditioner.encoded([caption])
+        return {"text": narrowed(embedding[0].cpu()), "text_mask": mask[0].cpu()}
+
+
+class Writer:
+    """The share of one rank: what it finds in the folder, and what it adds."""
+
+    def __init__(self, folder: Path, root: Root, networks: Networks, rank: Rank) -> None:
+        self.root, self.networks, self.rank = root, networks, rank
+        self.made = 0
+        self.bad: dict[str, str] = {}
+        size = root.task.shard_mb * 1_000_000
+        self.shards = {k: Shards(folder, f"{k}-{rank.index:02}", size) for k in KINDS}
+        self.rows = Journal(folder / f"rows-{rank.index:02}.jsonl")
+        self.places: dict[str, dict[str, Place]] = {}
+        for kind, own in self.shards.items():
+            others = (present(folder, [*read_journal(p)]) for p in folder.glob(f"{kind}-*.jsonl"))
+            self.places[kind] = {k: v for part in others for k, v in part.items()} | own.places
+        journals = folder.glob("rows-*.jsonl")
+        self.known = {key: row for path in journals for key, row in read_journal(path)}
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for shards in self.shards.values():
+            shards.__exit__(*error)
+        self.rows.close()
+
+    def share(self, name: str, items: Items) -> list[list[Any]]:
+        """[index, row] for each usable clip of this rank's share."""
+        mine = range(self.rank.index, len(items), self.rank.world)
+        found: list[list[Any]] = []
+        with Progress(f"encoding {name}", len(mine), "clip") as progress:
+            for done, index in enumerate(mine, 1):
+                if self.rank.stop_requested():
+                    raise Preempted(
+                        f"stopped by {self.rank.asked}; what is made is stored, and the same "
+                        "command goes on"
+                    )
+                try:
+                    found.append([index, self.row(items, index)])
+                except BadItem as e:
+                    self._count(items.id(index), str(e))
+                progress.update(done, new=str(self.made))
+        return found
+
+    def row(self, items: Items, index: int) -> dict[str, Any]:
+        """What the index says of a clip. Raises BadItem."""
+        key = self._files_key(items, index)
+        row = self.known.get(key) if key else None
+        if row is None or "size" not in row or row["latents"] not in self.places["latents"]:
+            row = self._encoded(items, index)
+            if key:
+                self.rows.add([key, row])
+        text = row["caption"] or ""
+        return row | {
+            "id": items.id(index),
+            "latents": self.places["latents"][row["latents"]],
+            "text": self.text(text) if self.networks.conditioner is not None else None,
+        }
+
+    def text(self, caption: str) -> Place:
+        """Where the embedding of a caption is; made where there is none."""
+        key = _hash(self.networks.of_text, caption)
+        if key not in self.places["text"]:
+            self.places["text"][key] = self.shards["text"].add(key, self.networks.text(caption))
+        return self.places["text"][key]
+
+    def _files_key(self, items: Items, index: int) -> str | None:
+        """Of the files of a clip and all settings, None where the data do not tell."""
+        if not isinstance(items, Hashed):
+            return None
+        data = data_identity(self.root.data)
+        where = self.root.seed, items.id(index), items.content(index)
+        return _hash(self.networks.of_latents, data, *where)
+
+    def _encoded(self, items: Items, index: int) -> dict[str, Any]:
+        own = self.root.seed, "data", 0, items.id(index)
+        rng = keyed(*own)
+        sample = items.load(index, rng)
+        is_drawn = rng.random() != keyed(*own).random()  # some numbers are gone
+        key = _hash(self.networks.of_latents, *pixels_of(sample))
+        if key not in self.places["latents"]:
+            tensors = self.networks.latents(sample)
+            self.places["latents"][key] = self.shards["latents"].add(key, tensors)
+            self.made += 1
+        scalars = {name: float(sample[name]) for name in sorted(SCALARS.intersection(sample))}
+        size = list(sample["video"].shape[1:])
+        row = {"caption": sample.get("caption"), "scalars": scalars, "latents": key, "size": size}
+        return row | ({"drawn": True} if is_drawn else {})
+
+    def _count(self, name: str, reason: str) -> None:
+        self.bad[name] = reason
+        if len(self.bad) > self.root.data.max_bad:
+            first = "; ".join(f"{k}: {v}" for k, v in [*self.bad.items()][:5])
+            raise DataError(
+                f"{len(self.bad)} clips are unusable, more than data.max_bad="
+                f"{self.root.data.max_bad}: mend or remove them, or raise it: {first}"
+            )
+
+
+def image_of(sample: Sample) -> Tensor:
+    """(3, N, H, W): the clip's own picture, else its first frame."""
+    return sample["image"] if "image" in sample else sample["video"][:, :1]
+
+
+def in_bytes(image: Tensor) -> Tensor:
+    """uint8 where that comes back as the same pixels (x / 127.5 - 1), else as it is."""
+    found = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return found if torch.equal(found / 127.5 - 1, image) else image.contiguous()
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """In half precision where nothing is lost."""
+    halves = (x.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((half for half in halves if torch.equal(half.float(), x)), x)
+
+
+def pixels_of(sample: Sample) -> Iterator[str]:
+    """Hashes of what a clip shows."""
+    for name in ("video", "image"):
+        if name in sample:
+            tensor = sample[name].contiguous()
+            yield f"{name} {list(tensor.shape)} {hashlib.sha256(tensor.numpy().data).hexdigest()}"
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,425 @@
+"""What task=prepare does: the stages of a configuration, in their order, over a folder of videos.
+
+Stages up to one that cuts form a leg. In a leg each clip is decoded once, for all stages that look
+at it; then the stages judge in their order, from the scores of all clips that are kept. A score is
+in the journal before anything is judged, under a key of the bytes of the file, the span, and what
+of the stage decides it: so a limit that changes computes nothing again, and a run that is killed
+goes on. Results come in the order of the clips, whoever computed them: what is written does not
+depend on the number of workers, nor on how often the run was ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sandbox.config import registry
+from sandbox.config.discovery import setup
+from sandbox.config.root import Root, to_container
+from sandbox.contracts import (
+    BadItem,
+    ConfigError,
+    Cuts,
+    DataError,
+    Judges,
+    Looks,
+    Renders,
+    Row,
+    VideoFile,
+)
+from sandbox.data.video_files import CONTAINERS, Footage, probe
+from sandbox.distributed.pool import Crashed, Ordered, cores, started
+from sandbox.reports.media import write_frames
+from sandbox.reports.progress import Progress
+from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.shards import Journal
+
+FORMAT = 1  # of scores: what decoding means to them
+UNREADABLE = "unreadable"  # in place of a stage, where a file cannot be used
+PRESET = "medium"  # of libx264
+
+
+def prepare(root: Root) -> dict[str, Any]:
+    """Works through `root.task.data_root`; the result is also in summary.json.
+
+    Raises ConfigError, DataError, StorageError.
+    """
+    from sandbox.pipelines.prepare_outputs import sheets, write_format, write_summary
+
+    cfg = root.task
+    source, to = (Path(name).expanduser() for name in (cfg.data_root, cfg.to))
+    if to.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"task.to={cfg.to}: lies in data_root={cfg.data_root}, where clips would be found as "
+            "raw videos; choose a folder elsewhere"
+        )
+    stages = Stages(root)
+    if cfg.format is not None and stages.renderer is None:
+        raise ConfigError(
+            f"task.format={cfg.format}: no stage makes the clips; add normalise to the stages, or "
+            "set task.format=null"
+        )
+    with storing(to):
+        to.mkdir(parents=True, exist_ok=True)
+    count = cores() if cfg.workers is None else cfg.workers
+    began = time.process_time()
+    with locked(to / "prepare", "task.to"), started(cfg.engine, count, cfg.ray_address) as ordered:
+        work = Work(to, stages, ordered)
+        try:
+            rows = work.legs(work.sources(source))
+            kept = [row for row in rows if "dropped" not in row]
+            if cfg.format is not None:
+                check_captions(kept, cfg.format)
+                work.render(kept)
+                kept = [row for row in rows if "dropped" not in row]
+                write_format(to, cfg.format, kept, cfg.shard_mb * 1_000_000)
+        finally:
+            work.journal.close()
+    with storing(to):
+        write_manifest(to, root, rows)
+        sheets(to / "dropped", rows, cfg.sheet)
+        if count:
+            work.spent["judging and the rest"] += time.process_time() - began
+        result = write_summary(to, rows, stages.names, work.spent, work.is_whole)
+    if not kept:
+        raise DataError(f"data_root={cfg.data_root}: no clip is kept; {to} says why")
+    return result
+
+
+# --- the stages -----------------------------------------------------------------------------------
+
+
+class Stages:
+    """The stages of a configuration, in their order."""
+
+    def __init__(self, root: Root) -> None:
+        self.configs = dict(root.stage)
+        self.plugins_path = root.plugins_path
+        self.names = [*self.configs]
+        self.built = {name: registry.create(cfg) for name, cfg in self.configs.items()}
+        self.renderer = next((n for n, s in self.built.items() if isinstance(s, Renders)), None)
+        self.digests = {name: self._digest(cfg) for name, cfg in self.configs.items()}
+
+    def legs(self) -> Iterator[list[str]]:
+        """Names up to a stage that cuts, again and again."""
+        leg: list[str] = []
+        for name, stage in self.built.items():
+            leg.append(name)
+            if isinstance(stage, Cuts):
+                yield leg
+                leg = []
+        yield leg
+
+    def shared(self, names: Sequence[str]) -> str:
+        """What a worker builds stages from; text, so that it can keep them."""
+        chosen = {n: to_container(self.configs[n]) for n in names}
+        return json.dumps([self.plugins_path, chosen])
+
+    def key(self, name: str, row: Row) -> str:
+        return hashed(name, self.digests[name], row["info"].sha256, row["start"], row["end"])
+
+    @staticmethod
+    def _digest(cfg: Any) -> str:
+        """Of the code of a stage and of the settings that decide what it computes."""
+        path = registry.find(cfg.plugin).path
+        code = path.read_text(encoding="utf-8") if path else ""
+        settings = {k: v for k, v in to_container(cfg).items() if k not in cfg.limits}
+        return hashed(FORMAT, code, settings)
+
+
+# --- in a worker ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip for a worker: `names` of what to find. Stages are built from `shared` once."""
+
+    path: Path
+    names: tuple[str, ...]
+    shared: str = ""
+    info: VideoFile | None = None
+    start: float = 0.0
+    end: float = 0.0
+    to: Path | None = None
+
+
+@dataclass
+class Found:
+    """What a worker found out, or why the clip is no use; and CPU seconds by what they went to."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    bad: str | None = None
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+@cache
+def built(shared: str) -> dict[str, Any]:
+    plugins_path, configs = json.loads(shared)
+    setup([f"plugins_path={plugins_path}"] if plugins_path else ())
+    return {name: registry.create(registry.typed(node)) for name, node in configs.items()}
+
+
+def probed(job: Job) -> Found:
+    return timed(lambda found: found.values.update(info=asdict(probe(job.path))), "probing")
+
+
+def looked(job: Job) -> Found:
+    """Scores of a clip: {stage: what it found}."""
+    stages = built(job.shared)
+    assert job.info
+    length = job.end - job.start
+    wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
+    clip = Footage(job.path, job.info, job.start, job.end, wanted)
+
+    def look(found: Found) -> None:
+        with spending(found, "decoding"):
+            clip.load()
+        for name in job.names:
+            with spending(found, name):
+                found.values[name] = stages[name].look(clip)
+
+    return timed(look)
+
+
+def rendered(job: Job) -> Found:
+    """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
+    assert job.info and job.to
+    to, clip = job.to, Footage(job.path, job.info, job.start, job.end)
+
+    def write(found: Found) -> None:
+        (stage,) = built(job.shared).values()
+        made = stage.render(clip)
+        frames, height, width = write_frames(to, made.frames, made.fps, made.crf, PRESET)
+        size = to.stat().st_size
+        about = {"frames": frames, "height": height, "width": width, "fps": made.fps}
+        found.values["clip"] = about | {"bytes": size}
+
+    return timed(write, "writing")
+
+
+def timed(work: Callable[[Found], None], name: str | None = None) -> Found:
+    """What `work` fills in, or why the clip is no use."""
+    found = Found()
+    try:
+        if name is None:
+            work(found)
+        else:
+            with spending(found, name):
+                work(found)
+    except BadItem as e:
+        found.bad = str(e)
+    return found
+
+
+@contextmanager
+def spending(found: Found, name: str) -> Iterator[None]:
+    """Adds the CPU seconds of its block to what was found."""
+    began = time.process_time()
+    try:
+        yield
+    finally:
+        found.spent[name] += time.process_time() - began
+
+
+# --- in the command -------------------------------------------------------------------------------
+
+
+class Work:
+    """One preparation: its journal of scores, and the CPU seconds that this run has spent."""
+
+    def __init__(self, to: Path, stages: Stages, ordered: Ordered) -> None:
+        self.to, self.stages, self.ordered = to, stages, ordered
+        self.journal = Journal(to / "scores.jsonl")
+        self.known: dict[str, Any] = dict(self.journal.rows)
+        self.spent: dict[str, float] = defaultdict(float)
+        self.is_whole = not self.known  # what is spent is the cost of all clips
+
+    def sources(self, root: Path) -> list[Row]:
+        """A row for each video file below `root`, by name."""
+        names = [n for n in walk(root) if Path(n).suffix.lower() in CONTAINERS]
+        if not names:
+            raise DataError(f"data_root={root}: no video in it; want {', '.join(CONTAINERS)}")
+        rows: list[Row] = [{"source": name, "path": root / name} for name in sorted(names)]
+        keys = [hashed(FORMAT, row["source"], *_stat(row["path"])) for row in rows]
+        jobs = [Job(row["path"], ("info",)) for row in rows]
+        named = [{"info": key} for key in keys]
+        self.compute("reading", probed, [*zip(rows, named, jobs, strict=True)])
+        for row in rows:
+            if "dropped" not in row:
+                row["info"] = VideoFile(**row.pop("found")["info"])
+                row |= {"start": 0.0, "end": row["info"].seconds, "scores": {}}
+        return rows
+
+    def legs(self, rows: list[Row]) -> list[Row]:
+        """Clips with their scores, and those that are dropped with why."""
+        for names in self.stages.legs():
+            self.look(rows, names)
+            rows = self.judge(rows, names)
+        for row in rows:
+            row["id"] = identity(row)
+        return rows
+
+    def look(self, rows: list[Row], names: list[str]) -> None:
+        looking = [n for n in names if isinstance(self.stages.built[n], Looks)]
+        shared, tasks = self.stages.shared(looking), []
+        for row in rows if looking else ():
+            if "dropped" not in row:
+                keys = {name: self.stages.key(name, row) for name in looking}
+                missing = tuple(n for n, key in keys.items() if key not in self.known)
+                job = Job(row["path"], missing, shared, row["info"], row["start"], row["end"])
+                tasks.append((row, keys, job))
+        self.compute(" ".join(looking), looked, tasks)
+        for row, _, _ in tasks:
+            row["scores"] = row["scores"] | row.pop("found", {})
+
+    def judge(self, rows: list[Row], names: list[str]) -> list[Row]:
+        for name in names:
+            stage = self.stages.built[name]
+            kept = [row for row in rows if "dropped" not in row]
+            if isinstance(stage, Cuts):
+                rows = [part for row in rows for part in cut(row, name, stage)]
+            elif isinstance(stage, Judges):
+                for row in kept:
+                    row["id"] = identity(row)
+                for row, said in zip(kept, stage.judge(kept), strict=True):
+                    if "drop" in said:
+                        row["dropped"] = [name, said["drop"]]
+                    row |= {k: v for k, v in said.items() if k != "drop"}
+        return rows
+
+    def render(self, kept: list[Row]) -> None:
+        """Writes clips to clips/; what is there is not made again."""
+        name = self.stages.renderer
+        assert name
+        shared, tasks = self.stages.shared([name]), []
+        folder = self.to / "clips"
+        for row in kept:
+            key = self.stages.key(name, row)
+            row["file"] = folder / f"{row['id']}-{key[:8]}.mp4"
+            known = self.known.get(key, {})
+            if "bad" not in known and not _is_whole(row["file"], known.get("bytes")):
+                self.known.pop(key, None)
+            job = Job(
+                row["path"], ("clip",), shared, row["info"], row["start"], row["end"], row["file"]
+            )
+            tasks.append((row, {"clip": key}, job))
+        self.compute("writing clips", rendered, tasks)
+        for row, _, _ in tasks:
+            row["clip"] = row.pop("found", {}).get("clip")
+
+    def compute(
+        self,
+        what: str,
+        function: Callable[[Job], Found],
+        tasks: list[tuple[Row, dict[str, str], Job]],
+    ) -> None:
+        """`found` of each row by the names of its keys; what is not known is computed first.
+
+        A row whose file turns out to be no use is dropped.
+        """
+        new = [task for task in tasks if not {*task[1].values()} <= self.known.keys()]
+        results = self.ordered(function, (job for _, _, job in new))
+        with Progress(what, len(new), "clip") as progress:
+            for done, (result, (_, keys, job)) in enumerate(zip(results, new, strict=True), 1):
+                crashed = Found(bad="ends the process that decodes it")
+                got = crashed if isinstance(result, Crashed) else result
+                for name, seconds in got.spent.items():
+                    self.spent[name] += seconds
+                for name in job.names:
+                    value = {"bad": got.bad} if got.bad else got.values[name]
+                    self.known[keys[name]] = value
+                    if not isinstance(result, Crashed):  # which may have been for want of memory
+                        self.journal.add([keys[name], value])
+                progress.update(done)
+        for row, keys, _ in tasks:
+            found = {name: self.known[key] for name, key in keys.items()}
+            bad = next((v["bad"] for v in found.values() if "bad" in v), None)
+            if bad is None:
+                row["found"] = found
+            else:
+                row["dropped"] = [UNREADABLE, bad]
+
+
+def cut(row: Row, name: str, stage: Cuts) -> Iterator[Row]:
+    """The clips that a stage makes of one."""
+    if "dropped" in row:
+        yield row
+        return
+    begin = row["start"]
+    for start, end, why in stage.spans(row["scores"][name], row["end"] - begin):
+        span = {"start": round(begin + start, 6), "end": round(begin + end, 6)}
+        rest = {k: v for k, v in row["scores"].items() if k != name}
+        yield row | span | {"scores": rest} | ({"dropped": [name, why]} if why else {})
+
+
+def identity(row: Row) -> str:
+    """Of a clip: its file's name and its span; a file name itself."""
+    return hashed(row["source"], row.get("start"), row.get("end"))[:16]
+
+
+def check_captions(kept: list[Row], form: str) -> None:
+    """Raises DataError where a layout wants captions and clips have none."""
+    bare = [row["source"] for row in kept if not row.get("caption")]
+    if form in ("cogvideox_folder", "webvid") and bare:  # whose readers pass over empty ones
+        raise DataError(
+            f"task.format={form}: {len(bare)} clips have no caption, such as {bare[0]}; use "
+            "stage.captions.missing=drop or template"
+        )
+
+
+def write_manifest(to: Path, root: Root, rows: list[Row]) -> None:
+    """manifest.jsonl, a line for each clip, and settings.json, of which each line has the hash."""
+    used = {"av", "numpy", *(d for cfg in root.stage.values() for d in cfg.distributions)}
+    versions = {name: version(name) for name in sorted(used)}
+    settings = {
+        "format": FORMAT,
+        "data_root": root.task.data_root,
+        "stages": to_container(root.stage),
+        "versions": versions,
+    }
+    text = json.dumps(settings, indent=1) + "\n"
+    write_atomic(to / "settings.json", text)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    lines = [json.dumps(told(row) | {"settings": digest}) for row in rows]
+    write_atomic(to / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def told(row: Row) -> dict[str, Any]:
+    """What the manifest says of a clip."""
+    stage, why = row.get("dropped", (None, None))
+    info = asdict(row["info"]) if "info" in row else None
+    own = ("path", "file", "info", "dropped", "found")
+    said = {k: v for k, v in row.items() if k not in own}
+    return said | {"kept": stage is None, "dropped_by": stage, "why": why, "info": info}
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Names of the files below `root`; hidden ones are passed over."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for file in files:
+            if not file.startswith("."):
+                yield Path(folder, file).relative_to(root).as_posix()
+
+
+def hashed(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    return path.is_file() and path.stat().st_size == size

@@ -1,0 +1,1 @@
+"""Pages, figures, tables and media of runs and ablations."""

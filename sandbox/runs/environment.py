@@ -1,0 +1,114 @@
+"""What a run records of its surroundings: code, versions, machine, command line."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sandbox.config.paths import CHECKOUT
+from sandbox.config.secrets import mask_text
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+    "av",
+    "safetensors",
+    "scikit-learn",
+    "einops",
+)
+
+
+def environment() -> dict[str, Any]:
+    """When, where and with what a command was started; secrets masked."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": [mask_text(a) for a in sys.argv],
+        "folder": os.getcwd(),
+        "code": code(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hardware": _hardware(),
+        "sweep": os.environ.get("WANDB_SWEEP_ID"),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code() -> dict[str, Any]:
+    """Commit of the checkout, whether files differ from it, and a hash of what does, plugins
+    elsewhere included; empty outside a git checkout.
+    """
+    from sandbox.config.registry import sources_beside
+
+    if not (CHECKOUT / ".git").exists():
+        return {}
+    own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git need not know the rest, as in .venv
+    try:
+        found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
+        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(*own)]
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    parts = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))
+    return found | ({"changes": parts.hexdigest()[:12]} if changes else {})
+
+
+def _changes() -> Iterator[bytes]:
+    """What differs from the commit: of files that git knows, and new ones of code and settings."""
+    yield _git("diff", "HEAD", "--no-ext-diff", "--binary").encode()
+    new = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
+    for name in filter(None, new.split("\0")):
+        yield name.encode()
+        yield (CHECKOUT / name).read_bytes()
+
+
+def _git(*words: str) -> str:
+    # Without locks: `git status` would take that of the index, and a commit meanwhile would fail.
+    done = subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(CHECKOUT), *words],
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    return done.stdout.decode(errors="replace").strip()
+
+
+def _hardware() -> dict[str, Any]:
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return {
+        "cpu": _entry(Path("/proc/cpuinfo"), "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [_entry(p, "Model") for p in sorted(gpus.glob("*/information"))],
+    }
+
+
+def _entry(path: Path, name: str) -> str:
+    """Value of the first `name : value` line of a file of the system; empty where there is none."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next(
+        (v.strip() for k, _, v in (x.partition(":") for x in lines) if k.strip() == name), ""
+    )

@@ -1,0 +1,423 @@
+"""The run folder: which one a command continues, who may write in it, and what lies there.
+
+The name is the recipe and a hash of the resolved config, so the same command finds its run again:
+
+    outputs/default-1a2b3c4d/   the first run of this configuration; -2, -3 ... are further ones
+      lock                        held by the running process; freed by the system when that dies
+      config.yaml                 resolved, secrets masked
+      environment.json            versions, code, machine, command line and the folder that it was
+                                  given in; earlier starts in "earlier"
+      metrics.jsonl               the truth about metrics: a line a step, the last one counts
+      checkpoints/ samples/
+      result.json                 written last: the run is finished
+
+`steps` belongs to the identity: schedules depend on it, and a sweep over it must not share one
+folder. To train a finished run for longer, name its folder: `resume.run=outputs/default-1a2b3c4d
+steps=2400`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import fnmatch
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from sandbox.config.secrets import mask
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.distributed.rank import Rank
+from sandbox.runs.environment import environment
+from sandbox.storage.atomic import storing, write_atomic
+
+# Settings that do not change a result, with all that is below them. They are no part of a run's
+# identity and may differ when it is resumed.
+IGNORED = (
+    "out",
+    "cache",
+    "resume",
+    "logger",
+    "checkpoint",
+    "plugins_path",
+    "*.num_workers",
+    "trainer.accelerator",
+    "trainer.threads",
+    "trainer.log_every",
+    "trainer.low_vram",
+    "trainer.timeout",
+    "hydra",
+)
+PATIENCE = 2.0  # seconds for the ranks of a command that was just killed to be gone
+# Groups and settings that decide the operations of an optimizer step.
+WORK = ("data", "vae", "backbone", "conditioning", "adapter", "trainable", "precision", "trainer")
+
+log = logging.getLogger(__name__)
+
+
+# --- identity -------------------------------------------------------------------------------------
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Eight hex digits that depend on every setting that may change the result."""
+    settings = {k: v for k, v in leaves(mask(config)).items() if not matches(k, IGNORED)}
+    return hashlib.sha256(json.dumps(sorted(settings.items())).encode()).hexdigest()[:8]
+
+
+def identity_of_work(settings: Mapping[str, str]) -> str:
+    """Eight hex digits that depend on every setting that changes the operations of a step.
+
+    `settings` are those of `leaves`.
+    """
+    kept = {k: v for k, v in settings.items() if k.partition(".")[0] in WORK}
+    kept = {k: v for k, v in kept.items() if not matches(k, IGNORED)}
+    return hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:8]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
+    return [f"{name}: {a} -> {b}" for name, (a, b) in changes(old, new).items()]
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    a, b = leaves(mask(old)), leaves(mask(new))
+    names = [*a, *(k for k in b if k not in a)]
+    pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in names}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def leaves(node: Any, name: str = "") -> dict[str, str]:
+    """Dotted name -> value as JSON: compared as written, also NaN."""
+    if isinstance(node, Mapping) and node:
+        found: dict[str, str] = {}
+        for key, value in node.items():
+            found |= leaves(value, f"{name}.{key}" if name else str(key))
+        return found
+    return {name: json.dumps(node, default=str)} if name else {}
+
+
+def _number(text: str) -> float:
+    return (
+        float(text) if re.fullmatch(r"\d+", text) else float("nan")
+    )  # NaN is no more than anything
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
+    )
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_run(
+    out: str | Path,
+    name: str,
+    config: Mapping[str, Any],
+    resume: str = "auto",
+    allow: Sequence[str] = (),
+) -> Run:
+    """The locked folder in which this configuration runs.
+
+    resume: "auto" continues the newest folder of this identity that is neither finished nor in use,
+    else starts the next one; "never" always starts one; a folder continues that run, also a
+    finished one, also with a larger `steps`. `allow`: names of settings that may change the result
+    and may differ then. Raises StorageError where nothing can be written, ConfigError for a folder
+    that cannot be continued.
+    """
+    if resume not in ("auto", "never"):
+        run = _reopened(Path(resume), config, allow)
+    else:
+        run = _own(Path(out), _stem(name, config), resume == "auto")
+    try:
+        run._begin(config)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _stem(name: str, config: Mapping[str, Any]) -> str:
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
+    return f"{safe}-{identity(config)}"
+
+
+def finished_run(root: Any) -> Path | None:
+    """The newest finished run folder of a typed, wired Root; None where there is none."""
+    from sandbox.config.root import to_container
+
+    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    return next((path for path in found if Run(path).finished), None)
+
+
+def open_root(root: Any) -> Run:
+    """`open_run` for a typed Root (`sandbox.config.composition`), named for its recipe."""
+    from sandbox.config.root import to_container
+
+    which = root.resume.run or root.resume.mode
+    return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
+
+
+def continues(root: Any) -> bool:
+    """Whether `open_root` finds a run to go on with, which has weights of its own."""
+    from sandbox.config.root import to_container
+
+    if root.resume.run is not None:
+        return True
+    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    return root.resume.mode == "auto" and any(not Run(path).finished for path in found)
+
+
+@contextmanager
+def opened(root: Any, rank: Rank) -> Iterator[Run]:
+    """`open_root` in rank 0, which alone writes there; the others get the folder to read from."""
+    mine: Run | None = None
+    with rank.first():
+        if rank.index == 0:
+            mine = open_root(root)
+    folder = rank.broadcast_plain(str(mine.folder) if mine else None)
+    with mine or Run(folder) as run:
+        yield run
+
+
+def _own(out: Path, stem: str, resume: bool) -> Run:
+    with storing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for n, folder in enumerate(_folders(out, stem) if resume else ()):
+        run = Run(folder)
+        if not run.finished and run._lock(0 if n else PATIENCE):
+            if not run.finished:  # it may have ended between the two looks
+                return run
+            run.close()
+    for n in itertools.count(1):
+        run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
+        with storing(run.folder):
+            try:
+                run.folder.mkdir()
+            except FileExistsError:
+                continue
+        if run._lock():  # else another start found it empty and took it
+            return run
+    raise AssertionError("count is endless")
+
+
+def _folders(out: Path, stem: str) -> list[Path]:
+    """Folders of this identity, newest first."""
+    found = []
+    for path in out.glob(f"{stem}*"):
+        match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
+        if match and path.is_dir():
+            found.append((int(match[1] or 1), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
+    run = Run(folder)
+    if not run.config_file.is_file():
+        raise ConfigError(
+            f"resume.run={folder}: no run there (it has no config.yaml); want the folder of a run"
+        )
+    if not run._lock():
+        raise ConfigError(
+            f"resume.run={folder}: a process is running in it; wait for it or stop it"
+        )
+    changed, start = changes(run.config(), config), run.started_in()
+    for line in differences(run.config(), config):
+        log.info("resume: %s", line)
+    refused = [
+        f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
+        f"to allow it: resume.allow=[{k}]"
+        for k, (a, b) in changed.items()
+        if not matches(k, (*IGNORED, *allow))
+        and not (k == "steps" and _number(b) >= _number(a))
+        and not _same_file(start, a, b)
+    ]
+    if refused:
+        run.close()
+        raise ConfigError(*refused)
+    if run.finished:  # its result is that of fewer steps
+        with storing(run.result):
+            run.result.replace(run.folder / "result.earlier.json")
+    return run
+
+
+def _same_file(start: Path, a: str, b: str) -> bool:
+    """Whether two values (JSON) name one file or folder, `a` seen from the folder `start`."""
+    if not a[:1] == b[:1] == '"' or "/" not in a + b:
+        return False
+    one, other = start / json.loads(a), Path(json.loads(b))
+    return one.exists() and one.resolve() == other.resolve()
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+class Run:
+    """A run folder. `open_run` gives one with its lock; helpers and readers use `Run(folder)`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.resumed = False  # whether an earlier process began this run
+        self.config_file = self.folder / "config.yaml"
+        self.environment = self.folder / "environment.json"
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.checkpoints = self.folder / "checkpoints"
+        self.samples = self.folder / "samples"
+        self.result = self.folder / "result.json"
+        self._handle: int | None = None
+        self._tail_is_whole = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.result.is_file()
+
+    def config(self) -> dict[str, Any]:
+        """The recorded config. Raises StorageError."""
+        import yaml
+
+        try:
+            text = self.config_file.read_text(encoding="utf-8")
+            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        except (OSError, yaml.YAMLError) as e:
+            raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+
+    def started_in(self) -> Path:
+        """The folder that its relative paths are of: that of its last start, where it is there."""
+        folder = Path(read_json(self.environment).get("folder", ""))
+        return folder if folder.is_absolute() and folder.is_dir() else Path.cwd()
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics of an optimizer step; of a step's equal names the last one counts."""
+        self.record_all([(step, metrics)])
+
+    def record_all(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """The same for several steps with one write. Raises StorageError."""
+        self._append("".join(json.dumps({"step": s, **m}) + "\n" for s, m in rows))
+
+    def rewind(self, step: int) -> None:
+        """Says that the run goes on from `step`: what was recorded after it counts no more."""
+        self._append(json.dumps({"rewind": step}) + "\n")
+
+    def metrics(self) -> dict[int, dict[str, float]]:
+        """Step -> metrics, in the order of steps. A line that a kill cut off is passed over."""
+        found: dict[int, dict[str, float]] = {}
+        if not self.metrics_file.is_file():
+            return found
+        with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if "rewind" in row:
+                    found = {s: m for s, m in found.items() if s <= row["rewind"]}
+                else:
+                    found.setdefault(row.pop("step"), {}).update(row)
+        return dict(sorted(found.items()))
+
+    def describe(self, **facts: Any) -> None:
+        """Adds what is known later (device, chosen kernels) to environment.json."""
+        self._write_json(self.environment, {**read_json(self.environment), **mask(facts)})
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, atomically and last: from now on the run is finished."""
+        self._write_json(self.result, mask(result))
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._handle in _held:  # not so in a forked child, which has dropped it
+            del _held[self._handle]
+            os.close(self._handle)
+        self._handle = None
+
+    def _lock(self, patience: float = 0) -> bool:
+        """Takes the lock, which the system frees when this process dies.
+
+        False: it is taken, and another process that has it keeps it for `patience` seconds.
+        """
+        path = self.folder / "lock"
+        with storing(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(handle)
+            if isinstance(e, BlockingIOError):
+                if patience <= 0 or path in _held.values():
+                    return False
+                time.sleep(0.05)
+                return self._lock(patience - 0.05)
+            raise StorageError(
+                f"{path}: this file system has no locks ({e.strerror or e}); choose another out="
+            ) from e
+        _held[handle] = path
+        self._handle = handle
+        return True
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        import yaml
+
+        self.resumed = self.config_file.is_file()
+        earlier = read_json(self.environment)
+        now = environment()
+        if self.resumed and earlier.get("code") != now["code"]:
+            log.warning(
+                "%s is continued with other code: %s -> %s",
+                self.folder,
+                earlier.get("code"),
+                now["code"],
+            )
+        if earlier:
+            now["earlier"] = [*earlier.pop("earlier", []), earlier]
+        with storing(self.folder):
+            self.checkpoints.mkdir(exist_ok=True)
+            self.samples.mkdir(exist_ok=True)
+            write_atomic(self.config_file, yaml.safe_dump(mask(config), sort_keys=False, width=100))
+        self._write_json(self.environment, now)
+
+    def _append(self, text: str) -> None:
+        with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
+            if not self._tail_is_whole and file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line off
+                    text = "\n" + text
+            file.write(text.encode())
+        self._tail_is_whole = True
+
+    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        with storing(path):
+            write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+_held: dict[int, Path] = {}  # the locks of this process, by their handles
+
+
+def _drop_locks_in_child() -> None:
+    """A forked child (a loader's worker) would keep the lock alive after a kill of its parent."""
+    while _held:
+        os.close(_held.popitem()[0])
+
+
+os.register_at_fork(after_in_child=_drop_locks_in_child)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,1 @@
+"""Files: atomic writes, tar shards, files of weights, checkpoints."""

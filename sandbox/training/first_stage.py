@@ -1,0 +1,213 @@
+"""Where a first stage gets its weights: a file, the cache, or training it now (`vae.weights`).
+
+With weights=auto a first stage is fitted or trained once for its exact (configuration, data, seed,
+code) and kept in the cache; later runs and the other jobs of a sweep use it, whatever optimizer or
+schedule they compare. A lock keeps jobs that start together from training it twice.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sandbox.config import registry
+from sandbox.config.param_groups import rates
+from sandbox.config.root import Root, clips_per_step
+from sandbox.config.wiring import first_stage_alone
+from sandbox.contracts import StorageError
+from sandbox.data.loader import batches
+from sandbox.distributed.rank import Rank
+from sandbox.evaluation.evaluate import by_pairs, gather, reconstructed
+from sandbox.model.autoencoding import Autoencoding, psnr
+from sandbox.model.components import build, use_kernels
+from sandbox.reports import media
+from sandbox.runs.run import continues, opened
+from sandbox.storage import weight_files
+from sandbox.storage.atomic import locked, replacing, storing
+from sandbox.storage.first_stage_files import KEPT, cached, init_first_stage, load_weights
+from sandbox.training.loop import fit
+from sandbox.training.state import start
+
+CALIBRATION_CLIPS = 512
+TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
+
+
+def prepare_first_stage(
+    root: Root, first_stage: nn.Module, folder: Path | None = None, rank: Rank | None = None
+) -> None:
+    """Gives `first_stage` its weights. Raises StorageError for a file that does not fit.
+
+    A run keeps the first stage that it trains on in its `folder`, and goes on with that one
+    whatever becomes of the cache: latents of another first stage would mean something else.
+    """
+    cfg, kept = root.vae, folder / KEPT if folder else None
+    if cfg.weights is None or cfg.fitted() == "none":
+        return
+    if kept and kept.is_file():
+        load_weights(first_stage, kept)
+        return
+    if cfg.weights != "auto":
+        load_weights(first_stage, Path(cfg.weights))
+        return
+    path = cached(root)
+    with locked(path):
+        if not path.is_file():
+            how = "fitting" if cfg.fitted() == "closed_form" else "training"
+            print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
+            make(root, first_stage, rank)
+            weight_files.write(first_stage.state_dict(), path)
+        if kept:
+            _keep(path, kept)
+    try:
+        load_weights(first_stage, kept or path)
+    except StorageError as e:
+        raise StorageError(f"{e}; it is only kept to save time: delete {path}") from e
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """The same file under another name, or a copy where the file system cannot; whole, or not."""
+    with storing(kept), replacing(kept) as part:
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+
+
+def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
+    """Fits or trains `first_stage` on the training split, in this process alone."""
+    if root.vae.fitted() == "closed_form":
+        train = registry.create(root.data.whole()).split("train")
+        first_stage.fit(b.video for b in batches(train, 256, root.seed))
+        return
+    load_weights(first_stage, train_in_cache(_plain(root), (rank or Rank()).alone()))
+
+
+def _plain(root: Root) -> Root:
+    """`root` without settings of the run that a shared first stage must not depend on."""
+    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
+    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
+    trainer = replace(registry.default("trainer", "single"), **machine)
+    return replace(root, data=root.data.whole(), precision="fp32", trainer=trainer, **fixed)
+
+
+def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
+    """Measures the scale of the latents on training clips, where it is left to the data.
+
+    `device`: where the first stage is.
+    """
+    train = registry.create(root.data.whole()).split("train")
+
+    def some() -> Iterator[torch.Tensor]:
+        for i, batch in enumerate(batches(train, 64, root.seed)):
+            if i * 64 >= CALIBRATION_CLIPS:
+                return
+            assert batch.video is not None  # `batches` loads clips
+            yield batch.video.to(device)
+
+    first_stage.calibrate(some())
+
+
+def train_in_cache(root: Root, rank: Rank) -> Path:
+    """The weights of the first stage of `root`, trained with this task's own settings in a run
+    folder of the cache.
+    """
+    task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
+    own = replace(
+        root,
+        task=task,
+        lr=recipe.lr,
+        base_lr=None,
+        steps=recipe.steps,
+        recipe=root.vae.plugin.replace("/", "-"),
+        out=str(Path(root.cache) / "runs"),
+        vae=replace(root.vae, weights=None),
+        init_from=None,
+        trainable=None,
+        adapter=None,
+        metric=None,
+        reconstruction=None,
+        callbacks={},
+        logger=None,
+        resume=registry.default("resume", "auto"),
+    )
+    done = train_first_stage(first_stage_alone(own), None, rank)
+    return Path(done["folder"]) / "first_stage.safetensors"
+
+
+def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
+    """Trains a wired `root`, measures, and writes a run folder; returns its result."""
+    check_weights(root, begins=not continues(root))
+    by_pairs(root)  # weights that it lacks are missed now
+    with opened(root, rank) as run:
+        print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
+        system = build_autoencoding(root)
+
+        def initialise() -> None:
+            if root.init_from is not None:
+                init_first_stage(system.first_stage, Path(root.init_from))
+
+        with start(system, run, group, rank, initialise) as training:
+            fit(training)
+            result: dict[str, Any] = {}
+            with rank.first():
+                if rank.index == 0:
+                    result = _finish(training)
+            return result
+
+
+def check_weights(root: Root, begins: bool = True) -> None:
+    """Raises ConfigError where `trainable` names no weights that are there, and StorageError where
+    those of `init_from`, where it `begins`, have other names or shapes; makes none.
+    """
+    with torch.device("meta"):
+        planned = build("vae", root)
+    if root.trainable is not None:
+        rates([f"first_stage.{name}" for name, _ in planned.named_parameters()], root.trainable)
+    if root.init_from is not None and begins:
+        init_first_stage(planned, Path(root.init_from))
+
+
+def build_autoencoding(root: Root) -> Autoencoding:
+    """A first stage with its loss, of a complete `root`, with fresh weights."""
+    use_kernels(root)
+    return Autoencoding(
+        root, build("vae", root), build("reconstruction", root), clips_per_step(root)
+    )
+
+
+def _finish(training: Any) -> dict[str, Any]:
+    """Writes weights and reconstructions of held-out clips; the result file last."""
+    root, run, system = training.root, training.run, training.system
+    task, first_stage = root.task, system.first_stage
+    with training.averaged(), torch.no_grad():
+        system.eval()
+        calibrate(root, first_stage, system.device)
+        val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
+        video = val.video
+        assert video is not None  # gathered
+        made = reconstructed(first_stage, video, system.device)
+        weight_files.write(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+    decibels = psnr(made, video).mean().item()
+    scores: dict[str, float] = {}
+    if metric := by_pairs(root):
+        metric.beside(video)
+        scores = metric.score(made, val.captions or [""] * val.size)
+    sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
+    captions = (val.captions or [])[shown]
+    media.reconstruction_sheet(sheet, [*video[shown]], [*made[shown]], captions)
+    training.trackers.summary({"psnr_db": decibels} | {f"score/{k}": v for k, v in scores.items()})
+    result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
+    result["objective"] = decibels
+    result |= {"scores": scores} if scores else {}
+    run.finish(result)
+    said = "".join(f", {name} {value:.4g}" for name, value in scores.items())
+    measured = f"{decibels:.1f} dB{said} on {val.size} held-out clips"
+    print(f"first stage: {measured}; sheet {sheet}", flush=True)
+    return result

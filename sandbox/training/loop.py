@@ -1,0 +1,261 @@
+"""The training loop: Lightning turns the crank; two callbacks do what each step asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from sandbox.config import registry
+from sandbox.config.param_groups import apart
+from sandbox.config.root import Root
+from sandbox.contracts import Batch, Diverged, Preempted
+from sandbox.data.loader import Loader
+from sandbox.data.randomness import seed_dropout, seed_of
+from sandbox.model.devices import use_threads
+from sandbox.reports.progress import Progress
+from sandbox.runs.protocol import fingerprint
+from sandbox.training.state import Seen, Training, blamed, check_best_of
+
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
+
+
+def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
+    """Trains from `training.step` to `root.steps`; `callbacks` come after those of the settings.
+
+    Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
+    """
+    root, system, cfg = training.root, training.system, training.root.trainer
+    if training.step >= training.steps:
+        return
+    use_threads(root, threads)
+    system.optimizer = training.optimizer
+    for callback in training.callbacks.values():
+        callback.training = training  # type: ignore[attr-defined]
+    stream = Stream(training.loader, cfg.repeat, first=training.step * cfg.accumulate)
+    device = system.device
+    rank, strategy = training.rank, training.processes.strategy(device, training.rank.world)
+    is_parallel = isinstance(strategy, ParallelStrategy)
+    devices = rank.local_world if is_parallel else 1
+    if device.type == "cuda" and not is_parallel:
+        devices = [device.index or 0]
+    _quiet()
+    with Progress("training", training.steps, first=training.step) as progress:
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=devices,
+            num_nodes=rank.world // rank.local_world if is_parallel else 1,
+            strategy=strategy,
+            plugins=[LightningEnvironment()],
+            precision=PRECISION[root.precision],  # type: ignore[arg-type]
+            max_steps=training.steps - training.step,
+            max_epochs=-1,
+            accumulate_grad_batches=cfg.accumulate,
+            callbacks=[
+                Stepping(training),
+                *training.callbacks.values(),
+                *callbacks,
+                Keeping(training, progress),
+            ],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+        )
+        try:
+            with rank.listening():
+                trainer.fit(system, train_dataloaders=stream)
+        except SystemExit as e:  # Lightning's answer to a KeyboardInterrupt
+            raise KeyboardInterrupt from e
+        finally:
+            training.loader.close()
+    training.optimizer.zero_grad()
+    system.to(device)  # Lightning has put it on the CPU
+    if training.leads:
+        training.run.describe(kernels=registry.create(root.kernels).report(), data=_data_of(root))
+
+
+def _data_of(root: Root) -> dict[str, Any]:
+    """What a later run is compared with to see whether it had the same data."""
+    source = registry.create(root.data)
+    return {name: fingerprint(source.split(name)) for name in ("train", "val")}
+
+
+def _quiet() -> None:
+    """Without Lightning's advice on devices, and on modules that are frozen on purpose."""
+    if not torch.cuda.is_available():
+        # Set by Lightning; an optimizer then looks for a driver in every step (0.1 ms).
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for text in (
+        "Found .* module.* in eval mode",
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*GPU available but not used.*",
+        "FSDP2-wrapped module .* returned a view tensor",  # nothing writes into it
+    ):
+        warnings.filterwarnings("ignore", text)
+
+
+class Stepping(Callback):
+    """First in line: what belongs to an optimizer step.
+
+    Learning rate, dropout seed, clipping, the check of the gradient, average, metrics.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.root, self.cfg = training, training.root, training.root.trainer
+        self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
+        every, watching = self.root.checkpoint.every, filter(None, self.root.callbacks.values())
+        # what a first stage that goes to the cache trains with has no callback that measures
+        self.is_measured = any(c.measures(every) for c in watching)
+        self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
+        self.seen: list[Seen] = []
+        self.rates: dict[str, float] = {}
+        self.is_bad = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.training.scaler:
+            trainer.precision_plugin.load_state_dict(self.training.scaler)
+        if self.training.ema:
+            self.training.ema.cut()  # by now its trainer has cut the weights
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        pl_module.finished_steps = self.training.step
+        first = int(batch.position[0])  # type: ignore[index]
+        is_last = (batch_idx + 1) % self.cfg.accumulate == 0
+        self.training.processes.begin_micro_batch(pl_module, is_last)
+        seed_dropout(pl_module.device, seed_of(self.root.seed, "dropout", batch.epoch, first))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        rate = self.root.lr_schedule.factor(self.training.step, self.training.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self.training.processes.clip(parameters, self.cfg.clip)
+        self.rates = self.learning_rates(rate)
+        # Waits for the device. The norm is that of all ranks together: they agree.
+        if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
+            self.is_bad = True
+            optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
+
+    def learning_rates(self, factor: float) -> dict[str, float]:
+        """`lr`, and that of each entry of `trainable` where one has another, at this step."""
+        lr, entries = (self.root.lr or 0.0) * factor, map(apart, self.root.trainable or ())
+        others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
+        return {"lr": lr, **others}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        training = self.training
+        training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
+        if pl_module.opponent:
+            rate = self.root.lr_schedule.factor(training.step, training.steps)
+            with trainer.precision_plugin.forward_context():
+                pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
+        if not training.step and self.is_measured:
+            check_best_of(self.root, sorted(pl_module.logged))
+        self.metrics.append(pl_module.metrics)
+        self.seen.append(Seen(batch.ids, pl_module.per_sample))
+        is_update = training.just_stepped or self.each_micro_batch
+        if training.ema and is_update and not self.is_bad:
+            training.ema.update()
+        if training.just_stepped:
+            self.end_step()
+
+    def end_step(self) -> None:
+        training = self.training
+        training.step += 1
+        of_step = {"grad_norm": training.processes.norm(), **self.rates}
+        metrics = {**_mean(self.metrics), **of_step}
+        if self.is_bad:
+            samples = blamed(self.seen, training.rank)
+            training.skipped.append({"step": training.step, "samples": samples})
+            metrics["skipped"] = len(training.skipped)
+        training.note(metrics, self.seen)
+        self.metrics, self.seen, self.is_bad = [], [], False
+        if len(training.skipped) > self.cfg.max_bad_steps:
+            raise Diverged(
+                f"{len(training.skipped)} steps have gradients that are not finite, more than "
+                f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
+                + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
+            )
+
+
+class Keeping(Callback):
+    """Last in line: writes metrics and checkpoints, shows progress, and stops when asked to."""
+
+    def __init__(self, training: Training, progress: Progress) -> None:
+        self.training, self.progress = training, progress
+        self.policy = registry.create(training.root.checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.training.rank.listen()
+        if why := self.training.rank.agree_to_stop():
+            raise Preempted(f"stopped by {why} before a step was made; run it again to go on")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        training, cfg = self.training, self.training.root.trainer
+        if not training.just_stepped:
+            return
+        step, why = training.step, training.rank.agree_to_stop()
+        ends = why is not None or step == training.steps
+        if ends or step == 1 or step % cfg.log_every == 0:
+            training.flush()
+            shown = {k: v for k, v in training.latest.items() if k in ("loss", "lr")}
+            self.progress.update(step, **{k: f"{v:.4g}" for k, v in shown.items()})
+        if ends or self.policy.due(step):
+            training.scaler = trainer.precision_plugin.state_dict()
+            training.save()
+        weights_every = training.root.checkpoint.weights_every
+        if weights_every and step % weights_every == 0:
+            training.save_weights()
+        if why is not None:
+            raise Preempted(
+                f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "
+                "the same command goes on from there"
+            )
+
+
+def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(metrics) == 1:
+        return metrics[0]
+    return {k: torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
+
+
+class Stream:
+    """The loader's micro-batches without end: an optimizer step may span two epochs.
+
+    With `repeat` it is the first so many of epoch 0 again and again, from number `first` on.
+    """
+
+    def __init__(self, loader: Loader, repeat: int = 0, first: int = 0) -> None:
+        self.loader, self.repeat, self.first = loader, repeat, first
+
+    def __len__(self) -> int:
+        """So many that there is no last one; without a length Lightning takes one ahead."""
+        return 1 << 40
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.repeat:
+            self.loader.load_state_dict(self.loader.state_dict() | {"epoch": 0, "taken": 0})
+            repeated = [*islice(self.loader, self.repeat)]
+            yield from islice(cycle(repeated), self.first % len(repeated), None)
+        while True:
+            yield from self.loader

@@ -1,0 +1,174 @@
+"""Where metrics, videos and images go: the run's own metrics.jsonl and the chosen tracker.
+
+A tracker is a convenience and never ends a run: one that fails is named once and left out from then
+on. The run's own metrics.jsonl is the truth, and a run that cannot write it ends with a
+StorageError.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sandbox.config.secrets import mask
+from sandbox.runs.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Mean = Callable[[Tensor], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """What a `logger` plugin is. Steps are optimizer steps and may repeat after a resume."""
+
+    def start(self, folder: Path, config: dict[str, Any], name: str, group: str | None) -> None:
+        """Once, first: the run folder, plain containers without secrets, a multirun's name."""
+        ...
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
+        """An encoded file (.mp4)."""
+        ...
+
+    def images(
+        self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
+    ) -> None:
+        """Image files, with a caption each or none at all."""
+        ...
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final numbers of the run."""
+        ...
+
+    def finish(self, exit_code: int) -> None:
+        """Once, last; also after a failure, with the code the program will end with."""
+        ...
+
+
+class PageTracker(Tracker, Protocol):
+    """One that takes a report as well (task.send)."""
+
+    def start(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        name: str,
+        group: str | None,
+        sweep: str | None = None,
+    ) -> None:
+        """`sweep`: id of the one that it stands in, where that is not the agent's own."""
+        ...
+
+    def page(self, name: str, path: Path) -> None:
+        """A self-contained HTML page."""
+        ...
+
+    def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
+        """Rows of text, the first one the header."""
+        ...
+
+
+class Trackers:
+    """The run's metrics file and any number of trackers as one."""
+
+    def __init__(self, run: Run, trackers: Iterable[Tracker] = ()) -> None:
+        self.run, self.trackers = run, list(trackers)
+
+    def start(self, config: Mapping[str, Any], name: str, group: str | None = None) -> None:
+        shown = mask(config)
+        self._each(lambda t: t.start(self.run.folder, shown, name, group))
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.metrics_of([(step, metrics)])
+
+    def metrics_of(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Metrics of several steps, one write to the run folder. Raises StorageError."""
+        self.run.record_all(rows)
+        for step, metrics in rows:
+            self._each(lambda t, s=step, m=metrics: t.metrics(s, m))
+
+    def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
+        """A clip as a file: .mp4, or .png of a clip of one frame."""
+        if path.suffix == ".png":
+            self.images(step, name, [path], [caption])
+        else:
+            self._each(lambda t: t.video(step, name, path, caption))
+
+    def images(
+        self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
+    ) -> None:
+        self._each(lambda t: t.images(step, name, paths, captions))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        shown = mask(values)
+        self._each(lambda t: t.summary(shown))
+
+    def finish(self, exit_code: int = 0) -> None:
+        self._each(lambda t: t.finish(exit_code))
+        self.trackers = []
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as e:  # third-party code and networks: whatever it is, the run goes on
+                self.trackers.remove(tracker)
+                log.warning(
+                    "%s failed and is left out from now on (%s: %s); all metrics are in %s",
+                    type(tracker).__name__,
+                    type(e).__name__,
+                    e,
+                    self.run.metrics_file,
+                )
+
+
+class MetricBuffer:
+    """Keeps metrics on their device until they go out together, with one wait for the device.
+
+    Flush before a checkpoint is saved: steps that a resumed run does not repeat must be on disk by
+    then.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Tensors are () and not changed in place later. Raises ValueError for other shapes."""
+        row: dict[str, Tensor | float] = {}
+        for name, value in metrics.items():
+            if getattr(value, "ndim", 0):
+                raise ValueError(f"metric {name} has shape {tuple(value.shape)}: want one number")  # type: ignore[union-attr]
+            row[name] = value if isinstance(value, int | float) else value.detach()
+        self._rows.append((step, row))
+
+    def flush(self, mean: Mean | None = None) -> list[tuple[int, dict[str, float]]]:
+        """What was added since the last time, as numbers, in order.
+
+        `mean` makes of the tensors of this process, stacked, the means over all processes.
+        """
+        rows, self._rows = self._rows, []
+        waiting = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
+        numbers = iter(_numbers(waiting, mean))
+        return [
+            (step, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()})
+            for step, row in rows
+        ]
+
+
+def _numbers(tensors: list[Tensor], mean: Mean | None) -> list[float]:
+    """One transfer for all; float32 and float64 arrive exactly."""
+    if not tensors:
+        return []
+    import torch
+
+    where = tensors[0].device
+    stacked = torch.stack([t if t.device == where else t.to(where) for t in tensors])
+    return (mean(stacked) if mean else stacked).tolist()

@@ -1,0 +1,1 @@
+"""Weights of other origins: init_from, files of whole systems, export."""
