@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sandbox import compose
-from sandbox.cli.wandb_agent import PARAMETERS, understood
+from sandbox.cli.wandb_agent import PARAMETERS, translate_overrides
 
 
 @pytest.fixture
@@ -37,16 +37,16 @@ def agent(tmp_path, monkeypatch):
     ],
 )
 def test_what_an_agent_says_is_understood(agent, name, value, words):
-    assert understood(agent(**{name: value})) == words
+    assert translate_overrides(agent(**{name: value})) == words
 
 
 def test_a_trial_with_none_and_a_dictionary_composes(agent):
-    root = compose(*understood(agent(**{"trainer.clip": None, "backbone": {"width": 64}})))
+    root = compose(*translate_overrides(agent(**{"trainer.clip": None, "backbone": {"width": 64}})))
     assert root.trainer.clip is None and root.backbone.width == 64
 
 
 def test_words_of_all_trials_and_those_without_an_agent_stay(agent, monkeypatch):
     agent(lr=None)
-    assert understood(["steps=3", "x=None"]) == ["steps=3", "x=None"]
+    assert translate_overrides(["steps=3", "x=None"]) == ["steps=3", "x=None"]
     monkeypatch.delenv(PARAMETERS)
-    assert understood(["lr=None"]) == ["lr=None"]
+    assert translate_overrides(["lr=None"]) == ["lr=None"]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from sandbox.cli.command_line import SHOW, Line, parse, take_seeds
 from sandbox.cli.errors import BUG, report
 from sandbox.cli.jobs import run
-from sandbox.cli.wandb_agent import understood
+from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
 from sandbox.contracts import ConfigError, SandboxError
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _main(argv: list[str]) -> int:
     line = parse(argv)
-    line.overrides = understood(line.overrides)
+    line.overrides = translate_overrides(line.overrides)
     discovery.setup(line.overrides)
     line.overrides = composition.expand(line.overrides)
     seeds = take_seeds(line)

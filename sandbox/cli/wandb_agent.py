@@ -1,7 +1,7 @@
-"""What an agent of a W&B sweep says, in the words of our command line.
+"""Translates the parameters that a W&B sweep agent passes into Hydra overrides.
 
-An agent writes a trial's parameters as Python does: None, {'a': 1}. Hydra reads the first as a word
-and refuses the second. The agent also leaves them as a file, which says what was meant.
+The agent formats them as Python literals: None, {'a': 1}. Hydra reads the first as a string and
+rejects the second. The agent also writes them to a file, which keeps their types.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from sandbox.config.root import GROUPS
 PARAMETERS = "WANDB_SWEEP_PARAM_PATH"
 
 
-def understood(overrides: Sequence[str]) -> list[str]:
-    """Overrides with the agent's None, lists and dictionaries in Hydra's words.
+def translate_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides with the agent's None, lists and dictionaries in Hydra's grammar.
 
-    A dictionary for a group is its settings: backbone={'width': 8} is backbone.width=8.
+    A dictionary given for a group sets its settings: backbone={'width': 8} is backbone.width=8.
     """
     found: list[str] = []
     known = _parameters()
     for word in overrides:
         name = word.partition("=")[0]
         if name in known and (known[name] is None or isinstance(known[name], Mapping | list)):
-            found += _words(name, known[name])
+            found += _overrides(name, known[name])
         else:
             found.append(word)
     return found
 
 
 def _parameters() -> dict[str, Any]:
-    """Of this trial, by name; empty without an agent."""
+    """Parameters of this trial by name; empty without an agent."""
     path = os.environ.get(PARAMETERS)
     if not path or not Path(path).is_file():
         return {}
@@ -43,14 +43,14 @@ def _parameters() -> dict[str, Any]:
     return {k: v["value"] for k, v in node.items() if isinstance(v, dict) and "value" in v}
 
 
-def _words(name: str, value: Any) -> list[str]:
+def _overrides(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping) and name.partition(".")[0] in GROUPS and value:
-        return [word for k, v in value.items() for word in _words(f"{name}.{k}", v)]
+        return [word for k, v in value.items() for word in _overrides(f"{name}.{k}", v)]
     return [f"{name}={_literal(value)}"]
 
 
 def _literal(value: Any) -> str:
-    """As Hydra's grammar writes it."""
+    """A value in Hydra's override grammar."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
