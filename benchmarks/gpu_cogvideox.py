@@ -29,7 +29,7 @@ sys.path.insert(0, str(HOME))
 
 from sandbox.config import composition, discovery, registry  # noqa: E402 (the checkout, from wherever this is started)
 from sandbox.config.root import to_root
-from sandbox.config.wiring import Wiring, wire  # noqa: E402
+from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import Batch  # noqa: E402
 from sandbox.model.components import DTYPES, Parts, use_kernels  # noqa: E402
 from sandbox.model.latent_diffusion import LatentDiffusion  # noqa: E402

@@ -36,7 +36,7 @@ sys.path.insert(0, str(HOME))
 
 from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
 from sandbox.config.root import Root  # noqa: E402
-from sandbox.config.wiring import wire  # noqa: E402
+from sandbox.config.wiring import wire
 from sandbox.model.trainable import Trainable  # noqa: E402
 from sandbox.runs.run import open_run  # noqa: E402
 from sandbox.storage import weight_files  # noqa: E402

@@ -195,7 +195,7 @@ WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
     ("vae.weights=notes.txt", StorageError, ("notes.txt: want a .safetensors",)),
     ("cache=file vae.weights=auto", ConfigError, ("cache=file: cannot be written",)),
     ("resume.run=lost", ConfigError, ("resume.run=lost: no run there",)),
-    ("task=train_vae vae=pca", ConfigError, ("vae=pca: it is not trained",)),
+    ("task=train_vae vae=pca", ConfigError, ("vae=pca: cannot be trained",)),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sandbox.config.param_groups import rates
+from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import to_container
 from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, StorageError
@@ -36,25 +36,25 @@ CHOSEN = r"trainable=[blocks,'patch_out@0.1']"
     ],
 )
 def test_patterns_choose_weights_and_their_rates(entries, want):
-    assert tuple(rates(NAMES, entries).values()) == want
+    assert tuple(lr_factors(NAMES, entries).values()) == want
 
 
 def test_every_entry_that_matches_nothing_is_named_with_the_nearest_name():
     with pytest.raises(ConfigError) as raised:
-        rates(NAMES, ["atn", "blocks", "nothing@0.1"])
+        lr_factors(NAMES, ["atn", "blocks", "nothing@0.1"])
     first, second = raised.value.problems
     assert first.startswith("trainable[0]='atn': no weight") and "'attn'" in first
     assert second.startswith("trainable[2]='nothing@0.1'")
 
 
 def test_holding_everything_still_is_refused():
-    with pytest.raises(ConfigError, match="holds everything still"):
-        rates(NAMES, ["blocks@0"])
+    with pytest.raises(ConfigError, match="freezes every parameter"):
+        lr_factors(NAMES, ["blocks@0"])
 
 
 @pytest.mark.parametrize("entry", ["attn@fast", "attn@-1", "(", "@0.1", "attn@inf"])
 def test_an_entry_that_cannot_be_read_is_a_configuration_error(entry):
-    with pytest.raises(ConfigError, match=r"trainable\[1\]=.*want a part of weights' names"):
+    with pytest.raises(ConfigError, match=r"trainable\[1\]=.*want a regular expression"):
         wire(replace(small(), trainable=("blocks", entry)))
 
 

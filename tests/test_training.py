@@ -17,8 +17,9 @@ from lightning import Callback
 from torch.nn.utils import clip_grad_norm_
 
 from sandbox.config import registry
+from sandbox.config.compatibility import first_stage_alone
 from sandbox.config.root import to_container
-from sandbox.config.wiring import first_stage_alone, wire
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Diverged, Preempted
 from sandbox.data.loader import Loader, batches
 from sandbox.distributed.rank import Rank

@@ -168,7 +168,7 @@ def test_the_metric_is_that_of_the_data_where_none_is_chosen():
     assert wire(root()).root.metric.plugin == "metric/digits"
 
 
-def test_a_first_stage_alone_has_its_loss_and_its_batch_before_anything_starts():
+def test_training_a_first_stage_fills_in_its_loss_and_batch_size():
     parts = {"task": registry.default("task", "train_vae"), "vae": registry.default("vae", "vq")}
     found = wire(root(**parts)).root
     assert found.reconstruction.plugin == "reconstruction/codebook"
@@ -176,7 +176,7 @@ def test_a_first_stage_alone_has_its_loss_and_its_batch_before_anything_starts()
     assert wire(found).root == found
     assert problems(task=parts["task"], steps=0) == (
         "steps=0: want >= 1",
-        "vae=pca: it is not trained (vae.weights=auto fits it); want another vae",
+        "vae=pca: cannot be trained (vae.weights=auto fits it); choose another vae",
     )
 
 
@@ -352,7 +352,7 @@ def test_base_lr_of_a_first_stage_counts_the_batch_that_it_trains_with():
 
 
 def test_lr_that_contradicts_base_lr_is_refused():
-    with pytest.raises(ConfigError, match=r"lr=0\.1: base_lr=2e-06 asks for 0\.000192"):
+    with pytest.raises(ConfigError, match=r"lr=0\.1: base_lr=2e-06 gives 0\.000192"):
         wire(scaled(base_lr=2e-6, lr=0.1))
 
 

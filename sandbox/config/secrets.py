@@ -1,8 +1,8 @@
-"""Keeps keys, tokens and passwords out of the run folder, the tracker and the console.
+"""Masks keys, tokens and passwords in the run folder, the tracker and the console.
 
 Masked are strings under names such as `api_key` or `password`, values of environment variables with
-such names, and texts that have the form of a well-known token. Numbers never are (`num_tokens`,
-`key_dim`), nor short words under `*_key` (`first_stage_key: image` names a field of the data).
+such names, and strings in the format of a well-known token. Numbers (`num_tokens`, `key_dim`) and
+short words under `*_key` (`first_stage_key: image` names a batch field) are never masked.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-SHORTEST = (
-    8  # characters of an environment value that is looked for; shorter ones occur in ordinary text
-)
+SHORTEST = 8  # length of a masked environment value; shorter ones occur in ordinary text
 
 ALWAYS = frozenset(
     {"password", "passwd", "passphrase", "secret", "secrets", "credential", "credentials"}
 )
-LONG_ONLY = frozenset(
-    {"token", "key", "auth", "apikey"}
-)  # as the last word of a name; only for long values
-KEY_KINDS = frozenset(
-    {"api", "access", "secret", "private", "auth", "account"}
-)  # what comes before `key`
+# As the last word of a name; only long values are masked.
+LONG_ONLY = frozenset({"token", "key", "auth", "apikey"})
+# Words before `key`.
+KEY_KINDS = frozenset({"api", "access", "secret", "private", "auth", "account"})
 KNOWN_FORMS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}"
     r"|local-[0-9a-f]{40}|wandb_v1_[A-Za-z0-9_]{20,})"
@@ -40,7 +36,7 @@ def mask(config: Any) -> Any:
 
 
 def mask_text(text: str) -> str:
-    """`text` without secrets; `name=value` settings in it are judged by their name."""
+    """`text` with secrets masked; in `name=value` settings the name decides."""
 
     def setting(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]
@@ -50,7 +46,7 @@ def mask_text(text: str) -> str:
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Whether a string under this (dotted) name is one that must not be shown."""
+    """Whether a string under this (dotted) name must be masked."""
     words = _words(name)
     if words[-1] in ALWAYS:
         return True
@@ -58,7 +54,9 @@ def is_secret(name: str, value: str) -> bool:
         return False
     if words[-1] != "key" or (len(words) > 1 and words[-2] in KEY_KINDS):
         return True
-    return len(value) >= 20 and any(c.isdigit() for c in value)  # a word is a name, this is not
+    return len(value) >= 20 and any(
+        c.isdigit() for c in value
+    )  # letters alone are an ordinary name
 
 
 def _words(name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What runs inside a rank: how it hears that it shall stop, how ranks meet, and their last words.
 
-A rank is one of the processes of a run. `distributed.supervisor`, torchrun or srun start ranks; in a
-notebook or a test the current process is the rank. A function that runs in a rank is called with
+A rank is one of the processes of a run. The supervisor, torchrun or srun start ranks; in a
+notebook or test the current process is the rank. A function that runs in a rank is called with
 plain settings and its `Rank`. Importing this module imports no torch.
 """
 

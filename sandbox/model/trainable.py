@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from sandbox.config.param_groups import rates
+from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
@@ -49,7 +49,7 @@ class Trainable(LightningModule, ABC):
         if self.root.trainable is None:
             return
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        self.rates = rates(trained, self.root.trainable)
+        self.rates = lr_factors(trained, self.root.trainable)
         for name, parameter in trained.items():
             parameter.requires_grad_(self.rates[name] > 0)
         held = {id(p) for name, p in trained.items() if not self.rates[name]}

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from sandbox.config import registry
-from sandbox.config.param_groups import rates
+from sandbox.config.compatibility import first_stage_alone
+from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root, clips_per_step
-from sandbox.config.wiring import first_stage_alone
 from sandbox.contracts import StorageError
 from sandbox.data.loader import batches
 from sandbox.distributed.rank import Rank
@@ -169,7 +169,9 @@ def check_weights(root: Root, begins: bool = True) -> None:
     with torch.device("meta"):
         planned = build("vae", root)
     if root.trainable is not None:
-        rates([f"first_stage.{name}" for name, _ in planned.named_parameters()], root.trainable)
+        lr_factors(
+            [f"first_stage.{name}" for name, _ in planned.named_parameters()], root.trainable
+        )
     if root.init_from is not None and begins:
         init_first_stage(planned, Path(root.init_from))
 

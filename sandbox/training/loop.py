@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from sandbox.config import registry
-from sandbox.config.param_groups import apart
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader

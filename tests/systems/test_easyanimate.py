@@ -81,13 +81,13 @@ def test_released_files_with_tables_of_positions_are_taken(tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_the_published_parameters(stage):
     """Of the full-size network, on the meta device."""
-    from sandbox.config.param_groups import rates
+    from sandbox.config.param_groups import lr_factors
 
     root = wire(composed(f"experiment=easyanimate_v2_{stage}")).root
     with torch.device("meta"):
         numbers = {f"backbone.{k}": p.numel()
                    for k, p in registry.create(root.backbone).named_parameters()}  # fmt: skip
-    chosen = {k for k, rate in rates(numbers, root.trainable).items() if rate}
+    chosen = {k for k, rate in lr_factors(numbers, root.trainable).items() if rate}
     motion = 818_173_440  # reference: the sizes of its parts
     still = 9_593_856 + 6_048_000 + 2_304  # time, text projection, top table
     want = {
