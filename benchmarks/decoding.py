@@ -25,10 +25,10 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from plugins.data.webdataset import WebDataset  # noqa: E402
-from sandbox.data.randomness import keyed  # noqa: E402
-from sandbox.pipelines.prepare_outputs import write_shards  # noqa: E402
-from tests.footage import scene, texture, write  # noqa: E402
+from plugins.data.webdataset import WebDataset
+from sandbox.data.randomness import keyed
+from sandbox.pipelines.prepare_outputs import write_shards
+from tests.footage import scene, texture, write
 
 RESULTS = Path(__file__).parent / "results"
 HEIGHT, WIDTH, FPS, SECONDS, SIDE = 192, 320, 24.0, 4, 256

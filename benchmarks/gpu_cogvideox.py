@@ -27,12 +27,12 @@ from torch import Tensor, nn
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox.config import composition, discovery, registry  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox.config import composition, discovery, registry
 from sandbox.config.root import to_root
 from sandbox.config.wiring import Wiring, wire
-from sandbox.contracts import Batch  # noqa: E402
-from sandbox.model.components import DTYPES, Parts, use_kernels  # noqa: E402
-from sandbox.model.latent_diffusion import LatentDiffusion  # noqa: E402
+from sandbox.contracts import Batch
+from sandbox.model.components import DTYPES, Parts, use_kernels
+from sandbox.model.latent_diffusion import LatentDiffusion
 
 ROWS = {"cogvideox_2b_lora": 16, "cogvideox_5b_lora": 24, "cogvideox_2b_sft": 36}  # published GB
 RESULTS = HOME / "benchmarks" / "results"

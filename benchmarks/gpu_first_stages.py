@@ -26,9 +26,9 @@ from torch import Tensor
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.config.root import Root  # noqa: E402
-from sandbox.model.components import build, use_kernels  # noqa: E402
+from sandbox import compose
+from sandbox.config.root import Root
+from sandbox.model.components import build, use_kernels
 
 RESULTS = HOME / "benchmarks" / "results"
 GIB = 2**30

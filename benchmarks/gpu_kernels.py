@@ -24,10 +24,10 @@ import torch
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-import kernels  # noqa: E402 (the checkout, from wherever this is started)
-from kernels._benchmark import copy_bandwidth, measured, timed  # noqa: E402
-from kernels.group_norm import benchmark as group_norm  # noqa: E402
-from kernels.temporal_attention import benchmark as temporal_attention  # noqa: E402
+import kernels
+from kernels._benchmark import copy_bandwidth, measured, timed
+from kernels.group_norm import benchmark as group_norm
+from kernels.temporal_attention import benchmark as temporal_attention
 
 RESULTS = HOME / "benchmarks" / "results"
 OPS = {"group_norm": group_norm, "temporal_attention": temporal_attention}

@@ -34,16 +34,16 @@ from lightning import Callback
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.config.root import Root  # noqa: E402
+from sandbox import compose
+from sandbox.config.root import Root
 from sandbox.config.wiring import wire
-from sandbox.model.trainable import Trainable  # noqa: E402
-from sandbox.runs.run import open_run  # noqa: E402
-from sandbox.storage import weight_files  # noqa: E402
-from sandbox.tasks.train_vae import build_autoencoding  # noqa: E402
-from sandbox.training.build import build_system, clips_per_step  # noqa: E402
-from sandbox.training.loop import fit  # noqa: E402
-from sandbox.training.state import Training, start  # noqa: E402
+from sandbox.model.trainable import Trainable
+from sandbox.runs.run import open_run
+from sandbox.storage import weight_files
+from sandbox.training.build import build_system, clips_per_step
+from sandbox.training.first_stage import build_autoencoding
+from sandbox.training.loop import fit
+from sandbox.training.state import Training, start
 
 RESULTS = HOME / "benchmarks" / "results"
 WARM, MEASURED = 1, 3  # optimizer steps

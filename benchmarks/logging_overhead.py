@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path[:1] = [str(Path(__file__).resolve().parent.parent)]
-from benchmarks.step_overhead import ends_of_steps  # noqa: E402
+from benchmarks.step_overhead import ends_of_steps
 
 RESULTS = Path(__file__).parent / "results"
 LOGGERS = {

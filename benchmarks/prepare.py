@@ -22,9 +22,9 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT))
 
-from benchmarks.multirun import rss  # noqa: E402
-from sandbox.reports.media import write_frames  # noqa: E402
-from tests.footage import scene, written  # noqa: E402
+from benchmarks.multirun import rss
+from sandbox.reports.media import write_frames
+from tests.footage import scene, written
 
 RESULTS = Path(__file__).parent / "results"
 SPEED = 9.6  # pixels a second, of clips that are not still

@@ -16,8 +16,8 @@ from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
 from sandbox.tasks.train import train
-from sandbox.tasks.train_vae import train_first_stage
 from sandbox.training.build import build_system, check_weights, load_system
+from sandbox.training.first_stage import train_first_stage
 from sandbox.weights.init_from import init_from
 from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed
@@ -43,7 +43,7 @@ def test_every_entry_that_matches_nothing_is_named_with_the_nearest_name():
     with pytest.raises(ConfigError) as raised:
         lr_factors(NAMES, ["atn", "blocks", "nothing@0.1"])
     first, second = raised.value.problems
-    assert first.startswith("trainable[0]='atn': no weight") and "'attn'" in first
+    assert first.startswith("trainable[0]='atn': matches no") and "'attn'" in first
     assert second.startswith("trainable[2]='nothing@0.1'")
 
 

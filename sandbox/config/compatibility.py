@@ -132,9 +132,9 @@ class Compatibility:
         run = getattr(self.root.resume, "run", None)
         if self.valid("resume") and run is not None and self.root.init_from is not None:
             self.report(
-                f"init_from={self.root.init_from} and resume.run={run}: resume.run continues that "
-                "run with its weights, optimizer and step; init_from starts a new run at step 0 from "
-                "other weights; keep one of them"
+                f"init_from={self.root.init_from} and resume.run={run}: resume.run continues "
+                "that run with its weights, optimizer and step; init_from starts a new run at step "
+                "0 from other weights; keep one of them"
             )
 
     def adapter(self, root: Root) -> None:

@@ -54,9 +54,7 @@ def is_secret(name: str, value: str) -> bool:
         return False
     if words[-1] != "key" or (len(words) > 1 and words[-2] in KEY_KINDS):
         return True
-    return len(value) >= 20 and any(
-        c.isdigit() for c in value
-    )  # letters alone are an ordinary name
+    return len(value) >= 20 and any(c.isdigit() for c in value)  # letters alone: ordinary
 
 
 def _words(name: str) -> list[str]:

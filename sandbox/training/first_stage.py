@@ -169,9 +169,8 @@ def check_weights(root: Root, begins: bool = True) -> None:
     with torch.device("meta"):
         planned = build("vae", root)
     if root.trainable is not None:
-        lr_factors(
-            [f"first_stage.{name}" for name, _ in planned.named_parameters()], root.trainable
-        )
+        names = [f"first_stage.{name}" for name, _ in planned.named_parameters()]
+        lr_factors(names, root.trainable)
     if root.init_from is not None and begins:
         init_first_stage(planned, Path(root.init_from))
 

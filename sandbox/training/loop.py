@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from sandbox.config import registry
+from sandbox.config.param_groups import parse_entry
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader
@@ -153,7 +154,7 @@ class Stepping(Callback):
 
     def learning_rates(self, factor: float) -> dict[str, float]:
         """`lr`, and that of each entry of `trainable` where one has another, at this step."""
-        lr, entries = (self.root.lr or 0.0) * factor, map(apart, self.root.trainable or ())
+        lr, entries = (self.root.lr or 0.0) * factor, map(parse_entry, self.root.trainable or ())
         others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
         return {"lr": lr, **others}
 

@@ -22,8 +22,8 @@ from sandbox.contracts import Batch
 from sandbox.data.loader import batches
 from sandbox.data.randomness import Keyed
 from sandbox.evaluation.prompts import of_data
-from sandbox.tasks.train_vae import build_autoencoding
 from sandbox.training.build import build_system
+from sandbox.training.first_stage import build_autoencoding
 from tests.helpers import plugin_configs, wired_around
 from tests.inputs import with_clips
 

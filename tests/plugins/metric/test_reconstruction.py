@@ -9,7 +9,7 @@ from sandbox.cli.jobs import checked
 from sandbox.config.wiring import wire
 from sandbox.contracts import Clip, ConfigError, StorageError
 from sandbox.distributed.rank import Rank
-from sandbox.tasks.train_vae import train_first_stage
+from sandbox.training.first_stage import train_first_stage
 from tests.helpers import composed
 from tests.inputs import tensor
 
