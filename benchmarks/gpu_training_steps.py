@@ -113,10 +113,7 @@ SYSTEMS = {
     "easyanimate_v2_stage3": System(SQUARES, FRAMES, TOLD),
     "easyanimate_v2_lora": System(
         SQUARES,
-        {
-            f"{name}; published: 24 GB": (*of, "adapter=lora_easyanimate")
-            for name, of in FRAMES.items()
-        },
+        {f"{name}; published: 24 GB": of for name, of in FRAMES.items()},
         TOLD,
     ),
     "easyanimate_v2_vae_magvit": System(

@@ -177,19 +177,21 @@ def _compare(folder: Path) -> None:
 
 
 def _hydra() -> Any:
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
+    from sandbox.config import recipes
+
     GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2("sandbox", create_config_search_path(str(CONF)))
+    hydra = recipes.hydra(CONF)
+    GlobalHydra.instance().initialize(hydra)
+    return hydra
 
 
 def _launched(line: Line, planned: list[list[str]], place: list[str], job: Job) -> None:
     """What Hydra's basic sweeper does once it knows the jobs.
 
     It would first compose what all jobs share, and so refuse a setting of a component that is swept
-    over (`sampler=ddim,ddim_ldm sampler.eta=1`), and write the whole command line down, secrets
+    over (`sampler=ddim,euler_a sampler.eta=1`), and write the whole command line down, secrets
     included.
     """
     from hydra._internal.callbacks import Callbacks

@@ -64,7 +64,7 @@ def compose(
     try:
         if any(is_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
             raise ValueError("a list of options")  # Hydra would merge them into one
-        cfg = raw(overrides, config, config_dir)
+        cfg = raw(overrides, config, config_dir, report=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
         from sandbox.config.explain import explain
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config import discovery, hydra_compose, registry
+from sandbox.config.moved_names import OLD_PRESETS
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, to_root
 from sandbox.config.static_reader import first_line
@@ -194,6 +195,8 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:
     if name in known:
         return None
+    if now := OLD_PRESETS.get(f"{group}/{name}"):
+        return f"{group}={name}: this preset is gone; write {now}"
     broken = next((p for p in registry.plugins(group) if p.name == name and p.error), None)
     if broken:
         return f"{group}={name} is broken: {broken.error}"
