@@ -261,7 +261,7 @@ def compose(
     try:
         if any(is_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
             raise ValueError("a list of options")  # Hydra would merge them into one
-        cfg = raw(overrides, config, config_dir)
+        cfg = raw(overrides, config, config_dir, report=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
         from sandbox.mistakes import explain
 
@@ -276,16 +276,23 @@ def is_list(override: str) -> bool:
     return group in GROUPS and value.startswith("[")
 
 
-def raw(overrides: Sequence[str], config: str = "config", config_dir: str | None = None) -> Any:
-    """What Hydra composes, with its own errors."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+def raw(
+    overrides: Sequence[str],
+    config: str = "config",
+    config_dir: str | None = None,
+    report: bool = False,
+) -> Any:
+    """What Hydra composes, with its own errors; with `report`, logs what a recipe leaves out."""
+    from hydra.types import RunMode
 
+    from sandbox import recipes
+
+    hydra = recipes.hydra(CONF)
     overrides = [*overrides, *search_path(overrides, config_dir)]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), job_name="sandbox", version_base="1.3"):
-        return hydra_compose(config, overrides, return_hydra_config=True)
+    cfg = hydra.compose_config(config, overrides, RunMode.RUN, from_shell=False)
+    if report:
+        hydra.config_loader.report()  # type: ignore[attr-defined]
+    return cfg
 
 
 def search_path(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -269,23 +270,28 @@ def check(cfg: Any, overrides: Sequence[str]) -> None:
 
 def _hydra_shows(line: Line) -> int:
     """--cfg, --info, shell completion: Hydra answers, once the configuration is found sound."""
-    import hydra
-    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    from sandbox import recipes
+
+    if "--version" in line.flags:
+        print(f"Hydra {version('hydra-core')}")
+        return 0
+    part = line.flags.get("--package")
     if line.flags.keys() & SHOW.keys():
-        cfg, part = line.compose(line.overrides), line.flags.get("--package")
+        cfg = line.compose(line.overrides)
         if part and OmegaConf.select(cfg, part) is None:
             raise ConfigError(f"--package {part}: there is no such part of the configuration")
+    hydra = recipes.hydra(config.CONF)
+    overrides = [*line.overrides, *config.search_path(line.overrides, line.config_dir)]
     if "--shell-completion" in line.flags:
         _check_completion(line.overrides)
         config.setup(os.environ.get("COMP_LINE", "").split())
-    flags = {k: v for k, v in line.flags.items() if k not in ("--traceback", "--multirun")}
-    words = [w for flag, value in flags.items() for w in ((flag, value) if value else (flag,))]
-    path = config.search_path(line.overrides, line.config_dir)
-    sys.argv = [sys.argv[0], *words, *line.overrides, *path]
-    GlobalHydra.instance().clear()
-    hydra.main(str(config.CONF), "config", version_base="1.3")(lambda cfg: None)()
+        hydra.shell_completion(line.config_name, overrides)
+    elif shown := line.flags.get("--cfg"):
+        hydra.show_cfg(line.config_name, overrides, shown, part, "--resolve" in line.flags)
+    else:
+        hydra.show_info(line.flags["--info"] or "all", line.config_name, overrides)
     return 0
 
 

@@ -174,12 +174,14 @@ def _compare(folder: Path) -> None:
 
 
 def _hydra() -> Any:
-    from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
+    from sandbox import recipes
+
     GlobalHydra.instance().clear()
-    return Hydra.create_main_hydra2("sandbox", create_config_search_path(str(config.CONF)))
+    hydra = recipes.hydra(config.CONF)
+    GlobalHydra.instance().initialize(hydra)
+    return hydra
 
 
 def _launched(line: Line, planned: list[list[str]], place: list[str], job: Job) -> None:

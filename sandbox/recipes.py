@@ -1,0 +1,127 @@
+"""Recipes: the settings that a recipe gives for a group belong to the option that it chose.
+
+`conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. Where the
+final choice of a group is another option (`experiment=NAME backbone=dit`), the loader leaves out the
+settings that the recipe gives for that group, so that numbers of two components never mix.
+
+A config source cannot do this: Hydra does not pass it the overrides, and launchers such as joblib
+and submitit compose in their own processes. The loader has the overrides of each composition, keeps
+no state between compositions, and is pickled with the context of a launcher.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.defaults_list import Overrides, create_defaults_list
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.default_element import ConfigDefault
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, open_dict
+
+RECIPE = "config_path=experiment/"  # key of a recipe in the cache of Hydra's repository
+
+log = logging.getLogger(__name__)
+
+
+def hydra(conf: Path) -> Hydra:
+    """Hydra with the configuration files below `conf`."""
+    from hydra import version
+
+    version.setbase("1.3")
+    return Hydra("sandbox", RecipeLoader(create_config_search_path(str(conf))))
+
+
+class RecipeLoader(ConfigLoaderImpl):
+    """Hydra's loader, which leaves out a recipe's settings of groups with another final option."""
+
+    left_out: Sequence[str] = ()  # groups that the last command line took from its recipe
+    recipe: str | None = None
+
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: list[str]
+    ) -> tuple[list[Override], CachingConfigRepository]:
+        parsed, repo = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
+        final = _choices(repo, config_name, parsed)
+        self.recipe = final.known_choices.get("experiment")
+        dropped = list(_drop(repo, config_name, final)) if self.recipe else []
+        named = {override.key_or_group for override in parsed}
+        self.left_out = [name for name in dropped if name.partition(".")[0] in named]
+        return parsed, repo
+
+    def report(self) -> None:
+        """Logs one line with the groups that the command line took from its recipe."""
+        if self.left_out:
+            groups = ", ".join(dict.fromkeys(self.left_out))
+            _log_once(f"experiment={self.recipe}: its settings of {groups} are left out, because "
+                      "another option is chosen")  # fmt: skip
+
+
+@cache
+def _log_once(text: str) -> None:
+    log.warning(text)
+
+
+def _choices(
+    repo: CachingConfigRepository, config_name: str | None, words: list[Override]
+) -> Overrides:
+    return create_defaults_list(repo, config_name, words, True, skip_missing=True).overrides
+
+
+def _drop(
+    repo: CachingConfigRepository, config_name: str | None, final: Overrides
+) -> Iterator[str]:
+    """Removes settings of swapped options from the loaded recipes, nested ones too; their names."""
+    from sandbox.config import GROUPS
+    from sandbox.registry import SEVERAL
+
+    for key in [k for k, v in repo.cache.items() if k.startswith(RECIPE) and v is not None]:
+        recipe, config = key.removeprefix(RECIPE), repo.cache[key].config  # type: ignore[union-attr]
+        groups = [g for g in GROUPS if isinstance(config, DictConfig) and config.get(g)]
+        if not groups:
+            continue
+        word = OverridesParser.create().parse_override(f"experiment='{recipe}'")
+        own = _choices(repo, config_name, [word])
+        for group in groups:
+            chosen, now = _option(own, group), _option(final, group)
+            if group in SEVERAL:
+                chosen, now = (_by_plugin(repo, group, names) for names in (chosen, now))
+                swapped = [n for n in config[group] if chosen.get(n) != now.get(n)]
+                with open_dict(config):
+                    for name in swapped:
+                        del config[group][name]
+                yield from (f"{group}.{name}" for name in swapped)
+            elif chosen != now:
+                with open_dict(config):
+                    del config[group]
+                yield group
+
+
+def _option(overrides: Overrides, group: str) -> Any:
+    """The option of a group, a list where several may be chosen, None where there is none."""
+    if group in overrides.deletions:
+        return None
+    return overrides.override_choices.get(group, overrides.known_choices.get(group))
+
+
+def _by_plugin(
+    repo: CachingConfigRepository, group: str, options: Sequence[str] | None
+) -> dict[str, str]:
+    """Plugin -> the option that has it, which is the plugin itself or a preset of it."""
+    return {_plugin(repo, group, option): option for option in options or ()}
+
+
+def _plugin(repo: CachingConfigRepository, group: str, option: str) -> str:
+    loaded = repo.load_config(f"{group}/{option}")
+    for default in (loaded and loaded.defaults_list) or ():
+        if isinstance(default, ConfigDefault) and default.path and not default.is_self():
+            return _plugin(repo, group, default.path)
+    return option
