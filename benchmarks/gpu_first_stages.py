@@ -1,7 +1,7 @@
 """First stages of published systems, there and back: time and peak memory, with slices and tiles.
 
     python benchmarks/gpu_first_stages.py         # writes benchmarks/results/first_stages.{json,md}
-    python benchmarks/gpu_first_stages.py --tiny  # the tiny presets on a CPU: does this script run?
+    python benchmarks/gpu_first_stages.py --tiny  # the tiny recipes on a CPU: checks that the script runs
 
 Weights are random, clips are noise, bf16 without gradients. A case that does not fit is a row that
 says so.
@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from torch import Tensor
 HOME = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HOME))
 
-from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
+from sandbox import config  # noqa: E402 (the checkout, from wherever this is started)
 from sandbox.config import Root  # noqa: E402
 from sandbox.parts import build, use_kernels  # noqa: E402
+from sandbox.wiring import wire  # noqa: E402
 
 RESULTS = HOME / "benchmarks" / "results"
 GIB = 2**30
@@ -46,7 +47,7 @@ class Case:
 
 def cases(tiny: bool) -> Iterator[Case]:
     """Clips of the published sizes, each in tiles and without."""
-    magvit, slices, pieces = ("vae=magvit_easyanimate_v2", "vae=slice_easyanimate_v3",
+    magvit, slices, pieces = ("vae=magvit_easyanimate_v2", "experiment=easyanimate_v2_vae_slice",
                               "vae=cogvideox_2b")  # fmt: skip
     clips = {
         "magvit, windows of 9": ((magvit, "vae.smooth_output=false"), (144, 512, 512)),
@@ -57,9 +58,9 @@ def cases(tiny: bool) -> Iterator[Case]:
     }
     if tiny:
         clips = {
-            "magvit, windows of 9": (("vae=magvit_easyanimate_tiny",), (18, 32, 32)),
-            "slice, slices of 8": (("vae=slice_easyanimate_tiny",), (16, 32, 32)),
-            "cogvideox, pieces of 8": (("vae=cogvideox_2b_tiny",), (9, 32, 32)),
+            "magvit, windows of 9": (("experiment=easyanimate_v2_vae_magvit_tiny",), (18, 32, 32)),
+            "slice, slices of 8": (("experiment=easyanimate_v2_vae_slice_tiny",), (16, 32, 32)),
+            "cogvideox, pieces of 8": (("experiment=cogvideox_2b_sft_tiny",), (9, 32, 32)),
         }
     for name, (words, size) in clips.items():
         for tiling in (False, True):
@@ -71,7 +72,10 @@ def configured(case: Case) -> Root:
     frames, height, width = case.size
     size = (f"data.frames={frames}", f"data.height={height}", f"data.width={width}")
     room = "backbone.max_frames=64", "backbone.max_height=64", "backbone.max_width=96"
-    return compose("vae.weights=null", "logger=null", "data.speed=1", *room, *case.words, *size)
+    config.setup()
+    vae = config.to_root(config.compose([*case.words, "vae.weights=null"])).vae
+    root = config.to_root(config.compose(["logger=null", "data.speed=1", *room, *size]))
+    return wire(replace(root, vae=vae)).root
 
 
 def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from kernels.temporal_attention import benchmark as temporal_attention  # noqa: 
 RESULTS = HOME / "benchmarks" / "results"
 OPS = {"group_norm": group_norm, "temporal_attention": temporal_attention}
 PACKAGES = ("torch", "triton", "liger-kernel", "apex", "xformers")
-PRESET = HOME / "conf" / "backbone" / "unet3d_dynamicrafter_512.yaml"
+RECIPE = HOME / "conf" / "experiment" / "dynamicrafter_512.yaml"
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -86,8 +86,7 @@ def training_steps() -> Iterator[dict[str, Any]]:
     from plugins.backbone.unet3d import UNet3D
     from sandbox.contracts import Conditions
 
-    preset = OmegaConf.to_container(OmegaConf.load(PRESET))
-    del preset["defaults"]
+    preset = OmegaConf.to_container(OmegaConf.load(RECIPE).backbone)
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
     for name, impl, compiled in (
         ("kernels=eager", "eager", False),

@@ -113,7 +113,7 @@ SYSTEMS = {
     "easyanimate_v2_lora": System(
         SQUARES,
         {
-            f"{name}; published: 24 GB": (*of, "adapter=lora_easyanimate")
+            f"{name}; published: 24 GB": of
             for name, of in FRAMES.items()
         },
         TOLD,

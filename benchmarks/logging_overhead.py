@@ -31,7 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 LOGGERS = {
     "none": "logger=null",
     "csv": "logger=csv",
-    "W&B, offline": "logger=wandb_offline",
+    "W&B, offline": "logger.mode=offline",
 }
 EVERY = (20, 1)  # steps between two times that metrics go out
 BLOCK = 20  # steps

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 RESULTS = Path(__file__).parent / "results"
 COMMON = (
     "backbone=dit", "backbone.attention=spatial", "backbone.num_blocks=8", "backbone.width=32",
-    "data.batch_size=8", "lr=5e-3", "lr_schedule=constant_at_once", "ema=none",
+    "data.batch_size=8", "lr=5e-3", "lr_schedule=constant", "lr_schedule.warmup=0", "ema=none",
     "trainer.clip=null", "trainer.threads=1", "logger=null",
 )  # fmt: skip
 SKIPS, MOTION = ("none", "uvit"), ("none", "vanilla")

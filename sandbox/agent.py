@@ -46,17 +46,17 @@ def _parameters() -> dict[str, Any]:
 def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, Mapping) and name.partition(".")[0] in GROUPS and value:
         return [word for k, v in value.items() for word in _words(f"{name}.{k}", v)]
-    return [f"{name}={_literal(value)}"]
+    return [f"{name}={literal(value)}"]
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """As Hydra's grammar writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(map(_literal, value)) + "]"
+        return "[" + ",".join(map(literal, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value)

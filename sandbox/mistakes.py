@@ -15,6 +15,7 @@ from typing import Any
 from sandbox import config, registry
 from sandbox.config import GROUPS
 from sandbox.contracts import ConfigError, PluginError
+from sandbox.moved_names import OLD_PRESETS
 from sandbox.reading import first_line
 from sandbox.wiring import REQUIRED, wire
 
@@ -193,6 +194,8 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:
     if name in known:
         return None
+    if now := OLD_PRESETS.get(f"{group}/{name}"):
+        return f"{group}={name}: this preset is gone; write {now}"
     broken = next((p for p in registry.plugins(group) if p.name == name and p.error), None)
     if broken:
         return f"{group}={name} is broken: {broken.error}"

@@ -188,7 +188,7 @@ def _launched(line: Line, planned: list[list[str]], place: list[str], job: Job) 
     """What Hydra's basic sweeper does once it knows the jobs.
 
     It would first compose what all jobs share, and so refuse a setting of a component that is swept
-    over (`sampler=ddim,ddim_ldm sampler.eta=1`), and write the whole command line down, secrets
+    over (`sampler=ddim,euler_a sampler.eta=1`), and write the whole command line down, secrets
     included.
     """
     from hydra._internal.callbacks import Callbacks

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sandbox import config, registry
+from sandbox.agent import literal
 from sandbox.config import CONF, Root
 from sandbox.contracts import ConfigError, PluginConfig
 from sandbox.wiring import Wiring, wire
@@ -114,6 +115,26 @@ def preset(group: str, name: str) -> PluginConfig:
     found = getattr(_composed_presets(_names(group).index(name)), group)
     if isinstance(found, dict):
         (found,) = found.values()
+    return found
+
+
+@cache
+def recipe(name: str) -> Root:
+    """The configuration of a recipe, typed but not wired."""
+    return composed(f"experiment={name}")
+
+
+def words(name: str, *groups: str) -> list[str]:
+    """The overrides that give `groups` the settings of a recipe."""
+    found = []
+    for group in groups:
+        cfg = getattr(recipe(name), group)
+        default = registry.default(*cfg.plugin.split("/"))
+        found.append(f"{group}={cfg.plugin.partition('/')[2]}")
+        for f in fields(cfg):
+            value = getattr(cfg, f.name)
+            if value != getattr(default, f.name):
+                found.append(f"{group}.{f.name}={literal(config.to_container(value))}")
     return found
 
 

@@ -370,7 +370,7 @@ def test_values_reach_the_jobs_as_they_were_typed(here):
 
 
 def test_a_setting_may_belong_to_a_component_that_is_swept_over(here):
-    assert _main(["-m", "task=probe", "lr=1", "sampler=ddim,ddim_ldm", "sampler.eta=0.5"]) == 0
+    assert _main(["-m", "task=probe", "lr=1", "sampler=ddim,euler_a", "sampler.eta=0.5"]) == 0
 
 
 @pytest.mark.parametrize("words", [["lr=interval(1,2)"], ["lr=1e-5,[1"], ["lr"]])

@@ -15,8 +15,9 @@ from sandbox.prompt_checks import check
 from sandbox.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
-TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter_tiny")
-BOTH_ENDS = ("data=moving_digits_rates", "conditioning=dynamicrafter_tiny_interp")
+TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter")
+BOTH_ENDS = ("data=moving_digits_rates", "conditioning=dynamicrafter", "conditioning.interp_mode=true",
+             "conditioning.rand_cond_frame=false")
 
 
 @pytest.fixture

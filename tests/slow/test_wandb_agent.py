@@ -146,7 +146,7 @@ def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monke
     for name in [n for n in os.environ if n.startswith("WANDB")]:
         monkeypatch.delenv(name)
     out = folder / "offline"
-    words = [f"runs={folder}/out", "task.send=true", "logger=wandb_offline", f"task.to={out}"]
+    words = [f"runs={folder}/out", "task.send=true", "logger.mode=offline", f"task.to={out}"]
     before = {*server.runs}
     assert _main(["task=report", *words]) == 0
     assert {*server.runs} == before

@@ -16,7 +16,7 @@ from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
 from sandbox.randomness import Recorded
 from sandbox.wiring import Wiring
-from tests.helpers import composed
+from tests.helpers import composed, words
 
 GOLDEN = Path(__file__).parents[1] / "golden/cogvideox"
 VARIANTS = {"2b": "2b", "5b_i2v": "5b", "1_5_5b": "5b", "1_5_5b_i2v": "5b"}  # -> schedule
@@ -35,7 +35,8 @@ def system(variant: str) -> LatentDiffusion:
     state, settings = weights(variant)
     root = composed(
         "backbone=cogvideox", "conditioning=t5", "vae=identity", "kernels=eager",
-        f"schedule=ddpm_cogvideox_{VARIANTS[variant]}", "sampler=ddim_cogvideox", "logger=null",
+        *words(f"cogvideox_{VARIANTS[variant]}_sft", "schedule"),
+        *words("cogvideox_2b_sft", "sampler"), "logger=null",
     )  # fmt: skip
     known = {k: v for k, v in settings.items() if k in vars(root.backbone)}
     backbone = replace(root.backbone, **known, vector_dim=0)  # counted, as official fine-tuning
@@ -104,12 +105,12 @@ def test_loss_and_gradients_equal_those_of_official_fine_tuning(variant: str) ->
 def test_published_presets_wire_with_one_another(variant: str, data: str, vae: str) -> None:
     from sandbox.wiring import wire
 
-    kind = {"5b_i2v": "t5_cogvideox_i2v", "1_5_5b_i2v": "t5_cogvideox_1_5_i2v"}
+    named = f"cogvideox_{variant}_{'lora' if variant.endswith('i2v') else 'sft'}"
     root = composed(
         "data=video_folder", "data.root=somewhere", *data.split(), f"vae={vae}",
-        f"backbone=cogvideox_{variant}", f"conditioning={kind.get(variant, 't5_cogvideox')}",
-        "conditioning.weights=somewhere", "sampler=ddim_cogvideox",
-        f"schedule=ddpm_cogvideox_{'2b' if variant == '2b' else '5b'}", "logger=null",
+        *words(named, "backbone", "schedule"), *words("cogvideox_2b_sft", "sampler"), "logger=null",
+        *(w for w in words(named, "conditioning") if not w.startswith("conditioning.weights")),
+        "conditioning.weights=somewhere",
     )  # fmt: skip
     (grid,) = wire(root).grids
     frames = 22 if variant.startswith("1_5") else 13

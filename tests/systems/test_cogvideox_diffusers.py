@@ -16,7 +16,7 @@ from sandbox.initialise import init_from
 from sandbox.randomness import Recorded
 from sandbox.sampling import denoise
 from sandbox.wiring import wire
-from tests.helpers import composed
+from tests.helpers import composed, words
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -73,7 +73,7 @@ def ours(folder: Path, *overrides: str) -> Any:
         "backbone.use_rotary_positional_embeddings=false",
         *(f"backbone.{k}={v}" for k, v in sizes.items()),
         "conditioning=t5", "conditioning.d_model=20", "conditioning.length=6", "kernels=eager",
-        "logger=null", "schedule=ddpm_cogvideox_2b", f"init_from={folder}", *overrides,
+        "logger=null", *words("cogvideox_2b_sft", "schedule"), f"init_from={folder}", *overrides,
     )))  # fmt: skip
     if system.adapter is None:
         init_from(system, folder)
@@ -119,15 +119,15 @@ def their_samples(name: str, steps: int, noises: list[Tensor], monkeypatch: Any)
 
 @pytest.mark.parametrize("steps", [5, 7, 11])
 @pytest.mark.parametrize(
-    ("name", "guidance"), [("ddim", "cfg_cogvideox"), ("cogvideox_dpm", "cogvideox_dynamic")]
+    ("name", "guidance"), [("ddim", "cfg"), ("cogvideox_dpm", "cogvideox_dynamic")]
 )
 def test_samples_equal_those_of_the_pipeline(folder, monkeypatch, name, guidance, steps) -> None:
     z, text, empty = inputs()
     noises = [
         torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i in range(steps)
     ]
-    preset = "ddim_cogvideox" if name == "ddim" else name
-    system = ours(folder, f"sampler={preset}", f"guidance={guidance}")
+    named = "cogvideox_2b_sft" if name == "ddim" else "cogvideox_5b_sft"
+    system = ours(folder, *words(named, "sampler", "guidance"))
     draws = Recorded({f"sampler_noise_{i}": n.transpose(1, 2) for i, n in enumerate(noises)})
     conditions = [Conditions(context=text), Conditions(context=empty)]
     got = denoise(

@@ -18,7 +18,7 @@ from sandbox.rank import Rank
 from sandbox.systems import load_system
 from sandbox.tasks.train import train as train_task
 from sandbox.wiring import wire
-from tests.helpers import composed
+from tests.helpers import composed, words
 from tests.plugins.conditioning.test_t5 import write_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
@@ -116,9 +116,10 @@ def trained(kind: str, start: Path, clips: str, out: Path, *more: str) -> Path:
         *(f"backbone.{k}={v}" for k, v in settings.items()),
         "conditioning=t5", "conditioning.d_model=20", "conditioning.length=6", *image, *text,
         "conditioning.drop_text=0",
-        "schedule=ddpm_cogvideox_2b", "sampler=ddim_cogvideox", "sampler.steps=3", "ema=none",
-        "guidance=cfg_cogvideox", "layout=diffusers", f"init_from={start}", f"out={out}",
-        "steps=2", "lr=5e-2", "lr_schedule=constant_at_once", "task.score_clips=1",
+        *words("cogvideox_2b_sft_tiny", "schedule", "guidance"), "sampler=ddim", "sampler.steps=3",
+        "sampler.spacing=trailing", "sampler.landing=stride", "ema=none",
+        "layout=diffusers", f"init_from={start}", f"out={out}",
+        "steps=2", "lr=5e-2", "lr_schedule=constant", "lr_schedule.warmup=0", "task.score_clips=1",
         "task.samples=1", "task.untrained=false", "trainer.threads=1", *more,
     )  # fmt: skip
     root = wire(root).root

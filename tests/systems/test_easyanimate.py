@@ -11,7 +11,7 @@ from sandbox.contracts import Clip, StorageError
 from sandbox.initialise import init_from
 from sandbox.systems import build_system
 from sandbox.wiring import wire
-from tests.helpers import composed, preset
+from tests.helpers import composed, recipe
 
 TINY = ("vae.weights=null", "logger=null")
 STAGES = ("stage1", "stage2", "stage3")
@@ -27,7 +27,7 @@ def pixart(**settings):
     """A picture network of the same width: no motion modules, no skips."""
     from dataclasses import replace
 
-    cfg = preset("backbone", "easyanimate_tiny")
+    cfg = recipe("easyanimate_v2_stage1_tiny").backbone
     numbers = {"in_channels": 16, "out_channels": 32, "caption_channels": 32, "vector_dim": 0}
     torch.manual_seed(5)
     plain = {"enable_uvit": False, "motion_module": "none"} | numbers | settings
@@ -99,13 +99,18 @@ def test_a_stage_trains_the_published_parameters(stage):
 
 
 @pytest.mark.parametrize(
-    "data, size", [("384x672", (48, 48, 84)), ("512", (48, 64, 64)), ("768", (48, 96, 96))]
+    "data, size",
+    [
+        (("data=easyanimate_json_384x672",), (48, 48, 84)),
+        ((), (48, 64, 64)),
+        (("data.height=768", "data.width=768", "data.image_size=768"), (48, 96, 96)),
+    ],
 )
 def test_it_samples_up_to_144_frames_of_768(data, size):
     """The first size of several is the one that is sampled."""
-    wiring = wire(composed("experiment=easyanimate_v2_stage3", f"data=easyanimate_json_{data}"))
+    wiring = wire(composed("experiment=easyanimate_v2_stage3", *data))
     assert wiring.latents[0] == Clip(4, *size)
-    root = composed("task=sample_easyanimate_v2", "experiment=easyanimate_v2_stage3")
+    root = composed("task=sample", "task.save_fps=24", "experiment=easyanimate_v2_stage3")
     assert (root.task.save_fps, root.sampler.steps, root.guidance.guidance_scale) == (24, 50, 6)
 
 

@@ -13,7 +13,7 @@ import kernels
 from plugins._blocks.unet import AttentionBlock, Downsample, ResBlock, Upsample, timestep_embedding
 from plugins.backbone.unet2d import UNet2D
 from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
-from tests.helpers import preset
+from tests.helpers import recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 Z = Clip(4, 1, 4, 6)
@@ -111,7 +111,7 @@ def test_time_embedding_equals_the_original() -> None:
 @pytest.fixture(scope="module")
 def published() -> UNet2D:
     with torch.device("meta"):
-        return UNet2D(preset("backbone", "unet2d_ldm_celebahq"))
+        return UNet2D(recipe("ldm_celebahq_vq4").backbone)
 
 
 def test_preset_has_the_published_names_and_shapes(published) -> None:
@@ -137,7 +137,7 @@ def test_preset_has_the_published_heads_and_resampling(published) -> None:
 
 
 def test_preset_fits_the_latents_of_vq_f4() -> None:
-    cfg = preset("backbone", "unet2d_ldm_celebahq")
+    cfg = recipe("ldm_celebahq_vq4").backbone
     assert cfg.wired(Clip(3, 1, 64, 64), Slots(), 1) == cfg
     assert cfg.takes() == {"concat"}
 

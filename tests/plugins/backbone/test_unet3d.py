@@ -19,7 +19,7 @@ from plugins._blocks.unet_attention import (
 )
 from plugins.backbone.unet3d import UNet3D
 from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
-from tests.helpers import preset
+from tests.helpers import recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden/dynamicrafter"
 TEXT = 77  # tokens of text, the first of the original's context
@@ -158,14 +158,14 @@ def test_blocks_and_their_gradients_equal_the_original(name) -> None:
 # --- the published size ---------------------------------------------------------------------------
 
 
-def empty(name: str) -> UNet3D:
+def empty(cfg: UNet3D.Config) -> UNet3D:
     with torch.device("meta"):
-        return UNet3D(preset("backbone", name))
+        return UNet3D(cfg)
 
 
 @pytest.fixture(scope="module")
 def published() -> UNet3D:
-    return empty("unet3d_dynamicrafter_512")
+    return empty(recipe("dynamicrafter_512").backbone)
 
 
 def test_preset_has_the_published_names_and_shapes(published) -> None:
@@ -208,12 +208,11 @@ def test_the_first_attention_over_time_is_never_causal() -> None:
     assert all(m.causal != name.startswith("init_attn") for name, m in layers.items())
 
 
-def test_presets_of_other_sizes_differ_as_published(published) -> None:
-    large, small = (preset("backbone", f"unet3d_dynamicrafter_{n}") for n in (1024, 256))
-    assert large == published.cfg
-    names = set(empty("unet3d_dynamicrafter_256").state_dict()) - set(published.state_dict())
+def test_other_sizes_differ_as_published(published) -> None:
+    assert recipe("dynamicrafter_1024").backbone == published.cfg
+    small = replace(published.cfg, image_cross_attention_scale_learnable=True)  # 256
+    names = set(empty(small).state_dict()) - set(published.state_dict())
     assert len(names) == 16 and all(name.endswith(".attn2.alpha") for name in names)
-    assert small.default_fs == 3
 
 
 def test_presets_fit_what_dynamicrafter_tells_them(published) -> None:

@@ -5,7 +5,7 @@ import pytest
 from plugins.checkpoint.keep import Keep
 from sandbox.contracts import ConfigError
 from sandbox.wiring import wire
-from tests.helpers import composed, preset
+from tests.helpers import composed, recipe
 
 
 def test_checkpoint_is_due_every_so_many_steps():
@@ -44,10 +44,7 @@ def test_the_best_average_wants_one():
 
 def test_published_policies():
     """LDM: top 3 and the last, each epoch. DynamiCrafter: 9,000 and, weights only, 10,000."""
-    ldm, crafter = (
-        preset("checkpoint", "keep_ldm_celebahq"),
-        preset("checkpoint", "keep_dynamicrafter"),
-    )
+    ldm, crafter = (recipe(n).checkpoint for n in ("ldm_celebahq_vq4", "dynamicrafter_512"))
     assert (ldm.best, ldm.best_of, ldm.keep) == (3, "val/loss_simple_ema", 1)
     assert ldm.every == -(-25_000 // 48)
     assert (crafter.every, crafter.keep, crafter.weights_every) == (9000, 1, 10_000)

@@ -15,7 +15,7 @@ from plugins.conditioning.t5 import T5
 from sandbox.contracts import Batch, Clip, Conditions, Slots, StorageError, Tokens
 from sandbox.module import Trainable
 from sandbox.randomness import Keyed, Recorded
-from tests.helpers import preset
+from tests.helpers import preset, recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
 CLIP, GRID = Clip(3, 9, 16, 16), Clip(4, 3, 2, 2)
@@ -221,13 +221,12 @@ def test_the_mask_is_told_where_it_is_asked_for() -> None:
 
 def test_presets_offer_what_the_systems_take() -> None:
     grid = Clip(16, 22, 96, 170)
-    offered = {
-        name: preset("conditioning", name).offers(CLIP, grid)
-        for name in ("t5_cogvideox", "t5_cogvideox_1_5_i2v", "t5_easyanimate")
-    }
+    chosen = {name: preset("conditioning", name) for name in ("t5_cogvideox", "t5_easyanimate")}
+    chosen["1_5_i2v"] = recipe("cogvideox_1_5_5b_i2v_lora").conditioning
+    offered = {name: cfg.offers(CLIP, grid) for name, cfg in chosen.items()}
     text = Tokens(4096, 226)
     assert offered["t5_cogvideox"] == Slots(context=text)
-    assert offered["t5_cogvideox_1_5_i2v"] == Slots(text, concat=16, scalars=frozenset({"ofs"}))
+    assert offered["1_5_i2v"] == Slots(text, concat=16, scalars=frozenset({"ofs"}))
     assert offered["t5_easyanimate"] == Slots(context=Tokens(4096, 120, masked=True))
 
 

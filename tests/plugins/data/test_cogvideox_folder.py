@@ -13,7 +13,7 @@ from sandbox.contracts import BadItem, ConfigError, DataError
 from sandbox.data import Loader, batches
 from sandbox.randomness import keyed
 from sandbox.wiring import wire
-from tests.helpers import composed
+from tests.helpers import composed, words
 from tests.plugins.data.test_video_folder import levels, write_video
 
 CONFIG = CogVideoXFolder.Config(frames=3, height=16, width=16)
@@ -248,7 +248,8 @@ def test_a_wrong_number_of_frames_is_refused_with_the_two_nearest(transformer, f
     root = composed(
         "data=cogvideox_folder", f"data.frames={frames}", "data.height=480", "data.width=720",
         "vae=cogvideox_5b", f"backbone=cogvideox_{transformer}", "conditioning=t5",
-        "schedule=ddpm_cogvideox_5b", "sampler=ddim_cogvideox", "data.root=clips",
+        *words("cogvideox_5b_sft", "schedule"), *words("cogvideox_2b_sft", "sampler"),
+        "data.root=clips",
     )  # fmt: skip
     with pytest.raises(ConfigError) as e:
         wire(root)

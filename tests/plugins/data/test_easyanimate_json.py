@@ -15,7 +15,7 @@ from sandbox.contracts import Clip, ConfigError, DataError
 from sandbox.data import Loader, batches
 from sandbox.randomness import keyed
 from sandbox.wiring import wire
-from tests.helpers import TINY, composed, sampled, train
+from tests.helpers import TINY, composed, recipe, sampled, train
 from tests.plugins.data.test_video_folder import levels, write_video
 
 CONFIG = EasyAnimateJSON.Config()
@@ -96,7 +96,7 @@ def test_sizes_of_the_published_preset_are_the_published_ones():
     assert size(cfg.clips()[0]) == (144, 512, 512)
     assert {c.frames for c in cfg.clips()} == {1, *range(9, 145, 9)}
     assert {(c.height, c.width) for c in cfg.clips()} == {
-        (c.height, c.width) for c in composed("data=easyanimate_json_512_images").data.clips()
+        (c.height, c.width) for c in recipe("easyanimate_v2_stage1").data.clips()
     }
     assert not [*cfg.problems()]
 

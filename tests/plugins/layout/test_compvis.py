@@ -22,28 +22,15 @@ from sandbox.parts import build as build_part
 from sandbox.systems import begun_system, check_weights
 from sandbox.whole_systems import check_sources, taken_apart
 from sandbox.wiring import wire
-from tests.helpers import preset, tiny
+from tests.helpers import preset, recipe, tiny, words
 
 MANIFESTS = Path(__file__).parents[2] / "golden/systems"
-FULL_SIZE = {
-    "dynamicrafter_512": {
-        "backbone": "unet3d_dynamicrafter_512",
-        "vae": "kl_f8",
-        "conditioning": "dynamicrafter_512",
-        "schedule": "ddpm_dynamicrafter_512",
-    },
-    "ldm_celebahq_vq4": {
-        "backbone": "unet2d_ldm_celebahq",
-        "vae": "vq_f4",
-        "conditioning": None,
-        "schedule": "ddpm_ldm_celebahq",
-    },
-}
+FULL_SIZE = {"dynamicrafter_512": "kl_f8", "ldm_celebahq_vq4": "vq_f4"}  # -> its first stage
 SMALL = (
     "data.height=32", "data.width=32", "data.frames=3", "data.batch_size=2", "backbone=unet3d",
     "backbone.model_channels=32", "backbone.num_heads=2", "vae=kl", "vae.ch=8",
     "vae.scale_factor=0.18215", "vae.shift=0", "conditioning=dynamicrafter",
-    "schedule=ddpm_dynamicrafter_512", "loss=ldm", "sampler=ddim", "layout=compvis", "logger=null",
+    *words("dynamicrafter_512", "schedule"), "loss=ldm", "sampler=ddim", "layout=compvis", "logger=null",
 )  # fmt: skip
 
 
@@ -92,7 +79,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_whole_published_system_has_all_its_names_and_shapes(name):
     """0 missing, 0 unexpected, shapes, types and the number of parameters equal."""
     want = json.loads((MANIFESTS / f"{name}.json").read_text())
-    chosen = {g: preset(g, p) for g, p in FULL_SIZE[name].items() if p}
+    of = recipe(name)
+    chosen = {g: getattr(of, g) for g in ("backbone", "conditioning", "schedule")}
+    chosen["vae"] = preset("vae", FULL_SIZE[name])
     root = replace(tiny(), **chosen)
     with torch.device("meta"):
         parts = {

@@ -24,11 +24,11 @@ from sandbox.training import start
 from sandbox.wiring import wire
 from tests.engine import StopAfter, differing
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
-from tests.helpers import composed
+from tests.helpers import composed, words
 
 SETTINGS = (
     "task=train_vae", "vae=vq", "vae.ch=8", "vae.ch_mult=[1,1]", "vae.num_groups=4",
-    "vae.n_embed=8", "optimizer=adam_first_stage", "vae.weights=null",
+    "vae.n_embed=8", *words("ldm_celebahq_vq4_first_stage", "optimizer"), "vae.weights=null",
     "reconstruction=lpips_gan", "reconstruction.disc_ndf=4",
     "reconstruction.disc_start=2", "task.batch_size=2", "data.clips_per_epoch=13", "logger=null",
     "trainer.accumulate=2", "trainer.threads=1", "steps=4", "checkpoint.every=2",

@@ -13,7 +13,7 @@ from plugins.vae.slice import SliceVAE
 from sandbox.contracts import Clip, Misfit
 from sandbox.randomness import Keyed
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
-from tests.helpers import preset
+from tests.helpers import recipe
 
 SMALL = SliceVAE.Config(ch=8, latent_channels=4)
 RECORDED = (1, 9, 16, 25)
@@ -66,7 +66,7 @@ def test_pixels_equal_the_recorded_ones(frames: int) -> None:
 def test_preset_has_the_names_and_shapes_of_magvit() -> None:
     """As published: both have one weights layout."""
     with torch.device("meta"):
-        model = SliceVAE(preset("vae", "slice_easyanimate_v3"))
+        model = SliceVAE(recipe("easyanimate_v2_vae_slice").vae)
     manifest = json.loads((GOLDEN / "easyanimate_v2_vae_magvit.json").read_text())
     want = {k: shape for k, (shape, _) in manifest.items()}
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
