@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from functools import cache
+from typing import Any
 
 import pytest
 import yaml
 
-from sandbox.config import CONF, GROUPS, Root
+from sandbox.config import CONF, GROUPS
 from sandbox.contracts import PluginConfig
 from sandbox.main import checked
-from tests.helpers import composed
+from tests.helpers import recipe
 
 SYSTEMS = ("ldm", "dynamicrafter", "easyanimate")
 RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
@@ -26,56 +26,63 @@ OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fract
                "one_by_one", "every", "best_of"}  # fmt: skip
 
 
-@cache
-def whole(recipe: str) -> Root:
-    return composed(f"experiment={recipe}")
+def pages(recipe: str) -> list[dict[str, Any]]:
+    """The recipe's file and those that it nests, the outermost first."""
+    node = yaml.safe_load((CONF / f"experiment/{recipe}.yaml").read_text())
+    nested = [d for d in node["defaults"] if isinstance(d, str) and d != "_self_"]
+    return [node, *(page for name in nested for page in pages(name))]
 
 
 def chosen(recipe: str) -> dict[str, str]:
-    """Group -> option, as the recipe's own list says."""
-    said = yaml.safe_load((CONF / f"experiment/{recipe}.yaml").read_text())["defaults"]
-    return {k.removeprefix("override /"): v for entry in said for k, v in entry.items()}
+    """Group -> option, as the recipe and those that it nests say."""
+    found: dict[str, str] = {}
+    for page in pages(recipe):
+        for entry in page["defaults"]:
+            if isinstance(entry, dict):
+                found = {k.removeprefix("override /"): v for k, v in entry.items()} | found
+    return found
 
 
-def stated(group: str, option: str) -> set[str]:
-    """Fields that the preset and those it is made from set."""
+def stated(group: str, option: str, recipe: str) -> set[str]:
+    """Fields that the recipe sets, or the preset that it chooses and those it is made from."""
+    found = {name for page in pages(recipe) for name in page.get(group) or ()}
     path = CONF / group / f"{option}.yaml"
-    if not path.is_file():
-        return set()
-    node = yaml.safe_load(path.read_text())
-    base = next(d for d in node.pop("defaults") if d != "_self_")
-    return set(node) | stated(group, base)
+    while path.is_file():
+        node = yaml.safe_load(path.read_text())
+        base = next(d for d in node.pop("defaults") if d != "_self_")
+        found, path = found | set(node), CONF / group / f"{base}.yaml"
+    return found
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_chooses_every_group(recipe):
-    assert set(GROUPS) - OF_THE_USER - {"task"} <= set(chosen(recipe))
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_chooses_every_group(name):
+    assert set(GROUPS) - OF_THE_USER - {"task"} <= set(chosen(name))
 
 
-@pytest.mark.parametrize("recipe", FULL)
+@pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("group", STATED)
-def test_its_presets_state_every_number(recipe, group):
+def test_it_states_every_number(name, group):
     """A default that is tuned later changes no published recipe."""
-    cfg = getattr(whole(recipe), group)
+    cfg = getattr(recipe(name), group)
     assert isinstance(cfg, PluginConfig)
     own = {f.name for f in fields(cfg)} - OPERATIONAL
-    assert own <= stated(group, chosen(recipe)[group])
+    assert own <= stated(group, chosen(name)[group], name)
 
 
-@pytest.mark.parametrize("recipe", FULL)
-def test_absent_data_and_weights_are_named_before_a_run(recipe):
+@pytest.mark.parametrize("name", FULL)
+def test_absent_data_and_weights_are_named_before_a_run(name):
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError) as raised:
-        checked(whole(recipe))
+        checked(recipe(name))
     assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 
 # DynamiCrafter's go on from released weights: tests/systems/test_recipes_dynamicrafter.py
-@pytest.mark.parametrize("recipe", TINY_LDM)
-def test_a_tiny_sibling_differs_in_size_and_data_alone(recipe):
+@pytest.mark.parametrize("name", TINY_LDM)
+def test_a_tiny_sibling_differs_in_size_and_data_alone(name):
     """The same plugins, and the same noise, loss, network form, optimizer and average."""
-    full, tiny = (whole(name) for name in (recipe.removesuffix("_tiny"), recipe))
+    full, tiny = (recipe(n) for n in (name.removesuffix("_tiny"), name))
     for group in STATED[1:]:
         assert getattr(full, group).plugin == getattr(tiny, group).plugin, group
     for group in ("schedule", "loss", "optimizer", "lr_schedule", "ema", "trainer", "guidance"):

@@ -1,15 +1,13 @@
 """Recipes of the published rows of CogVideoX's fine-tuning: sizes, numbers, and how they fit."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 
 from sandbox import registry
-from sandbox.config import CONF, GROUPS
+from sandbox.config import GROUPS
 from sandbox.contracts import Clip, ConfigError
 from sandbox.wiring import Wiring, wire
+from tests.contract.test_recipes import chosen
 from tests.helpers import composed
 
 LATENTS = {"1.0": Clip(16, 13, 60, 90), "1.5": Clip(16, 21, 96, 170)}
@@ -65,9 +63,7 @@ def test_its_network_and_lora_have_the_published_numbers_of_weights(row: str) ->
 
 @pytest.mark.parametrize("row", ROWS)
 def test_it_chooses_every_group(row: str) -> None:
-    said = yaml.safe_load(Path(CONF / f"experiment/cogvideox_{row}.yaml").read_text())["defaults"]
-    chosen = {k.removeprefix("override /") for entry in said for k in entry}
-    assert set(GROUPS) - OF_THE_USER <= chosen
+    assert set(GROUPS) - OF_THE_USER <= set(chosen(f"cogvideox_{row}"))
 
 
 @pytest.mark.parametrize("row", ROWS)
