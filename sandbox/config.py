@@ -28,30 +28,30 @@ OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule"
                "reconstruction", "checkpoint", "callbacks", "stage")  # fmt: skip
 AT_HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # of an override: where a value starts with ~/
 
-GROUPS = {  # every config group, with what it is; the order is that of --help
+GROUPS = {  # every config group with its description, in the order of --help
     "task": "what a run does",
-    "data": "where clips come from",
-    "vae": "first stage, between pixels and latents",
+    "data": "training and evaluation clips",
+    "vae": "first stage: encodes pixels to latents and decodes them",
     "backbone": "the denoising network",
-    "conditioning": "what the network is told",
-    "adapter": "few weights to train in place of the backbone's; null trains all",
-    "schedule": "noise process and prediction target",
-    "loss": "from a prediction to a number",
+    "conditioning": "what the network is conditioned on",
+    "adapter": "a few weights trained instead of the backbone's; null trains all",
+    "schedule": "noise schedule and prediction target",
+    "loss": "training loss of the denoiser",
     "sampler": "from noise to latents",
-    "guidance": "how sampling passes combine",
-    "optimizer": "how gradients change parameters",
+    "guidance": "how sampling combines conditional and unconditional predictions",
+    "optimizer": "how gradients update parameters",
     "lr_schedule": "learning rate over a run",
-    "ema": "moving average of the weights",
-    "trainer": "devices, accumulation, clipping, threads",
+    "ema": "exponential moving average of the weights",
+    "trainer": "devices, gradient accumulation, clipping, threads",
     "checkpoint": "when to save and what to keep",
     "resume": "which earlier run a command continues",
-    "logger": "where metrics go",
-    "callbacks": "what else happens during training; several may be named",
-    "metric": "scores of generated clips; null takes the one of the data",
+    "logger": "where metrics are sent",
+    "callbacks": "what else happens during training; several may be chosen",
+    "metric": "metrics of generated clips; null takes the one of the data",
     "reconstruction": "loss of a first stage (task=train_vae)",
-    "layout": "published file formats; init_from finds the one of its file or folder",
-    "kernels": "which implementation the hot operations use",
-    "stage": "steps of task=prepare, in this order; several may be named",
+    "layout": "published file formats; init_from detects the one of its file or folder",
+    "kernels": "implementations of the most expensive operations",
+    "stage": "steps of task=prepare, in this order; several may be chosen",
 }
 
 

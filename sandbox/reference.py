@@ -107,13 +107,18 @@ def _files_page(group: str, what: str, confs: Sequence[Path]) -> str:
     parts = [MADE, f"# {group}", f"{what[:1].upper()}{what[1:]}."]
     for path in (p for conf in confs for p in sorted((conf / group).rglob("*.yaml"))):
         plain = _yaml(path)
-        chosen = [f"{_last(k)}={shown_value(v)}" for d in plain.pop("defaults", ())
+        defaults = plain.pop("defaults", ())
+        chosen = [f"{_last(k)}={shown_value(v)}" for d in defaults
                   if isinstance(d, dict) for k, v in d.items()]  # fmt: skip
+        nested = [d for d in defaults if isinstance(d, str) and d != "_self_"]
         parts += [f"## {_place(path, group)}", f"{_about(path)} ({_link(path)})"]
+        if nested:
+            parts.append(f"Extends `{' '.join(nested)}`")
         if chosen:
             parts.append(f"Chooses `{' '.join(chosen)}`")
-        if plain and group != "sweep":
-            parts.append(f"Sets `{' '.join(_flat(plain))}`")
+        own = {k: v for k, v in plain.items() if k not in GROUPS}  # the rest is in the file
+        if own and group != "sweep":
+            parts.append(f"Sets `{' '.join(_flat(own))}`")
     return _text(*parts)
 
 
@@ -144,7 +149,7 @@ def _prose(config: type) -> str:
 
 
 def _table(config: type, names: Sequence[str], path: Path | None, module: str) -> str:
-    said = _sayings(config, path, module)
+    said = sayings(config, path, module)
     rows = []
     for f in (f for f in fields(config) if f.name in names):
         value = f.default_factory() if f.default_factory is not MISSING else f.default
@@ -223,7 +228,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     return yaml.load(path.read_text(encoding="utf-8"), quick)
 
 
-def _sayings(config: type, path: Path | None, module: str) -> dict[str, tuple[str, str]]:
+def sayings(config: type, path: Path | None, module: str) -> dict[str, tuple[str, str]]:
     """Field -> its type as it is written, and the comment beside or above it."""
     found: dict[str, tuple[str, str]] = {}
     for cls in reversed(config.__mro__[:-1]):

@@ -1,6 +1,6 @@
-"""The text of --help: groups, their options, and one line for each, from docstrings and presets.
+"""The text of --help: the groups, the options of a group, or the settings of an option.
 
-Imports nothing heavy. Where the command line chooses an option, its settings are listed instead.
+Imports nothing heavy: descriptions are read from docstrings and the comments of YAML files.
 """
 
 from __future__ import annotations
@@ -15,64 +15,102 @@ from typing import Any
 
 from sandbox import config, registry
 from sandbox.config import GROUPS, Root, conf_folders
+from sandbox.contracts import ConfigError
 
 HEAD = """\
-Latent video sandbox: trains, samples and scores latent diffusion models of images and video.
+Trains, samples and evaluates latent diffusion models of images and video.
 
-  python run.py                                          text to video on real digits: two minutes
-  python run.py backbone=dit vae=magvit -m lr=1e-5,2e-6  a sweep (-m): one run for each value
-  python run.py experiment=NAME                          a recipe
-  python run.py task=sample 'prompts=[a red 3 moving left]'
-                                                         videos from the newest finished run
-  python run.py task=new group=backbone name=mine        a plugin of your own, with preset and test
-  python run.py --help backbone=dit                      the settings of an option
+  python run.py                                    train text to video on moving digits (2 minutes)
+  python run.py backbone=dit vae=magvit steps=200  choose options, change settings
+  python run.py -m lr=1e-5,2e-6 seeds=3            a sweep: one run for each value and seed
+  python run.py experiment=NAME                    a recipe; backbone=dit exchanges its network
+  python run.py task=sample 'prompts=[a red 3]'    sample from the newest finished run
+  python run.py task=new group=vae name=mine       create a plugin with a preset and a test
 
-GROUP=OPTION chooses a component, GROUP.SETTING=VALUE sets one of its numbers, SETTING=VALUE one of
-the run's; null is an empty value.
+GROUP=OPTION chooses a component, GROUP.SETTING=VALUE one of its settings, SETTING=VALUE a setting
+of the run. GROUP=null leaves a group empty. More help:
+
+  python run.py --help GROUP                       options and presets; also experiment
+  python run.py --help GROUP=OPTION                settings of an option or preset
 """
 
 FLAGS = """\
-Flags: -m (multirun: a,b,c tries each), --cfg job (print the configuration), --info defaults (where
-  it comes from), -cd DIR (more YAML files), -sc install=bash (shell completion), --traceback (with
-  an error). Flags and settings may come in any order.
-Exit codes: 0 done, 2 wrong input, 3 data, 4 diverged, 5 storage, 75 stopped and saved (start again
-  to continue), 130 interrupted, 1 a bug.
+Flags: -m (sweep), --cfg job (print the configuration), --info defaults (show its files), -cd DIR
+  (more YAML files), -sc install=bash (shell completion), --traceback (with every error).
+Exit codes: 0 finished, 1 bug, 2 wrong input, 3 data, 4 diverged, 5 storage, 75 preempted and saved
+  (run the same command again), 130 interrupted.
 """
+PRESETS = {"experiment": "recipes, one page each", "debug": "quick checks of any recipe"}
+WIDEST = 100
 
 
 def usage(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
-    """The whole text, as wide as the terminal; or the settings of the options in `overrides`."""
-    width = min(shutil.get_terminal_size((120, 24)).columns, 140)
-    if any(o.partition("=")[0] in GROUPS for o in overrides):
-        return "\n".join(_chosen(overrides, config_dir, width))
-    folders = conf_folders(overrides, config_dir)
-    parts = [HEAD, "Settings of the run: " + ", ".join(_settings(Root())) + "\n"]
-    parts += ["Groups and their options"]
-    presets = {"experiment": "recipes", "debug": "quick checks of any recipe"}
-    for group, what in (GROUPS | presets).items():
-        rows = list(_options(group, folders))
-        if rows:
-            parts.append(f"\n{group}: {what}")
-            parts += [_row(name, doc, width) for name, doc in rows]
-    return "\n".join([*parts, "", FLAGS])
+    """The overview, as wide as the terminal; the options of groups; or the settings of options.
+
+    Raises ConfigError for a word that names no group.
+    """
+    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    words = [o for o in overrides if "=" not in o]
+    if unknown := [w for w in words if w not in GROUPS | PRESETS]:
+        raise ConfigError(
+            *(f"--help {w}: no such group{registry.nearest(w, GROUPS | PRESETS)}" for w in unknown)
+        )
+    chosen = [o for o in overrides if "=" in o]
+    lines = [line for word in words for line in _group(word, conf_folders(chosen, config_dir))]
+    if any(o.partition("=")[0] in GROUPS for o in chosen):
+        lines += _chosen(chosen, config_dir, width)
+    if lines:
+        return "\n".join(part for line in lines for part in _wrapped(line, width))
+    return "\n".join([HEAD, *_overview(width), "", FLAGS])
+
+
+def _overview(width: int) -> Iterator[str]:
+    """The settings of a run, and each group with its plugins."""
+    yield from _row("SETTING", ", ".join(_settings(Root())), width)
+    for group in GROUPS:
+        names = [f"{p.name}{' (broken)' * bool(p.error)}" for p in registry.plugins(group)]
+        if names:
+            yield from _row(group, ", ".join(names), width)
+    for group, what in PRESETS.items():
+        yield from _row(group, f"{what} (--help {group})", width)
+
+
+def _group(group: str, folders: Sequence[Path]) -> Iterator[str]:
+    """What a group is, its plugins, and its presets, each with a description."""
+    yield f"{group}: {(GROUPS | PRESETS)[group]}"
+    for plugin in registry.plugins(group):
+        yield f"  {plugin.name:<24}  {f'(broken) {plugin.error}' if plugin.error else plugin.doc}"
+    presets = [(f / group, p) for f in folders for p in sorted((f / group).rglob("*.yaml"))]
+    if presets and group in GROUPS:
+        yield "presets"
+    for folder, path in presets:
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        yield f"  {name:<24}  {_comment(path)}"
+    yield ""
 
 
 def _chosen(overrides: Sequence[str], config_dir: str | None, width: int) -> Iterator[str]:
-    """What the chosen options are, and their settings with the values that they stand for."""
+    """What the chosen options are, and their settings with values and meaning."""
+    from sandbox.reference import sayings
+
     root = config.to_root(config.compose(overrides, config_dir=config_dir))
     groups = {o.partition("=")[0] for o in overrides}
     for path, cfg in root.parts():
         if path.partition(".")[0] in groups:
-            yield f"{path}={cfg.plugin.rpartition('/')[2]}: {registry.find(cfg.plugin).doc}"
+            plugin = registry.find(cfg.plugin)
+            yield f"{path}={plugin.name}: {plugin.doc}"
             doc = inspect.getdoc(type(cfg)) or ""
             if not doc.startswith(f"{type(cfg).__name__}("):  # what dataclass writes where none is
-                yield textwrap.indent(textwrap.fill(doc, width - 4), "    ")
-            yield from (f"  {path}.{setting}" for setting in _settings(cfg))
+                yield f"    {' '.join(doc.split())}"
+            notes = sayings(type(cfg), plugin.path, plugin.module)
+            for setting in _settings(cfg):
+                note = notes.get(setting.partition("=")[0], ("", ""))[1]
+                yield f"  {f'{path}.{setting}':<38}  {note}".rstrip()
             yield ""
 
 
 def _settings(cfg: Any) -> Iterator[str]:
-    """Each setting as one types it: name=value."""
+    """Each setting as it is typed: name=value."""
     words = {None: "null", True: "true", False: "false"}
     for f in fields(cfg):
         if f.name not in (*GROUPS, "plugin"):
@@ -82,15 +120,6 @@ def _settings(cfg: Any) -> Iterator[str]:
             yield f"{f.name}={words[value] if known else said}"
 
 
-def _options(group: str, folders: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    for p in registry.plugins():
-        if p.group == group or p.group.startswith(group + "/"):
-            yield p.name, f"(broken) {p.error}" if p.error else p.doc
-    for folder in folders:
-        for path in sorted((folder / group).glob("*.yaml")):
-            yield path.stem, _comment(path)
-
-
 def _comment(path: Path) -> str:
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and "@package" not in line:
@@ -98,7 +127,14 @@ def _comment(path: Path) -> str:
     return ""
 
 
-def _row(name: str, doc: str, width: int) -> str:
-    lines = textwrap.wrap(doc, max(width - 28, 40)) or [""]
-    shown = (f"  {'' if i else name:<24}  {text}".rstrip() for i, text in enumerate(lines))
-    return "\n".join(shown)
+def _row(name: str, text: str, width: int) -> list[str]:
+    return textwrap.wrap(f"{name:<15} {text}", width, subsequent_indent=" " * 16,
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in the width of the terminal; its second column stays one."""
+    head, gap, text = line.rpartition("  ")
+    indent = " " * (len(head + gap) if text and head.strip() else len(line) - len(line.lstrip()))
+    return textwrap.wrap(line, max(width, len(indent) + 40), subsequent_indent=indent,
+                         drop_whitespace=True, break_long_words=False) or [""]  # fmt: skip

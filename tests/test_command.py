@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import config
+from sandbox import config, registry
 from sandbox.contracts import ConfigError
 from sandbox.main import _main, main, parse
 from sandbox.multirun import jobs
@@ -156,7 +156,7 @@ def counted(lines: list[tuple[list[str], str]], folder: Path) -> list[tuple[int,
 
 def test_what_needs_no_training_answers_without_heavy_imports(tmp_path):
     lines = [
-        ("--help", 0, "conditioning: what the network is told"),
+        ("--help", 0, "conditioning    dynamicrafter, none"),
         ("--help vae=pca", 0, "vae.components=32"),
         ("--cfg job", 0, "plugin: backbone/dit"),
         ("vae=kl --cfg job --package vae --resolve", 0, "ch_mult:"),
@@ -202,13 +202,26 @@ def test_a_wrong_request_for_completion_is_said(words):
         _main(words)
 
 
-def test_help_lists_every_group_option_and_preset(capsys):
+def test_help_lists_every_group_and_plugin_on_a_screen_and_a_half(capsys):
     _main(["--help"])
     text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 60 and max(map(len, text.splitlines())) <= 100
     for group in config.GROUPS:
-        assert re.search(rf"^{group}: ", text, re.MULTILINE), group
-        for option in config.options(group):
-            assert re.search(rf"^  {option}\b.*\w", text, re.MULTILINE), option
+        assert re.search(rf"^{group} +\w", text, re.MULTILINE), group
+        assert all(re.search(rf"\b{p.name}\b", text) for p in registry.plugins(group)), group
+
+
+@pytest.mark.parametrize("group", [*config.GROUPS, "experiment"])
+def test_help_of_a_group_describes_every_option(group, capsys):
+    _main(["--help", group])
+    text = capsys.readouterr().out
+    for option in config.options(group):
+        assert re.search(rf"^  {option}\b.*\w", text, re.MULTILINE), option
+
+
+def test_help_of_an_unknown_group_names_the_nearest():
+    with pytest.raises(ConfigError, match="--help bakbone: no such group; did you mean 'backbone'"):
+        _main(["--help", "bakbone"])
 
 
 # --- exit codes -----------------------------------------------------------------------------------
