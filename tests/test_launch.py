@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.contracts import ConfigError, DataError, Diverged, Misfit, Preempted, SandboxError
+from sandbox.contracts import ConfigError, DataError, Diverged, Preempted, SandboxError, SizeError
 from sandbox.distributed import rank
 from sandbox.distributed.rank import Rank, last_word, place
 from sandbox.distributed.supervisor import MEETINGS, RankError, launch
@@ -182,7 +182,7 @@ def test_ranks_that_never_connect_are_told_of_in_the_end(log):
 
 
 def test_an_error_of_ours_comes_back_as_itself():
-    with pytest.raises(Misfit) as caught:
+    with pytest.raises(SizeError) as caught:
         run("fail", {"rank": 1, "how": "misfit"}, 2)
     assert (caught.value.field, caught.value.value, caught.value.rule) == ("frames", 7, "4 k + 1")
 

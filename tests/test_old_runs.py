@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import sandbox
 from sandbox.api import build, compose, train
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config.moved_modules import OLD_MODULES
+from sandbox.contracts import MetricConfig, PluginError
+from sandbox.registry import register
 from sandbox.runs.lookup import read_root
 from sandbox.runs.run import Run
 
@@ -89,6 +92,19 @@ def test_old_import_paths_work_and_name_the_new_ones(old, names):
             DeprecationWarning, match=rf"sandbox\.{old}\.{name} is now sandbox\.\w+\."
         ):
             exec(f"from sandbox.{old} import {name}", {})
+
+
+def test_a_plugin_with_a_method_under_its_former_name_is_refused():
+    with pytest.raises(PluginError, match="metric/mine: rates is now called proportions"):
+
+        @register("metric", "mine")
+        class Mine:
+            @dataclass
+            class Config(MetricConfig):
+                pass
+
+            def rates(self) -> frozenset[str]:
+                return frozenset()
 
 
 def test_every_old_module_is_found():

@@ -1,4 +1,4 @@
-"""No average: samples come from the trained weights themselves."""
+"""No EMA: samples use the live weights."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from sandbox.registry import register
 
 @register("ema", "none")
 class NoAverage:
-    """No average of the weights; it costs no memory and no time."""
+    """No EMA of the weights."""
 
     @dataclass
     class Config(EMAConfig):
-        def averages(self) -> bool:
+        def keeps_ema(self) -> bool:
             return False
 
     decay = None

@@ -14,8 +14,8 @@ from sandbox.contracts import (
     CallbackConfig,
     Clip,
     ConfigError,
-    Misfit,
     PluginConfig,
+    SizeError,
     Slots,
 )
 
@@ -203,7 +203,7 @@ class Compatibility:
                 f"checkpoint.every={policy.every} steps: use callbacks=[val_loss] with "
                 f"callbacks.val_loss.every={policy.every}, or checkpoint.best=0"
             )
-        if self.valid("ema") and policy.best_of.endswith("_ema") and not root.ema.averages():
+        if self.valid("ema") and policy.best_of.endswith("_ema") and not root.ema.keeps_ema():
             self.report(
                 f"checkpoint.best_of={policy.best_of}: ema={name_of(root.ema)} has no EMA weights "
                 f"to measure: use checkpoint.best_of={policy.best_of.removesuffix('_ema')}, or "
@@ -258,7 +258,7 @@ class Compatibility:
                     grid = backbone.grid(z)
                     return (z, grid) if fitting == clip else None
                 return None
-            except Misfit as e:
+            except SizeError as e:
                 key = (e.field, getattr(clip, e.field), e.value, z is None)
                 if key not in self.misfits:  # once for all buckets
                     self.misfits[key] = self.nearest(fitting, e.field)
@@ -274,7 +274,7 @@ class Compatibility:
                 return None
         return None
 
-    def misfit(self, clip: Clip, z: Clip | None, e: Misfit, near: list[int]) -> str:
+    def misfit(self, clip: Clip, z: Clip | None, e: SizeError, near: list[int]) -> str:
         """The message for a size that the first stage (or, given `z`, the backbone) rejects."""
         data, value, vae = self.root.data, getattr(clip, e.field), f"vae={name_of(self.root.vae)}"
         size, fix = f"data.{e.field}={value}", ""
@@ -302,7 +302,7 @@ class Compatibility:
                 z = self.root.vae.latents(replace(clip, **{field: size}))
                 if self.valid("backbone"):
                     self.root.backbone.grid(z)
-            except Misfit as e:
+            except SizeError as e:
                 if e.field == field:
                     return False
             except ConfigError:

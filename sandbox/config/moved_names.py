@@ -188,3 +188,14 @@ OLD_PRESETS = {
     "vae/vq_f2_tiny": "experiment=ldm_celebahq_vq4_tiny",
     "vae/vq_f4_celebahq": "vae=vq_f4 vae.weights=models/first_stage_models/vq-f4/model.ckpt",
 }
+
+# group -> former name of a method -> its name now; a plugin that still defines the former is refused.
+OLD_METHODS = {
+    "data": {"whole": "all_clips", "takes_turns": "alternates_sizes"},
+    "ema": {"averages": "keeps_ema"},
+    "layout": {"parts": "split", "whole": "join"},
+    "metric": {"rates": "proportions", "beside": "set_references", "each": "per_clip"},
+    "stage": {"judge": "decide", "look": "score"},
+    "task": {"brings": "default_options", "takes_weights": "accepts_init_from"},
+    "": {"released": "diffusers_config"},
+}

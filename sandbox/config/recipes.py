@@ -1,8 +1,8 @@
 """Recipes: the settings that a recipe gives for a group belong to the option that it chose.
 
 `conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. Where
-the final choice of a group is another option (`experiment=NAME backbone=dit`), the loader leaves out
-the settings that the recipe gives for that group, so that numbers of two components never mix.
+the final choice of a group is another option (`experiment=NAME backbone=dit`), the loader drops
+its settings of that group, so that numbers of two components never mix.
 
 A config source cannot do this: Hydra does not pass it the overrides, and launchers such as joblib
 and submitit compose in their own processes. The loader has the overrides of each composition, keeps

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sandbox.config.moved_names import OLD_METHODS
 from sandbox.config.static_reader import first_line, line_in, read
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
 
@@ -76,6 +77,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
 
     def file(cls: T) -> T:
         key, module = f"{group}/{name}", sys.modules.get(cls.__module__)
+        _refuse_old_methods(key, cls)
         source = getattr(module, "__file__", None)
         path = Path(source).resolve() if source else None
         known = _plugins.get(key)
@@ -93,6 +95,15 @@ def register(group: str, name: str) -> Callable[[T], T]:
         return cls
 
     return file
+
+
+def _refuse_old_methods(key: str, cls: type) -> None:
+    """Raises PluginError for methods under names of version 0.1, which nothing would call."""
+    renamed = OLD_METHODS.get(key.partition("/")[0], {}) | OLD_METHODS[""]
+    own = {*vars(cls), *vars(getattr(cls, "Config", object))}
+    found = [f"{old} is now called {new}" for old, new in renamed.items() if old in own]
+    if found:
+        raise PluginError(f"{key}: {'; '.join(found)}; rename it in {cls.__module__}")
 
 
 # --- discovery ------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and
-tensor Protocols.
+"""Interfaces between components: sizes, slots, errors, base Configs and tensor Protocols.
 
-Two halves. The Config side (`configs`) answers every question before a run (does it fit, what goes
-where, what does it cost) and never imports torch. The tensor side (`tensors`, and `footage` for raw
-video) names the few calls that the training step and the samplers make. A plugin sees this package
-and never another group's plugin.
+The Config side (`configs`) answers all questions before a run (compatible sizes, connections,
+cost) in plain Python and never imports torch. The tensor side (`tensors`, and `video` for raw
+video) defines the calls of the training step and the samplers. A plugin imports this package and
+never a plugin of another group.
 """
 
-# ruff: noqa: F401  what is imported here is what others import from here
+# ruff: noqa: F401  re-exports
 
 from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
 from sandbox.contracts.configs.base import PluginConfig
@@ -40,22 +39,11 @@ from sandbox.contracts.errors import (
     ConfigError,
     DataError,
     Diverged,
-    Misfit,
     PluginError,
     Preempted,
     SandboxError,
+    SizeError,
     StorageError,
-)
-from sandbox.contracts.footage import (
-    Cuts,
-    Footage,
-    Judges,
-    Looks,
-    Rendering,
-    Renders,
-    Row,
-    Span,
-    VideoFile,
 )
 from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Slots, Tokens
 from sandbox.contracts.tensors import (
@@ -63,9 +51,7 @@ from sandbox.contracts.tensors import (
     Adapter,
     Backbone,
     Batch,
-    Beside,
     Bucketed,
-    ByClip,
     Conditioner,
     Conditions,
     DataSource,
@@ -80,6 +66,8 @@ from sandbox.contracts.tensors import (
     Layout,
     Loss,
     Metric,
+    PairedMetric,
+    PerClipMetric,
     Posterior,
     Sample,
     Sampler,
@@ -88,3 +76,24 @@ from sandbox.contracts.tensors import (
     Terms,
     TextEncoder,
 )
+from sandbox.contracts.video import (
+    CuttingStage,
+    DecidingStage,
+    Rendering,
+    RenderingStage,
+    Row,
+    ScoringStage,
+    Span,
+    VideoClip,
+    VideoFile,
+)
+
+# Former names, for plugins outside this repository.
+Beside = PairedMetric
+ByClip = PerClipMetric
+Cuts = CuttingStage
+Footage = VideoClip
+Judges = DecidingStage
+Looks = ScoringStage
+Misfit = SizeError
+Renders = RenderingStage

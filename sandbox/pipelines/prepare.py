@@ -29,15 +29,15 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import (
     BadItem,
     ConfigError,
-    Cuts,
+    CuttingStage,
     DataError,
-    Judges,
-    Looks,
-    Renders,
+    DecidingStage,
+    RenderingStage,
     Row,
+    ScoringStage,
     VideoFile,
 )
-from sandbox.data.video_files import CONTAINERS, Footage, probe
+from sandbox.data.video_files import CONTAINERS, VideoClip, probe
 from sandbox.distributed.pool import Crashed, Ordered, cores, started
 from sandbox.reports.media import write_frames
 from sandbox.reports.progress import Progress
@@ -107,7 +107,9 @@ class Stages:
         self.plugins_path = root.plugins_path
         self.names = [*self.configs]
         self.built = {name: registry.create(cfg) for name, cfg in self.configs.items()}
-        self.renderer = next((n for n, s in self.built.items() if isinstance(s, Renders)), None)
+        self.renderer = next(
+            (n for n, s in self.built.items() if isinstance(s, RenderingStage)), None
+        )
         self.digests = {name: self._digest(cfg) for name, cfg in self.configs.items()}
 
     def legs(self) -> Iterator[list[str]]:
@@ -115,7 +117,7 @@ class Stages:
         leg: list[str] = []
         for name, stage in self.built.items():
             leg.append(name)
-            if isinstance(stage, Cuts):
+            if isinstance(stage, CuttingStage):
                 yield leg
                 leg = []
         yield leg
@@ -179,14 +181,14 @@ def looked(job: Job) -> Found:
     assert job.info
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
-    clip = Footage(job.path, job.info, job.start, job.end, wanted)
+    clip = VideoClip(job.path, job.info, job.start, job.end, wanted)
 
     def look(found: Found) -> None:
         with spending(found, "decoding"):
             clip.load()
         for name in job.names:
             with spending(found, name):
-                found.values[name] = stages[name].look(clip)
+                found.values[name] = stages[name].score(clip)
 
     return timed(look)
 
@@ -194,7 +196,7 @@ def looked(job: Job) -> Found:
 def rendered(job: Job) -> Found:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
-    to, clip = job.to, Footage(job.path, job.info, job.start, job.end)
+    to, clip = job.to, VideoClip(job.path, job.info, job.start, job.end)
 
     def write(found: Found) -> None:
         (stage,) = built(job.shared).values()
@@ -270,7 +272,7 @@ class Work:
         return rows
 
     def look(self, rows: list[Row], names: list[str]) -> None:
-        looking = [n for n in names if isinstance(self.stages.built[n], Looks)]
+        looking = [n for n in names if isinstance(self.stages.built[n], ScoringStage)]
         shared, tasks = self.stages.shared(looking), []
         for row in rows if looking else ():
             if "dropped" not in row:
@@ -286,12 +288,12 @@ class Work:
         for name in names:
             stage = self.stages.built[name]
             kept = [row for row in rows if "dropped" not in row]
-            if isinstance(stage, Cuts):
+            if isinstance(stage, CuttingStage):
                 rows = [part for row in rows for part in cut(row, name, stage)]
-            elif isinstance(stage, Judges):
+            elif isinstance(stage, DecidingStage):
                 for row in kept:
                     row["id"] = identity(row)
-                for row, said in zip(kept, stage.judge(kept), strict=True):
+                for row, said in zip(kept, stage.decide(kept), strict=True):
                     if "drop" in said:
                         row["dropped"] = [name, said["drop"]]
                     row |= {k: v for k, v in said.items() if k != "drop"}
@@ -350,7 +352,7 @@ class Work:
                 row["dropped"] = [UNREADABLE, bad]
 
 
-def cut(row: Row, name: str, stage: Cuts) -> Iterator[Row]:
+def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
     """The clips that a stage makes of one."""
     if "dropped" in row:
         yield row

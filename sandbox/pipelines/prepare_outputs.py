@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import BadItem, Row
-from sandbox.data.video_files import Footage
+from sandbox.data.video_files import VideoClip
 from sandbox.reports.media import Row as Strip
 from sandbox.reports.media import contact_sheet, replacing
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
@@ -189,7 +189,7 @@ def shown(row: Row) -> Strip | None:
     """A few frames with what was dropped and why; None where they cannot be decoded."""
     import numpy as np
 
-    clip = Footage(row["path"], row["info"], row["start"], row["end"], width=WIDTH)
+    clip = VideoClip(row["path"], row["info"], row["start"], row["end"], width=WIDTH)
     try:
         frames = clip.at([(i + 0.5) / SHOWN * clip.seconds for i in range(SHOWN)])
     except BadItem:

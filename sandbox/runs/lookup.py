@@ -11,7 +11,7 @@ from typing import Any
 from sandbox.config import discovery, registry
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, OF_THE_COMMAND, Root, from_container, placed
-from sandbox.contracts import ConfigError, Misfit, SandboxError, StorageError
+from sandbox.contracts import ConfigError, SandboxError, SizeError, StorageError
 from sandbox.runs.run import Run
 
 # What a run's weights are made for: with another one they do not fit, or mean something else.
@@ -109,7 +109,7 @@ def other_first_stage(root: Root) -> Iterator[str]:
         yield f"{where}: a run of vae={made.plugin.rpartition('/')[2]}, not of vae={name}"
         return
     clip = root.data.clips()[0]
-    with suppress(Misfit):  # said by the wiring
+    with suppress(SizeError):  # said by the wiring
         sizes = made.latents(clip), here.latents(clip)
         theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames: of windows, too
         if theirs != ours:

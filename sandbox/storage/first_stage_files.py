@@ -105,7 +105,7 @@ def cached(root: Root) -> Path:
     sources = [registry.source(registry.find(part)) for part in parts]
     for shared in ("_blocks", "_configs"):
         sources += [path.read_bytes() for path in sorted((PLUGINS / shared).glob("*.py"))]
-    data = data_identity(root.data.whole())
+    data = data_identity(root.data.all_clips())
     hashes = [hashlib.sha256(code_alone(part)).hexdigest() for part in sources]
     key = json.dumps([vae, data, root.seed, hashes], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")

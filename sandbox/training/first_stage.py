@@ -83,7 +83,7 @@ def _keep(path: Path, kept: Path) -> None:
 def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
     """Fits or trains `first_stage` on the training split, in this process alone."""
     if root.vae.fitted() == "closed_form":
-        train = registry.create(root.data.whole()).split("train")
+        train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
     load_weights(first_stage, train_in_cache(_plain(root), (rank or Rank()).alone()))
@@ -94,7 +94,7 @@ def _plain(root: Root) -> Root:
     fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
     machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
     trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, data=root.data.whole(), precision="fp32", trainer=trainer, **fixed)
+    return replace(root, data=root.data.all_clips(), precision="fp32", trainer=trainer, **fixed)
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
@@ -102,7 +102,7 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
     `device`: where the first stage is.
     """
-    train = registry.create(root.data.whole()).split("train")
+    train = registry.create(root.data.all_clips()).split("train")
 
     def some() -> Iterator[torch.Tensor]:
         for i, batch in enumerate(batches(train, 64, root.seed)):
@@ -198,7 +198,7 @@ def _finish(training: Any) -> dict[str, Any]:
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
     if metric := by_pairs(root):
-        metric.beside(video)
+        metric.set_references(video)
         scores = metric.score(made, val.captions or [""] * val.size)
     sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
     captions = (val.captions or [])[shown]

@@ -359,7 +359,7 @@ def check_best(wiring: Wiring) -> None:
 def check_best_of(root: Root, names: Iterable[str]) -> None:
     """`names`: of the numbers that the loss logs."""
     policy, found = root.checkpoint, {f"val/{name}" for name in (*names, "loss")}
-    if root.ema.averages():
+    if root.ema.keeps_ema():
         found |= {f"{name}_ema" for name in found}
     if policy.best and policy.best_of not in found:
         raise ConfigError(
@@ -412,7 +412,8 @@ def start(
         loader=Loader(
             registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
             num_workers=cfg.num_workers, max_bad=cfg.max_bad,
-            batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete, turns=cfg.takes_turns(),
+            batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete,
+            turns=cfg.alternates_sizes(),
         ),
         run=run,
         rank=rank,

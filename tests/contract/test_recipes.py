@@ -1,4 +1,4 @@
-"""Recipes of published systems leave nothing to a default; tiny siblings are the same, shrunk."""
+"""Published recipes set every value; tiny siblings differ only in size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FULL = [name for name in RECIPES if not name.endswith("_tiny")]
 OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage"}
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
           "ema", "checkpoint")  # fmt: skip
-# where files are, how much memory is used, how often a write is tried: not of a recipe
+# paths, memory use and write retries: not part of a recipe
 OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fraction", "max_bad",
                "train_frames", "frames_per_pass", "attempts", "wait", "cosine_s", "turning_step",
                "one_by_one", "every", "best_of"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every stage of task=prepare: what the frame may count on."""
+"""Interfaces of every stage of task=prepare."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sandbox.config import registry
-from sandbox.contracts import Cuts, Judges, Looks, Renders
-from sandbox.data.video_files import Footage, probe
+from sandbox.contracts import CuttingStage, DecidingStage, RenderingStage, ScoringStage
+from sandbox.data.video_files import VideoClip, probe
 from tests.footage import scene, write
 from tests.helpers import plugin_configs
 
@@ -30,17 +30,17 @@ def file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("raw") / "a.mp4", scene(1, 1.5))
 
 
-def clip(file, start=0.0, end=None) -> Footage:
-    return Footage(file, probe(file), start, end)
+def clip(file, start=0.0, end=None) -> VideoClip:
+    return VideoClip(file, probe(file), start, end)
 
 
 @of_kind(object)
-def test_it_is_of_a_kind_that_the_frame_uses(key):
-    assert isinstance(STAGES[key], (Looks, Cuts, Judges, Renders))
+def test_it_implements_a_stage_interface(key):
+    assert isinstance(STAGES[key], (ScoringStage, CuttingStage, DecidingStage, RenderingStage))
 
 
 @of_kind(object)
-def test_its_limits_are_settings_of_it(key):
+def test_its_limits_are_settings(key):
     assert set(CONFIGS[key].limits) <= {f.name for f in fields(CONFIGS[key])}
 
 
@@ -52,44 +52,44 @@ def test_it_asks_for_frames_of_the_clip_in_order(key, seconds):
     assert all(0 <= t < seconds for t in times)
 
 
-@of_kind(Looks, WEIGHTLESS)
-def test_a_look_gives_plain_scores_and_the_same_again(key, file):
-    first = STAGES[key].look(clip(file, 0.2, 1.3))
+@of_kind(ScoringStage, WEIGHTLESS)
+def test_scores_are_plain_and_deterministic(key, file):
+    first = STAGES[key].score(clip(file, 0.2, 1.3))
     assert first
     assert json.loads(json.dumps(first)) == first
-    assert registry.create(CONFIGS[key]).look(clip(file, 0.2, 1.3)) == first
+    assert registry.create(CONFIGS[key]).score(clip(file, 0.2, 1.3)) == first
 
 
-@of_kind(Cuts, WEIGHTLESS)
-def test_spans_are_in_order_inside_of_the_clip_and_do_not_overlap(key, file):
-    spans = STAGES[key].spans(STAGES[key].look(clip(file)), 1.5)
+@of_kind(CuttingStage, WEIGHTLESS)
+def test_spans_are_ordered_inside_the_clip_and_do_not_overlap(key, file):
+    spans = STAGES[key].spans(STAGES[key].score(clip(file)), 1.5)
     edges = [t for start, end, _ in spans for t in (start, end)]
     assert edges == sorted(edges)
     assert edges[0] >= 0 and edges[-1] <= 1.5
     assert all(isinstance(why, str) for _, _, why in spans)
 
 
-@of_kind(Judges)
-def test_a_judge_answers_for_each_clip_and_changes_none(key, file):
+@of_kind(DecidingStage)
+def test_decide_answers_for_each_clip_and_modifies_none(key, file):
     name, (info, stage) = key.partition("/")[2], (probe(file), STAGES[key])
     rows = [
         {"id": str(i), "source": f"a{i}.mp4", "path": file.with_name(f"a{i}.mp4"), "info": info,
          "start": 0.0, "end": 1.5, "scores": {}} for i in range(3)
     ]  # fmt: skip
-    for row in rows if isinstance(stage, Looks) else ():
-        known = stage.look(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
+    for row in rows if isinstance(stage, ScoringStage) else ():
+        known = stage.score(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
         row["scores"][name] = known
     before = copy.deepcopy(rows)
-    said = stage.judge(rows)
+    decisions = stage.decide(rows)
     assert rows == before
-    assert len(said) == len(rows)
-    assert json.loads(json.dumps(said)) == said
-    assert stage.judge(rows) == said
-    assert stage.judge([]) == []
+    assert len(decisions) == len(rows)
+    assert json.loads(json.dumps(decisions)) == decisions
+    assert stage.decide(rows) == decisions
+    assert stage.decide([]) == []
 
 
-@of_kind(Renders)
-def test_a_rendering_has_frames_of_one_even_size_and_a_rate(key, file):
+@of_kind(RenderingStage)
+def test_a_rendering_has_frames_of_one_even_size_and_an_fps(key, file):
     made = STAGES[key].render(clip(file, 0.5, 1.5))
     frames = list(made.frames)
     assert made.fps > 0

@@ -32,7 +32,8 @@ SMALL = (
     "data.height=32", "data.width=32", "data.frames=3", "data.batch_size=2", "backbone=unet3d",
     "backbone.model_channels=32", "backbone.num_heads=2", "vae=kl", "vae.ch=8",
     "vae.scale_factor=0.18215", "vae.shift=0", "conditioning=dynamicrafter",
-    *words("dynamicrafter_512", "schedule"), "loss=ldm", "sampler=ddim", "layout=compvis", "logger=null",
+    *words("dynamicrafter_512", "schedule"), "loss=ldm", "sampler=ddim", "layout=compvis",
+    "logger=null",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def layout(**settings) -> CompVis:
 
 
 def small(*overrides: str, seed: int = 0):
-    """A small DynamiCrafter with weights of its own everywhere, also where they start as zeros."""
+    """A small DynamiCrafter with random weights, including zero-initialised ones."""
     made = build(compose(*SMALL, "vae.weights=null", *overrides, f"seed={seed}"))
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
@@ -55,18 +56,18 @@ def original():
     return small(seed=1)
 
 
-def written(of, folder: Path, average: bool = False, **settings) -> Path:
+def written(of, folder: Path, with_ema: bool = False, **settings) -> Path:
     ema = {
         "updates": 3,
         "average": {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad},
     }
     format = layout(**settings)
-    state = format.whole(taken_apart(of, ema if average else None))
+    state = format.join(taken_apart(of, ema if with_ema else None))
     return weight_files.write_pickled(format.file(state, 7), folder / "model.ckpt")
 
 
 def from_file(path: Path):
-    """A system of other weights, but with the frozen parts of the file."""
+    """A system with other weights, but with the frozen modules of the file."""
     return small(f"vae.weights={path}", f"conditioning.weights={path}")
 
 
@@ -78,8 +79,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", list(FULL_SIZE))
-def test_a_whole_published_system_has_all_its_names_and_shapes(name):
-    """0 missing, 0 unexpected, shapes, types and the number of parameters equal."""
+def test_a_published_system_has_all_its_names_and_shapes(name):
+    """No missing or unexpected names; equal shapes, dtypes and parameter counts."""
     want = json.loads((MANIFESTS / f"{name}.json").read_text())
     of = recipe(name)
     chosen = {g: getattr(of, g) for g in ("backbone", "conditioning", "schedule")}
@@ -95,12 +96,12 @@ def test_a_whole_published_system_has_all_its_names_and_shapes(name):
     if name.startswith("ldm"):
         counters = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(0).int()}
         parts["ema"] = counters | parts["backbone"]
-    whole = layout().whole(parts)
+    whole = layout().join(parts)
     got = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in whole.items()}
     assert set(want) - set(got) == set()
     assert set(got) - set(want) == set()
     assert got == want
-    back = layout().parts(whole)
+    back = layout().split(whole)
     assert {part: set(state) for part, state in back.items() if state} == {
         part: set(state) for part, state in parts.items() if state
     }
@@ -112,7 +113,7 @@ DIALECTS = ("plain", "deepspeed", "256")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
+def test_split_and_join_are_an_exact_round_trip(dialect):
     names = json.loads((MANIFESTS / "ldm_celebahq_vq4.json").read_text())
     names |= dict.fromkeys(
         ("model.diffusion_model.fps_embedding.0.weight",
@@ -121,43 +122,43 @@ def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
          "image_proj_model.latents", "scale_arr")
     )  # fmt: skip
     plain = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
-    state = layout(dialect=dialect).whole(layout().parts(plain))
-    assert same(layout(dialect=dialect).whole(layout().parts(state)), state)
-    assert same(layout().whole(layout().parts(state)), plain)
+    state = layout(dialect=dialect).join(layout().split(plain))
+    assert same(layout(dialect=dialect).join(layout().split(state)), state)
+    assert same(layout().join(layout().split(state)), plain)
 
 
-def test_the_256_model_calls_the_frame_rate_framestride():
+def test_the_256_model_names_the_fps_embedding_framestride():
     parts = {"backbone": {"fps_embedding.0.weight": torch.ones(1), "out.0.bias": torch.ones(1)}}
-    state = layout(dialect="256").whole(parts)
+    state = layout(dialect="256").join(parts)
     assert "model.diffusion_model.framestride_embed.0.weight" in state
-    assert layout().parts(state)["backbone"].keys() == parts["backbone"].keys()
+    assert layout().split(state)["backbone"].keys() == parts["backbone"].keys()
 
 
 def test_deepspeed_names_have_a_prefix_of_sixteen_characters():
-    """The original cuts them off by counting."""
-    (name,) = layout(dialect="deepspeed").whole({"backbone": {"x": torch.ones(1)}})
+    """The original strips them by length."""
+    (name,) = layout(dialect="deepspeed").join({"backbone": {"x": torch.ones(1)}})
     assert name[16:] == "model.diffusion_model.x"
 
 
-def test_a_first_stage_alone_leaves_out_what_its_training_needed():
+def test_a_first_stage_alone_omits_the_weights_of_its_loss():
     state = {"encoder.a": torch.ones(1), "quantize.embedding.weight": torch.ones(1),
              "loss.discriminator.a": torch.ones(1)}  # fmt: skip
-    parts = layout().parts(state)
+    parts = layout().split(state)
     assert parts["vae"].keys() == {"encoder.a", "quantize.embedding.weight"}
     assert not parts["backbone"]
 
 
 def test_names_of_another_layout_are_refused():
     with pytest.raises(StorageError, match=r"1 names are not those of layout=compvis: strange\.x"):
-        layout().parts({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
+        layout().split({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
 
 
-def test_parts_that_the_originals_do_not_have_are_refused():
+def test_components_without_a_published_name_are_refused():
     one = torch.ones(1)
-    with pytest.raises(StorageError, match=r"no place for 1 names.*table"):
-        layout().whole({"conditioning": {"table.weight": one}})
-    with pytest.raises(StorageError, match=r"vae\.scale .*want vae\.scale_factor=NUMBER"):
-        layout().whole({"vae": {"scale": one, "encoder.conv_in.bias": one}})
+    with pytest.raises(StorageError, match=r"cannot store 1 names.*table"):
+        layout().join({"conditioning": {"table.weight": one}})
+    with pytest.raises(StorageError, match=r"vae\.scale: .*want vae\.scale_factor=NUMBER"):
+        layout().join({"vae": {"scale": one, "encoder.conv_in.bias": one}})
 
 
 def test_a_bad_dialect_is_named():
@@ -177,8 +178,8 @@ def test_a_file_of_every_dialect_initialises_a_system(original, tmp_path, dialec
     assert same(fresh.state_dict(), original.state_dict())
 
 
-def test_the_network_gets_its_average_where_the_file_has_one(original, tmp_path):
-    path = written(original, tmp_path, average=True)
+def test_the_network_gets_the_ema_weights_of_the_file(original, tmp_path):
+    path = written(original, tmp_path, with_ema=True)
     fresh = from_file(path)
     init_from(fresh, path)
     for name, tensor in fresh.backbone.named_parameters():
@@ -187,27 +188,27 @@ def test_the_network_gets_its_average_where_the_file_has_one(original, tmp_path)
     assert same(projection, original.conditioner.image_proj_model.state_dict())
 
 
-def test_what_is_written_again_is_the_file(original, tmp_path):
+def test_an_exported_file_equals_the_original(original, tmp_path):
     path = written(original, tmp_path)
     fresh = from_file(path)
     init_from(fresh, path)
-    assert same(layout().whole(taken_apart(fresh)), weight_files.read(path))
+    assert same(layout().join(taken_apart(fresh)), weight_files.read(path))
 
 
-def test_the_original_would_find_what_it_unpickles(original, tmp_path):
+def test_the_file_has_the_structure_that_the_original_unpickles(original, tmp_path):
     plain = torch.load(written(original, tmp_path), weights_only=True)
     assert plain.keys() == {"state_dict", "global_step"}
     deep = torch.load(written(original, tmp_path, dialect="deepspeed"), weights_only=True)
     assert all(k.startswith("_forward_module.") for k in deep["module"])
 
 
-def test_a_first_stage_is_taken_out_of_a_whole_file(original, tmp_path):
+def test_a_first_stage_is_loaded_from_a_full_system_file(original, tmp_path):
     other = small()
     load_weights(other.first_stage, written(original, tmp_path))
     assert same(other.first_stage.state_dict(), original.first_stage.state_dict())
 
 
-def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
+def test_a_file_can_be_sampled_without_a_run(original, tmp_path):
     path, image = written(original, tmp_path), tmp_path / "image.png"
     Image.new("RGB", (40, 32), "red").save(image)
     root = compose(
@@ -222,7 +223,7 @@ def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
 
 
 def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_path):
-    """Also of a pickle: its numbers are mapped."""
+    """Also for a pickle, whose tensors are memory-mapped."""
     path = written(original, tmp_path)
     words = (*SMALL, f"init_from={path}", f"vae.weights={path}", f"conditioning.weights={path}")
     check_weights(wire(compose(*words)))
@@ -249,21 +250,21 @@ def test_another_schedule_is_an_error_that_names_the_table(original, tmp_path):
         init_from(fresh, path)
 
 
-def test_another_first_stage_is_an_error_with_its_cure(original, tmp_path):
+def test_another_first_stage_is_an_error_with_a_fix(original, tmp_path):
     path = written(original, tmp_path)
     fresh = small("vae.weights=null", f"conditioning.weights={path}")
     with pytest.raises(StorageError, match=r"first_stage\..* use vae\.weights="):
         init_from(fresh, path)
 
 
-def test_no_first_stage_is_trained_for_a_file_that_has_one(original, tmp_path):
+def test_no_first_stage_is_trained_if_the_file_has_one(original, tmp_path):
     path = written(original, tmp_path)
     root = compose(*SMALL, "vae.weights=auto", f"init_from={path}")
     with pytest.raises(ConfigError, match=r"use vae\.weights="):
         check_sources(root)
 
 
-def test_a_file_of_another_system_says_so_before_vae_weights_are_spoken_of(original, tmp_path):
+def test_a_file_of_another_system_is_reported_before_vae_weights(original, tmp_path):
     path = written(original, tmp_path)
     words = ("backbone.model_channels=64", "vae.ch=16", "vae.weights=auto", f"init_from={path}")
     parts = r"\(\d+ of backbone=unet3d, \d+ of vae=kl\)"
@@ -271,7 +272,7 @@ def test_a_file_of_another_system_says_so_before_vae_weights_are_spoken_of(origi
         check_weights(wire(compose(*SMALL, *words)))
 
 
-def test_nothing_in_a_pickle_is_run(original, tmp_path):
+def test_no_code_in_a_pickle_runs(original, tmp_path):
     path, marker = tmp_path / "model.ckpt", tmp_path / "ran"
 
     class Evil:
@@ -297,14 +298,14 @@ def test_a_run_is_exported_and_initialises_another(tmp_path):
     to = tmp_path / "out.ckpt"
     cfg = Export.Config(run=str(trained.folder), to=str(to), weights="both")
     assert Export(cfg)(wiring)["file"] == str(to)
-    parts = layout().parts(weight_files.read(to))
+    parts = layout().split(weight_files.read(to))
     assert parts["ema"]["num_updates"].item() == 1
     assert parts["ema"]["num_updates"].dtype == torch.int32
     assert same(parts["backbone"], dict(trained.system.backbone.state_dict()))
     assert same(parts["vae"], dict(trained.system.first_stage.state_dict()))
 
 
-def test_without_a_layout_an_original_cannot_be_written():
+def test_an_export_in_the_original_format_needs_a_layout():
     from sandbox.tasks.export import Export
 
     wiring = SimpleNamespace(root=SimpleNamespace(layout=None))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sandbox.config import discovery, registry
-from sandbox.data.video_files import Footage, probe
+from sandbox.data.video_files import VideoClip, probe
 from tests.footage import precision_recall, scene, write
 
 discovery.setup()
@@ -14,7 +14,7 @@ discovery.setup()
 
 def cuts_of(path):
     stage = registry.create(registry.default("stage", "scenes"))
-    return stage.look(Footage(path, probe(path)))["cuts"]
+    return stage.score(VideoClip(path, probe(path)))["cuts"]
 
 
 def test_known_cuts_are_found_and_no_others(tmp_path):
