@@ -10,7 +10,7 @@ from typing import Any
 
 from sandbox import config, registry
 from sandbox.config import GROUPS, OF_THE_COMMAND, Root, from_container, placed
-from sandbox.contracts import ConfigError, Misfit, SandboxError, StorageError
+from sandbox.contracts import ConfigError, SandboxError, SizeError, StorageError
 from sandbox.registry import SEVERAL
 from sandbox.runs import Run
 
@@ -109,7 +109,7 @@ def other_first_stage(root: Root) -> Iterator[str]:
         yield f"{where}: a run of vae={made.plugin.rpartition('/')[2]}, not of vae={name}"
         return
     clip = root.data.clips()[0]
-    with suppress(Misfit):  # said by the wiring
+    with suppress(SizeError):  # said by the wiring
         sizes = made.latents(clip), here.latents(clip)
         theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames: of windows, too
         if theirs != ours:

@@ -19,8 +19,8 @@ from sandbox.contracts import (
     CallbackConfig,
     Clip,
     ConfigError,
-    Misfit,
     PluginConfig,
+    SizeError,
     Slots,
 )
 
@@ -317,7 +317,7 @@ class _Check:
                     grid = backbone.grid(z)
                     return (z, grid) if fitting == clip else None
                 return None
-            except Misfit as e:
+            except SizeError as e:
                 key = (e.field, getattr(clip, e.field), e.value, z is None)
                 if key not in self.misfits:  # of many sizes it is said once
                     self.misfits[key] = self.near(fitting, e.field)
@@ -333,7 +333,7 @@ class _Check:
                 return None
         return None
 
-    def misfit(self, clip: Clip, z: Clip | None, e: Misfit, near: list[int]) -> str:
+    def misfit(self, clip: Clip, z: Clip | None, e: SizeError, near: list[int]) -> str:
         """A number of `clip` that does not fit the first stage or, with latents `z`, backbone."""
         data, value, vae = self.root.data, getattr(clip, e.field), f"vae={_name(self.root.vae)}"
         size, cure = f"data.{e.field}={value}", ""
@@ -361,7 +361,7 @@ class _Check:
                 z = self.root.vae.latents(replace(clip, **{field: size}))
                 if self.sound("backbone"):
                     self.root.backbone.grid(z)
-            except Misfit as e:
+            except SizeError as e:
                 if e.field == field:
                     return False
             except ConfigError:

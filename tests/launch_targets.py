@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sandbox.contracts import Diverged, Misfit, Preempted
+from sandbox.contracts import Diverged, Preempted, SizeError
 from sandbox.rank import Rank, ignore_signals
 
 
@@ -74,7 +74,7 @@ def _diverged() -> None:
 
 
 def _misfit() -> None:
-    raise Misfit("frames", 7, "4 k + 1")
+    raise SizeError("frames", 7, "4 k + 1")
 
 
 FAILURES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import rank
-from sandbox.contracts import ConfigError, DataError, Diverged, Misfit, Preempted, SandboxError
+from sandbox.contracts import ConfigError, DataError, Diverged, Preempted, SandboxError, SizeError
 from sandbox.launch import MEETINGS, RankError, launch
 from sandbox.rank import Rank, last_word, place
 from tests.launch_helpers import alive, lines, supervisor, wait_until
@@ -182,7 +182,7 @@ def test_ranks_that_never_connect_are_told_of_in_the_end(log):
 
 
 def test_an_error_of_ours_comes_back_as_itself():
-    with pytest.raises(Misfit) as caught:
+    with pytest.raises(SizeError) as caught:
         run("fail", {"rank": 1, "how": "misfit"}, 2)
     assert (caught.value.field, caught.value.value, caught.value.rule) == ("frames", 7, "4 k + 1")
 

@@ -20,7 +20,7 @@ from sandbox.contracts import (
     ConfigError,
     DataConfig,
     MetricConfig,
-    Misfit,
+    SizeError,
     Slots,
     Tokens,
     in_range,
@@ -82,7 +82,7 @@ class Nothing(Network):
     """Fits nothing."""
 
     def grid(self, z: Clip) -> Clip:
-        raise Misfit("channels", z.channels, "another number")
+        raise SizeError("channels", z.channels, "another number")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from sandbox.contracts import (
     Clip,
     FirstStageConfig,
     FirstStageRecipe,
-    Misfit,
+    SizeError,
     above,
     in_range,
     must_divide,
@@ -65,7 +65,7 @@ class Autoencoder2DConfig(FirstStageConfig):
 
     def latents(self, clip: Clip) -> Clip:
         if clip.channels != self.in_channels:
-            raise Misfit("channels", clip.channels, str(self.in_channels))
+            raise SizeError("channels", clip.channels, str(self.in_channels))
         f = 2 ** (len(self.ch_mult) - 1)
         must_divide("height", clip.height, f)
         must_divide("width", clip.width, f)

@@ -10,7 +10,7 @@ from sandbox.contracts import (
     Clip,
     FirstStageConfig,
     FirstStageRecipe,
-    Misfit,
+    SizeError,
     above,
     in_range,
     must_divide,
@@ -131,7 +131,7 @@ class Autoencoder3DConfig(FirstStageConfig):
 
     @abstractmethod
     def latent_frames(self, frames: int) -> int:
-        """Frames of the latents of so many frames; raises Misfit for a number that is refused."""
+        """Latent frames of a clip of `frames` frames; raises SizeError for a refused number."""
 
     def widths(self) -> tuple[int, ...]:
         """Channels of the levels, from the pixels down."""
@@ -152,7 +152,7 @@ class Autoencoder3DConfig(FirstStageConfig):
 
     def latents(self, clip: Clip) -> Clip:
         if clip.channels != 3:
-            raise Misfit("channels", clip.channels, "3")
+            raise SizeError("channels", clip.channels, "3")
         _, space = self.factors()
         must_divide("height", clip.height, space)
         must_divide("width", clip.width, space)

@@ -27,7 +27,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
-    Misfit,
+    SizeError,
     Slots,
     State,
     above,
@@ -172,7 +172,7 @@ class CogVideoX(nn.Module):
                 for name in ("height", "width"):
                     if getattr(z, name) != getattr(self, f"sample_{name}"):
                         size = getattr(self, f"sample_{name}")
-                        raise Misfit(name, getattr(z, name), f"{size}, that of the stored table")
+                        raise SizeError(name, getattr(z, name), f"{size}, that of the stored table")
             patch = self.patch_size_t or 1
             return replace(z, frames=-(-z.frames // patch) * patch)
 
@@ -236,7 +236,7 @@ class CogVideoX(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        Raises ValueError for what these settings cannot take, SizeError for sizes.
         """
         cfg = self.cfg
         z = self.joined(z_t, cond)  # (B, in_channels, T, H, W)
@@ -265,7 +265,7 @@ class CogVideoX(nn.Module):
             raise ValueError(f"backbone: z_t and concat have shape {tuple(z.shape)}: want {want}")
         size = Clip(*z.shape[1:])
         if cfg.grid(size) != size:
-            raise Misfit("frames", size.frames, f"a multiple of patch_size_t={cfg.patch_size_t}")
+            raise SizeError("frames", size.frames, f"a multiple of patch_size_t={cfg.patch_size_t}")
         if cond.image_context is not None:
             raise ValueError("backbone=cogvideox takes no image_context")
         vector = 0 if cond.vector is None else cond.vector.shape[-1]

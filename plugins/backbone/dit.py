@@ -20,7 +20,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
-    Misfit,
+    SizeError,
     Slots,
     above,
     in_range,
@@ -150,7 +150,7 @@ class DiT(nn.Module):
                 size, most = getattr(z, name), getattr(self, f"max_{name}")
                 if size > most * patch:
                     rule = f"at most {most * patch} (max_{name}={most} patches of {patch})"
-                    raise Misfit(name, size, rule)
+                    raise SizeError(name, size, rule)
             return z
 
         def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
@@ -239,14 +239,14 @@ class DiT(nn.Module):
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
 
     def check(self, z_t: Tensor, cond: Conditions) -> None:
-        """Raises ValueError for what these settings cannot take, Misfit for sizes."""
+        """Raises ValueError for what these settings cannot take, SizeError for sizes."""
         cfg = self.cfg
         if z_t.ndim != 5 or z_t.shape[1] != cfg.in_channels:
             want = f"(B, {cfg.in_channels}, T, H, W)"
             raise ValueError(f"backbone: z_t has shape {tuple(z_t.shape)}: want {want}")
         size = Clip(*z_t.shape[1:])
         if cfg.grid(size) != size:
-            raise Misfit("frames", size.frames, f"a multiple of patch_t={cfg.patch_t}")
+            raise SizeError("frames", size.frames, f"a multiple of patch_t={cfg.patch_t}")
         given = {
             "context_dim": 0 if cond.context is None else cond.context.shape[-1],
             "vector_dim": 0 if cond.vector is None else cond.vector.shape[-1],

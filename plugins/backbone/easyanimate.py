@@ -23,7 +23,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
-    Misfit,
+    SizeError,
     Slots,
     in_range,
     must_divide,
@@ -151,7 +151,7 @@ class EasyAnimate(nn.Module):
             must_divide("width", z.width, self.patch_size * block)
             limited = self.motion_module != "none" and self.motion_positions
             if limited and z.frames > self.motion_max_frames:
-                raise Misfit(
+                raise SizeError(
                     "frames", z.frames, f"at most motion_max_frames={self.motion_max_frames}"
                 )
             return z
@@ -208,7 +208,7 @@ class EasyAnimate(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        Raises ValueError for what these settings cannot take, SizeError for sizes.
         """
         z = self.joined(z_t, cond)
         cfg = self.cfg

@@ -15,7 +15,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
-    Misfit,
+    SizeError,
     Slots,
     in_range,
     must_divide,
@@ -139,9 +139,11 @@ class UNet2D(UNet):
 
         def grid(self, z: Clip) -> Clip:
             if self.motion_module == "none" and z.frames != 1:
-                raise Misfit("frames", z.frames, "1 (it is a network for images), or motion_module")
+                raise SizeError(
+                    "frames", z.frames, "1 (it is a network for images), or motion_module"
+                )
             if z.frames > MOTION_FRAMES:
-                raise Misfit("frames", z.frames, f"at most {MOTION_FRAMES}")
+                raise SizeError("frames", z.frames, f"at most {MOTION_FRAMES}")
             block = self.motion_block_size if self.motion_module == "grid" else 1
             for name in ("height", "width"):
                 must_divide(name, getattr(z, name), 2 ** (len(self.channel_mult) - 1) * block)
@@ -201,7 +203,7 @@ class UNet2D(UNet):
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
         T is 1 without a motion module.
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        Raises ValueError for what these settings cannot take, SizeError for sizes.
         """
         z = self.joined(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))

@@ -238,7 +238,7 @@ class UNet3D(UNet):
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
         context is (B, L, D), or (B, T, L, D) for each frame; image_context (B, T or 1, L, D).
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        Raises ValueError for what these settings cannot take, SizeError for sizes.
         """
         z = self.joined(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))

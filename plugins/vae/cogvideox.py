@@ -21,7 +21,7 @@ from sandbox.contracts import (
     ConfigError,
     FirstStageConfig,
     FirstStageRecipe,
-    Misfit,
+    SizeError,
     above,
     in_range,
     must_divide,
@@ -150,12 +150,12 @@ class AutoencoderCogVideoX(FirstStage):
         def latents(self, clip: Clip) -> Clip:
             """Of a clip that comes back with as many frames: one, and whole pieces."""
             if clip.channels != 3:
-                raise Misfit("channels", clip.channels, "3")
+                raise SizeError("channels", clip.channels, "3")
             must_divide("height", clip.height, self.space())
             must_divide("width", clip.width, self.space())
             piece = self.num_sample_frames_batch_size
             if clip.frames < 1 or (clip.frames - 1) % piece:
-                raise Misfit("frames", clip.frames, f"1 plus a multiple of {piece}")
+                raise SizeError("frames", clip.frames, f"1 plus a multiple of {piece}")
             frames = (clip.frames - 1) // self.temporal_compression_ratio + 1
             height, width = clip.height // self.space(), clip.width // self.space()
             return Clip(self.latent_channels, frames, height, width)

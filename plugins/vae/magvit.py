@@ -17,7 +17,7 @@ from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.inflate import inflated, is_of_pictures
 from plugins._blocks.posterior import Gaussian
 from plugins._configs.autoencoder3d import Autoencoder3DConfig
-from sandbox.contracts import Clip, Draws, Misfit
+from sandbox.contracts import Clip, Draws, SizeError
 from sandbox.registry import register
 
 
@@ -51,7 +51,7 @@ class MagViT(FirstStage):
             windows, rest = divmod(frames, self.mini_batch_encoder)
             if frames != 1 and (rest or windows < 1):
                 rule = f"1 or a multiple of {self.mini_batch_encoder}, the frames of a window"
-                raise Misfit("frames", frames, rule)
+                raise SizeError("frames", frames, rule)
             return 1 if frames == 1 else windows * self.mini_batch_decoder
 
     def __init__(self, cfg: Config) -> None:
@@ -69,7 +69,7 @@ class MagViT(FirstStage):
             start_linear(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
 
     def encode(self, x: Tensor) -> Gaussian:
-        """x (B, 3, T, H, W) in [-1, 1], T = 1 or k windows; raises Misfit for other sizes."""
+        """x (B, 3, T, H, W) in [-1, 1], T = 1 or k windows; raises SizeError for other sizes."""
         self.cfg.latents(Clip(*x.shape[1:]))
         windows = x.split(self.cfg.mini_batch_encoder, 2)
         return Gaussian(torch.cat([self.moments(window) for window in windows], 2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Exact
-from sandbox.contracts import Clip, FirstStageConfig, Misfit, in_range, must_divide
+from sandbox.contracts import Clip, FirstStageConfig, SizeError, in_range, must_divide
 from sandbox.registry import register
 
 COLOURS = 3
@@ -93,12 +93,12 @@ class PatchPCA(FirstStage):
 
         def latents(self, clip: Clip) -> Clip:
             if clip.channels != 3:
-                raise Misfit("channels", clip.channels, "3")
+                raise SizeError("channels", clip.channels, "3")
             must_divide("height", clip.height, self.patch)
             must_divide("width", clip.width, self.patch)
             groups, rest = divmod(clip.frames - 1, self.group)
             if clip.frames < 1 or rest:
-                raise Misfit("frames", clip.frames, f"1 plus a multiple of {self.group}")
+                raise SizeError("frames", clip.frames, f"1 plus a multiple of {self.group}")
             return Clip(
                 self.components, 1 + groups, clip.height // self.patch, clip.width // self.patch
             )

@@ -16,7 +16,7 @@ from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.inflate import inflated, is_of_pictures
 from plugins._blocks.posterior import Gaussian
 from plugins._configs.autoencoder3d import Autoencoder3DConfig
-from sandbox.contracts import Clip, Draws, Misfit
+from sandbox.contracts import Clip, Draws, SizeError
 from sandbox.registry import register
 
 
@@ -51,7 +51,7 @@ class SliceVAE(FirstStage):
                 allowed, also = (0, 1), f", or {self.mini_batch_encoder} k"
             if frames < 1 or rest not in allowed:
                 rule = f"{self.mini_batch_encoder} k + 1{also}, in whole slices"
-                raise Misfit("frames", frames, rule)
+                raise SizeError("frames", frames, rule)
             return slices * self.mini_batch_decoder + rest
 
     def __init__(self, cfg: Config) -> None:
@@ -69,7 +69,7 @@ class SliceVAE(FirstStage):
             start_linear(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
 
     def encode(self, x: Tensor) -> Gaussian:
-        """x (B, 3, T, H, W) in [-1, 1], T = 8 k or 8 k + 1; raises Misfit for other sizes."""
+        """x (B, 3, T, H, W) in [-1, 1], T = 8 k or 8 k + 1; raises SizeError for other sizes."""
         self.cfg.latents(Clip(*x.shape[1:]))
         size, latents = self.tile_sizes()
         return Gaussian(self.per_tile(self.moments, x, size, latents))

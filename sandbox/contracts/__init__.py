@@ -40,10 +40,10 @@ from sandbox.contracts.errors import (
     ConfigError,
     DataError,
     Diverged,
-    Misfit,
     PluginError,
     Preempted,
     SandboxError,
+    SizeError,
     StorageError,
 )
 from sandbox.contracts.footage import (
@@ -88,3 +88,6 @@ from sandbox.contracts.tensors import (
     Terms,
     TextEncoder,
 )
+
+# Former names, for plugins outside this repository.
+Misfit = SizeError

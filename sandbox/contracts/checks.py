@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sandbox.contracts.errors import Misfit
+from sandbox.contracts.errors import SizeError
 
 
 def one_of(name: str, value: Any, choices: Iterable[Any]) -> Iterator[str]:
@@ -45,6 +45,6 @@ def same_length(name: str, value: Iterable[Any], length: int, of: str) -> Iterat
 
 
 def must_divide(field: str, value: int, by: int) -> None:
-    """Raises Misfit unless `value` is a positive multiple of `by`."""
+    """Raises SizeError unless `value` is a positive multiple of `by`."""
     if value < 1 or value % by:
-        raise Misfit(field, value, f"a multiple of {by}")
+        raise SizeError(field, value, f"a multiple of {by}")

@@ -29,15 +29,15 @@ class ConfigError(SandboxError):
         return "\n".join(self.args)
 
 
-class Misfit(ConfigError):
-    """A clip does not fit a component: `field` (frames, height, width or channels) has `value`,
-    `rule` says what fits.
+class SizeError(ConfigError):
+    """A component cannot process a clip of this size.
 
-    Wiring adds which setting that is and probes for the nearest values that fit.
+    `field` is frames, height, width or channels, and `rule` describes the allowed values. The
+    wiring adds the name of the setting and searches for the nearest valid values.
     """
 
     def __init__(self, field: str, value: int, rule: str) -> None:
-        Exception.__init__(self, field, value, rule)  # its one problem is made of them
+        Exception.__init__(self, field, value, rule)  # `problems` is derived from these
 
     @property
     def field(self) -> str:

@@ -43,7 +43,7 @@ class FirstStageConfig(PluginConfig, ABC):
 
     @abstractmethod
     def latents(self, clip: Clip) -> Clip:
-        """Size of the latents of a clip of pixels; raises Misfit where the clip does not fit."""
+        """Size of the latents of a clip of pixels; raises SizeError where the clip does not fit."""
 
     def fitted(self) -> str:
         """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or
@@ -77,7 +77,7 @@ class BackboneConfig(PluginConfig, ABC):
         return frozenset()
 
     def grid(self, z: Clip) -> Clip:
-        """Latent size that it works on: `z`, or more frames (padding in front); raises Misfit."""
+        """Latent size that it processes: `z`, or more frames (padding in front); raises SizeError."""
         return z
 
     @abstractmethod

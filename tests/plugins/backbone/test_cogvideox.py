@@ -16,7 +16,7 @@ from plugins._blocks.grid_tables import (
     sinusoidal_table,
 )
 from plugins.backbone.cogvideox import CogVideoX
-from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
+from sandbox.contracts import Clip, Conditions, ConfigError, SizeError, Slots, Tokens
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
@@ -237,7 +237,7 @@ def test_a_stored_table_is_no_parameter_and_wants_its_size() -> None:
     model = built(cfg)
     assert "patch_embed.pos_embedding" in model.state_dict()
     assert "patch_embed.pos_embedding" not in dict(model.named_parameters())
-    with pytest.raises(Misfit, match="height=6: want 8, that of the stored table"):
+    with pytest.raises(SizeError, match="height=6: want 8, that of the stored table"):
         model(*inputs(height=6))
 
 
@@ -265,7 +265,7 @@ def test_conditions_that_do_not_fit_are_refused(change: dict, message: str) -> N
 
 
 def test_frames_that_fill_no_patch_are_refused() -> None:
-    with pytest.raises(Misfit, match="frames=3: want a multiple of patch_size_t=2"):
+    with pytest.raises(SizeError, match="frames=3: want a multiple of patch_size_t=2"):
         built(replace(SMALL, patch_size_t=2))(*inputs())
 
 

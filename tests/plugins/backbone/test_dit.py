@@ -10,7 +10,7 @@ import kernels
 from plugins._blocks.attention import CrossAttention
 from plugins._blocks.embeddings import GridPositions, sinusoids
 from plugins.backbone.dit import DiT
-from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
+from sandbox.contracts import Clip, Conditions, ConfigError, SizeError, Slots, Tokens
 
 Z = Clip(4, 3, 4, 6)
 EVERYTHING = Slots(context=Tokens(12, 5, masked=True), concat=2, vector=10, scalars={"fps"})
@@ -321,7 +321,7 @@ def test_frames_are_padded_to_whole_patches():
     ],
 )
 def test_latents_that_do_not_fit_are_refused_by_field(settings, z, field, rule):
-    with pytest.raises(Misfit, match=rule) as e:
+    with pytest.raises(SizeError, match=rule) as e:
         DiT.Config(**settings).wired(z, Slots(), 1)
     assert e.value.field == field
 
@@ -420,7 +420,7 @@ def test_wrong_inputs_are_refused_at_the_first_line(change, message):
 
 def test_frames_that_are_not_whole_patches_are_refused():
     cfg = small(patch_t=3)
-    with pytest.raises(Misfit, match="frames=4: want a multiple of patch_t=3"):
+    with pytest.raises(SizeError, match="frames=4: want a multiple of patch_t=3"):
         DiT(cfg)(torch.randn(1, 4, 4, 4, 6), torch.zeros(1), Conditions())
 
 
@@ -492,5 +492,5 @@ def test_adapter_targets_of_motion_modules_are_linear_layers_too():
 
 
 def test_blocks_of_a_motion_grid_must_fit():
-    with pytest.raises(Misfit, match="height=6: want a multiple of 4"):
+    with pytest.raises(SizeError, match="height=6: want a multiple of 4"):
         small(motion_module="grid", patch=2, z=Clip(4, 3, 8, 8), **MOVING).grid(Clip(4, 3, 6, 8))

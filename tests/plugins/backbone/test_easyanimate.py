@@ -18,7 +18,7 @@ from plugins.backbone.easyanimate import (
     from_published,
     to_published,
 )
-from sandbox.contracts import Clip, Conditions, Misfit, Slots, Tokens
+from sandbox.contracts import Clip, Conditions, SizeError, Slots, Tokens
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded, stored_weights
 from tests.helpers import preset
 
@@ -334,7 +334,7 @@ def test_defaults_have_no_problems() -> None:
     ],
 )
 def test_a_size_that_does_not_fit_is_refused(settings, z, rule) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         small(**settings).grid(z)
     assert str(error.value) == rule
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import kernels
 from plugins._blocks.unet import AttentionBlock, Downsample, ResBlock, Upsample, timestep_embedding
 from plugins.backbone.unet2d import UNet2D
-from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
+from sandbox.contracts import Clip, Conditions, ConfigError, SizeError, Slots, Tokens
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -268,11 +268,11 @@ def test_it_is_wired_to_what_conditioning_offers() -> None:
     ],
 )
 def test_latents_that_do_not_fit_are_refused_by_field(z, field, rule) -> None:
-    with pytest.raises(Misfit, match=rule) as error:
+    with pytest.raises(SizeError, match=rule) as error:
         UNet2D.Config().grid(z)
     assert error.value.field == field
     model = UNet2D(small())
-    with pytest.raises(Misfit):
+    with pytest.raises(SizeError):
         model(torch.zeros(1, *z.__dict__.values()), torch.zeros(1), Conditions())
 
 
@@ -372,7 +372,7 @@ def test_frames_of_a_clip_meet_in_motion_modules() -> None:
 
 
 def test_blocks_of_a_motion_grid_must_fit_the_smallest_size() -> None:
-    with pytest.raises(Misfit, match="height=6: want a multiple of 4"):
+    with pytest.raises(SizeError, match="height=6: want a multiple of 4"):
         UNet2D.Config(motion_module="grid").grid(Clip(4, 3, 6, 8))
 
 

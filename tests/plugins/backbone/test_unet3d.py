@@ -18,7 +18,7 @@ from plugins._blocks.unet_attention import (
     TextImageAttention,
 )
 from plugins.backbone.unet3d import UNet3D
-from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
+from sandbox.contracts import Clip, Conditions, ConfigError, SizeError, Slots, Tokens
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden/dynamicrafter"
@@ -514,7 +514,7 @@ def test_what_does_not_fit_is_refused_when_run(given, problem) -> None:
 
 @pytest.mark.parametrize(("field", "z"), [("height", (4, 3, 5, 4)), ("width", (4, 3, 4, 7))])
 def test_latents_that_do_not_fit_are_refused_by_field(field, z) -> None:
-    with pytest.raises(Misfit, match="a multiple of 2") as error:
+    with pytest.raises(SizeError, match="a multiple of 2") as error:
         UNet3D.Config().grid(Clip(*z))
     assert error.value.field == field
 

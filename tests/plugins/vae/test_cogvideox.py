@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plugins._blocks import cogvideox_autoencoder
 from plugins.vae.cogvideox import AutoencoderCogVideoX
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
@@ -144,7 +144,7 @@ def test_published_clips_have_the_published_latents(clip: Clip, latents: Clip) -
     ],
 )
 def test_a_clip_that_would_not_come_back_is_refused(clip: Clip, message: str) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         preset("vae", "cogvideox_5b").latents(clip)
     assert str(error.value) == message
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from plugins._blocks.autoencoder2d import AttnBlock, Downsample, ResnetBlock, Upsample
 from plugins._blocks.posterior import Gaussian
 from plugins.vae.kl import AutoencoderKL
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 from sandbox.randomness import Keyed, Recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -138,7 +138,7 @@ def test_latents_have_the_size_that_the_config_promises() -> None:
 
 @pytest.mark.parametrize(("field", "clip"), [("height", (3, 1, 18, 16)), ("width", (3, 1, 16, 2))])
 def test_sizes_that_do_not_divide_are_misfits(field, clip) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         AutoencoderKL.Config().latents(Clip(*clip))
     assert error.value.field == field
 

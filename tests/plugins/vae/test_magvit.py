@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler, keep_smoothest, tiled
 from plugins.vae.magvit import MagViT
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 from sandbox.randomness import Keyed, Recorded
 
 ROOT = Path(__file__).parents[3]
@@ -164,7 +164,7 @@ def test_latents_follow_the_windows(cfg: MagViT.Config, clip: Clip, latents: Cli
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(clip: Clip, message: str) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         MagViT.Config().latents(clip)
     assert str(error.value) == message
 
@@ -179,7 +179,7 @@ def test_shapes_are_what_the_config_says(frames: int) -> None:
 
 
 def test_encode_refuses_frames_that_fill_no_window() -> None:
-    with pytest.raises(Misfit, match="frames=10"):
+    with pytest.raises(SizeError, match="frames=10"):
         built().encode(clips(frames=10))
 
 

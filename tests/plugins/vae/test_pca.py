@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from plugins.vae.pca import PatchPCA
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 
 COLOURS = np.array(
     [[1, 0.1, 0.1], [1, 0.9, 0.1], [0.1, 0.9, 0.1], [0.1, 0.9, 1], [0.15, 0.25, 1], [1, 0.1, 0.9]]
@@ -131,7 +131,7 @@ def test_fit_without_clips_is_refused() -> None:
     ],
 )
 def test_clips_that_do_not_fit_are_misfits(field, clip) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         PatchPCA.Config().latents(Clip(*clip))
     assert error.value.field == field
 

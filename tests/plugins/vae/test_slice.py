@@ -10,7 +10,7 @@ from torch import Tensor
 
 from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler
 from plugins.vae.slice import SliceVAE
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 from sandbox.randomness import Keyed
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import preset
@@ -106,7 +106,7 @@ def test_frames_follow_the_slices(settings: dict, frames: int, latents: int) -> 
     ],
 )  # fmt: skip
 def test_a_clip_that_does_not_fit_is_refused(settings: dict, clip: Clip, message: str) -> None:
-    with pytest.raises(Misfit) as error:
+    with pytest.raises(SizeError) as error:
         replace(SMALL, **settings).latents(clip)
     assert str(error.value) == message
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plugins.vae.vq import Codebook, VQModel
-from sandbox.contracts import Clip, Misfit
+from sandbox.contracts import Clip, SizeError
 from sandbox.randomness import Keyed
 
 GOLDEN = Path(__file__).parents[2] / "golden/ldm"
@@ -169,7 +169,7 @@ def test_latents_have_the_size_that_the_config_promises() -> None:
 
 
 def test_sizes_that_do_not_divide_are_misfits() -> None:
-    with pytest.raises(Misfit, match="width=18: want a multiple of 4"):
+    with pytest.raises(SizeError, match="width=18: want a multiple of 4"):
         VQModel.Config().latents(Clip(3, 1, 16, 18))
 
 
