@@ -24,7 +24,7 @@ STEADY = 0.1  # frames of a steady rate differ by less of their duration (matros
 LACKING = 0.5  # seconds that a file may end before its header says
 
 
-class Footage:
+class VideoClip:
     """A span of a video file. Frames are (H, W, 3) uint8 RGB, upright and with square pixels.
 
     `wanted`: seconds from the start of the span that will be asked for; one pass decodes all.
@@ -59,10 +59,10 @@ class Footage:
         times = list(times)
         missing = sorted({*times, *self._wanted} - self._shown.keys())
         if missing:
-            self._shown |= zip(missing, self.held(missing), strict=True)
+            self._shown |= zip(missing, self.iter_at(missing), strict=True)
         return [self._shown[t] for t in times]
 
-    def held(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+    def iter_at(self, times: Sequence[float]) -> Iterator[np.ndarray]:
         """The frame shown at each of `times`, which increase; one is in memory at a time.
 
         Before the first frame of the span it is that one. Raises BadItem.

@@ -20,7 +20,7 @@ from typing import Any
 
 from sandbox.contracts import BadItem, Row
 from sandbox.files import storing, sync_folder, write_atomic
-from sandbox.footage import Footage
+from sandbox.footage import VideoClip
 from sandbox.media import Row as Strip
 from sandbox.media import contact_sheet, replacing
 from sandbox.shards import END
@@ -189,7 +189,7 @@ def shown(row: Row) -> Strip | None:
     """A few frames with what was dropped and why; None where they cannot be decoded."""
     import numpy as np
 
-    clip = Footage(row["path"], row["info"], row["start"], row["end"], width=WIDTH)
+    clip = VideoClip(row["path"], row["info"], row["start"], row["end"], width=WIDTH)
     try:
         frames = clip.at([(i + 0.5) / SHOWN * clip.seconds for i in range(SHOWN)])
     except BadItem:

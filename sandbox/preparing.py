@@ -37,7 +37,7 @@ from sandbox.contracts import (
     VideoFile,
 )
 from sandbox.files import locked, storing, write_atomic
-from sandbox.footage import CONTAINERS, Footage, probe
+from sandbox.footage import CONTAINERS, VideoClip, probe
 from sandbox.media import write_frames
 from sandbox.progress import Progress
 from sandbox.shards import Journal
@@ -178,7 +178,7 @@ def looked(job: Job) -> Found:
     assert job.info
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
-    clip = Footage(job.path, job.info, job.start, job.end, wanted)
+    clip = VideoClip(job.path, job.info, job.start, job.end, wanted)
 
     def look(found: Found) -> None:
         with spending(found, "decoding"):
@@ -193,7 +193,7 @@ def looked(job: Job) -> Found:
 def rendered(job: Job) -> Found:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
-    to, clip = job.to, Footage(job.path, job.info, job.start, job.end)
+    to, clip = job.to, VideoClip(job.path, job.info, job.start, job.end)
 
     def write(found: Found) -> None:
         (stage,) = built(job.shared).values()

@@ -171,9 +171,9 @@ def test_shards_hold_each_clip_with_its_own_caption_at_the_places_of_the_index(p
 
 def apart(image: np.ndarray, path: Path) -> float:
     """Mean difference of an image in [-1, 1] to the frame of a clip that is most like it."""
-    from sandbox.footage import Footage, probe
+    from sandbox.footage import VideoClip, probe
 
-    frames = Footage(path, probe(path)).stream()
+    frames = VideoClip(path, probe(path)).stream()
     return min(float(np.abs(image - (x / 127.5 - 1)).mean()) for _, x in frames)
 
 

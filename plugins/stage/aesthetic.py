@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import BadItem, Footage, Row, StageConfig, in_range
+from sandbox.contracts import BadItem, Row, StageConfig, VideoClip, in_range
 from sandbox.registry import register
 
 
@@ -51,7 +51,7 @@ class Aesthetic:
         self.cfg = cfg
         self.networks: Any = None
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """{"score": mean over frames}."""
         import torch
         from PIL import Image

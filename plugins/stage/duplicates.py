@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import Footage, Row, StageConfig, in_range
+from sandbox.contracts import Row, StageConfig, VideoClip, in_range
 from sandbox.registry import register
 
 SIDE, LOW = 32, 8  # pixels of the small picture, frequencies kept of each axis
@@ -52,7 +52,7 @@ class Duplicates:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """{"hashes": 16 hexadecimal digits a frame, "colours": levels of R, G, B a frame}."""
         images = clip.at(self.cfg.times(clip.seconds))
         return {

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import Footage, Row, StageConfig, above, in_range, one_of
+from sandbox.contracts import Row, StageConfig, VideoClip, above, in_range, one_of
 from sandbox.registry import register
 
 METHODS = ("farneback", "dis", "raft")
@@ -63,7 +63,7 @@ class Motion:
         self.cfg = cfg
         self.network: Any = None
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """{"flow": pixels between two frames, mean over all pixels and pairs}."""
         images = [scaled(x, self.cfg.short_side) for x in clip.at(self.cfg.times(clip.seconds))]
         flow = {"farneback": farneback, "dis": dis, "raft": self.raft}[self.cfg.method]

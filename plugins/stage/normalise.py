@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import Footage, Rendering, Row, StageConfig, above, in_range, one_of
+from sandbox.contracts import Rendering, Row, StageConfig, VideoClip, above, in_range, one_of
 from sandbox.registry import register
 
 FITS = ("cover", "pad", "stretch")
@@ -79,9 +79,9 @@ class Normalise:
             return f"{frames} frames < min_frames={cfg.min_frames}"
         return ""
 
-    def render(self, clip: Footage) -> Rendering:
+    def render(self, clip: VideoClip) -> Rendering:
         fps = self.cfg.fps or clip.info.fps
-        frames = clip.held(times(clip.seconds, fps))
+        frames = clip.iter_at(times(clip.seconds, fps))
         return Rendering((self.fitted(x) for x in frames), fps, self.cfg.crf)
 
     def fitted(self, image: np.ndarray) -> np.ndarray:

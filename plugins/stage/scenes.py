@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import Footage, Span, StageConfig, in_range, same_length
+from sandbox.contracts import Span, StageConfig, VideoClip, in_range, same_length
 from sandbox.registry import register
 
 WIDTH = 256  # pixels to which PySceneDetect brings wider pictures by itself
@@ -63,7 +63,7 @@ class Scenes:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """{"cuts": seconds of the first frame after each}."""
         import cv2
         from scenedetect import FrameTimecode

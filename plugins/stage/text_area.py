@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from sandbox.contracts import Footage, Row, StageConfig, in_range
+from sandbox.contracts import Row, StageConfig, VideoClip, in_range
 from sandbox.registry import register
 
 
@@ -51,7 +51,7 @@ class TextArea:
         self.cfg = cfg
         self.finder: Any = None
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """{"area": part of the picture in [0, 1]}."""
         areas = [self.area(image) for image in clip.at(self.cfg.times(clip.seconds))]
         return {"area": round(max(areas), 5)}

@@ -2,7 +2,7 @@
 tensor Protocols.
 
 Two halves. The Config side (`configs`) answers every question before a run (does it fit, what goes
-where, what does it cost) and never imports torch. The tensor side (`tensors`, and `footage` for raw
+where, what does it cost) and never imports torch. The tensor side (`tensors`, and `video` for raw
 video) names the few calls that the training step and the samplers make. A plugin sees this package
 and never another group's plugin.
 """
@@ -46,17 +46,6 @@ from sandbox.contracts.errors import (
     SizeError,
     StorageError,
 )
-from sandbox.contracts.footage import (
-    Cuts,
-    Footage,
-    Judges,
-    Looks,
-    Rendering,
-    Renders,
-    Row,
-    Span,
-    VideoFile,
-)
 from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Slots, Tokens
 from sandbox.contracts.tensors import (
     SAMPLE_TENSORS,
@@ -88,6 +77,18 @@ from sandbox.contracts.tensors import (
     Terms,
     TextEncoder,
 )
+from sandbox.contracts.video import (
+    Cuts,
+    Judges,
+    Looks,
+    Rendering,
+    Renders,
+    Row,
+    Span,
+    VideoClip,
+    VideoFile,
+)
 
 # Former names, for plugins outside this repository.
+Footage = VideoClip
 Misfit = SizeError

@@ -11,7 +11,7 @@ import pytest
 
 from sandbox import registry
 from sandbox.contracts import Cuts, Judges, Looks, Renders
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import scene, write
 from tests.helpers import plugin_configs
 
@@ -30,8 +30,8 @@ def file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("raw") / "a.mp4", scene(1, 1.5))
 
 
-def clip(file, start=0.0, end=None) -> Footage:
-    return Footage(file, probe(file), start, end)
+def clip(file, start=0.0, end=None) -> VideoClip:
+    return VideoClip(file, probe(file), start, end)
 
 
 @of_kind(object)

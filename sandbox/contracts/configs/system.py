@@ -77,7 +77,7 @@ class BackboneConfig(PluginConfig, ABC):
         return frozenset()
 
     def grid(self, z: Clip) -> Clip:
-        """Latent size that it processes: `z`, or more frames (padding in front); raises SizeError."""
+        """Latent size that it processes: `z`, or more frames (front padding); raises SizeError."""
         return z
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import scene, write
 
 config.setup()
@@ -41,7 +41,7 @@ def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
     files = {"weights": str(tmp_path / "clip.pt"), "head": str(tmp_path / "head.pth")}
     cfg = replace(registry.default("stage", "aesthetic"), model="tiny", **files)
     path = write(tmp_path / "a.mp4", scene(1, 1))
-    clip = Footage(path, probe(path))
+    clip = VideoClip(path, probe(path))
     found = registry.create(cfg).look(clip)["score"]
 
     with torch.no_grad():

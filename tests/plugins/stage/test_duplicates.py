@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import precision_recall, scene, write
 
 config.setup()
@@ -23,7 +23,7 @@ def row_of(stage, path):
     info = probe(path)
     return {
         "id": path.name, "source": path.name, "info": info, "start": 0.0, "end": info.seconds,
-        "scores": {"duplicates": stage.look(Footage(path, info))},
+        "scores": {"duplicates": stage.look(VideoClip(path, info))},
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import precision_recall, scene, write
 from tests.helpers import composed
 
@@ -18,7 +18,7 @@ SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels a frame; 5
 
 def flow_of(path, **settings) -> float:
     stage = registry.create(replace(registry.default("stage", "motion"), **settings))
-    return stage.look(Footage(path, probe(path)))["flow"]
+    return stage.look(VideoClip(path, probe(path)))["flow"]
 
 
 @pytest.mark.parametrize("method", ["farneback", "dis"])
@@ -30,7 +30,7 @@ def test_clips_that_move_too_little_or_too_much_are_dropped(method, tmp_path):
             direction = ((speed, 0.0), (0.0, -speed))[(seed + i) % 2]
             path = tmp_path / f"{seed}-{i}.mp4"
             write(path, scene(10 * seed + i, 1.5, direction, 128, 160))
-            row = {"scores": {"motion": stage.look(Footage(path, probe(path)))}}
+            row = {"scores": {"motion": stage.look(VideoClip(path, probe(path)))}}
             if not 3 <= 5 * speed <= 8:
                 want.add(path.name)
             if "drop" in stage.judge([row])[0]:

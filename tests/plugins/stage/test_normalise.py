@@ -9,7 +9,7 @@ import pytest
 
 from sandbox import config, registry
 from sandbox.contracts import VideoFile
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import scene, write_strange
 
 config.setup()
@@ -20,7 +20,7 @@ def stage_of(**settings):
 
 
 def rendered(path, **settings) -> np.ndarray:
-    return np.stack(list(stage_of(**settings).render(Footage(path, probe(path))).frames))
+    return np.stack(list(stage_of(**settings).render(VideoClip(path, probe(path))).frames))
 
 
 def apart(a, b) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sandbox import config, registry
-from sandbox.footage import Footage, probe
+from sandbox.footage import VideoClip, probe
 from tests.footage import precision_recall, scene, write
 
 config.setup()
@@ -14,7 +14,7 @@ config.setup()
 
 def cuts_of(path):
     stage = registry.create(registry.default("stage", "scenes"))
-    return stage.look(Footage(path, probe(path)))["cuts"]
+    return stage.look(VideoClip(path, probe(path)))["cuts"]
 
 
 def test_known_cuts_are_found_and_no_others(tmp_path):

@@ -30,7 +30,7 @@ class VideoFile:
     pixels: str = ""
 
 
-class Footage(Protocol):
+class VideoClip(Protocol):
     """A span of a video file. Frames are (H, W, 3) uint8 RGB, upright, with square pixels.
 
     All that decodes raises BadItem for a file that is broken.
@@ -46,7 +46,7 @@ class Footage(Protocol):
         """The frames shown at `times`, seconds from the start of the span."""
         ...
 
-    def held(self, times: Sequence[float]) -> Iterator[np.ndarray]:
+    def iter_at(self, times: Sequence[float]) -> Iterator[np.ndarray]:
         """The same for times that increase, with one frame in memory at a time."""
         ...
 
@@ -75,7 +75,7 @@ class Rendering:
 class Looks(Protocol):
     """A stage that scores clips; in a worker, of one clip alone."""
 
-    def look(self, clip: Footage) -> dict[str, Any]:
+    def look(self, clip: VideoClip) -> dict[str, Any]:
         """Scores by name, in plain containers. Raises BadItem."""
         ...
 
@@ -102,4 +102,4 @@ class Judges(Protocol):
 class Renders(Protocol):
     """The stage that makes the clip that is written; in a worker."""
 
-    def render(self, clip: Footage) -> Rendering: ...
+    def render(self, clip: VideoClip) -> Rendering: ...
