@@ -28,12 +28,12 @@ from sandbox.config import Root, setup, to_container
 from sandbox.contracts import (
     BadItem,
     ConfigError,
-    Cuts,
+    CuttingStage,
     DataError,
-    Judges,
-    Looks,
-    Renders,
+    DecidingStage,
+    RenderingStage,
     Row,
+    ScoringStage,
     VideoFile,
 )
 from sandbox.files import locked, storing, write_atomic
@@ -106,7 +106,9 @@ class Stages:
         self.plugins_path = root.plugins_path
         self.names = [*self.configs]
         self.built = {name: registry.create(cfg) for name, cfg in self.configs.items()}
-        self.renderer = next((n for n, s in self.built.items() if isinstance(s, Renders)), None)
+        self.renderer = next(
+            (n for n, s in self.built.items() if isinstance(s, RenderingStage)), None
+        )
         self.digests = {name: self._digest(cfg) for name, cfg in self.configs.items()}
 
     def legs(self) -> Iterator[list[str]]:
@@ -114,7 +116,7 @@ class Stages:
         leg: list[str] = []
         for name, stage in self.built.items():
             leg.append(name)
-            if isinstance(stage, Cuts):
+            if isinstance(stage, CuttingStage):
                 yield leg
                 leg = []
         yield leg
@@ -185,7 +187,7 @@ def looked(job: Job) -> Found:
             clip.load()
         for name in job.names:
             with spending(found, name):
-                found.values[name] = stages[name].look(clip)
+                found.values[name] = stages[name].score(clip)
 
     return timed(look)
 
@@ -269,7 +271,7 @@ class Work:
         return rows
 
     def look(self, rows: list[Row], names: list[str]) -> None:
-        looking = [n for n in names if isinstance(self.stages.built[n], Looks)]
+        looking = [n for n in names if isinstance(self.stages.built[n], ScoringStage)]
         shared, tasks = self.stages.shared(looking), []
         for row in rows if looking else ():
             if "dropped" not in row:
@@ -285,12 +287,12 @@ class Work:
         for name in names:
             stage = self.stages.built[name]
             kept = [row for row in rows if "dropped" not in row]
-            if isinstance(stage, Cuts):
+            if isinstance(stage, CuttingStage):
                 rows = [part for row in rows for part in cut(row, name, stage)]
-            elif isinstance(stage, Judges):
+            elif isinstance(stage, DecidingStage):
                 for row in kept:
                     row["id"] = identity(row)
-                for row, said in zip(kept, stage.judge(kept), strict=True):
+                for row, said in zip(kept, stage.decide(kept), strict=True):
                     if "drop" in said:
                         row["dropped"] = [name, said["drop"]]
                     row |= {k: v for k, v in said.items() if k != "drop"}
@@ -349,7 +351,7 @@ class Work:
                 row["dropped"] = [UNREADABLE, bad]
 
 
-def cut(row: Row, name: str, stage: Cuts) -> Iterator[Row]:
+def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
     """The clips that a stage makes of one."""
     if "dropped" in row:
         yield row

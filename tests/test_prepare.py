@@ -251,11 +251,11 @@ class Namer:
     def __init__(self, cfg):
         self.cfg = cfg
 
-    def look(self, clip):
+    def score(self, clip):
         (image,) = clip.at(self.cfg.times(clip.seconds))
         return {"text": "mostly " + ("red", "green", "blue")[image.mean((0, 1)).argmax()]}
 
-    def judge(self, rows):
+    def decide(self, rows):
         return [{"caption": row["scores"]["namer"]["text"]} for row in rows]
 """
 

@@ -51,7 +51,7 @@ class Aesthetic:
         self.cfg = cfg
         self.networks: Any = None
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"score": mean over frames}."""
         import torch
         from PIL import Image
@@ -66,7 +66,7 @@ class Aesthetic:
             raise BadItem("has an aesthetic score that is not a number")
         return {"score": round(score, 4)}
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         scores = [row["scores"]["aesthetic"]["score"] for row in rows]
         limit = self.cfg.min
         return [{"drop": f"score {s:.2f} < min={limit:g}"} if s < limit else {} for s in scores]

@@ -49,7 +49,7 @@ class Captions:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         tables: dict[Path, dict[str, str]] = {}
         return [self._say(row, tables) for row in rows]
 

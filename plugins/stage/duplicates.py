@@ -52,7 +52,7 @@ class Duplicates:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"hashes": 16 hexadecimal digits a frame, "colours": levels of R, G, B a frame}."""
         images = clip.at(self.cfg.times(clip.seconds))
         return {
@@ -60,7 +60,7 @@ class Duplicates:
             "colours": [np.round(x.mean((0, 1)), 1).tolist() for x in images],
         }
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         said: list[dict[str, Any]] = [{} for _ in rows]
         if not rows:
             return said

@@ -63,7 +63,7 @@ class Motion:
         self.cfg = cfg
         self.network: Any = None
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"flow": pixels between two frames, mean over all pixels and pairs}."""
         images = [scaled(x, self.cfg.short_side) for x in clip.at(self.cfg.times(clip.seconds))]
         flow = {"farneback": farneback, "dis": dis, "raft": self.raft}[self.cfg.method]
@@ -71,7 +71,7 @@ class Motion:
                    for a, b in pairwise(images)]  # fmt: skip
         return {"flow": round(float(np.mean(lengths)), 4)}
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         return [self._say(row["scores"]["motion"]["flow"]) for row in rows]
 
     def _say(self, flow: float) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class Normalise:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         return [{"drop": why} if (why := self._why(row)) else {} for row in rows]
 
     def _why(self, row: Row) -> str:

@@ -63,7 +63,7 @@ class Scenes:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"cuts": seconds of the first frame after each}."""
         import cv2
         from scenedetect import FrameTimecode

@@ -37,7 +37,7 @@ class Split:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         sources = [self._source(row) for row in rows]
         held = held_out({*sources}, self.cfg.fraction)
         return [{"split": "val" if source in held else "train"} for source in sources]

@@ -51,12 +51,12 @@ class TextArea:
         self.cfg = cfg
         self.finder: Any = None
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"area": part of the picture in [0, 1]}."""
         areas = [self.area(image) for image in clip.at(self.cfg.times(clip.seconds))]
         return {"area": round(max(areas), 5)}
 
-    def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
         areas = [row["scores"]["text_area"]["area"] for row in rows]
         limit = self.cfg.max
         return [{"drop": f"area {a:.3f} > max={limit:g}"} if a > limit else {} for a in areas]

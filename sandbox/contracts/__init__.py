@@ -78,17 +78,21 @@ from sandbox.contracts.tensors import (
     TextEncoder,
 )
 from sandbox.contracts.video import (
-    Cuts,
-    Judges,
-    Looks,
+    CuttingStage,
+    DecidingStage,
     Rendering,
-    Renders,
+    RenderingStage,
     Row,
+    ScoringStage,
     Span,
     VideoClip,
     VideoFile,
 )
 
 # Former names, for plugins outside this repository.
+Cuts = CuttingStage
 Footage = VideoClip
+Judges = DecidingStage
+Looks = ScoringStage
 Misfit = SizeError
+Renders = RenderingStage

@@ -72,16 +72,16 @@ class Rendering:
 
 
 @runtime_checkable
-class Looks(Protocol):
+class ScoringStage(Protocol):
     """A stage that scores clips; in a worker, of one clip alone."""
 
-    def look(self, clip: VideoClip) -> dict[str, Any]:
+    def score(self, clip: VideoClip) -> dict[str, Any]:
         """Scores by name, in plain containers. Raises BadItem."""
         ...
 
 
 @runtime_checkable
-class Cuts(Looks, Protocol):
+class CuttingStage(ScoringStage, Protocol):
     """A stage that makes several clips of one."""
 
     def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
@@ -90,16 +90,16 @@ class Cuts(Looks, Protocol):
 
 
 @runtime_checkable
-class Judges(Protocol):
+class DecidingStage(Protocol):
     """A stage that decides, from the scores of all clips that are still kept."""
 
-    def judge(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def decide(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """What it says of each row: {} nothing, {"drop": why}, or fields of the row to set."""
         ...
 
 
 @runtime_checkable
-class Renders(Protocol):
+class RenderingStage(Protocol):
     """The stage that makes the clip that is written; in a worker."""
 
     def render(self, clip: VideoClip) -> Rendering: ...

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sandbox import registry
-from sandbox.contracts import Cuts, Judges, Looks, Renders
+from sandbox.contracts import CuttingStage, DecidingStage, RenderingStage, ScoringStage
 from sandbox.footage import VideoClip, probe
 from tests.footage import scene, write
 from tests.helpers import plugin_configs
@@ -36,7 +36,7 @@ def clip(file, start=0.0, end=None) -> VideoClip:
 
 @of_kind(object)
 def test_it_is_of_a_kind_that_the_frame_uses(key):
-    assert isinstance(STAGES[key], (Looks, Cuts, Judges, Renders))
+    assert isinstance(STAGES[key], (ScoringStage, CuttingStage, DecidingStage, RenderingStage))
 
 
 @of_kind(object)
@@ -52,43 +52,43 @@ def test_it_asks_for_frames_of_the_clip_in_order(key, seconds):
     assert all(0 <= t < seconds for t in times)
 
 
-@of_kind(Looks, WEIGHTLESS)
+@of_kind(ScoringStage, WEIGHTLESS)
 def test_a_look_gives_plain_scores_and_the_same_again(key, file):
-    first = STAGES[key].look(clip(file, 0.2, 1.3))
+    first = STAGES[key].score(clip(file, 0.2, 1.3))
     assert first
     assert json.loads(json.dumps(first)) == first
-    assert registry.create(CONFIGS[key]).look(clip(file, 0.2, 1.3)) == first
+    assert registry.create(CONFIGS[key]).score(clip(file, 0.2, 1.3)) == first
 
 
-@of_kind(Cuts, WEIGHTLESS)
+@of_kind(CuttingStage, WEIGHTLESS)
 def test_spans_are_in_order_inside_of_the_clip_and_do_not_overlap(key, file):
-    spans = STAGES[key].spans(STAGES[key].look(clip(file)), 1.5)
+    spans = STAGES[key].spans(STAGES[key].score(clip(file)), 1.5)
     edges = [t for start, end, _ in spans for t in (start, end)]
     assert edges == sorted(edges)
     assert edges[0] >= 0 and edges[-1] <= 1.5
     assert all(isinstance(why, str) for _, _, why in spans)
 
 
-@of_kind(Judges)
+@of_kind(DecidingStage)
 def test_a_judge_answers_for_each_clip_and_changes_none(key, file):
     name, (info, stage) = key.partition("/")[2], (probe(file), STAGES[key])
     rows = [
         {"id": str(i), "source": f"a{i}.mp4", "path": file.with_name(f"a{i}.mp4"), "info": info,
          "start": 0.0, "end": 1.5, "scores": {}} for i in range(3)
     ]  # fmt: skip
-    for row in rows if isinstance(stage, Looks) else ():
-        known = stage.look(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
+    for row in rows if isinstance(stage, ScoringStage) else ():
+        known = stage.score(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
         row["scores"][name] = known
     before = copy.deepcopy(rows)
-    said = stage.judge(rows)
+    said = stage.decide(rows)
     assert rows == before
     assert len(said) == len(rows)
     assert json.loads(json.dumps(said)) == said
-    assert stage.judge(rows) == said
-    assert stage.judge([]) == []
+    assert stage.decide(rows) == said
+    assert stage.decide([]) == []
 
 
-@of_kind(Renders)
+@of_kind(RenderingStage)
 def test_a_rendering_has_frames_of_one_even_size_and_a_rate(key, file):
     made = STAGES[key].render(clip(file, 0.5, 1.5))
     frames = list(made.frames)

@@ -109,5 +109,5 @@ class StageConfig(PluginConfig):
     distributions: ClassVar[tuple[str, ...]] = ()
 
     def times(self, seconds: float) -> list[float]:
-        """Seconds from the start of a clip of that length at which `look` will ask for frames."""
+        """Seconds from the start of a clip of that length of the frames that `score` reads."""
         return []

@@ -42,7 +42,7 @@ def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
     cfg = replace(registry.default("stage", "aesthetic"), model="tiny", **files)
     path = write(tmp_path / "a.mp4", scene(1, 1))
     clip = VideoClip(path, probe(path))
-    found = registry.create(cfg).look(clip)["score"]
+    found = registry.create(cfg).score(clip)["score"]
 
     with torch.no_grad():
         pixels = [preprocess(Image.fromarray(x)) for x in clip.at(cfg.times(clip.seconds))]
@@ -55,4 +55,4 @@ def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
 def test_clips_below_the_limit_are_dropped():
     stage = registry.create(registry.default("stage", "aesthetic"))
     rows = [{"scores": {"aesthetic": {"score": s}}} for s in (3.9, 4.0, 6.0)]
-    assert ["drop" in said for said in stage.judge(rows)] == [True, False, False]
+    assert ["drop" in said for said in stage.decide(rows)] == [True, False, False]

@@ -19,7 +19,7 @@ def said(root, *sources, **settings):
     rows = [
         {"source": s, "path": root / s, "info": INFO, "start": 0.0, "end": 4.0} for s in sources
     ]
-    return [x.get("caption", x.get("drop")) for x in stage.judge(rows)]
+    return [x.get("caption", x.get("drop")) for x in stage.decide(rows)]
 
 
 @pytest.fixture

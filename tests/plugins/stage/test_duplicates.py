@@ -23,7 +23,7 @@ def row_of(stage, path):
     info = probe(path)
     return {
         "id": path.name, "source": path.name, "info": info, "start": 0.0, "end": info.seconds,
-        "scores": {"duplicates": stage.look(VideoClip(path, info))},
+        "scores": {"duplicates": stage.score(VideoClip(path, info))},
     }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_copies_are_dropped_and_other_clips_are_not(stage, tmp_path):
         if copy.exists():
             want.add(copy.name)
             rows.append(row_of(stage, copy))
-    said = stage.judge(rows)
+    said = stage.decide(rows)
     found = {row["id"] for row, s in zip(rows, said, strict=True) if "drop" in s}
     precision, recall = precision_recall(want, found)
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)
@@ -62,11 +62,11 @@ def test_copies_are_dropped_and_other_clips_are_not(stage, tmp_path):
 def test_of_copies_the_one_with_the_most_pixels_is_kept(stage, tmp_path):
     frames = scene(5, 1, height=96, width=128)
     paths = [write(tmp_path / "a.mp4", smaller(frames)), write(tmp_path / "b.mp4", frames)]
-    assert ["drop" in s for s in stage.judge([row_of(stage, p) for p in paths])] == [True, False]
+    assert ["drop" in s for s in stage.decide([row_of(stage, p) for p in paths])] == [True, False]
 
 
 def test_the_same_shapes_in_other_colours_are_no_copy(stage, tmp_path):
     grey = scene(5, 1).mean(-1, keepdims=True)
     red, blue = ((grey * tint).astype(np.uint8) for tint in ((1, 0.5, 0.2), (0.2, 0.5, 1)))
     paths = [write(tmp_path / "a.mp4", red), write(tmp_path / "b.mp4", blue)]
-    assert stage.judge([row_of(stage, p) for p in paths]) == [{}, {}]
+    assert stage.decide([row_of(stage, p) for p in paths]) == [{}, {}]

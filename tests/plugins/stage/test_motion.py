@@ -18,7 +18,7 @@ SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels a frame; 5
 
 def flow_of(path, **settings) -> float:
     stage = registry.create(replace(registry.default("stage", "motion"), **settings))
-    return stage.look(VideoClip(path, probe(path)))["flow"]
+    return stage.score(VideoClip(path, probe(path)))["flow"]
 
 
 @pytest.mark.parametrize("method", ["farneback", "dis"])
@@ -30,10 +30,10 @@ def test_clips_that_move_too_little_or_too_much_are_dropped(method, tmp_path):
             direction = ((speed, 0.0), (0.0, -speed))[(seed + i) % 2]
             path = tmp_path / f"{seed}-{i}.mp4"
             write(path, scene(10 * seed + i, 1.5, direction, 128, 160))
-            row = {"scores": {"motion": stage.look(VideoClip(path, probe(path)))}}
+            row = {"scores": {"motion": stage.score(VideoClip(path, probe(path)))}}
             if not 3 <= 5 * speed <= 8:
                 want.add(path.name)
-            if "drop" in stage.judge([row])[0]:
+            if "drop" in stage.decide([row])[0]:
                 found.add(path.name)
     precision, recall = precision_recall(want, found)
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)

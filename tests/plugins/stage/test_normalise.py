@@ -91,4 +91,4 @@ def test_clips_that_are_too_small_too_long_or_too_short_are_dropped(
 ):
     stage = stage_of(min_side=32, max_aspect=3.0, fps=8.0, min_frames=4)
     row = {"info": VideoFile("", width, height, 10, 1.0, 10.0), "start": 0.0, "end": seconds}
-    assert ("drop" in stage.judge([row])[0]) == dropped
+    assert ("drop" in stage.decide([row])[0]) == dropped

@@ -14,7 +14,7 @@ config.setup()
 
 def cuts_of(path):
     stage = registry.create(registry.default("stage", "scenes"))
-    return stage.look(VideoClip(path, probe(path)))["cuts"]
+    return stage.score(VideoClip(path, probe(path)))["cuts"]
 
 
 def test_known_cuts_are_found_and_no_others(tmp_path):

@@ -15,7 +15,7 @@ config.setup()
 def sides(sources, **settings):
     stage = registry.create(replace(registry.default("stage", "split"), **settings))
     rows = [{"source": s, "info": VideoFile(s.split("/")[-1], 8, 8, 8, 1.0, 8.0)} for s in sources]
-    return [said["split"] for said in stage.judge(rows)]
+    return [said["split"] for said in stage.decide(rows)]
 
 
 def test_clips_of_one_source_are_on_one_side_whatever_else_there_is():

@@ -46,7 +46,7 @@ def test_clips_with_much_writing_are_dropped_and_others_are_not(stage):
         row = {"scores": {"text_area": {"area": stage.area(frames[0])}}}
         if has_text:
             want.add(i)
-        if "drop" in stage.judge([row])[0]:
+        if "drop" in stage.decide([row])[0]:
             found.add(i)
     precision, recall = precision_recall(want, found)
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)
