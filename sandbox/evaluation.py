@@ -18,7 +18,7 @@ from torch import Tensor
 from sandbox import registry
 from sandbox.autoencoding import psnr, through
 from sandbox.config import Root
-from sandbox.contracts import SAMPLE_TENSORS, Batch, Beside, ByClip, Clip
+from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip, PairedMetric, PerClipMetric
 from sandbox.data import Loader, batches, usual_size
 from sandbox.latent_diffusion import LatentDiffusion
 from sandbox.parts import build_parts
@@ -77,15 +77,15 @@ def evaluate(
             whole = registry.create(root.data.whole())
             train = training_clips(whole.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)
-        if isinstance(metric, Beside) and real.video is not None:
-            metric.beside(real.video)
+        if isinstance(metric, PairedMetric) and real.video is not None:
+            metric.set_references(real.video)
         clips |= metric.baselines(captions)
-        result.meaning, result.rates = metric.meaning(), metric.rates()
+        result.meaning, result.rates = metric.meaning(), metric.proportions()
         result.scores = {
             row: metric.score(video, captions) for row, video in (clips | floor).items()
         }
-        if isinstance(metric, ByClip):
-            each = metric.each(clips["model"], captions)
+        if isinstance(metric, PerClipMetric):
+            each = metric.per_clip(clips["model"], captions)
             result.each = {name: values.tolist() for name, values in each.items()}
     clips |= floor
     return result
@@ -97,7 +97,7 @@ def by_pairs(root: Root) -> Any:
     Raises StorageError for weights that it lacks.
     """
     cfg = root.metric
-    if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "beside"):
+    if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "set_references"):
         return None
     return registry.create(cfg)
 

@@ -31,7 +31,7 @@ class Brightness:
         """There is nothing to learn."""
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        levels = self.each(video, captions)["brightness"]
+        levels = self.per_clip(video, captions)["brightness"]
         dark, bright = levels.quantile(torch.tensor([0.05, 0.95]).to(levels)).tolist()
         return {
             "brightness_spread": levels.std(correction=0).item(),
@@ -41,7 +41,7 @@ class Brightness:
             "bright": bright,
         }
 
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """(N,) float64 in [0, 1]: the mean luminance of each of (N, 3, T, H, W) in [-1, 1]."""
         pixels = (video.double().nan_to_num().clamp(-1, 1) + 1) / 2
         weights = torch.tensor(LUMINANCE, dtype=pixels.dtype)
@@ -50,7 +50,7 @@ class Brightness:
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset()
 
     def meaning(self) -> dict[str, str]:

@@ -57,10 +57,10 @@ class ClipScore:
         """There is nothing to learn."""
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        return {name: values.mean().item() for name, values in self.each(video, captions).items()}
+        return {k: v.mean().item() for k, v in self.per_clip(video, captions).items()}
 
     @torch.no_grad()
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         texts = self.model.encode_text(tokenizer()(captions).to(self.device), normalize=True)  # type: ignore[operator]
         side = self.model.visual.image_size[0]  # type: ignore[index, union-attr]
         frames = video.float().nan_to_num().clamp(-1, 1).transpose(1, 2).flatten(0, 1)
@@ -74,7 +74,7 @@ class ClipScore:
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset()
 
     def meaning(self) -> dict[str, str]:

@@ -98,7 +98,7 @@ class Digits:
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
         """Rates and means by name (`meaning`), without what one frame or one clip cannot show."""
-        scores = {k: v.mean().item() for k, v in self.each(video, captions).items()}
+        scores = {k: v.mean().item() for k, v in self.per_clip(video, captions).items()}
         video, pairs = finite(video), of_one_caption(captions)
         if len(pairs):
             first, second = video[pairs.T]
@@ -108,7 +108,7 @@ class Digits:
                 scores["lanes"] = (first - second).abs().mean().item()
         return scores
 
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """The same clip by clip, (N,) each; 1 where a caption is met and 0 where not."""
         words = [parse(caption) for caption in captions]
         video = finite(video)
@@ -135,7 +135,7 @@ class Digits:
             )
         return {"mean clip": torch.stack([self.means[w.colour, w.direction] for w in words])}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset({"direction", "colour", "digit"})
 
     def meaning(self) -> dict[str, str]:

@@ -73,7 +73,7 @@ class Frechet:
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset()
 
     def meaning(self) -> dict[str, str]:

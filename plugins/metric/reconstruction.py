@@ -57,14 +57,14 @@ class Reconstruction:
     def fit(self, video: Tensor, captions: list[str]) -> None:
         """There is nothing to learn."""
 
-    def beside(self, real: Tensor) -> None:
+    def set_references(self, real: Tensor) -> None:
         self.real = real
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        return {name: values.mean().item() for name, values in self.each(video, captions).items()}
+        return {k: v.mean().item() for k, v in self.per_clip(video, captions).items()}
 
     @torch.no_grad()
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """Means over the frames of each clip, (N,)."""
         if video.shape != self.real.shape:
             raise ValueError(f"{[*video.shape]} clips beside real ones of {[*self.real.shape]}")
@@ -84,7 +84,7 @@ class Reconstruction:
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset()
 
     def meaning(self) -> dict[str, str]:

@@ -61,9 +61,9 @@ class Temporal:
         """There is nothing to learn."""
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        return {name: values.mean().item() for name, values in self.each(video, captions).items()}
+        return {k: v.mean().item() for k, v in self.per_clip(video, captions).items()}
 
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         video = video.float().nan_to_num().clamp(-1, 1)
         seen = F.normalize(self.features(video), dim=-1)  # (N, T, D)
         found = {"consistency": (seen[:, 1:] * seen[:, :-1]).sum(-1).mean(1)}
@@ -74,7 +74,7 @@ class Temporal:
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
         return {}
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         return frozenset()
 
     def meaning(self) -> dict[str, str]:

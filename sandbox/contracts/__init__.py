@@ -52,9 +52,7 @@ from sandbox.contracts.tensors import (
     Adapter,
     Backbone,
     Batch,
-    Beside,
     Bucketed,
-    ByClip,
     Conditioner,
     Conditions,
     DataSource,
@@ -69,6 +67,8 @@ from sandbox.contracts.tensors import (
     Layout,
     Loss,
     Metric,
+    PairedMetric,
+    PerClipMetric,
     Posterior,
     Sample,
     Sampler,
@@ -90,6 +90,8 @@ from sandbox.contracts.video import (
 )
 
 # Former names, for plugins outside this repository.
+Beside = PairedMetric
+ByClip = PerClipMetric
 Cuts = CuttingStage
 Footage = VideoClip
 Judges = DecidingStage

@@ -297,7 +297,7 @@ class Metric(Protocol):
         """Clips that a researcher compares with, by name: {"mean clip": (N, 3, T, H, W)}."""
         ...
 
-    def rates(self) -> frozenset[str]:
+    def proportions(self) -> frozenset[str]:
         """Scores that are shares of the N clips, whose interval follows from N alone."""
         ...
 
@@ -307,19 +307,19 @@ class Metric(Protocol):
 
 
 @runtime_checkable
-class ByClip(Protocol):
+class PerClipMetric(Protocol):
     """A metric that also judges clip by clip, so that a report can resample prompts."""
 
-    def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         """(N,) for each score that is a mean over clips."""
         ...
 
 
 @runtime_checkable
-class Beside(Metric, Protocol):
+class PairedMetric(Metric, Protocol):
     """A metric that compares each clip with the real one in whose place it stands."""
 
-    def beside(self, real: Tensor) -> None:
+    def set_references(self, real: Tensor) -> None:
         """The real clips (N, 3, T, H, W), before `score` of clips for the same N captions."""
         ...
 

@@ -176,7 +176,7 @@ def _finish(training: Any) -> dict[str, Any]:
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
     if metric := by_pairs(root):
-        metric.beside(video)
+        metric.set_references(video)
         scores = metric.score(made, val.captions or [""] * val.size)
     sheet, shown = run.folder / "reconstructions.png", slice(task.shown)
     captions = (val.captions or [])[shown]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from sandbox import registry
-from sandbox.contracts import Beside, Clip, PluginConfig
+from sandbox.contracts import Clip, PairedMetric, PluginConfig
 from sandbox.evaluation import gather
 from sandbox.first_stages import data_identity
 from sandbox.wiring import Wiring
@@ -262,13 +262,13 @@ def test_a_metric_scores_clips_and_says_what_its_scores_mean(key, tmp_path):
     )
     metric.fit(real.video, real.captions or [""] * real.size)
     captions = held.captions or [""] * held.size
-    if isinstance(metric, Beside):
-        metric.beside(held.video)
+    if isinstance(metric, PairedMetric):
+        metric.set_references(held.video)
     scores = metric.score(held.video, captions)
     assert scores
     assert all(isinstance(v, float) for v in scores.values())
     assert set(scores) <= set(metric.meaning())
-    assert metric.rates() <= set(metric.meaning())
+    assert metric.proportions() <= set(metric.meaning())
     assert scores == metric.score(held.video, captions)
     for clips in metric.baselines(captions).values():
         assert clips.shape == held.video.shape

@@ -25,4 +25,5 @@ def test_green_is_brighter_than_blue_and_what_diverged_is_cut_off():
     green, blue = (torch.full((1, 3, 1, 2, 2), -1.0).index_fill(1, torch.tensor(i), 1.0)
                    for i in (1, 2))  # fmt: skip
     wild = torch.cat([green, blue, 9 * green.abs()])
-    assert metric.each(wild, [""] * 3)["brightness"].tolist() == pytest.approx([0.7152, 0.0722, 1])
+    found = metric.per_clip(wild, [""] * 3)["brightness"]
+    assert found.tolist() == pytest.approx([0.7152, 0.0722, 1])

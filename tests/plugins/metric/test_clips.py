@@ -48,7 +48,7 @@ def test_the_clip_score_is_the_cosine_that_open_clip_itself_gives():
     metric.model.cpu()
     metric.device = torch.device("cpu")
     video = torch.stack([moving(1), moving(2)])[..., :32, :32]
-    found = metric.each(video, CAPTIONS)["clip_score"]
+    found = metric.per_clip(video, CAPTIONS)["clip_score"]
     with torch.no_grad():
         texts = metric.model.encode_text(tokenizer()(CAPTIONS), normalize=True)
         pixels = ((video + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1, 1)) / torch.tensor(STD).view(

@@ -20,7 +20,7 @@ def clips(seed: int = 0) -> torch.Tensor:
 
 def scores(video: torch.Tensor, **settings) -> dict[str, float]:
     metric = Reconstruction(Reconstruction.Config(**settings))
-    metric.beside(clips())
+    metric.set_references(clips())
     return metric.score(video, [])
 
 
