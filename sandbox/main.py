@@ -179,7 +179,7 @@ def settled(root: Root, overrides: Sequence[str]) -> Root:
     """
     if root.task is None or not root.task.uses_run():
         return root
-    if root.task.run is None and root.init_from is not None and root.task.takes_weights():
+    if root.task.run is None and root.init_from is not None and root.task.accepts_init_from():
         return root
     from sandbox.earlier import check_same_system, find_run, read_root
 
@@ -224,7 +224,7 @@ def checked(root: Root) -> Wiring | None:
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
         groups += ["conditioning", "adapter"]
-    if reads_data or (root.task.takes_weights() and root.task.run is None):
+    if reads_data or (root.task.accepts_init_from() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:
         groups += ["data", "reconstruction", "metric"]

@@ -58,7 +58,7 @@ class Sample:
         def uses_run(self) -> bool:
             return True
 
-        def takes_weights(self) -> bool:
+        def accepts_init_from(self) -> bool:
             return True
 
     def __init__(self, cfg: Config) -> None:

@@ -25,7 +25,7 @@ class TaskConfig(PluginConfig):
         """Whether this task works on an earlier run (`run`, else the newest finished one)."""
         return False
 
-    def takes_weights(self) -> bool:
+    def accepts_init_from(self) -> bool:
         """Whether weights (`init_from`) and the configuration of the command may stand for a run
         where none is named.
         """
