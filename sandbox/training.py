@@ -410,7 +410,7 @@ def start(
         loader=Loader(
             registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
             num_workers=cfg.num_workers, max_bad=cfg.max_bad,
-            batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete, turns=cfg.takes_turns(),
+            batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete, turns=cfg.alternates_sizes(),
         ),
         run=run,
         rank=rank,

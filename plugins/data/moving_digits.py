@@ -114,7 +114,7 @@ class MovingDigits:
         def batch_of(self, clip: Clip) -> int:
             return self.batch_size * (1 if clip == self.clips()[0] else self.pictures)
 
-        def takes_turns(self) -> bool:
+        def alternates_sizes(self) -> bool:
             return True
 
         def whole(self) -> Self:

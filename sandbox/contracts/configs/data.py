@@ -53,7 +53,7 @@ class DataConfig(PluginConfig):
         """Clips of this size per process and micro-batch."""
         return self.batch_size
 
-    def takes_turns(self) -> bool:
+    def alternates_sizes(self) -> bool:
         """Whether micro-batches of each size come in turn, so that with as many of them a step has
         one of each; else in no order.
         """

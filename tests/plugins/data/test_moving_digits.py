@@ -191,7 +191,7 @@ def test_pictures_are_first_frames_and_so_many_come_with_each_clip():
     clips = [items.load(i, keyed(i))["video"] for i in range(40)]
     assert [Clip(*clip.shape) for clip in clips] == sizes[:40]
     assert 0.65 < sum(size.frames == 1 for size in sizes) / 400 < 0.85
-    loader = Loader(items, 4, 0, batch_of=cfg.batch_of, turns=cfg.takes_turns())
+    loader = Loader(items, 4, 0, batch_of=cfg.batch_of, turns=cfg.alternates_sizes())
     shapes = [tuple(batch.video.shape[::2]) for batch in islice(loader, 8)]  # (clips, frames, W)
     assert shapes == [(12, 1, 16), (4, 9, 16)] * 4
     assert not hasattr(source().split("train"), "bucket")
