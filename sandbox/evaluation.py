@@ -74,7 +74,7 @@ def evaluate(
         floor["untrained model"] = generate(_untrained(system), real, what, between=between)
     if root.metric is not None:
         if wanted := root.metric.learns_from():
-            whole = registry.create(root.data.whole())
+            whole = registry.create(root.data.all_clips())
             train = training_clips(whole.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)
         if isinstance(metric, PairedMetric) and real.video is not None:

@@ -77,7 +77,7 @@ def _keep(path: Path, kept: Path) -> None:
 def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
     """Fits or trains `first_stage` on the training split, in this process alone."""
     if root.vae.fitted() == "closed_form":
-        train = registry.create(root.data.whole()).split("train")
+        train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
     from sandbox.tasks.train_vae import train_in_cache
@@ -90,7 +90,7 @@ def _plain(root: Root) -> Root:
     fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
     machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
     trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, data=root.data.whole(), precision="fp32", trainer=trainer, **fixed)
+    return replace(root, data=root.data.all_clips(), precision="fp32", trainer=trainer, **fixed)
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
@@ -98,7 +98,7 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
     `device`: where the first stage is.
     """
-    train = registry.create(root.data.whole()).split("train")
+    train = registry.create(root.data.all_clips()).split("train")
 
     def some() -> Iterator[torch.Tensor]:
         for i, batch in enumerate(batches(train, 64, root.seed)):
@@ -193,7 +193,7 @@ def cached(root: Root) -> Path:
     for shared in ("_blocks", "_configs"):
         files = Path(registry.__file__).parent.parent.glob(f"plugins/{shared}/*.py")
         code += [path.read_bytes() for path in sorted(files)]
-    data = data_identity(root.data.whole())
+    data = data_identity(root.data.all_clips())
     hashes = [hashlib.sha256(part).hexdigest() for part in code]
     key = json.dumps([vae, data, root.seed, hashes], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")

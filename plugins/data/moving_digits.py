@@ -117,7 +117,7 @@ class MovingDigits:
         def alternates_sizes(self) -> bool:
             return True
 
-        def whole(self) -> Self:
+        def all_clips(self) -> Self:
             return replace(self, distinct=None, pictures=0)
 
         def provides(self) -> frozenset[str]:

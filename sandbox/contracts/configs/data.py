@@ -63,7 +63,7 @@ class DataConfig(PluginConfig):
         """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
         return None
 
-    def whole(self) -> Self:
+    def all_clips(self) -> Self:
         """These data where training sees all of their clips: what a fitted first stage and a metric
         learn from, so that they are the same whatever part of the clips a system trains on.
         """

@@ -209,4 +209,4 @@ def test_backdrops_are_grey_and_of_every_brightness():
 
 def test_what_is_learned_from_all_clips_is_the_same_whatever_part_is_trained_on():
     cfg = replace(CONFIG, distinct=10, pictures=4, backdrops=0.3)
-    assert cfg.whole() == replace(CONFIG, backdrops=0.3)
+    assert cfg.all_clips() == replace(CONFIG, backdrops=0.3)
