@@ -357,7 +357,7 @@ def check_best(wiring: Wiring) -> None:
 def check_best_of(root: Root, names: Iterable[str]) -> None:
     """`names`: of the numbers that the loss logs."""
     policy, found = root.checkpoint, {f"val/{name}" for name in (*names, "loss")}
-    if root.ema.averages():
+    if root.ema.keeps_ema():
         found |= {f"{name}_ema" for name in found}
     if policy.best and policy.best_of not in found:
         raise ConfigError(

@@ -262,7 +262,7 @@ class _Check:
                 f"checkpoint.every={policy.every} steps: use callbacks=[val_loss] with "
                 f"callbacks.val_loss.every={policy.every}, or checkpoint.best=0"
             )
-        if self.sound("ema") and policy.best_of.endswith("_ema") and not root.ema.averages():
+        if self.sound("ema") and policy.best_of.endswith("_ema") and not root.ema.keeps_ema():
             self.say(
                 f"checkpoint.best_of={policy.best_of}: ema={_name(root.ema)} keeps no average to "
                 f"measure: use checkpoint.best_of={policy.best_of.removesuffix('_ema')}, or "

@@ -12,7 +12,7 @@ class NoAverage:
 
     @dataclass
     class Config(EMAConfig):
-        def averages(self) -> bool:
+        def keeps_ema(self) -> bool:
             return False
 
     decay = None

@@ -53,7 +53,7 @@ class Evaluate:
         from sandbox.systems import load_system
 
         folder = Path(self.cfg.run or "")
-        weights = self.cfg.weights if wiring.root.ema.averages() else "live"
+        weights = self.cfg.weights if wiring.root.ema.keeps_ema() else "live"
         system = load_system(folder, weights, wiring)
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
         clip = Clip(*found.clips["model"].shape[1:])

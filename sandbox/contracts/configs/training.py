@@ -107,7 +107,7 @@ class CheckpointConfig(PluginConfig):
 class EMAConfig(PluginConfig):
     """An average of the weights beside them."""
 
-    def averages(self) -> bool:
+    def keeps_ema(self) -> bool:
         """Whether there is one, which is then measured as well (val/loss_ema)."""
         return True
 
