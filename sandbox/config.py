@@ -236,7 +236,7 @@ def expand(overrides: Sequence[str]) -> list[str]:
         return overrides
     own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)}
     named = {o.partition("=")[0] for o in overrides}
-    brought = [b for b in plugin.config.brings if b.partition("=")[0] not in named]  # type: ignore[attr-defined]
+    brought = [b for b in plugin.config.default_options if b.partition("=")[0] not in named]  # type: ignore[attr-defined]
     return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides] + brought
 
 

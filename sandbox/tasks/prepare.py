@@ -30,7 +30,7 @@ class Prepare:
 
         needs_torch: ClassVar[bool] = False
         checks: ClassVar[tuple[str, ...]] = ("task", "stage")
-        brings: ClassVar[tuple[str, ...]] = (
+        default_options: ClassVar[tuple[str, ...]] = (
             "stage=[scenes,motion,text_area,duplicates,captions,split,normalise]",
         )
         data_root: str | None = None
