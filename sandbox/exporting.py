@@ -41,7 +41,7 @@ def write_folder(
     if system.adapter is not None:
         system.adapter.merge(system.backbone)
     parts = taken_apart(system)
-    state = layout.whole({name: parts[name] for name in ("backbone", "vae")})
+    state = layout.join({name: parts[name] for name in ("backbone", "vae")})
     for name in sorted({key.partition("/")[0] for key in state}):
         own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/")}
         write_model(to / name, own, dtype, shard_mb * 1_000_000)

@@ -46,7 +46,7 @@ def parts_of(state: State, where: str) -> dict[str, State] | None:
     if layout is None:
         return None
     try:
-        return registry.create(layout).parts(state)
+        return registry.create(layout).split(state)
     except (ValueError, StorageError) as e:
         raise StorageError(f"{where}: {e}") from e
 

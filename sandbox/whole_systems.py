@@ -142,7 +142,7 @@ def tables(system: LatentDiffusion) -> State:
 
 
 def taken_apart(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> dict[str, State]:
-    """The parts of a system, for `Layout.whole`; `ema` is the state of its average, if any.
+    """The parts of a system, for `Layout.join`; `ema` is the state of its average, if any.
 
     As published the average is that of the network alone.
     """

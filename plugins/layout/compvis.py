@@ -62,7 +62,7 @@ class CompVis:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def parts(self, state: State) -> dict[str, State]:
+    def split(self, state: State) -> dict[str, State]:
         """From published names to those of our parts, which are empty where the file has none.
 
         backbone, vae and conditioning have their own names; ema those of the backbone, with `decay`
@@ -90,8 +90,8 @@ class CompVis:
             )
         return found
 
-    def whole(self, parts: dict[str, State]) -> State:
-        """The opposite of `parts`, in the chosen dialect.
+    def join(self, parts: dict[str, State]) -> State:
+        """The inverse of `split`, in the chosen dialect.
 
         Raises StorageError for parts that the originals do not have.
         """

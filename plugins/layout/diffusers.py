@@ -37,7 +37,7 @@ class Diffusers:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def parts(self, state: State) -> dict[str, State]:
+    def split(self, state: State) -> dict[str, State]:
         """Raises ValueError for a folder that is not known."""
         found: dict[str, State] = {}
         for name, tensor in state.items():
@@ -48,8 +48,8 @@ class Diffusers:
             found.setdefault(part, {})[prefix + rest] = tensor
         return found
 
-    def whole(self, parts: dict[str, State]) -> State:
-        """The inverse of `parts`. Raises ValueError for a part that no folder has."""
+    def join(self, parts: dict[str, State]) -> State:
+        """The inverse of `split`. Raises ValueError for a part that no folder has."""
         folders = {part: (folder, prefix) for folder, (part, prefix) in FOLDERS.items()}
         state: State = {}
         for part, tensors in parts.items():

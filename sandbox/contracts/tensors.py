@@ -348,11 +348,11 @@ State = dict[str, "Tensor"]
 
 
 class Layout(Protocol):
-    """A published file format of a whole system; `parts` and `whole` are pure and inverse to one
+    """A published file format of a whole system; `split` and `join` are pure and inverse to one
     another.
     """
 
-    def parts(self, state: State) -> dict[str, State]:
+    def split(self, state: State) -> dict[str, State]:
         """{"backbone": its state, "vae", "conditioning", "ema", "schedule", "loss"}.
 
         Names are those of our modules; parts that the file has not are empty. `ema` is the average
@@ -361,7 +361,7 @@ class Layout(Protocol):
         """
         ...
 
-    def whole(self, parts: dict[str, State]) -> State: ...
+    def join(self, parts: dict[str, State]) -> State: ...
 
     def file(self, state: State, steps: int) -> dict[str, Any]:
         """What the original's loader reads, of a model trained for `steps` optimizer steps."""

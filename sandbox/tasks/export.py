@@ -91,7 +91,7 @@ class Export:
         elif layout is None:
             weight_files.write(system.trainable_state(), to, system.made_with())
         else:
-            whole = layout.whole(taken_apart(system, ema))
+            whole = layout.join(taken_apart(system, ema))
             weight_files.write_pickled(layout.file(whole, step), to)
         print(f"{cfg.format} weights in {to}")
         return {"folder": str(folder), "file": str(to)}

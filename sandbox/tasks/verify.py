@@ -110,7 +110,7 @@ def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> It
         yield Row("layout", None, "that of the manifest")
         return
     try:
-        whole = registry.create(layout).whole(parts)
+        whole = registry.create(layout).join(parts)
     except StorageError as e:
         yield Row("layout", str(e), "writes this system")
         return

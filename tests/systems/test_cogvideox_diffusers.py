@@ -155,7 +155,7 @@ def test_trained_weights_load_in_diffusers_as_they_are(folder, tmp_path) -> None
     for parameter in system.backbone.parameters():
         parameter.add_(0.01)  # stands for training
     layout = registry.create(registry.default("layout", "diffusers"))
-    state = layout.whole({"backbone": system.backbone.state_dict()})
+    state = layout.join({"backbone": system.backbone.state_dict()})
     own = {k.removeprefix("transformer/"): v for k, v in state.items()}
     place = tmp_path / "transformer"
     weight_files.write(own, place / "diffusion_pytorch_model.safetensors")

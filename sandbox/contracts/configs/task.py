@@ -16,7 +16,8 @@ class TaskConfig(PluginConfig):
 
     needs_torch: ClassVar[bool] = True  # False: works without a wired system
     checks: ClassVar[tuple[str, ...]] = ("task",)  # groups that such a task uses
-    default_options: ClassVar[tuple[str, ...]] = ()  # options where the command names none: "stage=[...]"
+    # Options that the task selects in groups that the command does not name: "stage=[...]".
+    default_options: ClassVar[tuple[str, ...]] = ()
     trains_first_stage: ClassVar[bool] = False  # and nothing else
     # Folder of an earlier run that this task works on; its configuration is used.
     run: str | None = None

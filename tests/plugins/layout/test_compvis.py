@@ -72,7 +72,7 @@ def written(of, folder: Path, average: bool = False, **settings) -> Path:
         "average": {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad},
     }
     format = layout(**settings)
-    state = format.whole(taken_apart(of, ema if average else None))
+    state = format.join(taken_apart(of, ema if average else None))
     return weight_files.write_pickled(format.file(state, 7), folder / "model.ckpt")
 
 
@@ -102,12 +102,12 @@ def test_a_whole_published_system_has_all_its_names_and_shapes(name):
     if name.startswith("ldm"):
         counters = {"decay": torch.tensor(0.9999), "num_updates": torch.tensor(0).int()}
         parts["ema"] = counters | parts["backbone"]
-    whole = layout().whole(parts)
+    whole = layout().join(parts)
     got = {k: [list(v.shape), str(v.dtype).removeprefix("torch.")] for k, v in whole.items()}
     assert set(want) - set(got) == set()
     assert set(got) - set(want) == set()
     assert got == want
-    back = layout().parts(whole)
+    back = layout().split(whole)
     assert {part: set(state) for part, state in back.items() if state} == {
         part: set(state) for part, state in parts.items() if state
     }
@@ -128,43 +128,43 @@ def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
          "image_proj_model.latents", "scale_arr")
     )  # fmt: skip
     plain = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
-    state = layout(dialect=dialect).whole(layout().parts(plain))
-    assert same(layout(dialect=dialect).whole(layout().parts(state)), state)
-    assert same(layout().whole(layout().parts(state)), plain)
+    state = layout(dialect=dialect).join(layout().split(plain))
+    assert same(layout(dialect=dialect).join(layout().split(state)), state)
+    assert same(layout().join(layout().split(state)), plain)
 
 
 def test_the_256_model_calls_the_frame_rate_framestride():
     parts = {"backbone": {"fps_embedding.0.weight": torch.ones(1), "out.0.bias": torch.ones(1)}}
-    state = layout(dialect="256").whole(parts)
+    state = layout(dialect="256").join(parts)
     assert "model.diffusion_model.framestride_embed.0.weight" in state
-    assert layout().parts(state)["backbone"].keys() == parts["backbone"].keys()
+    assert layout().split(state)["backbone"].keys() == parts["backbone"].keys()
 
 
 def test_deepspeed_names_have_a_prefix_of_sixteen_characters():
     """The original cuts them off by counting."""
-    (name,) = layout(dialect="deepspeed").whole({"backbone": {"x": torch.ones(1)}})
+    (name,) = layout(dialect="deepspeed").join({"backbone": {"x": torch.ones(1)}})
     assert name[16:] == "model.diffusion_model.x"
 
 
 def test_a_first_stage_alone_leaves_out_what_its_training_needed():
     state = {"encoder.a": torch.ones(1), "quantize.embedding.weight": torch.ones(1),
              "loss.discriminator.a": torch.ones(1)}  # fmt: skip
-    parts = layout().parts(state)
+    parts = layout().split(state)
     assert parts["vae"].keys() == {"encoder.a", "quantize.embedding.weight"}
     assert not parts["backbone"]
 
 
 def test_names_of_another_layout_are_refused():
     with pytest.raises(StorageError, match=r"1 names are not those of layout=compvis: strange\.x"):
-        layout().parts({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
+        layout().split({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
 
 
 def test_parts_that_the_originals_do_not_have_are_refused():
     one = torch.ones(1)
     with pytest.raises(StorageError, match=r"no place for 1 names.*table"):
-        layout().whole({"conditioning": {"table.weight": one}})
+        layout().join({"conditioning": {"table.weight": one}})
     with pytest.raises(StorageError, match=r"vae\.scale .*want vae\.scale_factor=NUMBER"):
-        layout().whole({"vae": {"scale": one, "encoder.conv_in.bias": one}})
+        layout().join({"vae": {"scale": one, "encoder.conv_in.bias": one}})
 
 
 def test_a_bad_dialect_is_named():
@@ -198,7 +198,7 @@ def test_what_is_written_again_is_the_file(original, tmp_path):
     path = written(original, tmp_path)
     fresh = from_file(path)
     init_from(fresh, path)
-    assert same(layout().whole(taken_apart(fresh)), weight_files.read(path))
+    assert same(layout().join(taken_apart(fresh)), weight_files.read(path))
 
 
 def test_the_original_would_find_what_it_unpickles(original, tmp_path):
@@ -304,7 +304,7 @@ def test_a_run_is_exported_and_initialises_another(tmp_path):
     to = tmp_path / "out.ckpt"
     cfg = Export.Config(run=str(trained.folder), to=str(to), weights="both")
     assert Export(cfg)(wiring)["file"] == str(to)
-    parts = layout().parts(weight_files.read(to))
+    parts = layout().split(weight_files.read(to))
     assert parts["ema"]["num_updates"].item() == 1
     assert parts["ema"]["num_updates"].dtype == torch.int32
     assert same(parts["backbone"], dict(trained.system.backbone.state_dict()))

@@ -44,17 +44,17 @@ def write(folder: Path, state: dict[str, Tensor], files: int = 1) -> None:
 def test_parts_and_whole_are_inverse_to_one_another() -> None:
     names = ("transformer/a.weight", "vae/b.bias", "text_encoder/shared.weight")
     state = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
-    parts = LAYOUT.parts(state)
+    parts = LAYOUT.split(state)
     assert set(parts) == {"backbone", "vae", "conditioning"}
     assert set(parts["conditioning"]) == {"encoder.shared.weight"}
-    assert LAYOUT.whole(parts) == state
+    assert LAYOUT.join(parts) == state
 
 
 def test_unknown_folders_and_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="scheduler/x: want a name in one of transformer"):
-        LAYOUT.parts({"scheduler/x": torch.zeros(1)})
+        LAYOUT.split({"scheduler/x": torch.zeros(1)})
     with pytest.raises(ValueError, match="loss: diffusers has no folder for it"):
-        LAYOUT.whole({"loss": {}})
+        LAYOUT.join({"loss": {}})
 
 
 @pytest.mark.parametrize("files", [1, 3])
