@@ -99,7 +99,7 @@ def theirs(
     from peft import LoraConfig
 
     root = wiring.root
-    settings = {k: v for k, v in root.backbone.released().items() if not k.startswith("_")}
+    settings = {k: v for k, v in root.backbone.diffusers_config().items() if not k.startswith("_")}
     with torch.device("meta"):
         network: Any = diffusers.CogVideoXTransformer3DModel(**settings)
     frozen = root.adapter is not None

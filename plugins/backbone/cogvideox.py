@@ -186,7 +186,7 @@ class CogVideoX(nn.Module):
                 vector_dim=slots.vector,
             )
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             if self.vector_dim:
                 raise ConfigError(f"vector_dim={self.vector_dim}: diffusers' network is told none")
             own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in OURS}

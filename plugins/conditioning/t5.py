@@ -143,7 +143,7 @@ class T5(nn.Module):
             is_here = self.weights not in (None, "cached") and is_path(self.weights)
             return {"weights": self.weights} if is_here else {}
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             return {"_class_name": "T5EncoderModel"}
 
         def offers(self, clip: Clip, grid: Clip) -> Slots:

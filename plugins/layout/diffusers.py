@@ -97,7 +97,7 @@ class Diffusers:
 def said(group: str, cfg: PluginConfig) -> tuple[dict[str, Any], list[str]]:
     """What a Config says of itself, and why it cannot."""
     try:
-        released = cfg.released()
+        released = cfg.diffusers_config()
     except ConfigError as e:
         return {}, [f"{group}.{p}" for p in e.problems]
     name = cfg.plugin.rpartition("/")[2]

@@ -29,7 +29,7 @@ class CogVideoXDPM:
             yield from super().problems()
             yield from one_of("spacing", self.spacing, ["trailing"])
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             return {"_class_name": "CogVideoXDPMScheduler", "timestep_spacing": "trailing"}
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:

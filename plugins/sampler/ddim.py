@@ -55,7 +55,7 @@ class DDIM:
             if self.landing == "stride" and self.end != "clean":
                 yield f"end={self.end!r}: landing=stride has its own end; want 'clean'"
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             if self.landing != "stride" or self.eta:
                 raise ConfigError(
                     f"landing={self.landing!r} and eta={self.eta}: that of CogVideoX in diffusers "

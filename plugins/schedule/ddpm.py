@@ -134,7 +134,7 @@ class DDPM:
         def ends_in_noise(self) -> bool:
             return self.zero_terminal_snr
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             if self.beta_schedule not in ("linear", "scaled_linear"):
                 raise ConfigError(
                     f"beta_schedule={self.beta_schedule!r}: diffusers' is another; want "

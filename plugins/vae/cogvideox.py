@@ -160,7 +160,7 @@ class AutoencoderCogVideoX(FirstStage):
             height, width = clip.height // self.space(), clip.width // self.space()
             return Clip(self.latent_channels, frames, height, width)
 
-        def released(self) -> dict[str, Any]:
+        def diffusers_config(self) -> dict[str, Any]:
             if self.scaling_factor is None:
                 raise ConfigError("scaling_factor=None: diffusers wants a number, and no shift")
             if self.num_latent_frames_batch_size != 2:

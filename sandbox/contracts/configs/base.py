@@ -37,7 +37,7 @@ class PluginConfig:
         """
         return {}
 
-    def released(self) -> dict[str, Any]:
+    def diffusers_config(self) -> dict[str, Any]:
         """What describes it in a folder of diffusers: "_class_name" and the settings of that class.
 
         Empty where diffusers has no such class; raises ConfigError for settings that it has not.
