@@ -1,13 +1,12 @@
-"""What components promise one another, in plain Python: sizes, slots, errors, base Configs and
-tensor Protocols.
+"""Interfaces between components: sizes, slots, errors, base Configs and tensor Protocols.
 
-Two halves. The Config side (`configs`) answers every question before a run (does it fit, what goes
-where, what does it cost) and never imports torch. The tensor side (`tensors`, and `video` for raw
-video) names the few calls that the training step and the samplers make. A plugin sees this package
-and never another group's plugin.
+The Config side (`configs`) answers all questions before a run (compatible sizes, connections,
+cost) in plain Python and never imports torch. The tensor side (`tensors`, and `video` for raw
+video) defines the calls of the training step and the samplers. A plugin imports this package and
+never a plugin of another group.
 """
 
-# ruff: noqa: F401  what is imported here is what others import from here
+# ruff: noqa: F401  re-exports
 
 from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
 from sandbox.contracts.configs.base import PluginConfig

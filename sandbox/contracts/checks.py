@@ -1,4 +1,4 @@
-"""Checks that Configs share: each yields the problems that it finds, one line each."""
+"""Checks for `Config.problems`: each yields the problems that it finds, one line each."""
 
 from __future__ import annotations
 
@@ -18,28 +18,26 @@ def one_of(name: str, value: Any, choices: Iterable[Any]) -> Iterator[str]:
 def in_range(
     name: str, value: float | None, low: float, high: float = float("inf")
 ) -> Iterator[str]:
-    """Yields a problem unless low <= value <= high; NaN is one, None (left to wiring) is not."""
+    """Yields a problem unless low <= value <= high; NaN is a problem, None (unset) is not."""
     if value is not None and not low <= value <= high:
         allowed = f">= {low}" if high == float("inf") else f"{low} to {high}"
         yield f"{name}={value}: want {allowed}"
 
 
 def above(name: str, value: float | None, low: float, high: float = float("inf")) -> Iterator[str]:
-    """Yields a problem unless low < value <= high and value is finite; NaN is a problem, None is
-    not.
-    """
+    """Yields a problem unless low < value <= high and value is finite. None is no problem."""
     if value is not None and not low < value <= min(high, 1e300):
         yield f"{name}={value}: want > {low}" + ("" if high == float("inf") else f" and <= {high}")
 
 
 def is_path(name: str) -> bool:
-    """Whether the name of weights is a file or folder here; "owner/model" is one on the hub."""
+    """Whether `name` is a local file or folder of weights; "owner/model" is a name on the hub."""
     ends = name.endswith((".bin", ".ckpt", ".pt", ".pth", ".safetensors"))
     return ends or name.startswith(("/", ".", "~")) or name.count("/") != 1
 
 
 def same_length(name: str, value: Iterable[Any], length: int, of: str) -> Iterator[str]:
-    """Yields a problem unless `value` has `length` entries, one for each `of`."""
+    """Yields a problem unless `value` has `length` entries, one per `of`."""
     if len(list(value)) != length:
         yield f"{name} has {len(list(value))} entries: want {length}, one for each {of}"
 

@@ -1,4 +1,4 @@
-"""What goes wrong, by whose cure it is: each ends the program with an exit code of its own."""
+"""Errors by who can fix them; each ends the program with its own exit code."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import ClassVar
 
 
 class SandboxError(Exception):
-    """An error that ends the program with its own exit code; survives pickling (all of it is in
-    args).
+    """An error that ends the program with `exit_code`.
+
+    All its data are in `args`, so that it survives pickling.
     """
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigError(SandboxError):
-    """The user's settings are wrong (exit code 2); one line per problem, each with its cure."""
+    """The settings are wrong (exit code 2); one line for each problem, with its fix."""
 
     exit_code = 2
 
@@ -60,13 +61,13 @@ class SizeError(ConfigError):
 
 
 class PluginError(SandboxError):
-    """A plugin is missing, broken, or there twice (exit code 2)."""
+    """A plugin is missing, broken or registered twice (exit code 2)."""
 
     exit_code = 2
 
 
 class DataError(SandboxError):
-    """The data are missing, empty, or worse than the limit allows (exit code 3)."""
+    """The data are missing, empty, or have more bad items than allowed (exit code 3)."""
 
     exit_code = 3
 
@@ -78,18 +79,19 @@ class Diverged(SandboxError):
 
 
 class StorageError(SandboxError):
-    """A file cannot be written, or one that is read is broken or foreign (exit code 5)."""
+    """A file cannot be written, is broken, or has another format (exit code 5)."""
 
     exit_code = 5
 
 
 class Preempted(SandboxError):
-    """The run was asked to stop, has saved, and continues when started again (exit code 75)."""
+    """The run was asked to stop and has saved; it continues when started again (exit code 75)."""
 
     exit_code = 75
 
 
 class BadItem(Exception):
-    """One item of a data set cannot be used (corrupt, too short); the loader skips, counts and
-    lists it.
+    """An item of a data set is unusable (corrupt, too short).
+
+    The loader skips it, counts it and lists it.
     """

@@ -1,17 +1,17 @@
-"""Sizes of clips and latents, and what conditioning offers: plain numbers that Configs agree on."""
+"""Sizes of clips and latents, and the slots of conditioning, as plain numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of the pixels of a clip; the loader, and sampling, tell them of every clip.
+# Pixel sizes of a clip; the loader and the samplers set them for every clip.
 SIZES = ("height", "width", "aspect_ratio")  # aspect_ratio: height / width
 SCALARS = frozenset({"fps", "frame_stride", "ofs", *SIZES})
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A size, of pixels or of latents: (channels, frames, height, width). An image has frames=1."""
+    """Size of pixels or latents: (channels, frames, height, width). An image has frames=1."""
 
     channels: int
     frames: int
@@ -24,8 +24,9 @@ class Clip:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A sequence that conditioning offers: `length` tokens of `width`, for each of `frames` (1: the
-    same for all).
+    """A token sequence from conditioning: `length` tokens of `width` for each of `frames`.
+
+    frames=1: all frames share the tokens.
     """
 
     width: int
@@ -36,8 +37,9 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Slots:
-    """What conditioning offers a backbone. `concat` counts channels, `vector` is a width, 0 or None
-    is absent.
+    """The conditions that a backbone receives; 0 or None is absent.
+
+    `concat` is a number of channels, `vector` a width.
     """
 
     context: Tokens | None = None
@@ -47,6 +49,6 @@ class Slots:
     scalars: frozenset[str] = frozenset()
 
     def names(self) -> frozenset[str]:
-        """The filled slots and the scalars."""
+        """Names of the filled slots and the scalars."""
         filled = {n for n in ("context", "image_context", "concat", "vector") if getattr(self, n)}
         return frozenset(filled) | self.scalars

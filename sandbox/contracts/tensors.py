@@ -1,4 +1,4 @@
-"""The tensor side: the few calls that the training step and the samplers make."""
+"""Tensor interfaces: the calls that the training step and the samplers make."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# What a sample may bring for the fields of a Batch of these names, without the axis B.
+# Keys of a sample that become the Batch fields of the same name (without the batch axis).
 SAMPLE_TENSORS = ("video", "stored", "image", "text", "text_mask", "no_text", "no_text_mask")
 
 
 @dataclass
 class Batch:
-    """One micro-batch. B clips of one size. Not frozen: Lightning moves it between devices by
-    assignment.
+    """One micro-batch of B clips of one size.
+
+    Not frozen: Lightning moves batches between devices by assignment.
     """
 
     video: Tensor | None = None  # (B, 3, T, H, W) in [-1, 1]
-    stored: Tensor | None = None  # (B, P, T, H, W) a cached Posterior.stored in place of video
+    stored: Tensor | None = None  # (B, P, T, H, W) cached Posterior.stored, replaces video
     captions: list[str] | None = None
-    negative: list[str] | None = None  # replaces "" where text is dropped
+    negative: list[str] | None = None  # negative prompts, used instead of "" for dropped text
     text: Tensor | None = None  # (B, L, D) cached embeddings
     text_mask: Tensor | None = None  # (B, L) bool
-    no_text: Tensor | None = None  # (B, L, D) that of the empty caption, where text is dropped
+    no_text: Tensor | None = None  # (B, L, D) embedding of the empty caption, for dropped text
     no_text_mask: Tensor | None = None  # (B, L) bool
     image: Tensor | None = None  # (B, 3, N, H, W) condition frames; None: taken from the video
     scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in SCALARS
     ids: list[str] = field(default_factory=list)
     epoch: int = 0
-    position: Tensor | None = None  # (B,) int64, place in the epoch's global order: keys randomness
+    position: Tensor | None = None  # (B,) int64 index in the epoch's global order; keys randomness
     bad: list[str] = field(default_factory=list)  # items skipped for this batch, "id: reason"
 
     @property
@@ -45,19 +46,20 @@ class Batch:
 
 @dataclass
 class Conditions:
-    """What a backbone is told besides z_t and t; absent is None. Registered as a pytree by the
-    system.
+    """Inputs of a backbone other than z_t and t; absent ones are None.
+
+    The system registers this class as a pytree.
     """
 
     context: Tensor | None = None  # (B, L, D)
-    context_mask: Tensor | None = None  # (B, L) bool, True is a real token
+    context_mask: Tensor | None = None  # (B, L) bool, True for real tokens
     image_context: Tensor | None = None  # (B, T or 1, N, D)
     concat: Tensor | None = None  # (B, C', T, H, W)
     vector: Tensor | None = None  # (B, D)
     scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that is there, with its name."""
+        """(name, tensor) of every condition that is present."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, dict):
@@ -68,9 +70,7 @@ class Conditions:
 
 @dataclass
 class Terms:
-    """A loss: `total` () to be differentiated, `per_sample` (B,), and what is logged under
-    published names.
-    """
+    """A loss: `total` () for backward, `per_sample` (B,), and logged values by published name."""
 
     total: Tensor
     per_sample: Tensor
@@ -79,8 +79,9 @@ class Terms:
 
 @dataclass
 class Denoised:
-    """What a raw output says, each (B, C, T, H, W): clean latents, noise, and log-variance where it
-    is learned.
+    """Estimates from a raw model output, each (B, C, T, H, W): clean latents and noise.
+
+    `log_variance` is set where the model learns the variance.
     """
 
     z0: Tensor
@@ -89,12 +90,13 @@ class Denoised:
 
 
 class Draws(Protocol):
-    """All randomness of a step, by name. The same name gives the same numbers; a new name shifts no
-    other.
+    """All random numbers of a step, by name.
+
+    The same name gives the same numbers; adding a name changes no other draw.
     """
 
     def normal(self, name: str, like: Tensor) -> Tensor:
-        """Standard normal of shape, dtype and device of `like`, whose first axis is the batch."""
+        """Standard normal with the shape, dtype and device of `like` (batch axis first)."""
         ...
 
     def uniform(self, name: str) -> Tensor:
@@ -102,8 +104,9 @@ class Draws(Protocol):
         ...
 
     def stratified(self, name: str) -> Tensor:
-        """(B,) float32 in [0, 1), each uniform, together one in each of G equal parts for the G
-        clips of an optimizer step.
+        """(B,) float32 in [0, 1), each uniform.
+
+        The G clips of an optimizer step fall into G equal intervals, one each.
         """
         ...
 
@@ -112,29 +115,30 @@ class Draws(Protocol):
         ...
 
     def shared(self) -> Draws:
-        """The same interface with one value for the whole micro-batch (some published steps do
-        that).
+        """The same interface with one value for all clips of the micro-batch.
+
+        Some published training steps need it.
         """
         ...
 
 
 class Posterior(Protocol):
-    """What a first stage says about x. Gaussian; VQ and identity ignore the noise."""
+    """The latent distribution of x: Gaussian, or a point (VQ and identity ignore the noise)."""
 
-    is_random: bool  # False: `sample` ignores the noise, which then need not be drawn
-    stored: Tensor  # (B, P, T, H, W) mean and log-variance, features or pixels: what a cache keeps
+    is_random: bool  # False: `sample` ignores the noise, which need not be drawn
+    stored: Tensor  # (B, P, T, H, W) what a cache keeps: mean and log-variance, features or pixels
     mean: Tensor  # (B, C, T, H, W) unscaled
 
-    def sample(self, noise: Tensor) -> Tensor: ...  # (B, C, T, H, W) unscaled; noise is like mean
-    def kl(self) -> Tensor: ...  # (B,) summed over the rest; zeros where there is no distribution
+    def sample(self, noise: Tensor) -> Tensor: ...  # (B, C, T, H, W) unscaled; noise like mean
+    def kl(self) -> Tensor: ...  # (B,) summed over the other axes; zeros for a point
 
 
 class FirstStage(Protocol):
-    """Scale and shift live here; windows, slices, chunks and tiles inside encode and decode."""
+    """An autoencoder. It owns scale and shift, and windows, slices, chunks and tiles."""
 
     def encode(self, x: Tensor) -> Posterior: ...  # x (B, 3, T, H, W) in [-1, 1]
     def posterior(self, stored: Tensor) -> Posterior: ...  # the same from a cache
-    def scaled(self, z: Tensor) -> Tensor: ...  # unscaled -> what the backbone sees
+    def scaled(self, z: Tensor) -> Tensor: ...  # unscaled latents -> latents of the backbone
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
         """Scaled z -> (B, 3, T, H, W)."""
@@ -142,7 +146,7 @@ class FirstStage(Protocol):
 
 
 class Backbone(Protocol):
-    """t (B,) lies in [0, 1000), whole or broken; out is (B, outputs * C, T, H, W)."""
+    """Denoiser: t (B,) in [0, 1000), integer or float; returns (B, outputs * C, T, H, W)."""
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor: ...
 
@@ -151,7 +155,10 @@ Encode = Callable[["Tensor", str], "Tensor"]  # (pixels, name of the draw) -> sc
 
 
 class Conditioner(Protocol):
-    """`drop` holds the published joint rule; what is dropped is replaced before it is encoded."""
+    """Computes conditions. `drop` draws the published joint dropping rule.
+
+    Dropped inputs are replaced before they are encoded.
+    """
 
     def drop(self, draws: Draws) -> dict[str, Tensor]: ...  # signal -> (B,) bool
 
@@ -167,20 +174,21 @@ class Conditioner(Protocol):
 
 
 class Schedule(Protocol):
-    """z_t = alpha(t) z0 + sigma(t) eps. t is in the schedule's own unit: (B,) int64, or float32 in
-    [0, 1].
+    """z_t = alpha(t) z0 + sigma(t) eps.
+
+    t is in the unit of the schedule: (B,) int64, or (B,) float32 in [0, 1].
     """
 
     def draw_t(self, draws: Draws) -> Tensor: ...
     def alpha(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1) float32
     def sigma(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1) float32
-    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...  # what the backbone gets
+    def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...  # backbone inputs
     def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
     def denoised(self, out: Tensor, z_t: Tensor, t: Tensor) -> Denoised: ...
-    def weight(self, t: Tensor) -> Tensor: ...  # (B,) loss weight, ones where there is none
+    def weight(self, t: Tensor) -> Tensor: ...  # (B,) loss weight; ones by default
     def snr(self, t: Tensor) -> Tensor: ...  # (B, 1, 1, 1, 1), before a published rescaling of z0
-    def times(self, steps: int, spacing: str) -> Tensor: ...  # decreasing, from the noisiest
+    def times(self, steps: int, spacing: str) -> Tensor: ...  # decreasing, noisiest first
 
 
 class Loss(Protocol):
@@ -190,8 +198,9 @@ class Loss(Protocol):
 
 
 class Guidance(Protocol):
-    """A wrapper around the model: which passes, and how raw outputs (variance channels included)
-    combine.
+    """The model passes of a sampling step and how their raw outputs are combined.
+
+    Raw outputs include variance channels.
     """
 
     def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]: ...
@@ -199,8 +208,10 @@ class Guidance(Protocol):
 
 
 class Hooks(Protocol):
-    """Called by a sampler: `before` a model call (known regions), on the `denoised` estimate
-    (quantising, previews).
+    """Callbacks of a sampler.
+
+    `before` edits z_t before a model call (known regions); `denoised` edits or observes the
+    estimate (quantising, previews).
     """
 
     def before(self, z_t: Tensor, t: Tensor) -> Tensor: ...
@@ -208,9 +219,9 @@ class Hooks(Protocol):
 
 
 class Sampler(Protocol):
-    """Solves from `z` (B, C, T, H, W), standard normal, with `model(z_t, t, step) -> raw output`.
+    """Integrates from standard normal `z` (B, C, T, H, W) with `model(z_t, t, step) -> raw output`.
 
-    `step` counts from 0 to steps - 1; a second call within one step repeats its number.
+    `step` counts from 0 to steps - 1; a second model call within a step repeats its number.
     """
 
     def __call__(
@@ -224,123 +235,124 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-# "video" (3, T, H, W) float32 in [-1, 1], or "stored" (P, T, H, W); others of SAMPLE_TENSORS;
+# "video" (3, T, H, W) float32 in [-1, 1] or "stored" (P, T, H, W); other keys of SAMPLE_TENSORS;
 # "caption" str; names in SCALARS: float
 Sample = dict[str, Any]
 
 
 class Items(Protocol):
-    """One split of a data set; index in [0, len)."""
+    """One split of a data set; indices are in [0, len)."""
 
     def __len__(self) -> int: ...
     def id(self, index: int) -> str: ...
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
-        """`rng` is keyed by (seed, epoch, id): the only source of randomness. Raises BadItem."""
+        """`rng`, keyed by (seed, epoch, id), is the only source of randomness. Raises BadItem."""
         ...
 
 
 @runtime_checkable
 class Bucketed(Protocol):
-    """Items of several sizes; a micro-batch holds one of them."""
+    """Items of several sizes; all clips of a micro-batch have one size."""
 
     def bucket(self, index: int, rng: np.random.Generator) -> Clip:
-        """Size of the clip that `load` makes with the same `rng`: these are its first draws.
+        """Size of the clip that `load` returns with the same `rng`, whose first draws these are.
 
-        It decodes nothing and raises nothing; an item that cannot be read has any of the sizes.
+        Decodes and raises nothing; the size of an unreadable item is arbitrary.
         """
         ...
 
 
 @runtime_checkable
 class Hashed(Protocol):
-    """Items that know what a clip is made from without making it (task=encode asks)."""
+    """Items that can hash the source data of a clip without loading it (for task=encode)."""
 
     def content(self, index: int) -> str:
-        """A hash of all that is read for the clip; raises BadItem."""
+        """A hash of everything that is read for the clip; raises BadItem."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A conditioner whose Config says `embeds`."""
+    """A conditioner whose Config has `embeds()`."""
 
     def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) float32, and (B, L) True for real tokens."""
+        """Embeddings (B, L, D) float32 and a mask (B, L), True for real tokens."""
         ...
 
 
 class DataSource(Protocol):
-    """What `data=` builds."""
+    """A `data` plugin."""
 
     def split(self, name: str) -> Items:
-        """ "train", or "val" (never shares a source with train; its items do not use `rng`). Raises
-        DataError.
+        """The split "train" or "val"; raises DataError.
+
+        "val" shares no source with "train", and its items do not use `rng`.
         """
         ...
 
     def prompts(self) -> list[str]:
-        """Captions to sample and to score with, in a fixed order; empty where there are none."""
+        """Captions for samples and scores, in a fixed order; may be empty."""
         ...
 
 
 class Metric(Protocol):
     def fit(self, video: Tensor, captions: list[str]) -> None:
-        """Learns what it must from real training clips: (N, 3, T, H, W) in [-1, 1]."""
+        """Fits the metric to real training clips (N, 3, T, H, W) in [-1, 1]."""
         ...
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        """Scores by name for clips (N, 3, T, H, W) made for `captions`."""
+        """Scores by name of clips (N, 3, T, H, W) generated for `captions`."""
         ...
 
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
-        """Clips that a researcher compares with, by name: {"mean clip": (N, 3, T, H, W)}."""
+        """Baseline clips to compare with, by name: {"mean clip": (N, 3, T, H, W)}."""
         ...
 
     def proportions(self) -> frozenset[str]:
-        """Scores that are shares of the N clips, whose interval follows from N alone."""
+        """Scores that are proportions of the N clips; N alone determines their interval."""
         ...
 
     def meaning(self) -> dict[str, str]:
-        """One line for each score: what it measures, what chance and what perfect is."""
+        """One line for each score: what it measures, its chance level and its best value."""
         ...
 
 
 @runtime_checkable
 class PerClipMetric(Protocol):
-    """A metric that also judges clip by clip, so that a report can resample prompts."""
+    """A metric that also scores each clip, so that a report can resample prompts."""
 
     def per_clip(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        """(N,) for each score that is a mean over clips."""
+        """(N,) values of each score that is a mean over clips."""
         ...
 
 
 @runtime_checkable
 class PairedMetric(Metric, Protocol):
-    """A metric that compares each clip with the real one in whose place it stands."""
+    """A metric that compares each clip with its real counterpart."""
 
     def set_references(self, real: Tensor) -> None:
-        """The real clips (N, 3, T, H, W), before `score` of clips for the same N captions."""
+        """Real clips (N, 3, T, H, W); call it before `score` of clips for the same N captions."""
         ...
 
 
 class Adapter(Protocol):
     def apply(self, backbone: Any, targets: tuple[str, ...], dtype: Any) -> None:
-        """Freezes `backbone`, in `dtype`, and gives it weights of its own, which train in float32.
+        """Freezes `backbone` in `dtype` and adds adapter weights, which train in float32.
 
-        Its own names stay as they are but for what the adapter puts between them: `published_name`
-        takes that away, and is None for weights of the adapter.
+        Names of the backbone's parameters change only by the adapter's insertions.
+        `published_name` removes these, and returns None for weights of the adapter.
         """
         ...
 
     def published_name(self, name: str) -> str | None: ...
 
     def exported(self, backbone: Any) -> tuple[str, State, dict[str, str]]:
-        """A file for other programs: its name, tensors, and the text in its header."""
+        """A file for other programs: its name, its tensors and its text metadata."""
         ...
 
     def merge(self, backbone: Any) -> None:
-        """Adds what the adapter has learned to the backbone's own weights."""
+        """Adds the learned update to the weights of the backbone."""
         ...
 
 
@@ -348,21 +360,19 @@ State = dict[str, "Tensor"]
 
 
 class Layout(Protocol):
-    """A published file format of a whole system; `split` and `join` are pure and inverse to one
-    another.
-    """
+    """A published file format of a full system; `split` and `join` are pure and inverses."""
 
     def split(self, state: State) -> dict[str, State]:
-        """{"backbone": its state, "vae", "conditioning", "ema", "schedule", "loss"}.
+        """States by component: "backbone", "vae", "conditioning", "ema", "schedule", "loss".
 
-        Names are those of our modules; parts that the file has not are empty. `ema` is the average
-        of the backbone with `decay` and `num_updates`, `schedule` the tables that a schedule with a
-        method `tables()` makes. Raises StorageError for names of another format.
+        Names are those of our modules; components that the file lacks are empty. "ema" holds the
+        EMA of the backbone with `decay` and `num_updates`; "schedule" the tables that a schedule's
+        `tables()` returns. Raises StorageError for names of another format.
         """
         ...
 
     def join(self, parts: dict[str, State]) -> State: ...
 
     def file(self, state: State, steps: int) -> dict[str, Any]:
-        """What the original's loader reads, of a model trained for `steps` optimizer steps."""
+        """The object that the original code loads, for a model trained for `steps` steps."""
         ...

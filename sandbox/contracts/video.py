@@ -1,4 +1,4 @@
-"""Raw video, and what the stages of task=prepare promise."""
+"""Raw video, and the interfaces of the stages of task=prepare."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VideoFile:
-    """What is in a video file. `fps` is its mean rate, `first` the time of the first frame in the
-    unit of the stream, `variable` whether its rate changes, `rotation` degrees counter-clockwise
-    that its frames are to be turned by; `width` and `height` are those of the upright picture.
+    """Properties of a video file.
+
+    `width` and `height` are those of the upright frames; `fps` is the mean frame rate, `variable`
+    whether it varies; `first` the time of the first frame in the stream's time base; `rotation`
+    the counter-clockwise rotation that makes frames upright, in degrees.
     """
 
     sha256: str
@@ -31,9 +33,9 @@ class VideoFile:
 
 
 class VideoClip(Protocol):
-    """A span of a video file. Frames are (H, W, 3) uint8 RGB, upright, with square pixels.
+    """A time span of a video file. Frames are (H, W, 3) uint8 RGB, upright, with square pixels.
 
-    All that decodes raises BadItem for a file that is broken.
+    Methods that decode raise BadItem for a broken file.
     """
 
     info: VideoFile
@@ -43,28 +45,28 @@ class VideoClip(Protocol):
     def seconds(self) -> float: ...
 
     def at(self, times: Iterable[float]) -> list[np.ndarray]:
-        """The frames shown at `times`, seconds from the start of the span."""
+        """The frames shown at `times`, in seconds from the start of the span."""
         ...
 
     def iter_at(self, times: Sequence[float]) -> Iterator[np.ndarray]:
-        """The same for times that increase, with one frame in memory at a time."""
+        """The same for increasing times, with one frame in memory at a time."""
         ...
 
     def stream(self, width: int | None = None) -> Iterator[tuple[float, np.ndarray]]:
-        """(time, frame) of every frame, at most `width` pixels wide."""
+        """(time, frame) of every frame, scaled down to at most `width` pixels."""
         ...
 
 
 # "id", "source" (name below the folder), "path", "info" (VideoFile), "start", "end" (seconds),
-# "scores" {stage: what its look found}, and what stages said of the clip: "caption", "split", ...
+# "scores" {stage: the result of its `score`}, and fields that stages set: "caption", "split", ...
 Row = dict[str, Any]
-# (start, end) in seconds, and why it is dropped; "" where it is not
+# (start, end) in seconds and the reason why it is dropped; "" where it is kept
 Span = tuple[float, float, str]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A clip as it is written: frames of one even size, their rate, and libx264's quality."""
+    """A clip to write: frames of one even size, their fps, and the CRF of libx264."""
 
     frames: Iterator[np.ndarray]
     fps: float
@@ -73,7 +75,7 @@ class Rendering:
 
 @runtime_checkable
 class ScoringStage(Protocol):
-    """A stage that scores clips; in a worker, of one clip alone."""
+    """A stage that scores each clip on its own, in a worker."""
 
     def score(self, clip: VideoClip) -> dict[str, Any]:
         """Scores by name, in plain containers. Raises BadItem."""
@@ -82,24 +84,24 @@ class ScoringStage(Protocol):
 
 @runtime_checkable
 class CuttingStage(ScoringStage, Protocol):
-    """A stage that makes several clips of one."""
+    """A stage that cuts a clip into several."""
 
     def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
-        """In order, without overlap, those that are dropped included."""
+        """Spans in order, without overlap, including those that are dropped."""
         ...
 
 
 @runtime_checkable
 class DecidingStage(Protocol):
-    """A stage that decides, from the scores of all clips that are still kept."""
+    """A stage that drops or labels clips, from the scores of all clips that are still kept."""
 
     def decide(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """What it says of each row: {} nothing, {"drop": why}, or fields of the row to set."""
+        """For each row: {} for no change, {"drop": reason}, or fields to set."""
         ...
 
 
 @runtime_checkable
 class RenderingStage(Protocol):
-    """The stage that makes the clip that is written; in a worker."""
+    """The stage that produces the clip to write, in a worker."""
 
     def render(self, clip: VideoClip) -> Rendering: ...

@@ -1,1 +1,1 @@
-"""The Config side: what a plugin takes, needs and makes, answered in plain Python before a run."""
+"""Base Configs: what a plugin requires and produces, in plain Python, known before a run."""

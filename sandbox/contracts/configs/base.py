@@ -1,4 +1,4 @@
-"""What the Config of every plugin has."""
+"""The base class of every plugin's Config."""
 
 from __future__ import annotations
 
@@ -11,43 +11,40 @@ from sandbox.contracts.errors import ConfigError
 
 @dataclass
 class PluginConfig:
-    """Base of every plugin's `Config`. `plugin` ("vae/magvit") is written by the registry, never by
-    a user.
-    """
+    """Base of every plugin's `Config`. The registry sets `plugin` ("vae/magvit")."""
 
-    imports: ClassVar[tuple[str, ...]] = ()  # slow packages of its; a multirun imports them once
-    # Settings with other values of which a run's weights still mean the same: of training alone, of
-    # memory, of sizes. Of vae, conditioning, backbone and schedule no other may differ.
+    imports: ClassVar[tuple[str, ...]] = ()  # slow packages, which a multirun imports once
+    # Settings that can change without invalidating a run's weights: training, memory, sizes. All
+    # other settings of vae, conditioning, backbone and schedule must match.
     may_differ: ClassVar[tuple[str, ...]] = ()
     plugin: str = ""
 
     def problems(self) -> Iterator[str]:
-        """Every bad range, choice, length or NaN, one line each, starting with the field:
-        "act='relu': want ...".
-        """
+        """Every invalid value, one line each, starting with the field: "act='relu': want ..."."""
         yield from ()
 
     def files(self) -> dict[str, str | None]:
-        """Settings that name a file or folder that must be there before a run, with their values.
+        """Settings that name a file or folder that must exist before a run, with their values.
 
-        Relative ones are found from the folder that the run was started from. Those of task,
-        conditioning, adapter, reconstruction, metric and data are looked for where the task uses
-        them, not by `problems`: a configuration can be composed, shown, planned and verified
-        on a machine that has none of them. None: the setting must be given.
+        None means that the setting is required. Relative paths are resolved against the directory
+        in which the run was started. For task, conditioning, adapter, reconstruction, metric and
+        data, the task that uses the files checks them: a configuration can be composed, shown,
+        planned and verified on a machine without them.
         """
         return {}
 
     def diffusers_config(self) -> dict[str, Any]:
-        """What describes it in a folder of diffusers: "_class_name" and the settings of that class.
+        """The config of the equivalent diffusers class, with "_class_name".
 
-        Empty where diffusers has no such class; raises ConfigError for settings that it has not.
+        Empty where diffusers has no such class. Raises ConfigError for settings that the class
+        does not support.
         """
         return {}
 
     def agree(self, **numbers: int | None) -> Self:
-        """A copy with the fields that are None filled from `numbers`.
+        """A copy whose None fields are filled from `numbers`.
 
-        Raises ConfigError that names every field whose stated value differs from the number.
+        Raises ConfigError with every field that is set to another value.
         """
         wrong = [
             f"{name}={getattr(self, name)}, but {number} is needed"

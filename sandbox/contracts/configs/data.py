@@ -1,4 +1,4 @@
-"""Configs of clips: where they come from, how they are prepared, how they are scored."""
+"""Configs of data, metrics and the stages of task=prepare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sandbox.contracts.checks import in_range
 from sandbox.contracts.configs.base import PluginConfig
 from sandbox.contracts.sizes import Clip
 
-# Settings of data that say how clips come: they change neither clips nor who is held out.
+# Settings of data that affect loading only, neither the clips nor the validation split.
 LOADING = frozenset(
     {"batch_size", "bucket_batch_sizes", "drop_incomplete", "num_workers", "max_bad", "num_prompts"}
 )
@@ -20,10 +20,10 @@ LOADING = frozenset(
 class DataConfig(PluginConfig):
     """The source of clips. Every data plugin has these fields, under these names.
 
-    root: folder of the data (null where the plugin makes or ships them); frames, height, width:
+    root: folder of the data (null if the plugin generates or ships them); frames, height, width:
     size of a clip in frames and pixels; batch_size: clips per process and micro-batch;
-    drop_incomplete: without the smaller last micro-batch of an epoch (of each size); num_workers:
-    loader processes, 0 loads in the training process; max_bad: items that may be unusable before
+    drop_incomplete: drop the smaller last micro-batch of an epoch (of each size); num_workers:
+    loader processes (0 loads in the training process); max_bad: unusable items allowed before
     the run ends with exit code 3.
     """
 
@@ -43,10 +43,7 @@ class DataConfig(PluginConfig):
             yield from in_range(name, getattr(self, name), 0)
 
     def clips(self) -> tuple[Clip, ...]:
-        """Every size a batch may have: one, or all buckets, images included.
-
-        The first is that of samples.
-        """
+        """All sizes of a batch: one, or all buckets including images. Samples use the first."""
         return (Clip(3, self.frames, self.height, self.width),)
 
     def batch_of(self, clip: Clip) -> int:
@@ -54,35 +51,36 @@ class DataConfig(PluginConfig):
         return self.batch_size
 
     def alternates_sizes(self) -> bool:
-        """Whether micro-batches of each size come in turn, so that with as many of them a step has
-        one of each; else in no order.
+        """Whether micro-batches cycle through the sizes; otherwise sizes come in random order.
+
+        With `accumulate` equal to the number of sizes, each step then has one micro-batch of each.
         """
         return False
 
     def stored(self) -> str | None:
-        """Folder that task=encode has filled, where batches bring stored latents and no pixels."""
+        """Folder of latents from task=encode, if batches have cached latents instead of pixels."""
         return None
 
     def all_clips(self) -> Self:
-        """These data where training sees all of their clips: what a fitted first stage and a metric
-        learn from, so that they are the same whatever part of the clips a system trains on.
+        """The same data without a restriction to a subset of the clips.
+
+        First stages and metrics are fitted to these, so that they do not depend on the subset that
+        a system trains on.
         """
         return self
 
     def provides(self) -> frozenset[str]:
-        """Batch fields: "video", "captions", "fps", ...; and "prompts" where `prompts()` is not
-        empty.
-        """
+        """Batch fields: "video", "captions", "fps", ...; "prompts" if `prompts()` is not empty."""
         return frozenset({"video"})
 
     def metric(self) -> str | None:
-        """Name of the metric plugin that scores this kind of data; None where there is none."""
+        """Name of the metric plugin for this kind of data, or None."""
         return None
 
 
 @dataclass
 class MetricConfig(PluginConfig):
-    """A score of generated clips."""
+    """A metric of generated clips."""
 
     def needs(self) -> frozenset[str]:
         """Fields that the data must provide: "captions", "digit_captions", ..."""
@@ -93,21 +91,21 @@ class MetricConfig(PluginConfig):
         yield from ()
 
     def learns_from(self) -> int:
-        """Real training clips that it is fitted with; 0: none."""
+        """Number of real training clips for `fit`; 0: none."""
         return 2048
 
 
 @dataclass
 class StageConfig(PluginConfig):
-    """One step of task=prepare, from a folder of raw videos to clips that can be trained on.
+    """A stage of task=prepare, which turns a folder of raw videos into training clips.
 
-    `limits`: settings that decide no score. Changing one of them computes none again.
-    `distributions`: packages whose versions the manifest names.
+    `limits`: settings that affect no score, such as thresholds; changing them recomputes nothing.
+    `distributions`: packages whose versions are recorded in the manifest.
     """
 
     limits: ClassVar[tuple[str, ...]] = ()
     distributions: ClassVar[tuple[str, ...]] = ()
 
     def times(self, seconds: float) -> list[float]:
-        """Seconds from the start of a clip of that length of the frames that `score` reads."""
+        """Times of the frames that `score` reads, in seconds, for a clip of this length."""
         return []

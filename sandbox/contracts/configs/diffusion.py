@@ -1,4 +1,4 @@
-"""Configs of the noise process: schedule, loss, sampler, guidance."""
+"""Configs of the diffusion process: schedule, loss, sampler, guidance."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from sandbox.contracts.configs.base import PluginConfig
 
 @dataclass
 class ScheduleConfig(PluginConfig, ABC):
-    """The noise process: z_t = alpha(t) z0 + sigma(t) eps, and what the network predicts."""
+    """The noise process z_t = alpha(t) z0 + sigma(t) eps, and the prediction target."""
 
     kind: ClassVar[str] = "discrete"  # or "continuous"
 
     def outputs(self) -> int:
-        """Backbone channels per latent channel: 1, or 2 with a learned variance."""
+        """Output channels of the backbone per latent channel: 1, or 2 with a learned variance."""
         return 1
 
     @abstractmethod
     def predicts(self) -> str:
-        """What the network's first channels are: "eps", "v", "x0" or "velocity" (eps - z0)."""
+        """The prediction target: "eps", "v", "x0" or "velocity" (eps - z0)."""
 
     def ends_in_noise(self) -> bool:
-        """Whether SNR(T) = 0; then eps says nothing at T, and a spacing must reach T."""
+        """Whether SNR(T) = 0. Then eps is uninformative at T, and sampling must start at T."""
         return False
 
     def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
-        """Problems with `times(steps, spacing)`, one line each: unknown spacings, too many steps, T
-        not reached.
+        """Problems with `times(steps, spacing)`, one line each.
+
+        Unknown spacings, too many steps, or a spacing that does not reach T.
         """
         yield from ()
 
 
 @dataclass
 class LossConfig(PluginConfig):
-    """From a prediction to a number."""
+    """The training loss of a prediction."""
 
     def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
         """Problems with this schedule, one line each."""
@@ -47,8 +48,9 @@ class LossConfig(PluginConfig):
 
 @dataclass
 class SamplerConfig(PluginConfig):
-    """From noise to latents in `steps` calls of the model (or about twice as many, for second-order
-    solvers), at times that the schedule spaces.
+    """Sampling from noise to latents in `steps` steps, at times from the schedule.
+
+    A step is one model call, or two for second-order solvers.
     """
 
     steps: int = 20
@@ -64,14 +66,15 @@ class SamplerConfig(PluginConfig):
 
 @dataclass
 class GuidanceConfig(PluginConfig):
-    """How the passes of one sampling step are combined."""
+    """The passes of a sampling step and how they are combined."""
 
     def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
         """Problems with this schedule, one line each."""
         yield from ()
 
     def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        """Signals dropped in each pass, the full pass first: ({}, {"text"}). One pass where nothing
-        can be dropped.
+        """Signals dropped in each pass, the full pass first: ({}, {"text"}).
+
+        One pass if no signal can be dropped.
         """
         return (frozenset(),)

@@ -1,4 +1,4 @@
-"""Configs of the parts that hold weights, of what is added to them, and of how they are filed."""
+"""Configs of components with weights, of adapters and of published file formats."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from sandbox.contracts.sizes import Clip, Slots
 
 @dataclass(frozen=True)
 class FirstStageRecipe:
-    """How a first stage is trained where the run does not say (vae.weights=auto, and defaults of
-    task=train_vae).
+    """Training settings of a first stage for vae.weights=auto; task=train_vae defaults to them.
 
     `reconstruction`: settings of the loss that differ from its defaults.
     """
@@ -27,11 +26,11 @@ class FirstStageRecipe:
 
 @dataclass
 class FirstStageConfig(PluginConfig, ABC):
-    """Between pixels and latents.
+    """The autoencoder between pixels and latents.
 
-    weights: "auto" (cached, else trained first), a file, or null (random); one_by_one: training
-    encodes clips one at a time, as task=encode does, so that their last bits depend on no other
-    clip of the batch.
+    weights: "auto" (cached, or trained first), a file, or null (random); one_by_one: training
+    encodes clips one at a time, as task=encode does, so that latents are bitwise independent of
+    the other clips of the batch.
     """
 
     may_differ: ClassVar[tuple[str, ...]] = ("weights", "one_by_one")
@@ -43,24 +42,18 @@ class FirstStageConfig(PluginConfig, ABC):
 
     @abstractmethod
     def latents(self, clip: Clip) -> Clip:
-        """Size of the latents of a clip of pixels; raises SizeError where the clip does not fit."""
+        """Size of the latents of a clip of pixels; raises SizeError for an unsupported size."""
 
     def fitted(self) -> str:
-        """How this first stage gets its weights: "none" (has none), "closed_form" (`fit`) or
-        "trained".
-        """
+        """How the weights are obtained: "none" (no weights), "closed_form" (`fit`) or "trained"."""
         return "trained"
 
     def regularizer(self) -> str:
-        """What its training holds the latents with, which is the plugin of group reconstruction:
-        "kl" or "codebook".
-        """
+        """Regulariser of the latents, and default reconstruction plugin: "kl" or "codebook"."""
         return "kl"
 
     def recipe(self) -> FirstStageRecipe:
-        """Learning rate, steps, batch and loss with which it trains in about a minute on the
-        default data.
-        """
+        """Settings that train it in about a minute on the default data."""
         return FirstStageRecipe()
 
 
@@ -69,11 +62,11 @@ class BackboneConfig(PluginConfig, ABC):
     """The denoising network."""
 
     def takes(self) -> frozenset[str]:
-        """Slot and scalar names that it can use with these settings."""
+        """Names of slots and scalars that it can use with these settings."""
         return frozenset()
 
     def needs(self) -> frozenset[str]:
-        """Those of `takes` that it cannot do without."""
+        """The subset of `takes` that it requires."""
         return frozenset()
 
     def grid(self, z: Clip) -> Clip:
@@ -82,13 +75,15 @@ class BackboneConfig(PluginConfig, ABC):
 
     @abstractmethod
     def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
-        """Complete config for latents `z`, by `agree`; `outputs` is channels out per channel in.
-        Raises ConfigError.
+        """The complete config for latents `z`, filled by `agree`; raises ConfigError.
+
+        `outputs`: output channels per latent channel.
         """
 
     def layers(self) -> tuple[str | None, int]:
-        """The setting that says how many layers it has, where these are all alike, and after how
-        many they repeat; task=plan then measures a few of them.
+        """The setting with the number of identical layers (or None), and their repeat period.
+
+        task=plan then measures a few layers and extrapolates.
         """
         return None, 1
 
@@ -97,52 +92,53 @@ class BackboneConfig(PluginConfig, ABC):
         return ()
 
     def additions(self) -> tuple[str, ...]:
-        """Parts of the names of weights that add nothing at first, such as ".motion.".
+        """Name fragments of zero-initialised weights, such as ".motion.".
 
-        Weights of a network without them may begin a run (init_from).
+        init_from accepts weights without them.
         """
         return ()
 
     def has_matrices(self) -> bool:
-        """Whether its blocks hold weights of two axes, which Muon and its like are made for."""
+        """Whether its blocks have 2-D weights, which Muon requires."""
         return True
 
 
 @dataclass
 class ConditioningConfig(PluginConfig):
-    """From a batch to Conditions."""
+    """Computes Conditions from a batch."""
 
     def needs(self) -> frozenset[str]:
         """Batch fields that it reads: "captions", "image", "fps", ..."""
         return frozenset()
 
     def encodes(self) -> bool:
-        """Whether it calls the first stage while training."""
+        """Whether it calls the first stage during training."""
         return False
 
     def embeds(self) -> bool:
-        """Whether a frozen network turns captions into tokens, which can be stored: `encoded`."""
+        """Whether a frozen network embeds captions (`encoded`), so that they can be cached."""
         return False
 
     def signals(self) -> tuple[str, ...]:
-        """What can be dropped, by name: ("text", "image")."""
+        """Names of the conditions that can be dropped: ("text", "image")."""
         return ()
 
     def images(self) -> tuple[str, ...]:
-        """Pictures that a prompt brings beside its caption: (), ("start",) or ("start", "end")."""
+        """Images of a prompt in addition to its caption: (), ("start",) or ("start", "end")."""
         return ()
 
     def offers(self, clip: Clip, grid: Clip) -> Slots:
+        """The conditions that the backbone receives."""
         return Slots()
 
     def wired(self, clip: Clip, grid: Clip) -> Self:
-        """Complete config, by `agree`; default self."""
+        """The complete config, filled by `agree`."""
         return self
 
 
 @dataclass
 class AdapterConfig(PluginConfig):
-    """Few weights that are trained in place of the backbone's own, which stay as they are."""
+    """A small set of weights that is trained while the backbone stays frozen."""
 
     def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
         """Problems with this wired backbone, one line each."""
@@ -151,8 +147,8 @@ class AdapterConfig(PluginConfig):
 
 @dataclass
 class LayoutConfig(PluginConfig):
-    """A published file format of a whole system."""
+    """A published file format of a full system."""
 
     def recognises(self, names: frozenset[str]) -> bool:
-        """Whether a state with these names is of this layout."""
+        """Whether a state with these names has this layout."""
         return False

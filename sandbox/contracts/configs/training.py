@@ -1,4 +1,4 @@
-"""Configs of how a run trains: optimizer, rate, devices, checkpoints, average, callbacks."""
+"""Configs of training: optimizer, learning rate, devices, checkpoints, EMA, callbacks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sandbox.contracts.configs.system import BackboneConfig
 
 @dataclass
 class OptimizerConfig(PluginConfig):
-    """How gradients change parameters. The peak learning rate is the top-level `lr`."""
+    """The optimizer. The peak learning rate is the top-level `lr`."""
 
-    elementwise: ClassVar[bool] = True  # False: a number's change depends on others of its matrix
+    elementwise: ClassVar[bool] = True  # False: updates mix the elements of a matrix
 
     def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
         """Problems with this wired backbone, one line each."""
@@ -27,26 +27,25 @@ class LRScheduleConfig(PluginConfig):
     """The learning rate over a run, as a factor of the top-level `lr`."""
 
     def factor(self, step: int, steps: int) -> float:
-        """Factor for optimizer step `step` (0 is the first) of a run of `steps`."""
+        """Factor at optimizer step `step` (from 0) of a run of `steps` steps."""
         return 1.0
 
 
 @dataclass
 class TrainerConfig(PluginConfig):
-    """Devices and the shape of an optimizer step.
+    """Devices and the composition of an optimizer step.
 
-    accelerator: auto, cpu, cuda or mps; processes: ranks, one a device; accumulate: micro-batches
-    in one optimizer step; clip: largest gradient norm, null for none; threads: torch threads of a
-    process on a CPU, null for what the loader's workers leave; log_every: optimizer steps between
-    two lines of metrics; repeat: the first so many micro-batches come again and again, with the
-    same noise (to see that a model can learn them), 0 for none; timeout: seconds that a process
-    waits for the others; bad_step: what becomes of an optimizer step whose gradient is not finite,
-    raise or skip; max_bad_steps: so many may be skipped; low_vram: the frozen first stage and text
-    encoder wait on the CPU and are on the device for their part of a step alone, which changes no
-    number and costs their transfer.
+    accelerator: auto, cpu, cuda or mps; processes: ranks, one per device; accumulate: micro-batches
+    per optimizer step; clip: maximum gradient norm, or null; threads: torch threads per process on
+    a CPU (null: the cores that the loader's workers leave); log_every: optimizer steps between two
+    lines of metrics; repeat: train on the first N micro-batches only, with the same noise, to check
+    that the model can overfit them (0: off); timeout: seconds that a process waits for the others;
+    bad_step: raise or skip an optimizer step whose gradient is not finite; max_bad_steps: how many
+    can be skipped; low_vram: keep the frozen first stage and text encoder on the CPU and move them
+    to the device only while they run (same numbers, slower by the transfers).
     """
 
-    shards: ClassVar[bool] = False  # True: each process holds a part of the trained weights
+    shards: ClassVar[bool] = False  # True: trained weights are sharded over processes
     accelerator: str = "auto"
     processes: int = 1
     accumulate: int = 1
@@ -77,13 +76,13 @@ class TrainerConfig(PluginConfig):
 
 @dataclass
 class CheckpointConfig(PluginConfig):
-    """When to save a checkpoint and which to keep. What one rule keeps, no other removes.
+    """When to save checkpoints and which to keep; one is removed if no rule keeps it.
 
-    every: optimizer steps between two; keep: newest ones; milestones: steps between those that are
-    kept for good, or 0; best: so many with the lowest `best_of`, a metric that a callback measures
-    at the same step, such as val/loss_ema; weights_every: steps between files of weights alone,
-    which are kept for good and which nothing continues from, or 0; attempts, wait: how often a
-    write is tried and the seconds in between.
+    every: optimizer steps between two checkpoints; keep: number of newest ones; milestones: steps
+    between permanent ones, or 0; best: number of those with the lowest `best_of`, a metric that a
+    callback measures at the same step, such as val/loss_ema; weights_every: steps between permanent
+    weights-only files, which cannot be resumed, or 0; attempts, wait: how often a write is tried,
+    and seconds between attempts.
     """
 
     every: int = 200
@@ -105,17 +104,17 @@ class CheckpointConfig(PluginConfig):
 
 @dataclass
 class EMAConfig(PluginConfig):
-    """An average of the weights beside them."""
+    """An exponential moving average (EMA) of the weights."""
 
     def keeps_ema(self) -> bool:
-        """Whether there is one, which is then measured as well (val/loss_ema)."""
+        """Whether EMA weights exist; they are then validated as well (val/loss_ema)."""
         return True
 
 
 @dataclass
 class CallbackConfig(PluginConfig):
-    """What else happens during training."""
+    """An extra action during training."""
 
     def measures(self, step: int) -> bool:
-        """Whether it measures held-out clips after every optimizer step that `step` divides."""
+        """Whether it validates after all optimizer steps that are multiples of `step`."""
         return False
