@@ -1,66 +1,81 @@
-"""What schedules, samplers and guidance share: tables, noise levels, the model along a run."""
+"""Shared code of schedules, samplers and guidance."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sandbox.contracts import Denoised, Hooks, Schedule
+from sandbox.contracts import (
+    Denoised,
+    Draws,
+    GuidanceConfig,
+    Hooks,
+    SamplerConfig,
+    Schedule,
+)
 
 Model = Callable[[Tensor, Tensor, int], Tensor]
 Level = tuple[float, float]  # (alpha, sigma)
 
 CLEAN: Level = (1.0, 0.0)
+LAST = 999.9999  # times of a backbone are below 1000
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), to be multiplied with latents."""
+    """(B,) -> (B, 1, 1, 1, 1), which broadcasts over latents."""
     return values.view(-1, 1, 1, 1, 1)
 
 
-LAST = 999.9999  # backbones are promised times below 1000
+class DiscreteSchedule(Schedule, Protocol):
+    """A schedule over integer timesteps, with the Gaussian posterior of each step."""
+
+    cfg: Any
+
+    def elbo_weight(self, t: Tensor) -> Tensor: ...  # (B,)
+    def log_variances(self, t: Tensor) -> tuple[Tensor, Tensor]: ...  # bounds
+    def posterior(self, z0: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Continuous(ABC):
-    """What schedules of a time in [0, 1] share.
+    """Base of schedules with t in [0, 1].
 
-    A subclass gives `alpha`, `sigma`, `target` and `denoised`, and its `spacings`.
+    A subclass implements `alpha`, `sigma`, `target` and `denoised`, and sets `spacings`.
     """
 
     spacings: ClassVar[tuple[str, ...]] = ("trailing",)
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Of the latents. (B, 1, 1, 1, 1)."""
+        """Scale of the latents, (B, 1, 1, 1, 1)."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Of the noise. (B, 1, 1, 1, 1)."""
+        """Scale of the noise, (B, 1, 1, 1, 1)."""
 
     def snr(self, t: Tensor) -> Tensor:
-        """(alpha / sigma)^2, infinite where there is no noise. (B, 1, 1, 1, 1)."""
+        """(alpha / sigma)^2, (B, 1, 1, 1, 1); infinite where sigma is 0."""
         return (self.alpha(t) / self.sigma(t)).square()
 
     def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
 
     def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What the backbone gets; it counts times to 1000."""
+        """Inputs of the backbone, whose times are in [0, 1000)."""
         return z_t, (t * 1000).clamp_max(LAST)
 
     def weight(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
     def even(self, first: float, steps: int, spacing: str) -> Tensor:
-        """(steps,) float64 on the CPU, evenly down from `first`; 0 would come next.
+        """(steps,) float64 on the CPU, evenly spaced from `first` down towards 0 (excluded).
 
-        Raises ValueError for what cannot be spaced.
+        Raises ValueError for invalid `steps` or `spacing`.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: want at least 1")
@@ -70,10 +85,10 @@ class Continuous(ABC):
 
 
 class Table:
-    """A constant of each discrete time: float64 values, looked up as float32.
+    """A float32 lookup table over discrete times, made from float64 values.
 
-    It holds a copy for each device that asks. Copies are never inference tensors, so a table that
-    sampling used first still serves training.
+    It keeps one copy per device. Copies are never inference tensors, so that training can use a
+    table that sampling created.
     """
 
     def __init__(self, values: np.ndarray) -> None:
@@ -81,7 +96,7 @@ class Table:
             self._copies = {torch.device("cpu"): torch.from_numpy(values.astype(np.float32))}
 
     def __call__(self, t: Tensor) -> Tensor:
-        """(B,) integers -> (B,) float32. Raises IndexError for a time that is not there."""
+        """(B,) integers -> (B,) float32. Raises IndexError for a time out of range."""
         if t.device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[t.device] = self._copies[torch.device("cpu")].to(t.device)
@@ -91,13 +106,13 @@ class Table:
 def levels(schedule: Schedule, times: Tensor) -> list[Level]:
     """(alpha, sigma) at each of `times` (N,).
 
-    Plain numbers: a step's coefficients are computed in float64 on every device, and cost no
-    synchronisation.
+    Python floats: the coefficients of a step are computed in float64 on every device, without
+    device synchronisation.
     """
     return list(zip(_numbers(schedule.alpha(times)), _numbers(schedule.sigma(times)), strict=True))
 
 
-def ratios(schedule: Schedule, times: Tensor) -> list[float]:
+def snrs(schedule: Schedule, times: Tensor) -> list[float]:
     """Signal-to-noise ratio at each of `times` (N,)."""
     return _numbers(schedule.snr(times))
 
@@ -114,20 +129,20 @@ def log_snr(level: Level) -> float:
     return math.log(alpha / sigma)
 
 
-def earlier(times: Tensor) -> list[int]:
-    """Where steps land in CogVideoX: t - T // N for N trailing times; below 0 is clean latents.
+def stride_landings(times: Tensor) -> list[int]:
+    """The time after each CogVideoX step: t - T // N for N trailing times; negative: clean latents.
 
-    As published: where N does not divide T this is not the time of the next call. The cleaner rule
-    lands there.
+    As published: if N does not divide T, this differs from the time of the next model call. The
+    cleaner rule would use that time.
     """
     timesteps = int(times[0]) + 1  # trailing times start at T - 1
     return [int(t) - timesteps // len(times) for t in times]
 
 
 class Trajectory:
-    """One sampling run: its times, their noise levels, and what the model says there.
+    """One sampling run: its times, their noise levels, and the model calls.
 
-    The state `z` is float32 or wider; the model gets the dtype that the run was started with.
+    The state `z` is float32 or wider; the model gets the dtype of the initial `z`.
     """
 
     def __init__(
@@ -143,16 +158,16 @@ class Trajectory:
         self.dtype = z.dtype
         self.start = z.to(torch.promote_types(z.dtype, torch.float32))
         times = schedule.times(steps, spacing).cpu()
-        self.levels = [*levels(schedule, times), CLEAN]  # one more than there are times
+        self.levels = [*levels(schedule, times), CLEAN]  # one more than times
         self.times = times.to(z.device)
 
     def __iter__(self) -> Iterator[tuple[int, Level, Level]]:
-        """(step, level before, level after); the last step lands on clean latents."""
+        """(step, level before, level after); the last step ends at clean latents."""
         for step in range(len(self.times)):
             yield step, self.levels[step], self.levels[step + 1]
 
     def denoised(self, z: Tensor, place: int, step: int) -> tuple[Tensor, Denoised]:
-        """One call of the model at the time number `place`; z comes back as the hooks left it."""
+        """One model call at `times[place]`: z after the hook `before`, and the estimates."""
         t = self.times[place].expand(len(z))
         if self.hooks:
             z = self.hooks.before(z, t)
@@ -160,11 +175,57 @@ class Trajectory:
         return z, self.hooks.denoised(d, t) if self.hooks else d
 
     def end(self, z: Tensor) -> Tensor:
+        """`z` in the dtype of the initial `z`."""
         return z.to(self.dtype)
 
 
+class Solver(ABC):
+    """Base of samplers: a subclass implements `solve` for one Trajectory."""
+
+    def __init__(self, cfg: SamplerConfig) -> None:
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        z: Tensor,
+        steps: int,
+        draws: Draws,
+        hooks: Hooks | None = None,
+    ) -> Tensor:
+        """Standard normal z (B, C, T, H, W) -> clean latents of the same shape."""
+        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
+        return run.end(self.solve(run, run.start, draws))
+
+    @abstractmethod
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
+        """Integrates from `z` at the first level of `run` to clean latents."""
+
+
+class Guided(ABC):
+    """Base of guidance with several passes: a subclass implements `guided`."""
+
+    def __init__(self, cfg: GuidanceConfig) -> None:
+        self.cfg = cfg
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        return self.cfg.passes(signals)
+
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
+        """Outputs in the order of `passes`, each (B, C, T, H, W) -> (B, C, T, H, W)."""
+        return outs[0] if len(outs) == 1 else self.guided(outs, t, steps)
+
+    @abstractmethod
+    def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
+        """The combination of two or more passes."""
+
+
 def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
-    """`guided` with a deviation nearer to that of `full` (Lin et al. 2023, eq. 15 and 16)."""
+    """`guided` with its standard deviation moved towards that of `full` by `amount` in [0, 1].
+
+    Lin et al. 2023 (2305.08891), eq. 15 and 16.
+    """
     if not amount:
         return guided
     axes = tuple(range(1, guided.ndim))

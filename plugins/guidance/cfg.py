@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import rescaled
+from plugins._blocks.diffusion import Guided, rescaled
 from sandbox.contracts import GuidanceConfig, in_range
 from sandbox.registry import register
 
 
 @register("guidance", "cfg")
-class ClassifierFree:
+class ClassifierFree(Guided):
     """Classifier-free guidance: uncond + guidance_scale (full - uncond), two passes."""
 
     @dataclass
     class Config(GuidanceConfig):
-        """How far to go.
+        """guidance_scale: 1 uses the conditional output alone, in one pass.
 
-        guidance_scale: 1 is the model as it is, in one pass.
-        guidance_rescale: how much of the full pass's standard deviation is restored, 0 to 1.
+        guidance_rescale: how far the standard deviation is restored to that of the full pass, 0 to
+        1.
         """
 
         guidance_scale: float = 2.0
@@ -35,16 +35,9 @@ class ClassifierFree:
                 return (frozenset(),)
             return (frozenset(), frozenset(signals))
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        return self.cfg.passes(signals)
-
-    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
-        """outs in the order of `passes`, each (B, C, T, H, W)."""
-        if len(outs) == 1:
-            return outs[0]
+    def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
         full, uncond = outs
         return rescaled(
             uncond + self.cfg.guidance_scale * (full - uncond), full, self.cfg.guidance_rescale

@@ -1,6 +1,6 @@
-"""The dynamic classifier-free guidance of CogVideoX's samplers, advised with sampler=cogvideox_dpm.
+"""Dynamic classifier-free guidance of CogVideoX's samplers, recommended with cogvideox_dpm.
 
-As published in code: the scale goes up and down between 1 and 1 + guidance_scale with the raw time.
+As published in code: the scale oscillates between 1 and 1 + guidance_scale with the raw time.
 """
 
 from collections.abc import Iterator
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plugins._blocks.diffusion import Guided
 from sandbox.contracts import GuidanceConfig, ScheduleConfig, in_range
 from sandbox.registry import register
 
 
 @register("guidance", "cogvideox_dynamic")
-class CogVideoXDynamic:
-    """Classifier-free guidance whose scale depends on the time, from 1 to 1 + guidance_scale."""
+class CogVideoXDynamic(Guided):
+    """Classifier-free guidance with a time-dependent scale in [1, 1 + guidance_scale]."""
 
     @dataclass
     class Config(GuidanceConfig):
-        """guidance_scale: 0 is the model as it is, in one pass."""
+        """guidance_scale: 0 uses the conditional output alone, in one pass."""
 
         guidance_scale: float = 6.0
 
@@ -29,32 +30,25 @@ class CogVideoXDynamic:
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.kind != "discrete":
-                yield "cogvideox_dynamic: needs whole times; want schedule=ddpm, or guidance=cfg"
+                yield "cogvideox_dynamic: needs integer times; want schedule=ddpm, or guidance=cfg"
 
         def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
             if not signals or self.guidance_scale == 0:
                 return (frozenset(),)
             return (frozenset(), frozenset(signals))
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        return self.cfg.passes(signals)
-
-    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
-        """outs in the order of `passes`, each (B, C, T, H, W)."""
-        if len(outs) == 1:
-            return outs[0]
+    def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
         full, uncond = outs
         scale = self.scale(t, steps).to(full).view(-1, 1, 1, 1, 1)
         return uncond + scale * (full - uncond)
 
     def scale(self, t: Tensor, steps: int) -> Tensor:
-        """(B,) float64 for whole times t (B,).
+        """(B,) float64 for integer times t (B,).
 
-        As published: (steps - t) / steps is far below 0 for most times, where the cosine turns many
-        times from step to step; a share of the way would stay within 0 to 1.
+        As published: (steps - t) / steps is far below 0 for most times, where the cosine completes
+        many periods between steps. A cleaner version would use a fraction in [0, 1].
         """
-        way = (steps - t.cpu().double()) / steps
-        return 1 + self.cfg.guidance_scale * (1 - torch.cos(torch.pi * way**5)) / 2
+        fraction = (steps - t.cpu().double()) / steps
+        return 1 + self.cfg.guidance_scale * (1 - torch.cos(torch.pi * fraction**5)) / 2

@@ -1,4 +1,4 @@
-"""No guidance: one pass with all conditions."""
+"""No guidance."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from sandbox.registry import register
 
 @register("guidance", "none")
 class NoGuidance:
-    """No guidance: the model with all its conditions, one pass."""
+    """No guidance: one pass with all conditions."""
 
     @dataclass
     class Config(GuidanceConfig):

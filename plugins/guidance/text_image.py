@@ -1,26 +1,27 @@
-"""Guidance by text and image with a scale each (DynamiCrafter's multi-condition sampling)."""
+"""Guidance with separate text and image scales (DynamiCrafter's multi-condition sampling)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import rescaled
+from plugins._blocks.diffusion import Guided, rescaled
 from sandbox.contracts import GuidanceConfig, in_range
 from sandbox.registry import register
 
 
 @register("guidance", "text_image")
-class TextImage:
+class TextImage(Guided):
     """uncond + cfg_img (image - uncond) + guidance_scale (full - image), three passes."""
 
     @dataclass
     class Config(GuidanceConfig):
-        """How far to go (Brooks et al. 2023, 2211.09800, eq. 3, image first).
+        """Scales of Brooks et al. 2023 (2211.09800), eq. 3, image first.
 
-        guidance_scale: from the image alone to text and image. cfg_img: from nothing to the image.
-        guidance_rescale: how much of the full pass's standard deviation is restored, 0 to 1.
-        Where there is no image to drop it is plain guidance by the text, in two passes.
+        guidance_scale: from image to text and image. cfg_img: from unconditional to image.
+        guidance_rescale: how far the standard deviation is restored to that of the full pass, 0 to
+        1.
+        Without an image signal it is plain classifier-free guidance, in two passes.
         """
 
         guidance_scale: float = 7.5
@@ -40,20 +41,13 @@ class TextImage:
                 return (frozenset(), frozenset(signals))
             return (frozenset(), frozenset(signals) - {"image"}, frozenset(signals))
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        return self.cfg.passes(signals)
-
-    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
-        """outs in the order of `passes`, each (B, C, T, H, W)."""
-        if len(outs) == 1:
-            return outs[0]
+    def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
         full, *image, uncond = outs
         guided = uncond
         for out in image:
             guided = guided + self.cfg.cfg_img * (out - guided)
-        nearer = image[0] if image else uncond
-        guided = guided + self.cfg.guidance_scale * (full - nearer)
+        base = image[0] if image else uncond
+        guided = guided + self.cfg.guidance_scale * (full - base)
         return rescaled(guided, full, self.cfg.guidance_rescale)

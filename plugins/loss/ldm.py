@@ -1,4 +1,4 @@
-"""The loss of CompVis latent diffusion (Rombach et al. 2022) and DynamiCrafter, logged as there."""
+"""The loss of CompVis latent diffusion (Rombach et al. 2022) and DynamiCrafter."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sandbox.contracts import LossConfig, Schedule, ScheduleConfig, Terms, in_range, one_of
+from plugins._blocks.diffusion import DiscreteSchedule
+from sandbox.contracts import LossConfig, ScheduleConfig, Terms, in_range, one_of
 from sandbox.registry import register
 
 LOSS_TYPES = ("l2", "l1")
@@ -14,15 +15,16 @@ LOSS_TYPES = ("l2", "l1")
 
 @register("loss", "ldm")
 class LDMLoss(nn.Module):
-    """The LDM loss: simple + a share of the variational bound, a log-variance for each time.
+    """The LDM loss: simple error, weighted variational bound and a log-variance per time.
 
     l_simple_weight (l / exp(logvar_t) + logvar_t) + original_elbo_weight elbo_weight(t) l, where l
-    is the mean error of a sample. Logged as `loss_simple` (the mean of l), `loss_vlb` and `loss`.
+    is the mean error of a sample. Logged under published names: `loss_simple` (the mean of l),
+    `loss_vlb` and `loss`.
     """
 
     @dataclass
     class Config(LossConfig):
-        """timesteps: length of a learned logvar, that of the schedule."""
+        """timesteps: length of a learned logvar; equal to the schedule's."""
 
         loss_type: str = "l2"
         l_simple_weight: float = 1.0
@@ -41,15 +43,16 @@ class LDMLoss(nn.Module):
 
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.kind != "discrete":
-                yield "ldm: needs a schedule with whole times; want schedule=ddpm, or loss=mse"
+                yield "ldm: needs a schedule with integer times; want schedule=ddpm, or loss=mse"
                 return
             if schedule.outputs() == 2:
                 yield (
-                    "ldm: trains no variance; want schedule.learned_variance=false, "
+                    "ldm: does not train a variance; want schedule.learned_variance=false, "
                     "or a loss with a variance bound"
                 )
-            if self.learn_logvar and self.timesteps != schedule.timesteps:
-                yield f"timesteps={self.timesteps}: want {schedule.timesteps}, as the schedule has"
+            timesteps: int = getattr(schedule, "timesteps", self.timesteps)
+            if self.learn_logvar and self.timesteps != timesteps:
+                yield f"timesteps={self.timesteps}: want {timesteps}, as the schedule has"
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -57,7 +60,9 @@ class LDMLoss(nn.Module):
         if cfg.learn_logvar:
             self.logvar = nn.Parameter(torch.full((cfg.timesteps,), float(cfg.logvar_init)))
 
-    def forward(self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor) -> Terms:
+    def forward(
+        self, schedule: DiscreteSchedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
+    ) -> Terms:
         cfg = self.cfg
         error = out.float() - schedule.target(z0.float(), eps.float(), t)
         error = error.square() if cfg.loss_type == "l2" else error.abs()

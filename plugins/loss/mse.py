@@ -1,4 +1,4 @@
-"""Mean squared error on the schedule's target, with the schedule's weight."""
+"""Mean squared error of the schedule's target, weighted by the schedule."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from sandbox.registry import register
 
 @register("loss", "mse")
 class MSE:
-    """Mean squared error of each sample times the schedule's weight(t), averaged; in float32."""
+    """Mean squared error per sample times the schedule's weight(t), averaged; in float32."""
 
     @dataclass
     class Config(LossConfig):
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.outputs() == 2:
                 yield (
-                    "mse: trains no variance; want schedule.learned_variance=false, "
+                    "mse: does not train a variance; want schedule.learned_variance=false, "
                     "or a loss with a variance bound"
                 )
 

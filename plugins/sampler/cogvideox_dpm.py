@@ -8,17 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins._blocks.diffusion import CLEAN, Model, Trajectory, earlier, levels, log_snr
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig, one_of
+from plugins._blocks.diffusion import (
+    CLEAN,
+    Solver,
+    Trajectory,
+    levels,
+    log_snr,
+    stride_landings,
+)
+from sandbox.contracts import Draws, SamplerConfig, ScheduleConfig, one_of
 from sandbox.registry import register
 
 
 @register("sampler", "cogvideox_dpm")
-class CogVideoXDPM:
-    """CogVideoX-5b's: second order, stochastic, multistep; `steps` calls at trailing times.
+class CogVideoXDPM(Solver):
+    """CogVideoX-5b's sampler: second order, stochastic, multistep; `steps` model calls.
 
-    As published: a step lands a fixed stride earlier, which is not the next time where `steps` does
-    not divide the schedule. The first step, and one that lands on clean latents, is of first order.
+    Uses trailing times. As published: a step ends a fixed stride earlier, which differs from the
+    next time if `steps` does not divide the schedule. The first step, and any step that ends at
+    clean latents, is of first order.
     """
 
     @dataclass
@@ -35,28 +43,15 @@ class CogVideoXDPM:
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             yield from super().accepts(schedule)
             if schedule.kind != "discrete":
-                yield "cogvideox_dpm: needs whole times; want schedule=ddpm, or sampler=dpmpp_2m"
+                yield "cogvideox_dpm: needs integer times; want schedule=ddpm, or sampler=dpmpp_2m"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
-
-    def __call__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        z: Tensor,
-        steps: int,
-        draws: Draws,
-        hooks: Hooks | None = None,
-    ) -> Tensor:
-        run = Trajectory(model, schedule, z, steps, "trailing", hooks)
-        z = run.start
-        places = earlier(run.times)
-        there = levels(schedule, torch.tensor(places).clamp_min(0))
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
+        landings = stride_landings(run.times)
+        landing_levels = levels(run.schedule, torch.tensor(landings).clamp_min(0))
         z0_old = None
         for step, level, _ in run:
             z, d = run.denoised(z, step, step)
-            level_next = there[step] if places[step] >= 0 else CLEAN
+            level_next = landing_levels[step] if landings[step] >= 0 else CLEAN
             (_, sigma), (alpha_next, sigma_next) = level, level_next
             stride = log_snr(level_next) - log_snr(level)
             z0 = d.z0
@@ -68,4 +63,4 @@ class CogVideoXDPM:
             z = keep * z + pull * alpha_next * z0
             if sigma_next:
                 z = z + sigma_next * math.sqrt(pull) * draws.normal(f"sampler_noise_{step}", z)
-        return run.end(z)
+        return z

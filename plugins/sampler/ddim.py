@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021, 2010.02502, eq. 12) with the ends of LDM, DynamiCrafter and CogVideoX."""
+"""DDIM (Song et al. 2021, 2010.02502, eq. 12) with the variants of LDM and CogVideoX."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins._blocks.diffusion import CLEAN, Level, Model, Trajectory, earlier, levels, ratios
+from plugins._blocks.diffusion import (
+    CLEAN,
+    Level,
+    Solver,
+    Trajectory,
+    levels,
+    snrs,
+    stride_landings,
+)
 from sandbox.contracts import (
     ConfigError,
     Draws,
-    Hooks,
     SamplerConfig,
     Schedule,
     ScheduleConfig,
@@ -25,18 +32,17 @@ LANDINGS = ("next", "stride")
 
 
 @register("sampler", "ddim")
-class DDIM:
-    """DDIM: first order, deterministic (eta 0) to ancestral (eta 1); `steps` calls of the model."""
+class DDIM(Solver):
+    """DDIM: first order, deterministic (eta 0) to ancestral (eta 1); `steps` model calls."""
 
     @dataclass
     class Config(SamplerConfig):
-        """How much noise a step adds, and where it lands.
+        """eta: share of fresh noise per step; temperature: factor of that noise.
 
-        temperature: factor of the noise that eta adds.
-        end: the last step lands on "clean" latents, or on the noise level of the "first" time (LDM,
-        DynamiCrafter).
-        landing: every step lands on the time of the "next" call, or a fixed "stride" earlier
-        (CogVideoX), where the end follows from the stride.
+        end: the last step ends at "clean" latents, or at the noise level of the "first" time of the
+        schedule (LDM, DynamiCrafter).
+        landing: a step ends at the time of the "next" model call, or a fixed "stride" earlier
+        (CogVideoX), which also determines the end.
         """
 
         eta: float = 0.0
@@ -53,12 +59,12 @@ class DDIM:
             if self.landing == "stride" and self.spacing != "trailing":
                 yield f"landing='stride': want spacing=trailing, not {self.spacing}"
             if self.landing == "stride" and self.end != "clean":
-                yield f"end={self.end!r}: landing=stride has its own end; want 'clean'"
+                yield f"end={self.end!r}: landing=stride determines the end; want 'clean'"
 
         def diffusers_config(self) -> dict[str, Any]:
             if self.landing != "stride" or self.eta:
                 raise ConfigError(
-                    f"landing={self.landing!r} and eta={self.eta}: that of CogVideoX in diffusers "
+                    f"landing={self.landing!r}, eta={self.eta}: diffusers' CogVideoXDDIMScheduler "
                     "has 'stride' and 0; use sampler=ddim_cogvideox"
                 )
             return {"_class_name": "CogVideoXDDIMScheduler", "timestep_spacing": self.spacing}
@@ -71,54 +77,41 @@ class DDIM:
                 if self.landing != "next":
                     yield f"landing={self.landing!r}: the schedule is continuous; want 'next'"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
-    def __call__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        z: Tensor,
-        steps: int,
-        draws: Draws,
-        hooks: Hooks | None = None,
-    ) -> Tensor:
-        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
-        z = run.start
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
         times = run.times.cpu()
-        here, there = ratios(schedule, times), self._landings(schedule, times, run.levels)
-        for step, ((alpha, sigma), snr) in enumerate(there):
+        snr = snrs(run.schedule, times)
+        for step, ((alpha, sigma), snr_next) in enumerate(self._landings(run, times)):
             z, d = run.denoised(z, step, step)
-            noise = self.cfg.eta * sigma * (1 - here[step] / snr) ** 0.5 if sigma else 0.0  # eq. 16
+            # eq. 16
+            noise = self.cfg.eta * sigma * (1 - snr[step] / snr_next) ** 0.5 if sigma else 0.0
             z = alpha * d.z0 + (sigma**2 - noise**2) ** 0.5 * d.eps
             if noise:
                 z = z + noise * self.cfg.temperature * draws.normal(f"sampler_noise_{step}", z)
-        return run.end(z)
+        return z
 
-    def _landings(
-        self, schedule: Schedule, times: Tensor, path: list[Level]
-    ) -> list[tuple[Level, float]]:
-        """The level on which each step lands, with its signal-to-noise ratio."""
-        if self.cfg.landing == "stride":
-            places = torch.tensor(earlier(times))
-            known = places.clamp_min(0)
-            found = zip(levels(schedule, known), ratios(schedule, known), strict=True)
-            return [
-                f if p >= 0 else (CLEAN, float("inf")) for p, f in zip(places, found, strict=True)
-            ]
+    def _landings(self, run: Trajectory, times: Tensor) -> list[tuple[Level, float]]:
+        """The level at the end of each step, with its signal-to-noise ratio."""
+        schedule = run.schedule
         last = CLEAN, float("inf")
+        if self.cfg.landing == "stride":
+            landings = torch.tensor(stride_landings(times))
+            known = landings.clamp_min(0)
+            found = zip(levels(schedule, known), snrs(schedule, known), strict=True)
+            return [f if t >= 0 else last for t, f in zip(landings, found, strict=True)]
         if self.cfg.end == "first":
             first = torch.zeros_like(times[:1])
-            ((alpha, sigma),), (snr,) = levels(schedule, first), ratios(schedule, first)
+            ((alpha, sigma),), (snr,) = levels(schedule, first), snrs(schedule, first)
             last = (alpha * self._rescale(schedule, times[-1:]), sigma), snr
-        return [*zip(path[1:-1], ratios(schedule, times[1:]), strict=True), last]
+        return [*zip(run.levels[1:-1], snrs(schedule, times[1:]), strict=True), last]
 
     @staticmethod
     def _rescale(schedule: Schedule, t: Tensor) -> float:
-        """The published rescaling of z0 at t; 1 where there is none, or where t is pure noise.
+        """The published rescaling of z0 at t; 1 without one, or if t is pure noise.
 
-        As published, the last step keeps the rescaling of the last call; a cleaner end would be
-        unscaled.
+        As published: the last step keeps the rescaling of the last model call. A cleaner version
+        would not rescale there.
         """
-        ((alpha, sigma),), (snr,) = levels(schedule, t), ratios(schedule, t)
+        ((alpha, sigma),), (snr,) = levels(schedule, t), snrs(schedule, t)
         return alpha / (sigma * snr**0.5) if snr else 1.0

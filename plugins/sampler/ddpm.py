@@ -1,28 +1,29 @@
-"""Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2), at all or at fewer times."""
+"""Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2), at all times or a subset."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Level, Model, Trajectory
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig, one_of
+from plugins._blocks.diffusion import DiscreteSchedule, Level, Solver, Trajectory
+from sandbox.contracts import Draws, SamplerConfig, ScheduleConfig, one_of
 from sandbox.registry import register
 
 VARIANCES = ("posterior", "beta", "learned")
 
 
 @register("sampler", "ddpm")
-class Ancestral:
-    """Ancestral: draws each step from its Gaussian; best at all times of the schedule."""
+class Ancestral(Solver):
+    """Ancestral sampling from the Gaussian of each step; best with all times of the schedule."""
 
     @dataclass
     class Config(SamplerConfig):
-        """Which variance a step has.
+        """variance: "posterior", "beta" or "learned".
 
-        variance: "posterior" is exact for data at one point, "beta" for standard normal data (Ho et
-        al., section 3.2); "learned" lies between them where the network says, which at fewer times
-        are those of the longer steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
+        "posterior" is exact for data at one point, "beta" for standard normal data (Ho et al.,
+        section 3.2). "learned" interpolates between the two; with a subset of times these are the
+        variances of the longer steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
         """
 
         variance: str = "posterior"
@@ -39,20 +40,9 @@ class Ancestral:
                     "want one of ['posterior', 'beta'], or schedule.learned_variance=true"
                 )
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
-    def __call__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        z: Tensor,
-        steps: int,
-        draws: Draws,
-        hooks: Hooks | None = None,
-    ) -> Tensor:
-        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
-        z = run.start
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
         for step, level, level_next in run:
             z, d = run.denoised(z, step, step)
             keep, pull, posterior, beta = posterior_step(level, level_next)
@@ -60,18 +50,20 @@ class Ancestral:
             if level_next[1]:  # the last step has no noise
                 noise = draws.normal(f"sampler_noise_{step}", z)
                 if self.cfg.variance == "learned":
+                    schedule = cast(DiscreteSchedule, run.schedule)  # checked by `accepts`
                     low, high = schedule.log_variances(run.times[step : step + 1])
-                    share = (d.log_variance - low) / (high - low)
-                    z = z + (posterior * (beta / posterior) ** share) ** 0.5 * noise
+                    fraction = (cast(Tensor, d.log_variance) - low) / (high - low)
+                    z = z + (posterior * (beta / posterior) ** fraction) ** 0.5 * noise
                 else:
                     z = z + (posterior if self.cfg.variance == "posterior" else beta) ** 0.5 * noise
-        return run.end(z)
+        return z
 
 
 def posterior_step(level: Level, level_next: Level) -> tuple[float, float, float, float]:
-    """q(z_s | z_t, z0) for s < t: mean keep z_t + pull z0, variance; then that of q(z_t | z_s).
+    """(keep, pull, posterior variance, beta) of a step from t to s < t.
 
-    Ho et al., eq. 6 and 7, for any alpha and sigma.
+    q(z_s | z_t, z0) has mean keep z_t + pull z0 and the posterior variance; beta is the variance of
+    q(z_t | z_s). Ho et al., eq. 6 and 7, for any alpha and sigma.
     """
     (alpha, sigma), (alpha_next, sigma_next) = level, level_next
     ratio = alpha / alpha_next

@@ -4,37 +4,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Model, Trajectory, log_snr
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule
+from plugins._blocks.diffusion import Solver, Trajectory, log_snr
+from sandbox.contracts import Draws, SamplerConfig
 from sandbox.registry import register
 
 
 @register("sampler", "dpmpp_2m")
-class DPMpp2M:
-    """DPM-Solver++(2M): second order, deterministic, multistep; `steps` calls of the model.
+class DPMpp2M(Solver):
+    """DPM-Solver++(2M): second order, deterministic, multistep; `steps` model calls.
 
-    First order on the first step, after pure noise and on the last step: there the other estimate,
-    or the end, is infinitely far in log-SNR.
+    First order in the first step, after pure noise and in the last step, where a log-SNR is
+    infinite or no previous estimate exists.
     """
 
     @dataclass
     class Config(SamplerConfig):
-        """No settings of its own."""
+        pass
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
-
-    def __call__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        z: Tensor,
-        steps: int,
-        draws: Draws,
-        hooks: Hooks | None = None,
-    ) -> Tensor:
-        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
-        z = run.start
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
         z0_old, stride_old = None, 0.0
         for step, level, level_next in run:
             z, d = run.denoised(z, step, step)
@@ -45,4 +32,4 @@ class DPMpp2M:
             z0_old, stride_old = d.z0, stride
             (alpha, sigma), (alpha_next, sigma_next) = level, level_next
             z = sigma_next / sigma * z + (alpha_next - alpha * sigma_next / sigma) * z0
-        return run.end(z)
+        return z

@@ -1,55 +1,42 @@
-"""PNDM without a Runge-Kutta start (Liu et al. 2022, 2202.09778), which LDM calls PLMS."""
+"""PNDM without the Runge-Kutta start (Liu et al. 2022, 2202.09778); LDM calls it PLMS."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Model, Trajectory
-from sandbox.contracts import Draws, Hooks, SamplerConfig, Schedule, ScheduleConfig
+from plugins._blocks.diffusion import Solver, Trajectory
+from sandbox.contracts import Draws, SamplerConfig, ScheduleConfig
 from sandbox.registry import register
 
-# Adams-Bashforth weights of the latest noise and those before it, by how many there are.
+# Adams-Bashforth weights of the noise estimates, newest first, by their number.
 WEIGHTS = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-LEAST_SIGNAL = 1e-3  # with less of it a change of the noise is magnified beyond use in z0
+LEAST_SIGNAL = 1e-3  # below this alpha, z0 amplifies a change of the noise too much
 
 
 @register("sampler", "pndm")
-class PNDM:
-    """PNDM (PLMS): multistep in the noise, deterministic; `steps` + 1 calls of the model.
+class PNDM(Solver):
+    """PNDM (PLMS): linear multistep in the noise, deterministic; `steps` + 1 model calls.
 
-    The first step is taken twice: as DDIM, then with the mean of the noise at its two ends. From
-    pure noise it is a DDIM step.
+    The first step is taken twice: as DDIM, then with the mean of the noise at both ends. From pure
+    noise it is a DDIM step.
     """
 
     @dataclass
     class Config(SamplerConfig):
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.kind != "discrete":
-                yield "pndm: needs whole times; want schedule=ddpm, or sampler=dpmpp_2m"
+                yield "pndm: needs integer times; want schedule=ddpm, or sampler=dpmpp_2m"
                 return
             yield from super().accepts(schedule)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
-
-    def __call__(
-        self,
-        model: Model,
-        schedule: Schedule,
-        z: Tensor,
-        steps: int,
-        draws: Draws,
-        hooks: Hooks | None = None,
-    ) -> Tensor:
-        run = Trajectory(model, schedule, z, steps, self.cfg.spacing, hooks)
-        z = run.start
-        noises: list[Tensor] = []  # the latest one first
+    def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
+        noises: list[Tensor] = []  # newest first
         for step, (alpha, sigma), (alpha_next, sigma_next) in run:
             z, d = run.denoised(z, step, step)
             noises = [d.eps, *noises[:3]]
@@ -62,4 +49,4 @@ class PNDM:
                 eps = (d.eps + ahead.eps) / 2
             z0 = d.z0 + sigma / alpha * (d.eps - eps)
             z = alpha_next * z0 + sigma_next * eps
-        return run.end(z)
+        return z

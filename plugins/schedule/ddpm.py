@@ -1,4 +1,4 @@
-"""Discrete diffusion (Ho et al. 2020, 2006.11239) as LDM, DynamiCrafter and CogVideoX train it."""
+"""Discrete diffusion (Ho et al. 2020, 2006.11239) as in LDM, DynamiCrafter and CogVideoX."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,10 +27,10 @@ from sandbox.registry import register
 BETA_SCHEDULES = ("linear", "scaled_linear", "sqrt", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
 IN_DIFFUSERS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-LEAST_SIGNAL = 1e-10  # abar at the end: less drowns in the rounding of float32
+LEAST_SIGNAL = 1e-10  # smallest abar at the end; less is lost to float32 rounding
 T_DRAWS = ("independent", "stratified")
 REACH_T = ("trailing", "linspace")
-FAR = 0.7  # share of the times below which the first one is not taken for noise
+MIN_START = 0.7  # sampling must start at this fraction of the times or later
 SPACINGS = (*REACH_T, "leading", "uniform", "quad")
 
 
@@ -39,13 +39,13 @@ def raw_betas(
 ) -> list[float]:
     """Betas before any shift. LDM calls scaled_linear "linear", and linear "sqrt_linear"."""
     low, high = ends
-    places = [i / (timesteps - 1) for i in range(timesteps)]  # 0 to 1
+    grid = [i / (timesteps - 1) for i in range(timesteps)]  # 0 to 1
     if beta_schedule == "linear":
-        return [low + p * (high - low) for p in places]
+        return [low + x * (high - low) for x in grid]
     if beta_schedule == "scaled_linear":
-        return [(low**0.5 + p * (high**0.5 - low**0.5)) ** 2 for p in places]
+        return [(low**0.5 + x * (high**0.5 - low**0.5)) ** 2 for x in grid]
     if beta_schedule == "sqrt":
-        return [(low + p * (high - low)) ** 0.5 for p in places]
+        return [(low + x * (high - low)) ** 0.5 for x in grid]
     # cosine: Nichol & Dhariwal 2021, eq. 17
     angles = [(i / timesteps + cosine_s) / (1 + cosine_s) * pi / 2 for i in range(timesteps + 1)]
     return [min(1 - (cos(b) / cos(a)) ** 2, 0.999) for a, b in pairwise(angles)]
@@ -55,22 +55,20 @@ def raw_betas(
 class DDPM:
     """Discrete diffusion, z_t = alpha z0 + sigma eps from betas; predicts eps, v or x0.
 
-    With x_start = rescale(t) z0, where only DynamiCrafter has a rescale other than 1:
-    z_t = sqrt(abar) x_start + sqrt(1 - abar) eps. So alpha = sqrt(abar) rescale, and `x0` predicts
-    x_start.
+    z_t = sqrt(abar) x_start + sqrt(1 - abar) eps with x_start = rescale(t) z0, where rescale is 1
+    except in DynamiCrafter. So alpha = sqrt(abar) rescale, and `x0` predicts x_start.
     """
 
     @dataclass
     class Config(ScheduleConfig):
-        """The noise, what the network predicts of it, and how times are drawn.
+        """Noise levels, prediction target and the distribution of training times.
 
-        betas: first and last (not for cosine, which has cosine_s); scaled_linear is linear in the
-        square root.
+        betas: first and last (cosine uses cosine_s instead); scaled_linear is linear in the square
+        root.
         snr_shift: divides the signal-to-noise ratio (CogVideoX, before the terminal SNR is zeroed).
-        base_scale: z0 fades linearly to this factor over turning_step times (DynamiCrafter); 1
-        leaves it alone.
-        t_draw: the published recipes draw times independently; stratified spreads them over an
-        optimizer step.
+        base_scale: z0 is scaled down linearly to this factor over turning_step times
+        (DynamiCrafter); 1 is off.
+        t_draw: "independent" as in the published recipes, or "stratified" over an optimizer step.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("min_snr_gamma", "t_draw")
@@ -101,7 +99,7 @@ class DDPM:
             yield from one_of("prediction", self.prediction, PREDICTIONS)
             if self.prediction == "eps" and self.zero_terminal_snr:
                 yield (
-                    "prediction='eps': says nothing of the pure noise of zero_terminal_snr=true; "
+                    "prediction='eps': is undefined at the pure noise of zero_terminal_snr=true; "
                     "want one of ['v', 'x0'], or zero_terminal_snr=false"
                 )
             yield from above("min_snr_gamma", self.min_snr_gamma, 0)
@@ -121,8 +119,8 @@ class DDPM:
             left = exp(sum(log1p(-beta) for beta in raw))
             if self.beta_schedule != "cosine" and left < LEAST_SIGNAL:
                 yield (
-                    f"betas={tuple(self.betas)}: of the signal {left:.0e} is left after "
-                    f"{self.timesteps} times; want smaller ones, for {LEAST_SIGNAL:.0e} at least"
+                    f"betas={tuple(self.betas)}: leave {left:.0e} of the signal after "
+                    f"{self.timesteps} times; want smaller betas, for at least {LEAST_SIGNAL:.0e}"
                 )
 
         def outputs(self) -> int:
@@ -137,12 +135,12 @@ class DDPM:
         def diffusers_config(self) -> dict[str, Any]:
             if self.beta_schedule not in ("linear", "scaled_linear"):
                 raise ConfigError(
-                    f"beta_schedule={self.beta_schedule!r}: diffusers' is another; want "
+                    f"beta_schedule={self.beta_schedule!r}: diffusers has another form; want "
                     "'scaled_linear' or 'linear'"
                 )
             if self.base_scale != 1.0 or self.learned_variance:
                 raise ConfigError(
-                    "base_scale and learned_variance: CogVideoX's in diffusers has none"
+                    "base_scale, learned_variance: CogVideoX's schedulers in diffusers have neither"
                 )
             return {
                 "num_train_timesteps": self.timesteps,
@@ -158,10 +156,10 @@ class DDPM:
             }
 
         def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
-            """Problems with `times(steps, spacing)`, in a sampler's words."""
+            """Problems with `times(steps, spacing)`, under the names of the sampler's settings."""
             if self.ends_in_noise() and spacing in SPACINGS and spacing not in REACH_T:
                 yield (
-                    f"spacing={spacing!r}: does not reach the end of the schedule, pure noise; "
+                    f"spacing={spacing!r}: does not start at the pure noise of the schedule; "
                     f"want one of {list(REACH_T)}"
                 )
             else:
@@ -170,7 +168,7 @@ class DDPM:
                 yield f"steps={steps}: want 1 to {self.timesteps}, as many as the schedule has"
             elif spacing == "leading" and not self.ends_in_noise():
                 first = (steps - 1) * (self.timesteps // max(steps, 1))
-                if first < FAR * self.timesteps:
+                if first < MIN_START * self.timesteps:
                     yield (
                         f"spacing='leading': with steps={steps} the first time is {first} of "
                         f"{self.timesteps}, far from noise; want spacing=trailing, or other steps"
@@ -203,7 +201,7 @@ class DDPM:
         return Table(tables["posterior_mean_coef1"]), Table(tables["posterior_mean_coef2"])
 
     def tables(self) -> dict[str, Tensor]:
-        """Constants that a published LDM or DynamiCrafter state dict holds, by name, float32."""
+        """The float32 tables of a published LDM or DynamiCrafter state dict, by name."""
         tables = {k: v for k, v in buffers(self.cfg).items() if k != "lvlb_weights"}
         return {name: torch.from_numpy(table).float() for name, table in tables.items()}
 
@@ -222,14 +220,14 @@ class DDPM:
         return per_sample(self._sigma(t))
 
     def snr(self, t: Tensor) -> Tensor:
-        """abar / (1 - abar): that of the process, whatever the rescaling of z0. (B, 1, 1, 1, 1)."""
+        """abar / (1 - abar), (B, 1, 1, 1, 1), without the rescaling of z0."""
         return per_sample(self._snr(t))
 
     def noised(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
 
     def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Backbones count to 1000, whatever `timesteps` is."""
+        """Times are scaled to [0, 1000) for the backbone."""
         return z_t, t if self.cfg.timesteps == 1000 else t * (1000 / self.cfg.timesteps)
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -242,11 +240,11 @@ class DDPM:
         return per_sample(self._signal(t)) * eps - self.sigma(t) * x_start
 
     def weight(self, t: Tensor) -> Tensor:
-        """Min-SNR (Hang et al. 2023, 2303.09556), ones without `min_snr_gamma`."""
+        """Min-SNR weights (Hang et al. 2023, 2303.09556); ones without `min_snr_gamma`."""
         return self._weight(t)
 
     def elbo_weight(self, t: Tensor) -> Tensor:
-        """(B,) what makes the squared error a term of the variational bound, as LDM has it."""
+        """(B,) weight that turns the squared error into a term of the variational bound, as in LDM."""
         return self._elbo_weight(t)
 
     # sampling
@@ -276,18 +274,18 @@ class DDPM:
     def posterior(self, z0: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z_{t-1} | z_t, z0) (Ho et al. 2020, eq. 7).
 
-        The log-variance is (B, 1, 1, 1, 1); at t = 0, where the variance is 0, that of t = 1.
+        The log-variance is (B, 1, 1, 1, 1). At t = 0, where the variance is 0, it is that of t = 1.
         """
-        of_z0, of_z_t = (per_sample(table(t)) for table in self._posterior_mean)
-        mean = of_z0 * per_sample(self._rescale(t)) * z0 + of_z_t * z_t
+        coef1, coef2 = (per_sample(table(t)) for table in self._posterior_mean)
+        mean = coef1 * per_sample(self._rescale(t)) * z0 + coef2 * z_t
         return mean, self.log_variances(t)[0]
 
     def times(self, steps: int, spacing: str) -> Tensor:
-        """(N,) int64, decreasing; N is `steps` but for the published quirks of uniform and quad.
+        """(N,) int64, decreasing; N is `steps` except for the published uniform and quad.
 
-        trailing and linspace begin at T - 1. uniform: every (T // steps)-th plus 1, as LDM, so N >
-        steps where steps does not divide T. quad: denser towards 0, as DDIM. Raises ValueError for
-        what cannot be spaced.
+        trailing and linspace start at T - 1. uniform: every (T // steps)-th time plus 1, as in LDM;
+        N > steps if steps does not divide T. quad: denser towards 0, as in DDIM. Raises ValueError
+        for invalid `steps` or `spacing`.
         """
         timesteps = self.cfg.timesteps
         if not 1 <= steps <= timesteps:
@@ -300,16 +298,13 @@ class DDPM:
             times = np.arange(steps) * (timesteps // steps)
         elif spacing == "uniform":
             times = np.arange(0, timesteps, timesteps // steps) + 1
-            times = times[times < timesteps]  # as published, but for reading past the end
+            times = times[times < timesteps]  # the published code reads past the end
         elif spacing == "quad":
             times = np.floor(np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2) + 1
             times = np.minimum(times, timesteps - 1)
         else:
             raise ValueError(f"spacing={spacing!r}: want one of {list(SPACINGS)}")
         return torch.from_numpy(np.unique(times.astype(np.int64))[::-1].copy())
-
-
-# Tables, all float64.
 
 
 def _noise(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float, bool]:
@@ -326,7 +321,7 @@ def alphas_cumprod(
     snr_shift: float,
     zero_terminal_snr: bool,
 ) -> np.ndarray:
-    """(timesteps,) abar."""
+    """(timesteps,) float64 abar."""
     abar = np.cumprod(1 - np.array(raw_betas(timesteps, beta_schedule, ends, cosine_s)))
     abar = abar / (snr_shift + (1 - snr_shift) * abar)  # divides abar / (1 - abar)
     if zero_terminal_snr:  # Lin et al. 2023, 2305.08891, algorithm 1
@@ -336,22 +331,22 @@ def alphas_cumprod(
 
 
 def rescale(timesteps: int, base_scale: float, turning_step: int) -> np.ndarray:
-    """(timesteps,) factors of z0, from 1 to `base_scale` at `turning_step` (DynamiCrafter)."""
+    """(timesteps,) float64 factors of z0, from 1 to `base_scale` at `turning_step`."""
     fade = np.linspace(1, base_scale, turning_step)
     return np.concatenate([fade, np.full(timesteps, base_scale)])[:timesteps]
 
 
 def min_snr_weights(snr: np.ndarray, prediction: str, gamma: float | None) -> np.ndarray:
-    """(timesteps,) min(snr, gamma), over the weight that the prediction has in terms of x0."""
+    """(timesteps,) min(snr, gamma), divided by the weight of the prediction in terms of x0."""
     if gamma is None:
         return np.ones_like(snr)
     return np.minimum(snr, gamma) / {"eps": snr, "v": snr + 1, "x0": 1}[prediction]
 
 
 def buffers(cfg: DDPM.Config) -> dict[str, np.ndarray]:
-    """The tables of a published LDM or DynamiCrafter state dict by name (there in float32).
+    """The float64 tables of a published LDM or DynamiCrafter state dict, by name.
 
-    `lvlb_weights` is not saved there, `scale_arr` only where z0 is rescaled.
+    `lvlb_weights` is not saved there, and `scale_arr` only if z0 is rescaled.
     """
     return dict(_buffers(_noise(cfg), cfg.prediction, cfg.base_scale, cfg.turning_step))
 
@@ -364,7 +359,7 @@ def _buffers(
     prev = np.append(1.0, abar[:-1])
     betas = 1 - abar / prev
     variance = betas * (1 - prev) / (1 - abar)
-    # as published: v-prediction has zeros where its terminal SNR would make infinities
+    # as published: zeros for v-prediction, where a zero terminal SNR gives infinities
     recip = np.zeros_like(abar) if prediction == "v" else 1 / np.maximum(abar, 1e-300)
     tables = {
         "betas": betas,
@@ -382,7 +377,7 @@ def _buffers(
         "lvlb_weights": _elbo_weights(abar, betas, variance, prediction),
     }
     if base_scale != 1:
-        length = len(abar) + turning_step  # as published: only the first `timesteps` are looked up
+        length = len(abar) + turning_step  # as published; only the first `timesteps` are used
         tables["scale_arr"] = rescale(length, base_scale, turning_step)
     return tables
 
@@ -390,7 +385,7 @@ def _buffers(
 def _elbo_weights(
     abar: np.ndarray, betas: np.ndarray, variance: np.ndarray, prediction: str
 ) -> np.ndarray:
-    """As published: in float32, from float32 buffers; float64 differs by up to 5e-6."""
+    """As published: in float32, from float32 buffers (float64 differs by up to 5e-6)."""
     if prediction == "v":
         return np.ones_like(abar)
     abar, betas, alphas, variance = (

@@ -1,4 +1,4 @@
-"""Rectified flow (Liu et al. 2022, 2209.03003) with the times of Esser et al. 2024 (2403.03206)."""
+"""Rectified flow (Liu et al. 2022, 2209.03003), times as in Esser et al. 2024 (2403.03206)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Flow(Continuous):
 
     @dataclass
     class Config(ScheduleConfig):
-        """How times are drawn, and where sampling begins.
+        """The distribution of training times and the start of sampling.
 
-        mean, std: of the logit of t; a positive mean trains more on noisy times.
+        mean, std: of the logit of t; a positive mean favours noisy times.
         shift: multiplies t / (1 - t), in training and in sampling.
-        t_start: the first time of sampling.
+        t_start: first time of sampling.
         """
 
         kind: ClassVar[str] = "continuous"
@@ -62,7 +62,7 @@ class Flow(Continuous):
             return True
 
         def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
-            """Problems with `times(steps, spacing)`, in a sampler's words."""
+            """Problems with `times(steps, spacing)`, under the names of the sampler's settings."""
             yield from one_of("spacing", spacing, SPACINGS)
 
     def __init__(self, cfg: Config) -> None:
@@ -93,9 +93,9 @@ class Flow(Continuous):
         return Denoised(z_t - self.sigma(t) * out, z_t + self.alpha(t) * out)
 
     def times(self, steps: int, spacing: str) -> Tensor:
-        """(steps,) float32, decreasing from `t_start`, even before the shift; 0 would come next.
+        """(steps,) float32, decreasing from `t_start` towards 0 (excluded).
 
-        Raises ValueError for what cannot be spaced.
+        Evenly spaced before the shift. Raises ValueError for invalid `steps` or `spacing`.
         """
         return self._shifted(self.even(self.cfg.t_start, steps, spacing)).float()
 

@@ -230,9 +230,9 @@ def test_a_bad_setting_of_the_hybrid_loss_is_named(settings, field):
     [
         (MSE.Config(), DDPM.Config(learned_variance=True), "variance"),
         (LDMLoss.Config(), DDPM.Config(learned_variance=True), "variance"),
-        (LDMLoss.Config(), Flow.Config(), "whole times"),
+        (LDMLoss.Config(), Flow.Config(), "integer times"),
         (Hybrid.Config(), DDPM.Config(), "learned_variance=true"),
-        (Hybrid.Config(), Flow.Config(), "whole times"),
+        (Hybrid.Config(), Flow.Config(), "integer times"),
         (LDMLoss.Config(learn_logvar=True), DDPM.Config(timesteps=500), "timesteps=1000"),
     ],
 )
