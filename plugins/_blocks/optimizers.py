@@ -1,4 +1,4 @@
-"""What the optimizer plugins share."""
+"""Shared code of the optimizer plugins."""
 
 from typing import Any
 
@@ -6,32 +6,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def settings_stay(optimizer: Optimizer) -> Optimizer:
-    """Makes `load_state_dict` bring moments and counts only; settings stay as configured.
+def keep_settings(optimizer: Optimizer) -> Optimizer:
+    """Makes `load_state_dict` restore moments, step counts and the current `lr` only.
 
-    As torch does it, a resumed run silently keeps the old betas and peak learning rate. The current
-    `lr` does come from the state, so that a learning-rate schedule goes on where it was. Sets
-    `initial_lr`, which schedules scale.
+    By default torch also restores betas, weight decay and the peak learning rate, so that a resumed
+    run silently ignores new settings. Sets `initial_lr`, which learning-rate schedules scale.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    own: list[dict[str, Any]] = []
+    configured: list[dict[str, Any]] = []
 
-    def remember(loading: Any, state: Any) -> None:
+    def save(loading: Any, state: Any) -> None:
         groups = loading.param_groups
-        own[:] = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
+        configured[:] = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in groups]
 
-    def put_back(loaded: Any) -> None:
-        for group, settings in zip(loaded.param_groups, own, strict=True):
+    def restore(loaded: Any) -> None:
+        for group, settings in zip(loaded.param_groups, configured, strict=True):
             group.update(settings)
 
-    optimizer.register_load_state_dict_pre_hook(remember)
-    optimizer.register_load_state_dict_post_hook(put_back)
+    optimizer.register_load_state_dict_pre_hook(save)
+    optimizer.register_load_state_dict_post_hook(restore)
     return optimizer
 
 
 def can_fuse(parameters: list[nn.Parameter]) -> bool:
-    """Whether torch's fused AdamW takes these: dense floating point, on a CPU or CUDA."""
+    """Whether torch's fused AdamW supports these: dense floating point, on a CPU or CUDA."""
     kinds: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)  # not DTensor
     return all(
         type(p) in kinds and p.device.type in ("cpu", "cuda") and p.is_floating_point()

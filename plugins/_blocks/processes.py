@@ -1,4 +1,4 @@
-"""What the trainer plugins share: how processes make one optimizer step."""
+"""Shared code of the trainer plugins: one optimizer step on all processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,31 +13,31 @@ from sandbox.sharding import total_norm, whole
 
 
 class Processes:
-    """One process, or several that each hold the whole system; `world` counts them."""
+    """Base of trainers: one process, or `world` processes with a full replica each."""
 
     def __init__(self, cfg: TrainerConfig) -> None:
         self.cfg = cfg
 
     def prepare(self, system: nn.Module, device: Device, world: int) -> None:
-        """Once, on the CPU, before optimizer and average are made of the system's parameters."""
+        """Called once, on the CPU, before optimizer and EMA are created from the parameters."""
 
     def strategy(self, device: Device, world: int) -> Any:
-        """What Lightning's Trainer takes as its strategy."""
+        """The `strategy` argument of Lightning's Trainer."""
         return "auto"
 
     def begin_micro_batch(self, system: nn.Module, is_last: bool) -> None:
-        """Before each micro-batch; `is_last`: the optimizer steps after it."""
+        """Called before each micro-batch; `is_last`: an optimizer step follows it."""
 
     def clip(self, parameters: Sequence[nn.Parameter], most: float | None) -> None:
-        """Before an optimizer step: gradients of a larger norm than `most` are scaled to it."""
+        """Called before an optimizer step: clips the total gradient norm to `most`."""
         self._norm = total_norm([p.grad for p in parameters if p.grad is not None])
         if most is not None:
             clip_grads_with_norm_(parameters, most, self._norm)
 
     def norm(self) -> Tensor:
-        """() gradient norm of all processes together before it was clipped, once a step is done."""
+        """() gradient norm over all processes before clipping, available after a step."""
         return self._norm
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Its state_dict with whole tensors; all processes call this."""
+        """The state_dict with unsharded tensors; collective."""
         return whole(optimizer.state_dict())

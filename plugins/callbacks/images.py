@@ -1,4 +1,4 @@
-"""Samples at the published moments of an image logger: powers of two first, then every N."""
+"""Image sheets at the steps of the published image loggers: powers of two, then every N."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,16 +18,17 @@ ROWS = (
 
 @register("callbacks", "images")
 class Images(Callback):
-    """Samples as sheets, by step or micro-batch, as CompVis and DynamiCrafter log images."""
+    """Sheets of samples by step or micro-batch, as in CompVis and DynamiCrafter."""
 
     @dataclass
     class Config(CallbackConfig):
-        """every: steps between two; unit: "step" or "micro_batch"; max_images: clips in each.
+        """every: interval in units of `unit`; unit: "step" or "micro_batch"; max_images: clips per
+        sheet.
 
-        increase_log_steps: also at 1, 2, 4, ... below `every`, to see early whether it learns.
-        rows: what is shown of a system; of a first stage it is always reconstructions.
-        progressive_steps: of the ancestral sampling that progressive_row shows; as published all
-        times of the schedule.
+        increase_log_steps: also log at 1, 2, 4, ... below `every`.
+        rows: sheets of a system; a first stage always shows reconstructions.
+        progressive_steps: steps of ancestral sampling in progressive_row; as published all times of
+        the schedule.
         """
 
         every: int = 500
@@ -51,7 +52,7 @@ class Images(Callback):
             early = self.increase_log_steps and is_power and number < self.every
             return number % self.every == 0 or early
 
-    training: Any  # sandbox.training.Training; the engine sets it
+    training: Any  # sandbox.training.Training, set by the engine
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -60,10 +61,12 @@ class Images(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state.get("taken", 0)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.taken = state_dict.get("taken", 0)
 
-    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.taken += 1
         by_step = self.cfg.unit == "step"
         if by_step and not self.training.just_stepped:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""A profile of training steps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from sandbox.registry import register
 
 @register("callbacks", "profile")
 class Profile(Callback):
-    """torch's profiler over some steps: profile.txt (costly operations), profile.json (trace)."""
+    """torch.profiler over some steps: profile.txt (most expensive ops), profile.json (trace)."""
 
     @dataclass
     class Config(CallbackConfig):
-        """first: optimizer step at which it starts; steps: how many; rows: of the table.
+        """first: optimizer step at which profiling starts; steps: how many; rows: of the table.
 
-        profile.json is in the format of Chrome's tracing page.
+        profile.json has the Chrome trace format.
         """
 
         first: int = 20
@@ -32,27 +32,31 @@ class Profile(Callback):
             yield from in_range("steps", self.steps, 1)
             yield from in_range("rows", self.rows, 1)
 
-    training: Any  # sandbox.training.Training; the engine sets it
+    training: Any  # sandbox.training.Training, set by the engine
 
     def __init__(self, cfg: Config) -> None:
         self.cfg, self.done = cfg, False
         self.profiler: Any = None
 
-    def on_train_batch_start(self, trainer: Any, system: Any, *rest: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.training.step == self.cfg.first and not self.done and self.profiler is None:
             self.profiler = torch.profiler.profile(record_shapes=False)
             self.profiler.start()
 
-    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.profiler is not None and self.training.step >= self.cfg.first + self.cfg.steps:
             self.write()
 
-    def on_train_end(self, trainer: Any, system: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.profiler is not None:
             self.write()
 
     def write(self) -> None:
-        """Stops and writes both files into the run folder; once."""
+        """Stops the profiler and writes both files to the run folder."""
         profiler, self.profiler, self.done = self.profiler, None, True
         profiler.stop()
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

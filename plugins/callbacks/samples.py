@@ -1,4 +1,4 @@
-"""Videos of fixed prompts while a system trains, so that its progress can be looked at."""
+"""Videos of fixed prompts during training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from sandbox.registry import register
 
 @register("callbacks", "samples")
 class Samples(Callback):
-    """Samples from averaged weights every so many steps, as videos and a sheet."""
+    """Samples from EMA weights at a fixed interval, as videos and a sheet."""
 
     @dataclass
     class Config(CallbackConfig):
-        """every: optimizer steps; count: the data's prompts; prompts: captions in their place."""
+        """every: optimizer steps between samples; count: number of prompts from the data; prompts:
+        captions to use instead.
+        """
 
         every: int = 500
         count: int = 8
@@ -27,11 +29,13 @@ class Samples(Callback):
             for name in ("every", "count"):
                 yield from in_range(name, getattr(self, name), 1)
 
-    training: Any  # sandbox.training.Training; the engine sets it
+    training: Any  # sandbox.training.Training, set by the engine
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.training.just_stepped and self.training.step % self.cfg.every == 0:
             self.training.sample(self.cfg.prompts, self.cfg.count)

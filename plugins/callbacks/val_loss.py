@@ -1,4 +1,4 @@
-"""The loss on held-out clips while a system trains."""
+"""The validation loss during training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,13 @@ from sandbox.registry import register
 
 @register("callbacks", "val_loss")
 class ValLoss(Callback):
-    """Loss on held-out clips every so many steps, of live and of averaged weights."""
+    """Loss on held-out clips at a fixed interval, of live and EMA weights."""
 
     @dataclass
     class Config(CallbackConfig):
-        """every: optimizer steps; clips: how many of the validation split, always on one noise."""
+        """every: optimizer steps between validations; clips: number of clips, always with the same
+        noise.
+        """
 
         every: int = 200
         clips: int = 192
@@ -29,11 +31,13 @@ class ValLoss(Callback):
         def measures(self, step: int) -> bool:
             return step % self.every == 0
 
-    training: Any  # sandbox.training.Training; the engine sets it
+    training: Any  # sandbox.training.Training, set by the engine
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def on_train_batch_end(self, trainer: Any, system: Any, *rest: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.training.just_stepped and self.training.step % self.cfg.every == 0:
             self.training.validate(self.cfg.clips)

@@ -1,4 +1,4 @@
-"""When to save a checkpoint and which ones to keep."""
+"""When to save checkpoints and which to keep."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from sandbox.registry import register
 
 @register("checkpoint", "keep")
 class Keep:
-    """A checkpoint every so many steps; the newest few are kept, milestones and the best for good.
+    """Checkpoints at a fixed interval; keeps the newest, the best and milestones.
 
-    LDM and DynamiCrafter keep theirs by rules of Lightning that do not know of one another; so do
-    `keep`, `milestones`, `best` and `weights_every`.
+    As with the separate Lightning callbacks of LDM and DynamiCrafter, the rules `keep`,
+    `milestones`, `best` and `weights_every` are independent.
     """
 
     @dataclass
@@ -26,5 +26,5 @@ class Keep:
         self.cfg = cfg
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after optimizer step `step`, counted from 1."""
+        """Whether to save a checkpoint after optimizer step `step`, counted from 1."""
         return step % self.cfg.every == 0

@@ -1,4 +1,4 @@
-"""No average: samples come from the trained weights themselves."""
+"""No EMA: samples use the live weights."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from sandbox.registry import register
 
 @register("ema", "none")
 class NoAverage:
-    """No average of the weights; it costs no memory and no time."""
+    """No EMA of the weights."""
 
     @dataclass
     class Config(EMAConfig):

@@ -1,4 +1,4 @@
-"""Moving average of the weights with a warm-up, as CompVis latent-diffusion trains."""
+"""EMA of the weights with a decay warm-up, as in CompVis latent-diffusion."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from sandbox.registry import register
 
 @register("ema", "warmup")
 class Warmup:
-    """Average of the weights whose decay grows: min(decay, (1 + n) / (10 + n)) at update n."""
+    """EMA of the weights with decay min(decay, (1 + n) / (10 + n)) at update n."""
 
     @dataclass
     class Config(EMAConfig):
-        """decay: 0 to 1; warmup: whether it grows to that; every: "step" or "micro_batch"."""
+        """decay: in [0, 1]; warmup: increase the decay up to it; every: "step" or "micro_batch"."""
 
         decay: float = 0.995
         warmup: bool = True
@@ -28,5 +28,5 @@ class Warmup:
         self.cfg, self.every = cfg, cfg.every
 
     def decay(self, n: int) -> float:
-        """Decay of update `n`; the first is 1."""
+        """Decay of update `n`, counted from 1."""
         return min(self.cfg.decay, (1 + n) / (10 + n)) if self.cfg.warmup else self.cfg.decay

@@ -1,4 +1,4 @@
-"""Which implementation runs each operation of `kernels`."""
+"""Which implementation of `kernels` runs each operation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ CHOICES = ("auto", "eager", "reference", "triton")
 
 @register("kernels", "auto")
 class Kernels:
-    """`auto` is Triton where it can run a call and gains by it, else plain torch."""
+    """`auto` uses Triton where it supports a call and is faster, otherwise eager PyTorch."""
 
     @dataclass
     class Config(PluginConfig):
-        """`strict`: a call that Triton should run and cannot is an error, not left to eager."""
+        """`strict`: raise an error for a call that Triton cannot run, instead of using eager."""
 
         group_norm: str = "auto"
         temporal_attention: str = "auto"
@@ -31,7 +31,10 @@ class Kernels:
         self.cfg = cfg
 
     def apply(self) -> kernels.use:
-        """Sets it for the process, or for a `with`. Raises ConfigError for what cannot run here."""
+        """Selects the implementations for the process, or for a `with` block.
+
+        Raises ConfigError for an implementation that cannot run on this machine.
+        """
         cfg = self.cfg
         try:
             return kernels.use(
@@ -43,5 +46,5 @@ class Kernels:
             raise ConfigError(str(e)) from e
 
     def report(self) -> dict[str, object]:
-        """For the run folder: what is set, how often which ran, and why not Triton where not."""
+        """For the run folder: the selection, the call counts, and why Triton did not run."""
         return {"chosen": kernels.chosen(), "calls": kernels.calls()}

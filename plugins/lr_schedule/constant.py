@@ -1,4 +1,4 @@
-"""A constant learning rate, after a linear warm-up where one is asked for."""
+"""A constant learning rate with optional linear warm-up."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from sandbox.registry import register
 
 @register("lr_schedule", "constant")
 class Constant:
-    """The peak learning rate all the time, after `warmup` steps."""
+    """The peak learning rate, after `warmup` steps of linear warm-up."""
 
     @dataclass
     class Config(LRScheduleConfig):

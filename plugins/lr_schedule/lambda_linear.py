@@ -1,4 +1,4 @@
-"""Cycles of linear warm-up and linear fall (CompVis latent-diffusion, LambdaLinearScheduler)."""
+"""Cycles of linear warm-up and linear decay (CompVis latent-diffusion's LambdaLinearScheduler)."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,14 @@ from sandbox.registry import register
 
 @register("lr_schedule", "lambda_linear")
 class LambdaLinear:
-    """CompVis latent-diffusion's cycles: linear warm-up, then a linear fall."""
+    """CompVis latent-diffusion's cycles: linear warm-up, then linear decay."""
 
     @dataclass
     class Config(CyclesConfig):
-        """As published there is no factor after the last cycle, and the run stops."""
+        """After the last cycle the last factor stays; the published code fails there."""
 
         def fall(self, i: int, n: int) -> float:
-            # as published: measured from the cycle's start, so the factor jumps where the warm-up
-            # ends
+            # as published: measured from the start of the cycle, so the factor jumps after warm-up
             return (self.cycle_lengths[i] - n) / self.cycle_lengths[i]
 
     def __init__(self, cfg: Config) -> None:

@@ -1,6 +1,6 @@
-"""Cycles of linear warm-up and cosine (CompVis latent-diffusion, LambdaWarmUpCosineScheduler2).
+"""Cycles of linear warm-up and cosine decay (CompVis latent-diffusion).
 
-One cycle is its LambdaWarmUpCosineScheduler.
+LambdaWarmUpCosineScheduler2; with one cycle LambdaWarmUpCosineScheduler.
 """
 
 import math
@@ -12,7 +12,7 @@ from sandbox.registry import register
 
 @register("lr_schedule", "lambda_warmup_cosine")
 class LambdaWarmupCosine:
-    """CompVis latent-diffusion's cycles: linear warm-up, then half a cosine down."""
+    """CompVis latent-diffusion's cycles: linear warm-up, then cosine decay."""
 
     @dataclass
     class Config(CyclesConfig):

@@ -1,4 +1,4 @@
-"""Linear warm-up, a constant stretch, then half a cosine down to a floor."""
+"""Linear warm-up, a constant phase, then cosine decay to a floor."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,13 @@ from sandbox.registry import register
 
 @register("lr_schedule", "warmup_cosine")
 class WarmupCosine:
-    """Linear warm-up, constant for a part of the run, then half a cosine down to a floor."""
+    """Linear warm-up, a constant phase, then cosine decay to a floor."""
 
     @dataclass
     class Config(LRScheduleConfig):
-        """warmup: steps; hold: end of the constant part; floor: factor at the end."""
+        """warmup: steps; hold: end of the constant phase, as a fraction of the run; floor: final
+        factor.
+        """
 
         warmup: int = 50
         hold: float = 0.30
@@ -32,9 +34,8 @@ class WarmupCosine:
             if done <= self.hold:
                 return rise
             fall = (1 + math.cos(math.pi * (done - self.hold) / (1 - self.hold))) / 2
-            return rise * (
-                self.floor + (1 - self.floor) * fall
-            )  # a product: a short run may end while it rises
+            # a product, since a short run can end during warm-up
+            return rise * (self.floor + (1 - self.floor) * fall)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019), torch's own."""
+"""torch's AdamW (Loshchilov & Hutter 2019, 1711.05101)."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from plugins._blocks.optimizers import can_fuse, settings_stay
+from plugins._blocks.optimizers import can_fuse, keep_settings
 from sandbox.contracts import OptimizerConfig, above, in_range
 from sandbox.registry import register
 
 
 @register("optimizer", "adamw")
 class AdamWPlugin:
-    """AdamW for all trainable parameters, fused where torch can."""
+    """AdamW for all trainable parameters; fused where torch supports it."""
 
     @dataclass
     class Config(OptimizerConfig):
-        """decay_vectors: whether weight decay also pulls on biases and norm scales."""
+        """decay_vectors: whether weight decay applies to biases and norm scales."""
 
         betas: tuple[float, float] = (0.9, 0.95)
         weight_decay: float = 0.01
@@ -36,7 +36,7 @@ class AdamWPlugin:
         self.cfg = cfg
 
     def build(self, named: Iterable[tuple[str, nn.Parameter]], lr: float) -> Optimizer:
-        """The optimizer of the trainable ones among `named`; `lr` is the peak learning rate."""
+        """Optimizer of the trainable parameters of `named`; `lr` is the peak learning rate."""
         cfg, trained = self.cfg, [p for _, p in named if p.requires_grad]
         bare = [] if cfg.decay_vectors else [p for p in trained if p.ndim < 2]
         decayed = trained if cfg.decay_vectors else [p for p in trained if p.ndim >= 2]
@@ -51,6 +51,6 @@ class AdamWPlugin:
             eps=cfg.eps,
             fused=can_fuse(trained) or None,
         )
-        # Lightning clips under fp16 only where an optimizer leaves the unscaling to it.
+        # With fp16, Lightning clips only if the optimizer leaves unscaling to it.
         optimizer._step_supports_amp_scaling = False
-        return settings_stay(optimizer)
+        return keep_settings(optimizer)

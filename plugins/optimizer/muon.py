@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, torch's own) for the matrices inside blocks, AdamW for the rest."""
+"""torch's Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -9,18 +9,20 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from plugins._blocks.optimizers import can_fuse, settings_stay
+from plugins._blocks.optimizers import can_fuse, keep_settings
 from sandbox.contracts import BackboneConfig, ConfigError, OptimizerConfig, above, in_range
 from sandbox.registry import register
 
 
 class MuonAndAdamW(Optimizer):
-    """Two optimizers with one state and one list of groups; `muon` in a group says whose it is."""
+    """Two optimizers with shared state and parameter groups; a group has the flag `muon`."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: AdamW) -> None:
         self.parts = {True: muon, False: adamw}
         groups = [
-            {**g, "muon": kind} for kind, part in self.parts.items() for g in part.param_groups
+            {**g, "muon": is_muon}
+            for is_muon, part in self.parts.items()
+            for g in part.param_groups
         ]
         super().__init__(groups, {})
 
@@ -30,9 +32,9 @@ class MuonAndAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for kind, part in self.parts.items():
-            # Set anew each time: load_state_dict replaces both.
-            part.param_groups = [g for g in self.param_groups if g["muon"] is kind]
+        for is_muon, part in self.parts.items():
+            # Set in every step, since load_state_dict replaces both.
+            part.param_groups = [g for g in self.param_groups if g["muon"] is is_muon]
             part.state = self.state
             part.step()
         return loss
@@ -40,20 +42,20 @@ class MuonAndAdamW(Optimizer):
 
 @register("optimizer", "muon")
 class MuonPlugin:
-    """Muon for the weight matrices of attention and MLP inside blocks, AdamW for all others."""
+    """Muon for the weight matrices of attention and MLP blocks, AdamW for all others."""
 
     @dataclass
     class Config(OptimizerConfig):
-        """Muon takes the 2-D parameters whose names match `include` and not `exclude` (regex).
+        """Muon updates 2-D parameters whose names match `include` and not `exclude` (regex).
 
-        lr_factor: Muon's learning rate in units of the top-level `lr`, so that one sweep moves
+        lr_factor: Muon's learning rate in units of the top-level `lr`, so that one sweep changes
         both; 5 x 4e-3 = 0.02.
         """
 
         elementwise = False
         lr_factor: float = 5.0
         momentum: float = 0.95
-        weight_decay: float = 0.01  # of both parts
+        weight_decay: float = 0.01  # of both optimizers
         include: tuple[str, ...] = (r"block.*\.(attn|attention|cross|mlp|ff|proj|to_)",)
         exclude: tuple[str, ...] = (r"ada_?ln|modulation|embed|norm|time|emb_layers",)
         betas: tuple[float, float] = (0.9, 0.95)  # AdamW's
@@ -79,7 +81,7 @@ class MuonPlugin:
 
         def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
             if not backbone.has_matrices():
-                yield "muon is for matrices, and this backbone's blocks are convolutions; use adamw"
+                yield "muon: needs 2-D weights, this backbone's blocks are convolutions; use adamw"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -90,9 +92,9 @@ class MuonPlugin:
         return parameter.ndim == 2 and found == [True, False]
 
     def build(self, named: Iterable[tuple[str, nn.Parameter]], lr: float) -> Optimizer:
-        """The optimizer of the trainable ones among `named`; `lr` is AdamW's peak learning rate.
+        """Optimizer of the trainable parameters of `named`; `lr` is AdamW's peak learning rate.
 
-        Raises ConfigError where no parameter gets Muon.
+        Raises ConfigError if no parameter gets Muon.
         """
         cfg, trained = self.cfg, [(n, p) for n, p in named if p.requires_grad]
         hidden = [p for n, p in trained if self.is_hidden(n, p)]
@@ -100,14 +102,14 @@ class MuonPlugin:
         if not hidden:
             matrices = [n for n, p in trained if p.ndim == 2]
             raise ConfigError(
-                f"optimizer.include={list(cfg.include)}: no 2-D parameter has such a name; "
+                f"optimizer.include={list(cfg.include)}: matches no 2-D parameter; "
                 f"there are {', '.join(matrices[:5]) or 'none'}; "
                 "use optimizer=adamw or set optimizer.include"
             )
         muon = torch.optim.Muon(
             hidden, lr=cfg.lr_factor * lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay
         )
-        # As a group: AdamW refuses an empty list, and a model may have nothing but matrices.
+        # A group, since AdamW rejects an empty list and a model can have only matrices.
         adamw = AdamW(
             [{"params": rest}],
             lr=lr,
@@ -116,4 +118,4 @@ class MuonPlugin:
             eps=cfg.eps,
             fused=can_fuse(rest) or None,
         )
-        return settings_stay(MuonAndAdamW(muon, adamw))
+        return keep_settings(MuonAndAdamW(muon, adamw))

@@ -1,10 +1,13 @@
-"""Pixels and codebook: the loss of the VQ autoencoder (Esser et al. 2021; Rombach et al. 2022).
+"""Pixel and codebook loss of the VQ autoencoder (Esser et al. 2021; Rombach et al. 2022).
 
-Without its perceptual and adversarial terms.
+Without the perceptual and adversarial terms.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
 
 from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import FirstStageConfig, PluginConfig, Terms, in_range
@@ -18,7 +21,7 @@ class L1Codebook:
     @dataclass
     class Config(PluginConfig):
         codebook_weight: float = 1.0
-        l1_weight: float = 0.1  # as published: 1, and no squares; that learns far more slowly
+        l1_weight: float = 0.1  # as published: 1 without squared error, which learns far more slowly
         l2_weight: float = 1.0
 
         def problems(self) -> Iterator[str]:
@@ -35,9 +38,10 @@ class L1Codebook:
         self.cfg = cfg
 
     def __call__(self, out: Reconstruction, step: int = 0) -> Terms:
-        """All terms are means, as published."""
+        """As published, all terms are means."""
         error = (out.video - out.target).flatten(1)
         rec = self.cfg.l1_weight * error.abs().mean(1) + self.cfg.l2_weight * error.square().mean(1)
-        total = rec + self.cfg.codebook_weight * out.codebook_loss
-        log = {"rec_loss": rec.mean().detach(), "quant_loss": out.codebook_loss.mean().detach()}
+        codebook_loss = cast(Tensor, out.codebook_loss)  # checked by `accepts`
+        total = rec + self.cfg.codebook_weight * codebook_loss
+        log = {"rec_loss": rec.mean().detach(), "quant_loss": codebook_loss.mean().detach()}
         return Terms(total.mean(), total, log | out.log)

@@ -1,6 +1,6 @@
-"""Pixels and KL: the loss of the KL autoencoder (Rombach et al. 2022, appendix G).
+"""Pixel and KL loss of the KL autoencoder (Rombach et al. 2022, appendix G).
 
-Without its perceptual and adversarial terms.
+Without the perceptual and adversarial terms.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class L1KL:
     @dataclass
     class Config(PluginConfig):
         kl_weight: float = 1e-6
-        l1_weight: float = 0.1  # as published: 1, and no squares; that learns far more slowly
+        l1_weight: float = 0.1  # as published: 1 without squared error, which learns far more slowly
         l2_weight: float = 1.0
 
         def problems(self) -> Iterator[str]:
@@ -35,9 +35,9 @@ class L1KL:
         self.cfg = cfg
 
     def __call__(self, out: Reconstruction, step: int = 0) -> Terms:
-        """The published loss sums over a clip; here it is divided by the size of the clip.
+        """The published loss, a sum over the clip, divided by the size of the clip.
 
-        So `kl_weight` balances as published, and no learning rate depends on that size.
+        `kl_weight` balances as published, and the learning rate is independent of the size.
         """
         error = (out.video - out.target).flatten(1)
         rec = self.cfg.l1_weight * error.abs().mean(1) + self.cfg.l2_weight * error.square().mean(1)

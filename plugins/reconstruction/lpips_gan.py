@@ -1,7 +1,7 @@
-"""Pixels, LPIPS and a discriminator: the loss of VQGAN and of latent diffusion's first stages.
+"""Pixel, LPIPS and adversarial loss of VQGAN and of latent diffusion's first stages.
 
 Esser et al. 2021 (2012.09841), eq. 4 to 7; Rombach et al. 2022, appendix G. Names of parameters and
-of logged numbers are those of the published VQLPIPSWithDiscriminator (codebook) and
+logged values are those of the published VQLPIPSWithDiscriminator (codebook) and
 LPIPSWithDiscriminator (KL).
 """
 
@@ -20,26 +20,25 @@ from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import ConfigError, FirstStageConfig, PluginConfig, Terms, in_range, one_of
 from sandbox.registry import register
 
-GROUPS = 32  # of the norms of the 3-D discriminator, as published
+GROUPS = 32  # norm groups of the 3-D discriminator, as published
 
 
 @register("reconstruction", "lpips_gan")
 class LPIPSWithDiscriminator(nn.Module):
-    """Absolute error, LPIPS, KL or codebook, and a PatchGAN discriminator with adaptive weight."""
+    """Absolute error, LPIPS, KL or codebook loss, and an adaptively weighted PatchGAN."""
 
     @dataclass
     class Config(PluginConfig):
-        """disc_start: optimizer steps before the discriminator counts; disc_loss: hinge or vanilla.
+        """disc_start: optimizer steps before the adversarial terms; disc_loss: hinge or vanilla.
 
-        lpips: "hub", "random" (for tests) or a folder or file of weights; not looked at where
-        perceptual_weight is 0. logvar_init: of the KL form, whose log-variance is never trained.
-        disc3d_channels: of a second discriminator, which looks at clips (EasyAnimate); none where
-        it is empty.
+        lpips: "hub", "random" (for tests) or a folder or file of weights; unused if
+        perceptual_weight is 0. logvar_init: log-variance of the KL form, which is never trained.
+        disc3d_channels: channels of a second discriminator, on clips (EasyAnimate); empty: none.
         """
 
         l1_weight: float = 1.0
         l2_weight: float = 0.0
-        perceptual_weight: float = 0.0  # as published 1, which needs the weights of LPIPS
+        perceptual_weight: float = 0.0  # as published 1, which needs LPIPS weights
         lpips: str = "hub"
         kl_weight: float = 1e-6
         logvar_init: float = 0.0
@@ -86,8 +85,8 @@ class LPIPSWithDiscriminator(nn.Module):
             )
         else:
             self.discriminator = NLayerDiscriminator(cfg.disc_ndf, cfg.disc_num_layers)
-        self.discriminator.requires_grad_(False)  # but in its own turn
-        # As published: a parameter that no optimizer gets.
+        self.discriminator.requires_grad_(False)  # enabled for the discriminator's update
+        # As published: a parameter that is in no optimizer.
         self.logvar = nn.Parameter(torch.tensor(cfg.logvar_init), requires_grad=False)
 
     def forward(self, out: Reconstruction, step: int = 0) -> Terms:
@@ -101,7 +100,8 @@ class LPIPSWithDiscriminator(nn.Module):
             log["p_loss"] = distance.mean()
         log["rec_loss"] = error.mean()
         per_frame, log["nll_loss"], regularizer = self._form(error, out, log)
-        g_loss = -sum(logits.mean() for logits in self.judged(out.video))
+        first, *rest = (logits.mean() for logits in self.logits(out.video))
+        g_loss = -sum(rest, first)
         d_weight = self.adaptive_weight(log["nll_loss"], g_loss, out.last_layer)
         total = log["nll_loss"] + regularizer.mean() + d_weight * self.factor(step) * g_loss
         log |= {"g_loss": g_loss, "d_weight": d_weight, "total_loss": total}
@@ -114,7 +114,7 @@ class LPIPSWithDiscriminator(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each frame (B*T,), its mean (), and the weighted regulariser (B,).
 
-        As published the codebook form takes means and the KL form sums over a picture.
+        As published: the codebook form averages over a frame and the KL form sums.
         """
         if out.codebook_loss is not None:
             log["quant_loss"] = out.codebook_loss.mean()
@@ -126,12 +126,10 @@ class LPIPSWithDiscriminator(nn.Module):
         return per_frame, per_frame.mean(), self.cfg.kl_weight * kl
 
     def discriminate(self, out: Reconstruction, step: int = 0) -> Terms:
-        """The discriminator's loss; the autoencoder gets no gradient of it."""
+        """The discriminator's loss, without gradients for the autoencoder."""
         per_sample, log = out.target.new_zeros(len(out.target)), {}
-        judged = zip(
-            *(self.judged(v.detach()) for v in (out.target, out.video)), ("", "_3d"), strict=False
-        )
-        for real, fake, kind in judged:
+        real_logits, fake_logits = (self.logits(v.detach()) for v in (out.target, out.video))
+        for real, fake, kind in zip(real_logits, fake_logits, ("", "_3d"), strict=False):
             if self.cfg.disc_loss == "hinge":
                 losses = F.relu(1 - real), F.relu(1 + fake)
             else:
@@ -142,10 +140,10 @@ class LPIPSWithDiscriminator(nn.Module):
         log["disc_loss"] = per_sample.mean()
         return Terms(per_sample.mean(), per_sample, {k: v.detach() for k, v in log.items()})
 
-    def judged(self, video: Tensor) -> list[Tensor]:
-        """Logits of the frames of a video, and of the clips where there is a judge of them."""
+    def logits(self, video: Tensor) -> list[Tensor]:
+        """Logits of the frames of a video, and of the clips with a 3-D discriminator."""
         logits = [self.discriminator(frames(video))]
-        if self.cfg.disc3d_channels:
+        if isinstance(self.discriminator, FramesAndClips):
             logits.append(self.discriminator.discriminator3d(video))
         return logits
 
@@ -153,23 +151,23 @@ class LPIPSWithDiscriminator(nn.Module):
         return self.cfg.disc_factor if step >= self.cfg.disc_start else 0.0
 
     def adaptive_weight(self, nll: Tensor, g_loss: Tensor, last_layer: Tensor | None) -> Tensor:
-        """Makes both gradients about as long at the last layer (Esser et al. 2021, eq. 7)."""
+        """Weight that balances both gradient norms at the last layer (Esser et al. 2021, eq. 7)."""
         if not torch.is_grad_enabled():
             return nll.new_zeros(())  # as published, in validation
         if last_layer is None:
             raise ConfigError(
-                "reconstruction=lpips_gan weighs its terms at decoder.conv_out, which this first "
-                "stage does not have; use reconstruction=kl or codebook, or give it one"
+                "reconstruction=lpips_gan balances gradients at decoder.conv_out, which this first "
+                "stage does not have; use reconstruction=kl or codebook"
             )
         if not last_layer.requires_grad:
             raise ConfigError(
-                "reconstruction=lpips_gan weighs its terms at decoder.conv_out, which trainable= "
-                "holds still; use reconstruction=kl or codebook, or train it"
+                "reconstruction=lpips_gan balances gradients at decoder.conv_out, which trainable= "
+                "freezes; use reconstruction=kl or codebook, or train it"
             )
-        of_nll, of_g = (
+        nll_grad, g_grad = (
             torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (nll, g_loss)
         )
-        ratio = of_nll.norm() / (of_g.norm() + 1e-4)
+        ratio = nll_grad.norm() / (g_grad.norm() + 1e-4)
         return ratio.clamp(0, 1e4).detach() * self.cfg.disc_weight
 
 

@@ -1,4 +1,4 @@
-"""Which run a command continues."""
+"""Which run to resume."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,13 +9,11 @@ from sandbox.registry import register
 
 @register("resume", "auto")
 class Resume:
-    """Continues the newest unfinished run of the same configuration, else starts one."""
+    """Resumes the newest unfinished run of the same configuration, or starts a new one."""
 
     @dataclass
     class Config(PluginConfig):
-        """`run`: a run folder to continue, also with more steps; `allow`: settings that may differ
-        from it.
-        """
+        """`run`: run folder to resume, also with more steps; `allow`: settings that may differ."""
 
         mode: str = "auto"
         run: str | None = None
@@ -24,11 +22,11 @@ class Resume:
         def problems(self) -> Iterator[str]:
             yield from one_of("mode", self.mode, ("auto", "never"))
             if self.allow and self.run is None:
-                yield f"allow={list(self.allow)}: only with resume.run=FOLDER, the run to continue"
+                yield f"allow={list(self.allow)}: only with resume.run=FOLDER, the run to resume"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def which(self) -> str:
-        """What `runs.open_run` takes: "auto", "never" or a folder."""
+        """The argument of `runs.open_run`: "auto", "never" or a folder."""
         return self.cfg.run or self.cfg.mode

@@ -244,7 +244,7 @@ class DDPM:
         return self._weight(t)
 
     def elbo_weight(self, t: Tensor) -> Tensor:
-        """(B,) weight that turns the squared error into a term of the variational bound, as in LDM."""
+        """(B,) weight of the squared error in the variational bound, as in LDM."""
         return self._elbo_weight(t)
 
     # sampling

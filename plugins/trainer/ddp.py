@@ -1,4 +1,4 @@
-"""Several processes with a device each and the whole model in each (torch's DDP)."""
+"""Data parallelism with a full replica per process (torch's DDP)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,25 +14,28 @@ from sandbox.registry import register
 
 @register("trainer", "ddp")
 class DDP(Processes):
-    """Processes that each hold the whole model and average their gradients: CPUs or GPUs."""
+    """A full replica per process, with averaged gradients (DDP), on CPUs or GPUs."""
 
     @dataclass
     class Config(TrainerConfig):
-        """unused: parameters may be without a gradient in some micro-batch (dropped conditioning);
-        False saves a walk through the graph where none is.
+        """unused: allow parameters without a gradient in some micro-batch (dropped conditioning).
+
+        False saves a graph traversal if there are none.
         """
 
         processes: int = 2
         unused: bool = True
 
+    cfg: Config
+
     def prepare(self, system: nn.Module, device: Device, world: int) -> None:
         frozen = [name for name, m in system.named_modules() if getattr(m, "_frozen", False)]
-        same = {  # each process has loaded or made them alike
+        identical = {  # every process has loaded or created the same values
             name
             for name, _ in (*system.named_parameters(), *system.named_buffers())
             if name.startswith(tuple(f"{f}." for f in frozen))
         }
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(system, same)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(system, identical)
 
     def strategy(self, device: Device, world: int) -> Any:
         if world == 1:

@@ -1,8 +1,7 @@
-"""Several processes with a device each and a part of the model in each (torch's FSDP2).
+"""Fully sharded data parallelism (torch's FSDP2, `torch.distributed.fsdp.fully_shard`).
 
-Zhao et al. 2023 (2304.11277) in its second form, `torch.distributed.fsdp.fully_shard`: parameters,
-gradients, average and optimizer state are cut along their first axis; a block is whole in a process
-only while that computes it.
+Zhao et al. 2023 (2304.11277): parameters, gradients, EMA and optimizer state are sharded along
+their first axis; the parameters of a block are gathered only while it computes.
 """
 
 from collections.abc import Iterator
@@ -19,19 +18,19 @@ from sandbox.registry import register
 
 
 class Sharded(SingleDeviceStrategy):
-    """To Lightning each process trains on its device alone: the model's own hooks communicate."""
+    """Single-device training as seen by Lightning; hooks of the model communicate."""
 
     def model_to_device(self) -> None:
-        """It is there."""
+        """`prepare` has moved it."""
 
     def teardown(self) -> None:
-        """Without bringing the model to the CPU: optimizer and average share its parts."""
+        """Does not move the model to the CPU, since optimizer and EMA share its shards."""
         self.precision_plugin.teardown()
 
 
 @register("trainer", "fsdp2")
 class FSDP2(Processes):
-    """Processes that each hold a part of the weights and of all that belongs to them."""
+    """Weights, gradients, EMA and optimizer state sharded over processes (FSDP2)."""
 
     @dataclass
     class Config(TrainerConfig):
@@ -49,7 +48,7 @@ class FSDP2(Processes):
             frozen = {
                 p for m in module.modules() if getattr(m, "_frozen", False) for p in m.parameters()
             }
-            # Also the outermost: its parameters are read as parts between steps.
+            # Also the outermost, whose parameters are read as shards between steps.
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
 
     def strategy(self, device: Device, world: int) -> Any:
@@ -64,20 +63,20 @@ class FSDP2(Processes):
 
 
 def _units(system: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered at a time: blocks in lists, inner ones first, then a trained component."""
+    """Units of gathering: blocks in module lists, inner ones first, then trained components."""
     for part in system.children():
-        if not any(p.requires_grad for p in part.parameters()):
+        if not _is_trained(part):
             continue
         lists = [m for m in part.modules() if isinstance(m, nn.ModuleList)]
-        blocks = {b for found in lists for b in found if _is_called(b) and _has_own(b)}
+        blocks = {b for found in lists for b in found if _is_called(b) and _is_trained(b)}
         yield from (m for m in reversed([*part.modules()]) if m in blocks)
         yield part
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Whether it computes in its own `forward`; else its parts are called, and it is not a unit."""
+    """Whether it has a `forward`; otherwise its children are called, and it is not a unit."""
     return type(module).forward is not nn.Module.forward
 
 
-def _has_own(module: nn.Module) -> bool:
+def _is_trained(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())

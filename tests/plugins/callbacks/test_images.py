@@ -29,7 +29,7 @@ def sampled(callback: Images, batches: range, accumulate: int = 2) -> list[int]:
             just_stepped=i % accumulate == 0,
             show=lambda rows, count, chain, i=i: found.append(i),
         )
-        callback.on_train_batch_end(None, None)
+        callback.on_train_batch_end(None, None, None, None, 0)
     return found
 
 

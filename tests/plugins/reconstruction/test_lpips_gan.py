@@ -244,7 +244,7 @@ def test_a_first_stage_without_the_layer_that_it_weighs_at_is_refused():
     number = torch.zeros((), requires_grad=True)
     with pytest.raises(ConfigError, match=r"decoder\.conv_out.*reconstruction=kl"):
         loss.adaptive_weight(number, number, None)
-    with pytest.raises(ConfigError, match=r"decoder\.conv_out, which trainable= holds still"):
+    with pytest.raises(ConfigError, match=r"decoder\.conv_out, which trainable= freezes"):
         loss.adaptive_weight(number, number, torch.zeros(1))
 
 
