@@ -18,7 +18,7 @@ class L1KL:
     @dataclass
     class Config(PluginConfig):
         kl_weight: float = 1e-6
-        l1_weight: float = 0.1  # as published: 1 without squared error, which learns far more slowly
+        l1_weight: float = 0.1  # published: 1 without squared error, which learns far more slowly
         l2_weight: float = 1.0
 
         def problems(self) -> Iterator[str]:

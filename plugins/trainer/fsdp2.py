@@ -21,7 +21,7 @@ class Sharded(SingleDeviceStrategy):
     """Single-device training as seen by Lightning; hooks of the model communicate."""
 
     def model_to_device(self) -> None:
-        """`prepare` has moved it."""
+        """Nothing to do: the model is already on the device."""
 
     def teardown(self) -> None:
         """Does not move the model to the CPU, since optimizer and EMA share its shards."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from plugins.trainer.deepspeed import Cut
+from plugins.trainer.deepspeed import Sharded
 from sandbox.contracts import ConfigError
 from sandbox.module import freeze
 from tests.engine import small
@@ -31,9 +31,9 @@ def test_an_optimizer_of_whole_matrices_and_the_scaler_of_fp16_are_refused():
     with pytest.raises(ConfigError) as e:
         small("trainer=deepspeed_zero2", "optimizer=muon", "precision=fp16")
     said = str(e.value)
-    assert "trainer=deepspeed cuts weights into flat pieces" in said
+    assert "trainer=deepspeed: shards weights into flat pieces" in said
     assert "optimizer=muon" in said
-    assert "trainer=deepspeed: its engine does not know the scaler of fp16" in said
+    assert "trainer=deepspeed: does not support the gradient scaler of fp16" in said
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -54,12 +54,12 @@ class Joined(nn.Module):
 def test_weights_are_cut_in_the_largest_parts_without_a_frozen_one():
     trained, untrained = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).requires_grad_(False)
     system = nn.ModuleList([trained, joined := Joined(), untrained])
-    (cut,) = Cut(system).children()
-    assert [*cut.children()] == [trained, joined.trained]
+    (parts,) = Sharded(system).children()
+    assert [*parts.children()] == [trained, joined.trained]
 
 
 def test_weights_of_its_own_in_a_part_with_a_frozen_one_are_refused():
     joined = Joined()
     joined.token = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ConfigError, match="Joined has trained weights of its own and a frozen"):
-        Cut(nn.ModuleList([joined]))
+    with pytest.raises(ConfigError, match="Joined has trained weights and a frozen child"):
+        Sharded(nn.ModuleList([joined]))
