@@ -1,4 +1,4 @@
-"""metrics.csv in the run folder, for spreadsheets and pandas."""
+"""metrics.csv in the run folder."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ from sandbox.registry import register
 
 @register("logger", "csv")
 class CSVLogger:
-    """Writes metrics.csv into the run folder: a row a step, a column a metric."""
+    """Writes metrics.csv to the run folder: one row per step, one column per metric."""
 
     @dataclass
     class Config(PluginConfig):
@@ -38,22 +38,22 @@ class CSVLogger:
             csv.DictWriter(file, self.columns).writerow({"step": step, **metrics})
 
     def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
-        """Files are in the run folder already."""
+        """Nothing to do: the file is in the run folder."""
 
     def images(
         self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
     ) -> None:
-        """Files are in the run folder already."""
+        """Nothing to do: the files are in the run folder."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers are in result.json."""
+        """Nothing to do: the values are in result.json."""
 
     def finish(self, exit_code: int) -> None:
         if self.path.is_file():
             self._write(self._rows())
 
     def _rows(self) -> dict[int, dict[str, str]]:
-        """Step -> cells of the file; of a step that is there twice the last value of each."""
+        """Step -> cells of the file; for a repeated step the last value of each column."""
         found: dict[int, dict[str, str]] = {}
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file, restkey="", restval="")

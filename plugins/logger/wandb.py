@@ -1,4 +1,4 @@
-"""Weights & Biases; without credentials or network a run is recorded offline."""
+"""Weights & Biases; without credentials or network, a run is recorded offline."""
 
 import json
 import logging
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 @register("logger", "wandb")
 class WandbLogger:
-    """Weights & Biases: online with credentials or a sweep agent, else offline; never asks."""
+    """Weights & Biases: online with credentials or a sweep agent, else offline; never prompts."""
 
     @dataclass
     class Config(PluginConfig):
-        """timeout, finish_timeout: seconds to reach the server, and to send the rest at the end.
+        """timeout: seconds to connect; finish_timeout: seconds to send remaining data at the end.
 
-        requeue: a trial that is stopped from outside goes to the next agent of its sweep, which
-        continues it where it shares the folder; not for sweeps that end bad trials early.
+        requeue: return a preempted trial to its sweep, so that the next agent with access to the
+        folder resumes it; not for sweeps with early termination.
         """
 
         imports = ("wandb",)
@@ -69,8 +69,7 @@ class WandbLogger:
             raise ImportError(
                 "logger=wandb needs the package wandb; install it or use logger=csv"
             ) from e
-        known = {"cfg": config, "environment": _environment(folder)}
-        options = {
+        options: dict[str, Any] = {
             "project": self.cfg.project,
             "entity": self.cfg.entity,
             "name": name,
@@ -79,43 +78,49 @@ class WandbLogger:
             "id": _run_id(folder),
             "resume": "allow",
             "dir": str(folder),
-            "config": known,
+            "config": {"cfg": config, "environment": _environment(folder)},
         }
-        settings = {
+        settings: dict[str, Any] = {
             "finish_timeout": self.cfg.finish_timeout,
             "finish_timeout_raises": True,
             "console": "off",
             "silent": True,
-            # It holds the command line with its secrets; ours is in `environment`.
+            # W&B's metadata contain the command line with secrets; `environment` replaces them.
             "x_disable_meta": True,
         }
         if sweep is not None:
             settings["sweep_id"] = sweep
-        if mode == "online":
-            # `silent` given to init comes too late: without credentials it would ask at a terminal.
-            silent = wandb.Settings(silent=True)
-            wandb.setup(silent)
-            wandb.termsetup(silent, None)  # where W&B was set up before
-            patience = {"init_timeout": self.cfg.timeout, "login_timeout": self.cfg.timeout}
-            try:
-                self.run = wandb.init(
-                    mode=mode, settings=wandb.Settings(**settings, **patience), **options
-                )
-                return
-            except Exception as e:  # of network, server, login or settings: the run goes on
-                why = str(e).partition("\n")[0][:200]
-                log.warning("W&B cannot be used online (%s); recording offline", why)
-                wandb.teardown()  # else the id is in use
+        if mode == "online" and self._start_online(settings, options):
+            return
         self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
-        log.info("W&B offline; to send it later: %s", self._how_to_sync())
+        log.info("W&B offline; to upload later: %s", self._sync_command())
+
+    def _start_online(self, settings: dict[str, Any], options: dict[str, Any]) -> bool:
+        """Whether an online run has started; logs a warning otherwise."""
+        import wandb
+
+        # Without credentials, `wandb.init` prompts at a terminal before it reads `silent`.
+        silent = wandb.Settings(silent=True)
+        wandb.setup(silent)
+        wandb.termsetup(silent, None)  # if W&B was set up before
+        wait = self.cfg.timeout
+        try:
+            own = wandb.Settings(**settings, init_timeout=wait, login_timeout=wait)
+            self.run = wandb.init(mode="online", settings=own, **options)
+            return True
+        except Exception as e:  # network, server, login or settings: continue offline
+            reason = str(e).partition("\n")[0][:200]
+            log.warning("W&B cannot be used online (%s); recording offline", reason)
+            wandb.teardown()  # releases the run id
+            return False
 
     def mode(self) -> str:
-        """The mode that `auto` stands for here and now."""
+        """The effective mode, with `auto` resolved."""
         if self.cfg.mode != "auto":
             return self.cfg.mode
-        said = os.environ.get("WANDB_MODE", "")
-        if said in MODES[1:]:
-            return said
+        from_environment = os.environ.get("WANDB_MODE", "")
+        if from_environment in MODES[1:]:
+            return from_environment
         return "online" if os.environ.get("WANDB_SWEEP_ID") or _has_credentials() else "offline"
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -133,9 +138,9 @@ class WandbLogger:
         if self.run is not None:
             import wandb
 
-            said = captions or [None] * len(paths)
-            shown = [wandb.Image(str(p), caption=c) for p, c in zip(paths, said, strict=True)]
-            self._log(step, {name: shown})
+            texts = captions or [None] * len(paths)
+            images = [wandb.Image(str(p), caption=c) for p, c in zip(paths, texts, strict=True)]
+            self._log(step, {name: images})
 
     def summary(self, values: Mapping[str, Any]) -> None:
         if self.run is not None:
@@ -149,7 +154,7 @@ class WandbLogger:
             self.run.log({name: wandb.Html(path.read_text(encoding="utf-8"), inject=False)})
 
     def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
-        """Rows of text, the first one the header."""
+        """Rows of text; the first is the header."""
         if self.run is not None:
             import wandb
 
@@ -162,27 +167,28 @@ class WandbLogger:
             return
         if exit_code == Preempted.exit_code and self.cfg.requeue:
             self.run.mark_preempting()
-        run, how = self.run, self._how_to_sync()
+        run, command = self.run, self._sync_command()
         self.run = None
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
             log.warning(
-                "W&B did not take everything in %g s; later: %s", self.cfg.finish_timeout, how
+                "W&B did not finish uploading in %g s; to upload later: %s",
+                self.cfg.finish_timeout,
+                command,
             )
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        # A resumed run repeats steps that the server has; it would refuse them one by one, with a
-        # line for each.
+        # A resumed run repeats steps that the server already has and would reject one by one.
         if self.run is not None and step >= self.run.step:
             self.run.log(values, step=step)
 
-    def _how_to_sync(self) -> str:
+    def _sync_command(self) -> str:
         return f"wandb sync {Path(self.run.dir).parent}"
 
 
 def _run_id(folder: Path) -> str:
-    """The id of this run folder, the same after a resume; a sweep agent decides it itself."""
+    """The id of this run folder, kept on resume; a sweep agent sets its own."""
     path = folder / "wandb_id"
     given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     if given is None and path.is_file():
@@ -200,7 +206,7 @@ def _environment(folder: Path) -> dict[str, Any]:
 
 
 def _has_credentials() -> bool:
-    """Whether W&B can log in without asking: by the environment or ~/.netrc."""
+    """Whether W&B can log in without a prompt, from the environment or ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname or "api.wandb.ai"
