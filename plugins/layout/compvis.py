@@ -12,11 +12,11 @@ from sandbox.contracts import LayoutConfig, State, StorageError, one_of
 from sandbox.registry import register
 
 DIALECTS = ("plain", "deepspeed", "256")
-NETWORK, WRAPPED, AVERAGE = "model.diffusion_model.", "model.", "model_ema."
+NETWORK, WRAPPED, EMA = "model.diffusion_model.", "model.", "model_ema."
 FIRST_STAGE = "first_stage_model."
 CONDITIONING = ("cond_stage_model.", "embedder.", "image_proj_model.")
 LAUNCHER_PREFIXES = ("_forward_module.", "module.")  # added by DeepSpeed and DDP
-RATE, RATE_256 = "fps_embedding.", "framestride_embed."  # the 256 model's name for the same
+FPS, FPS_256 = "fps_embedding.", "framestride_embed."  # the latter in the 256 model
 COUNTERS = ("decay", "num_updates")  # of the EMA
 TABLES = frozenset({
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
@@ -26,7 +26,7 @@ TABLES = frozenset({
 })  # fmt: skip
 LOGVAR = "logvar"  # of a loss with learn_logvar
 TOP = TABLES | {LOGVAR}
-KNOWN = (NETWORK, AVERAGE, FIRST_STAGE, *CONDITIONING)
+KNOWN = (NETWORK, EMA, FIRST_STAGE, *CONDITIONING)
 MEASURED = ("scale", "shift")  # tensors of a first stage that measures them on the data
 ALONE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.")
 
@@ -97,7 +97,7 @@ class CompVis:
         state = dict(parts.get("schedule", {}))
         state |= {NETWORK + k: v for k, v in parts.get("backbone", {}).items()}
         state |= {
-            AVERAGE + (k if k in COUNTERS else _flat(NETWORK + k)): v
+            EMA + (k if k in COUNTERS else _flat(NETWORK + k)): v
             for k, v in parts.get("ema", {}).items()
         }
         state |= {FIRST_STAGE + k: v for k, v in parts.get("vae", {}).items()}
@@ -126,18 +126,18 @@ def _plain_name(name: str) -> str:
     """A name of any dialect in the plain dialect."""
     for prefix in LAUNCHER_PREFIXES:
         name = name.removeprefix(prefix)
-    old, new = NETWORK + RATE_256, NETWORK + RATE
+    old, new = NETWORK + FPS_256, NETWORK + FPS
     if name.startswith(old):
         return new + name.removeprefix(old)
-    flat = AVERAGE + _flat(old)
-    return AVERAGE + _flat(new) + name.removeprefix(flat) if name.startswith(flat) else name
+    flat = EMA + _flat(old)
+    return EMA + _flat(new) + name.removeprefix(flat) if name.startswith(flat) else name
 
 
 def _name_256(name: str) -> str:
     """A name of the plain dialect in the 256 dialect."""
     for new, old in (
-        (NETWORK + RATE, NETWORK + RATE_256),
-        (AVERAGE + _flat(NETWORK + RATE), AVERAGE + _flat(NETWORK + RATE_256)),
+        (NETWORK + FPS, NETWORK + FPS_256),
+        (EMA + _flat(NETWORK + FPS), EMA + _flat(NETWORK + FPS_256)),
     ):
         if name.startswith(new):
             return old + name.removeprefix(new)
@@ -153,8 +153,8 @@ def _place(name: str, dotted: dict[str, str]) -> tuple[str, str] | None:
     """(component, name in it), or None for an unknown name. `dotted`: flat name -> dotted name."""
     if name.startswith(NETWORK):
         return "backbone", name.removeprefix(NETWORK)
-    if name.startswith(AVERAGE):
-        own = name.removeprefix(AVERAGE)
+    if name.startswith(EMA):
+        own = name.removeprefix(EMA)
         own = own if own in COUNTERS else dotted.get(own)
         return ("ema", own) if own else None
     if name.startswith(FIRST_STAGE):

@@ -34,7 +34,7 @@ def test_it_can_be_read(plugin):
 
 
 @each_plugin
-def test_it_says_in_a_line_what_it_is(plugin):
+def test_it_has_a_one_line_description(plugin):
     assert 10 <= len(plugin.doc) <= 160
     assert plugin.doc.endswith(".")
 
@@ -46,17 +46,19 @@ def test_importing_it_gives_its_class(plugin):
 
 
 @each_plugin
-def test_its_config_makes_the_promises_of_its_group(plugin):
-    """Derived from the same Config of sandbox.contracts as those of the others."""
-    assert {promises(p.config) for p in registry.plugins(plugin.group)} == {promises(plugin.config)}
+def test_its_config_derives_from_the_base_of_its_group(plugin):
+    """All Configs of a group derive from one base in sandbox.contracts."""
+    assert {base_config(p.config) for p in registry.plugins(plugin.group)} == {
+        base_config(plugin.config)
+    }
 
 
-def test_what_may_differ_from_a_run_are_settings():
+def test_may_differ_names_settings():
     for plugin in PLUGINS:
         assert {*plugin.config.may_differ} <= {f.name for f in fields(plugin.config)}, plugin.key
 
 
-def promises(config: type) -> type:
+def base_config(config: type) -> type:
     return next(kind for kind in config.__mro__ if kind.__module__.startswith(CONTRACTS))
 
 
@@ -79,12 +81,12 @@ def test_its_fields_are_of_types_that_a_command_line_can_set(key):
 
 @each_config
 def test_its_defaults_are_accepted(key):
-    asks = {"task/new", "task/diff", "task/replay", "task/prepare"}  # which want a name or a run
-    assert list(CONFIGS[key].problems()) == [] or key in asks
+    incomplete = {"task/new", "task/diff", "task/replay", "task/prepare"}  # need a name or run
+    assert list(CONFIGS[key].problems()) == [] or key in incomplete
 
 
 @each_config
-def test_it_comes_back_from_omegaconf_and_from_plain_containers(key):
+def test_it_round_trips_through_omegaconf_and_plain_containers(key):
     cfg = CONFIGS[key]
     assert registry.tuples(OmegaConf.to_object(OmegaConf.structured(cfg))) == cfg
     assert registry.typed(config.to_container(cfg)) == cfg
@@ -103,7 +105,7 @@ def test_wrong_numbers_are_named_and_never_crash(key):
 
 
 @each_config
-def test_a_number_that_is_none_is_refused(key):
+def test_nan_is_refused(key):
     cfg = CONFIGS[key]
     for name, values in _wrong_numbers(cfg):
         for value in values:
@@ -114,7 +116,7 @@ def test_a_number_that_is_none_is_refused(key):
 
 
 def _wrong_numbers(cfg: PluginConfig) -> list[tuple[str, list[Any]]]:
-    """(field, values) that no sensible Config means: negative, zero, huge, not a number."""
+    """(field, invalid values): negative, zero, huge, NaN."""
     found = []
     for name, hint in get_type_hints(type(cfg)).items():
         default = getattr(cfg, name, None)
@@ -136,7 +138,7 @@ def _plain(hint: Any) -> bool:
 
 @contextmanager
 def _imported_config(plugin: registry.Plugin) -> Iterator[type]:
-    """The Config of the whole file, run as Python would run it but for the registration."""
+    """The Config from executing the complete file, without registering it."""
     tree, name = ast.parse(plugin.path.read_text()), ""
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
@@ -145,7 +147,7 @@ def _imported_config(plugin: registry.Plugin) -> Iterator[type]:
                 node.decorator_list, name = kept, node.name
     module = ModuleType("plain_copy_of_a_plugin")
     module.__file__ = str(plugin.path)
-    sys.modules[module.__name__] = module  # where dataclasses and type hints look names up
+    sys.modules[module.__name__] = module  # dataclasses and type hints resolve names there
     try:
         exec(compile(tree, str(plugin.path), "exec", dont_inherit=True), vars(module))
         yield vars(module)[name].Config

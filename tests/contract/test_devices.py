@@ -1,6 +1,6 @@
-"""Nothing of a step or a sample is left on another device than its system, though no GPU is here.
+"""All tensors of a step or a sample are on the device of the system (tested without a GPU).
 
-torch's fake tensors have devices that are not there, and refuse to mix them as real ones do.
+torch's fake tensors can have absent devices, and refuse to mix devices as real tensors do.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ LOSSES = dict(plugin_configs("reconstruction"))
 
 
 class Answers(TorchDispatchMode):
-    """Says a number where one asks for the value of a fake tensor: 0, of floats 1/2, 2/3, ..."""
+    """Returns values for fake tensors: 0 for integers; 1/2, 2/3, ... for floats."""
 
-    asked = 1
+    requests = 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.ops.aten._local_scalar_dense.default:
             return func(*args, **kwargs or {})
         if not args[0].is_floating_point():
             return 0
-        self.asked += 1
-        return 1 - 1 / self.asked
+        self.requests += 1
+        return 1 - 1 / self.requests
 
 
 @contextmanager
 def on_a_gpu(system: Any) -> Iterator[None]:
-    """Inside the block the weights and buffers of `system` are fake ones of a GPU."""
+    """Inside the block, weights and buffers of `system` are fake GPU tensors."""
     known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def there(tensor: Tensor | None) -> Tensor | None:
+    def on_gpu(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
         if id(tensor) not in known:
@@ -66,14 +66,14 @@ def on_a_gpu(system: Any) -> Iterator[None]:
     with FakeTensorMode(allow_non_fake_inputs=True), Answers():
         for module in system.modules():
             for own in (module._parameters, module._buffers):
-                own.update({name: there(tensor) for name, tensor in own.items()})
-            if hasattr(module, "_device"):  # as Lightning says it
+                own.update({name: on_gpu(tensor) for name, tensor in own.items()})
+            if hasattr(module, "_device"):  # Lightning's attribute
                 module._device = GPU
         yield
 
 
 def with_data(wiring: Wiring, folder: Any) -> tuple[Wiring, Batch]:
-    """With two of its clips."""
+    """The wiring with two clips of its data."""
     root = replace(wiring.root, data=with_clips(wiring.root.data, folder, wiring.root))
     batch = next(iter(batches(registry.create(root.data).split("train"), 2, 0)))
     return replace(wiring, root=root), batch
@@ -93,7 +93,7 @@ def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
     with on_a_gpu(system):
         terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
         assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}
-        if "video" in wiring.root.data.provides():  # else it reads its first stage now
+        if "video" in wiring.root.data.provides():  # otherwise it reads its first stage now
             assert system.eval().sample(like).device == GPU
 
 
@@ -109,13 +109,13 @@ def test_a_step_of_a_first_stage_stays_on_its_device(key, tmp_path):
         replace(wiring, root=replace(wiring.root, reconstruction=loss)), tmp_path
     )
     system, keyed = build_autoencoding(wiring.root), draws(wiring, batch)
-    with on_a_gpu(system), torch.no_grad():  # autograd itself wants a driver
+    with on_a_gpu(system), torch.no_grad():  # autograd needs a driver
         terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
         assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}
 
 
-def test_mixed_devices_are_seen():
-    """So that the other tests can fail."""
+def test_mixed_devices_are_detected():
+    """Shows that the other tests can fail."""
     layer = nn.Linear(2, 2)
     with on_a_gpu(layer), pytest.raises(RuntimeError, match="device"):
         layer(torch.zeros(1, 2, device="cpu"))

@@ -1,4 +1,4 @@
-"""Every schedule, loss, sampler and guidance, presets included: what they promise one another."""
+"""Interfaces of every schedule, loss, sampler and guidance, presets included."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wiring(key: str) -> Wiring:
 
 
 def built(key: str, group: str | None = None) -> Any:
-    """The component, or its partner of another group."""
+    """The component, or a compatible one of another group."""
     return registry.create(getattr(wiring(key).root, group or key.partition("/")[0]))
 
 
@@ -63,7 +63,7 @@ def test_times_are_drawn_for_each_sample_from_the_draws(key):
 
 
 @each_schedule
-def test_a_backbone_is_told_times_of_zero_to_a_thousand(key):
+def test_backbone_times_are_in_0_to_1000(key):
     schedule = built(key)
     t = torch.cat([schedule.draw_t(draws(COUNT)), schedule.times(3, "trailing")])
     z = tensor(len(t), 2, 1, 1, 1)
@@ -84,13 +84,13 @@ def test_noised_latents_are_alpha_z0_plus_sigma_eps(key):
 
 
 @each_schedule
-def test_the_right_prediction_leads_back_to_latents_and_noise(key):
-    """In the middle of the process: at its ends one of the two may be beyond recovery."""
+def test_the_exact_prediction_recovers_latents_and_noise(key):
+    """At a middle time; at the ends one of the two may not be recoverable."""
     schedule = built(key)
     t = schedule.times(8, "trailing")[3:5]
     z0, eps = tensor(2, 3, 2, 2, 2), tensor(2, 3, 2, 2, 2, seed=1)
     target = schedule.target(z0, eps, t)
-    out = torch.cat([target] * config_of(key).outputs(), 1)  # a variance is beside the prediction
+    out = torch.cat([target] * config_of(key).outputs(), 1)  # prediction and variance
     found = schedule.denoised(out, schedule.noised(z0, eps, t), t)
     faded = schedule.alpha(t) * found.z0 + schedule.sigma(t) * found.eps
     torch.testing.assert_close(faded, schedule.noised(z0, eps, t), atol=1e-4, rtol=1e-4)
@@ -98,7 +98,7 @@ def test_the_right_prediction_leads_back_to_latents_and_noise(key):
 
 
 @each_schedule
-def test_sampling_starts_at_the_noisiest_time_and_goes_down(key):
+def test_sampling_times_decrease_from_the_noisiest(key):
     schedule = built(key)
     times = schedule.times(6, "trailing")
     assert times.shape == (6,)
@@ -108,7 +108,7 @@ def test_sampling_starts_at_the_noisiest_time_and_goes_down(key):
 
 
 @each_schedule
-def test_it_ends_in_noise_where_it_says_so(key):
+def test_ends_in_noise_matches_the_final_snr(key):
     last = built(key).times(4, "trailing")[:1]
     alpha = built(key).alpha(last).item()
     assert alpha < 0.01 if config_of(key).ends_in_noise() else alpha > 0
@@ -134,12 +134,12 @@ def test_unknown_spacings_are_refused_by_config_and_by_class(key):
 
 
 def terms(key: str, error: float) -> Any:
-    """The loss of outputs that are wrong by `error` everywhere, and the outputs."""
+    """The loss of outputs with a constant `error`, and the outputs."""
     schedule, loss = built(key, "schedule"), built(key)
     z0, eps = tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1)
     t = schedule.draw_t(draws(4))
     out = (schedule.target(z0, eps, t) + error).requires_grad_()
-    variance = [torch.zeros_like(out)] * (schedule.cfg.outputs() - 1)  # beside the prediction
+    variance = [torch.zeros_like(out)] * (schedule.cfg.outputs() - 1)  # next to the prediction
     return loss(schedule, torch.cat([out, *variance], 1), z0, eps, t), out
 
 
@@ -153,7 +153,7 @@ def test_a_loss_is_one_number_with_one_for_each_sample(key):
 
 
 @each_loss
-def test_a_better_output_costs_less_and_the_gradient_says_so(key):
+def test_a_better_output_has_a_lower_loss_and_the_gradient_points_there(key):
     found, out = terms(key, 0.5)
     better, _ = terms(key, 0.1)
     assert (better.per_sample < found.per_sample).all()
@@ -176,7 +176,7 @@ TRUTH = 0.3
 
 
 class Oracle:
-    """A model that knows the only clip there is; notes what it was called with."""
+    """The optimal model for data at a single clip; records its calls."""
 
     def __init__(self, schedule: Any) -> None:
         self.schedule = schedule
@@ -197,11 +197,11 @@ def solved(key: str, steps: int = 10, seed: int = 0, **oracle: Any) -> tuple[Ten
 
 
 @each_sampler
-def test_a_perfect_model_leads_near_the_truth(key):
+def test_a_perfect_model_recovers_the_data(key):
     z, _ = solved(key)
     assert z.shape == (2, 3, 1, 4, 4)
     assert z.dtype == torch.float32
-    assert (z - TRUTH).abs().mean() < 0.1  # some end, as published, on the first noise level
+    assert (z - TRUTH).abs().mean() < 0.1  # some end, as published, at the first noise level
 
 
 @each_sampler
@@ -240,7 +240,7 @@ def test_the_full_pass_comes_first_and_others_drop_known_signals(key):
 
 
 @each_guidance
-def test_passes_that_agree_are_left_as_they_are(key):
+def test_equal_passes_are_unchanged(key):
     guidance, out = built(key), tensor(2, 3, 1, 4, 4)
     outs = [out.clone() for _ in guidance.passes(("text",))]
     t = torch.zeros(2, dtype=torch.int64)
@@ -249,6 +249,6 @@ def test_passes_that_agree_are_left_as_they_are(key):
 
 
 @each_guidance
-def test_one_pass_is_left_as_it_is(key):
+def test_a_single_pass_is_unchanged(key):
     out = tensor(2, 3, 1, 4, 4)
     assert torch.equal(built(key).combine([out], torch.zeros(2), 0, 4), out)

@@ -1,4 +1,4 @@
-"""Every network (first stage, backbone, ...): built anywhere, saved, repeatable, trainable."""
+"""Every network (first stage, backbone, ...): devices, state, determinism, gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def wiring(key: str) -> Wiring:
 
 
 def complete(key: str) -> PluginConfig:
-    """The Config with the numbers that wiring fills in."""
+    """The Config completed by the wiring."""
     return getattr(wiring(key).root, key.partition("/")[0])
 
 
@@ -38,10 +38,10 @@ def is_module(key: str) -> bool:
     try:
         return issubclass(registry.plugin_class(key), nn.Module)
     except PluginError:
-        return True  # it cannot be imported: every test of it says so
+        return True  # it cannot be imported: all its tests fail
 
 
-# --- what each kind computes ----------------------------------------------------------------------
+# --- outputs by kind ----------------------------------------------------------------------
 
 
 def first_stage(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ def backbone(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
     return {"out": out, "loss": (out - z.mean()).square().mean()}
 
 
-def told(module: nn.Module, w: Wiring) -> Conditions:
-    """What conditioning makes of a batch; the first sample keeps all, the second drops all."""
+def conditions_of(module: nn.Module, w: Wiring) -> Conditions:
+    """Conditions of a batch of two; the second sample drops all signals."""
     signals = w.root.conditioning.signals()
     return module(
         batch(w), w.grids[0], {s: torch.tensor([False, True]) for s in signals}, draws(),
@@ -68,7 +68,7 @@ def told(module: nn.Module, w: Wiring) -> Conditions:
 
 
 def conditioning(module: nn.Module, w: Wiring) -> dict[str, Tensor]:
-    found = dict(told(module, w).tensors())
+    found = dict(conditions_of(module, w).tensors())
     floating = [x for x in found.values() if x.requires_grad]
     return found | (
         {"loss": torch.stack([x.square().mean() for x in floating]).sum()} if floating else {}
@@ -116,7 +116,7 @@ def test_the_meta_device_gives_the_same_names_and_shapes(key):
 
 
 @each_module
-def test_its_state_comes_back_strictly(key):
+def test_its_state_loads_strictly(key):
     one, other = built(key, 0).eval(), built(key, 1).eval()
     other.load_state_dict({k: v.clone() for k, v in one.state_dict().items()})
     a, b = run(key, one), run(key, other)
@@ -170,7 +170,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 @each_first_stage
 @torch.no_grad()
-def test_latents_have_the_size_that_the_config_promises(key):
+def test_latents_have_the_size_stated_by_the_config(key):
     w, module = wiring(key), built(key).eval()
     posterior = module.encode(video(w.clips[0]))
     assert clip_of(posterior.mean) == clip_of(module.scaled(posterior.mean)) == w.latents[0]
@@ -180,7 +180,7 @@ def test_latents_have_the_size_that_the_config_promises(key):
 
 @each_first_stage
 @torch.no_grad()
-def test_latents_become_clips_of_the_size_that_they_came_from(key):
+def test_decoded_clips_have_the_original_size(key):
     w, module = wiring(key), built(key).eval()
     out = module.decode(tensor(2, *sizes(w.latents[0])))
     assert clip_of(out) == w.clips[0]
@@ -188,7 +188,7 @@ def test_latents_become_clips_of_the_size_that_they_came_from(key):
 
 @each_first_stage
 @torch.no_grad()
-def test_what_a_cache_keeps_is_the_whole_posterior(key):
+def test_the_cached_tensor_restores_the_posterior(key):
     module = built(key).eval()
     posterior = module.encode(video(wiring(key).clips[0]))
     again = module.posterior(posterior.stored.clone())
@@ -218,10 +218,10 @@ def test_the_output_is_as_large_as_the_latents(key):
 
 @each_backbone
 @torch.no_grad()
-def test_samples_of_a_batch_do_not_see_each_other(key):
+def test_samples_of_a_batch_are_independent(key):
     w, module = wiring(key), built(key).eval()
     for parameter in module.parameters():
-        parameter.add_(0.05 * tensor(*parameter.shape))  # away from zeros at the end
+        parameter.add_(0.05 * tensor(*parameter.shape))  # away from zero initialisation
     z, t = tensor(2, *sizes(w.grids[0])), torch.tensor([100.0, 900.0])
     cond = conditions(w.slots[0], w.grids[0])
     out = module(z, t, cond)
@@ -235,9 +235,9 @@ def test_samples_of_a_batch_do_not_see_each_other(key):
 
 
 @each_conditioner
-def test_it_gives_what_its_config_offers(key):
+def test_it_returns_the_slots_that_its_config_offers(key):
     w = wiring(key)
-    cond, slots = told(built(key), w), w.slots[0]
+    cond, slots = conditions_of(built(key), w), w.slots[0]
     expected = conditions(slots, w.grids[0])
     assert shapes(dict(cond.tensors())) == shapes(dict(expected.tensors()))
 
@@ -255,7 +255,7 @@ def test_it_can_sample_without_clips(key):
     empty = batch(w)
     empty.video = None
     if w.root.conditioning.encodes():
-        pytest.skip("it is told by clips")
+        pytest.skip("it is conditioned on clips")
     kept = {s: torch.zeros(2, dtype=torch.bool) for s in complete(key).signals()}
     found = built(key)(empty, w.grids[0], kept, draws(), lambda pixels, name: pixels, None)
     assert set(dict(found.tensors())) == set(dict(conditions(w.slots[0], w.grids[0]).tensors()))

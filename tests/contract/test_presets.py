@@ -1,4 +1,4 @@
-"""Every preset: composes, is complete in words, and wires or says why it does not."""
+"""Every preset composes, is described, and wires or reports the problem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ each_preset = pytest.mark.parametrize("key", PRESETS)
 
 
 @each_preset
-def test_it_says_in_a_comment_what_it_is(key):
+def test_it_starts_with_a_comment_that_describes_it(key):
     lines = [x for x in PRESETS[key].read_text().splitlines() if "@package" not in x]
     assert lines[0].startswith("# ")
     assert len(lines[0]) > 12
@@ -25,7 +25,7 @@ def test_it_does_not_hide_a_plugin(key):
 
 
 @each_preset
-def test_it_wires_or_says_why_not(key):
+def test_it_wires_or_reports_the_problem(key):
     group, _, name = key.partition("/")
     cfg = preset(group, name)
     assert cfg.plugin.startswith(f"{group}/")
@@ -33,4 +33,4 @@ def test_it_wires_or_says_why_not(key):
         wired_around(group, cfg)
     except ConfigError as e:
         assert e.problems
-        assert all(group in p for p in e.problems), "the preset alone is at fault"
+        assert all(group in p for p in e.problems), "only the preset may be invalid"

@@ -1,4 +1,4 @@
-"""Recipes of published systems leave nothing to a default; tiny siblings are the same, shrunk."""
+"""Published recipes set every value; tiny siblings differ only in size."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ FULL = [name for name in RECIPES if not name.endswith("_tiny")]
 OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage"}
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
           "ema", "checkpoint")  # fmt: skip
-# where files are, how much memory is used, how often a write is tried: not of a recipe
+# paths, memory use and write retries: not part of a recipe
 OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fraction", "max_bad",
                "train_frames", "frames_per_pass", "attempts", "wait", "cosine_s", "turning_step",
                "one_by_one", "every", "best_of"}  # fmt: skip
 
 
 @cache
-def whole(recipe: str) -> Root:
+def root_of(recipe: str) -> Root:
     return composed(f"experiment={recipe}")
 
 
 def chosen(recipe: str) -> dict[str, str]:
-    """Group -> option, as the recipe's own list says."""
-    said = yaml.safe_load((CONF / f"experiment/{recipe}.yaml").read_text())["defaults"]
-    return {k.removeprefix("override /"): v for entry in said for k, v in entry.items()}
+    """Group -> option of the recipe's defaults list."""
+    defaults = yaml.safe_load((CONF / f"experiment/{recipe}.yaml").read_text())["defaults"]
+    return {k.removeprefix("override /"): v for entry in defaults for k, v in entry.items()}
 
 
 def stated(group: str, option: str) -> set[str]:
-    """Fields that the preset and those it is made from set."""
+    """Fields that the preset and its parents set."""
     path = CONF / group / f"{option}.yaml"
     if not path.is_file():
         return set()
@@ -55,8 +55,8 @@ def test_a_recipe_chooses_every_group(recipe):
 @pytest.mark.parametrize("recipe", FULL)
 @pytest.mark.parametrize("group", STATED)
 def test_its_presets_state_every_number(recipe, group):
-    """A default that is tuned later changes no published recipe."""
-    cfg = getattr(whole(recipe), group)
+    """So that changing a default changes no published recipe."""
+    cfg = getattr(root_of(recipe), group)
     assert isinstance(cfg, PluginConfig)
     own = {f.name for f in fields(cfg)} - OPERATIONAL
     assert own <= stated(group, chosen(recipe)[group])
@@ -67,15 +67,15 @@ def test_absent_data_and_weights_are_named_before_a_run(recipe):
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError) as raised:
-        checked(whole(recipe))
+        checked(root_of(recipe))
     assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 
-# DynamiCrafter's go on from released weights: tests/systems/test_recipes_dynamicrafter.py
+# DynamiCrafter's start from released weights: tests/systems/test_recipes_dynamicrafter.py
 @pytest.mark.parametrize("recipe", TINY_LDM)
-def test_a_tiny_sibling_differs_in_size_and_data_alone(recipe):
-    """The same plugins, and the same noise, loss, network form, optimizer and average."""
-    full, tiny = (whole(name) for name in (recipe.removesuffix("_tiny"), recipe))
+def test_a_tiny_sibling_differs_only_in_size_and_data(recipe):
+    """The same plugins, schedule, loss, network structure, optimizer and EMA."""
+    full, tiny = (root_of(name) for name in (recipe.removesuffix("_tiny"), recipe))
     for group in STATED[1:]:
         assert getattr(full, group).plugin == getattr(tiny, group).plugin, group
     for group in ("schedule", "loss", "optimizer", "lr_schedule", "ema", "trainer", "guidance"):

@@ -1,4 +1,4 @@
-"""Every stage of task=prepare: what the frame may count on."""
+"""Interfaces of every stage of task=prepare."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def clip(file, start=0.0, end=None) -> VideoClip:
 
 
 @of_kind(object)
-def test_it_is_of_a_kind_that_the_frame_uses(key):
+def test_it_implements_a_stage_interface(key):
     assert isinstance(STAGES[key], (ScoringStage, CuttingStage, DecidingStage, RenderingStage))
 
 
 @of_kind(object)
-def test_its_limits_are_settings_of_it(key):
+def test_its_limits_are_settings(key):
     assert set(CONFIGS[key].limits) <= {f.name for f in fields(CONFIGS[key])}
 
 
@@ -53,7 +53,7 @@ def test_it_asks_for_frames_of_the_clip_in_order(key, seconds):
 
 
 @of_kind(ScoringStage, WEIGHTLESS)
-def test_a_look_gives_plain_scores_and_the_same_again(key, file):
+def test_scores_are_plain_and_deterministic(key, file):
     first = STAGES[key].score(clip(file, 0.2, 1.3))
     assert first
     assert json.loads(json.dumps(first)) == first
@@ -61,7 +61,7 @@ def test_a_look_gives_plain_scores_and_the_same_again(key, file):
 
 
 @of_kind(CuttingStage, WEIGHTLESS)
-def test_spans_are_in_order_inside_of_the_clip_and_do_not_overlap(key, file):
+def test_spans_are_ordered_inside_the_clip_and_do_not_overlap(key, file):
     spans = STAGES[key].spans(STAGES[key].score(clip(file)), 1.5)
     edges = [t for start, end, _ in spans for t in (start, end)]
     assert edges == sorted(edges)
@@ -70,7 +70,7 @@ def test_spans_are_in_order_inside_of_the_clip_and_do_not_overlap(key, file):
 
 
 @of_kind(DecidingStage)
-def test_a_judge_answers_for_each_clip_and_changes_none(key, file):
+def test_decide_answers_for_each_clip_and_modifies_none(key, file):
     name, (info, stage) = key.partition("/")[2], (probe(file), STAGES[key])
     rows = [
         {"id": str(i), "source": f"a{i}.mp4", "path": file.with_name(f"a{i}.mp4"), "info": info,
@@ -80,16 +80,16 @@ def test_a_judge_answers_for_each_clip_and_changes_none(key, file):
         known = stage.score(clip(file)) if key in WEIGHTLESS else {"score": 1.0}
         row["scores"][name] = known
     before = copy.deepcopy(rows)
-    said = stage.decide(rows)
+    decisions = stage.decide(rows)
     assert rows == before
-    assert len(said) == len(rows)
-    assert json.loads(json.dumps(said)) == said
-    assert stage.decide(rows) == said
+    assert len(decisions) == len(rows)
+    assert json.loads(json.dumps(decisions)) == decisions
+    assert stage.decide(rows) == decisions
     assert stage.decide([]) == []
 
 
 @of_kind(RenderingStage)
-def test_a_rendering_has_frames_of_one_even_size_and_a_rate(key, file):
+def test_a_rendering_has_frames_of_one_even_size_and_an_fps(key, file):
     made = STAGES[key].render(clip(file, 0.5, 1.5))
     frames = list(made.frames)
     assert made.fps > 0

@@ -1,4 +1,4 @@
-"""Every data source, optimizer, learning rate, average, logger, callback, metric and task."""
+"""Every data source, optimizer, lr_schedule, EMA, logger, callback, metric and task."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def test_the_splits_share_no_clip(key, tmp_path):
 
 
 @each("data")
-def test_a_clip_depends_on_its_key_alone(key, tmp_path):
+def test_a_clip_depends_only_on_its_key(key, tmp_path):
     _, items = items_of(small(key), "train", tmp_path)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     one, other = (items.load(1, np.random.default_rng(7)) for _ in range(2))
-    assert torch.equal(shown(one), shown(other))
+    assert torch.equal(content(one), content(other))
     assert one.get("caption") == other.get("caption")
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
@@ -89,16 +89,16 @@ def test_a_clip_depends_on_its_key_alone(key, tmp_path):
 def test_validation_clips_are_always_the_same(key, tmp_path):
     _, items = items_of(small(key), "val", tmp_path)
     one, other = (items.load(0, np.random.default_rng(seed)) for seed in (1, 2))
-    assert torch.equal(shown(one), shown(other))
+    assert torch.equal(content(one), content(other))
 
 
-def shown(sample: dict[str, Any]) -> torch.Tensor:
-    """The pixels of a clip, or its stored latents."""
+def content(sample: dict[str, Any]) -> torch.Tensor:
+    """The pixels of a clip, or its cached latents."""
     return sample["video"] if "video" in sample else sample["stored"]
 
 
 @each("data")
-def test_there_are_prompts_where_the_config_says_so(key, tmp_path):
+def test_there_are_prompts_if_the_config_provides_them(key, tmp_path):
     cfg = small(key)
     source, _ = items_of(cfg, "train", tmp_path)
     assert bool(source.prompts()) == ("prompts" in cfg.provides())
@@ -113,7 +113,7 @@ def test_unknown_splits_are_refused(key, tmp_path):
 
 
 @each("data")
-def test_how_clips_are_loaded_is_no_part_of_what_they_are(key):
+def test_loading_settings_are_not_part_of_the_data_identity(key):
     cfg = CONFIGS[key]
     assert data_identity(cfg) == data_identity(replace(cfg, batch_size=3, num_workers=1))
 
@@ -122,7 +122,7 @@ def test_how_clips_are_loaded_is_no_part_of_what_they_are(key):
 
 
 def network() -> nn.Module:
-    """A wired backbone: optimizers tell layers apart by their names."""
+    """A wired backbone, since optimizers select layers by name."""
     torch.manual_seed(0)
     module = registry.create(wiring("task/train").root.backbone)
     for parameter in module.parameters():
@@ -132,7 +132,7 @@ def network() -> nn.Module:
 
 
 def stepped(key: str, lr: float, steps: int = 1, factor: float = 1.0) -> tuple[nn.Module, Any]:
-    """A network after steps on the squares of its own weights."""
+    """A network after steps on the sum of its squared weights."""
     module = network()
     optimizer = built(key).build(list(module.named_parameters()), lr)
     for group in optimizer.param_groups:
@@ -170,14 +170,14 @@ def test_a_learning_rate_of_zero_changes_nothing(key):
 
 
 @each("optimizer")
-def test_the_peak_rate_scales_every_group(key):
+def test_the_peak_learning_rate_scales_every_group(key):
     rates = [[g["lr"] for g in stepped(key, lr)[1].param_groups] for lr in (1e-3, 2e-3)]
     assert rates[1] == pytest.approx([2 * rate for rate in rates[0]])
 
 
 @each("optimizer")
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_happened(key):
-    whole, _ = stepped(key, 1e-3, steps=4)
+def test_a_restored_optimizer_continues_exactly(key):
+    full, _ = stepped(key, 1e-3, steps=4)
     half, before = stepped(key, 1e-3, steps=2)
     after = built(key).build(list(half.named_parameters()), 1e-3)
     after.load_state_dict(before.state_dict())
@@ -185,13 +185,11 @@ def test_a_saved_optimizer_goes_on_as_if_nothing_had_happened(key):
         after.zero_grad()
         torch.stack([p.square().sum() for p in half.parameters()]).sum().backward()
         after.step()
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.parameters(), half.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(full.parameters(), half.parameters(), strict=True))
 
 
 @each("lr_schedule")
-def test_factors_are_finite_and_reach_a_sensible_peak(key):
+def test_factors_are_finite_with_a_peak_near_1(key):
     factors = [CONFIGS[key].factor(step, 1000) for step in range(1000)]
     assert all(0 <= f <= 1.001 for f in factors)
     assert max(factors) > 0.5
@@ -203,16 +201,16 @@ def test_runs_of_one_step_have_a_factor(key):
 
 
 @each("ema")
-def test_decays_are_shares_and_updates_have_a_place(key):
+def test_decays_are_in_0_to_1_and_the_interval_is_known(key):
     rule = built(key)
     assert rule.every in ("step", "micro_batch")
     if rule.decay is not None:
         assert all(0 <= rule.decay(n) <= 1 for n in (1, 2, 10, 1000, 10**6))
-        assert rule.decay(1) < 1, "the average would stay where it started"
+        assert rule.decay(1) < 1, "the EMA would never change"
 
 
 @each("checkpoint")
-def test_checkpoints_fall_due(key):
+def test_checkpoints_become_due(key):
     policy = built(key)
     assert any(policy.due(step) for step in range(1, 20_001))
     assert {"keep", "milestones", "attempts", "wait"} <= {f.name for f in fields(policy.cfg)}
@@ -222,15 +220,15 @@ def test_checkpoints_fall_due(key):
 
 
 @each("logger")
-def test_a_logger_takes_everything_that_a_run_says(key, tmp_path, monkeypatch):
+def test_a_logger_accepts_everything_that_a_run_logs(key, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")  # no network, and no second process
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (4, 4)).save(picture)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(image)
     logger = built(key)
     logger.start(tmp_path, {"lr": 0.1, "data": {"plugin": "data/x"}}, "run-1", None)
     logger.metrics(1, {"loss": 0.5})
     logger.metrics(2, {"loss": 0.25, "lr": 0.1})
-    logger.images(2, "samples", [picture])
+    logger.images(2, "samples", [image])
     logger.summary({"score": 1.0})
     logger.finish(0)
 
@@ -252,7 +250,7 @@ def test_a_run_with_it_equals_one_without(key, tmp_path):
 
 
 @each("metric")
-def test_a_metric_scores_clips_and_says_what_its_scores_mean(key, tmp_path):
+def test_a_metric_scores_clips_and_describes_its_scores(key, tmp_path):
     w, metric = wiring(key), built(key)
     many = {"clips_per_epoch": 256} if hasattr(w.root.data, "clips_per_epoch") else {}
     data = replace(w.root.data, **many)
@@ -293,7 +291,7 @@ def test_a_reconstruction_loss_trains_the_first_stages_that_it_accepts(key):
 
 
 @each("vae")
-def test_a_first_stage_that_is_trained_names_a_loss_that_accepts_it(key):
+def test_a_trained_first_stage_names_a_loss_that_accepts_it(key):
     cfg = CONFIGS[key]
     assert cfg.fitted() in ("none", "closed_form", "trained")
     if cfg.fitted() == "trained":
@@ -313,7 +311,7 @@ def test_a_first_stage_in_closed_form_can_be_fitted(key):
 
 
 @each("task")
-def test_a_task_can_be_called_and_says_how_long_a_run_of_it_is(key):
+def test_a_task_is_callable_and_has_default_lr_and_steps(key):
     first_stage = wiring("task/train").root.vae
     assert callable(built(key))
     assert {"lr", "steps"} <= set(CONFIGS[key].defaults(first_stage))

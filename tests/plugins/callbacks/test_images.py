@@ -1,4 +1,4 @@
-"""When the image logger samples: increasing steps first, then every N, across a resume."""
+"""Steps at which the image logger samples, also after a resume."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from plugins.callbacks.images import Images
         ({"every": 8}, [1, 2, 4, 8, 16]),
     ],
 )
-def test_moments_are_powers_of_two_and_then_every_n(settings, want):
+def test_images_are_due_at_powers_of_two_and_then_every_n(settings, want):
     cfg = Images.Config(**{"every": 6, **settings})
     assert [n for n in range(1, 20) if cfg.due(n)] == want
 
@@ -39,7 +39,7 @@ def test_it_counts_steps_or_micro_batches(unit, want):
     assert sampled(Images(cfg), range(1, 13)) == want
 
 
-def test_the_count_goes_on_after_a_resume():
+def test_the_count_continues_after_a_resume():
     cfg = Images.Config(every=5, unit="micro_batch", increase_log_steps=False)
     first = Images(cfg)
     assert sampled(first, range(1, 5)) == []
@@ -48,7 +48,7 @@ def test_the_count_goes_on_after_a_resume():
     assert sampled(second, range(5, 9)) == [5]
 
 
-def test_rows_that_nobody_draws_are_named():
+def test_unknown_rows_are_named():
     from sandbox.looks import LOOKS
 
     (problem,) = Images.Config(rows=("samples", "faces")).problems()

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and which settings make sense."""
+"""When a checkpoint is due, and valid settings."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from sandbox.wiring import wire
 from tests.helpers import composed, preset
 
 
-def test_checkpoint_is_due_every_so_many_steps():
+def test_checkpoints_are_due_at_a_fixed_interval():
     keep = Keep(Keep.Config(every=3))
     assert [s for s in range(1, 10) if keep.due(s)] == [3, 6, 9]
 
@@ -26,7 +26,7 @@ def test_every_bad_setting_is_named(settings, named):
     assert [p.partition("=")[0] for p in Keep.Config(**settings).problems()] == named
 
 
-def test_the_best_are_kept_only_where_something_measures_them():
+def test_keeping_the_best_needs_a_callback_that_measures_them():
     keep = ("checkpoint.best=3", "checkpoint.every=10")
     with pytest.raises(ConfigError, match=r"checkpoint\.best=3: val/loss_ema is not measured"):
         wire(composed(*keep))
@@ -35,7 +35,7 @@ def test_the_best_are_kept_only_where_something_measures_them():
     wire(composed(*keep, "callbacks=[val_loss]", "callbacks.val_loss.every=5"))
 
 
-def test_the_best_average_wants_one():
+def test_the_best_ema_needs_an_ema():
     keep = ("checkpoint.best=3", "callbacks=[val_loss]", "ema=none")
     with pytest.raises(ConfigError, match=r"val/loss_ema: ema=none .*best_of=val/loss, or another"):
         wire(composed(*keep))

@@ -1,4 +1,4 @@
-"""Settings of the average."""
+"""Settings of the EMA."""
 
 import math
 
@@ -12,6 +12,6 @@ def test_decay_out_of_range_is_named(decay):
     assert [p.partition("=")[0] for p in Warmup.Config(decay=decay).problems()] == ["decay"]
 
 
-def test_unknown_pace_is_named_with_what_there_is():
+def test_an_unknown_interval_is_named_with_the_choices():
     (problem,) = Warmup.Config(every="epoch").problems()
     assert problem == "every='epoch': want one of ['step', 'micro_batch']"

@@ -1,4 +1,4 @@
-"""Passes and their combination."""
+"""Guidance passes and their combination."""
 
 import json
 import math
@@ -28,13 +28,13 @@ def outs(n: int) -> list[torch.Tensor]:
     return list(torch.randn(n, 2, 8, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
 
 
-def test_guidance_takes_a_full_pass_and_one_without_any_signal():
+def test_guidance_has_a_full_and_an_unconditional_pass():
     both = frozenset({"text", "image"})
     assert made().passes(("text", "image")) == (frozenset(), both)
     assert made().cfg.passes(("text", "image")) == (frozenset(), both)
 
 
-def test_scale_1_takes_one_pass():
+def test_scale_1_uses_one_pass():
     assert made(guidance_scale=1.0).passes(("text",)) == (frozenset(),)
 
 
@@ -70,7 +70,7 @@ def test_full_rescaling_restores_the_deviation_of_every_sample():
     torch.testing.assert_close(got.std(axes), full.std(axes))
 
 
-def test_no_guidance_takes_one_pass_as_it_is():
+def test_no_guidance_returns_its_only_pass():
     guidance = NoGuidance(NoGuidance.Config())
     (out,) = outs(1)
     assert guidance.passes(("text",)) == (frozenset(),)
@@ -99,9 +99,9 @@ def test_dynamic_guidance_follows_the_published_formula(steps, t):
     torch.testing.assert_close(got, uncond + want * (full - uncond))
 
 
-def test_dynamic_guidance_of_0_takes_one_pass():
+def test_dynamic_guidance_of_scale_0_uses_one_pass():
     assert CogVideoXDynamic.Config(guidance_scale=0.0).passes(("text",)) == (frozenset(),)
 
 
-def test_dynamic_guidance_refuses_times_that_are_not_whole():
+def test_dynamic_guidance_refuses_continuous_times():
     assert list(CogVideoXDynamic.Config().accepts(Flow.Config()))

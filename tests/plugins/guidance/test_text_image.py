@@ -1,4 +1,4 @@
-"""Guidance by text and image: passes, formula, and what it does without an image."""
+"""Text and image guidance: passes, formula, and behaviour without an image."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def outs(count: int) -> list[torch.Tensor]:
     return list(torch.randn(count, 2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
 
 
-def test_it_takes_a_full_pass_one_without_text_and_one_without_anything():
+def test_it_has_a_full_an_image_and_an_unconditional_pass():
     want = (frozenset(), frozenset({"text"}), frozenset(BOTH))
     assert made().passes(BOTH) == made().cfg.passes(BOTH) == want
 
@@ -28,7 +28,7 @@ def test_each_signal_has_its_scale():
     torch.testing.assert_close(got, uncond + 2 * (image - uncond) + 5 * (full - image))
 
 
-def test_without_an_image_it_is_plain_guidance_by_the_text():
+def test_without_an_image_it_is_classifier_free_guidance():
     guidance = made(guidance_scale=5.0)
     assert guidance.passes(("text",)) == (frozenset(), frozenset({"text"}))
     full, uncond = outs(2)

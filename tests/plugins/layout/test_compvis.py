@@ -52,7 +52,7 @@ def layout(**settings) -> CompVis:
 
 
 def small(*overrides: str, seed: int = 0):
-    """A small DynamiCrafter with weights of its own everywhere, also where they start as zeros."""
+    """A small DynamiCrafter with random weights, including zero-initialised ones."""
     made = build(compose(*SMALL, "vae.weights=null", *overrides, f"seed={seed}"))
     generator = torch.Generator().manual_seed(seed)
     for parameter in made.parameters():
@@ -66,18 +66,18 @@ def original():
     return small(seed=1)
 
 
-def written(of, folder: Path, average: bool = False, **settings) -> Path:
+def written(of, folder: Path, with_ema: bool = False, **settings) -> Path:
     ema = {
         "updates": 3,
         "average": {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad},
     }
     format = layout(**settings)
-    state = format.join(taken_apart(of, ema if average else None))
+    state = format.join(taken_apart(of, ema if with_ema else None))
     return weight_files.write_pickled(format.file(state, 7), folder / "model.ckpt")
 
 
 def from_file(path: Path):
-    """A system of other weights, but with the frozen parts of the file."""
+    """A system with other weights, but with the frozen modules of the file."""
     return small(f"vae.weights={path}", f"conditioning.weights={path}")
 
 
@@ -89,8 +89,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", list(FULL_SIZE))
-def test_a_whole_published_system_has_all_its_names_and_shapes(name):
-    """0 missing, 0 unexpected, shapes, types and the number of parameters equal."""
+def test_a_published_system_has_all_its_names_and_shapes(name):
+    """No missing or unexpected names; equal shapes, dtypes and parameter counts."""
     want = json.loads((MANIFESTS / f"{name}.json").read_text())
     chosen = {g: preset(g, p) for g, p in FULL_SIZE[name].items() if p}
     root = replace(tiny(), **chosen)
@@ -119,7 +119,7 @@ DIALECTS = ("plain", "deepspeed", "256")
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
+def test_split_and_join_are_an_exact_round_trip(dialect):
     names = json.loads((MANIFESTS / "ldm_celebahq_vq4.json").read_text())
     names |= dict.fromkeys(
         ("model.diffusion_model.fps_embedding.0.weight",
@@ -133,7 +133,7 @@ def test_a_state_goes_through_our_parts_and_comes_back_exactly(dialect):
     assert same(layout().join(layout().split(state)), plain)
 
 
-def test_the_256_model_calls_the_frame_rate_framestride():
+def test_the_256_model_names_the_fps_embedding_framestride():
     parts = {"backbone": {"fps_embedding.0.weight": torch.ones(1), "out.0.bias": torch.ones(1)}}
     state = layout(dialect="256").join(parts)
     assert "model.diffusion_model.framestride_embed.0.weight" in state
@@ -141,12 +141,12 @@ def test_the_256_model_calls_the_frame_rate_framestride():
 
 
 def test_deepspeed_names_have_a_prefix_of_sixteen_characters():
-    """The original cuts them off by counting."""
+    """The original strips them by length."""
     (name,) = layout(dialect="deepspeed").join({"backbone": {"x": torch.ones(1)}})
     assert name[16:] == "model.diffusion_model.x"
 
 
-def test_a_first_stage_alone_leaves_out_what_its_training_needed():
+def test_a_first_stage_alone_omits_the_weights_of_its_loss():
     state = {"encoder.a": torch.ones(1), "quantize.embedding.weight": torch.ones(1),
              "loss.discriminator.a": torch.ones(1)}  # fmt: skip
     parts = layout().split(state)
@@ -159,7 +159,7 @@ def test_names_of_another_layout_are_refused():
         layout().split({"strange.x": torch.ones(1), "model.diffusion_model.y": torch.ones(1)})
 
 
-def test_parts_that_the_originals_do_not_have_are_refused():
+def test_components_without_a_published_name_are_refused():
     one = torch.ones(1)
     with pytest.raises(StorageError, match=r"cannot store 1 names.*table"):
         layout().join({"conditioning": {"table.weight": one}})
@@ -184,8 +184,8 @@ def test_a_file_of_every_dialect_initialises_a_system(original, tmp_path, dialec
     assert same(fresh.state_dict(), original.state_dict())
 
 
-def test_the_network_gets_its_average_where_the_file_has_one(original, tmp_path):
-    path = written(original, tmp_path, average=True)
+def test_the_network_gets_the_ema_weights_of_the_file(original, tmp_path):
+    path = written(original, tmp_path, with_ema=True)
     fresh = from_file(path)
     init_from(fresh, path)
     for name, tensor in fresh.backbone.named_parameters():
@@ -194,27 +194,27 @@ def test_the_network_gets_its_average_where_the_file_has_one(original, tmp_path)
     assert same(projection, original.conditioner.image_proj_model.state_dict())
 
 
-def test_what_is_written_again_is_the_file(original, tmp_path):
+def test_an_exported_file_equals_the_original(original, tmp_path):
     path = written(original, tmp_path)
     fresh = from_file(path)
     init_from(fresh, path)
     assert same(layout().join(taken_apart(fresh)), weight_files.read(path))
 
 
-def test_the_original_would_find_what_it_unpickles(original, tmp_path):
+def test_the_file_has_the_structure_that_the_original_unpickles(original, tmp_path):
     plain = torch.load(written(original, tmp_path), weights_only=True)
     assert plain.keys() == {"state_dict", "global_step"}
     deep = torch.load(written(original, tmp_path, dialect="deepspeed"), weights_only=True)
     assert all(k.startswith("_forward_module.") for k in deep["module"])
 
 
-def test_a_first_stage_is_taken_out_of_a_whole_file(original, tmp_path):
+def test_a_first_stage_is_loaded_from_a_full_system_file(original, tmp_path):
     other = small()
     load_weights(other.first_stage, written(original, tmp_path))
     assert same(other.first_stage.state_dict(), original.first_stage.state_dict())
 
 
-def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
+def test_a_file_can_be_sampled_without_a_run(original, tmp_path):
     path, image = written(original, tmp_path), tmp_path / "image.png"
     Image.new("RGB", (40, 32), "red").save(image)
     root = compose(
@@ -229,7 +229,7 @@ def test_samples_are_made_of_a_file_without_a_run(original, tmp_path):
 
 
 def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_path):
-    """Also of a pickle: its numbers are mapped."""
+    """Also for a pickle, whose tensors are memory-mapped."""
     path = written(original, tmp_path)
     words = (*SMALL, f"init_from={path}", f"vae.weights={path}", f"conditioning.weights={path}")
     check_weights(wire(compose(*words)))
@@ -256,21 +256,21 @@ def test_another_schedule_is_an_error_that_names_the_table(original, tmp_path):
         init_from(fresh, path)
 
 
-def test_another_first_stage_is_an_error_with_its_cure(original, tmp_path):
+def test_another_first_stage_is_an_error_with_a_fix(original, tmp_path):
     path = written(original, tmp_path)
     fresh = small("vae.weights=null", f"conditioning.weights={path}")
     with pytest.raises(StorageError, match=r"first_stage\..* use vae\.weights="):
         init_from(fresh, path)
 
 
-def test_no_first_stage_is_trained_for_a_file_that_has_one(original, tmp_path):
+def test_no_first_stage_is_trained_if_the_file_has_one(original, tmp_path):
     path = written(original, tmp_path)
     root = compose(*SMALL, "vae.weights=auto", f"init_from={path}")
     with pytest.raises(ConfigError, match=r"use vae\.weights="):
         check_sources(root)
 
 
-def test_a_file_of_another_system_says_so_before_vae_weights_are_spoken_of(original, tmp_path):
+def test_a_file_of_another_system_is_reported_before_vae_weights(original, tmp_path):
     path = written(original, tmp_path)
     words = ("backbone.model_channels=64", "vae.ch=16", "vae.weights=auto", f"init_from={path}")
     parts = r"\(\d+ of backbone=unet3d, \d+ of vae=kl\)"
@@ -278,7 +278,7 @@ def test_a_file_of_another_system_says_so_before_vae_weights_are_spoken_of(origi
         check_weights(wire(compose(*SMALL, *words)))
 
 
-def test_nothing_in_a_pickle_is_run(original, tmp_path):
+def test_no_code_in_a_pickle_runs(original, tmp_path):
     path, marker = tmp_path / "model.ckpt", tmp_path / "ran"
 
     class Evil:
@@ -311,7 +311,7 @@ def test_a_run_is_exported_and_initialises_another(tmp_path):
     assert same(parts["vae"], dict(trained.system.first_stage.state_dict()))
 
 
-def test_without_a_layout_an_original_cannot_be_written():
+def test_an_export_in_the_original_format_needs_a_layout():
     from sandbox.tasks.export import Export
 
     wiring = SimpleNamespace(root=SimpleNamespace(layout=None))

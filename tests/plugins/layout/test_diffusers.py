@@ -1,4 +1,4 @@
-"""Folders of diffusers pipelines, taken apart, put together, and as weights to start from."""
+"""Folders of diffusers pipelines: split, join, and as initial weights."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def write(folder: Path, state: dict[str, Tensor], files: int = 1) -> None:
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_parts_and_whole_are_inverse_to_one_another() -> None:
+def test_split_and_join_are_inverses() -> None:
     names = ("transformer/a.weight", "vae/b.bias", "text_encoder/shared.weight")
     state = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
     parts = LAYOUT.split(state)
@@ -69,7 +69,7 @@ def test_training_starts_from_the_backbone_of_a_pipeline(tmp_path, files) -> Non
     assert all(torch.equal(state[k], v) for k, v in started.backbone.state_dict().items())
 
 
-def test_training_starts_from_a_folder_with_a_backbone_alone(tmp_path) -> None:
+def test_training_starts_from_a_folder_with_only_a_backbone(tmp_path) -> None:
     state = system(seed=1).backbone.state_dict()
     write(tmp_path / "transformer", state)
     started = system(seed=2)
@@ -77,7 +77,7 @@ def test_training_starts_from_a_folder_with_a_backbone_alone(tmp_path) -> None:
     assert torch.equal(started.backbone.proj_out.weight, state["proj_out.weight"])
 
 
-def test_half_precision_weights_come_in_the_dtype_of_the_model(tmp_path) -> None:
+def test_half_precision_weights_are_cast_to_the_dtype_of_the_model(tmp_path) -> None:
     state = {k: v.bfloat16() for k, v in system(seed=1).backbone.state_dict().items()}
     write(tmp_path / "transformer", state)
     started = system()
@@ -87,7 +87,7 @@ def test_half_precision_weights_come_in_the_dtype_of_the_model(tmp_path) -> None
     assert torch.equal(weight, state["patch_embed.text_proj.weight"].float())
 
 
-def test_a_stored_table_is_left_out_where_the_settings_say_so(tmp_path) -> None:
+def test_a_stored_table_is_skipped_if_the_settings_do_not_use_it(tmp_path) -> None:
     published = system("backbone.use_learned_positional_embeddings=true", seed=1)
     write(tmp_path / "transformer", published.backbone.state_dict())
     started = system()
@@ -122,7 +122,7 @@ def test_broken_and_missing_files_are_named(tmp_path) -> None:
         read_model(tmp_path / "transformer", "init_from")
 
 
-def test_files_that_an_index_names_are_looked_for_in_its_folder_only(tmp_path) -> None:
+def test_files_of_an_index_must_be_in_its_folder(tmp_path) -> None:
     folder = tmp_path / "transformer"
     folder.mkdir()
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")

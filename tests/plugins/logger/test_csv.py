@@ -1,4 +1,4 @@
-"""metrics.csv: one row a step, whatever comes when."""
+"""metrics.csv: one row per step, in any order of logging."""
 
 import csv
 from pathlib import Path
@@ -17,12 +17,12 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_rows_are_there_before_the_end(tmp_path):
+def test_rows_are_written_immediately(tmp_path):
     started(tmp_path).metrics(1, {"loss": 0.1 + 0.2})
     assert table(tmp_path) == [{"step": "1", "loss": repr(0.1 + 0.2)}]
 
 
-def test_metric_that_comes_later_gets_its_column(tmp_path):
+def test_a_later_metric_gets_a_column(tmp_path):
     logger = started(tmp_path)
     logger.metrics(1, {"loss": 1.0})
     logger.metrics(2, {"score": 5.0, "loss": 2.0})
@@ -44,7 +44,7 @@ def test_metrics_of_one_step_become_one_row(tmp_path):
     ]
 
 
-def test_resumed_run_goes_on_in_the_same_table(tmp_path):
+def test_a_resumed_run_continues_the_table(tmp_path):
     first = started(tmp_path)
     for step in (1, 2, 3):
         first.metrics(step, {"loss": float(step)})

@@ -1,4 +1,4 @@
-"""Weights & Biases without a network: what is recorded, and when it goes online."""
+"""Weights & Biases without a network: offline records, and when it goes online."""
 
 import json
 import logging
@@ -15,8 +15,8 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
-    """No credentials, no agent, another home."""
+def no_credentials(monkeypatch, tmp_path):
+    """No credentials, no sweep agent, a temporary home."""
     import os
 
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
@@ -25,7 +25,7 @@ def nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     yield
     if "wandb" in sys.modules:
-        sys.modules["wandb"].teardown()  # W&B reads its variables once in a process
+        sys.modules["wandb"].teardown()  # W&B reads its variables once per process
 
 
 def logger(**settings) -> WandbLogger:
@@ -35,7 +35,7 @@ def logger(**settings) -> WandbLogger:
 # --- mode -----------------------------------------------------------------------------------------
 
 
-def test_auto_is_offline_for_nobody():
+def test_auto_is_offline_without_credentials():
     assert logger().mode() == "offline"
 
 
@@ -53,19 +53,19 @@ def test_auto_is_online_with_credentials_or_an_agent(monkeypatch, name):
         ("my.host", "", "offline"),
     ],
 )
-def test_auto_is_online_where_netrc_knows_the_host(monkeypatch, tmp_path, host, url, mode):
+def test_auto_is_online_with_netrc_credentials_for_the_host(monkeypatch, tmp_path, host, url, mode):
     (tmp_path / "netrc").write_text(f"machine {host}\n login user\n password {SECRET}\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("WANDB_BASE_URL", url)
     assert logger().mode() == mode
 
 
-def test_broken_netrc_is_no_credentials(tmp_path):
+def test_a_broken_netrc_counts_as_no_credentials(tmp_path):
     (tmp_path / "netrc").write_text("nonsense here")
     assert logger().mode() == "offline"
 
 
-def test_wandbs_own_variable_decides_auto(monkeypatch):
+def test_wandb_mode_overrides_auto(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert logger().mode() == "disabled"
@@ -99,17 +99,17 @@ def test_every_bad_setting_is_named(settings, named):
 
 
 def records(folder: Path) -> list[dict]:
-    """Every record of every offline run below `folder`, as W&B's own reader gives them."""
+    """All records of all offline runs below `folder`, from W&B's reader."""
     tool = Path(sys.executable).with_name("wandb")
     found = []
     for path in sorted(folder.glob("wandb/*run-*/*.wandb")):
-        told = subprocess.run(
+        record = subprocess.run(
             [str(tool), "leet", "inspect", "--json", str(path)],
             capture_output=True,
             text=True,
             check=True,
         )
-        found.append([json.loads(line) for line in told.stdout.splitlines()])
+        found.append([json.loads(line) for line in record.stdout.splitlines()])
     return found
 
 
@@ -133,7 +133,7 @@ def make_video(path: Path) -> Path:
     return path
 
 
-def test_offline_run_is_read_back_and_continued_under_its_id(tmp_path, monkeypatch, caplog):
+def test_an_offline_run_is_readable_and_resumes_under_its_id(tmp_path, monkeypatch, caplog):
     """One test for all that needs W&B to run: importing it costs a second."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys, "argv", ["run.py", f"x.api_key={SECRET}"])
@@ -149,16 +149,16 @@ def test_offline_run_is_read_back_and_continued_under_its_id(tmp_path, monkeypat
         run.finish(75)
     first, second = records(tmp_path)
 
-    (told,) = [r["run"] for r in first if r["type"] == "run"]
+    (record,) = [r["run"] for r in first if r["type"] == "run"]
     (again,) = [r["run"] for r in second if r["type"] == "run"]
-    assert told["config"]["update"]["cfg"] == config
-    assert told["config"]["update"]["environment"]["code"] == {"commit": "abc"}
-    assert (told["display_name"], told["run_group"], told["project"]) == (
+    assert record["config"]["update"]["cfg"] == config
+    assert record["config"]["update"]["environment"]["code"] == {"commit": "abc"}
+    assert (record["display_name"], record["run_group"], record["project"]) == (
         "my run",
         "my sweep",
         "sandbox",
     )
-    assert told["run_id"] == again["run_id"] == (tmp_path / "wandb_id").read_text().strip()
+    assert record["run_id"] == again["run_id"] == (tmp_path / "wandb_id").read_text().strip()
 
     rows = history(first)
     assert [(r["_step"], r["loss"]) for r in rows if "loss" in r] == [(1, 0.5), (2, 1.0)]
@@ -170,19 +170,19 @@ def test_offline_run_is_read_back_and_continued_under_its_id(tmp_path, monkeypat
     assert "wandb sync" in caplog.text
 
 
-def test_agent_decides_the_id(tmp_path, monkeypatch):
+def test_an_agent_sets_the_run_id(tmp_path, monkeypatch):
     from plugins.logger.wandb import _run_id
 
     own = _run_id(tmp_path)
     assert _run_id(tmp_path) == own
     monkeypatch.setenv("WANDB_RUN_ID", "trial7")
-    assert _run_id(tmp_path) == own  # a variable that someone left behind
+    assert _run_id(tmp_path) == own  # a stale variable
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     assert _run_id(tmp_path) == "trial7"
 
 
 def at_a_terminal(folder: Path) -> str:
-    """What a process that starts an online run shows at a terminal where nobody answers."""
+    """What a process that starts an online run shows at a terminal without any input."""
     import os
     import pty
 
@@ -211,12 +211,12 @@ def at_a_terminal(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_at_a_terminal_without_credentials(tmp_path):
+def test_no_prompt_at_a_terminal_without_credentials(tmp_path):
     assert "went on" in at_a_terminal(tmp_path)
 
 
 @pytest.mark.slow
-def test_server_out_of_reach_means_offline_with_one_line(tmp_path, monkeypatch, caplog):
+def test_an_unreachable_server_falls_back_to_offline_with_one_line(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -230,8 +230,8 @@ def test_server_out_of_reach_means_offline_with_one_line(tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_a_server_lost_in_mid_run_costs_no_record(tmp_path, monkeypatch, caplog):
-    """Metrics go on to the disk; the end waits for the server a while, and says what to do."""
+def test_a_server_lost_during_a_run_loses_no_record(tmp_path, monkeypatch, caplog):
+    """Metrics are still written to disk; the end waits, then reports the sync command."""
     caplog.set_level(logging.INFO)
     with serving() as server:
         for name, value in server.environment().items():

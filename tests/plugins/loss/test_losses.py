@@ -1,11 +1,7 @@
-"""Losses against recorded steps, and what they say of a prediction."""
-
-import json
-from pathlib import Path
+"""Losses against recorded steps, and their algebra."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from plugins.loss.hybrid import Hybrid
@@ -14,22 +10,9 @@ from plugins.loss.mse import MSE
 from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
 from tests.golden_easyanimate import near, recorded
+from tests.golden_weights import recording, weight
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 LOSSES = {"mse": MSE(MSE.Config()), "ldm": LDMLoss(LDMLoss.Config())}
-
-
-def load(system: str, name: str) -> tuple[dict, dict[str, Tensor]]:
-    facts = json.loads((GOLDEN / system / f"{name}.json").read_text())
-    return facts, load_file(GOLDEN / system / f"{name}.safetensors")
-
-
-def weight(system: str, spec: list) -> Tensor:
-    """A weight of the originals: a slice of their table, as the README of the fixtures says."""
-    shape, offset, scale, shift = spec
-    table = load_file(GOLDEN / system / "weights_table.safetensors")["table"]
-    places = (offset + torch.arange(torch.Size(shape).numel())) % len(table)
-    return (table[places] * scale + shift).view(shape).requires_grad_()
 
 
 def check(facts: dict, terms, gradients: dict[str, Tensor]) -> None:
@@ -48,8 +31,8 @@ def check(facts: dict, terms, gradients: dict[str, Tensor]) -> None:
 
 
 def test_an_ldm_step_is_reproduced():
-    facts, tensors = load("ldm", "loss")
-    mix, bias = (weight("ldm", facts["weights"]["unet"][k]) for k in "Ab")
+    facts, tensors = recording("ldm", "loss")
+    mix, bias = (weight("ldm", facts["weights"]["unet"][k]).requires_grad_() for k in "Ab")
     z0, eps, t = tensors["out/z"][:, :, None], tensors["in/noise"][:, :, None], tensors["in/t"]
     schedule = DDPM(DDPM.Config(betas=(0.0015, 0.0195)))
     z_t = schedule.noised(z0, eps, t)
@@ -59,15 +42,15 @@ def test_an_ldm_step_is_reproduced():
 
 
 def test_a_dynamicrafter_step_is_reproduced():
-    facts, tensors = load("dynamicrafter", "conditioning_and_loss")
-    a, b = (weight("dynamicrafter", facts["weights"]["unet"][k]) for k in "AB")
+    facts, tensors = recording("dynamicrafter", "conditioning_and_loss")
+    a, b = (weight("dynamicrafter", facts["weights"]["unet"][k]).requires_grad_() for k in "AB")
     z0, eps, t = tensors["out/z"], tensors["in/noise"], tensors["in/t"]
     schedule = DDPM(DDPM.Config(zero_terminal_snr=True, prediction="v", base_scale=0.7))
     z_t = schedule.noised(z0, eps, t)
     concat = tensors["out/c_concat_frame"][:, :, None].expand_as(z_t)
     out = torch.einsum("oc,bcthw->bothw", a, z_t) + torch.einsum("oc,bcthw->bothw", b, concat)
-    told = 0.05 * tensors["out/c_crossattn"].mean((1, 2)) + 0.01 * tensors["out/fs"]
-    out = out + (told + 0.3 * torch.cos(t / 200)).view(-1, 1, 1, 1, 1)
+    conditioning = 0.05 * tensors["out/c_crossattn"].mean((1, 2)) + 0.01 * tensors["out/fs"]
+    out = out + (conditioning + 0.3 * torch.cos(t / 200)).view(-1, 1, 1, 1, 1)
     check(facts, LOSSES["ldm"](schedule, out, z0, eps, t), {"A": a, "B": b})
 
 
@@ -89,7 +72,7 @@ def test_the_hybrid_loss_of_easyanimate_is_reproduced(name, below):
     near("mse", without.per_sample, want[f"out.{name}.mse"])
 
 
-def test_the_bound_trains_the_variance_alone():
+def test_the_bound_trains_only_the_variance():
     z0, eps, t = sample(LEARNED)
     out = torch.cat((eps + 1, torch.zeros_like(eps)), 1).requires_grad_()
     Hybrid(Hybrid.Config())(LEARNED, out, z0, eps, t).total.backward()
@@ -98,7 +81,7 @@ def test_the_bound_trains_the_variance_alone():
     assert variance.abs().amin((1, 2, 3, 4))[1:].min() > 0
 
 
-def test_the_bound_weighs_as_many_times_as_there_are_where_it_is_corrected():
+def test_vb_weight_null_scales_the_bound_with_the_number_of_times():
     schedule = DDPM(DDPM.Config(timesteps=500, learned_variance=True))
     z0, eps, _ = sample(schedule)
     t, out = torch.tensor([0, 10, 250, 499]), torch.cat((eps, eps), 1)
@@ -131,7 +114,7 @@ def sample(schedule) -> tuple[Tensor, Tensor, Tensor]:
         if not list(LOSSES[a].cfg.accepts(SCHEDULES[b].cfg))
     ],
 )
-def test_the_exact_target_costs_nothing_and_a_mistake_its_square(loss, schedule):
+def test_the_loss_of_the_exact_target_is_0_and_of_an_error_its_square(loss, schedule):
     loss, schedule = LOSSES[loss], SCHEDULES[schedule]
     z0, eps, t = sample(schedule)
     out = schedule.target(z0, eps, t)
@@ -160,7 +143,7 @@ def test_the_velocity_of_bf16_latents_is_not_rounded():
     assert LOSSES["mse"](schedule, eps.float() - z0.float(), z0, eps, t).total.item() == 0
 
 
-def test_logged_values_hold_no_graph():
+def test_logged_values_are_detached():
     schedule = SCHEDULES["eps"]
     z0, eps, t = sample(schedule)
     for loss in LOSSES.values():
@@ -168,7 +151,7 @@ def test_logged_values_hold_no_graph():
         assert not any(value.requires_grad for value in terms.log.values())
 
 
-def test_the_elbo_share_adds_the_bound():
+def test_original_elbo_weight_adds_the_bound():
     schedule = SCHEDULES["eps"]
     z0, eps, t = sample(schedule)
     terms = LDMLoss(LDMLoss.Config(original_elbo_weight=0.5))(schedule, eps + 1, z0, eps, t)
@@ -189,7 +172,7 @@ def test_a_learned_logvar_is_one_parameter_for_each_time():
     assert loss.logvar.grad.nonzero().flatten().tolist() == t.tolist()
 
 
-def test_without_a_learned_logvar_there_is_nothing_to_save():
+def test_without_a_learned_logvar_the_state_is_empty():
     assert not LOSSES["ldm"].state_dict()
 
 
@@ -226,7 +209,7 @@ def test_a_bad_setting_of_the_hybrid_loss_is_named(settings, field):
 
 
 @pytest.mark.parametrize(
-    ("loss", "schedule", "says"),
+    ("loss", "schedule", "part"),
     [
         (MSE.Config(), DDPM.Config(learned_variance=True), "variance"),
         (LDMLoss.Config(), DDPM.Config(learned_variance=True), "variance"),
@@ -236,6 +219,6 @@ def test_a_bad_setting_of_the_hybrid_loss_is_named(settings, field):
         (LDMLoss.Config(learn_logvar=True), DDPM.Config(timesteps=500), "timesteps=1000"),
     ],
 )
-def test_a_schedule_that_does_not_suit_is_refused(loss, schedule, says):
+def test_an_incompatible_schedule_is_refused(loss, schedule, part):
     (problem,) = loss.accepts(schedule)
-    assert says in problem and "want" in problem
+    assert part in problem and "want" in problem

@@ -1,4 +1,4 @@
-"""Learning-rate factors: the default's corners, and published numbers."""
+"""Learning-rate factors: boundaries of the default, and published numbers."""
 
 import json
 import math
@@ -25,12 +25,12 @@ ALL = (Constant, WarmupCosine, LambdaLinear, LambdaWarmupCosine)
         (24, 0.5),
         (49, 1.0),
         (360, 1.0),  # 30 %
-        (780, (1 + 0.02) / 2),  # half-way down
+        (780, (1 + 0.02) / 2),  # halfway down
         (1200, 0.02),
         (5000, 0.02),
     ],
 )
-def test_default_run_rises_holds_and_falls(step, factor):
+def test_default_run_warms_up_holds_and_decays(step, factor):
     assert WarmupCosine.Config().factor(step, 1200) == pytest.approx(factor, rel=1e-12)
 
 
@@ -40,7 +40,7 @@ def test_two_steps_are_enough():
 
 
 @pytest.mark.parametrize("hold", [0.0, 1.0])
-def test_constant_part_may_be_nothing_or_all(hold):
+def test_the_constant_phase_can_be_empty_or_the_full_run(hold):
     factors = [WarmupCosine.Config(warmup=0, hold=hold).factor(s, 10) for s in range(11)]
     assert factors[0] == 1.0
     assert factors[10] == pytest.approx(1.0 if hold else 0.02)
@@ -55,8 +55,8 @@ def test_constant_is_constant_after_its_warmup():
 
 
 def published(name: str) -> tuple[dict, list[tuple[int, float]]]:
-    said = GOLDEN[name]
-    return said["kwargs"], list(zip(said["n"], said["out"], strict=True))
+    record = GOLDEN[name]
+    return record["kwargs"], list(zip(record["n"], record["out"], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_last_factor_stays_after_the_last_cycle(plugin):
 
 
 @pytest.mark.parametrize("plugin", ALL)
-def test_defaults_are_sound_and_learn_at_every_step(plugin):
+def test_defaults_are_valid_and_positive_at_every_step(plugin):
     cfg = plugin.Config()
     assert list(cfg.problems()) == []
     assert all(0 < cfg.factor(step, 1200) <= 1 for step in range(1200))

@@ -1,4 +1,4 @@
-"""AdamW as torch has it, with the settings of the configuration."""
+"""AdamW equals torch's, with the configured settings."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_frozen_parameters_are_left_out():
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_weight_decay_spares_vectors_only_when_asked(plain):
+def test_weight_decay_skips_vectors_without_decay_vectors(plain):
     decays = {
         id(p): g["weight_decay"]
         for model in [net()]
@@ -83,14 +83,14 @@ def test_resumed_training_equals_the_uninterrupted_one_bit_for_bit():
     assert same(straight, resumed)
 
 
-def test_settings_of_the_configuration_win_over_those_of_the_state():
+def test_configured_settings_override_those_of_the_state():
     old, new = optimizer(net(), lr=1.0), optimizer(net(), lr=0.5, betas=(0.5, 0.6), eps=1e-5)
     new.load_state_dict(old.state_dict())
     group = new.param_groups[0]
     assert (group["initial_lr"], group["betas"], group["eps"]) == (0.5, (0.5, 0.6), 1e-5)
 
 
-def test_learning_rate_schedule_goes_on_after_a_resume():
+def test_learning_rate_schedule_continues_after_a_resume():
     opt = optimizer(net(), lr=1.0)
     schedule = LambdaLR(opt, lambda n: 1 / (1 + n))
     for _ in range(3):

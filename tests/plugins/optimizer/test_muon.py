@@ -78,7 +78,7 @@ def test_matrices_of_attention_and_mlp_get_muon_and_nothing_else_does():
         ("conditioning.words.weight", False),
     ],
 )
-def test_names_of_the_project_and_of_published_models_are_sorted(name, hidden):
+def test_names_of_our_and_published_models_are_assigned(name, hidden):
     plugin = MuonPlugin(MuonPlugin.Config())
     assert plugin.is_hidden(name, nn.Parameter(torch.zeros(2, 2))) is hidden
 
@@ -94,9 +94,9 @@ def test_steps_equal_the_two_optimizers_side_by_side():
     assert same(ours, plain)
 
 
-def test_one_learning_rate_moves_both_parts():
-    rates = {g["muon"]: g["lr"] for g in optimizer(Net(), lr=1e-3).param_groups}
-    assert rates == {True: 5e-3, False: 1e-3}
+def test_one_learning_rate_scales_both_optimizers():
+    lrs = {g["muon"]: g["lr"] for g in optimizer(Net(), lr=1e-3).param_groups}
+    assert lrs == {True: 5e-3, False: 1e-3}
 
 
 def test_learning_rate_zero_changes_nothing():
@@ -128,7 +128,7 @@ def test_state_can_be_saved_as_a_checkpoint(tmp_path):
     )
 
 
-def test_schedule_scales_both_parts():
+def test_a_schedule_scales_both_optimizers():
     opt = optimizer(Net())
     schedule = LambdaLR(opt, lambda n: 0.5**n)
     opt.step()
@@ -136,7 +136,7 @@ def test_schedule_scales_both_parts():
     assert [g["lr"] for g in opt.param_groups] == [0.01, 0.002]
 
 
-def test_closure_gives_its_loss_and_gradients():
+def test_a_closure_provides_loss_and_gradients():
     model = Net()
     opt = optimizer(model)
 
@@ -150,12 +150,12 @@ def test_closure_gives_its_loss_and_gradients():
     assert not same(model, Net())
 
 
-def test_model_without_such_matrices_is_refused_with_what_it_has():
+def test_a_model_without_matching_matrices_is_refused():
     with pytest.raises(ConfigError, match=r"optimizer\.include.*0\.weight.*adamw"):
         optimizer(nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_model_of_nothing_but_such_matrices_trains():
+def test_a_model_of_matching_matrices_only_trains():
     model = nn.ModuleDict({"block": nn.ModuleDict({"attn": nn.Linear(2, 2, bias=False)})})
     opt = optimizer(model)
     model["block"]["attn"](torch.ones(1, 2)).sum().backward()

@@ -1,4 +1,4 @@
-"""The published first-stage loss: its terms, the discriminator's turn, resume, LPIPS."""
+"""The published first-stage loss: terms, discriminator updates, resume, LPIPS."""
 
 import json
 from copy import deepcopy
@@ -41,7 +41,7 @@ def loss(**settings) -> LPIPSWithDiscriminator:
 
 
 def made(codebook: bool = False) -> tuple[Reconstruction, nn.Parameter]:
-    """A pass whose last layer is one number."""
+    """A training pass whose last layer has one element."""
     weight = nn.Parameter(torch.ones(1, 1))
     x = torch.rand(2, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     posterior = Gaussian(torch.full((2, 4, 1, 1, 1), 0.5))
@@ -51,7 +51,7 @@ def made(codebook: bool = False) -> tuple[Reconstruction, nn.Parameter]:
     return Reconstruction(x, 0.5 * weight * x, posterior, last_layer=weight), weight
 
 
-def test_codebook_form_takes_means_and_kl_form_sums_over_a_picture():
+def test_codebook_form_averages_and_kl_form_sums_over_a_frame():
     out, _ = made(codebook=True)
     error = (out.video - out.target).abs()
     terms = loss(disc_start=9, codebook_weight=0.5)(out, 0)
@@ -69,9 +69,9 @@ def test_logged_names_are_the_published_ones(codebook, own):
     terms = loss(perceptual_weight=0.0)(made(codebook)[0], 0)
     common = {"total_loss", "nll_loss", "rec_loss", "g_loss", "d_weight", "disc_factor"}
     assert set(terms.log) == common | own
-    judged = loss().discriminate(made(codebook)[0], 0)
-    assert set(judged.log) == {"disc_loss", "logits_real", "logits_fake"}
-    assert not any(v.requires_grad for v in (terms.log | judged.log).values())
+    terms_d = loss().discriminate(made(codebook)[0], 0)
+    assert set(terms_d.log) == {"disc_loss", "logits_real", "logits_fake"}
+    assert not any(v.requires_grad for v in (terms.log | terms_d.log).values())
 
 
 def test_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer():
@@ -87,7 +87,7 @@ def test_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer():
     )
 
 
-def test_discriminator_counts_from_its_first_step_on():
+def test_discriminator_counts_from_disc_start():
     part, (out, _) = loss(disc_start=5), made()
     before, after = (part(out, step) for step in (4, 5))
     assert before.log["disc_factor"] == 0
@@ -99,21 +99,21 @@ def test_discriminator_counts_from_its_first_step_on():
 
 
 @pytest.mark.parametrize(("kind", "want"), [("hinge", 1.0), ("vanilla", 0.693147)])
-def test_a_blind_discriminator_has_the_loss_of_chance(kind, want):
+def test_an_uninformative_discriminator_has_the_chance_loss(kind, want):
     part = loss(disc_loss=kind)
     for p in part.discriminator.main[-1].parameters():
         nn.init.zeros_(p)
     assert part.discriminate(made()[0], 0).total.item() == pytest.approx(want, rel=1e-5)
 
 
-def test_the_generators_turn_leaves_no_gradient_in_the_discriminator():
+def test_the_generator_loss_gives_the_discriminator_no_gradient():
     part, (out, weight) = loss(), made()
     part(out, 0).total.backward()
     assert weight.grad is not None
     assert not any(p.requires_grad or p.grad is not None for p in part.parameters())
 
 
-def test_a_discriminator_of_clips_is_judge_beside_that_of_frames():
+def test_a_clip_discriminator_adds_to_that_of_frames():
     part, (out, weight) = loss(disc3d_channels=(32,)), made()
     terms = part(out, 0)
     of_frames = part.discriminator(out.video[:, :, 0]).mean()
@@ -126,17 +126,17 @@ def test_a_discriminator_of_clips_is_judge_beside_that_of_frames():
         *part.discriminator.discriminator3d.conv_out.parameters(),
     ):
         nn.init.zeros_(p)
-    judged = part.discriminate(out, 0)
-    assert judged.total.item() == pytest.approx(2.0)  # hinge losses of chance, summed
-    assert {"logits_real_3d", "logits_fake_3d"} < set(judged.log)
+    terms_d = part.discriminate(out, 0)
+    assert terms_d.total.item() == pytest.approx(2.0)  # hinge losses of chance, summed
+    assert {"logits_real_3d", "logits_fake_3d"} < set(terms_d.log)
 
 
 @torch.no_grad()
 def test_the_discriminator_of_clips_equals_the_original():
     spec, tensors = facts("discriminator3d"), recorded("discriminator3d")
-    judge = Discriminator3D(tuple(spec["block_out_channels"]))
-    judge.load_state_dict(by_rule(judge, spec["weight_seed"]), strict=False)
-    near("logits", judge(tensors["in.x"]), tensors["out.logits"])
+    discriminator = Discriminator3D(tuple(spec["block_out_channels"]))
+    discriminator.load_state_dict(by_rule(discriminator, spec["weight_seed"]), strict=False)
+    near("logits", discriminator(tensors["in.x"]), tensors["out.logits"])
 
 
 def test_the_discriminator_of_clips_has_the_published_names_and_shapes():
@@ -147,7 +147,7 @@ def test_the_discriminator_of_clips_has_the_published_names_and_shapes():
 
 
 def session(out, stop=None, **changes):
-    """Trains, or stops after a step; the state then."""
+    """Trains, or stops after step `stop`; returns the final state."""
     root = replace(wire(composed(*SETTINGS)).root, out=str(out), **changes)
     with open_root(root) as run:
         system = Autoencoding(root, build("vae", root), build("reconstruction", root), 4)
@@ -165,14 +165,14 @@ def session(out, stop=None, **changes):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    whole, _ = session(tmp_path / "whole")
+    full, _ = session(tmp_path / "full")
     session(tmp_path / "parts", stop=2)
     resumed, training = session(tmp_path / "parts")
     assert training.step == 4
-    assert not differing(whole, resumed)
+    assert not differing(full, resumed)
 
 
-def test_discriminator_trains_in_its_own_turn_and_not_before_its_start(tmp_path):
+def test_the_discriminator_trains_on_its_own_loss_from_disc_start(tmp_path):
     early, _ = session(tmp_path, stop=2)
     late, training = session(tmp_path)
     moved = differing(early["opponent"]["weights"], late["opponent"]["weights"])
@@ -184,7 +184,7 @@ def test_discriminator_trains_in_its_own_turn_and_not_before_its_start(tmp_path)
     assert torch.equal(early["opponent"]["weights"]["main.0.weight"], fresh.main[0].weight)
 
 
-def test_patch_gan_has_the_published_names_and_field_of_view():
+def test_patch_gan_has_the_published_names_and_receptive_field():
     with torch.device("meta"):
         made = NLayerDiscriminator(64, 3)
         assert made(torch.empty(1, 3, 256, 256)).shape == (1, 1, 30, 30)
@@ -198,13 +198,13 @@ def test_patch_gan_has_the_published_names_and_field_of_view():
     }
 
 
-def test_pictures_that_are_too_small_are_refused():
+def test_images_that_are_too_small_are_refused():
     with pytest.raises(ConfigError, match="disc_num_layers"):
         NLayerDiscriminator(4, 3)(torch.zeros(1, 3, 23, 64))
     assert NLayerDiscriminator(4, 3)(torch.zeros(1, 3, 24, 24)).shape == (1, 1, 1, 1)
 
 
-def test_lpips_is_zero_for_equal_pictures_and_grows_with_the_difference():
+def test_lpips_is_zero_for_equal_images_and_grows_with_the_difference():
     torch.manual_seed(0)
     distance = LPIPS("random").train()
     x, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 16, 16)
@@ -239,7 +239,7 @@ def test_bad_settings_are_named():
     assert found == {"disc_loss", "disc_num_layers", "disc_start", "kl_weight", "lpips"}
 
 
-def test_a_first_stage_without_the_layer_that_it_weighs_at_is_refused():
+def test_a_first_stage_without_a_trained_last_layer_is_refused():
     loss = LPIPSWithDiscriminator(LPIPSWithDiscriminator.Config())
     number = torch.zeros((), requires_grad=True)
     with pytest.raises(ConfigError, match=r"decoder\.conv_out.*reconstruction=kl"):
@@ -248,17 +248,15 @@ def test_a_first_stage_without_the_layer_that_it_weighs_at_is_refused():
         loss.adaptive_weight(number, number, torch.zeros(1))
 
 
-def test_weights_of_lpips_that_cannot_be_fetched_are_named_with_size_and_cure(
-    monkeypatch, tmp_path
-):
+def test_a_failed_download_of_lpips_names_size_and_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setitem(lpips.URLS, lpips.VGG_FILE, (tmp_path / "none").as_uri())
     with pytest.raises(StorageError, match=r"vgg16-397923af\.pth \(528 MB\).*lpips=FOLDER"):
         LPIPSWithDiscriminator(LPIPSWithDiscriminator.Config(perceptual_weight=1.0))
 
 
-def test_an_absent_folder_of_lpips_is_found_before_a_run():
+def test_a_missing_lpips_folder_is_reported_before_a_run():
     words = ("experiment=ldm_celebahq_vq4_first_stage_tiny", "reconstruction.lpips=./none")
-    checked(composed(*words))  # of no weight in the tiny recipe
+    checked(composed(*words))  # perceptual_weight is 0 in the tiny recipe
     with pytest.raises(ConfigError, match=r"reconstruction\.lpips=\./none: no such file"):
         checked(composed(*words, "reconstruction.perceptual_weight=1"))

@@ -1,8 +1,5 @@
 """DDIM and ancestral sampling against recorded trajectories of LDM, DynamiCrafter and CogVideoX."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,23 +14,10 @@ from plugins.schedule.ddpm import DDPM
 from sandbox.contracts import Denoised
 from sandbox.randomness import Recorded
 from sandbox.sampling import KnownRegion, PlainHooks, Quantised
+from tests.golden_weights import GOLDEN, recording, weight
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 LDM = DDPM(DDPM.Config(betas=(0.0015, 0.0195)))
 DYNAMICRAFTER = DDPM(DDPM.Config(zero_terminal_snr=True, prediction="v", base_scale=0.7))
-
-
-def load(system: str, name: str) -> tuple[dict, dict[str, Tensor]]:
-    facts = json.loads((GOLDEN / system / f"{name}.json").read_text())
-    return facts, load_file(GOLDEN / system / f"{name}.safetensors")
-
-
-def weight(system: str, spec: list) -> Tensor:
-    """A weight of the originals: a slice of their table, as the README of the fixtures says."""
-    shape, offset, scale, shift = spec
-    table = load_file(GOLDEN / system / "weights_table.safetensors")["table"]
-    places = (offset + torch.arange(torch.Size(shape).numel())) % len(table)
-    return (table[places] * scale + shift).view(shape)
 
 
 def close(name: str, got: Tensor, want: Tensor, tolerance: dict) -> None:
@@ -41,7 +25,7 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: dict) -> None:
 
 
 class Record(PlainHooks):
-    """What a sampler passes through: states before each call, clean estimates after it."""
+    """Records states before each model call and clean estimates after it."""
 
     def __init__(self, *inner: PlainHooks) -> None:
         self.inner, self.states, self.z0 = inner, [], []
@@ -85,7 +69,7 @@ def nearest(codebook: Tensor):
     "case", ["eta0", "eta1", "eta0_quantize_x0", "steps_not_dividing", "eta0_mask"]
 )
 def test_ldm_trajectories_are_reproduced(case):
-    facts, tensors = load("ldm", "ddim")
+    facts, tensors = recording("ldm", "ddim")
     steps, kwargs = facts["cases"][case]["steps"], facts["cases"][case]["kwargs"]
     cfg = DDIM.Config(
         spacing="uniform",
@@ -114,8 +98,8 @@ def test_ldm_trajectories_are_reproduced(case):
 
 
 def test_ldm_ancestral_steps_are_reproduced():
-    """Single steps from t to t - 1 at recorded times, each on the result of the one before."""
-    facts, tensors = load("ldm", "ddim")
+    """Single steps from t to t - 1 at recorded times, each from the previous result."""
+    facts, tensors = recording("ldm", "ddim")
     z, model = tensors["in/x_T"][:, :, None], ldm_stub(facts)
     for i, time in enumerate(facts["ancestral_t_sequence"]):
         t = torch.full((2,), time)
@@ -135,11 +119,12 @@ def test_ldm_ancestral_steps_are_reproduced():
 
 def dynamicrafter_stub(facts: dict, tensors: dict[str, Tensor], context: Tensor):
     a, b = (weight("dynamicrafter", facts["weights"]["unet"][k]) for k in "AB")
-    told = torch.einsum("oc,bcthw->bothw", b, tensors["in/concat"])
-    told = told + (0.05 * context.mean((1, 2)) + 0.01 * tensors["in/fs"]).view(-1, 1, 1, 1, 1)
+    conditioning = torch.einsum("oc,bcthw->bothw", b, tensors["in/concat"])
+    offset = 0.05 * context.mean((1, 2)) + 0.01 * tensors["in/fs"]
+    conditioning = conditioning + offset.view(-1, 1, 1, 1, 1)
 
     def model(z: Tensor, t: Tensor) -> Tensor:
-        out = torch.einsum("oc,bcthw->bothw", a, z) + told
+        out = torch.einsum("oc,bcthw->bothw", a, z) + conditioning
         return out + 0.3 * torch.cos(t / 200).view(-1, 1, 1, 1, 1)
 
     return model
@@ -155,7 +140,7 @@ def dynamicrafter_stub(facts: dict, tensors: dict[str, Tensor], context: Tensor)
     ],
 )
 def test_dynamicrafter_trajectories_are_reproduced(case):
-    facts, tensors = load("dynamicrafter", "ddim")
+    facts, tensors = recording("dynamicrafter", "ddim")
     this = facts["cases"][case]
     kwargs = this["kwargs"]
     full, uncond, image = (
@@ -173,8 +158,8 @@ def test_dynamicrafter_trajectories_are_reproduced(case):
 
     def model(z: Tensor, t: Tensor, step: int) -> Tensor:
         passes = guidance.passes(("text", "image"))
-        told = {0: full, 1: image, 2: uncond}  # by how many signals are dropped
-        outs = [told[len(dropped)](z, t) for dropped in passes]
+        models = {0: full, 1: image, 2: uncond}  # by the number of dropped signals
+        outs = [models[len(dropped)](z, t) for dropped in passes]
         return guidance.combine(outs, t, step, this["steps"])
 
     spacing = kwargs["timestep_spacing"].removeprefix("uniform_")
@@ -185,7 +170,7 @@ def test_dynamicrafter_trajectories_are_reproduced(case):
     end = sampler(model, DYNAMICRAFTER, tensors["in/x_T"], this["steps"], draws, hooks)
     got = torch.stack([*hooks.states[1:], end])
     close("x", got, tensors[f"out/{case}/x"], facts["tolerance"])
-    # recorded estimates carry the rescaling of the level that the step lands on
+    # recorded estimates have the rescaling of the level at the end of the step
     scale = torch.tensor(this["ddim_scale_arr_prev"][::-1]).view(-1, 1, 1, 1, 1, 1)
     close("x0", torch.stack(hooks.z0) * scale, tensors[f"out/{case}/pred_x0"], facts["tolerance"])
 
@@ -193,7 +178,7 @@ def test_dynamicrafter_trajectories_are_reproduced(case):
 @pytest.mark.parametrize("variant", ["2b", "5b"])
 @pytest.mark.parametrize("steps", [5, 7])
 def test_cogvideox_trajectories_are_reproduced(variant, steps):
-    """7 does not divide 1000: landings miss the next time, and the last one is not clean."""
+    """7 does not divide 1000: steps end between times, and the last one is not clean."""
     want = {
         k.removeprefix(f"{variant}/N{steps}/"): v
         for k, v in load_file(GOLDEN / "cogvideox/scheduler.safetensors").items()
@@ -221,12 +206,12 @@ def test_ending_at_the_first_time_keeps_its_noise_level():
     sampler = DDIM(DDIM.Config(end="first"))
     got = sampler(lambda z, t, step: torch.zeros_like(z), LDM, z, 1, Recorded({}))
     first = torch.tensor([0])
-    want = LDM.alpha(first) / LDM.alpha(torch.tensor([999])) * z  # eps is said to be 0
+    want = LDM.alpha(first) / LDM.alpha(torch.tensor([999])) * z  # eps is estimated as 0
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
-def test_one_step_from_pure_noise_ends_finite():
-    """At the last time nothing tells how z0 is rescaled there; the end is then not rescaled."""
+def test_one_step_from_pure_noise_is_finite():
+    """The rescaling of z0 is unknown at pure noise, so that the end is not rescaled."""
     z = torch.ones(1, 1, 1, 1, 1)
     got = DDIM(DDIM.Config(end="first"))(lambda z, t, s: z, DYNAMICRAFTER, z, 1, Recorded({}))
     assert got.isfinite().all()

@@ -1,4 +1,4 @@
-"""Every sampler on problems with known answers: one point, a Gaussian, a nested step."""
+"""Every sampler on problems with known solutions: a point, a Gaussian, a nested step."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def start(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def oracle(schedule, mean, std):
-    """The best model of normal latents: posterior means of z0 and eps given z_t."""
+    """The optimal model for normal latents: posterior means of z0 and eps given z_t."""
 
     def model(z_t: Tensor, t: Tensor, step: int) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -65,7 +65,7 @@ def oracle(schedule, mean, std):
 
 
 def error_half_way(sampler, schedule, steps: int, mean: float = 0.5, std: float = 0.6) -> float:
-    """Largest distance to the exact solution of the probability-flow ODE at half the time.
+    """Maximum error to the exact solution of the probability-flow ODE at half the time.
 
     Not at the end: a thousand times cannot resolve the last stretch, where sigma grows like
     the root of t, and all solvers cross it in one step of first order.
@@ -87,7 +87,7 @@ def error_half_way(sampler, schedule, steps: int, mean: float = 0.5, std: float 
     return (seen[times[steps // 2].item()] - exact).abs().max().item()
 
 
-def test_flow_and_diffusion_samplers_are_all_paired():
+def test_every_sampler_is_paired_with_a_schedule():
     refused = {(a, b) for a in SAMPLERS for b in SCHEDULES} - set(PAIRS)
     discrete = ("cogvideox_dpm", "pndm")
     assert refused == {(sampler, flow) for sampler in discrete for flow in ("flow", "shifted")}
@@ -95,12 +95,12 @@ def test_flow_and_diffusion_samplers_are_all_paired():
 
 @pytest.mark.parametrize(("sampler", "schedule"), PAIRS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
-def test_data_at_one_point_is_found_exactly(sampler, schedule, steps):
-    """CogVideoX' own sampler may miss the next time, or end before 0."""
+def test_data_at_one_point_is_recovered_exactly(sampler, schedule, steps):
+    """CogVideoX's sampler may end between times, or before 0."""
     schedule, point = SCHEDULES[schedule], torch.linspace(-2, 2, 8).view(1, 2, 1, 2, 2)
     z = start(3, 2, 1, 2, 2)
     got = SAMPLERS[sampler](oracle(schedule, point, 0.0), schedule, z, steps, draws(3))
-    # float32 rounding is divided by alpha, 0.07 at the noisy end; a landing on 0 keeps sigma 0.03
+    # float32 rounding is divided by alpha (0.07 at the noisy end); time 0 still has sigma 0.03
     atol = 0.2 if sampler == "cogvideox_dpm" else 2e-4
     torch.testing.assert_close(got, point.expand_as(got), rtol=0, atol=atol)
 
@@ -109,26 +109,26 @@ def test_data_at_one_point_is_found_exactly(sampler, schedule, steps):
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
 def test_the_error_falls_with_the_order_of_the_solver(sampler, order, schedule):
     coarse, fine = (error_half_way(SAMPLERS[sampler], SCHEDULES[schedule], n) for n in (20, 40))
-    # half the step divides the error by 2^order, up to higher terms: seen 2.0 and 3.7 to 3.9
+    # half the step divides the error by about 2^order: measured 2.0 and 3.7 to 3.9
     assert 0.85 * 2**order < coarse / fine < 1.15 * 2**order, (coarse, fine)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", [DDIM, Euler, Heun, PNDM, DPMpp2M])
-def test_every_spacing_ends_where_the_ode_does_from_its_own_first_time(sampler, spacing):
+def test_every_spacing_solves_the_ode_from_its_first_time(sampler, spacing):
     schedule, z = SCHEDULES["eps"], start(16, 1, 1, 2, 2, dtype=torch.float64)
     first = schedule.times(200, spacing)[:1]
     alpha, sigma = (f(first).item() for f in (schedule.alpha, schedule.sigma))
     exact = 0.5 + 0.6 * (z - alpha * 0.5) / (alpha**2 * 0.6**2 + sigma**2) ** 0.5
     cfg = sampler.Config(spacing=spacing)
     got = sampler(cfg)(oracle(schedule, 0.5, 0.6), schedule, z, 200, draws(16))
-    # seen 0.024 of first order; of second 0.010, of which most is the last step, of first order
+    # measured 0.024 for first order; 0.010 for second, mostly from the first-order last step
     atol = 0.03 if sampler in (DDIM, Euler) else 0.012
     torch.testing.assert_close(got, exact, rtol=0, atol=atol)
 
 
-def test_heun_on_a_flow_is_of_second_order_to_the_end():
-    """There sigma is t itself: the last step of first order is short enough."""
+def test_heun_on_a_flow_is_second_order_up_to_the_last_step():
+    """There sigma is t itself, and the first-order last step is short enough."""
     schedule, z = SCHEDULES["flow"], start(16, 1, 1, 2, 2, dtype=torch.float64)
     alpha, sigma = 0.001, 0.999
     exact = 0.5 + 0.6 * (z - alpha * 0.5) / (alpha**2 * 0.6**2 + sigma**2) ** 0.5
@@ -136,7 +136,7 @@ def test_heun_on_a_flow_is_of_second_order_to_the_end():
     coarse, fine = (
         (SAMPLERS["heun"](model, schedule, z, n, draws(16)) - exact).abs().max() for n in (20, 40)
     )
-    assert coarse / fine > 3.5  # seen 4.2
+    assert coarse / fine > 3.5  # measured 4.2
 
 
 @pytest.mark.parametrize("schedule", ["flow", "eps", "v", "cosine"])
@@ -144,7 +144,7 @@ def test_ddim_with_eta_1_is_ancestral_sampling(schedule):
     schedule, z = SCHEDULES[schedule], start(4, 2, 1, 3, 3)
     model = oracle(schedule, 0.3, 0.8)
     got = [SAMPLERS[s](model, schedule, z, 50, draws(4)) for s in ("ddim_eta1", "ddpm")]
-    # the same Gaussians from other formulas: float32 rounding over 50 steps
+    # the same Gaussians by other formulas: float32 rounding over 50 steps
     torch.testing.assert_close(got[0], got[1], rtol=0, atol=2e-3)
 
 
@@ -169,7 +169,7 @@ def test_flow_euler_moves_by_the_velocity():
     ("sampler", "calls"),
     [(s, list(range(4))) for s in SAMPLERS if s != "heun"] + [("heun", [0, 0, 1, 1, 2, 2, 3])],
 )
-def test_calls_are_numbered_by_step_and_made_in_order(sampler, calls):
+def test_model_calls_are_numbered_by_step_in_order(sampler, calls):
     schedule, seen = SCHEDULES["v"], []
 
     def model(z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -206,7 +206,7 @@ def test_hooks_see_every_call_and_can_change_both_estimates(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_bf16_latents_reach_the_model_and_come_back_as_bf16(sampler):
+def test_bf16_latents_stay_bf16_for_the_model_and_the_result(sampler):
     schedule, seen = SCHEDULES["v"], set()
 
     def model(z: Tensor, t: Tensor, step: int) -> Tensor:
@@ -219,7 +219,7 @@ def test_bf16_latents_reach_the_model_and_come_back_as_bf16(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samples_do_not_depend_on_their_neighbours(sampler):
+def test_samples_are_independent_of_the_batch(sampler):
     schedule, z = SCHEDULES["v"], start(4, 1, 1, 2, 2)
     model = oracle(schedule, 0.0, 1.0)
     whole = SAMPLERS[sampler](model, schedule, z, 4, draws(4))
@@ -227,7 +227,7 @@ def test_samples_do_not_depend_on_their_neighbours(sampler):
     assert torch.equal(whole[2:], half)
 
 
-def test_learned_variance_drives_ancestral_noise():
+def test_learned_variance_scales_ancestral_noise():
     schedule = DDPM(DDPM.Config(timesteps=4, betas=(0.1, 0.5), learned_variance=True))
     sampler = Ancestral(Ancestral.Config(steps=4, variance="learned"))
     assert not list(sampler.cfg.accepts(schedule.cfg))
@@ -235,7 +235,7 @@ def test_learned_variance_drives_ancestral_noise():
     posterior = Ancestral(Ancestral.Config(variance="posterior"))
     low = sampler(lambda z, t, s: torch.cat([z, -torch.ones_like(z)], 1), schedule, z, 4, draws(2))
     want = posterior(lambda z, t, s: torch.cat([z, z], 1), schedule, z, 4, draws(2))
-    torch.testing.assert_close(low, want, rtol=0, atol=1e-5)  # -1 is the lower bound: the posterior
+    torch.testing.assert_close(low, want, rtol=0, atol=1e-5)  # -1 is the lower bound, the posterior
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_a_bad_setting_is_named(cfg, field):
         (CogVideoXDPM.Config(), "flow", "cogvideox_dpm: "),
     ],
 )
-def test_a_schedule_that_does_not_suit_is_refused(cfg, schedule, field):
+def test_an_incompatible_schedule_is_refused(cfg, schedule, field):
     (problem,) = cfg.accepts(SCHEDULES[schedule].cfg)
     assert problem.startswith(field) and "want" in problem
 
 
 @pytest.mark.parametrize(("share", "fixed"), [(-1.0, "posterior"), (1.0, "beta")])
 @pytest.mark.parametrize("steps", [7, 20])
-def test_a_learned_variance_at_fewer_times_is_that_of_the_longer_steps(share, fixed, steps):
+def test_a_learned_variance_with_a_subset_of_times_uses_the_longer_steps(share, fixed, steps):
     schedule = DDPM(DDPM.Config(learned_variance=True))
     learned = Ancestral(Ancestral.Config(variance="learned", steps=steps))
     assert not list(learned.cfg.accepts(schedule.cfg))
@@ -292,37 +292,37 @@ def test_a_learned_variance_at_fewer_times_is_that_of_the_longer_steps(share, fi
 
 
 @pytest.mark.parametrize("steps", [4, 10, 25])
-def test_pndm_is_that_of_diffusers(steps):
-    judge = pytest.importorskip("diffusers").PNDMScheduler(
+def test_pndm_equals_diffusers(steps):
+    reference = pytest.importorskip("diffusers").PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         skip_prk_steps=True, set_alpha_to_one=True, timestep_spacing="leading",
     )  # fmt: skip
-    judge.set_timesteps(steps)
+    reference.set_timesteps(steps)
     schedule, z = SCHEDULES["eps"], start(2, 2, 1, 3, 3)
     model = oracle(schedule, 0.5, 0.6)
     want = z
-    for t in judge.timesteps:
-        want = judge.step(model(want, t.expand(2), 0), t, want, return_dict=False)[0]
+    for t in reference.timesteps:
+        want = reference.step(model(want, t.expand(2), 0), t, want, return_dict=False)[0]
     got = PNDM(PNDM.Config(spacing="leading"))(model, schedule, z, steps, draws(2))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # its tables are float32
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_ddim_with_eta_1_is_euler_ancestral_of_diffusers(spacing):
-    """It counts in z / alpha, where noise has the level sigma / alpha."""
-    judge = pytest.importorskip("diffusers").EulerAncestralDiscreteScheduler(
+def test_ddim_with_eta_1_equals_euler_ancestral_of_diffusers(spacing):
+    """It works on z / alpha, with noise level sigma / alpha."""
+    reference = pytest.importorskip("diffusers").EulerAncestralDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
         timestep_spacing=spacing,
     )  # fmt: skip
-    judge.set_timesteps(10)
+    reference.set_timesteps(10)
     schedule, z = SCHEDULES["eps"], start(2, 2, 1, 3, 3)
     times = schedule.times(10, spacing)
-    assert times.tolist() == judge.timesteps.tolist()
+    assert times.tolist() == reference.timesteps.tolist()
     model, level = oracle(schedule, 0.5, 0.6), float(schedule.alpha(times[:1]))
     want, generator = z / level, torch.Generator().manual_seed(0)
-    for t in judge.timesteps:
-        out = model(judge.scale_model_input(want, t), t.long().expand(2), 0)
-        want = judge.step(out, t, want, generator=generator, return_dict=False)[0]
+    for t in reference.timesteps:
+        out = model(reference.scale_model_input(want, t), t.long().expand(2), 0)
+        want = reference.step(out, t, want, generator=generator, return_dict=False)[0]
     generator.manual_seed(0)
     noise = {f"sampler_noise_{i}": torch.randn(z.shape, generator=generator) for i in range(10)}
     euler_a = DDIM(DDIM.Config(eta=1.0, spacing=spacing))

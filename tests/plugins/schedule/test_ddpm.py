@@ -13,7 +13,7 @@ from plugins.schedule.ddpm import DDPM, SPACINGS, alphas_cumprod, buffers, raw_b
 from sandbox.randomness import Keyed, Recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-# The presets of conf/schedule must say the same (test_presets_say_the_published_numbers).
+# The presets of conf/schedule must agree (test_presets.py).
 LDM = {"betas": (0.0015, 0.0195)}
 DYNAMICRAFTER = {"zero_terminal_snr": True, "prediction": "v", "base_scale": 0.7}
 COGVIDEOX = {
@@ -80,7 +80,7 @@ def test_published_buffers_are_reproduced(file, prefix, settings):
         ("cosine", "cosine"),
     ],
 )
-def test_betas_are_those_published_under_another_name(published, ours):
+def test_betas_match_the_published_schedule_of_another_name(published, ours):
     want = load_file(GOLDEN / "dynamicrafter/schedules.safetensors")
     noise = 1000, ours, (0.00085, 0.012), 0.008
     # float64 on both sides; the recorded cosine table was made in another order of operations
@@ -140,7 +140,7 @@ def test_ldm_posterior_is_reproduced():
 
 
 def test_dynamicrafter_noising_and_target_are_reproduced():
-    """The recorded step rescales z0 first; here that is part of alpha and of the target."""
+    """The recorded step rescales z0 first; here alpha and the target include this."""
     want = load_file(GOLDEN / "dynamicrafter/conditioning_and_loss.safetensors")
     schedule = made(**DYNAMICRAFTER)
     z, eps, t = want["out/z"], want["in/noise"], want["in/t"]
@@ -152,7 +152,7 @@ def test_dynamicrafter_noising_and_target_are_reproduced():
 
 
 @pytest.mark.parametrize("settings", PREDICTIONS)
-def test_the_exact_target_gives_back_z0_and_eps(settings):
+def test_the_exact_target_recovers_z0_and_eps(settings):
     schedule = made(**settings)
     z0, eps, t = (x.double() if x.is_floating_point() else x for x in triple())
     d = schedule.denoised(schedule.target(z0, eps, t), schedule.noised(z0, eps, t), t)
@@ -170,7 +170,7 @@ def test_zero_snr_schedule_ends_in_pure_noise():
     assert schedule.cfg.ends_in_noise()
 
 
-def test_snr_is_that_of_the_process_without_the_rescaling():
+def test_snr_excludes_the_rescaling_of_z0():
     t = torch.tensor([0, 300, 999])
     plain, scaled = made(prediction="v"), made(prediction="v", base_scale=0.5)
     assert torch.equal(plain.snr(t), scaled.snr(t))
@@ -183,7 +183,7 @@ def test_snr_shift_divides_the_snr():
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_min_snr_weighs_every_prediction_alike_in_terms_of_x0(prediction):
+def test_min_snr_weights_of_all_predictions_are_equal_in_terms_of_x0(prediction):
     """The weight of the squared x0 error is min(snr, gamma), whatever is predicted."""
     schedule = made(prediction=prediction, min_snr_gamma=5.0)
     z0, eps, t = (x.double() if x.is_floating_point() else x for x in triple())
@@ -198,8 +198,8 @@ def test_weights_are_ones_without_min_snr():
     assert torch.equal(made().weight(torch.tensor([0, 999])), torch.ones(2))
 
 
-def test_elbo_weight_is_the_snr_of_one_step_less():
-    """Kingma et al. 2021, eq. 13, in signal-to-noise ratios, is what LDM calls lvlb_weights."""
+def test_elbo_weight_is_half_the_relative_snr_change_of_a_step():
+    """LDM's lvlb_weights are Kingma et al. 2021, eq. 13, in signal-to-noise ratios."""
     schedule = made(**LDM)
     t = torch.tensor([1, 500, 999])
     want = (schedule.snr(t - 1) / schedule.snr(t) - 1) / 2
@@ -232,7 +232,7 @@ def test_learned_variance_at_time_0_is_finite():
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_times_decrease_and_stay_inside_for_any_number_of_steps(spacing):
+def test_times_decrease_and_stay_in_range_for_any_number_of_steps(spacing):
     schedule = made(timesteps=97)
     for steps in range(1, 98):
         times = schedule.times(steps, spacing)
@@ -243,11 +243,11 @@ def test_times_decrease_and_stay_inside_for_any_number_of_steps(spacing):
             assert times[0] == 96
 
 
-def test_uniform_has_more_steps_where_they_do_not_divide():
+def test_uniform_has_more_times_if_steps_do_not_divide_the_schedule():
     assert made().times(7, "uniform").tolist() == [995, 853, 711, 569, 427, 285, 143, 1]
 
 
-def test_backbones_count_to_1000_whatever_the_schedule_does():
+def test_backbone_times_are_scaled_to_1000():
     z, t = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0, 9])
     assert made(timesteps=10).inputs(z, t)[1].tolist() == [0, 900]
     assert made().inputs(z, t)[1] is t
@@ -277,7 +277,7 @@ def test_bf16_latents_stay_bf16_and_are_computed_in_float32():
     assert schedule.denoised(low, low, t).z0.dtype == torch.float32
 
 
-def test_a_schedule_first_used_in_inference_mode_serves_training():
+def test_a_schedule_first_used_in_inference_mode_can_train():
     schedule = made(prediction="v", min_snr_gamma=5.0)
     z0, eps, t = triple()
     with torch.inference_mode():
@@ -288,7 +288,7 @@ def test_a_schedule_first_used_in_inference_mode_serves_training():
     assert out.grad.isfinite().all()
 
 
-def test_a_schedule_built_on_the_meta_device_keeps_its_numbers():
+def test_a_schedule_built_on_the_meta_device_has_its_tables():
     with torch.device("meta"):
         schedule = made()
     assert schedule.alpha(torch.tensor([0])).item() == pytest.approx(0.99915**0.5, abs=1e-5)
@@ -327,7 +327,7 @@ def test_all_bad_settings_are_named_at_once():
     assert [p.split("=")[0] for p in cfg.problems()] == ["timesteps", "prediction", "base_scale"]
 
 
-def test_a_spacing_must_reach_the_end_where_that_is_noise():
+def test_a_spacing_must_start_at_pure_noise():
     plain, zero = DDPM.Config(), DDPM.Config(zero_terminal_snr=True, prediction="v")
     assert not list(plain.spacing_problems(50, "uniform"))
     (problem,) = zero.spacing_problems(50, "uniform")
@@ -335,8 +335,8 @@ def test_a_spacing_must_reach_the_end_where_that_is_noise():
 
 
 @pytest.mark.parametrize(("steps", "first"), [(1, 0), (600, 599)])
-def test_leading_is_refused_where_it_begins_far_from_noise(steps, first):
-    """Sampling starts from pure noise at the first time, whatever that is."""
+def test_leading_is_refused_if_it_starts_far_from_noise(steps, first):
+    """Sampling always starts from pure noise at the first time."""
     cfg = DDPM.Config()
     assert DDPM(cfg).times(steps, "leading")[0] == first
     (problem,) = cfg.spacing_problems(steps, "leading")

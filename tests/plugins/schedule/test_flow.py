@@ -1,4 +1,4 @@
-"""Rectified flow: its line, its times, its draws."""
+"""Rectified flow: interpolation, times and draws."""
 
 import math
 
@@ -15,7 +15,7 @@ def made(**settings) -> Flow:
     return Flow(cfg)
 
 
-def test_the_exact_velocity_gives_back_z0_and_eps():
+def test_the_exact_velocity_recovers_z0_and_eps():
     flow, draws = made(), Keyed(0, 0, torch.arange(4), 4)
     z0, eps = (draws.normal(n, torch.empty(4, 2, 3, 4, 4)) for n in ("z0", "eps"))
     t = torch.tensor([0.0, 0.3, 0.999, 1.0])
@@ -31,7 +31,7 @@ def test_the_ends_are_data_and_noise():
 
 def test_velocity_is_the_derivative_along_the_line():
     flow, z0, eps = made(), torch.randn(1, 2, 1, 2, 2), torch.randn(1, 2, 1, 2, 2)
-    t, step = torch.tensor([0.4]), 0.125  # a power of two: the difference is exact but for rounding
+    t, step = torch.tensor([0.4]), 0.125  # a power of two, so that only rounding differs
     slope = (flow.noised(z0, eps, t + step) - flow.noised(z0, eps, t)) / step
     torch.testing.assert_close(slope, flow.target(z0, eps, t), rtol=0, atol=1e-5)
 
@@ -40,12 +40,12 @@ def test_default_times_are_logit_normal_with_mean_and_std_1():
     n = 4096
     t = made().draw_t(Keyed(0, 0, torch.arange(n), n))
     logit = t.double().logit()
-    # stratified over 4096: far closer than independent draws, whose error would be 0.016
+    # stratified over 4096; independent draws would have an error of 0.016
     assert logit.mean().item() == pytest.approx(1.0, abs=2e-3)
     assert logit.std().item() == pytest.approx(1.0, abs=5e-3)
 
 
-def test_uniform_times_fall_once_in_every_part():
+def test_uniform_times_are_stratified():
     t = made(t_distribution="uniform").draw_t(Keyed(1, 0, torch.arange(16), 16))
     assert sorted((t * 16).long().tolist()) == list(range(16))
 
@@ -66,19 +66,19 @@ def test_the_lowest_quantile_gives_a_finite_time():
     assert 0 <= t.item() < 1
 
 
-def test_backbones_see_times_below_1000():
+def test_backbone_times_are_below_1000():
     z, t = torch.zeros(3, 1, 1, 1, 1), torch.tensor([0.0, 0.25, 1.0])
     seen = made().inputs(z, t)[1]
     assert seen[:2].tolist() == [0, 250] and seen[2] < 1000
     assert seen.dtype == torch.float32
 
 
-def test_sampling_times_are_even_from_the_start():
+def test_sampling_times_are_evenly_spaced_from_t_start():
     times = made().times(4, "trailing")
     assert times.tolist() == pytest.approx([0.999, 0.74925, 0.4995, 0.24975])
 
 
-def test_shift_multiplies_the_odds_of_noise():
+def test_shift_multiplies_the_odds_of_t():
     plain, shifted = (
         made().times(7, "trailing").double(),
         made(shift=3.0).times(7, "trailing").double(),
@@ -86,7 +86,7 @@ def test_shift_multiplies_the_odds_of_noise():
     torch.testing.assert_close(shifted / (1 - shifted), 3 * plain / (1 - plain), rtol=1e-3, atol=0)
 
 
-def test_shift_moves_training_times_alike():
+def test_shift_applies_to_training_times():
     draws = Keyed(0, 0, torch.arange(64), 64)
     logits = [made(shift=s).draw_t(draws).double().logit() for s in (1.0, 2.0)]
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Presets of schedules, samplers and guidance say the published numbers, and suit one another."""
+"""Presets of schedules, samplers and guidance have published numbers and are compatible."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def preset(name: str) -> PluginConfig:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_says_the_published_numbers(name):
+def test_a_preset_has_the_published_numbers(name):
     cfg = preset(name)
     assert not list(cfg.problems())
     assert {field: getattr(cfg, field) for field in PRESETS[name]} == PRESETS[name]
@@ -69,7 +69,7 @@ def test_every_preset_is_checked():
     groups = ("schedule", "sampler", "guidance", "loss")
     found = {f"{g}/{p.stem}" for g in groups for p in (ROOT / "conf" / g).glob("*.yaml")}
     ours = {n for n in found if n.split("/")[1].startswith(("ddpm_", "flow_", "ddim_", "cfg_"))}
-    published = {n for n in ours if not n.endswith("_tiny")}  # those of tiny recipes are nobody's
+    published = {n for n in ours if not n.endswith("_tiny")}  # tiny recipes are not published
     assert published == set(PRESETS)
 
 
@@ -81,5 +81,5 @@ def test_every_preset_is_checked():
         ("ddim_cogvideox", "ddpm_cogvideox_2b"),
     ],
 )
-def test_a_published_sampler_suits_its_schedule(sampler, schedule):
+def test_a_published_sampler_accepts_its_schedule(sampler, schedule):
     assert not list(preset(f"sampler/{sampler}").accepts(preset(f"schedule/{schedule}")))
