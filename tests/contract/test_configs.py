@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from sandbox import config, registry
+from sandbox import config, contracts, registry
 from sandbox.contracts import PluginConfig
 from sandbox.contracts import __name__ as CONTRACTS
 from tests.helpers import plugin_configs
@@ -56,6 +56,15 @@ def test_its_config_derives_from_the_base_of_its_group(plugin):
 def test_may_differ_names_settings():
     for plugin in PLUGINS:
         assert {*plugin.config.may_differ} <= {f.name for f in fields(plugin.config)}, plugin.key
+
+
+def test_former_names_of_interfaces_are_importable():
+    for old, new in {
+        "Beside": "PairedMetric", "ByClip": "PerClipMetric", "Cuts": "CuttingStage",
+        "Footage": "VideoClip", "Judges": "DecidingStage", "Looks": "ScoringStage",
+        "Misfit": "SizeError", "Renders": "RenderingStage",
+    }.items():  # fmt: skip
+        assert getattr(contracts, old) is getattr(contracts, new)
 
 
 def base_config(config: type) -> type:
