@@ -1,6 +1,6 @@
 """Attention layers over tokens, with LayerNorm on queries and keys.
 
-The norms keep the scores small at any learning rate (Dehghani et al. 2023, 2302.05442, section 2).
+The norms bound the scores at any learning rate (Dehghani et al. 2023, 2302.05442, section 2).
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ import kernels
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q (B, N, H, d), k and v (B, L, H, d), mask (B, L) True where seen -> (B, N, H*d)."""
+    """q (B, N, H, d), k and v (B, L, H, d), mask (B, L) True for keys to use -> (B, N, H*d)."""
     if mask is not None:
         mask = mask[:, None, None]  # (B, 1, 1, L)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, N, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
+def key_norm(head_dim: int) -> nn.LayerNorm:
+    """Without a bias: softmax is invariant to a shift of the keys."""
+    return nn.LayerNorm(head_dim, bias=False)
+
+
 class SelfAttention(nn.Module):
-    """Every token sees every token: (B, N, D) -> (B, N, D)."""
+    """Self-attention over all tokens: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.LayerNorm(width // num_heads)
-        self.norm_k = nn.LayerNorm(
-            width // num_heads, bias=False
-        )  # softmax ignores a shift of keys
+        self.norm_q, self.norm_k = nn.LayerNorm(width // num_heads), key_norm(width // num_heads)
         self.to_out = nn.Linear(width, width)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,24 +44,21 @@ class SelfAttention(nn.Module):
 
 
 class TemporalAttention(SelfAttention):
-    """Every token sees the tokens at its own place in all frames: (B, T, S, D) -> (B, T, S, D)."""
+    """Self-attention over the frames at each position: (B, T, S, D) -> (B, T, S, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(kernels.temporal_attention(*self.qkv(x), heads=self.num_heads))
 
 
 class CrossAttention(nn.Module):
-    """Tokens see a context: (B, N, D), (B, L, context_dim), mask (B, L) -> (B, N, D)."""
+    """Tokens (B, N, D) attend to a context (B, L, context_dim) with mask (B, L): (B, N, D)."""
 
     def __init__(self, width: int, num_heads: int, context_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.to_q = nn.Linear(width, width)
         self.to_kv = nn.Linear(context_dim, 2 * width)
-        self.norm_q = nn.LayerNorm(width // num_heads)
-        self.norm_k = nn.LayerNorm(
-            width // num_heads, bias=False
-        )  # softmax ignores a shift of keys
+        self.norm_q, self.norm_k = nn.LayerNorm(width // num_heads), key_norm(width // num_heads)
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Encoder and decoder of the LDM autoencoders (Rombach et al. 2022, appendix G; after VQGAN).
 
-Parameter names are the published ones. Both work on pictures (N, C, H, W); `per_frame` applies
-them to video.
+Parameter names are the published ones. Both work on images (N, C, H, W); `per_frame` applies them
+to video.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import group_norm
+from plugins._blocks.layers import GroupNorm
 
 
 class Sizes(Protocol):
-    """The published hyper-parameters, as they stand in the Configs of `kl` and `vq`."""
+    """The published hyper-parameters, as in the Configs of `kl` and `vq`."""
 
     ch: int
     ch_mult: tuple[int, ...]
     num_res_blocks: int
     attn_resolutions: tuple[int, ...]
-    resolution: int  # only says at which levels `attn_resolutions` are
+    resolution: int  # image size that `attn_resolutions` refer to
     in_channels: int
     out_ch: int
     z_channels: int
@@ -35,43 +35,33 @@ class Sizes(Protocol):
 def per_frame(f: Callable[[Tensor], Tensor], x: Tensor, limit: int | None = None) -> Tensor:
     """Applies `f` to each frame of (B, C, T, H, W), at most `limit` frames at once (None: all)."""
     frames = rearrange(x, "b c t h w -> (b t) c h w")
-    out = torch.cat([f(part) for part in frames.split(limit or len(frames))])
+    out = torch.cat([f(part) for part in frames.split(limit)]) if limit else f(frames)
     return rearrange(out, "(b t) c h w -> b c t h w", b=x.shape[0])
-
-
-class Norm(nn.GroupNorm):
-    """Group norm through `kernels`, with the activation that follows it."""
-
-    def __init__(self, num_groups: int, channels: int) -> None:
-        super().__init__(num_groups, channels, eps=1e-6)
-
-    def forward(self, x: Tensor, act: str = "none") -> Tensor:
-        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps, act=act)
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, num_groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = Norm(num_groups, channels)
+        self.norm1 = GroupNorm(num_groups, channels, act="silu")
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = Norm(num_groups, out_channels)
+        self.norm2 = GroupNorm(num_groups, out_channels, act="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
             self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(self.norm1(x, act="silu"))
-        h = self.conv2(self.dropout(self.norm2(h, act="silu")))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
-    """Single-head attention over the pixels of one picture."""
+    """Single-head attention over the pixels of an image."""
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm = Norm(num_groups, channels)
+        self.norm = GroupNorm(num_groups, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -90,7 +80,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # as published: one pixel of zeros on the right and at the bottom only, not all around
+        # As published: zero padding on the right and at the bottom only.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -104,7 +94,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: `block`, `attn` (may be empty) and, if any, the resampling."""
+    """Residual blocks of one resolution, with attention if it is listed, and resampling if set."""
+
+    downsample: Downsample
+    upsample: Upsample
 
     def __init__(self, s: Sizes, level: int, channels: int, blocks: int) -> None:
         super().__init__()
@@ -123,11 +116,13 @@ class Level(nn.Module):
             x = block(x)
             if self.attn:
                 x = self.attn[i](x)
+        for name in ("downsample", "upsample"):
+            x = getattr(self, name)(x) if hasattr(self, name) else x
         return x
 
 
 class Middle(nn.Module):
-    """Always has attention, whatever `attn_resolutions` says."""
+    """Residual block, attention (independent of `attn_resolutions`), residual block."""
 
     def __init__(self, s: Sizes, channels: int) -> None:
         super().__init__()
@@ -144,13 +139,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(s.in_channels, s.ch, 3, padding=1)
         widths = [s.ch, *(s.ch * m for m in s.ch_mult)]
-        self.down = nn.ModuleList(
-            Level(s, i, widths[i], s.num_res_blocks) for i in range(len(s.ch_mult))
-        )
-        for level, width in zip(self.down[:-1], widths[1:], strict=False):
+        levels = [Level(s, i, widths[i], s.num_res_blocks) for i in range(len(s.ch_mult))]
+        self.down = nn.ModuleList(levels)
+        for level, width in zip(levels[:-1], widths[1:], strict=False):
             level.downsample = Downsample(width)
         self.mid = Middle(s, widths[-1])
-        self.norm_out = Norm(s.num_groups, widths[-1])
+        self.norm_out = GroupNorm(s.num_groups, widths[-1], act="silu")
         self.conv_out = nn.Conv2d(widths[-1], s.z_channels * (2 if s.double_z else 1), 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,9 +152,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        return self.conv_out(self.norm_out(self.mid(h), act="silu"))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -169,13 +161,12 @@ class Decoder(nn.Module):
         widths = [*(s.ch * m for m in s.ch_mult), s.ch * s.ch_mult[-1]]
         self.conv_in = nn.Conv2d(s.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(s, widths[-1])
-        # `up` is numbered by resolution, the finest is 0, and runs from the last to the first
-        self.up = nn.ModuleList(
-            Level(s, i, widths[i + 1], s.num_res_blocks + 1) for i in range(len(s.ch_mult))
-        )
-        for level, width in zip(self.up[1:], widths[1:], strict=False):
+        # up[0] has the highest resolution; `forward` runs from the last to the first.
+        levels = [Level(s, i, widths[i + 1], s.num_res_blocks + 1) for i in range(len(s.ch_mult))]
+        self.up = nn.ModuleList(levels)
+        for level, width in zip(levels[1:], widths[1:], strict=False):
             level.upsample = Upsample(width)
-        self.norm_out = Norm(s.num_groups, widths[0])
+        self.norm_out = GroupNorm(s.num_groups, widths[0], act="silu")
         self.conv_out = nn.Conv2d(widths[0], s.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -183,6 +174,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
-        return self.conv_out(self.norm_out(h, act="silu"))
+        return self.conv_out(self.norm_out(h))

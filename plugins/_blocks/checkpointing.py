@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass (Chen et al. 2016, 1604.06174)."""
+"""Activation checkpointing (Chen et al. 2016, 1604.06174)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils.checkpoint import checkpoint
 def checkpointed(
     on: bool, block: nn.Module, *args: Any, run: Callable[..., Any] | None = None
 ) -> Any:
-    """block(*args), or `run`(*args) of it; where `on`, its activations are made twice.
+    """block(*args), or its method `run`(*args); `on` recomputes activations in the backward pass.
 
-    Outputs and gradients are the same, also with dropout, and parameters may be frozen.
+    Outputs and gradients are unchanged, also with dropout and with frozen parameters.
     """
     f = run or block
     if not on or not torch.is_grad_enabled():
         return f(*args)
-    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=draws(block))
+    return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=has_dropout(block))
 
 
-def draws(block: nn.Module) -> bool:
-    """Whether it draws dropout now, that of an adapter included.
+def has_dropout(block: nn.Module) -> bool:
+    """Whether dropout is active in the block or in an adapter inside it.
 
-    The second pass must draw the same, and keeping the generators' states takes time.
+    Only then must the generator state be saved for recomputation, which takes time.
     """
     return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in block.modules())

@@ -1,46 +1,49 @@
 """The causal 3-D autoencoder of CogVideoX (Yang et al. 2024, 2408.06072), with its published names.
 
-All tensors are (B, C, T, H, W). A long clip goes through in pieces; what a convolution saw last of
-a piece is kept in a `Past` and stands before the next one. Group norms see one piece alone.
+All tensors are (B, C, T, H, W). Long clips are processed in chunks: a `FrameCache` keeps the last
+input frames of each convolution and puts them in front of the next chunk. Group norms cover one
+chunk.
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from kernels import group_norm
-from plugins._blocks.autoencoder3d import EPS, GroupNorm
+from plugins._blocks.autoencoder2d import per_frame
+from plugins._blocks.layers import GroupNorm
 
-Past = dict[nn.Module, Tensor]  # convolution -> the last two frames of what it was given
-Factors = tuple[int, int]  # what a level divides or multiplies time and space by
-LARGE = 2**31  # bytes of an input, from which on a convolution takes it in parts along time
+FrameCache = dict[nn.Module, Tensor]  # convolution -> the last two frames of its input
+Factors = tuple[int, int]  # by which a level divides or multiplies time and space
+EPS = 1e-6  # of every group norm, as published
+LARGE = 2**31  # input size in bytes above which a convolution splits its input along time
 
 
 class CausalConv3d(nn.Module):
-    """Convolution of 3x3x3 or 1x1x1 that sees no later frame; zeros around the picture.
+    """Convolution of 3x3x3 or 1x1x1 that reads no later frame; zero-padded in space.
 
-    Before the first frame stand two copies of it, or the last two frames of the piece before.
+    Time is padded in front by two copies of the first frame, or by the cached frames of the
+    previous chunk.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3) -> None:
         super().__init__()
-        around = kernel // 2
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, around, around))
+        space = kernel // 2
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, space, space))
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
         if self.conv.kernel_size[0] == 1:
             return self.conv(x)
-        before = past.get(self)
+        before = cache.get(self)
         if before is None:
             before = x[:, :, :1].expand(-1, -1, 2, -1, -1)
         x = torch.cat((before, x), 2)
-        past[self] = x[:, :, -2:].clone()  # a view would keep all of x
+        cache[self] = x[:, :, -2:].clone()  # a view would keep all of x in memory
         return in_parts(self.conv, x)
 
 
 def in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """conv(x) for a kernel of 3 frames; a large x in parts that share two frames: the same."""
+    """conv(x) for a kernel of 3 frames; splits a large x into parts that overlap by two frames."""
     parts = min(x.numel() * x.element_size() // LARGE + 1, x.shape[2] - 2)
     if parts < 2:
         return conv(x)
@@ -49,7 +52,7 @@ def in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 class SpatialNorm(nn.Module):
-    """Group norm whose scale and shift are the latents' at the same place, then SiLU."""
+    """Group norm with scale and shift computed from the latents at the same position, then SiLU."""
 
     def __init__(self, channels: int, z_channels: int, num_groups: int) -> None:
         super().__init__()
@@ -60,13 +63,13 @@ class SpatialNorm(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         norm = self.norm_layer
         out = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        # The published order is to enlarge z and then to convolve, which for 1x1x1 is the same.
-        scale, shift = (enlarged(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
+        # The published order, resize then convolve, is the same function for 1x1x1.
+        scale, shift = (resized(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
         return F.silu(out * scale + shift)
 
 
-def enlarged(z: Tensor, x: Tensor) -> Tensor:
-    """z repeated to the size of x; of an odd number of frames the first one stays alone."""
+def resized(z: Tensor, x: Tensor) -> Tensor:
+    """z repeated to the size of x; if T is odd, the first frame is resized separately."""
     frames, *space = x.shape[2:]
     if frames > 1 and frames % 2:
         first = F.interpolate(z[:, :, :1], (1, *space))
@@ -75,7 +78,7 @@ def enlarged(z: Tensor, x: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """Twice norm, SiLU, convolution, added to the input; with `z_channels` norms see z."""
+    """Norm, SiLU, convolution, twice, and a residual; `z_channels`: norms are SpatialNorm."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_groups: int, z_channels: int | None
@@ -84,7 +87,7 @@ class ResidualBlock(nn.Module):
 
         def norm(channels: int) -> nn.Module:
             if z_channels is None:
-                return GroupNorm(num_groups, channels, act="silu")
+                return GroupNorm(num_groups, channels, EPS, act="silu")
             return SpatialNorm(channels, z_channels, num_groups)
 
         self.norm1 = norm(in_channels)
@@ -94,14 +97,14 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.conv_shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, past: Past, z: Tensor | None = None) -> Tensor:
-        told = () if z is None else (z,)
-        out = self.conv1(self.norm1(x, *told), past)
-        return self.conv_shortcut(x) + self.conv2(self.norm2(out, *told), past)
+    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
+        latents = () if z is None else (z,)
+        out = self.conv1(self.norm1(x, *latents), cache)
+        return self.conv_shortcut(x) + self.conv2(self.norm2(out, *latents), cache)
 
 
 class Downsampler(nn.Module):
-    """Means of pairs of frames (an odd first one stays alone), then each frame by a convolution."""
+    """Averages pairs of frames (if T is odd, after the first), then a strided 2-D convolution."""
 
     def __init__(self, channels: int, factors: Factors) -> None:
         super().__init__()
@@ -110,14 +113,14 @@ class Downsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_time and x.shape[2] > 1:
-            alone = x.shape[2] % 2
-            pairs = x[:, :, alone:].unflatten(2, (-1, 2)).mean(3)
-            x = torch.cat((x[:, :, :1], pairs), 2) if alone else pairs
+            odd = x.shape[2] % 2
+            pairs = x[:, :, odd:].unflatten(2, (-1, 2)).mean(3)
+            x = torch.cat((x[:, :, :1], pairs), 2) if odd else pairs
         return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsampler(nn.Module):
-    """Repeats frames (an odd first or only one stays alone) and pixels, then convolves."""
+    """Repeats frames (if T is odd, after the first) and pixels, then a 2-D convolution."""
 
     def __init__(self, channels: int, factors: Factors) -> None:
         super().__init__()
@@ -126,19 +129,14 @@ class Upsampler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.in_time and x.shape[2] > 1:
-            alone = x.shape[2] % 2
-            pairs = x[:, :, alone:].repeat_interleave(2, 2)
-            x = torch.cat((x[:, :, :1], pairs), 2) if alone else pairs
+            odd = x.shape[2] % 2
+            pairs = x[:, :, odd:].repeat_interleave(2, 2)
+            x = torch.cat((x[:, :, :1], pairs), 2) if odd else pairs
         return per_frame(self.conv, x.repeat_interleave(2, 3).repeat_interleave(2, 4))
 
 
-def per_frame(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    out = conv(rearrange(x, "b c t h w -> (b t) c h w"))
-    return rearrange(out, "(b t) c h w -> b c t h w", b=x.shape[0])
-
-
 class Level(nn.Module):
-    """Residual blocks, then a change of size where there is one (`resize`)."""
+    """Residual blocks, then a change of size (`resize`), if any."""
 
     def __init__(
         self,
@@ -157,9 +155,9 @@ class Level(nn.Module):
     def resize(self, x: Tensor) -> Tensor:
         return x
 
-    def forward(self, x: Tensor, past: Past, z: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache, z: Tensor | None = None) -> Tensor:
         for block in self.resnets:
-            x = block(x, past, z)
+            x = block(x, cache, z)
         return self.resize(x)
 
 
@@ -191,7 +189,7 @@ class UpLevel(Level):
 
 
 class Encoder(nn.Module):
-    """A piece of a clip (B, 3, T, H, W) -> mean and log-variance (B, 2C, t, h, w)."""
+    """A chunk of a clip (B, 3, T, H, W) -> mean and log-variance (B, 2C, t, h, w)."""
 
     def __init__(
         self, widths: tuple[int, ...], factors: tuple[Factors, ...], layers: int, z_channels: int,
@@ -204,19 +202,19 @@ class Encoder(nn.Module):
             for a, b, f in zip((widths[0], *widths[:-1]), widths, factors, strict=True)
         )
         self.mid_block = Level(widths[-1], widths[-1], 2, num_groups)
-        self.norm_out = GroupNorm(num_groups, widths[-1], act="silu")
+        self.norm_out = GroupNorm(num_groups, widths[-1], EPS, act="silu")
         self.conv_out = CausalConv3d(widths[-1], 2 * z_channels)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
-        x = self.conv_in(x, past)
+    def forward(self, x: Tensor, cache: FrameCache) -> Tensor:
+        x = self.conv_in(x, cache)
         for block in self.down_blocks:
-            x = block(x, past)
-        x = self.mid_block(x, past)
-        return self.conv_out(self.norm_out(x), past)
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        return self.conv_out(self.norm_out(x), cache)
 
 
 class Decoder(nn.Module):
-    """A piece of latents (B, C, t, h, w) -> (B, 3, T, H, W); widths from the smallest level."""
+    """A chunk of latents (B, C, t, h, w) -> (B, 3, T, H, W); smallest level first in `widths`."""
 
     def __init__(
         self, widths: tuple[int, ...], factors: tuple[Factors, ...], layers: int, z_channels: int,
@@ -232,8 +230,8 @@ class Decoder(nn.Module):
         self.norm_out = SpatialNorm(widths[-1], z_channels, num_groups)
         self.conv_out = CausalConv3d(widths[-1], 3)
 
-    def forward(self, z: Tensor, past: Past) -> Tensor:
-        x = self.mid_block(self.conv_in(z, past), past, z)
+    def forward(self, z: Tensor, cache: FrameCache) -> Tensor:
+        x = self.mid_block(self.conv_in(z, cache), cache, z)
         for block in self.up_blocks:
-            x = block(x, past, z)
-        return self.conv_out(self.norm_out(x, z), past)
+            x = block(x, cache, z)
+        return self.conv_out(self.norm_out(x, z), cache)

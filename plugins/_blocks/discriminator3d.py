@@ -6,14 +6,17 @@ from torch import Tensor, nn
 
 from plugins._blocks.conv3d import Conv3d
 from plugins._blocks.patchgan import NLayerDiscriminator
-from plugins._blocks.unet import GROUPS, Norm
+from plugins._blocks.unet import Norm
+from plugins._configs.backbone import GROUPS
 
 SLOPE = 0.2  # of every leaky ReLU
 BLUR = (1.0, 2.0, 1.0)
 
 
 class BlurPool3d(nn.Module):
-    """Half the size (rounded up) in time and space, after a blur (Zhang 2019, 1904.11486)."""
+    """Blurs and halves time and space, rounding up (Zhang 2019, 1904.11486)."""
+
+    filt: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class BlurPool3d(nn.Module):
 
 
 class DiscriminatorBlock3D(nn.Module):
-    """Twice norm, leaky ReLU and convolution, with a residual, over the root of 2."""
+    """Norm, leaky ReLU and convolution, twice, and a residual; the sum is divided by sqrt(2)."""
 
     def __init__(self, in_channels: int, out_channels: int, is_pooled: bool) -> None:
         super().__init__()
@@ -45,10 +48,10 @@ class DiscriminatorBlock3D(nn.Module):
 
 
 class Discriminator3D(nn.Module):
-    """Clips (B, 3, T, H, W) in [-1, 1] -> a logit for each piece (B, 1, t, h, w).
+    """Clips (B, 3, T, H, W) in [-1, 1] -> a logit for each patch (B, 1, t, h, w).
 
-    All blocks but the last halve the size, as the first convolution does; channels are multiples of
-    32, as published 64, 128, 256.
+    The first convolution and all blocks except the last halve the size. Channels are multiples of
+    32; published: 64, 128, 256.
     """
 
     def __init__(self, channels: tuple[int, ...] = (64, 128, 256)) -> None:
@@ -58,7 +61,7 @@ class Discriminator3D(nn.Module):
             DiscriminatorBlock3D(a, b, i < len(channels) - 1)
             for i, (a, b) in enumerate(zip((channels[0], *channels), channels, strict=False))
         )
-        # As published: in the state dict, and never used.
+        # As published: in the state dict but unused.
         self.conv_norm_out = nn.GroupNorm(GROUPS, channels[-1])
         self.conv_out = Conv3d(channels[-1], 1, 3, padding=1)
 
@@ -70,7 +73,7 @@ class Discriminator3D(nn.Module):
 
 
 class FramesAndClips(NLayerDiscriminator):
-    """PatchGAN, which looks at frames, with a 3-D discriminator beside it, which looks at clips."""
+    """PatchGAN for frames, with a 3-D discriminator for clips as `discriminator3d`."""
 
     def __init__(self, ndf: int, n_layers: int, channels: tuple[int, ...]) -> None:
         super().__init__(ndf, n_layers)

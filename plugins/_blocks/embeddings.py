@@ -1,4 +1,4 @@
-"""Numbers and places as vectors."""
+"""Embeddings of numbers and of grid positions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,19 @@ def sinusoids(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """`sinusoids` in the order of operations of latent diffusion: (B,) -> (B, dim) float32.
+
+    The two orders differ by 3e-5 in the angle at t = 999.
+    """
+    steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
 class NumberEmbedding(nn.Module):
-    """A number such as a diffusion time: (B,) -> (B, width)."""
+    """Embeds a number such as the diffusion time: (B,) -> (B, width)."""
 
     def __init__(self, num_features: int, width: int) -> None:
         super().__init__()
@@ -28,15 +39,16 @@ class NumberEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(sinusoids(x, self.num_features).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(sinusoids(x, self.num_features).to(dtype))
 
 
 class GridPositions(nn.Module):
-    """Learned positions of a grid of cells: one table for each axis, summed.
+    """Learned positions of a grid of cells: the sum of one table per axis.
 
-    `size` is the largest (frames, height, width); a smaller grid is its corner. The tables start
-    as N(0, std^2), as large as the tokens that they are added to: with 0.02 the default run is
-    two fifths later in learning which way a digit moves.
+    `size` is the largest (frames, height, width); a smaller grid uses the first rows of each
+    table. Tables start as N(0, std^2). The default 0.5 matches the scale of the tokens: with 0.02
+    the default run needs two fifths more steps to learn the direction of motion.
     """
 
     def __init__(self, size: tuple[int, int, int], width: int, std: float = 0.5) -> None:
@@ -44,6 +56,6 @@ class GridPositions(nn.Module):
         self.t, self.h, self.w = (nn.Parameter(torch.randn(n, width) * std) for n in size)
 
     def forward(self, frames: int, height: int, width: int) -> Tensor:
-        """Of a grid of this size: (frames, height * width, D)."""
-        places = self.h[:height, None] + self.w[:width]  # (h, w, D)
-        return self.t[:frames, None] + places.flatten(0, 1)
+        """Positions of a grid of this size: (frames, height * width, D)."""
+        cells = self.h[:height, None] + self.w[:width]  # (h, w, D)
+        return self.t[:frames, None] + cells.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What all first stages share: scale and shift of the latents, and the pass that trains them."""
+"""Base class of all first stages: scale and shift of the latents, and the training pass."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -13,16 +13,15 @@ from sandbox.contracts import Draws, Posterior
 class FirstStage(nn.Module, ABC):
     """Scaled latents are (z - shift) * scale.
 
-    A number comes from the Config, as published. None leaves it to the data: then `shift` or
-    `scale` is a buffer (C, 1, 1, 1) of the state dict, 0 or 1 until `calibrate` measures it,
-    channel by channel.
+    A number for `shift` or `scale` is used as it is. None makes it a buffer (C, 1, 1, 1) in the
+    state dict, 0 or 1 until `calibrate` measures it per channel.
 
-    A subclass gives `encode`, `pixels` and `posterior(stored)`.
+    Subclasses define `encode`, `pixels` and `posterior(stored)`.
     """
 
     shift: float | Tensor
     scale: float | Tensor
-    train_frames: int | None = None  # frames of a clip that a training pass takes; None: all
+    train_frames: int | None = None  # frames per clip in a training pass; None: all
 
     def __init__(self, channels: int, scale: float | None = 1.0, shift: float | None = 0.0) -> None:
         super().__init__()
@@ -51,9 +50,9 @@ class FirstStage(nn.Module, ABC):
         return self.pixels(self.unscaled(z))
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
-        """The training pass: x (B, 3, T, H, W) through a sample of its posterior.
+        """The training pass: reconstructs x (B, 3, T, H, W) from a sample of its posterior.
 
-        Draws "posterior", and "frames" where it takes only some of them.
+        Uses the draw "posterior", and "frames" if it takes a part of each clip.
         """
         x = self.part(x, draws)
         posterior = self.encode(x)
@@ -61,14 +60,15 @@ class FirstStage(nn.Module, ABC):
         return Reconstruction(x, self.pixels(z), posterior, last_layer=self.last_layer())
 
     def last_layer(self) -> Tensor | None:
-        """The weight that draws the pixels, where adversarial losses compare gradients; None where
-        there is no `decoder.conv_out`.
+        """Weight of the decoder's output layer, for adaptive adversarial loss weights.
+
+        None without `decoder.conv_out`.
         """
-        drawing = getattr(getattr(self, "decoder", None), "conv_out", None)
-        return None if drawing is None else next(p for p in drawing.parameters() if p.ndim > 1)
+        layer = getattr(getattr(self, "decoder", None), "conv_out", None)
+        return None if layer is None else next(p for p in layer.parameters() if p.ndim > 1)
 
     def part(self, x: Tensor, draws: Draws) -> Tensor:
-        """`train_frames` frames in a row of each clip, from a place of its own."""
+        """`train_frames` consecutive frames of each clip, from a random start."""
         number = self.train_frames
         if number is None or number >= x.shape[2]:
             return x
@@ -79,15 +79,15 @@ class FirstStage(nn.Module, ABC):
 
     @torch.no_grad()
     def calibrate(self, videos: Iterable[Tensor]) -> None:
-        """Measures what the Config leaves to the data: mean 0 and deviation 1 of scaled latents.
+        """Sets unset shift and scale so that scaled latents have mean 0 and standard deviation 1.
 
-        `videos` are (B, 3, T, H, W); their posterior means count. Does nothing where the Config has
-        numbers. ValueError where there is no video.
+        Measures the posterior means of `videos` (B, 3, T, H, W) per channel. Does nothing if the
+        Config has both numbers. Raises ValueError without videos.
         """
         measured = [name for name in ("shift", "scale") if isinstance(getattr(self, name), Tensor)]
         if not measured:
             return
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for x in videos:
             z = self.encode(x).mean.transpose(0, 1).flatten(1).double()  # (C, B*T*H*W)
             count += z.shape[1]
@@ -96,6 +96,6 @@ class FirstStage(nn.Module, ABC):
             raise ValueError("calibrate needs at least one batch of videos")
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(1e-12).sqrt()
-        found = {"shift": mean, "scale": 1 / std}
+        values = {"shift": mean, "scale": 1 / std}
         for name in measured:
-            getattr(self, name).copy_(found[name].view(-1, 1, 1, 1))
+            getattr(self, name).copy_(values[name].view(-1, 1, 1, 1))

@@ -1,6 +1,6 @@
-"""Fixed position tables of space-time grids: rotary (RoPE) and sinusoidal, as CogVideoX has them.
+"""Rotary (RoPE) and sinusoidal position tables of space-time grids, as in CogVideoX.
 
-Cells of a grid (T, H, W) run frame by frame, row by row. Tables are cached: a grid has one.
+Cells of a grid (T, H, W) are ordered frame by frame, row by row. Tables are cached per grid.
 """
 
 from collections.abc import Callable
@@ -16,22 +16,23 @@ THETA = 10_000.0
 T = TypeVar("T")
 
 
-def remembered(make: Callable[..., T]) -> Callable[..., T]:
-    """Makes a table once, and of fake tensors (task=plan) once in each of their modes.
+def cached(make: Callable[..., T]) -> Callable[..., T]:
+    """Caches the tables that `make` returns.
 
-    Those have no numbers: nobody else may find them.
+    Under a fake tensor mode (task=plan) the cache belongs to that mode: fake tensors have no data
+    and must not leave it.
     """
-    known = lru_cache(maxsize=16)(make)
+    real = lru_cache(maxsize=16)(make)
 
     @wraps(make)
     def table(*key: Any) -> T:
         mode = detect_fake_mode()
         if mode is None:
-            return known(*key)
-        kept = vars(mode).setdefault("tables", {})
-        if (make, key) not in kept:
-            kept[make, key] = make(*key)
-        return kept[make, key]
+            return real(*key)
+        fake = vars(mode).setdefault("tables", {})
+        if (make, key) not in fake:
+            fake[make, key] = make(*key)
+        return fake[make, key]
 
     return table
 
@@ -47,10 +48,10 @@ def crop_region(grid: Size, base: Size) -> tuple[Size, Size]:
     return (top, left), (top + box[0], left + box[1])
 
 
-def fitted_places(grid: Size, base: Size) -> tuple[Tensor, Tensor]:
-    """Rows (H,) and columns (W,) of a grid stretched over its crop region of `base`, float32."""
+def fitted_positions(grid: Size, base: Size) -> tuple[Tensor, Tensor]:
+    """Rows (H,) and columns (W,) of a grid stretched over its crop region in `base`, float32."""
     starts, stops = crop_region(grid, base)
-    # as published: the end leaves out a share of the stop, where the box would have one of its size
+    # As published: the last position is stop * (n - 1) / n, although the start may not be 0.
     rows, columns = (
         torch.linspace(start, stop * (n - 1) / n, n)
         for n, start, stop in zip(grid, starts, stops, strict=True)
@@ -58,40 +59,40 @@ def fitted_places(grid: Size, base: Size) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def whole_places(grid: Size) -> tuple[Tensor, Tensor]:
+def counted_positions(grid: Size) -> tuple[Tensor, Tensor]:
     """Rows (H,) and columns (W,) counted from 0, float32."""
     height, width = grid
     return torch.arange(height, dtype=torch.float32), torch.arange(width, dtype=torch.float32)
 
 
-@remembered
+@cached
 @torch.no_grad()
 def rotary_table(
     frames: int, grid: Size, base: Size | None, head_dim: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T * H * W, head_dim) float32; neighbours in pairs share an angle.
+    """Cosines and sines, each (T * H * W, head_dim) float32; channels 2i and 2i + 1 share an angle.
 
-    A quarter of the channels turn with the frame, 3/8 with the row, 3/8 with the column. `base`:
-    size in which the grid is fitted (`fitted_places`), None: rows and columns are counted.
-    `head_dim` is a multiple of 16.
+    A quarter of the channels encodes the frame, 3/8 the row and 3/8 the column. `base`: size that
+    the grid is stretched to (`fitted_positions`); None: `counted_positions`. `head_dim` is a
+    multiple of 16.
     """
     with torch.device("cpu"):
-        rows, columns = fitted_places(grid, base) if base else whole_places(grid)
-        places = torch.arange(frames, dtype=torch.float32), rows, columns
+        rows, columns = fitted_positions(grid, base) if base else counted_positions(grid)
+        positions = torch.arange(frames, dtype=torch.float32), rows, columns
         sizes = head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8
         angles = [
             p[:, None] * THETA ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
-            for p, n in zip(places, sizes, strict=True)
+            for p, n in zip(positions, sizes, strict=True)
         ]
-    t, h, w = (len(p) for p in places)
+    t, h, w = (len(p) for p in positions)
     shapes = (t, 1, 1, -1), (1, h, 1, -1), (1, 1, w, -1)
-    whole = [a.view(s).expand(t, h, w, a.shape[1]) for a, s in zip(angles, shapes, strict=True)]
-    turned = torch.cat(whole, -1).flatten(0, 2).repeat_interleave(2, -1)  # (N, head_dim)
-    return turned.cos().to(device), turned.sin().to(device)
+    axes = [a.view(s).expand(t, h, w, a.shape[1]) for a, s in zip(angles, shapes, strict=True)]
+    table = torch.cat(axes, -1).flatten(0, 2).repeat_interleave(2, -1)  # (N, head_dim)
+    return table.cos().to(device), table.sin().to(device)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Channels (2i, 2i + 1) of x (..., N, heads, d) turned by their angles (N, d); in float32."""
+    """Rotates channel pairs (2i, 2i + 1) of x (..., N, heads, d) by their angles, in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     crossed = torch.stack((-odd, even), -1).flatten(-2)
     return (x.float() * cos[:, None] + crossed * sin[:, None]).to(x.dtype)
@@ -100,10 +101,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def sinusoidal_table(
     frames: int, grid: Size, dim: int, scales: tuple[float, float] = (1.0, 1.0)
 ) -> Tensor:
-    """(T, H * W, dim) float64 on the default device: a quarter time, 3/8 column, 3/8 row.
+    """(T, H * W, dim) float64 on the default device: 1/4 time, 3/8 column, 3/8 row.
 
-    Each part is all sines and then all cosines. Positions are divided by `scales` (time, space).
-    `dim` is a multiple of 16.
+    Each part is sines, then cosines. Positions are divided by `scales` (time, space). `dim` is a
+    multiple of 16.
     """
     height, width = grid
     in_time, in_space = scales
@@ -114,7 +115,7 @@ def sinusoidal_table(
     return torch.cat(tuple(parts), -1).flatten(1, 2)
 
 
-@remembered
+@cached
 @torch.no_grad()
 def cached_sinusoidal_table(
     frames: int,
@@ -131,7 +132,7 @@ def cached_sinusoidal_table(
 
 def _sinusoids(number: int, dim: int, scale: float) -> Tensor:
     """(number, dim) float64 of positions 0, 1, ... divided by `scale`."""
-    places = torch.arange(number, dtype=torch.float64) / scale
+    positions = torch.arange(number, dtype=torch.float64) / scale
     steps = torch.arange(dim // 2, dtype=torch.float64) / (dim / 2)
-    angles = places[:, None] * THETA**-steps
+    angles = positions[:, None] * THETA**-steps
     return torch.cat((angles.sin(), angles.cos()), -1)

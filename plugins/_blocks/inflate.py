@@ -1,7 +1,8 @@
-"""Weights of a picture autoencoder (KL-f8 of Stable Diffusion) as those of a 3-D one begin.
+"""Inflates the weights of a 2-D autoencoder (KL-f8 of Stable Diffusion) to a 3-D one.
 
-Levels and blocks are the same; a 2-D kernel becomes one frame of a 3-D kernel, the others are zero,
-so that at first every frame is what the picture network makes of it. Pure functions of states.
+Levels and blocks correspond. A 2-D kernel becomes one frame of a 3-D kernel and the other frames
+are zero, so the convolutions initially process each frame separately. Pure functions of state
+dicts.
 """
 
 import re
@@ -9,8 +10,9 @@ import re
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
-SAME = (  # names of CompVis, and of diffusers, in terms of ours
+from sandbox.contracts import State
+
+RENAMES = (  # from names of CompVis and of diffusers
     (r"\.mid\.block_([12])\.", lambda m: f".mid_block.convs.{int(m[1]) - 1}."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
     (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.convs."),
@@ -30,31 +32,31 @@ SAME = (  # names of CompVis, and of diffusers, in terms of ours
 )
 
 
-def is_of_pictures(state: State) -> bool:
+def is_2d(state: State) -> bool:
     """Whether it is the state of a 2-D autoencoder."""
     first = state.get("encoder.conv_in.weight")
     return first is not None and first.ndim == 4
 
 
 def inflated(state: State, frame: int) -> State:
-    """The state of a 2-D autoencoder under our names; `frame` of a kernel is the 2-D one.
+    """The state of a 2-D autoencoder with our names; 2-D kernels go to index `frame`.
 
-    A causal network sees itself in the last frame (-1), one that looks both ways in the middle (1).
+    The index of the current frame is -1 in a causal kernel, and 1 in a centred one.
     """
     ups = [int(m[1]) for k in state if (m := re.match(r"decoder\.up\.(\d+)\.", k))]
-    top = max(ups, default=0)  # CompVis counts them from the pixels on
-    return {renamed(k, top): deepened(renamed(k, top), v, frame) for k, v in state.items()}
+    top = max(ups, default=0)  # CompVis numbers levels from the highest resolution
+    return {renamed(k, top): inflated_weight(renamed(k, top), v, frame) for k, v in state.items()}
 
 
 def renamed(name: str, top: int) -> str:
     name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{top - int(m[1])}.", name)
-    for pattern, new in SAME:
+    for pattern, new in RENAMES:
         name = re.sub(pattern, new, name)
     return name
 
 
-def deepened(name: str, weight: Tensor, frame: int) -> Tensor:
-    """A 2-D kernel as a 3-D one, or as the matrix of a linear layer of the attention."""
+def inflated_weight(name: str, weight: Tensor, frame: int) -> Tensor:
+    """A 2-D kernel as a 3-D kernel, or as the matrix of a linear layer in attention."""
     if weight.ndim != 4:
         return weight
     if ".attentions." in name:

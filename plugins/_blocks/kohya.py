@@ -1,7 +1,7 @@
 """LoRA files in the layout of kohya-ss/sd-scripts, which EasyAnimate publishes and reads.
 
-A layer `a.b.c` is `lora_unet__a_b_c`, with `lora_down.weight` (A), `lora_up.weight` (B) and a
-number `alpha`; its strength is alpha / rank. Our names are peft's, `a.b.c.lora_A.weight`. Pure
+A layer `a.b.c` is `lora_unet__a_b_c` with `lora_down.weight` (A), `lora_up.weight` (B) and a number
+`alpha`; its scale is alpha / rank. Our names are those of peft, `a.b.c.lora_A.weight`. Pure
 functions of state dicts.
 """
 
@@ -9,14 +9,13 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-PREFIX = "lora_unet_"  # EasyAnimate adds another underscore: its root module has an empty name
+from sandbox.contracts import State
+
+PREFIX = "lora_unet_"  # EasyAnimate adds an underscore, because its root module has no name
 EASYANIMATE = PREFIX + "_"
 NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
-LEGACY = slice(0x100000, 0x110000)  # the bytes of a file that its older hash looks at
-
-State = dict[str, Tensor]
+LEGACY = slice(0x100000, 0x110000)  # bytes of a file that the legacy hash covers
 
 
 def is_kohya(state: Iterable[str]) -> bool:
@@ -24,13 +23,14 @@ def is_kohya(state: Iterable[str]) -> bool:
 
 
 def from_kohya(state: State, layers: Iterable[str]) -> tuple[State, dict[str, float]]:
-    """Weights under our names, and the alphas that the file says, by layer.
+    """Weights with our names, and the alphas of the file by layer.
 
-    `layers`: names of the network's own layers, which cannot be told from the file's (an underscore
-    is part of a name or a dot). What belongs to none of them keeps its name.
+    `layers`: names of the network's layers, because a file's names are ambiguous (an underscore is
+    part of a name or replaces a dot). Entries of other layers keep their names.
     """
     ours = {layer.replace(".", "_"): layer for layer in layers}
-    weights, alphas = {}, {}
+    weights: State = {}
+    alphas: dict[str, float] = {}
     for name, tensor in state.items():
         flat, _, kind = name.removeprefix(PREFIX).removeprefix("_").partition(".")
         layer = ours.get(flat)
@@ -45,19 +45,19 @@ def from_kohya(state: State, layers: Iterable[str]) -> tuple[State, dict[str, fl
 
 
 def to_kohya(state: State, alpha: float, prefix: str = EASYANIMATE) -> State:
-    """Weights under our names as a published state, each layer with its `alpha`."""
+    """Converts weights with our names to the published layout, with an `alpha` per layer."""
     out: State = {}
-    said = int(alpha) if float(alpha).is_integer() else float(alpha)  # as published: 64, not 64.0
+    number = int(alpha) if float(alpha).is_integer() else float(alpha)  # as published: 64, not 64.0
     for name, tensor in state.items():
         layer, kind, _ = name.rsplit(".", 2)
         flat = prefix + layer.replace(".", "_")
         out[f"{flat}.{NAMES[kind]}.weight"] = tensor
-        out[f"{flat}.alpha"] = torch.tensor(said)
+        out[f"{flat}.alpha"] = torch.tensor(number)
     return out
 
 
 def hashes(state: State) -> dict[str, str]:
-    """What programs know a file by: SHA-256 of its tensors, and of a piece of the whole file."""
+    """The hashes of sd-scripts: SHA-256 of the tensors, and of a part of the file."""
     from safetensors.torch import save
 
     content = save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, {})

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from plugins._blocks.fetching import from_url
+from plugins._blocks.state_dicts import mismatches
 from sandbox.contracts import StorageError
 
 WIDTHS = (64, 128, 256, 512, 512)
-CONVOLUTIONS = (2, 2, 3, 3, 3)  # of each slice of VGG16
+CONVOLUTIONS = (2, 2, 3, 3, 3)  # per slice of VGG16
 VGG_FILE = "vgg16-397923af.pth"
 LINEAR_FILE = "vgg.pth"
 SIZES = {VGG_FILE: "528 MB", LINEAR_FILE: "8 kB"}
@@ -21,7 +22,7 @@ URLS = {
 
 
 class VGG16(nn.Module):
-    """The five slices of VGG16 up to relu5_3; layers keep their numbers in torchvision's model."""
+    """The five slices of VGG16 up to relu5_3; layers keep the indices of torchvision's model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +47,10 @@ class VGG16(nn.Module):
 
 
 class ScalingLayer(nn.Module):
-    """From [-1, 1] to the numbers that VGG16 was trained with."""
+    """Converts [-1, 1] to the input normalisation of VGG16."""
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class ScalingLayer(nn.Module):
 
 
 class Linear(nn.Module):
-    """A weight for each channel, none negative once trained."""
+    """One weight per channel; the trained ones are not negative."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,12 +73,11 @@ class Linear(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """Distance of pictures (N, 3, H, W) in [-1, 1] -> (N,); frozen, always in eval mode.
+    """Distance of images (N, 3, H, W) in [-1, 1] -> (N,); frozen, always in eval mode.
 
-    `weights`: "random" (for tests: it compares nothing that people see); "hub" (downloads what is
-    not in torch's cache, 528 MB); a folder that holds both files, vgg16-397923af.pth of torchvision
-    and vgg.pth of LPIPS 0.1; or one file with the whole state dict. Raises StorageError, in which
-    it is called `setting`.
+    `weights`: "random" (for tests; not a perceptual distance); "hub" (downloads files that are not
+    in torch's cache, 528 MB); a folder with vgg16-397923af.pth of torchvision and vgg.pth of LPIPS
+    0.1; or a file with the full state dict. `setting` is its name in a StorageError.
     """
 
     def __init__(self, weights: str, setting: str = "reconstruction.lpips") -> None:
@@ -88,56 +91,52 @@ class LPIPS(nn.Module):
                 nn.init.constant_(getattr(self, f"lin{i}").model[1].weight, 1.0)
         else:
             self._load(weights)
-        self._frozen = True  # not trained, hashed in place of being in checkpoints
+        self._frozen = True  # checkpoints store its hash instead of its weights
         self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        total: Tensor | float = 0.0
+        total = x.new_zeros(())
         pairs = zip(self.net(self.scaling_layer(x)), self.net(self.scaling_layer(y)), strict=True)
         for i, (a, b) in enumerate(pairs):
             difference = (_unit(a) - _unit(b)).square()
             total = total + getattr(self, f"lin{i}")(difference).mean((1, 2, 3))
-        return total  # type: ignore[return-value]
+        return total
 
     def _load(self, weights: str) -> None:
-        place = Path(weights).expanduser()
-        if place.is_file():
-            state = _read(place, self.setting)
+        path = Path(weights).expanduser()
+        if path.is_file():
+            state = _read(path, self.setting)
         else:
-            vgg, linear = (_found(weights, name, self.setting) for name in (VGG_FILE, LINEAR_FILE))
+            files = (VGG_FILE, LINEAR_FILE)
+            vgg, linear = (_read_or_download(weights, name, self.setting) for name in files)
             state = from_torchvision(vgg) | linear
         own = self.state_dict()
         state = {k: v for k, v in own.items() if k.startswith("scaling_layer.")} | state
-        strange = sorted(own.keys() ^ state.keys())
-        strange += [k for k in own if k in state and own[k].shape != state[k].shape]
-        if strange:
+        if wrong := mismatches(own, state):
             raise StorageError(
-                f"{self.setting}={weights}: {len(strange)} names or shapes are not those of "
-                f"LPIPS with VGG16: {', '.join(strange[:10])}"
+                f"{self.setting}={weights}: {len(wrong)} names or shapes are not those of "
+                f"LPIPS with VGG16: {', '.join(wrong[:10])}"
             )
         self.load_state_dict(state)
 
 
 def from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of torchvision's VGG16 -> those here; the classifier is left out."""
-    slices = {
-        name.split(".")[1]: name.split(".")[0]
-        for name in VGG16().state_dict()
-    }  # fmt: skip
+    """Converts names of torchvision's VGG16; drops the classifier."""
+    slices = {name.split(".")[1]: name.split(".")[0] for name in VGG16().state_dict()}
     parts = [(k.split("."), v) for k, v in state.items() if k.startswith("features.")]
     return {f"net.{slices[n]}.{n}.{kind}": v for (_, n, kind), v in parts if n in slices}
 
 
-def _found(weights: str, name: str, setting: str) -> dict[str, Tensor]:
+def _read_or_download(weights: str, name: str, setting: str) -> dict[str, Tensor]:
     if weights != "hub":
         return _read(Path(weights).expanduser() / name, setting)
     try:
         return from_url(URLS[name], name)
     except OSError as e:
         raise StorageError(
-            f"{setting}=hub: {name} ({SIZES[name]}) cannot be fetched from {URLS[name]} "
-            f"({e}); put {VGG_FILE} and {LINEAR_FILE} in a folder and name it, "
-            f"{setting}=FOLDER, or try things out with {setting}=random"
+            f"{setting}=hub: {name} ({SIZES[name]}) cannot be downloaded from {URLS[name]} "
+            f"({e}); put {VGG_FILE} and {LINEAR_FILE} into a folder and set {setting}=FOLDER, "
+            f"or use {setting}=random for a dry run"
         ) from e
 
 

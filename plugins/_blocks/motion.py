@@ -1,28 +1,28 @@
-"""Motion modules: attention over time that turns a network of images into one of videos.
+"""Motion modules: temporal attention that turns an image network into a video network.
 
-Guo et al. 2023 (2307.04725), section 4.2, as EasyAnimate has it (2405.18991, section 3.1), with its
-parameter names. The last layer starts at zero: a network of images is unchanged at first.
+Guo et al. 2023 (2307.04725), section 4.2, in the form and with the parameter names of EasyAnimate
+(2405.18991, section 3.1). The last layer starts at zero: the image network is initially unchanged.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
-from plugins._blocks.autoencoder3d import GroupNorm
-from plugins._blocks.unet import Told, zeroed
-from plugins._blocks.unet_attention import FeedForward
+from plugins._blocks.layers import GEGLU, FeedForward, GroupNorm, zeroed
+from plugins._blocks.unet import ConditionedLayer, LayerInputs
 
 
 class FramePositions(nn.Module):
-    """Sinusoids of the frame number, computed when they are needed.
+    """Sinusoids of the frame index, computed on the fly.
 
-    The published module keeps a table of 4096 frames in its state dict, `pe`: it is accepted when
-    weights are loaded, and not used.
+    The published module stores a table of 4096 frames in its state dict, `pe`. Loading accepts the
+    entry and ignores it.
     """
 
     def __init__(self, width: int, max_frames: int) -> None:
@@ -30,27 +30,38 @@ class FramePositions(nn.Module):
         self.width, self.max_frames = width, max_frames
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """x (B, T * n, S, D), n entries in a row of each frame -> x plus (T * n, 1, D)."""
+        """x (B, T * n, S, D), n consecutive entries per frame -> x plus (T * n, 1, D)."""
         if frames > self.max_frames:
             raise ValueError(f"motion module: {frames} frames: want at most {self.max_frames}")
         pe = frame_sinusoids(frames, self.width, x.device).to(x.dtype)
         return x + pe.repeat_interleave(x.shape[1] // frames, 0)[:, None]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         state_dict.pop(prefix + "pe", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 def frame_sinusoids(frames: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(T, D) float32: sines at even places, cosines at odd ones."""
-    places = torch.arange(frames, dtype=torch.float32, device=device)[:, None]
+    """(T, D) float32: sines in even channels, cosines in odd ones."""
+    index = torch.arange(frames, dtype=torch.float32, device=device)[:, None]
     even = torch.arange(0, width, 2, dtype=torch.float32, device=device)
-    angles = places * torch.exp(even * (-math.log(10_000.0) / width))
+    angles = index * torch.exp(even * (-math.log(10_000.0) / width))
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
 
 
 class MotionAttention(nn.Module):
-    """Attention along the second axis: (B, T * n, S, D) -> the same; no biases before the last."""
+    """Attention along the second axis: (B, T * n, S, D) -> the same shape; q, k, v have no bias."""
 
     def __init__(self, width: int, num_heads: int, max_frames: int | None) -> None:
         super().__init__()
@@ -69,7 +80,7 @@ class MotionAttention(nn.Module):
 
 
 class MotionBlock(nn.Module):
-    """Attentions and an MLP, each after a norm and with a residual."""
+    """Attentions and an MLP, each with a norm before it and a residual."""
 
     def __init__(self, width: int, num_heads: int, attentions: int, max_frames: int | None) -> None:
         super().__init__()
@@ -77,7 +88,7 @@ class MotionBlock(nn.Module):
             MotionAttention(width, num_heads, max_frames) for _ in range(attentions)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(attentions))
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, GEGLU)
         self.ff_norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -87,7 +98,7 @@ class MotionBlock(nn.Module):
 
 
 class MotionTransformer(nn.Module):
-    """What a motion module adds to its input: (B, T, H, W, D) -> the same."""
+    """The residual branch of a motion module: (B, T, H, W, D) -> the same shape."""
 
     def __init__(
         self,
@@ -114,9 +125,9 @@ class MotionTransformer(nn.Module):
         b, t, h, w, _ = x.shape
         n = self.block_size
         if h % n or w % n:
-            raise ValueError(f"motion module: {h} x {w} places: want multiples of {n}, its blocks")
-        pictures = rearrange(x, "b t h w c -> (b t) c h w")
-        x = rearrange(self.norm(pictures), "(b t) c h w -> b t h w c", b=b)  # norm of each frame
+            raise ValueError(f"motion module: size {h} x {w}: want multiples of block_size={n}")
+        images = rearrange(x, "b t h w c -> (b t) c h w")
+        x = rearrange(self.norm(images), "(b t) c h w -> b t h w c", b=b)  # per frame
         x = self.proj_in(x)
         x = rearrange(x, "b t (h n) (w m) c -> b (t n m) (h w) c", n=n, m=n)
         for block in self.transformer_blocks:
@@ -125,12 +136,12 @@ class MotionTransformer(nn.Module):
         return self.proj_out(x)
 
 
-class MotionModule(nn.Module):
-    """x plus what each place sees at its own place in all frames, or in a block of places.
+class MotionModule(ConditionedLayer):
+    """Temporal attention with a residual, per position or per block of positions.
 
-    block_size: 1 is the vanilla module, n > 1 the grid: a place sees n x n places in all frames;
-    max_frames: None for no positions in time; dim_div: divides the inner width. Pictures go through
-    it too, as clips of one frame.
+    block_size: 1 is the vanilla module; n > 1 is the grid, where each position attends to a block
+    of n x n positions in all frames. max_frames: None for no frame positions. dim_div: divides the
+    inner width. Images pass through as clips of one frame.
     """
 
     def __init__(
@@ -150,10 +161,9 @@ class MotionModule(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, W, D) -> the same."""
+        """(B, T, H, W, D) -> the same shape."""
         return x + self.temporal_transformer(x)
 
-    def tell(self, x: Tensor, told: Told) -> Tensor:
-        """Frame-major pictures (B*T, D, H, W) with T = `told.frames` -> the same."""
-        clips = rearrange(x, "(b t) c h w -> b t h w c", t=told.frames)
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        clips = rearrange(x, "(b t) c h w -> b t h w c", t=inputs.frames)
         return rearrange(self(clips), "b t h w c -> (b t) c h w")

@@ -1,14 +1,15 @@
-"""Frozen text and image towers of OpenCLIP, with open_clip's parameter names and no ties to it.
+"""Frozen text and image encoders of OpenCLIP, with open_clip's parameter names but our own code.
 
-Radford et al. 2021 (2103.00020) in the form of Cherti et al. 2022 (2212.07143). The originals of
-latent video models drive open_clip's own blocks, whose order of axes changed with version 2.26;
-these towers take (B, L, D) throughout, and only the tokenizer is open_clip's.
+Radford et al. 2021 (2103.00020) in the form of Cherti et al. 2022 (2212.07143). The published
+latent video models call open_clip's own blocks, whose axis order changed in version 2.26; these
+encoders use (B, L, D) throughout. Only the tokenizer is open_clip's.
 """
 
 import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,8 @@ from sandbox.contracts import StorageError
 VOCABULARY = 49408  # of open_clip's tokenizer
 CONTEXT_LENGTH = 77
 RANDOM = "random"
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pictures that CLIP was trained with
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
-# (file on the hub, size): what a released ViT-H-14 is
 HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -74,7 +74,7 @@ class Transformer(nn.Module):
 
 
 class TextParts(nn.Module):
-    """What both towers keep of the text model: all of CLIP but the picture's or text's blocks."""
+    """Parameters of the text model outside its blocks, which both encoders keep as published."""
 
     def __init__(self, width: int, embed_dim: int, vocab_size: int, context_length: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TextParts(nn.Module):
 
 
 class TextModel(TextParts):
-    """CLIP without its picture tower."""
+    """CLIP without its image encoder."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class TextModel(TextParts):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, L) -> every token's features (B, L, width), after the final norm.
+    """Token ids (B, L) -> features of all tokens (B, L, width), after the final norm.
 
-    skip: blocks left out at the end; 1 is the published layer "penultimate", 0 is "last". Left-out
-    blocks and the projection stay in the state dict, as published.
+    skip: number of last blocks that are not applied; 1 is the published layer "penultimate", 0 is
+    "last". As published, skipped blocks and the projection stay in the state dict.
     """
 
     def __init__(self, model: TextModel, skip: int) -> None:
@@ -124,9 +124,10 @@ class TextEncoder(nn.Module):
 
 
 class Vision(nn.Module):
-    """Pictures (B, 3, S, S), normalised as CLIP wants -> tokens (B, 1 + (S / patch)^2, width).
+    """Images (B, 3, S, S), normalised for CLIP -> tokens (B, 1 + (S / patch)^2, width).
 
-    All tokens of the last block, without `ln_post` and `proj`, which are there as published.
+    All tokens of the last block. As published, `ln_post` and `proj` are in the state dict but are
+    not applied.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Vision(nn.Module):
 
 
 class ImageModel(TextParts):
-    """CLIP without its text blocks; the rest of the text model stays, as published."""
+    """CLIP without its text blocks; as published, the rest of the text model stays."""
 
     def __init__(
         self,
@@ -175,7 +176,7 @@ class ImageModel(TextParts):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] of any size -> tokens (B, N, width)."""
+    """Images (B, 3, H, W) in [-1, 1] of any size -> tokens (B, N, width)."""
 
     def __init__(self, model: ImageModel) -> None:
         super().__init__()
@@ -185,13 +186,13 @@ class ImageEncoder(nn.Module):
         return self.model.visual(normalised(resized(x, self.model.visual.image_size)))
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def resized(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size) whatever the aspect, bicubic, corners on corners.
+    """(B, C, H, W) -> (B, C, size, size), bicubic with align_corners; ignores the aspect ratio.
 
-    As published (kornia 0.6): where either side shrinks both are blurred first, by
+    As published (kornia 0.6): if either side shrinks, both are first blurred with
     sigma = (factor - 1) / 2. Values are not clamped.
     """
     factors = [side / size for side in x.shape[-2:]]
@@ -202,19 +203,19 @@ def resized(x: Tensor, size: int) -> Tensor:
 
 
 def blurred(x: Tensor, lengths: list[int], sigmas: list[float]) -> Tensor:
-    """Gaussian blur of (B, C, H, W) along both sides, reflecting at the border."""
+    """Gaussian blur of (B, C, H, W) along both sides, with reflection padding."""
     b, c, h, w = x.shape
     x = x.reshape(b * c, 1, h, w)
     x = F.pad(x, [n // 2 for n in reversed(lengths) for _ in range(2)], mode="reflect")
     for shape, length, sigma in zip([(-1, 1), (1, -1)], lengths, sigmas, strict=True):
-        places = torch.arange(length, dtype=x.dtype, device=x.device) - length // 2
-        weights = (-places.square() / (2 * sigma**2)).exp()
+        offsets = torch.arange(length, dtype=x.dtype, device=x.device) - length // 2
+        weights = (-offsets.square() / (2 * sigma**2)).exp()
         x = F.conv2d(x, (weights / weights.sum()).view(1, 1, *shape))
     return x.view(b, c, h, w)
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> what CLIP was trained with."""
+    """Converts pixels in [-1, 1] to CLIP's input normalisation."""
     mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
     return ((x + 1) / 2 - mean) / std
 
@@ -224,18 +225,18 @@ def normalised(x: Tensor) -> Tensor:
 
 @cache
 def tokenizer() -> Callable[[list[str]], Tensor]:
-    """Captions -> ids (B, 77): a start, the byte pairs, an end, zeros; cut where too long."""
+    """Captions -> ids (B, 77): start token, byte pairs, end token, zeros; truncated if too long."""
     from open_clip.tokenizer import SimpleTokenizer
 
     return partial(SimpleTokenizer(), context_length=CONTEXT_LENGTH)
 
 
 def replaced(captions: list[str], drop: Tensor | None, negative: list[str] | None) -> list[str]:
-    """`captions` with the dropped ones replaced by their negative one, or by an empty one."""
+    """Replaces dropped captions by their negative prompt, or by an empty caption."""
     if drop is None:
         return captions
-    instead = negative or [""] * len(captions)
-    rows = zip(drop.tolist(), instead, captions, strict=True)
+    negatives = negative or [""] * len(captions)
+    rows = zip(drop.tolist(), negatives, captions, strict=True)
     return [other if dropped else own for dropped, other, own in rows]
 
 
@@ -243,23 +244,23 @@ def replaced(captions: list[str], drop: Tensor | None, negative: list[str] | Non
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """Never trained, never in training mode, not in training checkpoints (only its hash is)."""
-    module._frozen = True  # type: ignore[assignment]
+    """Freezes `module`: eval mode always; checkpoints store its hash instead of its weights."""
+    module._frozen = True  # type: ignore[assignment]  # attribute that checkpoints look for
     return module.requires_grad_(False).eval()
 
 
 def load(
     model: nn.Module, weights: str, prefix: str, setting: str = "conditioning.weights"
 ) -> None:
-    """Fills `model`, a TextModel or an ImageModel, strictly; "random" leaves it as it is.
+    """Loads `weights` strictly into a TextModel or an ImageModel.
 
-    weights: a file (a CLIP, or a whole published system with the model under `prefix`), or a name
-    on the hub. On the meta device nothing is read. Raises StorageError that says what is missing of
-    `setting` and how to get it.
+    weights: a file (of CLIP, or of a complete published system with the model under `prefix`), a
+    repository on the hub, or "random" to keep the initial weights. Models on the meta device are
+    left as they are. Raises StorageError for `setting`.
     """
     if weights == RANDOM or next(model.parameters()).is_meta:
         return
-    path, own = found(weights, setting), model.state_dict()
+    path, own = weights_file(weights, setting), model.state_dict()
     state = read(path, setting)
     if any(k.startswith(prefix) for k in state):
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -271,47 +272,47 @@ def load(
     ]
     if differing:
         raise StorageError(
-            f"{setting}={weights}: {len(differing)} of its weights do not fit this "
-            f"OpenCLIP: {', '.join(differing[:10])}"
+            f"{setting}={weights}: {len(differing)} weights do not fit this OpenCLIP: "
+            f"{', '.join(differing[:10])}"
         )
     model.load_state_dict({k: state[k] for k in own})
 
 
 def look(weights: str) -> None:
-    """Raises StorageError where `load` would, for want of a file: before a model is made for it."""
+    """Raises the StorageError of `load` for a missing file, before a model is built."""
     if weights != RANDOM and torch.get_default_device().type != "meta":
-        found(weights)
+        weights_file(weights)
 
 
-def found(weights: str, setting: str = "conditioning.weights") -> Path:
-    """The file of `weights`, fetched from the hub where there is none of that name."""
+def weights_file(weights: str, setting: str = "conditioning.weights") -> Path:
+    """The file of `weights`, downloaded from the hub if no file has this name."""
     path = Path(weights).expanduser()
     if path.is_file():
         return path
     if path.suffix or not HUB_NAME.fullmatch(weights):
         raise StorageError(
-            f"{setting}={weights}: no such file; want a file, a name on the hub such as "
+            f"{setting}={weights}: no such file; want a file, a repository on the hub such as "
             "laion/CLIP-ViT-H-14-laion2B-s32B-b79K (3.9 GB), or weights=random for a dry run"
         )
     try:
         return from_hub(weights, HUB_FILES)
     except (OSError, ValueError) as e:
         raise StorageError(
-            f"{setting}={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not here and "
-            f"the hub does not give it ({type(e).__name__}); download it where there is a network "
-            f"and name the file, {setting}=FILE, or use weights=random for a dry run"
+            f"{setting}={weights}: {' or '.join(HUB_FILES)} (3.9 GB for ViT-H-14) is not in the "
+            f"cache and cannot be downloaded ({type(e).__name__}); download it elsewhere and set "
+            f"{setting}=FILE, or use weights=random for a dry run"
         ) from e
 
 
 def read(path: Path, setting: str = "conditioning.weights") -> dict[str, Tensor]:
-    """Named tensors of a file; nothing in it is run. Raises StorageError."""
+    """Named tensors of a file, loaded without executing code. Raises StorageError."""
     import pickle
 
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: dict[str, Any] = dict(load_file(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:

@@ -6,9 +6,9 @@ from sandbox.contracts import ConfigError
 
 
 class NLayerDiscriminator(nn.Module):
-    """Pictures (N, 3, H, W) in [-1, 1] -> a logit for each patch (N, 1, h, w).
+    """Images (N, 3, H, W) in [-1, 1] -> a logit for each patch (N, 1, h, w).
 
-    Convolutions of kernel 4: `n_layers` of stride 2, one of stride 1, one to the logits.
+    Convolutions with kernel 4: `n_layers` of stride 2, one of stride 1, one to the logits.
     """
 
     def __init__(self, ndf: int = 64, n_layers: int = 3) -> None:
@@ -26,14 +26,14 @@ class NLayerDiscriminator(nn.Module):
             width = wider
         layers.append(nn.Conv2d(width, 1, 4, 1, 1))
         self.main = nn.Sequential(*layers)
-        self.smallest = 3 * 2**n_layers  # each side loses 1 twice, after the halvings
+        self.smallest = 3 * 2**n_layers  # two convolutions shrink each side by 1 after the strides
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < self.smallest:
             raise ConfigError(
-                f"reconstruction.disc_num_layers: pictures of {x.shape[-2]}x{x.shape[-1]} are too "
-                f"small for so many layers, which want {self.smallest} pixels; take fewer"
+                f"reconstruction.disc_num_layers: so many layers need images of at least "
+                f"{self.smallest} pixels, not {x.shape[-2]}x{x.shape[-1]}; use fewer"
             )
         return self.main(x)
 

@@ -1,7 +1,4 @@
-"""What first stages return: Gaussian or Exact from `encode`, a Reconstruction from `reconstruct`.
-
-`plugins/_blocks/first_stage.py` holds the base class with scale, shift and the training pass.
-"""
+"""Return types of first stages: Gaussian or Exact of `encode`, Reconstruction of `reconstruct`."""
 
 from dataclasses import dataclass, field
 from math import log, pi
@@ -16,8 +13,8 @@ LOG_VARIANCE = (-30.0, 20.0)  # as published in every LDM-style autoencoder
 class Gaussian:
     """Diagonal Gaussian over latents.
 
-    `stored` (B, 2C, T, H, W) is the encoder's raw mean | log-variance, what a cache keeps. The
-    rest is derived: `mean`, `log_variance` (clamped to [-30, 20]) and `std` are (B, C, T, H, W).
+    `stored` (B, 2C, T, H, W) is the raw output of the encoder, mean | log-variance, which caches
+    keep. `mean`, `log_variance` (clamped to [-30, 20]) and `std` are (B, C, T, H, W).
     """
 
     is_random = True
@@ -25,7 +22,7 @@ class Gaussian:
     def __init__(self, stored: Tensor) -> None:
         if stored.shape[1] % 2:
             raise ValueError(
-                f"mean and log-variance need an even channel count, got {tuple(stored.shape)}"
+                f"mean and log-variance need an even channel count, not shape {tuple(stored.shape)}"
             )
         self.stored = stored
         self.mean, log_variance = stored.chunk(2, dim=1)
@@ -51,7 +48,7 @@ class Gaussian:
 
 
 class Exact:
-    """Latents without a distribution (VQ, PCA, identity): sampling returns them."""
+    """Deterministic latents (VQ, PCA, identity): sampling returns them."""
 
     is_random = False
 
@@ -68,11 +65,11 @@ class Exact:
 
 @dataclass
 class Reconstruction:
-    """One training pass of a first stage: what the losses of group `reconstruction` compare."""
+    """Result of a training pass of a first stage, for the losses of group `reconstruction`."""
 
-    target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be less than the batch has
-    video: Tensor  # what became of it: the same size, about [-1, 1], not clamped
+    target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be smaller than in the batch
+    video: Tensor  # reconstruction of `target`: the same shape, about [-1, 1], not clamped
     posterior: Posterior  # kl() is the regulariser of a Gaussian
-    codebook_loss: Tensor | None = None  # (B,) where there is a codebook
+    codebook_loss: Tensor | None = None  # (B,), with a codebook
     log: dict[str, Tensor] = field(default_factory=dict)  # each (), detached
-    last_layer: Tensor | None = None  # the weight that draws the pixels, for adaptive weights
+    last_layer: Tensor | None = None  # weight of the output layer, for adaptive loss weights

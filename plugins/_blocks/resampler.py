@@ -1,4 +1,4 @@
-"""The query transformer that turns an image's features into a few tokens, with published names.
+"""The query transformer that resamples image features to a few tokens, with published names.
 
 DynamiCrafter (Xing et al. 2023, 2310.12190, section 3.1) after the Perceiver resampler of Flamingo
 (Alayrac et al. 2022, 2204.14198, section 3.1).
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class PerceiverAttention(nn.Module):
-    """Latents look at the features and at themselves."""
+    """Latent queries attend to the features and to themselves."""
 
     def __init__(self, dim: int, dim_head: int, heads: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class PerceiverAttention(nn.Module):
     def forward(self, x: Tensor, latents: Tensor) -> Tensor:
         """x (B, L, D), latents (B, N, D) -> (B, N, D)."""
         latents = self.norm2(latents)
-        seen = torch.cat([self.norm1(x), latents], 1)
+        source = torch.cat([self.norm1(x), latents], 1)
         q, k, v = (
             h.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, n, d)
-            for h in (self.to_q(latents), *self.to_kv(seen).chunk(2, -1))
+            for h in (self.to_q(latents), *self.to_kv(source).chunk(2, -1))
         )
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))
@@ -36,8 +36,8 @@ class PerceiverAttention(nn.Module):
 class Resampler(nn.Module):
     """Features (B, L, embedding_dim) -> tokens (B, N, output_dim), N = num_queries * video_length.
 
-    video_length: frames that get `num_queries` tokens of their own, one frame after another; None
-    for one set.
+    video_length: number of frames with separate `num_queries` tokens each, frame-major; None for
+    one set.
     """
 
     def __init__(

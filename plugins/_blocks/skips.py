@@ -1,7 +1,7 @@
-"""Long skips of a transformer: early blocks reach late ones, as in a UNet.
+"""Long skips of a transformer, from early blocks to late ones as in a UNet.
 
-Bao et al. 2023 (U-ViT, 2209.12152) join and project; EasyAnimateV2 (2405.18991, section 3.2), as
-here, adds a projection that starts at zero: a trained network is unchanged at first.
+Bao et al. 2023 (U-ViT, 2209.12152) concatenate and project. EasyAnimateV2 (2405.18991, section 3.2)
+adds a projection that starts at zero, as here: a trained network is initially unchanged.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from plugins._blocks.unet import zeroed
+from plugins._blocks.layers import zeroed
 
 
 def long_skips(depth: int, width: int) -> nn.ModuleList:
-    """A layer for each pair of blocks i and depth - 1 - i, in the order of their use.
+    """One linear layer per pair of blocks i and depth - 1 - i, in the order of use.
 
-    The one or two blocks in the middle have no partner: 13 pairs of 28 blocks, 12 -> 15 first, as
-    published.
+    As published: the one or two middle blocks have no partner; 28 blocks make 13 pairs, the first
+    of which is 12 -> 15.
     """
     return nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range((depth - 1) // 2))
 
 
 def through(
-    blocks: Sequence[Callable[[Tensor], Tensor]], skips: Sequence[nn.Module], x: Tensor
+    blocks: Sequence[Callable[[Tensor], Tensor]],
+    skips: nn.ModuleList | Sequence[Callable[[Tensor], Tensor]],
+    x: Tensor,
 ) -> Tensor:
-    """x (..., D) through all blocks; the last ones see what the first ones made, if any `skips`."""
+    """Runs x (..., D) through all blocks; the last `len(skips)` blocks get skips of the first."""
     kept, first = [], len(blocks) - len(skips)
     for i, block in enumerate(blocks):
         if i >= first:

@@ -1,7 +1,7 @@
 """The encoder of T5 v1.1 (Raffel et al. 2020, 1910.10683; v1.1: gated GELU), published names.
 
-Plain torch, so that text encoders of any size are built, checked and loaded without `transformers`,
-which only makes tokens of text (`tokenizer`).
+In plain torch, so that encoders of any size can be built, checked and loaded without
+`transformers`, which is needed for tokenisation only (`tokenizer`).
 """
 
 import json
@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugins._blocks.state_dicts import mismatches
 from plugins._blocks.text import row, words_of
 from sandbox.contracts import StorageError
 
-PAD, END = 0, 1  # tokens of every T5
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # captions -> ids (B, L), real (B, L) bool
+PAD, END = 0, 1  # token ids of every T5
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # captions -> ids (B, L), mask (B, L) bool
 
 
 class Sizes(Protocol):
@@ -36,7 +37,7 @@ class Sizes(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, in float32, times a weight."""
+    """x divided by its root mean square, in float32, times a weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention without scaling of its scores; the first layer holds the position bias."""
+    """Self-attention with unscaled scores; the first layer holds the relative position bias."""
 
     def __init__(self, sizes: Sizes, has_bias: bool) -> None:
         super().__init__()
@@ -63,11 +64,12 @@ class Attention(nn.Module):
             self.relative_attention_bias = nn.Embedding(buckets, sizes.num_heads)
 
     def bias(self, length: int) -> Tensor:
-        """(1, heads, L, L) from the distances of tokens."""
+        """(1, heads, L, L) for all pairs of tokens."""
         table = self.relative_attention_bias
-        places = torch.arange(length, device=table.weight.device)
-        found = buckets(places[None] - places[:, None], table.num_embeddings, self.max_distance)
-        return table(found).permute(2, 0, 1)[None]
+        index = torch.arange(length, device=table.weight.device)
+        distance = index[None] - index[:, None]
+        rows = buckets(distance, table.num_embeddings, self.max_distance)
+        return table(rows).permute(2, 0, 1)[None]
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         q, k, v = (
@@ -79,7 +81,7 @@ class Attention(nn.Module):
 
 
 def buckets(distance: Tensor, number: int, max_distance: int) -> Tensor:
-    """Bucket of each distance: half for each direction, exact when near, logarithmic when far."""
+    """Bucket of each distance: half per direction; exact if small, logarithmic if large."""
     half = number // 2
     exact = half // 2
     near = distance.abs()
@@ -96,32 +98,41 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return self.wo(
-            hidden.to(self.wo.weight.dtype)
-        )  # float32 in a float16 model, see `to_dtype`
+        return self.wo(hidden.to(self.wo.weight.dtype))  # float32 in a float16 model: `to_dtype`
 
 
-class Layer(nn.Module):
-    """A norm and what follows it, added to the input; `name` is the published one of the part."""
+class AttentionLayer(nn.Module):
+    """Norm, attention and a residual."""
 
-    def __init__(self, sizes: Sizes, name: str, part: nn.Module) -> None:
+    def __init__(self, sizes: Sizes, has_bias: bool) -> None:
         super().__init__()
-        self.name = name
-        self.add_module(name, part)
+        self.SelfAttention = Attention(sizes, has_bias)
         self.layer_norm = RMSNorm(sizes.d_model, sizes.layer_norm_epsilon)
 
-    def forward(self, x: Tensor, *told: Tensor) -> Tensor:
-        return x + self.get_submodule(self.name)(self.layer_norm(x), *told)
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class MLPLayer(nn.Module):
+    """Norm, MLP and a residual."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.DenseReluDense = GatedMLP(sizes)
+        self.layer_norm = RMSNorm(sizes.d_model, sizes.layer_norm_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x))
 
 
 class Block(nn.Module):
     def __init__(self, sizes: Sizes, has_bias: bool) -> None:
         super().__init__()
-        attention = Layer(sizes, "SelfAttention", Attention(sizes, has_bias))
-        self.layer = nn.ModuleList([attention, Layer(sizes, "DenseReluDense", GatedMLP(sizes))])
+        self.layer = nn.ModuleList([AttentionLayer(sizes, has_bias), MLPLayer(sizes)])
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.layer[1](self.layer[0](x, bias))
+        attention, mlp = self.layer
+        return mlp(attention(x, bias))
 
 
 class Stack(nn.Module):
@@ -131,9 +142,19 @@ class Stack(nn.Module):
         self.block = nn.ModuleList(Block(sizes, i == 0) for i in range(sizes.num_layers))
         self.final_layer_norm = RMSNorm(sizes.d_model, sizes.layer_norm_epsilon)
 
+    def forward(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.embed_tokens(ids)
+        first = next(m for m in self.modules() if isinstance(m, Attention))
+        bias = first.bias(ids.shape[1])  # (1, H, L, L), shared by all blocks
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
 
 class T5Encoder(nn.Module):
-    """Tokens (B, L) -> (B, L, d_model). As published, the table of tokens has two names."""
+    """Token ids (B, L) -> (B, L, d_model). As published, the token embedding has two names."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -141,39 +162,32 @@ class T5Encoder(nn.Module):
         self.encoder = Stack(sizes, self.shared)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask` (B, L) is True where a token is real; None: pads are seen like the rest."""
-        x, blocks = self.shared(ids), self.encoder.block
-        bias = blocks[0].layer[0].SelfAttention.bias(ids.shape[1])  # (1, H, L, L)
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)
-        for block in blocks:
-            x = block(x, bias)
-        return self.encoder.final_layer_norm(x)
+        """`mask` (B, L) is True for real tokens; None: attention includes the padding."""
+        return self.encoder(ids, mask)
 
     def to_dtype(self, dtype: torch.dtype) -> "T5Encoder":
-        """In float16 the last layer of each MLP stays in float32, which would overflow."""
+        """Casts the weights; in float16, output layers of MLPs stay in float32 (they overflow)."""
         self.to(dtype)
         if dtype == torch.float16:
-            for block in self.encoder.block:
-                block.layer[1].DenseReluDense.wo.float()
+            for module in self.modules():
+                if isinstance(module, GatedMLP):
+                    module.wo.float()
         return self
 
     def load(self, folder: Path) -> None:
-        """Puts released weights (model*.safetensors) in place of what is there, on the CPU.
+        """Loads released weights (model*.safetensors) to the CPU.
 
-        Raises StorageError where they are missing or of other names or shapes.
+        Raises StorageError for missing files and for names or shapes that differ.
         """
         state, own = dict(tensors(folder)), self.state_dict()
         names = "shared.weight", "encoder.embed_tokens.weight"
-        for name, other in (names, names[::-1]):  # files hold one of them, or both
+        for name, other in (names, names[::-1]):  # files contain one of the two names, or both
             if name not in state and other in state:
                 state[name] = state[other]
-        wrong = sorted(set(own) ^ set(state))
-        wrong += [k for k in own if k in state and own[k].shape != state[k].shape]
-        if wrong:
+        if wrong := mismatches(own, state):
             raise StorageError(
                 f"conditioning.weights={folder}: {len(wrong)} names or shapes differ from this "
-                f"configuration: {', '.join(wrong[:10])}; choose the sizes it was made with"
+                f"configuration: {', '.join(wrong[:10])}; set the sizes of these weights"
             )
         types = {name: x.dtype for name, x in own.items()}
         self.load_state_dict({k: v.to(types[k]) for k, v in state.items()}, assign=True)
@@ -191,10 +205,10 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         files = sorted(p.name for p in folder.glob("model*.safetensors"))
     if not files:
         raise StorageError(f"conditioning.weights={folder}: no model*.safetensors; convert the "
-                           "weights to that format where you trust them")  # fmt: skip
+                           "weights to that format if you trust them")  # fmt: skip
     for name in files:
         if not (folder / name).is_file():
-            raise StorageError(f"{folder / name}: no such file, though its index names it")
+            raise StorageError(f"{folder / name}: no such file, but the index lists it")
         with safe_open(folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 yield key, file.get_tensor(key)
@@ -204,33 +218,33 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def tokenizer(folder: Path, length: int) -> Tokenize:
-    """The released tokens of `folder`, cut and padded to `length`; needs `transformers`."""
+    """The released tokenizer in `folder`, with truncation and padding to `length`."""
     try:
         from transformers import AutoTokenizer
     except ImportError as e:
         raise RuntimeError(
-            "conditioning.weights needs transformers and sentencepiece to read text: install the "
+            "conditioning.weights needs transformers and sentencepiece for tokens: install the "
             "extra `text` (uv sync --extra text, or pip install -e '.[text]')"
         ) from e
     tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def tokenize(captions: list[str]) -> tuple[Tensor, Tensor]:
-        found = tokens(
+        batch = tokens(
             captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
-        return found.input_ids, found.attention_mask.bool()
+        return batch.input_ids, batch.attention_mask.bool()
 
     return tokenize
 
 
 def hashed_words(vocab_size: int, length: int) -> Tokenize:
-    """A number for each word, by its hash, and the end: for networks with weights of their own."""
+    """Hashes words to ids and appends the end token; for encoders that are trained here."""
 
     def tokenize(captions: list[str]) -> tuple[Tensor, Tensor]:
         ids = torch.full((len(captions), length), PAD)
-        for place, caption in zip(ids, captions, strict=True):
-            found = [END + row(word, vocab_size - 2) for word in words_of(caption)[: length - 1]]
-            place[: len(found) + 1] = torch.tensor([*found, END])
+        for out, caption in zip(ids, captions, strict=True):
+            words = [END + row(word, vocab_size - 2) for word in words_of(caption)[: length - 1]]
+            out[: len(words) + 1] = torch.tensor([*words, END])
         return ids, ids != PAD
 
     return tokenize

@@ -1,12 +1,11 @@
-"""The U-shaped network of latent diffusion (Rombach et al. 2022, 2112.10752) and its blocks.
+"""The UNet of latent diffusion (Rombach et al. 2022, 2112.10752) and its blocks.
 
-DynamiCrafter's (Xing et al. 2023, 2310.12190) is the same with layers over time. Parameter names
-are the published ones. Pictures are (N, C, H, W); those of clips are frame-major, N = B * T.
+The UNet of DynamiCrafter (Xing et al. 2023, 2310.12190) adds temporal layers. Parameter names are
+the published ones. Frames are (N, C, H, W) with N = B * T, frame-major.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,12 +15,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels import group_norm
+from plugins._blocks.backbone import (
+    check_sizes,
+    context_width,
+    vector_width,
+    wired_number,
+    with_concat,
+)
 from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.conv3d import Conv3d
+from plugins._blocks.embeddings import timestep_embedding
+from plugins._blocks.layers import GroupNorm, zeroed
+from plugins._configs.backbone import GROUPS
 from sandbox.contracts import Conditions
-
-GROUPS = 32  # as published, in every norm
 
 
 class Sizes(Protocol):
@@ -43,64 +49,43 @@ class Sizes(Protocol):
 
 
 @dataclass
-class Told:
-    """What layers may be told besides the picture; sets of tokens serve N / n pictures each."""
+class LayerInputs:
+    """Conditions of all layers. Each of the n token sets is shared by N / n consecutive frames."""
 
-    emb: Tensor  # (B, E)
-    frames: int = 1  # pictures of a clip
+    emb: Tensor  # (B, E), of time and vector
+    frames: int = 1  # frames per clip
     context: Tensor | None = None  # (n, L, D)
-    mask: Tensor | None = None  # (n, L) bool, True where seen
+    mask: Tensor | None = None  # (n, L) bool, True for real tokens
     image: Tensor | None = None  # (n, L, D)
 
 
-# --- helpers --------------------------------------------------------------------------------------
+class ConditionedLayer(nn.Module, ABC):
+    """A layer that reads LayerInputs. `motion_module`, if set, is applied to its output.
 
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) numbers -> (B, dim) float32: cosines, then sines.
-
-    In the published order of operations: another one moves the angles at t = 999 by 3e-5.
+    The motion module is inside the layer so that later layers keep their indices.
     """
-    steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
-    frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.motion_module: ConditionedLayer | None = None
+
+    @abstractmethod
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
-    """`layer` with all parameters zero, so that its block starts as the identity."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
-
-
-class Norm(nn.GroupNorm):
-    """Group norm through `kernels`, with its neighbours; of `frames` pictures together."""
+class Norm(GroupNorm):
+    """Group norm with the published number of groups."""
 
     def __init__(self, channels: int, eps: float = 1e-5, act: str = "none") -> None:
-        super().__init__(GROUPS, channels, eps)
-        self.act = act
-
-    def forward(
-        self,
-        x: Tensor,
-        pre_shift: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        frames: int = 1,
-    ) -> Tensor:
-        """act(norm(x + pre_shift) * (1 + scale) + shift), the three of them (N, C)."""
-        return group_norm(
-            x, self.num_groups, self.weight, self.bias, self.eps,
-            act=self.act, pre_shift=pre_shift, scale=scale, shift=shift, frames=frames,
-        )  # fmt: skip
+        super().__init__(GROUPS, channels, eps, act)
 
 
 # --- blocks ---------------------------------------------------------------------------------------
 
 
 class Downsample(nn.Module):
-    """Half the size: a convolution with stride 2, or the mean of 2 x 2 pixels."""
+    """Halves height and width by a convolution with stride 2, or by the mean of 2 x 2 pixels."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -113,7 +98,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: each pixel four times, then a convolution, if any."""
+    """Doubles height and width by nearest-neighbour upsampling, then an optional convolution."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -125,9 +110,9 @@ class Upsample(nn.Module):
 
 
 class TemporalConvBlock(nn.Module):
-    """Four convolutions over time and a residual: (B, C, T, H, W) -> the same.
+    """Four convolutions over time and a residual: (B, C, T, H, W) -> the same shape.
 
-    With `spatial_aware` they look at three rows and at three columns in turn.
+    spatial_aware: the kernels also cover three rows and three columns, alternately.
     """
 
     def __init__(self, channels: int, dropout: float = 0.0, spatial_aware: bool = False) -> None:
@@ -141,18 +126,19 @@ class TemporalConvBlock(nn.Module):
 
     @staticmethod
     def stage(channels: int, kernel: tuple[int, int, int], *dropout: nn.Module) -> nn.Sequential:
-        conv = Conv3d(channels, channels, kernel, padding=tuple(k // 2 for k in kernel))
-        # Identity keeps the place of the published SiLU, which the norm does
+        time, rows, columns = kernel
+        conv = Conv3d(channels, channels, kernel, padding=(time // 2, rows // 2, columns // 2))
+        # Identity takes the index of the published SiLU, which the norm applies.
         return nn.Sequential(Norm(channels, act="silu"), nn.Identity(), *dropout, conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv4(self.conv3(self.conv2(self.conv1(x))))
 
 
-class ResBlock(nn.Module):
-    """Two convolutions with the time embedding between them, and a residual.
+class ResBlock(ConditionedLayer):
+    """Two convolutions, conditioned on the time embedding between them, and a residual.
 
-    resample: "down" or "up" by two, or "none"; temporal_conv: what follows, on clips.
+    resample: "down" or "up" by two, or "none"; temporal_conv: applied to the output as clips.
     """
 
     def __init__(
@@ -170,11 +156,11 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm, self.use_checkpoint = use_scale_shift_norm, use_checkpoint
         self.in_layers = nn.Sequential(
             Norm(channels, act="silu"),
-            nn.Identity(),  # the published SiLU, which the norm does; so below
+            nn.Identity(),  # index of the published SiLU, which the norm applies; also below
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         resamplers = {"none": nn.Identity, "down": Downsample, "up": Upsample}
-        # one for both branches: without a convolution it has no parameters
+        # Both branches share it: it has no parameters.
         self.resample = resamplers[resample](channels, False)
         width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, width))
@@ -186,14 +172,14 @@ class ResBlock(nn.Module):
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
-        self.temopral_conv = temporal_conv  # the name as published
+        self.temopral_conv = temporal_conv  # as published: the misspelt name
 
     def forward(self, x: Tensor, emb: Tensor, frames: int = 1) -> Tensor:
-        """x (N, C, H, W), emb (n, E) of N / n consecutive pictures each -> (N, C', H', W')."""
+        """x (N, C, H, W), emb (n, E) for N / n consecutive frames each -> (N, C', H', W')."""
         return checkpointed(self.use_checkpoint, self, x, emb, frames, run=self.run)
 
-    def tell(self, x: Tensor, told: Told) -> Tensor:
-        return self(x, told.emb, told.frames)
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        return self(x, inputs.emb, inputs.frames)
 
     def run(self, x: Tensor, emb: Tensor, frames: int) -> Tensor:
         norm, _, conv = self.in_layers
@@ -212,11 +198,11 @@ class ResBlock(nn.Module):
         return rearrange(h, "b c t h w -> (b t) c h w")
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels of a picture, without a context.
+class AttentionBlock(ConditionedLayer):
+    """Self-attention over the pixels of a frame, without a context.
 
-    `qkv` makes q, k and v of the first head, then of the second, ... (the legacy order), or with
-    `use_new_attention_order` all q, then all k, then all v.
+    The channels of `qkv` are q, k, v of head 0, then of head 1, ... (the legacy order), or with
+    `use_new_attention_order` q of all heads, then k, then v.
     """
 
     def __init__(
@@ -236,6 +222,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return checkpointed(self.use_checkpoint, self, x, run=self.run)
 
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        return self(x)
+
     def run(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x).flatten(2))  # (N, 3C, S)
         q, k, v = rearrange(qkv, f"n {self.order} s -> i n h s d", i=3, h=self.num_heads)
@@ -243,85 +232,99 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "n h s d -> n (h d) s")).view_as(x)
 
 
-# --- the whole ------------------------------------------------------------------------------------
+# --- the network ----------------------------------------------------------------------------------
 
 
-class Layers(nn.Sequential):
-    """Layers one after the other; those that have `tell` are told what they take.
+class Layers(nn.ModuleList):
+    """Layers in sequence, each followed by its motion module, if any."""
 
-    A layer's own `motion_module` follows it: inside the layer, it moves no name of those after it.
-    """
-
-    def forward(self, x: Tensor, told: Told) -> Tensor:
+    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         for layer in self:
-            x = layer.tell(x, told) if hasattr(layer, "tell") else layer(x)
-            if (motion := getattr(layer, "motion_module", None)) is not None:
-                x = motion.tell(x, told)
+            if not isinstance(layer, ConditionedLayer):
+                x = layer(x)
+                continue
+            x = layer.conditioned(x, inputs)
+            if layer.motion_module is not None:
+                x = layer.motion_module.conditioned(x, inputs)
         return x
 
 
 class UNet(nn.Module, ABC):
-    """Input blocks down to the smallest size, the middle, and output blocks that see each of them.
+    """Input blocks, a middle block, and output blocks with a skip from each input block.
 
-    A subclass says what attention is (`attention`) and what follows a ResBlock (`temporal_conv`).
+    Subclasses define the attention layers (`attention`) and the temporal convolution after a
+    ResBlock (`temporal_conv`).
     """
 
     def __init__(self, cfg: Sizes) -> None:
         super().__init__()
-        for name in ("in_channels", "out_channels"):
-            if getattr(cfg, name) is None:
-                raise ValueError(f"backbone.{name} is null: wiring fills it, or set it to a number")
-        self.cfg = s = cfg
-        width, emb = s.model_channels, 4 * s.model_channels
-        self.time_embed = self.embedder(width, emb)
-        # name and place of Stability's models; neither published system here has it
-        vector = nn.Sequential(self.embedder(s.adm_in_channels, emb)) if s.adm_in_channels else None
-        self.label_emb = vector
-
-        blocks = [Layers(nn.Conv2d(s.in_channels, width, 3, padding=1))]
-        widths, factor, last = [width], 1, len(s.channel_mult) - 1  # widths of what is kept
-        for level, mult in enumerate(s.channel_mult):
-            for _ in range(s.num_res_blocks):
-                layers = [self.res_block(width, mult * s.model_channels)]
-                width = mult * s.model_channels
-                if factor in s.attention_resolutions:
-                    layers += self.attention(width)
-                blocks.append(Layers(*layers))
-                widths.append(width)
-            if level < last:
-                blocks.append(Layers(self.resampler(width, "down")))
-                widths.append(width)
-                factor *= 2
-        self.input_blocks = nn.ModuleList(blocks)
-
-        self.middle_block = Layers(
-            self.res_block(width, width), *self.attention(width), self.res_block(width, width)
+        in_channels, out_channels = (
+            wired_number(cfg, name) for name in ("in_channels", "out_channels")
         )
+        self.cfg = cfg
+        width, emb = cfg.model_channels, 4 * cfg.model_channels
+        self.time_embed = self.embedder(width, emb)
+        # Name and position as in Stability's models; neither published system here has a vector.
+        vector_dim = cfg.adm_in_channels
+        self.label_emb = nn.Sequential(self.embedder(vector_dim, emb)) if vector_dim else None
 
-        blocks = []
-        for level, mult in reversed(list(enumerate(s.channel_mult))):
-            for i in range(s.num_res_blocks + 1):
-                layers = [self.res_block(width + widths.pop(), mult * s.model_channels)]
-                width = mult * s.model_channels
-                if factor in s.attention_resolutions:
-                    layers += self.attention(width, output=True)
-                if level and i == s.num_res_blocks:
-                    layers.append(self.resampler(width, "up"))
-                    factor //= 2
-                blocks.append(Layers(*layers))
-        self.output_blocks = nn.ModuleList(blocks)
+        blocks, widths = self.make_input_blocks(in_channels)
+        self.input_blocks = nn.ModuleList(blocks)
+        width = widths[-1]
+        self.middle_block = Layers(
+            [self.res_block(width, width), *self.attention(width), self.res_block(width, width)]
+        )
+        self.output_blocks = nn.ModuleList(self.make_output_blocks(widths))
+        width = cfg.channel_mult[0] * cfg.model_channels
         self.out = nn.Sequential(
             Norm(width, act="silu"),
             nn.Identity(),
-            zeroed(nn.Conv2d(width, s.out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
         self.init_attn: Layers | None = None
 
+    def make_input_blocks(self, in_channels: int) -> tuple[list[Layers], list[int]]:
+        """Blocks from the largest to the smallest size, and the channels of their outputs."""
+        s = self.cfg
+        width = s.model_channels
+        blocks = [Layers([nn.Conv2d(in_channels, width, 3, padding=1)])]
+        widths, last = [width], len(s.channel_mult) - 1
+        for level, mult in enumerate(s.channel_mult):
+            for _ in range(s.num_res_blocks):
+                layers: list[nn.Module] = [self.res_block(width, mult * s.model_channels)]
+                width = mult * s.model_channels
+                if 2**level in s.attention_resolutions:
+                    layers += self.attention(width)
+                blocks.append(Layers(layers))
+                widths.append(width)
+            if level < last:
+                blocks.append(Layers([self.resampler(width, "down")]))
+                widths.append(width)
+        return blocks, widths
+
+    def make_output_blocks(self, widths: list[int]) -> list[Layers]:
+        """Blocks from the smallest to the largest size; `widths` are those of the input blocks."""
+        s = self.cfg
+        blocks, skips, width = [], list(widths), widths[-1]
+        for level, mult in reversed(list(enumerate(s.channel_mult))):
+            for i in range(s.num_res_blocks + 1):
+                layers: list[nn.Module] = [
+                    self.res_block(width + skips.pop(), mult * s.model_channels)
+                ]
+                width = mult * s.model_channels
+                if 2**level in s.attention_resolutions:
+                    layers += self.attention(width, output=True)
+                if level and i == s.num_res_blocks:
+                    layers.append(self.resampler(width, "up"))
+                blocks.append(Layers(layers))
+        return blocks
+
     @abstractmethod
     def attention(self, width: int, output: bool = False) -> list[nn.Module]:
-        """The layers that follow a ResBlock where there is attention."""
+        """Attention layers after a ResBlock of `width` channels; `output`: in an output block."""
 
     def temporal_conv(self, width: int) -> TemporalConvBlock | None:
+        """Temporal convolution after a ResBlock of `width` channels, if any."""
         return None
 
     @staticmethod
@@ -336,44 +339,37 @@ class UNet(nn.Module, ABC):
             s.use_checkpoint,
         )  # fmt: skip
 
-    def resampler(self, width: int, way: str) -> nn.Module:
+    def resampler(self, width: int, resample: str) -> nn.Module:
         if self.cfg.resblock_updown:
-            return self.res_block(width, width, way)
-        return (Downsample if way == "down" else Upsample)(width, self.cfg.conv_resample)
+            return self.res_block(width, width, resample)
+        return (Downsample if resample == "down" else Upsample)(width, self.cfg.conv_resample)
 
     def embedding(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """(B, E) of the time and, if any, the vector."""
+        """Embedding of the time and the vector, if any: (B, E)."""
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(z_t.dtype))
         return emb if self.label_emb is None else emb + self.label_emb(cond.vector)
 
-    def run(self, x: Tensor, told: Told) -> Tensor:
+    def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        kept = []
+        skips = []
         for block in self.input_blocks:
-            x = block(x, told)
-            if not kept and self.init_attn is not None:
-                x = self.init_attn(x, told)
-            kept.append(x)
-        x = self.middle_block(x, told)
+            x = block(x, inputs)
+            if not skips and self.init_attn is not None:
+                x = self.init_attn(x, inputs)
+            skips.append(x)
+        x = self.middle_block(x, inputs)
         for block in self.output_blocks:
-            x = block(torch.cat((x, kept.pop()), 1), told)
+            x = block(torch.cat((x, skips.pop()), 1), inputs)
         return self.out(x)
 
-    def joined(self, z_t: Tensor, cond: Conditions) -> Tensor:
-        """z_t with the channels of cond.concat.
+    def checked(self, z_t: Tensor, cond: Conditions) -> Tensor:
+        """Latents and concat channels (B, in_channels, T, H, W).
 
-        Raises ValueError for latents and conditions that these settings cannot take.
+        Raises ValueError for inputs that do not match the settings.
         """
-        z = z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
+        z = with_concat(z_t, cond)
         if z.ndim != 5:
             raise ValueError(f"backbone: z_t has shape {tuple(z.shape)}: want (B, C, T, H, W)")
-        given = {
-            "in_channels": z.shape[1],
-            "context_dim": 0 if cond.context is None else cond.context.shape[-1],
-            "adm_in_channels": 0 if cond.vector is None else cond.vector.shape[-1],
-        }
-        for name, number in given.items():
-            if number != (getattr(self.cfg, name) or 0):
-                stated = f"backbone.{name}={getattr(self.cfg, name)}"
-                raise ValueError(f"{stated}, but latents and conditions bring {number}")
+        sizes = {"context_dim": context_width(cond), "adm_in_channels": vector_width(cond)}
+        check_sizes(self.cfg, {"in_channels": z.shape[1], **sizes})
         return z

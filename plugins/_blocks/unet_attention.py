@@ -1,7 +1,7 @@
-"""Transformers in space and in time of the LDM and DynamiCrafter UNets, with published names.
+"""Spatial and temporal transformers of the LDM and DynamiCrafter UNets, with published names.
 
-Rombach et al. 2022 (2112.10752), appendix E.2; Xing et al. 2023 (2310.12190), section 3. Frames of
-a clip are consecutive pictures of a batch, N = B * T; S = H * W.
+Rombach et al. 2022 (2112.10752), appendix E.2; Xing et al. 2023 (2310.12190), section 3. Frames are
+(N, C, H, W) with N = B * T, frame-major; S = H * W.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
 import kernels
 from plugins._blocks.attention import attend
 from plugins._blocks.checkpointing import checkpointed
-from plugins._blocks.unet import Norm, Told, zeroed
+from plugins._blocks.layers import GEGLU, FeedForward, zeroed
+from plugins._blocks.unet import ConditionedLayer, LayerInputs, Norm
 
 PROJECTIONS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d}
 
 
-class Attention(nn.Module):
-    """Attention of tokens to one another or to a context; `bias` is of q, k and v."""
+class MultiHead(nn.Module):
+    """Projections of multi-head attention, and attention itself; `bias` is of q, k and v."""
 
     def __init__(
         self,
@@ -45,23 +45,27 @@ class Attention(nn.Module):
         """(..., H*d) -> (..., H, d)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q (N, S, H*d); k and v (n, L, H*d) and mask (n, L) serve N / n pictures each -> as q."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q (N, S, H*d); k, v (n, L, H*d) and mask (n, L) for N / n frames each -> (N, S, H*d)."""
         joint = q.reshape(len(k), -1, q.shape[-1])  # (n, N/n * S, H*d)
         return attend(self.heads(joint), self.heads(k), self.heads(v), mask).view_as(q)
+
+
+class Attention(MultiHead):
+    """Self-attention, or cross-attention to a context."""
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """x (N, S, D), context (n, L, D') with mask (n, L) -> (N, S, D)."""
-        seen = x if context is None else context
-        return self.to_out(self.look(self.to_q(x), self.to_k(seen), self.to_v(seen), mask))
+        source = x if context is None else context
+        return self.to_out(self.attend(self.to_q(x), self.to_k(source), self.to_v(source), mask))
 
 
-class TextImageAttention(Attention):
-    """Attention to text and to the tokens of an image, one query for both, summed.
+class TextImageAttention(MultiHead):
+    """Sum of cross-attention to text and to image tokens, with one query for both.
 
-    `learnable_scale`: the image's part is multiplied by tanh(alpha) + 1.
+    learnable_scale: multiplies the image part by tanh(alpha) + 1.
     """
 
     def __init__(
@@ -76,15 +80,15 @@ class TextImageAttention(Attention):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, image: Tensor) -> Tensor:
         """x (N, S, D), context (n, L, D') with mask (n, L), image (n', L', D') -> (N, S, D)."""
         q = self.to_q(x)
-        text = self.look(q, self.to_k(context), self.to_v(context), mask)
-        picture = self.look(q, self.to_k_ip(image), self.to_v_ip(image))
+        from_text = self.attend(q, self.to_k(context), self.to_v(context), mask)
+        from_image = self.attend(q, self.to_k_ip(image), self.to_v_ip(image))
         if self.alpha is not None:
-            picture = picture * (self.alpha.tanh() + 1)
-        return self.to_out(text + picture)
+            from_image = from_image * (self.alpha.tanh() + 1)
+        return self.to_out(from_text + from_image)
 
 
 class RelativePosition(nn.Module):
-    """A vector for each distance between two frames; distances beyond `limit` share the last."""
+    """One vector per signed distance between two frames, which is clamped to +-`limit`."""
 
     def __init__(self, width: int, limit: int) -> None:
         super().__init__()
@@ -93,17 +97,18 @@ class RelativePosition(nn.Module):
         nn.init.xavier_uniform_(self.embeddings_table)
 
     def forward(self, frames: int) -> Tensor:
-        """(T, T, d): row i, column j is of frame j as seen from frame i."""
-        places = torch.arange(frames, device=self.embeddings_table.device)
-        distances = (places[None] - places[:, None]).clamp(-self.limit, self.limit)
+        """(T, T, d): entry (i, j) encodes the distance j - i."""
+        index = torch.arange(frames, device=self.embeddings_table.device)
+        distances = (index[None] - index[:, None]).clamp(-self.limit, self.limit)
         return self.embeddings_table[distances + self.limit]
 
 
-class TemporalAttention(Attention):
-    """Every place sees itself in all frames, or in earlier ones: (B, T, S, D) -> (B, T, S, D).
+class TemporalAttention(MultiHead):
+    """Attention over the frames at each position: (B, T, S, D) -> (B, T, S, D).
 
-    `max_distance`: with relative positions up to so many frames (Shaw et al. 2018, 1803.02155,
-    equations 3 and 4), 0 for none: then frames have no order.
+    causal: over the current and earlier frames only. max_distance: limit of the relative positions
+    (Shaw et al. 2018, 1803.02155, equations 3 and 4); 0 for none, which makes attention
+    permutation-equivariant in the frames unless causal.
     """
 
     def __init__(
@@ -118,51 +123,27 @@ class TemporalAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
         if self.has_positions:
-            return self.to_out(self.look_around(*map(self.heads, (q, k, v))))
-        seen = kernels.temporal_attention(q, k, v, heads=self.num_heads, causal=self.causal)
-        return self.to_out(seen)
+            return self.to_out(self.attend_relative(*map(self.heads, (q, k, v))))
+        out = kernels.temporal_attention(q, k, v, heads=self.num_heads, causal=self.causal)
+        return self.to_out(out)
 
-    def look_around(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, T, S, H, d) -> (B, T, S, H*d); k and v have a vector of distance added."""
+    def attend_relative(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, T, S, H, d) -> (B, T, S, H*d); relative positions are added to k and v."""
         frames = q.shape[1]
-        near_k, near_v = self.relative_position_k(frames), self.relative_position_v(frames)
+        position_k, position_v = self.relative_position_k(frames), self.relative_position_v(frames)
         q = q * q.shape[-1] ** -0.5
         scores = einsum(q, k, "b i s h d, b j s h d -> b s h i j")
-        scores = scores + einsum(q, near_k, "b i s h d, i j d -> b s h i j")
+        scores = scores + einsum(q, position_k, "b i s h d, i j d -> b s h i j")
         if self.causal:
             future = torch.ones(frames, frames, dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         p = scores.softmax(-1)
         out = einsum(p, v, "b s h i j, b j s h d -> b i s h d")
-        return (out + einsum(p, near_v, "b s h i j, i j d -> b i s h d")).flatten(3)
-
-
-class GEGLU(nn.Module):
-    """(..., D) -> (..., hidden): a value times the gelu of a gate (Shazeer 2020, 2002.05202)."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, -1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # Identity keeps the place of the published dropout, which is never on
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return (out + einsum(p, position_v, "b s h i j, i j d -> b i s h d")).flatten(3)
 
 
 class TransformerBlock(nn.Module):
-    """Attention, a second one that may be told something, and an MLP, each with a residual."""
+    """Attention, a second attention that may take a context, and an MLP, each with a residual."""
 
     def __init__(
         self, width: int, attn1: nn.Module, attn2: nn.Module, use_checkpoint: bool
@@ -170,23 +151,23 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.use_checkpoint = use_checkpoint
         self.attn1 = attn1
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, GEGLU)
         self.attn2 = attn2
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, x: Tensor, *told: Tensor | None) -> Tensor:
-        return checkpointed(self.use_checkpoint, self, x, *told, run=self.run)
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        return checkpointed(self.use_checkpoint, self, x, *context, run=self.run)
 
-    def run(self, x: Tensor, *told: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, *context: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), *told)
+        x = x + self.attn2(self.norm2(x), *context)
         return x + self.ff(self.norm3(x))
 
 
-class Transformer(nn.Module):
-    """Norm, projection to tokens, blocks, projection back; a subclass says what a sequence is.
+class Transformer(ConditionedLayer):
+    """Norm, projection to tokens, blocks, projection back; subclasses define the sequences.
 
-    projection: "linear", or the published 1x1 convolution of which it is the same function.
+    projection: "linear", or the published convolution with kernel 1, which is the same function.
     """
 
     def __init__(
@@ -217,15 +198,16 @@ class Transformer(nn.Module):
         """(N, C, H, W) -> (N, S, D)."""
         return self.project(self.proj_in, self.norm(x, frames=frames).flatten(2).transpose(1, 2))
 
-    def added(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """x (N, C, H, W) plus what tokens (N, S, D) say."""
+    def residual(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (N, C, H, W) plus the projected tokens (N, S, D)."""
         return x + self.project(self.proj_out, tokens).transpose(1, 2).reshape(x.shape)
 
 
 class SpatialTransformer(Transformer):
-    """Attention over the pixels of each picture, then to a context; without one, to pixels again.
+    """Self-attention over the pixels of each frame, then cross-attention to a context.
 
-    image_cross_attention: the context has an image's tokens beside the text.
+    Without a context the second attention is also self-attention. image_cross_attention: the
+    context is text and image tokens.
     """
 
     def __init__(
@@ -261,18 +243,18 @@ class SpatialTransformer(Transformer):
         image: Tensor | None = None,
     ) -> Tensor:
         """x (N, C, H, W), context (n, L, D) with mask (n, L), image (n', L', D) -> (N, C, H, W)."""
-        told = (context, mask) if image is None else (context, mask, image)
+        contexts = (context, mask) if image is None else (context, mask, image)
         h = self.tokens(x)
         for block in self.transformer_blocks:
-            h = block(h, *told)
-        return self.added(x, h)
+            h = block(h, *contexts)
+        return self.residual(x, h)
 
-    def tell(self, x: Tensor, told: Told) -> Tensor:
-        return self(x, told.context, told.mask, told.image)
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        return self(x, inputs.context, inputs.mask, inputs.image)
 
 
 class TemporalTransformer(Transformer):
-    """Attention over the frames of a clip at each place, twice, and an MLP."""
+    """Attention over the frames of a clip at each position, twice, and an MLP."""
 
     def __init__(
         self,
@@ -294,11 +276,11 @@ class TemporalTransformer(Transformer):
         super().__init__(channels, inner, "linear" if use_linear else "conv1d", depth, block)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """(B*T, C, H, W) with T = `frames` -> the same."""
+        """(B*T, C, H, W) with T = `frames` -> the same shape."""
         h = self.tokens(x, frames).unflatten(0, (-1, frames))  # (B, T, S, D)
         for block in self.transformer_blocks:
             h = block(h)
-        return self.added(x, h.flatten(0, 1))
+        return self.residual(x, h.flatten(0, 1))
 
-    def tell(self, x: Tensor, told: Told) -> Tensor:
-        return self(x, told.frames)
+    def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+        return self(x, inputs.frames)

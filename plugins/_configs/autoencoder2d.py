@@ -1,4 +1,4 @@
-"""What the Configs of latent diffusion's two first stages (`vae=kl`, `vae=vq`) share."""
+"""Base Config of latent diffusion's two first stages (`vae=kl`, `vae=vq`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sandbox.contracts import (
 
 @dataclass
 class Autoencoder2DConfig(FirstStageConfig):
-    """An encoder and a decoder of pictures in levels that halve the size; published names."""
+    """Encoder and decoder of single frames, in levels that halve the size; published names."""
 
     may_differ: ClassVar[tuple[str, ...]] = (
         *FirstStageConfig.may_differ,
@@ -29,19 +29,19 @@ class Autoencoder2DConfig(FirstStageConfig):
 
     embed_dim: int = 4  # latent channels
     ch: int = 16
-    ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each; halves the size between levels
+    ch_mult: tuple[int, ...] = (1, 2, 2)  # channels per level, in units of ch
     num_res_blocks: int = 1
-    attn_resolutions: tuple[int, ...] = ()  # the middle has attention in any case
-    resolution: int = 16  # says at which level attn_resolutions are; pictures may have any size
+    attn_resolutions: tuple[int, ...] = ()  # the middle block always has attention
+    resolution: int = 16  # image size that attn_resolutions refer to; images may have any size
     in_channels: int = 3
     out_ch: int = 3
     z_channels: int = 4
     dropout: float = 0.0
     num_groups: int = 8  # of the group norms; 32 as published
-    scale_factor: float | None = None  # of the latents; None: measured, per channel
-    shift: float | None = None  # taken off first; None: measured, per channel
-    train_frames: int | None = 1  # of each clip in a training step, drawn; None: all
-    frames_per_pass: int | None = None  # frames in the network at once; None: all
+    scale_factor: float | None = None  # of the latents; null: measured per channel
+    shift: float | None = None  # subtracted before scaling; null: measured per channel
+    train_frames: int | None = 1  # random frames per clip in a training step; null: all
+    frames_per_pass: int | None = None  # frames per forward pass; null: all
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()

@@ -1,4 +1,4 @@
-"""What the Configs of EasyAnimate's two first stages (`vae=magvit`, `vae=slice`) share."""
+"""Base Config of EasyAnimate's two first stages (`vae=magvit`, `vae=slice`)."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -18,8 +18,7 @@ from sandbox.contracts import (
     same_length,
 )
 
-# What a block divides or multiplies (time, space) by; as published, the last block of a network
-# keeps the size.
+# Factors (time, space) of a block. As published, the last block of a network keeps the size.
 DOWN_BLOCKS = {"SpatialDownBlock3D": (1, 2), "SpatialTemporalDownBlock3D": (2, 2)}
 UP_BLOCKS = {"SpatialUpBlock3D": (1, 2), "SpatialTemporalUpBlock3D": (2, 2)}
 ATTENTIONS = ("3d", "spatial")
@@ -28,9 +27,9 @@ STARTS = ("published", "haar")
 
 @dataclass
 class Autoencoder3DConfig(FirstStageConfig):
-    """An encoder and a decoder in levels that halve the size, and some of them the frames.
+    """Encoder and decoder in levels that halve the size in space, and some of them in time.
 
-    A plugin says which frames the networks see at once (`problems_of_windows`, `latent_frames`).
+    Subclasses define how clips are split in time (`window_problems`, `latent_frames`).
     """
 
     may_differ: ClassVar[tuple[str, ...]] = (
@@ -42,23 +41,23 @@ class Autoencoder3DConfig(FirstStageConfig):
     )
 
     ch: int = 16
-    ch_mult: tuple[int, ...] = (1, 2, 2)  # one level each
+    ch_mult: tuple[int, ...] = (1, 2, 2)  # channels per level, in units of ch
     down_block_types: tuple[str, ...] = ("SpatialTemporalDownBlock3D",) * 3
     up_block_types: tuple[str, ...] = ("SpatialTemporalUpBlock3D",) * 3
-    layers_per_block: int = 1  # residual blocks of a level; the decoder has one more
+    layers_per_block: int = 1  # residual blocks per level; the decoder has one more
     latent_channels: int = 16
     norm_num_groups: int = 4  # 32 as published
     mid_block_use_attention: bool = True
-    mid_block_attention_type: str = "3d"  # over the whole clip, or "spatial": within a frame
+    mid_block_attention_type: str = "3d"  # over space and time, or "spatial": within a frame
     mid_block_num_attention_heads: int = 1
-    mini_batch_encoder: int = 9  # frames that the encoder sees at once
-    mini_batch_decoder: int = 3  # latent frames that the decoder makes at once
-    use_tiling: bool = False  # of pictures larger than a tile
+    mini_batch_encoder: int = 9  # pixel frames that are encoded together
+    mini_batch_decoder: int = 3  # latent frames that are decoded together
+    use_tiling: bool = False  # for frames larger than a tile
     tile_sample_min_size: int = 256  # height and width of a tile in pixels
     tile_overlap_factor: float = 0.25
-    scale_factor: float | None = None  # of the latents; None: measured, per channel
-    shift: float | None = None  # taken off first; None: measured, per channel
-    start: str = "haar"  # weights before training: a Haar transform, or "published": random
+    scale_factor: float | None = None  # of the latents; null: measured per channel
+    shift: float | None = None  # subtracted before scaling; null: measured per channel
+    start: str = "haar"  # initial weights: "haar", or "published" (random)
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -78,9 +77,9 @@ class Autoencoder3DConfig(FirstStageConfig):
         yield from in_range("shift", self.shift, -100, 100)
         yield from one_of("mid_block_attention_type", self.mid_block_attention_type, ATTENTIONS)
         yield from one_of("start", self.start, STARTS)
-        yield from self.problems_of_levels()
+        yield from self.level_problems()
 
-    def problems_of_levels(self) -> Iterator[str]:
+    def level_problems(self) -> Iterator[str]:
         if not self.ch_mult or min(self.ch_mult) < 1:
             yield f"ch_mult={self.ch_mult}: want at least one level, each >= 1"
             return
@@ -98,22 +97,22 @@ class Autoencoder3DConfig(FirstStageConfig):
         small = levels < 2 or min(widths) < 6 or self.latent_channels < 3
         if self.start == "haar" and small:
             yield (
-                f"start='haar' with {list(widths)} channels, {self.latent_channels} latents: "
-                "want two levels, 6 channels in each and 3 latents, or 'published'"
+                f"start='haar' with {list(widths)} channels and {self.latent_channels} latent "
+                "channels: want two levels of 6 channels and 3 latent channels, or 'published'"
             )
         known = set(self.down_block_types) <= set(DOWN_BLOCKS)
         if known and set(self.up_block_types) <= set(UP_BLOCKS):
-            yield from self.problems_of_factors()
+            yield from self.factor_problems()
 
-    def problems_of_factors(self) -> Iterator[str]:
+    def factor_problems(self) -> Iterator[str]:
         time, space = down = self.factors()
         up = tuple(map(prod, zip(*self.up_factors(), strict=True)))
         if up != down:
             yield (
-                f"up_block_types multiply (time, space) by {up}: want {down}, which "
-                "down_block_types divide it by (the last block of each keeps the size)"
+                f"up_block_types multiply (time, space) by {up}: want {down}, the factors of "
+                "down_block_types (the last block of each keeps the size)"
             )
-        yield from self.problems_of_windows(time)
+        yield from self.window_problems(time)
         size, overlap = self.tile_sample_min_size, self.tile_overlap_factor
         if size > 0 and size % space:
             yield f"tile_sample_min_size={size}: want a multiple of {space}"
@@ -121,32 +120,32 @@ class Autoencoder3DConfig(FirstStageConfig):
             shared = size // space * overlap
             if abs(shared - round(shared)) > 1e-6:
                 yield (
-                    f"tile_overlap_factor={overlap}: want tiles of {size // space} latents to "
-                    f"share a whole number of them, not {shared:g}"
+                    f"tile_overlap_factor={overlap}: tiles of {size // space} latents must overlap "
+                    f"by an integer number of latents, not {shared:g}"
                 )
 
     @abstractmethod
-    def problems_of_windows(self, time: int) -> Iterator[str]:
-        """Bad `mini_batch_encoder` and `mini_batch_decoder`; frames are divided by `time`."""
+    def window_problems(self, time: int) -> Iterator[str]:
+        """Problems of `mini_batch_encoder` and `mini_batch_decoder` for the time factor `time`."""
 
     @abstractmethod
     def latent_frames(self, frames: int) -> int:
-        """Frames of the latents of so many frames; raises Misfit for a number that is refused."""
+        """Latent frames of a clip of `frames`; raises Misfit for unsupported numbers."""
 
     def widths(self) -> tuple[int, ...]:
-        """Channels of the levels, from the pixels down."""
+        """Channels of the levels, from the highest resolution."""
         return tuple(self.ch * m for m in self.ch_mult)
 
     def down_factors(self) -> tuple[tuple[int, int], ...]:
-        """What each level of the encoder divides (time, space) by."""
+        """Factors by which each level of the encoder divides (time, space)."""
         return (*(DOWN_BLOCKS[b] for b in self.down_block_types[:-1]), (1, 1))
 
     def up_factors(self) -> tuple[tuple[int, int], ...]:
-        """What each level of the decoder multiplies (time, space) by."""
+        """Factors by which each level of the decoder multiplies (time, space)."""
         return (*(UP_BLOCKS[b] for b in self.up_block_types[:-1]), (1, 1))
 
     def factors(self) -> tuple[int, int]:
-        """What the whole encoder divides (time, space) by."""
+        """Factors by which the encoder divides (time, space)."""
         time, space = zip(*self.down_factors(), strict=True)
         return prod(time), prod(space)
 
@@ -160,8 +159,8 @@ class Autoencoder3DConfig(FirstStageConfig):
         return Clip(self.latent_channels, frames, clip.height // space, clip.width // space)
 
     def recipe(self) -> FirstStageRecipe:
-        """On moving digits: MagViT 26 dB after 60 CPU seconds, slices 22 dB after 150 steps;
-        absolute error alone stays at 16 dB there.
+        """Squared error: 26 dB for MagViT after 60 CPU seconds on moving digits, 22 dB for slices
+        after 150 steps. The absolute error alone stays at 16 dB.
         """
         return FirstStageRecipe(
             lr=1e-3,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins._blocks.kohya import from_kohya, hashes, is_kohya, to_kohya
+from plugins._blocks.state_dicts import mismatches
 from sandbox.contracts import (
     AdapterConfig,
     BackboneConfig,
@@ -21,26 +22,25 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-NAME = "default"  # of the adapter in peft, which stands in the names of its weights
+NAME = "default"  # peft's adapter name, a part of the names of its weights
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora_kohya.safetensors"
 LAYOUTS = ("diffusers", "kohya")
-METADATA = "lora_adapter_metadata"  # where diffusers looks for the strength
+METADATA = "lora_adapter_metadata"  # header entry in which diffusers expects the scale
 
 
 @register("adapter", "lora")
 class LoRA:
-    """Low-rank changes of linear layers, trained in float32 beside a frozen backbone."""
+    """LoRA: low-rank updates of linear layers, trained in float32 on a frozen backbone."""
 
     @dataclass
     class Config(AdapterConfig):
-        """Size and strength: a layer becomes W + alpha / rank * B A.
+        """A layer becomes W + alpha / rank * B A.
 
-        alpha: null is rank, a strength of 1; targets: suffixes of the layers' names, null those of
-        the backbone; weights: a LoRA file to start from, as diffusers writes it (one that says no
-        alpha has a strength of 1) or as kohya-ss, and so EasyAnimate, does; layout: of the file
-        that a run leaves; prefix: of the names in one of diffusers, which is the folder of the
-        network in its pipeline.
+        alpha: null uses rank, a scale of 1. targets: suffixes of layer names; null uses those of
+        the backbone. weights: a LoRA file to start from, of diffusers (without an alpha its scale
+        is 1) or of kohya-ss, as EasyAnimate. layout: format of the exported file. prefix: of the
+        names in a diffusers file, the folder of the network in the pipeline.
         """
 
         rank: int = 8
@@ -67,27 +67,27 @@ class LoRA:
 
         def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
             if self.targets is None and not backbone.adapter_targets():
-                yield "targets=null: this backbone names none; want names of its linear layers"
+                yield "targets=null: this backbone has no defaults; want names of linear layers"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.targets: tuple[str, ...] = cfg.targets or ()
 
     def scale(self) -> float:
-        """Strength: alpha / rank."""
+        """alpha / rank."""
         return 1.0 if self.cfg.alpha is None else self.cfg.alpha / self.cfg.rank
 
     def apply(self, backbone: nn.Module, targets: tuple[str, ...], dtype: torch.dtype) -> None:
-        """Freezes `backbone` in `dtype` and puts adapters beside its `targets`, or the Config's.
+        """Freezes `backbone` in `dtype` and adds adapters to the Config's targets or to `targets`.
 
-        A is random from the global generator, B zero: nothing changes at first. Raises ValueError
-        where no layer has such a name, RuntimeError without peft.
+        A is random (global generator) and B is zero, so the output is initially unchanged. Raises
+        ValueError if no layer matches, RuntimeError without peft.
         """
-        peft = imported()
+        peft = import_peft()
         self.targets = self.cfg.targets or targets
         backbone.to(dtype).requires_grad_(False)
         for module in backbone.modules():
-            is_leaf = not any(True for _ in module.children())  # others will hold adapters
+            is_leaf = not any(True for _ in module.children())  # other modules will hold adapters
             if is_leaf and any(True for _ in module.parameters(recurse=False)):
                 module._frozen = True  # type: ignore[assignment]  # not in training checkpoints
                 module.eval()
@@ -105,13 +105,13 @@ class LoRA:
             self.load(backbone, Path(self.cfg.weights))
 
     def published_name(self, name: str) -> str | None:
-        """The backbone's own name of a weight; None for those of the adapter."""
+        """Name of a weight in the plain backbone; None for weights of the adapter."""
         return None if ".lora_" in name else name.replace(".base_layer.", ".")
 
     def exported(self, backbone: nn.Module) -> tuple[str, State, dict[str, str]]:
-        """The file that diffusers' load_lora_weights or EasyAnimate reads, at training's strength.
+        """File name, tensors and header for diffusers' load_lora_weights or for EasyAnimate.
 
-        Without its metadata a loader of diffusers takes alpha for the rank.
+        The header keeps the scale: without it, diffusers assumes alpha = rank.
         """
         names = {k: k.replace(f".{NAME}.", ".") for k in backbone.state_dict() if ".lora_" in k}
         state = backbone.state_dict()
@@ -120,49 +120,50 @@ class LoRA:
             tensors = to_kohya(own, self.scale() * self.cfg.rank)
             return KOHYA_FILE, tensors, hashes(tensors)
         tensors = {f"{self.cfg.prefix}.{new}": state[old] for old, new in names.items()}
-        said = {
+        metadata = {
             f"{self.cfg.prefix}.r": self.cfg.rank,
             f"{self.cfg.prefix}.lora_alpha": self.scale() * self.cfg.rank,
             f"{self.cfg.prefix}.target_modules": list(self.targets),
         }
-        return FILE, tensors, {METADATA: json.dumps(said)}
+        return FILE, tensors, {METADATA: json.dumps(metadata)}
 
     @torch.no_grad()
     def load(self, backbone: nn.Module, path: Path) -> None:
-        """Puts the LoRA of `path` in place, at its own strength whatever alpha is here.
+        """Loads the LoRA file `path` at the scale of the file, whatever alpha is set here.
 
         Raises StorageError for names, shapes and ranks that differ.
         """
-        found, said = read(path)
+        tensors, metadata = read(path)
         state = backbone.state_dict()
         own = {k.replace(f".{NAME}.", "."): v for k, v in state.items() if ".lora_" in k}
-        prefix, alphas = self.cfg.prefix + ".", {}
-        if is_kohya(found):
-            found, alphas = from_kohya(found, {k.rsplit(".", 2)[0] for k in own})
-        found = {k.removeprefix(prefix): v for k, v in found.items()}
-        wrong = sorted(set(own) ^ set(found))
-        wrong += [k for k in own if k in found and own[k].shape != found[k].shape]
-        if wrong:
+        prefix = self.cfg.prefix + "."
+        alphas: dict[str, float] = {}
+        if is_kohya(tensors):
+            tensors, alphas = from_kohya(tensors, {k.rsplit(".", 2)[0] for k in own})
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+        if wrong := mismatches(own, tensors):
             raise StorageError(
                 f"adapter.weights={path}: {len(wrong)} names or shapes differ from this adapter: "
-                f"{', '.join(wrong[:10])}; choose its rank, targets and prefix"
+                f"{', '.join(wrong[:10])}; set rank, targets and prefix of the file"
             )
-        alpha = said.get(f"{prefix}lora_alpha", self.cfg.rank)
+        alpha = float(metadata.get(f"{prefix}lora_alpha", self.cfg.rank))
         for name, tensor in own.items():
             factor = 1.0
             if ".lora_B." in name:
                 factor = alphas.get(name.rsplit(".", 2)[0], alpha) / self.cfg.rank / self.scale()
-            tensor.copy_(found[name] * factor)
+            tensor.copy_(tensors[name] * factor)
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
-        """Adds the change to the weights themselves; the adapter stays, and adds nothing more."""
+        """Adds the updates to the backbone's weights; the adapter then adds nothing more."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         for module in backbone.modules():
-            if hasattr(module, "merge") and hasattr(module, "base_layer"):
+            if isinstance(module, BaseTunerLayer):
                 module.merge()
 
 
-def imported() -> Any:
+def import_peft() -> Any:
     try:
         import peft
     except ImportError as e:
@@ -174,14 +175,14 @@ def imported() -> Any:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a LoRA file, and what its header says of them."""
+    """Tensors and metadata of a LoRA file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        said = json.loads(header.get(METADATA, "{}"))
+        metadata = json.loads(header.get(METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as e:
         raise StorageError(f"adapter.weights={path}: not a LoRA file that can be read ({e})") from e
-    return tensors, said if isinstance(said, dict) else {}
+    return tensors, metadata if isinstance(metadata, dict) else {}

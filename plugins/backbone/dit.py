@@ -11,10 +11,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
+from plugins._blocks.backbone import (
+    check_sizes,
+    context_width,
+    refuse_image_context,
+    vector_width,
+    wired_number,
+    with_concat,
+)
 from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
 from plugins._blocks.motion import MotionModule
 from plugins._blocks.skips import long_skips, through
+from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems
 from sandbox.contracts import (
     SCALARS,
     BackboneConfig,
@@ -30,9 +39,8 @@ from sandbox.contracts import (
 from sandbox.registry import register
 
 ATTENTIONS = ("joint", "factorised", "spatial")
-MOTION_MODULES = ("none", "vanilla", "grid")
 SKIPS = ("none", "uvit")
-GROUPS = 32  # of a motion module's norm, as published
+FROM_WIRING = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
 
 
 def norm(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -47,19 +55,19 @@ class DiT(nn.Module):
 
     @dataclass
     class Config(BackboneConfig):
-        """Width, depth and what it is told.
+        """Width, depth, attention and conditions.
 
-        patch, patch_t: latent cells of a token in space and in time; attention: joint (a token sees
-        all tokens), factorised (its frame, then its place in all frames) or spatial (its frame;
-        all frames have the place in time of a picture, so that a network of pictures goes on with
-        clips); max_*: size of the position tables in patches; scalars: numbers that it is told,
-        such as fps. A vector as wide as the network joins the time embedding as it is, any other
-        through a linear layer.
+        patch, patch_t: latent cells per token in space and time. max_*: size of the position tables
+        in patches. attention: "joint" (all tokens), "factorised" (the tokens of a frame, then those
+        at the same position in all frames) or "spatial" (the tokens of a frame; every frame has the
+        temporal position of an image, so that weights trained on images apply to clips).
+        scalars: scalar conditions such as fps. The time embedding adds a vector condition of the
+        network's width directly, and any other through a linear layer.
 
-        motion_module: where frames meet with attention=spatial: none, vanilla (over time at each
-        place) or grid (in blocks of motion_block_size x motion_block_size tokens), with
-        motion_heads heads. skips: uvit adds long skips from early blocks to late ones. Both start
-        at zero: weights trained without them give at first what they gave before.
+        motion_module, for attention=spatial: temporal attention with motion_heads heads, "vanilla"
+        (per position) or "grid" (over blocks of motion_block_size x motion_block_size tokens).
+        skips: "uvit" adds long skips from early to late blocks. Both start at zero, so weights
+        trained without them initially compute the same function.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
@@ -117,18 +125,13 @@ class DiT(nn.Module):
                 return
             if self.attention in ("joint", "factorised"):
                 yield (
-                    f"motion_module={self.motion_module!r}: frames already meet in attention="
-                    f"{self.attention}; want attention=spatial, or none"
+                    f"motion_module={self.motion_module!r}: attention={self.attention} already "
+                    "mixes frames; want attention=spatial, or none"
                 )
             if self.width > 0 and self.width % GROUPS:
                 yield f"width={self.width}: want a multiple of {GROUPS}, or motion_module=none"
             elif self.motion_heads > 0:
-                inner = self.width // self.motion_heads * self.motion_heads
-                if self.width > 0 and (inner < 2 or inner % 2):
-                    yield (
-                        f"motion_heads={self.motion_heads}: {self.width} // heads * heads is "
-                        f"{inner}; want an even number"
-                    )
+                yield from motion_width_problems(self.width, self.motion_heads)
 
         def layers(self) -> tuple[str | None, int]:
             return "num_blocks", 2 if self.skips == "uvit" else 1
@@ -167,7 +170,7 @@ class DiT(nn.Module):
             cross = ("to_q", "to_kv") if self.context_dim else ()
             if self.motion_module == "none":
                 return ("to_qkv", "to_out", *cross)
-            # a motion module's to_out is a sequence
+            # to_out of a motion module is a Sequential
             outs = ("attn.to_out", "to_out.0", *(("cross.to_out",) if self.context_dim else ()))
             return ("to_qkv", *outs, *dict.fromkeys((*cross, "to_q", "to_k", "to_v")))
 
@@ -176,39 +179,40 @@ class DiT(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        wiring = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
-        unset = [name for name in wiring if getattr(cfg, name) is None]
-        if unset:
-            raise ValueError(f"backbone.{unset[0]} is null: wiring fills it, or set it to a number")
+        sizes = (wired_number(cfg, name) for name in FROM_WIRING)
+        in_channels, out_channels, context_dim, vector_dim, concat_channels = sizes
         self.cfg = cfg
         cells = cfg.patch_t * cfg.patch**2
-        self.patch_in = nn.Linear((cfg.in_channels + cfg.concat_channels) * cells, cfg.width)
+        self.patch_in = nn.Linear((in_channels + concat_channels) * cells, cfg.width)
         self.positions = GridPositions((cfg.max_frames, cfg.max_height, cfg.max_width), cfg.width)
         self.time = NumberEmbedding(cfg.time_features, cfg.width)
         self.scalars = nn.ModuleDict(
             {name: NumberEmbedding(cfg.time_features, cfg.width) for name in cfg.scalars}
         )
-        direct = cfg.vector_dim in (0, cfg.width)
-        self.vector_in = nn.Identity() if direct else nn.Linear(cfg.vector_dim, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_blocks))
+        direct = vector_dim in (0, cfg.width)
+        self.vector_in = nn.Identity() if direct else nn.Linear(vector_dim, cfg.width)
+        blocks = [Block(cfg, context_dim) for _ in range(cfg.num_blocks)]
+        self.blocks = nn.ModuleList(blocks)
         self.skips = long_skips(cfg.num_blocks if cfg.skips == "uvit" else 1, cfg.width)
         self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
-        self.patch_out = nn.Linear(cfg.width, cfg.out_channels * cells)
-        self.initialise()
+        self.patch_out = nn.Linear(cfg.width, out_channels * cells)
+        self.initialise(blocks)
 
-    def initialise(self) -> None:
-        """Xavier for linear layers; zero where a block or the whole network joins its residual."""
+    def initialise(self, blocks: list["Block"]) -> None:
+        """Xavier for linear layers; zero for modulations, output layers and skips."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        zero = [self.modulation, self.patch_out, *self.skips]
-        for block in self.blocks:
+        zero = [self.modulation, self.patch_out]
+        for block in blocks:
             zero += [block.modulation, *([block.cross.to_out] if block.cross else [])]
             zero += [block.motion.temporal_transformer.proj_out] if block.motion else []
         for layer in zero:
             nn.init.zeros_(layer.weight)
+        for skip in self.skips:
+            nn.init.zeros_(skip.get_parameter("weight"))
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W)."""
@@ -221,17 +225,17 @@ class DiT(nn.Module):
             c = c + embed(cond.scalars[name])
         c = F.silu(c)
 
-        z = z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
+        z = with_concat(z_t, cond)
         sizes = {"r": cfg.patch_t, "p": cfg.patch, "q": cfg.patch}
         x = rearrange(z, "b c (t r) (h p) (w q) -> b t h w (r p q c)", **sizes)
         frames, height, width = x.shape[1:4]
-        # Pictures have trained the first place in time alone: frames that are pictures have it too.
-        places = self.positions(1 if cfg.attention == "spatial" else frames, height, width)
-        x = self.patch_in(x.flatten(2, 3)) + places  # (B, T, S, D)
+        # With spatial attention every frame has temporal position 0, the one that images train.
+        positions = self.positions(1 if cfg.attention == "spatial" else frames, height, width)
+        x = self.patch_in(x.flatten(2, 3)) + positions  # (B, T, S, D)
 
-        def step(block: Block, x: Tensor) -> Tensor:
-            told = (c, cond.context, cond.context_mask, height)
-            return checkpointed(cfg.gradient_checkpointing, block, x, *told)
+        def step(block: nn.Module, x: Tensor) -> Tensor:
+            conditions = (c, cond.context, cond.context_mask, height)
+            return checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
 
         x = through([partial(step, block) for block in self.blocks], self.skips, x)
         shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)
@@ -239,7 +243,7 @@ class DiT(nn.Module):
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
 
     def check(self, z_t: Tensor, cond: Conditions) -> None:
-        """Raises ValueError for what these settings cannot take, Misfit for sizes."""
+        """Raises ValueError for inputs that do not match the settings, Misfit for sizes."""
         cfg = self.cfg
         if z_t.ndim != 5 or z_t.shape[1] != cfg.in_channels:
             want = f"(B, {cfg.in_channels}, T, H, W)"
@@ -247,30 +251,24 @@ class DiT(nn.Module):
         size = Clip(*z_t.shape[1:])
         if cfg.grid(size) != size:
             raise Misfit("frames", size.frames, f"a multiple of patch_t={cfg.patch_t}")
-        given = {
-            "context_dim": 0 if cond.context is None else cond.context.shape[-1],
-            "vector_dim": 0 if cond.vector is None else cond.vector.shape[-1],
-            "concat_channels": 0 if cond.concat is None else cond.concat.shape[1],
-        }
-        for name, number in given.items():
-            if number != getattr(cfg, name):
-                stated = getattr(cfg, name)
-                raise ValueError(f"backbone.{name}={stated}, but conditions bring {number}")
-        if cond.image_context is not None:
-            raise ValueError("backbone=dit takes no image_context")
+        sizes = {"context_dim": context_width(cond), "vector_dim": vector_width(cond)}
+        concat_channels = 0 if cond.concat is None else cond.concat.shape[1]
+        check_sizes(cfg, {**sizes, "concat_channels": concat_channels})
+        refuse_image_context("dit", cond)
         if set(cond.scalars) != set(cfg.scalars):
             raise ValueError(
-                f"backbone.scalars={list(cfg.scalars)}, but conditions bring {sorted(cond.scalars)}"
+                f"backbone.scalars={list(cfg.scalars)}, but the inputs have {sorted(cond.scalars)}"
             )
 
 
 class Block(nn.Module):
-    """Attention, motion, cross-attention and MLP on tokens (B, T, S, D), S of `height` rows.
+    """Attention, motion module, cross-attention and MLP on tokens (B, T, S, D), S of `height` rows.
 
-    `c` (B, D) shifts, scales and gates all but cross-attention, whose last layer starts at zero.
+    `c` (B, D) shifts, scales and gates attention and MLP. The output layer of cross-attention
+    starts at zero.
     """
 
-    def __init__(self, cfg: DiT.Config) -> None:
+    def __init__(self, cfg: DiT.Config, context_dim: int) -> None:
         super().__init__()
         factorised, self.is_joint = cfg.attention == "factorised", cfg.attention == "joint"
         hidden = int(cfg.width * cfg.mlp_ratio)
@@ -279,7 +277,7 @@ class Block(nn.Module):
         self.temporal = TemporalAttention(cfg.width, cfg.num_heads) if factorised else None
         self.motion = motion_of(cfg)
         self.cross = (
-            CrossAttention(cfg.width, cfg.num_heads, cfg.context_dim) if cfg.context_dim else None
+            CrossAttention(cfg.width, cfg.num_heads, context_dim) if context_dim else None
         )
         self.mlp = nn.Sequential(
             nn.Linear(cfg.width, hidden), nn.GELU("tanh"), nn.Linear(hidden, cfg.width)
@@ -303,7 +301,7 @@ class Block(nn.Module):
             x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale)))
         if self.motion is not None:
             x = self.motion(x.unflatten(2, (height, -1))).flatten(2, 3)
-        if self.cross is not None:
+        if self.cross is not None and context is not None:
             x = x + self.cross(norm(x).flatten(1, 2), context, context_mask).view_as(x)
         shift, scale, gate = more
         return torch.addcmul(x, gate, self.mlp(norm(x, shift, scale)))

@@ -1,12 +1,14 @@
 """Transformer of EasyAnimateV2 (Xu et al. 2024, 2405.18991): PixArt with motion modules and skips.
 
-The text-to-image transformer of PixArt-alpha (Chen et al. 2023, 2310.00426) on the frames of a
-clip: attention within each frame, a motion module over time, attention to text. Parameter names are
-the published ones; the published sizes are the presets `easyanimate_v1` and `easyanimate_v2`.
+The text-to-image transformer of PixArt-alpha (Chen et al. 2023, 2310.00426) applied to the frames
+of a clip: attention within each frame, a motion module over time, cross-attention to text.
+Parameter names are the published ones; the published sizes are the presets `easyanimate_v1` and
+`easyanimate_v2`.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -14,51 +16,59 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from plugins._blocks.backbone import (
+    check_sizes,
+    context_width,
+    refuse_image_context,
+    vector_width,
+    wired_number,
+    with_concat,
+)
 from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.embeddings import timestep_embedding
+from plugins._blocks.layers import GELU, MLP, FeedForward, zeroed
 from plugins._blocks.motion import MotionModule, frame_sinusoids
 from plugins._blocks.skips import long_skips, through
-from plugins._blocks.unet import timestep_embedding, zeroed
 from plugins._blocks.unet_attention import Attention
+from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems, slots_taken
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
     Misfit,
     Slots,
+    State,
     in_range,
     must_divide,
     one_of,
 )
 from sandbox.registry import register
 
-MOTION_MODULES = ("none", "vanilla", "grid")
-GROUPS = 32  # of a motion module's norm, as published
 MICRO = ("height", "width", "aspect_ratio")  # micro-conditions: pixels, pixels, height / width
 TIME_FEATURES = 256
-LARGEST = 128  # the sample_size whose published network has micro-conditions
-
-State = dict[str, Tensor]
+MICRO_SIZE = 128  # the sample_size whose published network has micro-conditions
 
 
 @register("backbone", "easyanimate")
 class EasyAnimate(nn.Module):
-    """EasyAnimateV2's transformer: attention in frames, motion modules over time, long skips."""
+    """EasyAnimateV2 transformer: spatial attention, motion modules over time, long skips."""
 
     @dataclass
     class Config(BackboneConfig):
-        """The published hyper-parameters, small; what is not a size has the published default.
+        """The published hyper-parameters: small sizes, and the published default of the rest.
 
-        sample_size: height and width of the latents that positions were made for; a picture of any
-        size spans the same positions. enable_uvit: long skips from early blocks to late ones.
-        motion_module: none, vanilla (over time at each place) or grid (over time in blocks of
-        motion_block_size x motion_block_size tokens); motion_heads, motion_depth (blocks),
-        motion_attentions (of a block), motion_dim_div (divides the width) and motion_max_frames
-        are of that module; motion_positions: it knows the order of frames.
+        sample_size: height and width of the latents that positions are made for; other sizes span
+        the same range of positions. As published, sample_size=128 is also conditioned on height,
+        width and aspect_ratio. enable_uvit: long skips from early to late blocks.
 
-        null is what the latents and the conditioning need, 0 is none. in_channels counts concat
-        channels too. caption_channels: width of the context; vector_dim: of a vector that joins
-        the time embedding, which the published network has not. As published, sample_size=128 is
-        told height, width and aspect_ratio.
+        motion_module: temporal attention, "vanilla" (per position) or "grid" (over blocks of
+        motion_block_size x motion_block_size tokens). motion_depth: its blocks; motion_attentions:
+        attentions per block; motion_dim_div: divides its width; motion_positions: whether it has
+        frame positions, up to motion_max_frames.
+
+        null: wiring fills it; 0: none. in_channels counts the latents and `concat`;
+        caption_channels is the width of the context. vector_dim is the width of a vector condition,
+        which the published network does not have: a linear layer adds it to the time embedding.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
@@ -101,51 +111,45 @@ class EasyAnimate(nn.Module):
             if width > 0 and width % 4:
                 yield f"{self.stated_width()}: want a multiple of 4"
             if width > 0 and self.has_micro_conditions() and width % 3:
-                yield f"{self.stated_width()}: want a multiple of 3 with sample_size={LARGEST}"
+                yield f"{self.stated_width()}: want a multiple of 3 with sample_size={MICRO_SIZE}"
             if self.motion_module in MOTION_MODULES[1:]:
                 yield from self.motion_problems(width)
 
         def motion_problems(self, width: int) -> Iterator[str]:
             if width > 0 and width % GROUPS:
                 yield (
-                    f"{self.stated_width()}: want a multiple of {GROUPS}, which a motion module's "
-                    "norm needs, or motion_module=none"
+                    f"{self.stated_width()}: want a multiple of {GROUPS} (group norm of the motion "
+                    "module), or motion_module=none"
                 )
             if self.motion_heads > 0 and self.motion_dim_div > 0:
-                inner = width // self.motion_heads // self.motion_dim_div * self.motion_heads
-                if width > 0 and (inner < 2 or inner % 2):
-                    yield (
-                        f"motion_heads={self.motion_heads}: {width} // heads // motion_dim_div * "
-                        f"heads is {inner}; want an even number"
-                    )
+                yield from motion_width_problems(width, self.motion_heads, self.motion_dim_div)
 
         def width(self) -> int:
             return self.num_attention_heads * self.attention_head_dim
 
         def stated_width(self) -> str:
-            size = self.attention_head_dim
-            return f"attention_head_dim={size}: {self.num_attention_heads} heads are {self.width()}"
+            heads, size = self.num_attention_heads, self.attention_head_dim
+            return f"attention_head_dim={size}: {heads} heads make a width of {self.width()}"
 
         def has_micro_conditions(self) -> bool:
-            return self.sample_size == LARGEST
+            return self.sample_size == MICRO_SIZE
 
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 2 if self.enable_uvit else 1
 
         def takes(self) -> frozenset[str]:
-            told = {
-                "context": self.caption_channels != 0,
-                "vector": self.vector_dim != 0,
-                "concat": True,
+            return slots_taken(
+                context=self.caption_channels != 0,
+                vector=self.vector_dim != 0,
+                concat=True,
                 **dict.fromkeys(MICRO, self.has_micro_conditions()),
-            }
-            return frozenset(name for name, is_told in told.items() if is_told)
+            )
 
         def needs(self) -> frozenset[str]:
             return frozenset(MICRO if self.has_micro_conditions() else ())
 
         def grid(self, z: Clip) -> Clip:
-            """`z`: patches, and blocks of them in a motion grid, must fit."""
+            """`z`; height and width must divide into patches, and into blocks of a motion grid."""
             block = self.motion_block_size if self.motion_module == "grid" else 1
             must_divide("height", z.height, self.patch_size * block)
             must_divide("width", z.width, self.patch_size * block)
@@ -180,39 +184,36 @@ class EasyAnimate(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        for name in ("in_channels", "out_channels", "caption_channels", "vector_dim"):
-            if getattr(cfg, name) is None:
-                raise ValueError(f"backbone.{name} is null: wiring fills it, or set it to a number")
+        names = ("in_channels", "out_channels", "caption_channels", "vector_dim")
+        in_channels, out_channels, captions, vector_dim = (wired_number(cfg, n) for n in names)
         self.cfg = cfg
         width, patch = cfg.width(), cfg.patch_size
-        self.pos_embed = nn.Module()
-        self.pos_embed.proj = nn.Conv2d(cfg.in_channels, width, patch, patch)
+        self.pos_embed = PatchEmbed(in_channels, width, patch)
         self.adaln_single = AdaLNSingle(width, cfg.has_micro_conditions())
-        self.vector_in = nn.Linear(cfg.vector_dim, width) if cfg.vector_dim else None
-        captions = cfg.caption_channels
-        self.caption_projection = TwoLayers(captions, width, nn.GELU("tanh")) if captions else None
+        self.vector_in = nn.Linear(vector_dim, width) if vector_dim else None
+        self.caption_projection = MLP(captions, width, nn.GELU("tanh")) if captions else None
         self.transformer_blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
         self.long_connect_fc = long_skips(cfg.num_layers if cfg.enable_uvit else 1, width)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
-        self.proj_out = nn.Linear(width, patch**2 * cfg.out_channels)
+        self.proj_out = nn.Linear(width, patch**2 * out_channels)
 
     def from_published(self, state: State) -> State:
-        """A published state of this network, or of the image network that it began from, as ours.
+        """Converts published weights of this network, or of the image network it starts from.
 
-        Names and shapes that have no place here stay: they are refused where weights are put in.
+        Entries that do not fit are kept as they are, so that strict loading reports them.
         """
         state = from_published(state)
-        fitted, homeless = from_pixart(state, self.state_dict())
-        return {k: v if k in homeless else fitted[k] for k, v in state.items()}
+        fitted, unused = from_pixart(state, self.state_dict())
+        return {k: v if k in unused else fitted[k] for k, v in state.items()}
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        Raises ValueError for inputs that do not match the settings, Misfit for sizes.
         """
-        z = self.joined(z_t, cond)
+        z = self.checked(z_t, cond)
         cfg = self.cfg
-        x = self.pos_embed.proj(rearrange(z, "b c t h w -> (b t) c h w"))
+        x = self.pos_embed(rearrange(z, "b c t h w -> (b t) c h w"))
         x = rearrange(x, "(b t) d h w -> b t h w d", b=len(z))  # (B, T, H', W', D)
         x = x + self.positions(*x.shape[2:4], x.device).to(x.dtype)
         micro = torch.stack([cond.scalars[n] for n in MICRO], 1) if cond.scalars else None
@@ -226,41 +227,35 @@ class EasyAnimate(nn.Module):
             if cond.context_mask is not None:
                 bias = (~cond.context_mask.bool()).to(x.dtype) * -10_000.0  # (B, L), as published
 
-        def step(block: Block, x: Tensor) -> Tensor:
+        def step(block: nn.Module, x: Tensor) -> Tensor:
             return checkpointed(cfg.gradient_checkpointing, block, x, modulation, context, bias)
 
-        blocks = [lambda x, block=block: step(block, x) for block in self.transformer_blocks]
+        blocks = [partial(step, block) for block in self.transformer_blocks]
         x = through(blocks, self.long_connect_fc, x)
         shift, scale = spread(self.scale_shift_table + e[:, None])
         x = self.proj_out(norm(x, cfg.norm_eps) * (1 + scale) + shift)
         p = cfg.patch_size
         return rearrange(x, "b t h w (p q c) -> b c t (h p) (w q)", p=p, q=p)
 
-    def joined(self, z_t: Tensor, cond: Conditions) -> Tensor:
-        """z_t with the channels of cond.concat, where these settings can take them all."""
+    def checked(self, z_t: Tensor, cond: Conditions) -> Tensor:
+        """Latents and concat channels (B, in_channels, T, H, W), after all checks."""
         cfg = self.cfg
-        z = z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
+        z = with_concat(z_t, cond)
         if z.ndim != 5 or z.shape[1] != cfg.in_channels:
             want = f"(B, {cfg.in_channels}, T, H, W), concat channels included"
             raise ValueError(f"backbone: latents have shape {tuple(z.shape)}: want {want}")
         cfg.grid(Clip(*z.shape[1:]))
-        given = {
-            "caption_channels": 0 if cond.context is None else cond.context.shape[-1],
-            "vector_dim": 0 if cond.vector is None else cond.vector.shape[-1],
-        }
-        for name, number in given.items():
-            if number != getattr(cfg, name):
-                stated = getattr(cfg, name)
-                raise ValueError(f"backbone.{name}={stated}, but conditions bring {number}")
-        if cond.image_context is not None:
-            raise ValueError("backbone=easyanimate takes no image_context")
+        check_sizes(
+            cfg, {"caption_channels": context_width(cond), "vector_dim": vector_width(cond)}
+        )
+        refuse_image_context("easyanimate", cond)
         if set(cond.scalars) != cfg.needs():
             want, found = sorted(cfg.needs()), sorted(cond.scalars)
-            raise ValueError(f"backbone: conditions bring the numbers {found}: want {want}")
+            raise ValueError(f"backbone: the inputs have the scalars {found}: want {want}")
         return z
 
     def positions(self, height: int, width: int, device: torch.device) -> Tensor:
-        """(H', W', D) float32: the first half tells the column, the second the row."""
+        """(H', W', D) float32: the first half encodes the column, the second the row."""
         cfg = self.cfg
         base = cfg.sample_size // cfg.patch_size
         finer = max(cfg.sample_size // 64, 1)
@@ -273,10 +268,10 @@ class EasyAnimate(nn.Module):
         return both.to(device)
 
 
-def axis_sinusoids(places: Tensor, width: int) -> Tensor:
-    """(N,) places on an axis -> (N, width / 2) float32: sines, then cosines."""
+def axis_sinusoids(positions: Tensor, width: int) -> Tensor:
+    """(N,) positions on an axis -> (N, width / 2) float32: sines, then cosines."""
     steps = torch.arange(width // 4, dtype=torch.float64) / (width / 4)
-    angles = places.double()[:, None] / 10_000.0**steps
+    angles = positions.double()[:, None] / 10_000.0**steps
     return torch.cat((angles.sin(), angles.cos()), -1).float()
 
 
@@ -286,12 +281,12 @@ def norm(x: Tensor, eps: float) -> Tensor:
 
 
 def spread(table: Tensor) -> list[Tensor]:
-    """(B, n, D) -> n of (B, 1, 1, 1, D), for all tokens of a clip."""
+    """(B, n, D) -> n tensors (B, 1, 1, 1, D) that broadcast over the tokens of a clip."""
     return [row[:, None, None, None] for row in table.unbind(1)]
 
 
 class Block(nn.Module):
-    """Attention in frames, motion, attention to text, MLP; time moves the first and the last."""
+    """Spatial attention, motion module, cross-attention, MLP; adaLN on the first and the last."""
 
     def __init__(self, cfg: EasyAnimate.Config) -> None:
         super().__init__()
@@ -302,12 +297,12 @@ class Block(nn.Module):
         self.attn_temporal = motion_of(cfg)
         has_text = bool(cfg.caption_channels)
         self.attn2 = Attention(*heads, width, cfg.attention_bias) if has_text else None
-        self.ff = FeedForward(width)
+        self.ff = FeedForward(width, GELU)
 
     def forward(
         self, x: Tensor, modulation: Tensor, context: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        """x (B, T, H, W, D), modulation (B, 6D), context (B, L, D), bias of scores (B, L)."""
+        """x (B, T, H, W, D), modulation (B, 6D), context (B, L, D), bias of the scores (B, L)."""
         table = self.scale_shift_table + modulation.unflatten(1, (6, -1))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = spread(table)
         h = norm(x, self.eps) * (1 + scale) + shift
@@ -331,21 +326,19 @@ def motion_of(cfg: EasyAnimate.Config) -> MotionModule | None:
     )  # fmt: skip
 
 
-class TwoLayers(nn.Module):
-    """linear_1, an activation, linear_2: (..., features) -> (..., width)."""
+class PatchEmbed(nn.Module):
+    """Patches of a frame to tokens: (N, C, H, W) -> (N, D, H', W')."""
 
-    def __init__(self, features: int, width: int, act: nn.Module) -> None:
+    def __init__(self, in_channels: int, width: int, patch: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(features, width)
-        self.act = act
-        self.linear_2 = nn.Linear(width, width)
+        self.proj = nn.Conv2d(in_channels, width, patch, patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.act(self.linear_1(x)))
+        return self.proj(x)
 
 
 class AdaLNSingle(nn.Module):
-    """The time as a vector, and what all blocks make of it (PixArt-alpha, section 2.3)."""
+    """Time embedding, and the modulation that all blocks share (PixArt-alpha, section 2.3)."""
 
     def __init__(self, width: int, micro: bool) -> None:
         super().__init__()
@@ -354,21 +347,20 @@ class AdaLNSingle(nn.Module):
 
 
 class TimeAndSize(nn.Module):
-    """Time (B,) and, if any, height, width and aspect ratio (B, 3) -> (B, D)."""
+    """Embeds time (B,) and optionally height, width and aspect ratio (B, 3): (B, D)."""
 
     def __init__(self, width: int, micro: bool) -> None:
         super().__init__()
-        self.timestep_embedder = TwoLayers(TIME_FEATURES, width, nn.SiLU())
-        self.has_micro = micro
+        self.timestep_embedder = MLP(TIME_FEATURES, width, nn.SiLU())
         if micro:
-            self.resolution_embedder = TwoLayers(TIME_FEATURES, width // 3, nn.SiLU())
-            self.aspect_ratio_embedder = TwoLayers(TIME_FEATURES, width // 3, nn.SiLU())
+            self.resolution_embedder = MLP(TIME_FEATURES, width // 3, nn.SiLU())
+            self.aspect_ratio_embedder = MLP(TIME_FEATURES, width // 3, nn.SiLU())
             zeroed(self.resolution_embedder.linear_2)
             zeroed(self.aspect_ratio_embedder.linear_2)
 
     def forward(self, t: Tensor, micro: Tensor | None, dtype: torch.dtype) -> Tensor:
         e = self.timestep_embedder(timestep_embedding(t, TIME_FEATURES).to(dtype))
-        if not self.has_micro:
+        if micro is None:
             return e
         numbers = timestep_embedding(micro.flatten(), TIME_FEATURES).to(dtype)
         sides, ratio = numbers.unflatten(0, (-1, 3)).split((2, 1), 1)  # (B, 2, F), (B, 1, F)
@@ -376,39 +368,18 @@ class TimeAndSize(nn.Module):
         return e + torch.cat(parts, 1).flatten(1)
 
 
-class FeedForward(nn.Module):
-    """Four times as wide inside; published names."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # Identity keeps the place of the published dropout, which is never on
-        self.net = nn.Sequential(GELU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class GELU(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
-# Published files: pure functions of state dicts.
+# Conversion of published files: pure functions of state dicts.
 
 POSITIONS = "pos_encoder.pe"
 
 
 def from_published(state: State) -> State:
-    """A published state dict as ours: without the tables of frame positions."""
+    """Drops the tables of frame positions, which are computed here."""
     return {k: v for k, v in state.items() if not k.endswith(POSITIONS)}
 
 
 def to_published(state: State, max_frames: int = 4096) -> State:
-    """Our state dict as the published one, with a table for each temporal attention."""
+    """Adds the published table of frame positions of each temporal attention."""
     out = dict(state)
     for key, weight in state.items():
         if ".attention_blocks." in key and key.endswith("to_q.weight"):
@@ -418,17 +389,17 @@ def to_published(state: State, max_frames: int = 4096) -> State:
 
 
 def from_pixart(image: State, video: State) -> tuple[State, list[str]]:
-    """The state dict of a fresh network `video` with all that fits of an image network's, PixArt.
+    """Copies the weights of an image network (PixArt) into those of a new network `video`.
 
-    As published: weights go by name; patches of more channels get zeros for those that are new; a
-    larger output repeats the old one; other shapes are left out. Motion modules and skips, which
-    start at zero, stay as they are. Returns the new state and the names in `image` that went
-    nowhere.
+    As published: weights are matched by name; a patch embedding with more channels is padded with
+    zeros; a larger output layer repeats the old one; other shapes are left out. Motion modules and
+    skips, which start at zero, keep their weights. Returns the new state, and the names in `image`
+    that were not used.
     """
-    out, dropped = dict(video), []
+    out, unused = dict(video), []
     for name, weight in image.items():
         if name not in video:
-            dropped.append(name)
+            unused.append(name)
             continue
         own = video[name]
         if name == "pos_embed.proj.weight" and own.shape[1] > weight.shape[1]:
@@ -440,5 +411,5 @@ def from_pixart(image: State, video: State) -> tuple[State, list[str]]:
         if weight.shape == own.shape:
             out[name] = weight.to(own.dtype)
         else:
-            dropped.append(name)
-    return out, dropped
+            unused.append(name)
+    return out, unused

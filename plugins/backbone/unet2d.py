@@ -8,8 +8,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plugins._blocks.motion import MotionModule
-from plugins._blocks.unet import AttentionBlock, Told, UNet
+from plugins._blocks.unet import AttentionBlock, ConditionedLayer, LayerInputs, UNet
 from plugins._blocks.unet_attention import SpatialTransformer
+from plugins._configs.backbone import (
+    MOTION_MODULES,
+    attention_widths,
+    divisor_problems,
+    has_levels,
+    level_problems,
+    motion_width_problems,
+    slots_taken,
+)
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -23,34 +32,31 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-GROUPS = 32  # of every group norm, as published
-MOTION_MODULES = ("none", "vanilla", "grid")
-MOTION_FRAMES = 4096  # the most that a motion module tells apart, as published
+MOTION_FRAMES = 4096  # frame positions of a motion module, as published
 
 
 @register("backbone", "unet2d")
 class UNet2D(UNet):
-    """Image UNet of latent diffusion: attention blocks, or spatial transformers with context."""
+    """Image UNet of latent diffusion: attention blocks, or spatial transformers with a context."""
 
     @dataclass
     class Config(BackboneConfig):
-        """The published hyper-parameters; what is not a size has the published default.
+        """The published hyper-parameters: small sizes, and the published default of the rest.
 
-        attention_resolutions: downsampling factors (not sizes) at which there is attention; the
-        middle always has it. num_head_channels: width of a head, which decides instead of
-        num_heads; -1 for num_heads. num_heads_upsample: heads of output blocks where num_heads
-        decides, -1 for the same. legacy: false ignores num_heads_upsample, as published.
-        use_new_attention_order: order of q, k and v in `qkv`. use_spatial_transformer: to be told
-        tokens; null where there are any. image_size is only written down: any size that divides
-        works.
+        attention_resolutions: downsampling factors (not sizes) with attention; the middle block
+        always has it. num_head_channels: width of a head; -1 uses num_heads instead.
+        num_heads_upsample: number of heads in output blocks; -1 uses num_heads; as published,
+        legacy=false ignores it. use_new_attention_order: order of q, k and v in `qkv`.
+        use_spatial_transformer: cross-attention to context tokens; null: wherever there are tokens.
+        image_size has no effect: any size that divides by the downsampling works.
 
-        motion_module: what follows attention and makes it a network of clips: vanilla (attention
-        over time at each place) or grid (in blocks of motion_block_size x motion_block_size), with
-        motion_heads heads. It starts at zero: a network of pictures is unchanged on every frame.
+        motion_module: temporal attention after each spatial attention, with motion_heads heads:
+        "vanilla" (per position) or "grid" (over blocks of motion_block_size x motion_block_size).
+        It starts at zero, so an image network initially computes the same function on every frame.
 
-        null is what the latents and the conditioning need, 0 is none. in_channels counts concat
-        channels too. adm_in_channels: width of a vector that joins the time embedding, under the
-        name of Stability's models; published latent diffusion has none.
+        null: wiring fills it; 0: none. in_channels counts the latents and `concat`.
+        adm_in_channels: width of a vector condition that is added to the time embedding, as named
+        in Stability's models; published latent diffusion has none.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("image_size", "dropout", "use_checkpoint")
@@ -88,58 +94,45 @@ class UNet2D(UNet):
             for name in ("context_dim", "adm_in_channels"):
                 yield from in_range(name, getattr(self, name), 0)
             yield from in_range("dropout", self.dropout, 0, 0.99)
-            if self.model_channels < 1 or self.model_channels % GROUPS:
-                yield f"model_channels={self.model_channels}: want a multiple of {GROUPS}"
-            if not self.channel_mult or min(self.channel_mult) < 1:
-                yield f"channel_mult={list(self.channel_mult)}: want at least one level, each >= 1"
-                return
-            factors = [2**i for i in range(len(self.channel_mult))]
-            if unknown := set(self.attention_resolutions) - set(factors):
-                yield f"attention_resolutions={sorted(unknown)}: want some of {factors}, by factor"
-            yield from self.head_problems(factors)
-            yield from self.motion_problems(factors)
+            yield from level_problems(self)
+            widths = attention_widths(self) if has_levels(self) else []
+            yield from self.head_problems(widths)
+            yield from self.motion_problems(widths)
             if self.use_spatial_transformer and self.context_dim == 0:
                 yield "use_spatial_transformer=True: want context_dim > 0, or false"
             if self.use_spatial_transformer is False and self.context_dim:
-                yield "use_spatial_transformer=False: want true with context_dim, which it reads"
+                yield "use_spatial_transformer=False: want true, or context_dim=0"
 
-        def attention_widths(self, factors: list[int]) -> list[int]:
-            mults = zip(factors, self.channel_mult, strict=True)
-            at = [m for f, m in mults if f in self.attention_resolutions] + [self.channel_mult[-1]]
-            return sorted({self.model_channels * m for m in at})
-
-        def motion_problems(self, factors: list[int]) -> Iterator[str]:
+        def motion_problems(self, widths: list[int]) -> Iterator[str]:
             yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
             yield from in_range("motion_block_size", self.motion_block_size, 1)
             yield from in_range("motion_heads", self.motion_heads, 1)
             if self.motion_module not in MOTION_MODULES[1:] or self.motion_heads < 1:
                 return
-            n = self.motion_heads
-            for width in self.attention_widths(factors):
-                inner = width // n * n
-                if width > 0 and (inner < 2 or inner % 2):
-                    yield f"motion_heads={n}: {width} // {n} * {n} is {inner}; want an even number"
+            for width in widths:
+                yield from motion_width_problems(width, self.motion_heads)
 
-        def head_problems(self, factors: list[int]) -> Iterator[str]:
-            widths = self.attention_widths(factors)
-            counts = ("num_heads", "num_heads_upsample")
-            for name in ("num_head_channels",) if self.num_head_channels != -1 else counts:
-                n = getattr(self, name)
-                unset = name == "num_heads_upsample" and n == -1
-                if not unset and (n < 1 or any(w % n for w in widths)):
-                    yield f"{name}={n}: want a divisor of all widths with attention, {widths}"
+        def head_problems(self, widths: list[int]) -> Iterator[str]:
+            if self.num_head_channels != -1:
+                yield from divisor_problems("num_head_channels", self.num_head_channels, widths)
+                return
+            yield from divisor_problems("num_heads", self.num_heads, widths)
+            if self.num_heads_upsample != -1:
+                yield from divisor_problems("num_heads_upsample", self.num_heads_upsample, widths)
 
-        def is_told_tokens(self) -> bool:
+        def has_context(self) -> bool:
             return bool(self.context_dim) or bool(self.use_spatial_transformer)
 
         def takes(self) -> frozenset[str]:
-            tokens = self.context_dim != 0 and self.use_spatial_transformer is not False
-            told = {"context": tokens, "vector": self.adm_in_channels != 0, "concat": True}
-            return frozenset(name for name, is_told in told.items() if is_told)
+            return slots_taken(
+                context=self.context_dim != 0 and self.use_spatial_transformer is not False,
+                vector=self.adm_in_channels != 0,
+                concat=True,
+            )
 
         def grid(self, z: Clip) -> Clip:
             if self.motion_module == "none" and z.frames != 1:
-                raise Misfit("frames", z.frames, "1 (it is a network for images), or motion_module")
+                raise Misfit("frames", z.frames, "1 for images, or set motion_module for clips")
             if z.frames > MOTION_FRAMES:
                 raise Misfit("frames", z.frames, f"at most {MOTION_FRAMES}")
             block = self.motion_block_size if self.motion_module == "grid" else 1
@@ -151,7 +144,7 @@ class UNet2D(UNet):
             self.grid(z)
             if slots.context and slots.context.frames != 1:
                 frames = slots.context.frames
-                raise ConfigError(f"unet2d: context is for {frames} frames: want it for one image")
+                raise ConfigError(f"unet2d: context has tokens for {frames} frames: want one set")
             context = slots.context if "context" in self.takes() else None
             return self.agree(
                 in_channels=z.channels + slots.concat,
@@ -163,15 +156,17 @@ class UNet2D(UNet):
 
         def adapter_targets(self) -> tuple[str, ...]:
             tokens = ("to_q", "to_k", "to_v", "to_out.0")
-            if self.is_told_tokens():
+            if self.has_context():
                 return tokens
             return ("qkv", "proj_out", *(tokens if self.motion_module != "none" else ()))
 
         def has_matrices(self) -> bool:
-            return self.is_told_tokens() or self.motion_module != "none"
+            return self.has_context() or self.motion_module != "none"
 
         def additions(self) -> tuple[str, ...]:
             return (".motion_module.",)
+
+    cfg: Config  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in the base
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
@@ -181,11 +176,11 @@ class UNet2D(UNet):
         heads = s.num_heads
         if s.num_head_channels != -1:
             heads = width // s.num_head_channels
-        elif output and s.legacy and not s.is_told_tokens() and s.num_heads_upsample != -1:
+        elif output and s.legacy and not s.has_context() and s.num_heads_upsample != -1:
             heads = s.num_heads_upsample
-        if s.is_told_tokens():
+        if s.has_context():
             depth, dim = s.transformer_depth, s.context_dim or 0
-            layer = SpatialTransformer(
+            layer: ConditionedLayer = SpatialTransformer(
                 width, heads, width // heads, depth, dim, use_checkpoint=s.use_checkpoint
             )
         else:
@@ -200,15 +195,16 @@ class UNet2D(UNet):
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        T is 1 without a motion module.
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        T is 1 without a motion module. Raises ValueError for inputs that do not match the settings,
+        Misfit for sizes.
         """
-        z = self.joined(z_t, cond)
+        z = self.checked(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))
         if cond.image_context is not None or cond.scalars:
             names = [name for name, _ in cond.tensors() if name in ("image_context", *cond.scalars)]
             raise ValueError(f"backbone=unet2d takes no {', '.join(names)}")
         frames = z.shape[2]
-        told = Told(self.embedding(z_t, t, cond), frames, cond.context, cond.context_mask)
-        out = self.run(rearrange(z, "b c t h w -> (b t) c h w"), told)
+        emb = self.embedding(z_t, t, cond)
+        inputs = LayerInputs(emb, frames, cond.context, cond.context_mask)
+        out = self.run(rearrange(z, "b c t h w -> (b t) c h w"), inputs)
         return rearrange(out, "(b t) c h w -> b c t h w", t=frames)

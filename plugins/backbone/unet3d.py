@@ -1,7 +1,7 @@
 """Video UNet of DynamiCrafter (Xing et al. 2023, 2310.12190), published parameter names.
 
-The UNet of latent diffusion on the frames of a clip, with attention and convolutions over time. It
-is told a text, an image's tokens, the image's latents as channels, and a frame rate or stride.
+The UNet of latent diffusion on the frames of a clip, with temporal attention and convolutions. It
+is conditioned on text tokens, image tokens, image latents as channels, and a frame rate or stride.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from plugins._blocks.unet import Layers, TemporalConvBlock, Told, UNet, timestep_embedding, zeroed
+from plugins._blocks.backbone import wired_number
+from plugins._blocks.embeddings import timestep_embedding
+from plugins._blocks.layers import zeroed
+from plugins._blocks.unet import LayerInputs, Layers, TemporalConvBlock, UNet
 from plugins._blocks.unet_attention import SpatialTransformer, TemporalTransformer
+from plugins._configs.backbone import (
+    attention_widths,
+    divisor_problems,
+    has_levels,
+    level_problems,
+    slots_taken,
+)
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -27,8 +37,7 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-GROUPS = 32  # of every group norm, as published
-RATES = ("fps", "frame_stride")  # the number that `fs` may be
+FS = ("fps", "frame_stride")  # scalar conditions that `fs` may be
 INIT_HEADS = 8  # of init_attn, as published
 
 
@@ -38,27 +47,27 @@ class UNet3D(UNet):
 
     @dataclass
     class Config(BackboneConfig):
-        """The published hyper-parameters; what is not a size has the published default.
+        """The published hyper-parameters: small sizes, and the published default of the rest.
 
-        attention_resolutions: downsampling factors (not sizes) at which there is attention; the
-        middle always has it. num_head_channels: width of a head, which decides instead of
-        num_heads; -1 for num_heads. use_linear: linear layers around transformers, not 1x1
-        convolutions of the same function. temporal_conv: four convolutions over time after every
-        ResBlock, over space too with tempspatial_aware, with temporal_dropout (published as 0.1
-        whatever dropout is). addition_attention: one temporal transformer before all else.
-        use_relative_position: temporal attention knows how far frames are apart, up to
-        temporal_length; without it, temporal_conv and use_causal_attention frames have no order.
-        image_cross_attention: an image's tokens beside the text; ..._scale_learnable: with a
-        learned weight in each layer. fs_condition: is told fps or frame_stride, default_fs where
-        the conditioning tells neither.
+        attention_resolutions: downsampling factors (not sizes) with attention; the middle block
+        always has it. num_head_channels: width of a head; -1 uses num_heads instead. use_linear:
+        linear projections around transformers; false uses equivalent 1x1 convolutions.
+        temporal_conv: four temporal convolutions after every ResBlock, which also cover space with
+        tempspatial_aware; temporal_dropout is 0.1 as published, independent of dropout.
+        addition_attention: one temporal transformer after the first convolution.
+        use_relative_position: relative positions of frames, clamped to temporal_length. Without
+        it, temporal_conv and use_causal_attention, the network ignores the order of frames.
+        image_cross_attention: cross-attention to image tokens as well as text; ..._scale_learnable:
+        with a learned weight per layer. fs_condition: conditions on fps or frame_stride, or on
+        default_fs where the conditioning has neither.
 
-        Any number of frames works: temporal_length, which the published network was trained with,
-        only says how many distances have positions of their own.
+        Any number of frames works: temporal_length (the clip length of the published training) only
+        limits the distances that have separate positions.
 
-        null is what the latents and the conditioning need, 0 is none. in_channels counts concat
-        channels too. Without context the cross-attention is a second self-attention.
-        adm_in_channels: width of a vector that joins the time embedding, under the name of
-        Stability's models; DynamiCrafter has none.
+        null: wiring fills it; 0: none. in_channels counts the latents and `concat`. Without a
+        context, cross-attention becomes a second self-attention. adm_in_channels: width of a vector
+        condition that is added to the time embedding, as named in Stability's models; DynamiCrafter
+        has none.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (
@@ -108,40 +117,25 @@ class UNet3D(UNet):
                 yield from in_range(name, getattr(self, name), 0)
             for name in ("dropout", "temporal_dropout"):
                 yield from in_range(name, getattr(self, name), 0, 0.99)
-            # the published false is ignored there: temporal attention is always to the clip itself
+            # As published, false has no effect: temporal attention is always self-attention.
             yield from one_of("temporal_selfatt_only", self.temporal_selfatt_only, [True])
-            if self.model_channels < 1 or self.model_channels % GROUPS:
-                yield f"model_channels={self.model_channels}: want a multiple of {GROUPS}"
+            yield from level_problems(self)
             if self.addition_attention and self.num_head_channels < 1:
-                yield "addition_attention=True: want num_head_channels > 0, which it reads"
+                yield "addition_attention=True: want num_head_channels > 0"
             if self.image_cross_attention and self.context_dim == 0:
-                yield "image_cross_attention=True: want context_dim > 0, also its tokens' width"
-            if not self.channel_mult or min(self.channel_mult) < 1:
-                yield f"channel_mult={list(self.channel_mult)}: want at least one level, each >= 1"
-                return
-            factors = [2**i for i in range(len(self.channel_mult))]
-            if unknown := set(self.attention_resolutions) - set(factors):
-                yield f"attention_resolutions={sorted(unknown)}: want some of {factors}, by factor"
-            yield from self.head_problems(factors)
-
-        def head_problems(self, factors: list[int]) -> Iterator[str]:
-            mults = zip(factors, self.channel_mult, strict=True)
-            at = [m for f, m in mults if f in self.attention_resolutions] + [self.channel_mult[-1]]
-            widths = sorted({self.model_channels * m for m in at})
+                yield "image_cross_attention=True: want context_dim > 0, the width of all tokens"
+            widths = attention_widths(self) if has_levels(self) else []
             name = "num_heads" if self.num_head_channels == -1 else "num_head_channels"
-            n = getattr(self, name)
-            if n < 1 or any(w % n for w in widths):
-                yield f"{name}={n}: want a divisor of all widths with attention, {widths}"
+            yield from divisor_problems(name, getattr(self, name), widths)
 
         def takes(self) -> frozenset[str]:
-            told = {
-                "context": self.context_dim != 0,
-                "image_context": self.context_dim != 0 and self.image_cross_attention is not False,
-                "vector": self.adm_in_channels != 0,
-                "concat": True,
-                **dict.fromkeys(RATES, self.fs_condition),
-            }
-            return frozenset(name for name, is_told in told.items() if is_told)
+            return slots_taken(
+                context=self.context_dim != 0,
+                image_context=self.context_dim != 0 and self.image_cross_attention is not False,
+                vector=self.adm_in_channels != 0,
+                concat=True,
+                **dict.fromkeys(FS, self.fs_condition),
+            )
 
         def grid(self, z: Clip) -> Clip:
             for name in ("height", "width"):
@@ -167,25 +161,27 @@ class UNet3D(UNet):
         def token_problems(
             self, z: Clip, context: Tokens | None, image: Tokens | None, scalars: frozenset[str]
         ) -> Iterator[str]:
-            """What no setting of the backbone can mend, in its own name."""
+            """Conditions that no setting of this backbone accepts."""
             for name, tokens in (("context", context), ("image_context", image)):
                 if tokens and tokens.frames not in (1, z.frames):
-                    # as published it would go on, and every frame would see the tokens of all
+                    # The published code accepts this and shows every frame the tokens of all.
                     yield (
-                        f"unet3d: {name} is for {tokens.frames} frames, and the latents have "
-                        f"{z.frames}: want tokens for each of them, or one set for all"
+                        f"unet3d: {name} has tokens for {tokens.frames} frames, but the latents "
+                        f"have {z.frames}: want one set per frame, or one for all"
                     )
             if image and not context:
-                yield "unet3d: image_context without context: want text tokens beside it"
+                yield "unet3d: image_context without context: want text tokens too"
             elif image and context and image.width != context.width:
                 widths = f"{image.width} wide and context {context.width}"
-                yield f"unet3d: image_context is {widths}: want one width"
-            if self.fs_condition and set(RATES) <= scalars:
-                yield "fs_condition=True: takes fps or frame_stride, and it is offered both"
+                yield f"unet3d: image_context is {widths}: want equal widths"
+            if self.fs_condition and set(FS) <= scalars:
+                yield "fs_condition=True: want fps or frame_stride, but conditioning offers both"
 
         def adapter_targets(self) -> tuple[str, ...]:
             image = ("to_k_ip", "to_v_ip") if self.image_cross_attention else ()
             return ("to_q", "to_k", "to_v", "to_out.0", *image)
+
+    cfg: Config  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in the base
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
@@ -193,20 +189,16 @@ class UNet3D(UNet):
             self.fps_embedding = self.embedder(cfg.model_channels, 4 * cfg.model_channels)
             zeroed(self.fps_embedding[-1])
         if cfg.addition_attention:
-            # as published: neither use_linear nor use_causal_attention reaches this one
+            # As published: use_linear and use_causal_attention do not apply to this one.
             first = TemporalTransformer(
                 cfg.model_channels, INIT_HEADS, cfg.num_head_channels, cfg.transformer_depth,
                 max_distance=self.max_distance(), use_checkpoint=cfg.use_checkpoint,
             )  # fmt: skip
-            self.init_attn = Layers(first)
+            self.init_attn = Layers([first])
 
     def max_distance(self) -> int:
-        """Frames up to which distances have positions of their own; 0 where they have none."""
-        if not self.cfg.use_relative_position:
-            return 0
-        if self.cfg.temporal_length is None:
-            raise ValueError("backbone.temporal_length is null: wiring fills it, or set a number")
-        return self.cfg.temporal_length
+        """Limit of the relative positions of frames; 0 for none."""
+        return wired_number(self.cfg, "temporal_length") if self.cfg.use_relative_position else 0
 
     def attention(self, width: int, output: bool = False) -> list[nn.Module]:
         s = self.cfg
@@ -237,45 +229,47 @@ class UNet3D(UNet):
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
-        context is (B, L, D), or (B, T, L, D) for each frame; image_context (B, T or 1, L, D).
-        Raises ValueError for what these settings cannot take, Misfit for sizes.
+        context is (B, L, D), or (B, T, L, D) for separate tokens per frame; image_context is
+        (B, T or 1, L, D). Raises ValueError for inputs that do not match the settings, Misfit for
+        sizes.
         """
-        z = self.joined(z_t, cond)
+        z = self.checked(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))
         frames = z.shape[2]
         context, mask = cond.context, cond.context_mask
         if context is not None and context.ndim == 4:
             context = self.sets("context", context, frames)  # (B or B*T, L, D)
             mask = None if mask is None else mask.repeat_interleave(len(context) // len(mask), 0)
-        has_image = cond.image_context is not None
-        if has_image != bool(self.cfg.image_cross_attention):
+        image = cond.image_context
+        if (image is not None) != bool(self.cfg.image_cross_attention):
             stated = f"backbone.image_cross_attention={self.cfg.image_cross_attention}"
-            found = "an" if has_image else "no"
-            raise ValueError(f"{stated}, but conditions bring {found} image_context")
-        image = self.sets("image_context", cond.image_context, frames) if has_image else None
-        emb = self.embedding(z_t, t, cond) + self.rate(z_t, cond)
-        told = Told(emb, frames, context, mask, image)
-        x = self.run(rearrange(z, "b c t h w -> (b t) c h w"), told)
+            found = "no" if image is None else "an"
+            raise ValueError(f"{stated}, but the inputs have {found} image_context")
+        if image is not None:
+            image = self.sets("image_context", image, frames)
+        emb = self.embedding(z_t, t, cond) + self.fs_embedding(z_t, cond)
+        inputs = LayerInputs(emb, frames, context, mask, image)
+        x = self.run(rearrange(z, "b c t h w -> (b t) c h w"), inputs)
         return rearrange(x, "(b t) c h w -> b c t h w", t=frames)
 
     @staticmethod
     def sets(name: str, tokens: Tensor, frames: int) -> Tensor:
-        """(B, 1, L, D) -> (B, L, D), serving all frames; (B, T, L, D) -> (B*T, L, D)."""
+        """(B, 1, L, D) -> (B, L, D), shared by all frames; (B, T, L, D) -> (B*T, L, D)."""
         if tokens.shape[1] not in (1, frames):
             raise ValueError(
-                f"backbone: {name} is for {tokens.shape[1]} frames, and z_t has {frames}: want "
-                "tokens for each of them, or one set for all"
+                f"backbone: {name} has tokens for {tokens.shape[1]} frames, but z_t has {frames}: "
+                "want one set per frame, or one for all"
             )
         return tokens.flatten(0, 1)
 
-    def rate(self, z_t: Tensor, cond: Conditions) -> Tensor | float:
-        """(B, E) of the frame rate or stride; 0 where this network is not told one."""
-        told = sorted(cond.scalars)
-        if not set(told) <= set(RATES if self.cfg.fs_condition else ()) or len(told) > 1:
+    def fs_embedding(self, z_t: Tensor, cond: Conditions) -> Tensor | float:
+        """Embedding of the frame rate or stride: (B, E); 0 without fs_condition."""
+        names = sorted(cond.scalars)
+        if not set(names) <= set(FS if self.cfg.fs_condition else ()) or len(names) > 1:
             want = "fps or frame_stride" if self.cfg.fs_condition else "none"
-            raise ValueError(f"backbone: conditions bring the numbers {told}: want {want}")
+            raise ValueError(f"backbone: the inputs have the scalars {names}: want {want}")
         if not self.cfg.fs_condition:
             return 0.0
         default = torch.full((len(z_t),), float(self.cfg.default_fs), device=z_t.device)
-        fs = cond.scalars[told[0]] if told else default
+        fs = cond.scalars[names[0]] if names else default
         return self.fps_embedding(timestep_embedding(fs, self.cfg.model_channels).to(z_t.dtype))

@@ -1,8 +1,8 @@
 """The first stage of CogVideoX (Yang et al. 2024, 2408.06072): 4x in time, 8x in space, causal.
 
 Parameter names are those of the released weights (diffusers layout, folder vae/), settings those of
-its config.json. What the published code does around the network happens inside `encode` and
-`decode`: pieces of frames, tiles, one sample at a time.
+its config.json. `encode` and `decode` include the steps of the published pipeline: chunks of
+frames, tiles, and one sample at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from plugins._blocks.autoencoder3d import Tiles, in_tiles
-from plugins._blocks.cogvideox_autoencoder import Decoder, Encoder, Past
+from plugins._blocks.cogvideox_autoencoder import Decoder, Encoder, FrameCache
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
+from plugins._blocks.tiling import Tiles, in_tiles
 from sandbox.contracts import (
     Clip,
     ConfigError,
@@ -36,23 +36,23 @@ FIXED = {
     "in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_eps": 1e-6, "force_upcast": True,
     "shift_factor": None, "use_quant_conv": False, "use_post_quant_conv": False,
 }  # fmt: skip
-START_LOG_VARIANCE = -6.0  # before training: little noise on latents of about 1
+START_LOG_VARIANCE = -6.0  # initially little noise on latents of magnitude about 1
 
 
 @register("vae", "cogvideox")
 class AutoencoderCogVideoX(FirstStage):
-    """Causal 3-D VAE of CogVideoX: 4 frames make one, the first stands alone."""
+    """Causal 3-D VAE of CogVideoX: 4 frames per latent frame, 1 for the first."""
 
     @dataclass
     class Config(FirstStageConfig):
-        """Settings of a released config.json under their names, and tiles.
+        """Settings of a released config.json under their names, chunks and tiles.
 
-        num_sample_frames_batch_size, num_latent_frames_batch_size: frames of a piece of a clip and
-        of latents (the first piece has what remains, too). They are part of the function: group
-        norms see one piece alone. scaling_factor: of the latents; null measures it, and a shift,
-        channel by channel. use_tiling: for pictures larger than a tile, whose latents then differ
-        a little; use_slicing: one sample at a time; tile_sample_min_*: size of a tile in pixels,
-        null half of sample_*; tile_overlap_factor_*: share of a tile that its neighbour has, too.
+        num_sample_frames_batch_size, num_latent_frames_batch_size: pixel and latent frames per
+        chunk; the first chunk also takes the remainder. They change the output, because group norms
+        cover one chunk. scaling_factor: of the latents; null measures a scale and a shift per
+        channel. use_tiling: for frames larger than a tile; changes the latents slightly.
+        use_slicing: one sample at a time. tile_sample_min_*: size of a tile in pixels; null: half
+        of sample_*. tile_overlap_factor_*: share of a tile that overlaps with the next.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (
@@ -67,8 +67,8 @@ class AutoencoderCogVideoX(FirstStage):
             "tile_overlap_factor_width",
         )
 
-        block_out_channels: tuple[int, ...] = (16, 32, 32)  # halves the size between them
-        layers_per_block: int = 1  # residual blocks of a level; the decoder has one more
+        block_out_channels: tuple[int, ...] = (16, 32, 32)  # per level, each of half the size
+        layers_per_block: int = 1  # residual blocks per level; the decoder has one more
         latent_channels: int = 16
         norm_num_groups: int = 4
         temporal_compression_ratio: int = 4
@@ -101,8 +101,8 @@ class AutoencoderCogVideoX(FirstStage):
             ratio, levels = self.temporal_compression_ratio, len(widths) - 1
             if ratio < 1 or ratio & (ratio - 1) or ratio > 2 ** max(levels, 0):
                 yield (
-                    f"temporal_compression_ratio={ratio}: want a power of 2, at most 2 for each of "
-                    f"the {levels} steps between levels"
+                    f"temporal_compression_ratio={ratio}: want a power of 2 that is at most "
+                    f"{2 ** max(levels, 0)}, the ratio in space"
                 )
             elif self.num_latent_frames_batch_size < 2 or self.num_latent_frames_batch_size % 2:
                 yield (
@@ -112,60 +112,60 @@ class AutoencoderCogVideoX(FirstStage):
             elif self.num_sample_frames_batch_size != ratio * self.num_latent_frames_batch_size:
                 yield (
                     f"num_sample_frames_batch_size={self.num_sample_frames_batch_size}: want "
-                    f"{ratio * self.num_latent_frames_batch_size}, the frames of "
+                    f"{ratio * self.num_latent_frames_batch_size}, the pixel frames of "
                     f"num_latent_frames_batch_size={self.num_latent_frames_batch_size}"
                 )
             if self.use_tiling and widths:
-                yield from self.problems_of_tiles()
+                yield from self.tile_problems()
 
-        def problems_of_tiles(self) -> Iterator[str]:
+        def tile_problems(self) -> Iterator[str]:
             for name in ("height", "width"):
                 size, small = self.tile(name)
                 share = getattr(self, f"tile_overlap_factor_{name}")
                 if size < 1 or small < 1 or not 0 <= share <= 0.5:
-                    want = f"at least {self.space()} pixels, the cell of a latent"
+                    want = f"at least {self.space()} pixels, the size of a latent cell"
                     yield f"tile_sample_min_{name}={size}: want {want}"
                 elif int(size * (1 - share)) != self.space() * (small - int(small * share)):
                     yield (
-                        f"tile_overlap_factor_{name}={share}: want tiles of {size} pixels and "
-                        f"{small} latents to share whole latents"
+                        f"tile_overlap_factor_{name}={share}: tiles of {size} pixels ({small} "
+                        "latents) must overlap by an integer number of latents"
                     )
 
         def space(self) -> int:
-            """Pixels of a latent cell, along one side."""
+            """Downsampling factor in space."""
             return 2 ** (len(self.block_out_channels) - 1)
 
         def tile(self, name: str) -> tuple[int, int]:
-            """Pixels and latents of a tile along "height" or "width"."""
+            """Size of a tile along "height" or "width", in pixels and in latents."""
             stated = getattr(self, f"tile_sample_min_{name}")
             size = getattr(self, f"sample_{name}") // 2 if stated is None else stated
             return size, int(size / self.space())
 
         def factors(self) -> tuple[tuple[int, int], ...]:
-            """What each level changes (time, space) by, in the order of either network."""
+            """Resampling factors (time, space) of the levels, in the order of either network."""
             in_time = self.temporal_compression_ratio.bit_length() - 1
             steps = len(self.block_out_channels) - 1
             return (*((2 if i < in_time else 1, 2) for i in range(steps)), (1, 1))
 
         def latents(self, clip: Clip) -> Clip:
-            """Of a clip that comes back with as many frames: one, and whole pieces."""
+            """For clips that decode to the same number of frames: 1 plus a multiple of a chunk."""
             if clip.channels != 3:
                 raise Misfit("channels", clip.channels, "3")
             must_divide("height", clip.height, self.space())
             must_divide("width", clip.width, self.space())
-            piece = self.num_sample_frames_batch_size
-            if clip.frames < 1 or (clip.frames - 1) % piece:
-                raise Misfit("frames", clip.frames, f"1 plus a multiple of {piece}")
+            chunk = self.num_sample_frames_batch_size
+            if clip.frames < 1 or (clip.frames - 1) % chunk:
+                raise Misfit("frames", clip.frames, f"1 plus a multiple of {chunk}")
             frames = (clip.frames - 1) // self.temporal_compression_ratio + 1
             height, width = clip.height // self.space(), clip.width // self.space()
             return Clip(self.latent_channels, frames, height, width)
 
         def released(self) -> dict[str, Any]:
             if self.scaling_factor is None:
-                raise ConfigError("scaling_factor=None: diffusers wants a number, and no shift")
+                raise ConfigError("scaling_factor=None: want a number; diffusers has no shift")
             if self.num_latent_frames_batch_size != 2:
                 number = self.num_latent_frames_batch_size
-                raise ConfigError(f"num_latent_frames_batch_size={number}: diffusers always has 2")
+                raise ConfigError(f"num_latent_frames_batch_size={number}: want 2, as in diffusers")
             levels = len(self.block_out_channels)
             own = {name: getattr(self, name) for name in RELEASED}
             return {
@@ -193,14 +193,15 @@ class AutoencoderCogVideoX(FirstStage):
         self.encoder = Encoder(sizes, cfg.factors(), layers, *others)
         self.decoder = Decoder(sizes[::-1], cfg.factors(), layers + 1, *others)
         with torch.no_grad():
-            self.encoder.conv_out.conv.bias[cfg.latent_channels :] = START_LOG_VARIANCE
+            bias = self.encoder.conv_out.conv.get_parameter("bias")
+            bias[cfg.latent_channels :] = START_LOG_VARIANCE
 
     def encode(self, x: Tensor) -> Gaussian:
-        """x (B, 3, T, H, W) in [-1, 1]; any T as published, though `latents` takes fewer."""
+        """x (B, 3, T, H, W) in [-1, 1]; any T as published, while `latents` restricts it."""
         must_divide("height", x.shape[3], self.cfg.space())
         must_divide("width", x.shape[4], self.cfg.space())
         rows, columns = (self.tiles(name, to_latents=True) for name in ("height", "width"))
-        return Gaussian(self.per_sample(self.moments, x, rows, columns))
+        return Gaussian(self.per_tile(self.moments, x, rows, columns))
 
     def posterior(self, stored: Tensor) -> Gaussian:
         return Gaussian(stored)
@@ -208,36 +209,36 @@ class AutoencoderCogVideoX(FirstStage):
     def pixels(self, z: Tensor) -> Tensor:
         """Unscaled latents (B, C, t, h, w) -> (B, 3, T, H, W), not clamped."""
         rows, columns = (self.tiles(name, to_latents=False) for name in ("height", "width"))
-        return self.per_sample(self.frames, z, rows, columns)
+        return self.per_tile(self.frames, z, rows, columns)
 
     def moments(self, x: Tensor) -> Tensor:
-        """Mean and log-variance (B, 2C, t, h, w), piece by piece."""
-        return self.per_piece(self.encoder, x, self.cfg.num_sample_frames_batch_size)
+        """Mean and log-variance (B, 2C, t, h, w), chunk by chunk."""
+        return self.per_chunk(self.encoder, x, self.cfg.num_sample_frames_batch_size)
 
     def frames(self, z: Tensor) -> Tensor:
-        """Pixels (B, 3, T, H, W) of unscaled latents, piece by piece."""
-        return self.per_piece(self.decoder, z, self.cfg.num_latent_frames_batch_size)
+        """Pixels (B, 3, T, H, W) of unscaled latents, chunk by chunk."""
+        return self.per_chunk(self.decoder, z, self.cfg.num_latent_frames_batch_size)
 
     @staticmethod
-    def per_piece(network: Callable[[Tensor, Past], Tensor], x: Tensor, size: int) -> Tensor:
-        """`network` on pieces of `size` frames; the first one has those that remain, too."""
-        past: Past = {}
+    def per_chunk(network: Callable[[Tensor, FrameCache], Tensor], x: Tensor, size: int) -> Tensor:
+        """Applies `network` to chunks of `size` frames; the first also takes the remainder."""
+        cache: FrameCache = {}
         number = max(x.shape[2] // size, 1)
         first = x.shape[2] - (number - 1) * size
-        pieces = x.split([first, *[size] * (number - 1)], 2)
-        return torch.cat([network(piece, past) for piece in pieces], 2)
+        chunks = x.split([first, *[size] * (number - 1)], 2)
+        return torch.cat([network(chunk, cache) for chunk in chunks], 2)
 
-    def per_sample(
+    def per_tile(
         self, fn: Callable[[Tensor], Tensor], x: Tensor, rows: Tiles, columns: Tiles
     ) -> Tensor:
-        """fn(x), in tiles and one sample at a time where the Config asks for it."""
+        """fn(x), in tiles with `use_tiling` and one sample at a time with `use_slicing`."""
         if self.cfg.use_slicing and x.shape[0] > 1:
-            return torch.cat([self.per_sample(fn, one, rows, columns) for one in x.split(1)])
+            return torch.cat([self.per_tile(fn, one, rows, columns) for one in x.split(1)])
         is_large = x.shape[3] > rows.size or x.shape[4] > columns.size
         return in_tiles(fn, x, rows, columns) if self.cfg.use_tiling and is_large else fn(x)
 
     def tiles(self, name: str, to_latents: bool) -> Tiles:
-        """Tiles along "height" or "width", of pixels that become latents or the way back."""
+        """Tiles along "height" or "width": of pixels for encoding, of latents for decoding."""
         share = getattr(self.cfg, f"tile_overlap_factor_{name}")
         size, out = self.cfg.tile(name) if to_latents else self.cfg.tile(name)[::-1]
         blend = int(out * share)

@@ -1,6 +1,6 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022), frame by frame, published names.
 
-Used by Stable Diffusion and DynamiCrafter; their size is the preset `kl_f8`.
+Stable Diffusion and DynamiCrafter use it; their size is the preset `kl_f8`.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class AutoencoderKL(FirstStage):
 
     @dataclass
     class Config(Autoencoder2DConfig):
-        """The latents have a mean and a variance: `double_z`."""
+        """double_z: the encoder outputs mean and log-variance; always true."""
 
         double_z: bool = True
 

@@ -1,20 +1,18 @@
 """MagViT VAE of EasyAnimateV2 (aigc-apps/EasyAnimate, June 2024): 8x in space, 4x in time.
 
 Parameter names and shapes are the published ones; the published size is the preset
-`magvit_easyanimate_v2`. What the published pipeline does around the network happens inside `encode`
-and `decode`: windows of frames, tiles of pixels, clamping, smoothing of the seams between windows.
+`magvit_easyanimate_v2`. `encode` and `decode` include the steps of the published pipeline: windows
+of frames, tiles of pixels, clamping, and smoothing of the seams between windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, start_linear, tiled
-from plugins._blocks.first_stage import FirstStage
-from plugins._blocks.inflate import inflated, is_of_pictures
+from plugins._blocks.easyanimate_vae import EasyAnimateVAE
 from plugins._blocks.posterior import Gaussian
 from plugins._configs.autoencoder3d import Autoencoder3DConfig
 from sandbox.contracts import Clip, Draws, Misfit
@@ -22,64 +20,52 @@ from sandbox.registry import register
 
 
 @register("vae", "magvit")
-class MagViT(FirstStage):
-    """Causal 3-D VAE of EasyAnimateV2 (MagViT): 4 frames make one, the first stands alone."""
+class MagViT(EasyAnimateVAE):
+    """Causal 3-D VAE of EasyAnimateV2 (MagViT): 4 frames per latent frame, 1 for the first."""
 
     @dataclass
     class Config(Autoencoder3DConfig):
-        """mini_batch_encoder, mini_batch_decoder: frames and latents of a window; nothing crosses
-        windows.
+        """mini_batch_encoder, mini_batch_decoder: pixel and latent frames per window.
+
+        Windows are encoded and decoded independently.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (*Autoencoder3DConfig.may_differ, "smooth_output")
 
-        smooth_output: bool = False  # soften the seams between windows; doubles the cost of decode
+        smooth_output: bool = False  # smooth seams between windows; doubles the cost of decoding
 
-        def problems_of_windows(self, time: int) -> Iterator[str]:
+        def window_problems(self, time: int) -> Iterator[str]:
             window = self.mini_batch_encoder
             if window > 0 and (window - 1) % time:
                 yield f"mini_batch_encoder={window}: want 1 plus a multiple of {time}"
             elif window > 0 and self.mini_batch_decoder != (window - 1) // time + 1:
                 want = (window - 1) // time + 1
                 yield (
-                    f"mini_batch_decoder={self.mini_batch_decoder}: want {want}, the latents of "
-                    f"mini_batch_encoder={window} frames"
+                    f"mini_batch_decoder={self.mini_batch_decoder}: want {want}, the latent frames "
+                    f"of mini_batch_encoder={window}"
                 )
 
         def latent_frames(self, frames: int) -> int:
-            """A picture gives one frame of latents, k windows give k times `mini_batch_decoder`."""
+            """One latent frame for an image, `mini_batch_decoder` latent frames per window."""
             windows, rest = divmod(frames, self.mini_batch_encoder)
             if frames != 1 and (rest or windows < 1):
                 rule = f"1 or a multiple of {self.mini_batch_encoder}, the frames of a window"
                 raise Misfit("frames", frames, rule)
             return 1 if frames == 1 else windows * self.mini_batch_decoder
 
+    cfg: Config  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in the base
+
     def __init__(self, cfg: Config) -> None:
-        z = cfg.latent_channels
-        super().__init__(z, cfg.scale_factor, cfg.shift)
-        self.cfg = cfg
-        attention = cfg.mid_block_attention_type if cfg.mid_block_use_attention else None
-        common = (cfg.norm_num_groups, cfg.mid_block_num_attention_heads, attention)
-        widths, layers = cfg.widths(), cfg.layers_per_block
-        self.encoder = Encoder3D(widths, cfg.down_factors(), layers, 2 * z, *common)
-        self.decoder = Decoder3D(widths[::-1], cfg.up_factors(), layers + 1, z, *common)
-        self.quant_conv = nn.Conv3d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv3d(z, z, 1)
-        if cfg.start == "haar":
-            start_linear(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        super().__init__(cfg, causal=True)
+
+    def tiled_side(self, height: int, width: int) -> int:
+        return max(height, width)
 
     def encode(self, x: Tensor) -> Gaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 1 or k windows; raises Misfit for other sizes."""
         self.cfg.latents(Clip(*x.shape[1:]))
         windows = x.split(self.cfg.mini_batch_encoder, 2)
         return Gaussian(torch.cat([self.moments(window) for window in windows], 2))
-
-    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights to begin with: its own, or those of a 2-D autoencoder (`frame` -1 of kernels)."""
-        return inflated(state, -1) if is_of_pictures(state) else state
-
-    def posterior(self, stored: Tensor) -> Gaussian:
-        return Gaussian(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
         """Unscaled latents (B, C, t, h, w), t = 1 or k windows -> (B, 3, T, H, W), not clamped."""
@@ -89,15 +75,15 @@ class MagViT(FirstStage):
         return torch.cat([self.window_of_pixels(part) for part in z.split(window, 2)], 2)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        """Scaled latents -> (B, 3, T, H, W) in [-1, 1]; `draws` are for `smoothed`."""
+        """Scaled latents -> (B, 3, T, H, W) in [-1, 1]; `draws` are used by `smoothed`."""
         video = self.pixels(self.unscaled(z)).clamp(-1, 1)
         return self.smoothed(video, draws) if self.cfg.smooth_output else video
 
     def smoothed(self, video: Tensor, draws: Draws | None = None) -> Tensor:
-        """The mean of a video and of its copy from windows that lie across the seams.
+        """Mean of a video and its reconstruction from windows shifted by half a window.
 
-        (B, 3, T, H, W) in [-1, 1]; half a window stays as it is at each end. As published, a sample
-        of the posterior is decoded (draw "smooth"); without `draws` its mean.
+        (B, 3, T, H, W) in [-1, 1]; half a window at each end is unchanged. As published, the
+        reconstruction is of a posterior sample (draw "smooth"); without `draws`, of the mean.
         """
         window = self.cfg.mini_batch_encoder
         if video.shape[2] <= window:
@@ -113,23 +99,10 @@ class MagViT(FirstStage):
 
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, t, h, w) of one window (B, 3, T, H, W)."""
-        size, latents = self.tile_sizes()
-        return self.per_tile(lambda part: self.quant_conv(self.encoder(part)), x, size, latents)
+        return self.per_tile(lambda part: self.quant_conv(self.encoder(part)), x, to_latents=True)
 
     def window_of_pixels(self, z: Tensor) -> Tensor:
-        """(B, 3, T, H, W) of one window of unscaled latents (B, C, t, h, w)."""
-        size, latents = self.tile_sizes()
+        """Pixels (B, 3, T, H, W) of one window of unscaled latents (B, C, t, h, w)."""
         return self.per_tile(
-            lambda part: self.decoder(self.post_quant_conv(part)), z, latents, size
+            lambda part: self.decoder(self.post_quant_conv(part)), z, to_latents=False
         )
-
-    def tile_sizes(self) -> tuple[int, int]:
-        """Height and width of a tile, in pixels and in latents."""
-        size = self.cfg.tile_sample_min_size
-        return size, size // self.cfg.factors()[1]
-
-    def per_tile(self, fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int) -> Tensor:
-        """fn(x), in tiles where x is higher or wider than one and the Config asks for them."""
-        if not self.cfg.use_tiling or max(x.shape[-2:]) <= size:
-            return fn(x)
-        return tiled(fn, x, size, out, self.cfg.tile_overlap_factor)

@@ -1,7 +1,7 @@
-"""Principal components of space-time patches: a first stage in closed form, fitted in no time.
+"""Principal components of space-time patches: a first stage that is fitted in closed form.
 
-Frame 0 stands alone and the others go in groups, as in the causal video autoencoders, so that a
-picture is a clip of one frame. Each of the two has its own components.
+As in causal video autoencoders, frame 0 is encoded separately and the others in groups, so an image
+is a clip of one frame. The two kinds of patches have separate components.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from sandbox.contracts import Clip, FirstStageConfig, Misfit, in_range, must_div
 from sandbox.registry import register
 
 COLOURS = 3
-FLAT = 1e-6  # share of the mean variance below which a component is noise, scaled as if at it
+FLAT = 1e-6  # smallest variance for scaling, relative to the mean variance
 
 
 class Moments:
@@ -42,11 +42,15 @@ class Moments:
         variance = variance.flip(0)[:number].clamp_min(0)
         basis = basis.flip(1)[:, :number]
         largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
-        return mean, basis * largest.sign(), variance  # an eigenvector has no sign of its own
+        return mean, basis * largest.sign(), variance  # makes the sign of eigenvectors unique
 
 
 class Components(nn.Module):
     """Patches (..., D) <-> coefficients (..., C). Before a fit: the first C values of a patch."""
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__()
@@ -55,7 +59,7 @@ class Components(nn.Module):
         self.register_buffer("scale", torch.ones(components))
 
     def fit(self, moments: Moments) -> None:
-        """Scale 1 / sqrt(sd_i * rms): half-way between one number for all and whitening."""
+        """Sets mean, basis and scale 1 / sqrt(sd_i * rms), half-way to whitening."""
         mean, basis, variance = moments.components(self.basis.shape[1])
         power = variance.mean()
         sd = variance.clamp_min(FLAT * power).sqrt()
@@ -80,7 +84,7 @@ class PatchPCA(FirstStage):
 
         components: int = 32  # latent channels
         patch: int = 4  # height and width of a patch in pixels
-        group: int = 4  # frames of a patch, frame 0 apart
+        group: int = 4  # frames per patch, after frame 0
         fit_clips: int = 1024
 
         def problems(self) -> Iterator[str]:
@@ -139,7 +143,7 @@ class PatchPCA(FirstStage):
         return torch.cat((first, rest), dim=2)
 
     def factors(self, frames: int) -> Tensor:
-        """(C, frames, 1, 1): frame 0 has its own scale."""
+        """Scales (C, frames, 1, 1); frame 0 has its own."""
         columns = [self.first.scale, *[self.rest.scale] * (frames - 1)]
         return torch.stack(columns, dim=1)[..., None, None]
 
@@ -151,11 +155,11 @@ class PatchPCA(FirstStage):
 
     @torch.no_grad()
     def fit(self, videos: Tensor | Iterable[Tensor]) -> None:
-        """Fits both sets of components on the first `fit_clips` clips.
+        """Fits both sets of components to the first `fit_clips` clips.
 
         `videos` is one tensor (B, 3, T, H, W) in [-1, 1] or batches of that shape. Clips of one
-        frame (pictures) leave the components of the groups as they were. The same clips give the
-        same numbers. ValueError where there is no clip.
+        frame do not change the components of the groups. Deterministic. Raises ValueError without
+        clips.
         """
         first = Moments(self.first.mean.numel())
         rest = Moments(self.rest.mean.numel())

@@ -1,19 +1,17 @@
 """Slice VAE of EasyAnimate (aigc-apps/EasyAnimate, July 2024): MagViT's network on slices of time.
 
-Parameter names and shapes are those of `vae=magvit`. Convolutions look one frame back and one
-ahead, and the decoder of a slice sees the slices beside it: no seams to smooth. What a slice is
-made of is an argument of the layers, never their state.
+Parameter names and shapes are those of `vae=magvit`. Convolutions read one frame on either side,
+and a slice is decoded together with its neighbours, so there are no seams to smooth. Layers keep no
+state between slices.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plugins._blocks.autoencoder3d import Decoder3D, Encoder3D, start_linear, tiled
-from plugins._blocks.first_stage import FirstStage
-from plugins._blocks.inflate import inflated, is_of_pictures
+from plugins._blocks.easyanimate_vae import EasyAnimateVAE
 from plugins._blocks.posterior import Gaussian
 from plugins._configs.autoencoder3d import Autoencoder3DConfig
 from sandbox.contracts import Clip, Draws, Misfit
@@ -21,31 +19,31 @@ from sandbox.registry import register
 
 
 @register("vae", "slice")
-class SliceVAE(FirstStage):
-    """Slice VAE of EasyAnimate: slices of 8 frames, and a first frame that may stand alone."""
+class SliceVAE(EasyAnimateVAE):
+    """Slice VAE of EasyAnimate: slices of 8 frames, after an optional separate first frame."""
 
     @dataclass
     class Config(Autoencoder3DConfig):
-        mini_batch_encoder: int = 8  # frames of a slice; the encoder shares nothing between them
-        mini_batch_decoder: int = 2  # latent frames of a slice; the decoder sees its neighbours
+        mini_batch_encoder: int = 8  # pixel frames per slice; slices are encoded independently
+        mini_batch_decoder: int = 2  # latent frames per slice; decoded with both neighbours
         tile_sample_min_size: int = 384
 
-        def problems_of_windows(self, time: int) -> Iterator[str]:
+        def window_problems(self, time: int) -> Iterator[str]:
             frames, latents = self.mini_batch_encoder, self.mini_batch_decoder
             if frames > 0 and frames % time:
                 yield f"mini_batch_encoder={frames}: want a multiple of {time}"
             elif frames == 1:
-                yield "mini_batch_encoder=1: want 2 or more, a single frame stands alone"
+                yield "mini_batch_encoder=1: want >= 2; a single frame is never a slice"
             elif frames > 0 and latents != frames // time:
                 yield (
-                    f"mini_batch_decoder={latents}: want {frames // time}, the latents of "
-                    f"mini_batch_encoder={frames} frames"
+                    f"mini_batch_decoder={latents}: want {frames // time}, the latent frames of "
+                    f"mini_batch_encoder={frames}"
                 )
 
         def latent_frames(self, frames: int) -> int:
-            """Slices of latents for slices of frames, and one for a first frame that is over."""
+            """`mini_batch_decoder` latent frames per slice, and one for a separate first frame."""
             slices, rest = divmod(frames, self.mini_batch_encoder)
-            if self.mini_batch_decoder == 1:  # else one latent could be a slice or a picture
+            if self.mini_batch_decoder == 1:  # otherwise one latent frame is ambiguous
                 allowed, also = (1,), ""
             else:
                 allowed, also = (0, 1), f", or {self.mini_batch_encoder} k"
@@ -55,42 +53,25 @@ class SliceVAE(FirstStage):
             return slices * self.mini_batch_decoder + rest
 
     def __init__(self, cfg: Config) -> None:
-        z = cfg.latent_channels
-        super().__init__(z, cfg.scale_factor, cfg.shift)
-        self.cfg = cfg
-        attention = cfg.mid_block_attention_type if cfg.mid_block_use_attention else None
-        common = (cfg.norm_num_groups, cfg.mid_block_num_attention_heads, attention, False)
-        widths, layers = cfg.widths(), cfg.layers_per_block
-        self.encoder = Encoder3D(widths, cfg.down_factors(), layers, 2 * z, *common)
-        self.decoder = Decoder3D(widths[::-1], cfg.up_factors(), layers + 1, z, *common)
-        self.quant_conv = nn.Conv3d(2 * z, 2 * z, 1)
-        self.post_quant_conv = nn.Conv3d(z, z, 1)
-        if cfg.start == "haar":
-            start_linear(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        super().__init__(cfg, causal=False)
+
+    def tiled_side(self, height: int, width: int) -> int:
+        return min(height, width)
 
     def encode(self, x: Tensor) -> Gaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 8 k or 8 k + 1; raises Misfit for other sizes."""
         self.cfg.latents(Clip(*x.shape[1:]))
-        size, latents = self.tile_sizes()
-        return Gaussian(self.per_tile(self.moments, x, size, latents))
-
-    def from_published(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights to begin with: its own, or those of a 2-D autoencoder (`frame` 1 of kernels)."""
-        return inflated(state, 1) if is_of_pictures(state) else state
-
-    def posterior(self, stored: Tensor) -> Gaussian:
-        return Gaussian(stored)
+        return Gaussian(self.per_tile(self.moments, x, to_latents=True))
 
     def pixels(self, z: Tensor) -> Tensor:
-        """Unscaled latents (B, C, t, h, w), whole slices and maybe one before -> (B, 3, T, H, W).
+        """Unscaled latents (B, C, t, h, w) -> (B, 3, T, H, W), not clamped.
 
-        Not clamped; raises ValueError for other numbers of frames.
+        t is a multiple of the slice, or one more; raises ValueError for other numbers.
         """
         slices = self.cfg.mini_batch_decoder
         if z.shape[2] % slices not in (0, 1):
             raise ValueError(f"latents have {z.shape[2]} frames: want {slices} k or {slices} k + 1")
-        size, latents = self.tile_sizes()
-        return self.per_tile(self.drawn, z, latents, size)
+        return self.per_tile(self.decode_slices, z, to_latents=False)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
         """Scaled latents -> (B, 3, T, H, W) in [-1, 1]."""
@@ -98,39 +79,29 @@ class SliceVAE(FirstStage):
 
     def moments(self, x: Tensor) -> Tensor:
         """Mean and log-variance (B, 2C, t, h, w) of (B, 3, T, H, W), slice by slice."""
-        first, rest = apart(x, self.cfg.mini_batch_encoder)
-        made = [self.encoder(part) for part in (*first, *rest)]
-        return self.quant_conv(torch.cat(made, 2))
+        first, slices = split_slices(x, self.cfg.mini_batch_encoder)
+        features = [self.encoder(part) for part in (*first, *slices)]
+        return self.quant_conv(torch.cat(features, 2))
 
-    def drawn(self, z: Tensor) -> Tensor:
-        """(B, 3, T, H, W) of unscaled latents (B, C, t, h, w); a slice sees those beside it."""
-        first, rest = apart(self.post_quant_conv(z), self.cfg.mini_batch_decoder)
-        video = [self.decoder.draw(self.decoder.features(part), still=True) for part in first]
-        for i, part in enumerate(rest):
-            before = rest[i - 1 : i] if i else []  # as published: never the frame that stands alone
-            seen = torch.cat([*before, part, *rest[i + 1 : i + 2]], 2)
+    def decode_slices(self, z: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) of unscaled latents (B, C, t, h, w), slice by slice."""
+        decoder = self.decoder
+        first, slices = split_slices(self.post_quant_conv(z), self.cfg.mini_batch_decoder)
+        video = [decoder.upsample(decoder.features(part), single_frame=True) for part in first]
+        for i, part in enumerate(slices):
+            before = slices[i - 1 : i] if i else []  # as published: without the separate frame
+            neighbourhood = torch.cat([*before, part, *slices[i + 1 : i + 2]], 2)
             start = part.shape[2] * len(before)
-            features = self.decoder.features(seen)[:, :, start : start + part.shape[2]]
-            video.append(self.decoder.draw(features))
+            features = decoder.features(neighbourhood)[:, :, start : start + part.shape[2]]
+            video.append(decoder.upsample(features))
         return torch.cat(video, 2)
 
-    def tile_sizes(self) -> tuple[int, int]:
-        """Height and width of a tile, in pixels and in latents."""
-        size = self.cfg.tile_sample_min_size
-        return size, size // self.cfg.factors()[1]
 
-    def per_tile(self, fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int) -> Tensor:
-        """fn(x), in tiles where x is higher and wider than one and the Config asks for them."""
-        if not self.cfg.use_tiling or min(x.shape[-2:]) <= size:
-            return fn(x)
-        return tiled(fn, x, size, out, self.cfg.tile_overlap_factor)
+def split_slices(x: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Splits x (B, C, T, H, W) into a separate first frame, if any, and slices of `size` frames.
 
-
-def apart(x: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The first frame of x (B, C, T, H, W) where it is over, and slices of `size` frames.
-
-    Slices of one frame leave none over: there the first always stands alone.
+    With slices of one frame the first frame is always separate.
     """
-    alone = 1 if size == 1 else x.shape[2] % size
-    rest = x[:, :, alone:]
-    return ([x[:, :, :1]] if alone else []), list(rest.split(size, 2)) if rest.shape[2] else []
+    separate = 1 if size == 1 else x.shape[2] % size
+    rest = x[:, :, separate:]
+    return ([x[:, :, :1]] if separate else []), list(rest.split(size, 2)) if rest.shape[2] else []

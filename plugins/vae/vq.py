@@ -19,7 +19,7 @@ from plugins._configs.autoencoder2d import Autoencoder2DConfig
 from sandbox.contracts import Draws, in_range, one_of
 from sandbox.registry import register
 
-ROWS = 1 << 14  # vectors compared at once: bounds the (rows, n_embed) table of distances
+ROWS = 1 << 14  # vectors per chunk, which bounds the (ROWS, n_embed) table of distances
 
 
 def distances(rows: Tensor, codes: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> codes (B, T, H, W) int64, in float32: bf16 picks other codes."""
+        """(B, C, T, H, W) -> codes (B, T, H, W) int64; in float32, since bf16 changes codes."""
         b, _, t, h, w = z.shape
         rows = rearrange(z, "b c t h w -> (b t h w) c").float()
         codes = self.embedding.weight.float()
@@ -54,12 +54,12 @@ class Codebook(nn.Module):
         """z (B, C, T, H, W) -> quantised, straight-through; loss (B,); codes (B, T, H, W)."""
         codes = self.nearest(z)
         quantised = self.lookup(codes)
-        to_codes = (quantised.detach() - z).square().flatten(1).mean(1)  # commitment: moves z
-        to_features = (quantised - z.detach()).square().flatten(1).mean(1)  # moves the codebook
-        if self.legacy:  # as published: beta stands at the wrong term
-            loss = to_codes + self.beta * to_features
+        commitment = (quantised.detach() - z).square().flatten(1).mean(1)  # trains z
+        codebook = (quantised - z.detach()).square().flatten(1).mean(1)  # trains the codes
+        if self.legacy:  # as published: beta weights the codebook term instead of the commitment
+            loss = commitment + self.beta * codebook
         else:
-            loss = self.beta * to_codes + to_features
+            loss = self.beta * commitment + codebook
         return z + (quantised - z).detach(), loss, codes
 
 
@@ -76,10 +76,10 @@ class VQModel(FirstStage):
             "force_not_quantize",
         )
 
-        n_embed: int = 256  # codes
-        beta: float = 0.25  # weight of one half of the codebook loss
-        legacy: bool = True  # as published: beta weighs the codebook, not the commitment
-        force_not_quantize: bool = False  # decode the features as they are
+        n_embed: int = 256  # number of codes
+        beta: float = 0.25  # weight of one term of the codebook loss
+        legacy: bool = True  # as published: beta weights the codebook term, not the commitment
+        force_not_quantize: bool = False  # decode features without quantisation
         double_z: bool = False
 
         def problems(self) -> Iterator[str]:
@@ -111,12 +111,12 @@ class VQModel(FirstStage):
         return Exact(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
-        return self.draw(z if self.cfg.force_not_quantize else self.quantize(z)[0])
+        return self.decode_entries(z if self.cfg.force_not_quantize else self.quantize(z)[0])
 
-    def draw(self, quantised: Tensor) -> Tensor:
-        """What the decoder makes of features or codebook entries (B, C, T, h, w) as they are."""
+    def decode_entries(self, entries: Tensor) -> Tensor:
+        """Features or codebook entries (B, C, T, h, w) -> (B, 3, T, H, W), without quantisation."""
         return per_frame(
-            lambda f: self.decoder(self.post_quant_conv(f)), quantised, self.cfg.frames_per_pass
+            lambda f: self.decoder(self.post_quant_conv(f)), entries, self.cfg.frames_per_pass
         )
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
@@ -126,5 +126,5 @@ class VQModel(FirstStage):
         used = loss.new_zeros(self.cfg.n_embed).index_fill_(0, codes.flatten(), 1.0).mean()
         log = {"codes_used": used.detach()}
         return Reconstruction(
-            x, self.draw(quantised), posterior, loss, log, last_layer=self.last_layer()
+            x, self.decode_entries(quantised), posterior, loss, log, last_layer=self.last_layer()
         )
