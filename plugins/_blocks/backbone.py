@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sandbox.contracts import Conditions
+from sandbox.contracts import Clip, Conditions
 
 
 def wired_number(cfg: object, name: str) -> int:
@@ -19,6 +19,14 @@ def wired_number(cfg: object, name: str) -> int:
 def with_concat(z_t: Tensor, cond: Conditions) -> Tensor:
     """`z_t` and the channels of `cond.concat`, if any: (B, C + C', T, H, W)."""
     return z_t if cond.concat is None else torch.cat((z_t, cond.concat), 1)
+
+
+def latent_size(z: Tensor, channels: int | None) -> Clip:
+    """Size of z (B, channels, T, H, W); raises ValueError for other shapes."""
+    if z.ndim != 5 or z.shape[1] != channels:
+        want = f"(B, {channels}, T, H, W)"
+        raise ValueError(f"backbone: latents have shape {tuple(z.shape)}: want {want}")
+    return Clip(*z.shape[1:])
 
 
 def context_width(cond: Conditions) -> int:

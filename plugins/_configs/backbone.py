@@ -1,4 +1,7 @@
-"""Contract rules that the Configs of several backbones share."""
+"""Contract rules that the Configs of several backbones share.
+
+Fields are not shared: each Config lists them in the order and with the defaults of its publication.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol

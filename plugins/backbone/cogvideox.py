@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.backbone import (
     check_sizes,
+    latent_size,
     refuse_image_context,
     vector_width,
     wired_number,
@@ -268,10 +269,7 @@ class CogVideoX(nn.Module):
         """Latents and concat channels (B, in_channels, T, H, W), after all checks."""
         cfg = self.cfg
         z = with_concat(z_t, cond)
-        if z.ndim != 5 or z.shape[1] != cfg.in_channels:
-            want = f"(B, {cfg.in_channels}, T, H, W)"
-            raise ValueError(f"backbone: z_t and concat have shape {tuple(z.shape)}: want {want}")
-        size = Clip(*z.shape[1:])
+        size = latent_size(z, cfg.in_channels)
         if cfg.grid(size) != size:
             raise Misfit("frames", size.frames, f"a multiple of patch_size_t={cfg.patch_size_t}")
         refuse_image_context("cogvideox", cond)

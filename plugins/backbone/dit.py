@@ -14,6 +14,7 @@ from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAtt
 from plugins._blocks.backbone import (
     check_sizes,
     context_width,
+    latent_size,
     refuse_image_context,
     vector_width,
     wired_number,
@@ -245,10 +246,7 @@ class DiT(nn.Module):
     def check(self, z_t: Tensor, cond: Conditions) -> None:
         """Raises ValueError for inputs that do not match the settings, Misfit for sizes."""
         cfg = self.cfg
-        if z_t.ndim != 5 or z_t.shape[1] != cfg.in_channels:
-            want = f"(B, {cfg.in_channels}, T, H, W)"
-            raise ValueError(f"backbone: z_t has shape {tuple(z_t.shape)}: want {want}")
-        size = Clip(*z_t.shape[1:])
+        size = latent_size(z_t, cfg.in_channels)
         if cfg.grid(size) != size:
             raise Misfit("frames", size.frames, f"a multiple of patch_t={cfg.patch_t}")
         sizes = {"context_dim": context_width(cond), "vector_dim": vector_width(cond)}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from plugins._blocks.backbone import (
     check_sizes,
     context_width,
+    latent_size,
     refuse_image_context,
     vector_width,
     wired_number,
@@ -241,10 +242,7 @@ class EasyAnimate(nn.Module):
         """Latents and concat channels (B, in_channels, T, H, W), after all checks."""
         cfg = self.cfg
         z = with_concat(z_t, cond)
-        if z.ndim != 5 or z.shape[1] != cfg.in_channels:
-            want = f"(B, {cfg.in_channels}, T, H, W), concat channels included"
-            raise ValueError(f"backbone: latents have shape {tuple(z.shape)}: want {want}")
-        cfg.grid(Clip(*z.shape[1:]))
+        cfg.grid(latent_size(z, cfg.in_channels))
         check_sizes(
             cfg, {"caption_channels": context_width(cond), "vector_dim": vector_width(cond)}
         )

@@ -163,16 +163,16 @@ def test_a_compiled_graph_runs_the_same_kernels(backend):
 
 
 def test_strict_triton_runs_a_whole_unet():
-    from plugins._blocks.unet import Told
+    from plugins._blocks.unet import LayerInputs
     from plugins._blocks.unet_attention import TemporalTransformer
 
     layer = TemporalTransformer(64, 2, 32).cuda()
     torch.nn.init.normal_(layer.proj_out.weight)
     x = random(8, 64, 5, 7)
-    told = Told(random(2, 64), frames=4)
+    inputs = LayerInputs(random(2, 64), frames=4)
     with torch.no_grad(), kernels.use("reference"):
-        want = layer.tell(x, told)
+        want = layer.conditioned(x, inputs)
     with torch.no_grad(), kernels.use("triton", strict=True):
-        got = layer.tell(x, told)
+        got = layer.conditioned(x, inputs)
     # the linear layers between may use TensorFloat-32 in both
     assert error(got, want.double()) < 1e-5

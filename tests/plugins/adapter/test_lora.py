@@ -1,4 +1,4 @@
-"""LoRA against recorded outputs, in files that go both ways, and beside a frozen backbone."""
+"""LoRA: recorded outputs, files in both directions, and training on a frozen backbone."""
 
 import json
 import sys
@@ -64,20 +64,20 @@ def output(model: CogVideoX, fixture: dict[str, Tensor]) -> Tensor:
 
 
 def file_of(fixture: dict[str, Tensor], folder: Path, alpha: float | None) -> Path:
-    """The recorded LoRA as a file, with or without the metadata that say its alpha."""
+    """Writes the recorded LoRA to a file, with its alpha as metadata unless that is None."""
     path = folder / "lora.safetensors"
-    said = {"transformer.r": 4, "transformer.lora_alpha": alpha}
-    header = {METADATA: json.dumps(said)} if alpha is not None else {}
+    metadata = {"transformer.r": 4, "transformer.lora_alpha": alpha}
+    header = {METADATA: json.dumps(metadata)} if alpha is not None else {}
     tensors = {k[5:]: v for k, v in fixture.items() if k.startswith("lora/")}
     save_file(tensors, path, {"format": "pt", **header})
     return path
 
 
-# numbers
+# outputs
 
 
 @needs_peft
-def test_a_fresh_adapter_changes_nothing() -> None:
+def test_a_new_adapter_does_not_change_the_output() -> None:
     model, fixture, meta = recorded()
     adapted(model)
     torch.testing.assert_close(output(model, fixture), fixture["output_base"], **meta["tolerance"])
@@ -88,7 +88,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     ("alpha", "name"), [(2, "output_lora_alpha_over_r"), (None, "output_lora_scale_1")]
 )
 @pytest.mark.parametrize("own_alpha", [None, 2.0, 7.0])
-def test_a_file_has_its_own_strength(tmp_path, alpha, name, own_alpha) -> None:
+def test_a_file_keeps_its_scale(tmp_path, alpha, name, own_alpha) -> None:
     model, fixture, meta = recorded()
     adapted(model, weights=str(file_of(fixture, tmp_path, alpha)), alpha=own_alpha)
     torch.testing.assert_close(output(model, fixture), fixture[name], **meta["tolerance"])
@@ -110,15 +110,14 @@ def test_merged_equals_applied(tmp_path) -> None:
 
 
 @needs_peft
-def test_an_exported_file_is_the_one_that_was_loaded(tmp_path) -> None:
+def test_an_exported_file_equals_the_loaded_one(tmp_path) -> None:
     model, fixture, _ = recorded()
     lora = adapted(model, weights=str(file_of(fixture, tmp_path, 2)), alpha=2.0)
     name, state, header = lora.exported(model)
     assert name == FILE
     assert state.keys() == {k[5:] for k in fixture if k.startswith("lora/")}
     assert all(torch.equal(v, fixture[f"lora/{k}"]) for k, v in state.items())
-    said = json.loads(header[METADATA])
-    assert said == {
+    assert json.loads(header[METADATA]) == {
         "transformer.r": 4,
         "transformer.lora_alpha": 2.0,
         "transformer.target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -147,11 +146,11 @@ def test_a_file_of_another_rank_or_of_no_lora_is_refused(tmp_path) -> None:
         adapted(recorded()[0], weights=str(path))
 
 
-# beside a frozen backbone
+# training on a frozen backbone
 
 
 @needs_peft
-def test_only_the_adapter_trains_and_the_rest_is_in_the_dtype_asked_for() -> None:
+def test_only_the_adapter_trains_and_the_backbone_has_the_given_dtype() -> None:
     model, _, _ = recorded()
     lora = LoRA(LoRA.Config(rank=2))
     lora.apply(model, model.cfg.adapter_targets(), torch.bfloat16)
@@ -162,7 +161,7 @@ def test_only_the_adapter_trains_and_the_rest_is_in_the_dtype_asked_for() -> Non
 
 
 @needs_peft
-def test_own_names_come_back_below_an_adapter() -> None:
+def test_published_name_recovers_the_names_of_the_backbone() -> None:
     model, _, _ = recorded()
     before = set(model.state_dict())
     lora = adapted(model)
@@ -171,13 +170,13 @@ def test_own_names_come_back_below_an_adapter() -> None:
 
 
 @needs_peft
-def test_a_run_begins_from_a_trained_backbone_and_keeps_it(tmp_path) -> None:
+def test_a_run_starts_from_a_trained_backbone_and_does_not_change_it(tmp_path) -> None:
     base = train(wire(composed(*TINY)), tmp_path)
     words = (*TINY, "adapter=lora", f"init_from={base.folder}")
     run = train(wire(composed(*words)), tmp_path / "lora")
-    averages = checkpoint.load(checkpoint.newest(base.folder / "checkpoints"))["ema"]["average"]
+    ema = checkpoint.load(checkpoint.newest(base.folder / "checkpoints"))["ema"]["average"]
     for name, weight in run.system.base_state().items():
-        assert torch.equal(weight, averages.get(f"backbone.{name}", weight)), name
+        assert torch.equal(weight, ema.get(f"backbone.{name}", weight)), name
     saved = checkpoint.load(checkpoint.newest(run.folder / "checkpoints"))["weights"]
     trained = {k for k in saved if k.startswith("backbone.")}
     assert trained and all(".lora_" in k for k in trained)
@@ -197,14 +196,14 @@ def test_a_half_precision_backbone_trains_validates_and_samples(tmp_path) -> Non
     assert kinds == {torch.bfloat16}
     assert sampled(run.system).isfinite().all()
     batch = next(iter(batches(registry.create(run.system.root.data).split("val"), 2, 0)))
-    terms = run.system.step(batch, run.system.draws(batch))  # outside of the trainer's autocast
+    terms = run.system.step(batch, run.system.draws(batch))  # outside the trainer's autocast
     assert terms.total.isfinite()
     assert terms.total.dtype == torch.float32
 
 
 @needs_peft
 @pytest.mark.parametrize("name", [p.name for p in registry.plugins("backbone")])
-def test_every_backbone_takes_an_adapter_at_the_layers_that_it_names(name) -> None:
+def test_every_backbone_supports_an_adapter_at_its_targets(name) -> None:
     wiring = wired_around("backbone", registry.default("backbone", name))
     cfg, (grid, *_), (slots, *_) = wiring.root.backbone, wiring.grids, wiring.slots
     model = registry.create(cfg)
@@ -213,18 +212,18 @@ def test_every_backbone_takes_an_adapter_at_the_layers_that_it_names(name) -> No
     lora.apply(model, cfg.adapter_targets(), torch.float32)
     for weight_name, weight in model.named_parameters():
         if ".lora_" not in weight_name:
-            torch.nn.init.normal_(weight, std=0.1)  # many start at zero, where no gradient passes
+            torch.nn.init.normal_(weight, std=0.1)  # many start at zero and block gradients
     z = tensor(2, *sizes(grid))
     model(z, torch.tensor([10.0, 900.0]), conditions(slots, grid)).square().mean().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert grads and all(".lora_" in n for n in grads)
-    assert all(g is not None for g in grads.values()), "processes would wait for these for ever"
+    assert all(g is not None for g in grads.values()), "DDP would wait for these gradients"
     assert any(g.any() for n, g in grads.items() if ".lora_B." in n)
 
 
 @needs_peft
 @pytest.mark.parametrize("name", [p.name for p in registry.plugins("backbone")])
-def test_dropout_of_an_adapter_is_the_same_where_activations_are_made_twice(name) -> None:
+def test_dropout_of_an_adapter_is_the_same_with_checkpointing(name) -> None:
     wiring = wired_around("backbone", registry.default("backbone", name))
     cfg, (grid, *_), (slots, *_) = wiring.root.backbone, wiring.grids, wiring.slots
     switch = "use_checkpoint" if hasattr(cfg, "use_checkpoint") else "gradient_checkpointing"
@@ -239,15 +238,15 @@ def test_dropout_of_an_adapter_is_the_same_where_activations_are_made_twice(name
         model(z, torch.tensor([10.0, 900.0]), conditions(slots, grid)).square().mean().backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for n, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][n], grad, msg=lambda said, n=n: f"{n}: {said}")
+        torch.testing.assert_close(grads[1][n], grad, msg=lambda m, n=n: f"{n}: {m}")
 
 
-def test_an_adapter_wants_weights_to_begin_with() -> None:
+def test_an_adapter_needs_pretrained_weights() -> None:
     with pytest.raises(ConfigError, match="name its weights with init_from=FOLDER"):
         compose(*TINY, "adapter=lora")
 
 
-def test_a_stopped_run_goes_on_with_the_weights_below_its_adapter_named() -> None:
+def test_resuming_accepts_init_from_with_an_adapter() -> None:
     cfg = compose(*TINY, "adapter=lora", "init_from=base", "resume.run=stopped")
     assert (cfg.init_from, cfg.resume.run) == ("base", "stopped")  # type: ignore[union-attr]
 
@@ -269,6 +268,6 @@ def test_without_peft_the_error_says_how_to_install_it(monkeypatch) -> None:
         ({"prefix": "a.b"}, "prefix='a.b': want a name such as transformer"),
     ],
 )
-def test_a_bad_setting_is_said(changes, problem) -> None:
+def test_a_bad_setting_is_reported(changes, problem) -> None:
     problems = list(replace(LoRA.Config(), **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems

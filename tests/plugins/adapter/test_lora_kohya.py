@@ -1,4 +1,4 @@
-"""LoRA files of EasyAnimate: recorded outputs, published names, and the way there and back."""
+"""LoRA files of EasyAnimate: recorded outputs, published names, and round trips."""
 
 import json
 from pathlib import Path
@@ -65,14 +65,14 @@ def output(model: nn.Module) -> Tensor:
 def test_outputs_with_a_published_file_equal_the_original(
     tmp_path, multiplier, name, own_alpha
 ) -> None:
-    """Whatever strength the adapter has itself; a multiplier is one of the upper matrices."""
+    """Independent of the adapter's alpha; a multiplier scales the lora_up matrices."""
     state = stored_weights("lora")
     scaled = {k: v * multiplier if ".lora_up." in k else v for k, v in state.items()}
     model, _ = adapted(file_of(scaled, tmp_path), alpha=own_alpha)
     near(name, output(model), recorded("lora")[f"out.{name}"])
 
 
-def test_a_written_file_is_the_one_that_was_read(tmp_path) -> None:
+def test_a_written_file_equals_the_loaded_one(tmp_path) -> None:
     state = stored_weights("lora")
     model, lora = adapted(file_of(state, tmp_path), alpha=2.0, layout="kohya")
     name, written, header = lora.exported(model)
@@ -104,7 +104,7 @@ def test_the_published_size_has_the_published_names_and_shapes() -> None:
     assert len(found) == 1905
 
 
-def test_names_and_alphas_come_back() -> None:
+def test_names_and_alphas_round_trip() -> None:
     ours = {"a_b.0.c.lora_A.weight": torch.ones(2, 3), "a_b.0.c.lora_B.weight": torch.ones(3, 2)}
     for prefix in ("lora_unet__", "lora_unet_"):
         back, alphas = from_kohya(to_kohya(ours, 1.5, prefix), ["a.b", "a_b.0.c"])

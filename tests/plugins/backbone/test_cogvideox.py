@@ -36,7 +36,7 @@ KNOWN = set(CogVideoX.Config.__dataclass_fields__)
 
 
 def recorded(variant: str) -> tuple[CogVideoX, dict[str, Tensor], dict]:
-    """The tiny published model with its recorded weights, the fixture, and what it says of it."""
+    """The tiny published model with recorded weights, the fixture and its metadata."""
     path = GOLDEN / f"transformer_{variant}.safetensors"
     with safe_open(path, "pt") as file:
         meta = json.loads(file.metadata()["meta"])
@@ -49,8 +49,10 @@ def recorded(variant: str) -> tuple[CogVideoX, dict[str, Tensor], dict]:
     return model.eval(), fixture, meta
 
 
-def told(fixture: dict[str, Tensor], case: str, noisy: int) -> tuple[Tensor, Tensor, Conditions]:
-    """(z_t, t, conditions) of a recorded case: frames are (B, F, C, H, W) there."""
+def case_inputs(
+    fixture: dict[str, Tensor], case: str, noisy: int
+) -> tuple[Tensor, Tensor, Conditions]:
+    """(z_t, t, conditions) of a recorded case, whose video is (B, F, C, H, W)."""
     x = fixture[f"{case}/hidden_states"].transpose(1, 2)
     scalars = {}
     if f"{case}/ofs" in fixture:
@@ -64,7 +66,7 @@ def told(fixture: dict[str, Tensor], case: str, noisy: int) -> tuple[Tensor, Ten
 
 
 def built(cfg: CogVideoX.Config = SMALL) -> CogVideoX:
-    """A model whose zeros at the start are random."""
+    """A model without zero-initialised parameters."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = CogVideoX(cfg)
@@ -88,7 +90,7 @@ def inputs(frames: int = 3, height: int = 8, width: int = 8) -> tuple[Tensor, Te
 @torch.no_grad()
 def test_outputs_equal_the_recorded_ones(variant: str, case: str) -> None:
     model, fixture, meta = recorded(variant)
-    got = model(*told(fixture, case, meta["config"]["out_channels"]))
+    got = model(*case_inputs(fixture, case, meta["config"]["out_channels"]))
     want = fixture[f"{case}/output"].transpose(1, 2)
     torch.testing.assert_close(got, want, **meta["tolerance"])
 
@@ -184,7 +186,7 @@ def test_counted_and_fitted_grids_agree_at_the_sample_size_only() -> None:
 # the contract
 
 
-def test_checkpointing_changes_no_number() -> None:
+def test_checkpointing_does_not_change_gradients() -> None:
     z, t, cond = inputs()
     plain, saving = built(), built(replace(SMALL, gradient_checkpointing=True))
     outs = [model(z, t, cond) for model in (plain, saving)]
@@ -196,7 +198,7 @@ def test_checkpointing_changes_no_number() -> None:
 
 
 @torch.no_grad()
-def test_masked_text_tokens_change_nothing() -> None:
+def test_masked_text_tokens_have_no_effect() -> None:
     z, t, cond = inputs()
     mask = torch.tensor([[True] * 4 + [False] * 2] * 2)
     other = cond.context.clone()
@@ -206,7 +208,7 @@ def test_masked_text_tokens_change_nothing() -> None:
 
 
 @torch.no_grad()
-def test_text_without_a_mask_is_seen_whole() -> None:
+def test_all_text_tokens_count_without_a_mask() -> None:
     z, t, cond = inputs()
     other = cond.context.clone()
     other[:, -1] += 1
@@ -232,16 +234,16 @@ def test_it_runs_in_half_precision_with_frozen_half_weights() -> None:
     assert out.isfinite().all()
 
 
-def test_a_stored_table_is_no_parameter_and_wants_its_size() -> None:
+def test_a_stored_table_is_a_buffer_and_fixes_the_size() -> None:
     cfg = replace(SMALL, use_learned_positional_embeddings=True, sample_height=8, sample_width=8)
     model = built(cfg)
     assert "patch_embed.pos_embedding" in model.state_dict()
     assert "patch_embed.pos_embedding" not in dict(model.named_parameters())
-    with pytest.raises(Misfit, match="height=6: want 8, that of the stored table"):
+    with pytest.raises(Misfit, match="height=6: want 8, the size of the stored table"):
         model(*inputs(height=6))
 
 
-def test_a_network_without_text_takes_none() -> None:
+def test_a_network_without_text_runs() -> None:
     cfg = CogVideoX.Config().wired(Clip(4, 3, 4, 4), Slots(), 1)
     model = built(cfg)
     assert model(torch.zeros(1, 4, 3, 4, 4), torch.zeros(1), Conditions()).shape == (1, 4, 3, 4, 4)
@@ -250,11 +252,11 @@ def test_a_network_without_text_takes_none() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"concat": torch.zeros(2, 4, 3, 8, 8)}, "z_t and concat have shape"),
-        ({"vector": torch.zeros(2, 5)}, "vector_dim=0, but conditions bring 5"),
-        ({"scalars": {"ofs": torch.zeros(2)}}, r"ofs_embed_dim=None, but conditions bring \['ofs'"),
-        ({"context": None}, "conditions bring 0 tokens of 0"),
-        ({"context": torch.zeros(2, 7, 20)}, "conditions bring 7 tokens of 20"),
+        ({"concat": torch.zeros(2, 4, 3, 8, 8)}, "latents have shape"),
+        ({"vector": torch.zeros(2, 5)}, "vector_dim=0, but the inputs have 5"),
+        ({"scalars": {"ofs": torch.zeros(2)}}, r"ofs_embed_dim=None, but the inputs have \['ofs'"),
+        ({"context": None}, "the inputs have 0 tokens of width 0"),
+        ({"context": torch.zeros(2, 7, 20)}, "the inputs have 7 tokens of width 20"),
         ({"image_context": torch.zeros(2, 1, 1, 20)}, "takes no image_context"),
     ],
 )
@@ -264,12 +266,12 @@ def test_conditions_that_do_not_fit_are_refused(change: dict, message: str) -> N
         built()(z, t, replace(cond, **change))
 
 
-def test_frames_that_fill_no_patch_are_refused() -> None:
+def test_frames_must_fill_temporal_patches() -> None:
     with pytest.raises(Misfit, match="frames=3: want a multiple of patch_size_t=2"):
         built(replace(SMALL, patch_size_t=2))(*inputs())
 
 
-def test_a_stated_size_that_others_contradict_is_refused() -> None:
+def test_a_size_that_contradicts_the_wiring_is_refused() -> None:
     slots = Slots(context=Tokens(4096, 120))
     with pytest.raises(ConfigError, match="max_text_seq_length=226, but 120 is needed"):
         preset("backbone", "cogvideox_2b").wired(Clip(16, 13, 60, 90), slots, 1)
@@ -294,6 +296,6 @@ def test_a_stated_size_that_others_contradict_is_refused() -> None:
         ),
     ],
 )
-def test_a_bad_setting_is_said(changes: dict, problem: str) -> None:
+def test_a_bad_setting_is_reported(changes: dict, problem: str) -> None:
     problems = list(replace(SMALL, **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems

@@ -1,10 +1,12 @@
-"""The latent video transformer: shapes, what it takes, and who sees whom."""
+"""The latent video transformer: shapes, conditions, and which tokens attend to which."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import kernels
 from plugins._blocks.attention import CrossAttention
@@ -23,8 +25,8 @@ def small(z: Clip = Z, slots: Slots | None = None, outputs: int = 1, **settings)
     return DiT.Config(**sizes).wired(z, slots, outputs)
 
 
-def stirred(cfg: DiT.Config) -> DiT:
-    """A model whose parameters are all away from zero, as after some training."""
+def randomised(cfg: DiT.Config) -> DiT:
+    """A model without zero parameters, as after some training."""
     torch.manual_seed(0)
     model = DiT(cfg)
     with torch.no_grad():
@@ -54,14 +56,14 @@ def inputs(cfg: DiT.Config, z: Clip = Z, batch: int = 2) -> tuple:
 
 
 def test_the_default_has_the_parameters_of_the_default_run():
-    """0.325 M there, with the words and a table of 48 positions; here three tables of 32 rows."""
+    """0.325 M there, with the word table and 48 positions; here three tables of 32 rows."""
     cfg = DiT.Config().wired(Clip(32, 3, 4, 4), Slots(vector=64), 1)
     assert sum(p.numel() for p in DiT(cfg).parameters()) == 326_112
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 @pytest.mark.parametrize(("patch", "patch_t", "outputs"), [(1, 1, 1), (2, 3, 2)])
-@pytest.mark.parametrize("slots", [Slots(), EVERYTHING], ids=["alone", "everything"])
+@pytest.mark.parametrize("slots", [Slots(), EVERYTHING], ids=["unconditional", "everything"])
 def test_output_has_the_size_of_the_latents(slots, patch, patch_t, outputs, attention):
     cfg = small(slots=slots, outputs=outputs, patch=patch, patch_t=patch_t, attention=attention)
     out = DiT(cfg)(*inputs(cfg))
@@ -69,13 +71,13 @@ def test_output_has_the_size_of_the_latents(slots, patch, patch_t, outputs, atte
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
-def test_the_output_is_zero_at_first(attention):
+def test_the_initial_output_is_zero(attention):
     cfg = small(slots=EVERYTHING, attention=attention)
     assert not DiT(cfg)(*inputs(cfg)).any()
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
-def test_every_block_is_the_identity_at_first(attention):
+def test_every_block_starts_as_the_identity(attention):
     cfg = small(slots=EVERYTHING, attention=attention)
     model, x = DiT(cfg), torch.randn(2, 3, 24, 16)
     cond = inputs(cfg)[2]
@@ -85,18 +87,18 @@ def test_every_block_is_the_identity_at_first(attention):
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 def test_every_parameter_and_input_gets_a_gradient(attention):
     cfg = small(slots=EVERYTHING, attention=attention, max_frames=3, max_height=4, max_width=6)
-    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    model, (z, t, cond) = randomised(cfg), inputs(cfg)
     given = [z, cond.context, cond.concat, cond.vector]
     for x in given:
         x.requires_grad_()
     model(z, t, cond).square().sum().backward()
-    # One that is zero but for rounding would be below 1e-6.
+    # Gradients that are zero up to rounding would be below 1e-6.
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert not [name for name, grad in grads.items() if grad is None or grad.abs().max() < 1e-4]
     assert all(x.grad.any() for x in given)
 
 
-def test_zero_initialised_layers_open_within_three_steps():
+def test_zero_initialised_layers_get_gradients_within_three_steps():
     cfg = small(slots=EVERYTHING, max_frames=3, max_height=4, max_width=6)
     model, (z, t, cond) = DiT(cfg), inputs(cfg)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -120,13 +122,13 @@ def test_zero_initialised_layers_open_within_three_steps():
 )
 def test_every_condition_changes_the_output(change, name):
     cfg = small(slots=EVERYTHING)
-    model, given = stirred(cfg), inputs(cfg)
+    model, given = randomised(cfg), inputs(cfg)
     assert not torch.allclose(model(*given), model(*change(*given)), atol=1e-3)
 
 
-def test_clips_of_a_batch_do_not_see_one_another():
+def test_clips_of_a_batch_are_independent():
     cfg = small(slots=EVERYTHING)
-    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    model, (z, t, cond) = randomised(cfg), inputs(cfg)
     before = model(z, t, cond)[0]
     z, cond.context = z.clone(), cond.context.clone()
     z[1] += 1
@@ -134,18 +136,18 @@ def test_clips_of_a_batch_do_not_see_one_another():
     torch.testing.assert_close(model(z, t, cond)[0], before, rtol=0, atol=1e-5)
 
 
-def test_masked_context_is_not_seen():
+def test_masked_context_has_no_effect():
     cfg = small(slots=EVERYTHING)
-    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    model, (z, t, cond) = randomised(cfg), inputs(cfg)
     before = model(z, t, cond)
     cond.context = cond.context.clone()
     cond.context[~cond.context_mask] = 100.0
     torch.testing.assert_close(model(z, t, cond), before, rtol=0, atol=1e-5)
 
 
-def test_a_context_that_is_masked_entirely_gives_finite_numbers():
+def test_a_fully_masked_context_gives_finite_outputs():
     cfg = small(slots=EVERYTHING)
-    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    model, (z, t, cond) = randomised(cfg), inputs(cfg)
     cond.context_mask[1] = False
     out = model(z, t, cond)
     out.sum().backward()
@@ -170,8 +172,8 @@ def permuted(model: DiT, axis: int, order: list[int]) -> float:
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 @pytest.mark.parametrize(("axis", "table"), [(2, "t"), (3, "h"), (4, "w")])
-def test_only_its_position_table_tells_an_axis_apart(axis, table, attention):
-    model = stirred(small(attention=attention))
+def test_only_the_position_table_of_an_axis_distinguishes_its_positions(axis, table, attention):
+    model = randomised(small(attention=attention))
     order = torch.randperm(inputs(model.cfg)[0].shape[axis]).roll(1).tolist()
     order = order[::-1] if order == sorted(order) else order
     assert permuted(model, axis, order) > 1e-2
@@ -179,44 +181,46 @@ def test_only_its_position_table_tells_an_axis_apart(axis, table, attention):
     assert permuted(model, axis, order) < 1e-4  # float32 sums in another order
 
 
-def seen(part: torch.nn.Module, shape: tuple[int, ...], at: tuple[int, int]) -> torch.Tensor:
-    """(T, S) bool: which tokens the output at (frame, place) depends on."""
+def inputs_of(
+    part: Callable[[Tensor], Tensor], shape: tuple[int, ...], at: tuple[int, int]
+) -> Tensor:
+    """(T, S) bool: tokens that the output at (frame, position) depends on."""
     x = torch.randn(1, *shape, requires_grad=True)
     (grad,) = torch.autograd.grad(part(x)[0, at[0], at[1]].sum(), x)
     return grad[0].abs().amax(-1) > 0
 
 
-def test_factorised_attention_sees_its_frame_then_its_place():
-    block = stirred(small(attention="factorised")).blocks[0]
+def test_factorised_attention_covers_a_frame_then_a_position():
+    block = randomised(small(attention="factorised")).blocks[0]
 
     def spatial(x):
         return block.attn(x.flatten(0, 1)).view_as(x)
 
-    frame, place = (torch.zeros(3, 4, dtype=torch.bool) for _ in range(2))
-    frame[1], place[:, 2] = True, True
-    assert torch.equal(seen(spatial, (3, 4, 16), (1, 2)), frame)
-    assert torch.equal(seen(block.temporal, (3, 4, 16), (1, 2)), place)
+    frame, position = (torch.zeros(3, 4, dtype=torch.bool) for _ in range(2))
+    frame[1], position[:, 2] = True, True
+    assert torch.equal(inputs_of(spatial, (3, 4, 16), (1, 2)), frame)
+    assert torch.equal(inputs_of(block.temporal, (3, 4, 16), (1, 2)), position)
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
-def test_a_block_lets_every_token_see_every_token(attention):
-    block = stirred(small(attention=attention)).blocks[0]
+def test_a_block_connects_all_tokens(attention):
+    block = randomised(small(attention=attention)).blocks[0]
     c = torch.randn(1, 16)
-    assert seen(lambda x: block(x, c, None, None), (3, 4, 16), (1, 2)).all()
+    assert inputs_of(lambda x: block(x, c, None, None), (3, 4, 16), (1, 2)).all()
 
 
-def test_temporal_attention_goes_through_the_kernels():
+def test_temporal_attention_uses_the_kernels():
     cfg = small(attention="factorised")
-    model, given = stirred(cfg), inputs(cfg)
+    model, given = randomised(cfg), inputs(cfg)
     with kernels.use("reference"):
         want = model(*given)
     torch.testing.assert_close(model(*given), want, rtol=0, atol=1e-5)
 
 
-def test_a_smaller_grid_is_the_corner_of_the_largest():
+def test_a_smaller_grid_uses_the_first_positions():
     positions = GridPositions((3, 4, 5), 6)
-    whole = positions(3, 4, 5).view(3, 4, 5, 6)
-    assert torch.equal(positions(2, 3, 1).view(2, 3, 1, 6), whole[:2, :3, :1])
+    full = positions(3, 4, 5).view(3, 4, 5, 6)
+    assert torch.equal(positions(2, 3, 1).view(2, 3, 1, 6), full[:2, :3, :1])
 
 
 def test_one_model_takes_clips_of_several_sizes_and_images():
@@ -224,13 +228,13 @@ def test_one_model_takes_clips_of_several_sizes_and_images():
     cfg = DiT.Config(width=16, patch=2)
     for z in sizes:
         cfg = cfg.wired(z, Slots(), 1)
-    model = stirred(cfg)
+    model = randomised(cfg)
     for z in sizes:
         given = inputs(cfg, z)
         assert model(*given).shape == given[0].shape
 
 
-def test_wiring_again_changes_nothing():
+def test_wiring_is_idempotent():
     cfg = small(slots=EVERYTHING)
     assert cfg.wired(Z, EVERYTHING, 1) == cfg
 
@@ -240,11 +244,11 @@ def test_a_vector_as_wide_as_the_network_needs_no_layer():
     assert DiT(small(slots=Slots(vector=10))).vector_in.weight.shape == (16, 10)
 
 
-def test_gradient_checkpointing_changes_no_number():
+def test_gradient_checkpointing_does_not_change_gradients():
     results = []
     for on in (False, True):
         cfg = small(slots=EVERYTHING, attention="factorised", gradient_checkpointing=on)
-        model = stirred(cfg)
+        model = randomised(cfg)
         loss = model(*inputs(cfg)).square().sum()
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters())])
@@ -254,21 +258,21 @@ def test_gradient_checkpointing_changes_no_number():
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 def test_bfloat16_is_near_float32(attention):
     cfg = small(slots=EVERYTHING, attention=attention)
-    model, (z, t, cond) = stirred(cfg), inputs(cfg)
+    model, (z, t, cond) = randomised(cfg), inputs(cfg)
     want = model(z, t, cond)
     low = [x.bfloat16() for x in (cond.context, cond.concat, cond.vector)]
     cond = Conditions(low[0], cond.context_mask, None, *low[1:], cond.scalars)
     out = model.bfloat16()(z.bfloat16(), t, cond)
     out.sum().backward()
     assert out.dtype == torch.bfloat16
-    # 8 bits of mantissa through some twenty roundings
+    # 8 bits of mantissa, about twenty roundings
     assert (out - want).norm() < 0.05 * want.norm()
 
 
 @pytest.mark.parametrize("attention", ["joint", "factorised"])
 def test_autocast_to_bfloat16_is_near_float32(attention):
     cfg = small(slots=EVERYTHING, attention=attention)
-    model, given = stirred(cfg), inputs(cfg)
+    model, given = randomised(cfg), inputs(cfg)
     want = model(*given)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(*given)
@@ -301,7 +305,7 @@ def test_adapter_targets_are_linear_layers_of_every_block():
     assert small().adapter_targets() == ("to_qkv", "to_out")
 
 
-def test_sinusoids_start_at_one_radian_a_step():
+def test_sinusoids_start_at_one_radian_per_unit():
     features = sinusoids(torch.tensor([0.0, 2.0]), 4, max_period=100.0)
     want = [[1, 1, 0, 0], [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]]
     torch.testing.assert_close(features, torch.tensor(want))
@@ -361,7 +365,7 @@ def test_scalars_are_needed_where_they_are_named():
         ),
         (
             {"motion_module": "vanilla"},
-            "motion_module='vanilla': frames already meet in attention=joint; want "
+            "motion_module='vanilla': attention=joint already mixes frames; want "
             "attention=spatial, or none",
         ),
         (
@@ -370,7 +374,7 @@ def test_scalars_are_needed_where_they_are_named():
         ),
         (
             {"attention": "spatial", "motion_module": "grid", "motion_heads": 65},
-            "motion_heads=65: 64 // heads * heads is 0; want an even number",
+            "motion_heads=65: the motion module on 64 channels is 0 wide; want an even width",
         ),
         ({"motion_block_size": 0}, "motion_block_size=0: want >= 1"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio=nan: want > 0 and <= 64"),
@@ -385,7 +389,7 @@ def test_scalars_are_needed_where_they_are_named():
         ),
     ],
 )
-def test_bad_settings_are_named(settings, problem):
+def test_bad_settings_are_reported(settings, problem):
     assert list(DiT.Config(**settings).problems()) == [problem]
 
 
@@ -401,16 +405,16 @@ def test_an_incomplete_config_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda z, c: (z[:, :3], c), r"z_t has shape \(2, 3, 3, 4, 6\): want \(B, 4, T, H, W\)"),
-        (lambda z, c: (z[:, :, 0], c), r"z_t has shape \(2, 4, 4, 6\)"),
-        (lambda z, c: (z, replace(c, vector=None)), r"vector_dim=10, but conditions bring 0"),
-        (lambda z, c: (z, replace(c, context=None)), r"context_dim=12, but conditions bring 0"),
+        (lambda z, c: (z[:, :3], c), r"have shape \(2, 3, 3, 4, 6\): want \(B, 4, T, H, W\)"),
+        (lambda z, c: (z[:, :, 0], c), r"latents have shape \(2, 4, 4, 6\)"),
+        (lambda z, c: (z, replace(c, vector=None)), r"vector_dim=10, but the inputs have 0"),
+        (lambda z, c: (z, replace(c, context=None)), r"context_dim=12, but the inputs have 0"),
         (lambda z, c: (z, replace(c, concat=c.concat[:, :1])), r"concat_channels=2, but .* 1"),
-        (lambda z, c: (z, replace(c, scalars={})), r"scalars=\['fps'\], but conditions bring \[\]"),
+        (lambda z, c: (z, replace(c, scalars={})), r"scalars=\['fps'\], but the inputs have \[\]"),
         (lambda z, c: (z, replace(c, image_context=c.context)), r"takes no image_context"),
     ],
 )
-def test_wrong_inputs_are_refused_at_the_first_line(change, message):
+def test_wrong_inputs_are_refused(change, message):
     cfg = small(slots=EVERYTHING)
     z, t, cond = inputs(cfg)
     z, cond = change(z, cond)
@@ -424,48 +428,48 @@ def test_frames_that_are_not_whole_patches_are_refused():
         DiT(cfg)(torch.randn(1, 4, 4, 4, 6), torch.zeros(1), Conditions())
 
 
-# from pictures to clips
+# from images to clips
 
 MOVING = {"attention": "spatial", "width": 32, "motion_heads": 2}
 
 
 @pytest.mark.parametrize("motion", ["vanilla", "grid"])
 @torch.no_grad()
-def test_a_network_of_pictures_goes_on_with_clips_frame_by_frame(motion):
-    """Trained with joint attention, of a picture's tokens. Places in time after the first are not
-    trained by pictures, and are not used.
+def test_an_image_network_initially_processes_clips_frame_by_frame(motion):
+    """The image network has joint attention. Images train temporal position 0 only, which spatial
+    attention uses for all frames.
     """
     clips = DiT(small(slots=EVERYTHING, motion_module=motion, skips="uvit", num_blocks=3, **MOVING))
     assert len(clips.skips) == 1
-    image = stirred(small(slots=EVERYTHING, width=32, num_blocks=3))
+    image = randomised(small(slots=EVERYTHING, width=32, num_blocks=3))
     missing, unexpected = clips.load_state_dict(image.state_dict(), strict=False)
     assert missing and all("skips." in k or ".motion." in k for k in missing) and not unexpected
     z, t, cond = inputs(image.cfg)
-    alone = [
+    frames = [
         image(z[:, :, i : i + 1], t, replace(cond, concat=cond.concat[:, :, i : i + 1]))
         for i in range(z.shape[2])
     ]
     # matrix products of other sizes: float32 rounding
-    torch.testing.assert_close(clips(z, t, cond), torch.cat(alone, 2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(clips(z, t, cond), torch.cat(frames, 2), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{}, {"motion_module": "none", "skips": "none"}])
-def test_names_are_as_before_where_nothing_is_added(settings):
+def test_unused_additions_have_no_weights(settings):
     names = DiT(small(**settings)).state_dict()
     assert not [k for k in names if "motion" in k or "skips" in k]
 
 
-@pytest.mark.parametrize(("motion", "meet"), [("none", False), ("vanilla", True), ("grid", True)])
+@pytest.mark.parametrize(("motion", "mixes"), [("none", False), ("vanilla", True), ("grid", True)])
 @torch.no_grad()
-def test_frames_of_spatial_attention_meet_in_motion_modules_alone(motion, meet):
-    model = stirred(small(motion_module=motion, **MOVING))
+def test_with_spatial_attention_only_motion_modules_mix_frames(motion, mixes):
+    model = randomised(small(motion_module=motion, **MOVING))
     z, t, cond = inputs(model.cfg)
     other = z.clone()
     other[:, :, 2] += 1
-    assert torch.equal(model(z, t, cond)[:, :, 0], model(other, t, cond)[:, :, 0]) != meet
+    assert torch.equal(model(z, t, cond)[:, :, 0], model(other, t, cond)[:, :, 0]) != mixes
 
 
-def test_motion_modules_and_skips_start_at_zero_and_are_trained():
+def test_motion_modules_and_skips_start_at_zero_and_get_gradients():
     model = DiT(small(motion_module="vanilla", skips="uvit", num_blocks=3, **MOVING))
     zero = {
         "skips.0.weight",
@@ -477,7 +481,7 @@ def test_motion_modules_and_skips_start_at_zero_and_are_trained():
         ),
     }
     assert all(not p.any() for n, p in model.named_parameters() if n in zero)
-    model = stirred(model.cfg)
+    model = randomised(model.cfg)
     model(*inputs(model.cfg)).square().mean().backward()
     ours = [(n, p) for n, p in model.named_parameters() if "motion" in n or "skips" in n]
     assert all(p.grad is not None and p.grad.any() for _, p in ours)

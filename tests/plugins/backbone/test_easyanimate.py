@@ -1,4 +1,4 @@
-"""EasyAnimateV2's transformer: recorded outputs, published names and sizes, its rules."""
+"""The EasyAnimateV2 transformer: recorded outputs, published names and sizes, its contract."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,6 @@ from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded, sto
 from tests.helpers import preset
 
 Z = Clip(4, 3, 4, 8)
-TOLD = Slots(context=Tokens(12, 5, masked=True))
 MOTION = {"Vanilla": "vanilla", "VanillaGrid": "grid"}
 TRANSFORMERS = (
     "transformer_v1_grid_2l",
@@ -35,7 +34,7 @@ TRANSFORMERS = (
 
 @pytest.fixture(autouse=True)
 def eager():
-    """Fixtures are of the plain implementation."""
+    """Fixtures were recorded with the plain implementation."""
     with kernels.use("eager"):
         yield
 
@@ -53,7 +52,7 @@ def motion_of(kwargs: dict) -> dict:
 
 
 def config_of(published: dict) -> EasyAnimate.Config:
-    """Our Config for the original's."""
+    """Our Config for the original config."""
     names = EasyAnimate.Config.__dataclass_fields__
     return EasyAnimate.Config(
         **{k: v for k, v in published.items() if k in names},
@@ -87,16 +86,16 @@ def run(name: str) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
         tensors["in.encoder_attention_mask"].bool(),
         scalars=scalars,
     )
-    made: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     hooks = [
-        block.register_forward_hook(lambda _m, _i, out, n=n: made.update({n: out.flatten(1, 3)}))
+        block.register_forward_hook(lambda _m, _i, out, n=n: outputs.update({n: out.flatten(1, 3)}))
         for n, block in enumerate(model.transformer_blocks)
     ]
     with torch.no_grad():
         out = model(tensors["in.hidden_states"], tensors["in.timestep"], cond)
     for hook in hooks:
         hook.remove()
-    return out, made, tensors
+    return out, outputs, tensors
 
 
 # recorded outputs
@@ -104,10 +103,10 @@ def run(name: str) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_outputs_equal_the_original(name) -> None:
-    out, made, tensors = run(name)
+    out, outputs, tensors = run(name)
     for key, want in tensors.items():
         if key.startswith("out.block"):
-            near(key, made[int(key.removeprefix("out.block"))], want)
+            near(key, outputs[int(key.removeprefix("out.block"))], want)
     near("sample", out, tensors["out.sample"])
 
 
@@ -155,7 +154,7 @@ def test_presets_have_the_published_names_and_shapes(name) -> None:
         assert sum(p.numel() for p in model.parameters()) == 1_446_296_864
 
 
-def test_published_files_come_back() -> None:
+def test_published_files_round_trip() -> None:
     model = EasyAnimate(small())
     ours = model.state_dict()
     published = to_published(ours, max_frames=16)
@@ -163,10 +162,10 @@ def test_published_files_come_back() -> None:
     assert len(tables) == 8 and torch.equal(tables[0], frame_sinusoids(16, 64)[None])
     back = from_published(published)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
-    model.load_state_dict(published)  # takes the tables as they come, too
+    model.load_state_dict(published)  # loading accepts the tables too
 
 
-def test_an_unknown_name_beside_the_tables_is_refused() -> None:
+def test_other_unknown_names_are_refused() -> None:
     model = EasyAnimate(small())
     state = to_published(model.state_dict(), 16)
     key = next(k for k in state if k.endswith("pos_encoder.pe"))
@@ -183,17 +182,17 @@ def image_network() -> EasyAnimate:
 
 
 @torch.no_grad()
-def test_an_image_network_works_on_every_frame_alone_at_first() -> None:
+def test_an_image_network_initially_processes_every_frame_separately() -> None:
     image, video = image_network(), EasyAnimate(small(out_channels=4))
-    state, dropped = from_pixart(image.state_dict(), video.state_dict())
+    state, unused = from_pixart(image.state_dict(), video.state_dict())
     video.load_state_dict(state)
     z, t, cond = inputs()
     frames = [image(frame[:, :, None], t, cond) for frame in z.unbind(2)]
-    assert not dropped
+    assert not unused
     torch.testing.assert_close(video(z, t, cond), torch.cat(frames, 2), atol=1e-5, rtol=1e-5)
 
 
-def test_more_channels_start_at_zero_and_a_larger_output_repeats() -> None:
+def test_new_input_channels_are_zero_and_a_larger_output_repeats() -> None:
     image, video = image_network(), EasyAnimate(small(in_channels=9, out_channels=8))
     old = image.state_dict()
     state, _ = from_pixart(old, video.state_dict())
@@ -203,15 +202,15 @@ def test_more_channels_start_at_zero_and_a_larger_output_repeats() -> None:
     assert torch.equal(state["proj_out.bias"], old["proj_out.bias"].repeat(2))
 
 
-def test_what_fits_nowhere_is_left_out_and_said() -> None:
+def test_weights_that_do_not_fit_are_returned_as_unused() -> None:
     video = EasyAnimate(small()).state_dict()
     other = {"caption_projection.linear_1.weight": torch.ones(64, 7), "unknown": torch.ones(1)}
-    state, dropped = from_pixart(other, video)
-    assert dropped == list(other)
+    state, unused = from_pixart(other, video)
+    assert unused == list(other)
     assert all(state[k] is video[k] for k in video)
 
 
-# its rules
+# the contract
 
 
 def small(**settings) -> EasyAnimate.Config:
@@ -227,8 +226,8 @@ def inputs(cfg: EasyAnimate.Config | None = None, z: Clip = Z) -> tuple[Tensor, 
     return latents, torch.tensor([10.0, 700.5]), cond
 
 
-def stirred(cfg: EasyAnimate.Config) -> EasyAnimate:
-    """Parameters away from zero, as after some training."""
+def randomised(cfg: EasyAnimate.Config) -> EasyAnimate:
+    """A model without zero parameters, as after some training."""
     torch.manual_seed(0)
     model = EasyAnimate(cfg).eval()
     with torch.no_grad():
@@ -238,27 +237,27 @@ def stirred(cfg: EasyAnimate.Config) -> EasyAnimate:
 
 
 @torch.no_grad()
-def test_masked_text_is_not_seen() -> None:
-    model, (z, t, cond) = stirred(small()), inputs()
+def test_masked_text_has_no_effect() -> None:
+    model, (z, t, cond) = randomised(small()), inputs()
     other = cond.context.clone()
     other[1, 2:] += 1
     assert torch.equal(model(z, t, cond), model(z, t, replace(cond, context=other)))
 
 
-@pytest.mark.parametrize(("kind", "seen"), [("none", False), ("vanilla", True), ("grid", True)])
+@pytest.mark.parametrize(("kind", "mixes"), [("none", False), ("vanilla", True), ("grid", True)])
 @torch.no_grad()
-def test_frames_meet_in_motion_modules_alone(kind, seen) -> None:
-    model, (z, t, cond) = stirred(small(motion_module=kind)), inputs()
+def test_only_motion_modules_mix_frames(kind, mixes) -> None:
+    model, (z, t, cond) = randomised(small(motion_module=kind)), inputs()
     other = z.clone()
     other[:, :, 2] += 1
-    assert torch.equal(model(z, t, cond)[:, :, 0], model(other, t, cond)[:, :, 0]) != seen
+    assert torch.equal(model(z, t, cond)[:, :, 0], model(other, t, cond)[:, :, 0]) != mixes
 
 
 @torch.no_grad()
-def test_a_grid_sees_its_block_of_places_and_no_other() -> None:
+def test_a_grid_attends_to_its_block_only() -> None:
     module = MotionModule(32, block_size=2).requires_grad_(False)
     module.temporal_transformer.proj_out.weight.normal_()
-    module.temporal_transformer.norm = torch.nn.Identity()  # it sees the whole frame
+    module.temporal_transformer.norm = torch.nn.Identity()  # the norm covers the full frame
     x = torch.randn(1, 2, 4, 4, 32)
     other = x.clone()
     other[:, 1, 1, 1] += 1
@@ -272,7 +271,7 @@ def test_a_grid_sees_its_block_of_places_and_no_other() -> None:
 def test_checkpointing_gives_the_same_gradients() -> None:
     grads = []
     for on in (False, True):
-        model = stirred(small(gradient_checkpointing=on))
+        model = randomised(small(gradient_checkpointing=on))
         with torch.enable_grad():
             model(*inputs()).square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
@@ -304,19 +303,19 @@ def test_skips_pair_blocks_from_both_ends(depth) -> None:
         ({"sample_size": 1, "patch_size": 2}, "sample_size=1: want >= 2"),
         (
             {"num_attention_heads": 3, "attention_head_dim": 5},
-            "attention_head_dim=5: 3 heads are 15",
+            "attention_head_dim=5: 3 heads make a width of 15",
         ),
         (
             {"attention_head_dim": 10},
-            "attention_head_dim=10: 4 heads are 40: want a multiple of 32",
+            "attention_head_dim=10: 4 heads make a width of 40: want a multiple of",
         ),
-        ({"sample_size": 128}, "attention_head_dim=16: 4 heads are 64: want a multiple of 3"),
-        ({"motion_heads": 65}, "motion_heads=65: 64 // heads"),
+        ({"sample_size": 128}, "attention_head_dim=16: 4 heads make a width of 64: want a mul"),
+        ({"motion_heads": 65}, "motion_heads=65: the motion module on 64 channels is 0 wide"),
         ({"norm_eps": float("nan")}, "norm_eps=nan: want"),
         ({"vector_dim": -1}, "vector_dim=-1: want >= 0"),
     ],
 )
-def test_a_bad_setting_is_said(settings, problem) -> None:
+def test_a_bad_setting_is_reported(settings, problem) -> None:
     problems = list(EasyAnimate.Config(**settings).problems())
     assert any(p.startswith(problem) for p in problems), problems
 
@@ -339,21 +338,21 @@ def test_a_size_that_does_not_fit_is_refused(settings, z, rule) -> None:
     assert str(error.value) == rule
 
 
-def test_micro_conditions_are_asked_for_by_the_largest_size() -> None:
+def test_the_largest_size_needs_micro_conditions() -> None:
     cfg = small(sample_size=128)
     assert cfg.needs() == {"height", "width", "aspect_ratio"}
     assert not small().needs()
 
 
-def test_conditions_that_were_not_wired_are_refused() -> None:
+def test_inputs_that_do_not_match_the_settings_are_refused() -> None:
     z, t, cond = inputs()
     model = EasyAnimate(small())
-    for wrong, said in (
-        (replace(cond, context=None), "caption_channels=12, but conditions bring 0"),
-        (replace(cond, vector=torch.zeros(2, 3)), "vector_dim=0, but conditions bring 3"),
+    for wrong, message in (
+        (replace(cond, context=None), "caption_channels=12, but the inputs have 0"),
+        (replace(cond, vector=torch.zeros(2, 3)), "vector_dim=0, but the inputs have 3"),
         (replace(cond, scalars={"fps": torch.ones(2)}), r"\['fps'\]: want \[\]"),
         (replace(cond, image_context=torch.zeros(2, 1, 1, 3)), "takes no image_context"),
         (replace(cond, concat=torch.zeros(2, 1, 3, 4, 8)), "latents have shape"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             model(z, t, wrong)

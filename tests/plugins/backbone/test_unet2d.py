@@ -1,4 +1,4 @@
-"""The image UNet against recorded outputs of the original code, its published size, its rules."""
+"""The image UNet against recorded outputs of the original code, its size and its contract."""
 
 import json
 from dataclasses import replace
@@ -10,21 +10,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import kernels
-from plugins._blocks.unet import AttentionBlock, Downsample, ResBlock, Upsample, timestep_embedding
+from plugins._blocks.embeddings import timestep_embedding
+from plugins._blocks.unet import AttentionBlock, Downsample, ResBlock, Upsample
 from plugins.backbone.unet2d import UNet2D
 from sandbox.contracts import Clip, Conditions, ConfigError, Misfit, Slots, Tokens
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 Z = Clip(4, 1, 4, 6)
-TOLD = Slots(context=Tokens(12, 5, masked=True), concat=2, vector=10)
+ALL = Slots(context=Tokens(12, 5, masked=True), concat=2, vector=10)
 
 
 # --- recorded outputs -----------------------------------------------------------------------------
 
 
 def filled(spec: dict) -> dict[str, Tensor]:
-    """Weights from the table of the golden folder, see its README."""
+    """Weights from the table of the golden folder; see its README."""
     table = load_file(GOLDEN / "ldm/weights_table.safetensors")["table"]
     state = {}
     for key, (shape, offset, scale, shift) in spec.items():
@@ -42,7 +43,7 @@ def recorded(config: dict, weights: dict) -> UNet2D:
 
 
 def near(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
-    """Reruns of the original differ by about 2e-6; convolutions in another order by a bit more."""
+    """Reruns of the original differ by about 2e-6, other orders of summation by a bit more."""
     error = (got - want).abs().max().item() / want.abs().max().item()
     assert got.shape == want.shape and error < tolerance, f"{name}: relative error {error:.1e}"
 
@@ -52,14 +53,14 @@ def facts(name: str) -> tuple[dict, dict[str, Tensor]]:
     return json.loads((GOLDEN / f"ldm/{name}.json").read_text()), tensors
 
 
-def told(x: Tensor, **given: Tensor | None) -> tuple[Tensor, Conditions]:
+def image_inputs(x: Tensor, **given: Tensor | None) -> tuple[Tensor, Conditions]:
     return x[:, :, None], Conditions(**given)
 
 
 def test_outputs_and_gradients_equal_the_original() -> None:
     spec, tensors = facts("unet2d")
     model, t = recorded(spec["config"], spec["weights"]), tensors["in/timesteps"]
-    z, cond = told(tensors["in/x"])
+    z, cond = image_inputs(tensors["in/x"])
     y = model(z, t, cond).squeeze(2)
     near("y", y, tensors["out/y"])
     near("flipped", model(z, t.flip(0), cond).squeeze(2), tensors["out/y_timesteps_flipped"])
@@ -75,7 +76,7 @@ def test_outputs_and_gradients_equal_the_original() -> None:
 def test_variants_equal_the_original(name) -> None:
     spec, tensors = facts("unet2d_variants")
     model = recorded(spec["variants"][name]["config"], spec["weights"][name])
-    z, cond = told(tensors["in/x"], context=tensors.get(f"in/{name}/context"))
+    z, cond = image_inputs(tensors["in/x"], context=tensors.get(f"in/{name}/context"))
     near(name, model(z, tensors["in/timesteps"], cond).squeeze(2), tensors[f"out/{name}"])
 
 
@@ -92,14 +93,14 @@ def test_blocks_equal_the_original(key) -> None:
     name = key.removesuffix("_smallx")
     block = BLOCKS[name]()
     block.load_state_dict(filled(spec["weights"][name]))
-    # inputs times 0.01 make the eps of the group norm visible
+    # scaled by 0.01, the inputs show the eps of the group norm
     x = tensors["in/x"] * (0.01 if key != name else 1)
     out = block(x, tensors["in/emb"]) if "resblock" in name else block(x)
     near(key, out, tensors[f"out/{key}"])
 
 
 def test_time_embedding_equals_the_original() -> None:
-    """Angles reach 1000, where float32 has a step of 6e-5; exp and cos differ between processors."""
+    """Angles reach 1000, where float32 has a step of 6e-5; exp and cos depend on the processor."""
     tensors = load_file(GOLDEN / "dynamicrafter/schedules.safetensors")
     got = timestep_embedding(tensors["temb/in"], 320)
     torch.testing.assert_close(got, tensors["temb/out_320"], rtol=0, atol=1.2e-4)
@@ -122,18 +123,18 @@ def test_preset_has_the_published_names_and_shapes(published) -> None:
 
 
 def test_preset_has_the_published_heads_and_resampling(published) -> None:
-    """Neither shows in names and shapes."""
-    heads, places = {}, {}
+    """Names and shapes do not show them."""
+    heads, resamplers = {}, {}
     for name, layer in published.named_modules():
         if isinstance(layer, AttentionBlock):
             heads[name.removesuffix(".1")] = layer.num_heads
         if isinstance(layer, Downsample | Upsample):
-            places[name] = type(layer)
+            resamplers[name] = type(layer)
     inputs = {f"input_blocks.{i}": 7 * (1 + i // 3) for i in (4, 5, 7, 8, 10, 11)}
     outputs = {f"output_blocks.{i}": 7 * (4 - i // 3) for i in range(9)}
     assert heads == inputs | {"middle_block": 28} | outputs
     down = {f"input_blocks.{i}.0": Downsample for i in (3, 6, 9)}
-    assert places == down | {f"output_blocks.{i}.2": Upsample for i in (2, 5, 8)}
+    assert resamplers == down | {f"output_blocks.{i}.2": Upsample for i in (2, 5, 8)}
 
 
 def test_preset_fits_the_latents_of_vq_f4() -> None:
@@ -142,16 +143,16 @@ def test_preset_fits_the_latents_of_vq_f4() -> None:
     assert cfg.takes() == {"concat"}
 
 
-# --- what it computes -----------------------------------------------------------------------------
+# --- function ------------------------------------------------------------------------------------
 
 
 def small(z: Clip = Z, slots: Slots | None = None, outputs: int = 1, **settings) -> UNet2D.Config:
-    # 32 channels would give each group of the norms one channel, and hide the time
+    # With 32 channels each group of a norm would have one channel, which hides the time.
     return UNet2D.Config(**{"num_heads": 2} | settings).wired(z, slots or Slots(), outputs)
 
 
-def stirred(cfg: UNet2D.Config) -> UNet2D:
-    """A model whose parameters are all away from zero, as after some training."""
+def randomised(cfg: UNet2D.Config) -> UNet2D:
+    """A model without zero parameters, as after some training."""
     torch.manual_seed(0)
     model = UNet2D(cfg)
     with torch.no_grad():
@@ -177,7 +178,7 @@ def inputs(slots: Slots, z: Clip = Z) -> tuple[Tensor, Tensor, Conditions]:
     return normal(2, z.channels, 1, z.height, z.width), torch.tensor([10.0, 700.5]), cond
 
 
-@pytest.mark.parametrize("slots", [Slots(), Slots(vector=10), TOLD], ids=["alone", "vector", "all"])
+@pytest.mark.parametrize("slots", [Slots(), Slots(vector=10), ALL], ids=["none", "vector", "all"])
 @pytest.mark.parametrize(
     "settings", [{}, {"resblock_updown": True}, {"conv_resample": False}], ids=str
 )
@@ -186,10 +187,10 @@ def test_output_has_the_size_of_the_latents(slots, settings) -> None:
     assert model(*inputs(slots)).shape == (2, 8, 1, 4, 6)
 
 
-def test_it_is_zero_at_first_and_every_parameter_learns_later() -> None:
-    model, given = UNet2D(small(slots=TOLD)), inputs(TOLD)
+def test_the_initial_output_is_zero_and_later_every_parameter_gets_a_gradient() -> None:
+    model, given = UNet2D(small(slots=ALL)), inputs(ALL)
     assert not model(*given).any()
-    model = stirred(model.cfg)
+    model = randomised(model.cfg)
     model(*given).square().sum().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
 
@@ -204,33 +205,33 @@ def test_it_is_zero_at_first_and_every_parameter_learns_later() -> None:
     ],
 )
 def test_every_condition_changes_the_output(name, change) -> None:
-    model, given = stirred(small(slots=TOLD)), inputs(TOLD)
+    model, given = randomised(small(slots=ALL)), inputs(ALL)
     assert (model(*given) - model(*change(*given))).abs().max() > 1e-3, name
 
 
-def test_masked_context_is_not_seen() -> None:
-    model, (z, t, cond) = stirred(small(slots=TOLD)), inputs(TOLD)
+def test_masked_context_has_no_effect() -> None:
+    model, (z, t, cond) = randomised(small(slots=ALL)), inputs(ALL)
     before = model(z, t, cond)
     cond.context = cond.context.masked_fill(~cond.context_mask[..., None], 100.0)
     torch.testing.assert_close(model(z, t, cond), before, rtol=0, atol=1e-5)
 
 
-def test_heads_of_output_blocks_may_differ_where_the_original_lets_them() -> None:
+def test_num_heads_upsample_applies_as_published() -> None:
     def heads(**settings) -> set[int]:
         cfg = small(slots=settings.pop("slots", None), num_heads_upsample=8, **settings)
         layers = UNet2D(cfg).output_blocks.modules()
         return {m.num_heads for m in layers if hasattr(m, "num_heads")}
 
     assert heads() == {8}
-    assert heads(legacy=False) == heads(slots=TOLD) == {2}
+    assert heads(legacy=False) == heads(slots=ALL) == {2}
     assert heads(num_head_channels=16) == {4}
 
 
-@pytest.mark.parametrize("slots", [Slots(), TOLD], ids=["attention_blocks", "transformers"])
-def test_checkpointing_changes_no_number_with_dropout_and_frozen_weights(slots) -> None:
+@pytest.mark.parametrize("slots", [Slots(), ALL], ids=["attention_blocks", "transformers"])
+def test_checkpointing_with_dropout_and_frozen_weights_does_not_change_gradients(slots) -> None:
     results = []
     for on in (False, True):
-        model = stirred(small(slots=slots, dropout=0.3, use_checkpoint=on)).train()
+        model = randomised(small(slots=slots, dropout=0.3, use_checkpoint=on)).train()
         for name, p in model.named_parameters():
             p.requires_grad_("qkv" in name or "to_k" in name or "emb_layers" in name)
         torch.manual_seed(2)
@@ -240,8 +241,8 @@ def test_checkpointing_changes_no_number_with_dropout_and_frozen_weights(slots) 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_group_norms_go_through_the_kernels() -> None:
-    model, given = stirred(small(slots=TOLD)), inputs(TOLD)
+def test_group_norms_use_the_kernels() -> None:
+    model, given = randomised(small(slots=ALL)), inputs(ALL)
     with kernels.use("reference"):
         want = model(*given)
     near("reference", model(*given), want)
@@ -250,13 +251,13 @@ def test_group_norms_go_through_the_kernels() -> None:
 # --- contract -------------------------------------------------------------------------------------
 
 
-def test_it_is_wired_to_what_conditioning_offers() -> None:
-    alone, told = small(), small(slots=TOLD, outputs=2)
-    assert (alone.in_channels, alone.out_channels, alone.context_dim) == (4, 4, 0)
-    assert alone.use_spatial_transformer is False and alone.adm_in_channels == 0
-    assert (told.in_channels, told.out_channels, told.context_dim) == (6, 8, 12)
-    assert told.use_spatial_transformer is True and told.adm_in_channels == 10
-    assert told.wired(Z, TOLD, 2) == told
+def test_wiring_follows_the_conditioning() -> None:
+    plain, wired = small(), small(slots=ALL, outputs=2)
+    assert (plain.in_channels, plain.out_channels, plain.context_dim) == (4, 4, 0)
+    assert plain.use_spatial_transformer is False and plain.adm_in_channels == 0
+    assert (wired.in_channels, wired.out_channels, wired.context_dim) == (6, 8, 12)
+    assert wired.use_spatial_transformer is True and wired.adm_in_channels == 10
+    assert wired.wired(Z, ALL, 2) == wired
 
 
 @pytest.mark.parametrize(
@@ -276,18 +277,18 @@ def test_latents_that_do_not_fit_are_refused_by_field(z, field, rule) -> None:
         model(torch.zeros(1, *z.__dict__.values()), torch.zeros(1), Conditions())
 
 
-def test_what_it_does_not_take_is_refused() -> None:
+def test_unsupported_conditions_are_refused() -> None:
     with pytest.raises(ConfigError, match="use_spatial_transformer=True, but False is needed"):
         small(use_spatial_transformer=True)
     with pytest.raises(ConfigError, match="in_channels=4, but 6 is needed"):
-        small(slots=TOLD, in_channels=4)
-    with pytest.raises(ConfigError, match="unet2d: context is for 3 frames"):
+        small(slots=ALL, in_channels=4)
+    with pytest.raises(ConfigError, match="unet2d: context has tokens for 3 frames"):
         small(slots=Slots(context=Tokens(8, 2, frames=3)))
     model, (z, t, _) = UNet2D(small()), inputs(Slots())
     for cond, problem in [
-        (Conditions(context=torch.zeros(2, 5, 12)), "context_dim=0, but .* bring 12"),
-        (Conditions(vector=torch.zeros(2, 3)), "adm_in_channels=0, but .* bring 3"),
-        (Conditions(concat=torch.zeros_like(z)), "in_channels=4, but .* bring 8"),
+        (Conditions(context=torch.zeros(2, 5, 12)), "context_dim=0, but the inputs have 12"),
+        (Conditions(vector=torch.zeros(2, 3)), "adm_in_channels=0, but the inputs have 3"),
+        (Conditions(concat=torch.zeros_like(z)), "in_channels=4, but the inputs have 8"),
         (Conditions(scalars={"fps": t}), "takes no fps"),
     ]:
         with pytest.raises(ValueError, match=problem):
@@ -301,7 +302,7 @@ def test_slots_that_settings_exclude_are_not_taken() -> None:
 
 
 def test_adapter_targets_are_layers_of_every_attention() -> None:
-    for cfg in (small(), small(slots=TOLD)):
+    for cfg in (small(), small(slots=ALL)):
         names = [n for n, m in UNet2D(cfg).named_modules() if isinstance(m, nn.Linear | nn.Conv1d)]
         for target in cfg.adapter_targets():
             assert sum(n.endswith(f".{target}") for n in names) >= 4
@@ -322,7 +323,7 @@ def test_adapter_targets_are_layers_of_every_attention() -> None:
         ({"use_spatial_transformer": True, "context_dim": 0}, "use_spatial_transformer=True: want"),
     ],
 )
-def test_bad_settings_are_named(settings, problem) -> None:
+def test_bad_settings_are_reported(settings, problem) -> None:
     (found,) = UNet2D.Config(**settings).problems()
     assert found.startswith(problem)
 
@@ -338,10 +339,10 @@ CLIP = Clip(4, 3, 8, 8)
 
 
 @pytest.mark.parametrize("motion", ["vanilla", "grid"])
-@pytest.mark.parametrize("slots", [Slots(), TOLD], ids=["plain", "told"])
+@pytest.mark.parametrize("slots", [Slots(), ALL], ids=["unconditional", "conditioned"])
 @torch.no_grad()
-def test_a_network_of_pictures_is_unchanged_on_every_frame_of_a_clip(slots, motion) -> None:
-    image = stirred(small(slots=slots))
+def test_an_image_network_initially_processes_every_frame_separately(slots, motion) -> None:
+    image = randomised(small(slots=slots))
     video = UNet2D(small(CLIP, slots, motion_module=motion))
     missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
     assert missing and all(".motion_module." in k for k in missing) and not unexpected
@@ -355,14 +356,14 @@ def test_a_network_of_pictures_is_unchanged_on_every_frame_of_a_clip(slots, moti
         concat = None if cond.concat is None else cond.concat[:, :, i : i + 1]
         return image(z[:, :, i : i + 1], t, replace(cond, concat=concat))
 
-    # convolutions of other batches: float32 rounding
+    # float32 rounding of other batch sizes
     want = torch.cat([frame(i) for i in range(3)], 2)
     torch.testing.assert_close(video(z, t, cond), want, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_frames_of_a_clip_meet_in_motion_modules() -> None:
-    model = stirred(small(CLIP, motion_module="vanilla"))
+def test_motion_modules_mix_frames() -> None:
+    model = randomised(small(CLIP, motion_module="vanilla"))
     z, t = torch.randn(2, 4, 3, 8, 8), torch.tensor([10.0, 700.5])
     other = z.clone()
     other[:, :, 2] += 1
@@ -381,11 +382,11 @@ def test_blocks_of_a_motion_grid_must_fit_the_smallest_size() -> None:
     [
         ({"motion_module": "raft"}, "motion_module='raft': want one of"),
         ({"motion_heads": 0}, "motion_heads=0: want >= 1"),
-        ({"motion_module": "vanilla", "motion_heads": 65}, "motion_heads=65: 64 // 65 * 65 is 0"),
+        ({"motion_module": "vanilla", "motion_heads": 65}, "motion_heads=65: the motion mod"),
         ({"motion_block_size": 0}, "motion_block_size=0: want >= 1"),
     ],
 )
-def test_a_bad_motion_setting_is_said(settings, problem) -> None:
+def test_a_bad_motion_setting_is_reported(settings, problem) -> None:
     (found,) = UNet2D.Config(**settings).problems()
     assert found.startswith(problem)
 

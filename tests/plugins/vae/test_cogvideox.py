@@ -16,7 +16,7 @@ from sandbox.contracts import Clip, Misfit
 from tests.helpers import preset
 
 GOLDEN = Path(__file__).parents[2] / "golden/cogvideox"
-NEAR = {"atol": 3e-5, "rtol": 2e-4}  # the fixtures' own
+NEAR = {"atol": 3e-5, "rtol": 2e-4}  # as recorded with the fixtures
 KNOWN = set(AutoencoderCogVideoX.Config.__dataclass_fields__)
 
 
@@ -25,7 +25,7 @@ def recorded(name: str) -> dict[str, Tensor]:
 
 
 def golden(**changes: object) -> AutoencoderCogVideoX:
-    """The tiny published model with its recorded weights."""
+    """The tiny published model with recorded weights."""
     path = GOLDEN / "vae_weights.safetensors"
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["meta"])["config"]
@@ -67,11 +67,11 @@ def test_pixels_equal_the_recorded_ones(frames: int) -> None:
 
 
 @torch.no_grad()
-def test_a_clip_in_one_piece_is_another_function() -> None:
+def test_chunks_change_the_function() -> None:
     fixture = recorded("io")
     contrast = fixture["moments_T17_unbatched_contrast"]
-    whole = golden(num_sample_frames_batch_size=100).encode(fixture["video"]).stored
-    torch.testing.assert_close(whole, contrast, **NEAR)
+    unchunked = golden(num_sample_frames_batch_size=100).encode(fixture["video"]).stored
+    torch.testing.assert_close(unchunked, contrast, **NEAR)
     assert (golden().encode(fixture["video"]).stored - contrast).abs().max() > 0.1
 
 
@@ -84,7 +84,7 @@ def test_tiles_equal_the_recorded_ones() -> None:
 
 
 @torch.no_grad()
-def test_without_tiling_large_pictures_equal_the_recorded_ones() -> None:
+def test_without_tiling_large_frames_equal_the_recorded_ones() -> None:
     model, fixture = golden(**TILES), recorded("tiled")
     moments = model.encode(fixture["video"]).stored
     torch.testing.assert_close(moments, fixture["plain_moments"], **NEAR)
@@ -143,14 +143,14 @@ def test_published_clips_have_the_published_latents(clip: Clip, latents: Clip) -
         (Clip(1, 49, 480, 720), "channels=1: want 3"),
     ],
 )
-def test_a_clip_that_would_not_come_back_is_refused(clip: Clip, message: str) -> None:
+def test_a_clip_that_would_lose_frames_is_refused(clip: Clip, message: str) -> None:
     with pytest.raises(Misfit) as error:
         preset("vae", "cogvideox_5b").latents(clip)
     assert str(error.value) == message
 
 
 @torch.no_grad()
-def test_no_piece_sees_a_later_one() -> None:
+def test_no_chunk_depends_on_a_later_one() -> None:
     model, x = small(), torch.randn(1, 3, 17, 16, 16)
     other = x.clone()
     other[:, :, 9:] = 0
@@ -160,7 +160,7 @@ def test_no_piece_sees_a_later_one() -> None:
 
 
 @torch.no_grad()
-def test_a_piece_begins_with_the_end_of_the_one_before() -> None:
+def test_a_chunk_depends_on_the_last_frame_of_the_one_before() -> None:
     model, x = small(), torch.randn(1, 3, 17, 16, 16)
     other = x.clone()
     other[:, :, 8] = 0
@@ -168,21 +168,21 @@ def test_a_piece_begins_with_the_end_of_the_one_before() -> None:
 
 
 @torch.no_grad()
-def test_slices_change_no_number() -> None:
+def test_slicing_does_not_change_the_result() -> None:
     x = torch.randn(3, 3, 9, 16, 16)
     torch.testing.assert_close(small(use_slicing=True).encode(x).stored, small().encode(x).stored)
 
 
 @torch.no_grad()
-def test_large_inputs_in_parts_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitting_large_inputs_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 3, 9, 16, 16)
-    whole = small().encode(x).stored
+    unsplit = small().encode(x).stored
     monkeypatch.setattr(cogvideox_autoencoder, "LARGE", 10_000)
-    torch.testing.assert_close(small().encode(x).stored, whole)
+    torch.testing.assert_close(small().encode(x).stored, unsplit)
 
 
 @torch.no_grad()
-def test_nothing_is_kept_between_calls() -> None:
+def test_no_state_is_kept_between_calls() -> None:
     model, x = small(), torch.randn(1, 3, 9, 16, 16)
     first = model.encode(x).stored
     model.encode(torch.randn_like(x))
@@ -202,10 +202,10 @@ def test_nothing_is_kept_between_calls() -> None:
         ({"tile_overlap_factor_width": 0.6}, "tile_overlap_factor_width=0.6: want 0 to 0.5"),
         (
             {"use_tiling": True, "tile_sample_min_width": 18},
-            "tile_overlap_factor_width=0.2: want tiles of 18 pixels and 4 latents to share whole",
+            "tile_overlap_factor_width=0.2: tiles of 18 pixels (4 latents) must overlap by",
         ),
     ],
 )
-def test_a_bad_setting_is_said(changes: dict, problem: str) -> None:
+def test_a_bad_setting_is_reported(changes: dict, problem: str) -> None:
     problems = list(replace(AutoencoderCogVideoX.Config(), **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems

@@ -1,4 +1,4 @@
-"""A picture autoencoder's weights begin a 3-D one, which then makes of a picture what it made."""
+"""3-D autoencoders start from the weights of a 2-D one, and then give the same result on images."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ LEVELS = (1, 2, 2)
 KINDS = ("magvit", "slice")
 
 
-def pictures():
-    """A tiny KL-f8: two residual blocks a level, as the published one."""
+def autoencoder_2d():
+    """A tiny KL-f8 with two residual blocks per level, as published."""
     cfg = registry.default("vae", "kl")
     torch.manual_seed(0)
     sizes = {"ch": 8, "ch_mult": LEVELS, "num_res_blocks": 2, "num_groups": 4, "embed_dim": 4}
     return registry.create(replace(cfg, **sizes, scale_factor=1.0, shift=0.0)).eval()
 
 
-def video(kind: str, **settings):
+def autoencoder_3d(kind: str, **settings):
     cfg = registry.default("vae", kind)
     sizes = {"ch": 8, "ch_mult": LEVELS, "layers_per_block": 2, "norm_num_groups": 4}
     more = {"latent_channels": 4, "start": "published", "scale_factor": 1.0, "shift": 0.0}
@@ -34,7 +34,7 @@ def video(kind: str, **settings):
 
 
 def in_diffusers(state):
-    """The same weights under the names of diffusers' AutoencoderKL."""
+    """The same weights with the names of diffusers' AutoencoderKL."""
     out = {}
     for name, weight in state.items():
         for ours, theirs in (
@@ -58,9 +58,9 @@ def in_diffusers(state):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("names", [dict, in_diffusers], ids=["compvis", "diffusers"])
-def test_a_picture_goes_through_it_as_before(tmp_path, kind, names):
-    image, clip = pictures(), video(kind)
-    loss = {"loss.logvar": torch.zeros(1)}  # what only training needed is passed over
+def test_images_give_the_same_result(tmp_path, kind, names):
+    image, clip = autoencoder_2d(), autoencoder_3d(kind)
+    loss = {"loss.logvar": torch.zeros(1)}  # weights of the training loss are ignored
     save_file(names(image.state_dict()) | loss, tmp_path / "vae.safetensors")
     init_first_stage(clip, tmp_path / "vae.safetensors")
     x = tensor(2, 3, 1, 16, 16)
@@ -70,17 +70,17 @@ def test_a_picture_goes_through_it_as_before(tmp_path, kind, names):
 
 
 @torch.no_grad()
-def test_a_causal_network_sees_each_frame_alone_at_first():
-    """But for its norms and attention, which see the whole window: kernels do not mix frames."""
-    clip = video("magvit")
-    state = clip.from_published(pictures().state_dict())
+def test_causal_kernels_initially_do_not_mix_frames():
+    """Norms and attention still cover the full window."""
+    clip = autoencoder_3d("magvit")
+    state = clip.from_published(autoencoder_2d().state_dict())
     kernels = {k: v for k, v in state.items() if v.ndim == 5 and v.shape[2] == 3}
     assert len(kernels) > 20
     assert not any(v[:, :, :2].any() for v in kernels.values())
 
 
-def test_the_published_sizes_take_stable_diffusions_autoencoder():
-    """Names and shapes of kl-f8 become those of MagViT, on the meta device."""
+def test_the_published_size_accepts_stable_diffusions_autoencoder():
+    """Names and shapes of kl-f8 become those of MagViT."""
     with torch.device("meta"):
         image = registry.create(preset("vae", "kl_f8"))
         clip = registry.create(preset("vae", "magvit_easyanimate_v2"))
@@ -89,7 +89,7 @@ def test_the_published_sizes_take_stable_diffusions_autoencoder():
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in own.items()}
 
 
-def test_another_depth_is_refused_with_names(tmp_path):
-    save_file(pictures().state_dict(), tmp_path / "vae.safetensors")
+def test_another_depth_is_refused(tmp_path):
+    save_file(autoencoder_2d().state_dict(), tmp_path / "vae.safetensors")
     with pytest.raises(StorageError, match=r"weights do not fit this model: decoder\.up_blocks"):
-        init_first_stage(video("magvit", layers_per_block=1), tmp_path / "vae.safetensors")
+        init_first_stage(autoencoder_3d("magvit", layers_per_block=1), tmp_path / "vae.safetensors")

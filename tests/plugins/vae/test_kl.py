@@ -1,4 +1,4 @@
-"""The KL autoencoder against recorded outputs of the original, its published size, its contract."""
+"""The KL autoencoder against recorded outputs of the original, its size and its contract."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from sandbox.randomness import Keyed, Recorded
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CLIP = (2, 3, 5, 16, 24)
-# The published size (Stable Diffusion, DynamiCrafter); conf/vae/kl_f8.yaml must say the same.
+# The published size (Stable Diffusion, DynamiCrafter), which conf/vae/kl_f8.yaml must equal.
 KL_F8 = AutoencoderKL.Config(
     ch=128,
     ch_mult=(1, 2, 4, 4),
@@ -30,7 +30,7 @@ KL_F8 = AutoencoderKL.Config(
 
 
 def filled(system: str, spec: dict) -> dict[str, Tensor]:
-    """Weights from the table of a golden folder, see its README."""
+    """Weights from the table of a golden folder; see its README."""
     table = load_file(GOLDEN / system / "weights_table.safetensors")["table"]
     state = {}
     for key, (shape, offset, scale, shift) in spec.items():
@@ -57,7 +57,7 @@ def golden() -> tuple[dict, dict[str, Tensor], AutoencoderKL]:
 
 
 def near(name: str, got: Tensor, want: Tensor, rtol: float = 2e-5) -> None:
-    """Reruns of the original differ by about 2e-6; other convolution orders by a little more."""
+    """Reruns of the original differ by about 2e-6, other orders of summation by a bit more."""
     error = (got - want).abs().max().item() / want.abs().max().item()
     assert got.shape == want.shape and error < rtol, f"{name}: relative error {error:.1e}"
 
@@ -107,7 +107,7 @@ def test_blocks_equal_the_original(name, block, suffix) -> None:
     module, key = block(), f"out/{name}{suffix}"
     weights = json.loads((GOLDEN / "ldm/blocks.json").read_text())["weights"][name]
     module.load_state_dict(filled("ldm", weights))
-    # inputs times 0.01 make the eps of the group norm visible
+    # scaled by 0.01, the inputs show the eps of the group norm
     near(key, module(tensors["in/x"] * (0.01 if suffix else 1)), tensors[key])
 
 
@@ -143,7 +143,7 @@ def test_sizes_that_do_not_divide_are_misfits(field, clip) -> None:
     assert error.value.field == field
 
 
-def test_every_bad_setting_is_named() -> None:
+def test_every_bad_setting_is_reported() -> None:
     cfg = AutoencoderKL.Config(
         ch=0,
         ch_mult=(1, 3),
@@ -156,9 +156,9 @@ def test_every_bad_setting_is_named() -> None:
         train_frames=0,
         out_ch=1,
     )
-    named = {p.split("=")[0] for p in cfg.problems()}
+    reported = {p.split("=")[0] for p in cfg.problems()}
     bad = {"ch", "dropout", "double_z", "attn_resolutions", "scale_factor", "shift"}
-    assert named == bad | {"frames_per_pass", "train_frames", "out_ch"}
+    assert reported == bad | {"frames_per_pass", "train_frames", "out_ch"}
 
 
 def test_groups_must_divide_every_width() -> None:
@@ -167,32 +167,32 @@ def test_groups_must_divide_every_width() -> None:
     assert problem.startswith("num_groups=8")
 
 
-def test_frames_do_not_see_each_other() -> None:
+def test_frames_are_independent() -> None:
     torch.manual_seed(0)
     model, x = AutoencoderKL(AutoencoderKL.Config()), torch.randn(CLIP)
     one = model.decode(model.encode(x[:, :, 2:3]).mean)
-    # the same numbers in another batch size: float32 rounding
+    # float32 rounding of another batch size
     torch.testing.assert_close(
         model.decode(model.encode(x).mean)[:, :, 2:3], one, rtol=1e-4, atol=1e-5
     )
 
 
-def test_frames_per_pass_changes_no_result() -> None:
+def test_frames_per_pass_does_not_change_the_result() -> None:
     torch.manual_seed(0)
     model, x = AutoencoderKL(AutoencoderKL.Config()), torch.randn(CLIP)
-    whole = model.encode(x).stored
+    unsplit = model.encode(x).stored
     model.cfg = replace(model.cfg, frames_per_pass=3)
-    torch.testing.assert_close(model.encode(x).stored, whole, rtol=1e-4, atol=1e-5)  # rounding
+    torch.testing.assert_close(model.encode(x).stored, unsplit, rtol=1e-4, atol=1e-5)  # rounding
 
 
-def test_attention_stands_at_the_named_resolutions() -> None:
+def test_attention_is_at_the_listed_resolutions() -> None:
     model = AutoencoderKL(AutoencoderKL.Config(attn_resolutions=(8,)))
     assert [len(level.attn) for level in model.encoder.down] == [0, 1, 0]
     assert [len(level.attn) for level in model.decoder.up] == [0, 2, 0]
     assert model.decode(model.encode(torch.zeros(CLIP)).mean).shape == CLIP
 
 
-def test_decode_undoes_scale_and_shift() -> None:
+def test_decode_inverts_scale_and_shift() -> None:
     torch.manual_seed(0)
     model = AutoencoderKL(AutoencoderKL.Config(scale_factor=0.5, shift=1.5))
     z = torch.randn(1, 4, 2, 4, 4)
@@ -206,7 +206,7 @@ def test_calibrated_latents_have_unit_variance_in_each_channel() -> None:
     model.calibrate(x.split(2))
     z = model.scaled(model.encode(x).mean)
     torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(4), rtol=0, atol=1e-4)
-    # the measured deviation is the biased one; 1e-3 is rounding of small latents in float32
+    # the measured deviation is the biased one; 1e-3 covers float32 rounding of small latents
     torch.testing.assert_close(z.std((0, 2, 3, 4), correction=0), torch.ones(4), rtol=1e-3, atol=0)
 
 
@@ -217,7 +217,7 @@ def test_published_scale_is_neither_measured_nor_stored() -> None:
     assert not {"scale", "shift"} & set(model.state_dict())
 
 
-def test_calibration_survives_the_state_dict() -> None:
+def test_calibration_is_in_the_state_dict() -> None:
     torch.manual_seed(0)
     model, other = (AutoencoderKL(AutoencoderKL.Config()) for _ in range(2))
     model.calibrate([torch.randn(2, 3, 1, 16, 16)])
@@ -226,7 +226,7 @@ def test_calibration_survives_the_state_dict() -> None:
     assert torch.equal(model.scaled(z), other.scaled(z))
 
 
-def test_reconstruction_samples_the_posterior_with_the_named_draw() -> None:
+def test_reconstruction_samples_with_the_draw_posterior() -> None:
     torch.manual_seed(0)
     model, x = AutoencoderKL(AutoencoderKL.Config()), torch.randn(2, 3, 1, 16, 16)
     noise = torch.randn(2, 4, 1, 4, 4)
@@ -245,7 +245,7 @@ def test_reconstruction_takes_the_drawn_frames_of_each_clip() -> None:
 
 
 @pytest.mark.parametrize("number", [None, 5, 9])
-def test_reconstruction_takes_whole_clips_where_there_are_no_more_frames(number) -> None:
+def test_reconstruction_takes_full_clips_if_there_are_no_more_frames(number) -> None:
     model, x = AutoencoderKL(AutoencoderKL.Config(train_frames=number)), torch.randn(CLIP)
     assert model.reconstruct(x, Keyed(0, 0, torch.arange(2), 2)).target is x
 
@@ -267,6 +267,6 @@ def test_posterior_of_an_odd_channel_count_is_refused() -> None:
         Gaussian(torch.zeros(1, 3, 1, 1, 1))
 
 
-def test_wider_networks_train_with_a_smaller_rate() -> None:
+def test_wider_networks_have_a_smaller_learning_rate() -> None:
     assert AutoencoderKL.Config().recipe().lr == 4e-3
     assert KL_F8.recipe().lr == 4e-3 / 8

@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler, keep_smoothest, tiled
+from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler
+from plugins._blocks.haar import keep_smoothest
+from plugins._blocks.tiling import tiled
 from plugins.vae.magvit import MagViT
 from sandbox.contracts import Clip, Misfit
 from sandbox.randomness import Keyed, Recorded
@@ -18,7 +20,7 @@ from sandbox.randomness import Keyed, Recorded
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests/golden/easyanimate"
 SMALL = MagViT.Config(ch=8, latent_channels=4)
-WHOLE = {1: {}, 9: {}, 17: {"mini_batch_encoder": 17, "mini_batch_decoder": 5}}
+ONE_WINDOW = {1: {}, 9: {}, 17: {"mini_batch_encoder": 17, "mini_batch_decoder": 5}}
 
 
 def published() -> MagViT.Config:
@@ -33,7 +35,7 @@ def recorded(name: str) -> dict[str, Tensor]:
 
 
 def golden(**changes: object) -> MagViT:
-    """The tiny published model with its recorded weights."""
+    """The tiny published model with recorded weights."""
     facts = json.loads((GOLDEN / "vae_magvit.json").read_text())["config"]
     known = {k: v for k, v in facts.items() if k in MagViT.Config.__dataclass_fields__}
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
@@ -45,7 +47,7 @@ def golden(**changes: object) -> MagViT:
 
 
 def near(name: str, got: Tensor, want: Tensor) -> None:
-    """The fixtures' own tolerance; another torch version stays below 1.7e-6."""
+    """Tolerance of the fixtures; another torch version stays below 1.7e-6."""
     error = ((got - want).norm() / want.norm()).item()
     largest = (got - want).abs().max().item()
     limit = 1e-5 * max(1.0, want.abs().max().item())
@@ -68,20 +70,21 @@ def built(cfg: MagViT.Config = SMALL) -> MagViT:
 # the published model
 
 
-@pytest.mark.parametrize("frames", WHOLE)
+@pytest.mark.parametrize("frames", ONE_WINDOW)
 @torch.no_grad()
 def test_moments_equal_the_recorded_ones(frames: int) -> None:
     fixture = recorded("vae_magvit")
-    got = golden(**WHOLE[frames]).encode(fixture[f"in.x_T{frames}"]).stored
+    got = golden(**ONE_WINDOW[frames]).encode(fixture[f"in.x_T{frames}"]).stored
     near("moments", got, fixture[f"out.moments_T{frames}"])
 
 
-@pytest.mark.parametrize("frames", WHOLE)
+@pytest.mark.parametrize("frames", ONE_WINDOW)
 @torch.no_grad()
 def test_pixels_equal_the_recorded_ones(frames: int) -> None:
     fixture = recorded("vae_magvit")
     mean = fixture[f"out.moments_T{frames}"][:, :4]
-    near("pixels", golden(**WHOLE[frames]).pixels(mean), fixture[f"out.decode_of_mean_T{frames}"])
+    pixels = golden(**ONE_WINDOW[frames]).pixels(mean)
+    near("pixels", pixels, fixture[f"out.decode_of_mean_T{frames}"])
 
 
 @torch.no_grad()
@@ -94,13 +97,13 @@ def test_windows_equal_the_recorded_ones() -> None:
 
 @torch.no_grad()
 def test_smoothed_windows_equal_the_recorded_ones() -> None:
-    # From the recorded video: a second encoding magnifies the rounding of the first.
+    # Starts from the recorded video: encoding twice would magnify the rounding.
     fixture = recorded("vae_magvit_ops")
     near("video", golden().smoothed(fixture["out.decode_chunked"]), fixture["out.smoothed_chunked"])
 
 
 @torch.no_grad()
-def test_decode_smooths_where_it_is_asked_to() -> None:
+def test_decode_smooths_with_smooth_output() -> None:
     z = recorded("vae_magvit_ops")["out.latent_mean_chunked"]
     model = golden()
     want = model.smoothed(model.decode(z))
@@ -145,7 +148,7 @@ def test_preset_has_no_problems() -> None:
         (published(), Clip(3, 144, 512, 512), Clip(4, 48, 64, 64)),
         (published(), Clip(3, 1, 384, 672), Clip(4, 1, 48, 84)),
         (MagViT.Config(), Clip(3, 9, 16, 16), Clip(16, 3, 4, 4)),
-        (replace(SMALL, **WHOLE[17]), Clip(3, 34, 16, 8), Clip(4, 10, 4, 2)),
+        (replace(SMALL, **ONE_WINDOW[17]), Clip(3, 34, 16, 8), Clip(4, 10, 4, 2)),
     ],
 )
 def test_latents_follow_the_windows(cfg: MagViT.Config, clip: Clip, latents: Clip) -> None:
@@ -171,7 +174,7 @@ def test_a_clip_that_does_not_fit_is_refused(clip: Clip, message: str) -> None:
 
 @pytest.mark.parametrize("frames", [1, 9, 18])
 @torch.no_grad()
-def test_shapes_are_what_the_config_says(frames: int) -> None:
+def test_shapes_match_the_config(frames: int) -> None:
     model, x = built(), clips(frames=frames)
     z = model.scaled(model.encode(x).mean)
     assert Clip(*z.shape[1:]) == model.cfg.latents(Clip(*x.shape[1:]))
@@ -189,7 +192,7 @@ def test_decode_refuses_latents_that_fill_no_window() -> None:
 
 
 @torch.no_grad()
-def test_nothing_crosses_windows() -> None:
+def test_windows_are_independent() -> None:
     model, x = built(), clips(frames=18)
     both = model.encode(x).stored
     torch.testing.assert_close(both[:, :, 3:], model.encode(x[:, :, 9:]).stored)
@@ -202,7 +205,7 @@ def test_decode_stays_within_the_range_of_pixels() -> None:
 
 
 @torch.no_grad()
-def test_smoothing_leaves_a_single_window_alone() -> None:
+def test_smoothing_does_not_change_a_single_window() -> None:
     z = torch.randn(1, 4, 3, 4, 4)
     plain, smooth = built(), built(replace(SMALL, smooth_output=True))
     assert torch.equal(plain.decode(z), smooth.decode(z))
@@ -212,9 +215,9 @@ def test_smoothing_leaves_a_single_window_alone() -> None:
 def test_smoothing_samples_with_the_given_draws() -> None:
     model, z = built(replace(SMALL, smooth_output=True)), torch.randn(1, 4, 6, 4, 4)
     model.quant_conv.bias[4:] = 0.0  # a posterior wide enough to see
-    still = Recorded({"smooth": torch.zeros(1, 4, 3, 4, 4)})
+    zero = Recorded({"smooth": torch.zeros(1, 4, 3, 4, 4)})
     noisy = Recorded({"smooth": torch.ones(1, 4, 3, 4, 4)})
-    assert torch.equal(model.decode(z, still), model.decode(z))
+    assert torch.equal(model.decode(z, zero), model.decode(z))
     assert not torch.equal(model.decode(z, noisy), model.decode(z))
 
 
@@ -233,7 +236,7 @@ def test_every_parameter_gets_a_gradient_from_reconstruction() -> None:
     out = model.reconstruct(clips(), draws)
     (out.video.square().sum() + out.posterior.kl().sum()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A bias of keys moves all scores of a query alike, which softmax ignores.
+    # Softmax is invariant to the bias of keys.
     assert [n for n in without if not n.endswith("to_k.bias")] == []
 
 
@@ -247,15 +250,15 @@ def test_bfloat16_runs() -> None:
 
 
 @torch.no_grad()
-def test_spatial_attention_sees_one_frame_at_a_time() -> None:
+def test_spatial_attention_covers_one_frame() -> None:
     model = built(replace(SMALL, mid_block_attention_type="spatial", start="published"))
     attention = model.encoder.mid_block.attentions[0]
     x = torch.randn(1, 16, 3, 4, 4)
-    alone = attention(x[:, :, 1:2])
-    torch.testing.assert_close(attention(x)[:, :, 1:2], alone)
+    single = attention(x[:, :, 1:2])
+    torch.testing.assert_close(attention(x)[:, :, 1:2], single)
 
 
-def test_attention_can_be_left_out() -> None:
+def test_attention_is_optional() -> None:
     model = built(replace(SMALL, mid_block_use_attention=False))
     assert not [n for n in model.state_dict() if "attentions" in n]
     assert model.encode(clips()).mean.isfinite().all()
@@ -271,18 +274,18 @@ def test_attention_can_be_left_out() -> None:
         ({"mid_block_num_attention_heads": 5}, "mid_block_num_attention_heads=5: want a divisor"),
         ({"mid_block_attention_type": "2d"}, "mid_block_attention_type='2d': want one of"),
         ({"start": "pca"}, "start='pca': want one of ['published', 'haar']"),
-        ({"latent_channels": 2}, "start='haar' with [16, 32, 32] channels, 2 latents: want"),
+        ({"latent_channels": 2}, "start='haar' with [16, 32, 32] channels and 2 latent channels"),
         ({"down_block_types": ("Down",) * 3}, "down_block_types='Down': want one of"),
         ({"up_block_types": ("SpatialUpBlock3D",) * 3}, "up_block_types multiply (time, space)"),
         ({"mini_batch_encoder": 8}, "mini_batch_encoder=8: want 1 plus a multiple of 4"),
-        ({"mini_batch_decoder": 2}, "mini_batch_decoder=2: want 3, the latents of"),
+        ({"mini_batch_decoder": 2}, "mini_batch_decoder=2: want 3, the latent frames of"),
         ({"tile_sample_min_size": 30}, "tile_sample_min_size=30: want a multiple of 4"),
-        ({"tile_overlap_factor": 0.3}, "tile_overlap_factor=0.3: want tiles of 64 latents"),
+        ({"tile_overlap_factor": 0.3}, "tile_overlap_factor=0.3: tiles of 64 latents"),
         ({"tile_overlap_factor": float("nan")}, "tile_overlap_factor=nan: want 0 to 0.5"),
         ({"scale_factor": 0.0}, "scale_factor=0.0: want > 0"),
     ],
 )
-def test_a_bad_setting_is_said(changes: dict, problem: str) -> None:
+def test_a_bad_setting_is_reported(changes: dict, problem: str) -> None:
     problems = list(replace(MagViT.Config(), **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems
 
@@ -291,7 +294,7 @@ def test_defaults_have_no_problems() -> None:
     assert not list(MagViT.Config().problems())
 
 
-# the start
+# initial weights
 
 
 @torch.no_grad()
@@ -316,7 +319,7 @@ def test_haar_start_makes_residual_blocks_the_identity() -> None:
 
 
 @pytest.mark.parametrize("mult", [(1, 1), (1, 2, 4, 4), (2, 1, 1)])
-def test_haar_start_fits_other_levels(mult: tuple[int, ...]) -> None:
+def test_haar_start_supports_other_levels(mult: tuple[int, ...]) -> None:
     down = ("SpatialDownBlock3D",) * len(mult)
     up = ("SpatialUpBlock3D",) * len(mult)
     cfg = replace(SMALL, ch_mult=mult, down_block_types=down, up_block_types=up)
@@ -354,7 +357,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
 
 
 @torch.no_grad()
-def test_a_convolution_sees_no_later_frame() -> None:
+def test_a_causal_convolution_does_not_read_later_frames() -> None:
     conv, x = CausalConv3d(2, 2, (2, 2)), torch.randn(1, 2, 9, 8, 8)
     changed = x.clone()
     changed[:, :, 5:] += 1

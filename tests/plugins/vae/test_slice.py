@@ -22,7 +22,7 @@ TOLERANCE = 5e-6  # of the fixtures
 
 @cache
 def golden() -> SliceVAE:
-    """The tiny published model with its recorded weights."""
+    """The tiny published model with recorded weights."""
     spec = facts("vae_slice")
     known = SliceVAE.Config.__dataclass_fields__
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["config"].items()}
@@ -64,7 +64,7 @@ def test_pixels_equal_the_recorded_ones(frames: int) -> None:
 
 
 def test_preset_has_the_names_and_shapes_of_magvit() -> None:
-    """As published: both have one weights layout."""
+    """As published, both have the same parameters."""
     with torch.device("meta"):
         model = SliceVAE(preset("vae", "slice_easyanimate_v3"))
     manifest = json.loads((GOLDEN / "easyanimate_v2_vae_magvit.json").read_text())
@@ -118,22 +118,22 @@ def test_latents_that_fill_no_slice_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_the_encoder_shares_nothing_between_slices() -> None:
+def test_slices_are_encoded_independently() -> None:
     model, x = built(), clips(17)
-    alone = model.encode(x[:, :, 9:]).stored
-    torch.testing.assert_close(model.encode(x).stored[:, :, 3:], alone)
+    last = model.encode(x[:, :, 9:]).stored
+    torch.testing.assert_close(model.encode(x).stored[:, :, 3:], last)
 
 
-@pytest.mark.parametrize(("changed", "seen"), [(0, False), (1, True), (3, True), (5, False)])
+@pytest.mark.parametrize(("changed", "is_used"), [(0, False), (1, True), (3, True), (5, False)])
 @torch.no_grad()
-def test_the_decoder_of_a_slice_sees_its_neighbours_alone(changed: int, seen: bool) -> None:
-    """Latents 1 and 2 are the first slice, with frames 1 to 8; 0 stands alone."""
+def test_a_slice_is_decoded_with_its_neighbours_only(changed: int, is_used: bool) -> None:
+    """Latents 1 and 2 are the first slice (frames 1 to 8); latent 0 is the separate first frame."""
     model = built(replace(SMALL, start="published"))
     z = torch.randn(1, 4, 7, 2, 2, generator=torch.Generator().manual_seed(0))
     other = z.clone()
     other[:, :, changed] += 1
     frames = slice(1, 9)
-    assert torch.equal(model.pixels(z)[:, :, frames], model.pixels(other)[:, :, frames]) != seen
+    assert torch.equal(model.pixels(z)[:, :, frames], model.pixels(other)[:, :, frames]) != is_used
 
 
 @torch.no_grad()
@@ -149,12 +149,12 @@ def test_no_state_is_kept_between_calls() -> None:
 
 
 @torch.no_grad()
-def test_large_pictures_are_taken_in_tiles() -> None:
+def test_large_frames_are_processed_in_tiles() -> None:
     model = built(replace(SMALL, use_tiling=True, tile_sample_min_size=16))
     x = clips(1, 24)
-    whole = built().encode(x).stored
-    assert model.encode(x).stored.shape == whole.shape
-    assert not torch.equal(model.encode(x).stored, whole)
+    untiled = built().encode(x).stored
+    assert model.encode(x).stored.shape == untiled.shape
+    assert not torch.equal(model.encode(x).stored, untiled)
     assert torch.equal(model.encode(x[..., :16]).stored, built().encode(x[..., :16]).stored)
 
 
@@ -163,11 +163,11 @@ def test_every_parameter_gets_a_gradient_from_reconstruction() -> None:
     out = model.reconstruct(clips(), Keyed(0, 0, torch.arange(2), 2))
     (out.video.square().sum() + out.posterior.kl().sum()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # A bias of keys moves all scores of a query alike, which softmax ignores.
+    # Softmax is invariant to the bias of keys.
     assert [n for n in without if not n.endswith("to_k.bias")] == []
 
 
-def test_a_few_steps_learn_a_clip() -> None:
+def test_a_few_steps_overfit_a_clip() -> None:
     model, x = built(), clips()
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     losses = []
@@ -195,14 +195,14 @@ def test_a_few_steps_learn_a_clip() -> None:
         ({"down_block_types": ("Down",) * 3}, "down_block_types='Down': want one of"),
         ({"up_block_types": ("SpatialUpBlock3D",) * 3}, "up_block_types multiply (time, space)"),
         ({"mini_batch_encoder": 9}, "mini_batch_encoder=9: want a multiple of 4"),
-        ({"mini_batch_decoder": 3}, "mini_batch_decoder=3: want 2, the latents of"),
+        ({"mini_batch_decoder": 3}, "mini_batch_decoder=3: want 2, the latent frames of"),
         ({"tile_sample_min_size": 30}, "tile_sample_min_size=30: want a multiple of 4"),
-        ({"tile_overlap_factor": 0.3}, "tile_overlap_factor=0.3: want tiles of 96 latents"),
+        ({"tile_overlap_factor": 0.3}, "tile_overlap_factor=0.3: tiles of 96 latents"),
         ({"tile_overlap_factor": float("nan")}, "tile_overlap_factor=nan: want 0 to 0.5"),
         ({"scale_factor": 0.0}, "scale_factor=0.0: want > 0"),
     ],
 )
-def test_a_bad_setting_is_said(changes: dict, problem: str) -> None:
+def test_a_bad_setting_is_reported(changes: dict, problem: str) -> None:
     problems = list(replace(SliceVAE.Config(), **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems
 
@@ -211,7 +211,7 @@ def test_a_bad_setting_is_said(changes: dict, problem: str) -> None:
 
 
 @torch.no_grad()
-def test_a_convolution_sees_one_frame_ahead_and_zeros_outside() -> None:
+def test_a_centred_convolution_pads_with_zeros() -> None:
     conv, x = CausalConv3d(2, 2, causal=False), torch.randn(1, 2, 5, 4, 4)
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1, 1, 1))
     want = torch.nn.functional.conv3d(padded, conv.weight, conv.bias)
@@ -219,8 +219,8 @@ def test_a_convolution_sees_one_frame_ahead_and_zeros_outside() -> None:
 
 
 @torch.no_grad()
-def test_upsampling_doubles_every_frame_but_a_still_one() -> None:
+def test_upsampling_doubles_frames_except_a_single_frame() -> None:
     layer, x = Upsampler(2, (2, 2), causal=False), torch.randn(1, 2, 2, 4, 4)
     assert layer(x).shape == (1, 2, 4, 8, 8)
     assert layer(x[:, :, :1]).shape == (1, 2, 2, 8, 8)
-    assert layer(x[:, :, :1], still=True).shape == (1, 2, 1, 8, 8)
+    assert layer(x[:, :, :1], single_frame=True).shape == (1, 2, 1, 8, 8)

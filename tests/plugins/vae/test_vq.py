@@ -1,4 +1,4 @@
-"""The VQ autoencoder against recorded outputs of the original, its published size, its contract."""
+"""The VQ autoencoder against recorded outputs of the original, its size and its contract."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from sandbox.randomness import Keyed
 
 GOLDEN = Path(__file__).parents[2] / "golden/ldm"
 CLIP = (2, 3, 5, 16, 24)
-# The published size (CelebAHQ-LDM-VQ-4); conf/vae/vq_f4.yaml must say the same.
+# The published size (CelebAHQ-LDM-VQ-4), which conf/vae/vq_f4.yaml must equal.
 VQ_F4 = VQModel.Config(
     embed_dim=3,
     n_embed=8192,
@@ -60,7 +60,7 @@ def model(facts) -> VQModel:
 
 
 def near(name: str, got: Tensor, want: Tensor, rtol: float = 2e-5) -> None:
-    """Reruns of the original differ by about 2e-6; other convolution orders by a little more."""
+    """Reruns of the original differ by about 2e-6, other orders of summation by a bit more."""
     error = (got - want).abs().max().item() / want.abs().max().item()
     assert got.shape == want.shape and error < rtol, f"{name}: relative error {error:.1e}"
 
@@ -91,7 +91,7 @@ def test_decode_quantises(model, tensors) -> None:
     near("dec", model.decode(tensors["out/h"]), tensors["out/dec"])
 
 
-def test_decode_can_leave_features_as_they_are(model, tensors) -> None:
+def test_decode_can_skip_quantisation(model, tensors) -> None:
     plain = VQModel(replace(model.cfg, force_not_quantize=True))
     plain.load_state_dict(model.state_dict())
     near("dec_not_quantized", plain.decode(tensors["out/h"]), tensors["out/dec_not_quantized"])
@@ -116,7 +116,7 @@ def test_training_gradients_equal_the_original(model, facts, tensors) -> None:
         assert got == pytest.approx(want, rel=1e-3, abs=1e-6), name
 
 
-def test_beta_weighs_the_commitment_unless_legacy() -> None:
+def test_beta_weights_the_commitment_unless_legacy() -> None:
     z = torch.ones(1, 2, 1, 1, 1)
     for legacy, grad_z, grad_code in [(True, 1.0, -0.25), (False, 0.25, -1.0)]:
         codebook = Codebook(1, 2, beta=0.25, legacy=legacy)
@@ -173,12 +173,12 @@ def test_sizes_that_do_not_divide_are_misfits() -> None:
         VQModel.Config().latents(Clip(3, 1, 16, 18))
 
 
-def test_every_bad_setting_is_named() -> None:
+def test_every_bad_setting_is_reported() -> None:
     cfg = VQModel.Config(
         n_embed=0, beta=float("nan"), double_z=True, ch_mult=(), dropout=1.0, in_channels=1
     )
-    named = {p.split("=")[0] for p in cfg.problems()}
-    assert named == {"n_embed", "beta", "double_z", "ch_mult", "dropout", "in_channels"}
+    reported = {p.split("=")[0] for p in cfg.problems()}
+    assert reported == {"n_embed", "beta", "double_z", "ch_mult", "dropout", "in_channels"}
 
 
 def test_bfloat16_runs() -> None:
