@@ -54,7 +54,7 @@ class FirstStage(nn.Module, ABC):
 
         Uses the draw "posterior", and "frames" if it takes a part of each clip.
         """
-        x = self.part(x, draws)
+        x = self.training_frames(x, draws)
         posterior = self.encode(x)
         z = posterior.sample(draws.normal("posterior", posterior.mean))
         return Reconstruction(x, self.pixels(z), posterior, last_layer=self.last_layer())
@@ -67,7 +67,7 @@ class FirstStage(nn.Module, ABC):
         layer = getattr(getattr(self, "decoder", None), "conv_out", None)
         return None if layer is None else next(p for p in layer.parameters() if p.ndim > 1)
 
-    def part(self, x: Tensor, draws: Draws) -> Tensor:
+    def training_frames(self, x: Tensor, draws: Draws) -> Tensor:
         """`train_frames` consecutive frames of each clip, from a random start."""
         number = self.train_frames
         if number is None or number >= x.shape[2]:

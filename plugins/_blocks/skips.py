@@ -22,7 +22,7 @@ def long_skips(depth: int, width: int) -> nn.ModuleList:
     return nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range((depth - 1) // 2))
 
 
-def through(
+def apply_blocks(
     blocks: Sequence[Callable[[Tensor], Tensor]],
     skips: nn.ModuleList | Sequence[Callable[[Tensor], Tensor]],
     x: Tensor,

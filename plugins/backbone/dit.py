@@ -23,7 +23,7 @@ from plugins._blocks.backbone import (
 from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
 from plugins._blocks.motion import MotionModule
-from plugins._blocks.skips import long_skips, through
+from plugins._blocks.skips import apply_blocks, long_skips
 from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems
 from sandbox.contracts import (
     SCALARS,
@@ -238,7 +238,7 @@ class DiT(nn.Module):
             conditions = (c, cond.context, cond.context_mask, height)
             return checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
 
-        x = through([partial(step, block) for block in self.blocks], self.skips, x)
+        x = apply_blocks([partial(step, block) for block in self.blocks], self.skips, x)
         shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)
         x = self.patch_out(norm(x, shift, scale))
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)

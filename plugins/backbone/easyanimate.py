@@ -29,7 +29,7 @@ from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import timestep_embedding
 from plugins._blocks.layers import GELU, MLP, FeedForward, zeroed
 from plugins._blocks.motion import MotionModule, frame_sinusoids
-from plugins._blocks.skips import long_skips, through
+from plugins._blocks.skips import apply_blocks, long_skips
 from plugins._blocks.unet_attention import Attention
 from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems, slots_taken
 from sandbox.contracts import (
@@ -232,7 +232,7 @@ class EasyAnimate(nn.Module):
             return checkpointed(cfg.gradient_checkpointing, block, x, modulation, context, bias)
 
         blocks = [partial(step, block) for block in self.transformer_blocks]
-        x = through(blocks, self.long_connect_fc, x)
+        x = apply_blocks(blocks, self.long_connect_fc, x)
         shift, scale = spread(self.scale_shift_table + e[:, None])
         x = self.proj_out(norm(x, cfg.norm_eps) * (1 + scale) + shift)
         p = cfg.patch_size

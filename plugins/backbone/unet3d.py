@@ -238,7 +238,7 @@ class UNet3D(UNet):
         frames = z.shape[2]
         context, mask = cond.context, cond.context_mask
         if context is not None and context.ndim == 4:
-            context = self.sets("context", context, frames)  # (B or B*T, L, D)
+            context = self.token_sets("context", context, frames)  # (B or B*T, L, D)
             mask = None if mask is None else mask.repeat_interleave(len(context) // len(mask), 0)
         image = cond.image_context
         if (image is not None) != bool(self.cfg.image_cross_attention):
@@ -246,14 +246,14 @@ class UNet3D(UNet):
             found = "no" if image is None else "an"
             raise ValueError(f"{stated}, but the inputs have {found} image_context")
         if image is not None:
-            image = self.sets("image_context", image, frames)
+            image = self.token_sets("image_context", image, frames)
         emb = self.embedding(z_t, t, cond) + self.fs_embedding(z_t, cond)
         inputs = LayerInputs(emb, frames, context, mask, image)
         x = self.run(rearrange(z, "b c t h w -> (b t) c h w"), inputs)
         return rearrange(x, "(b t) c h w -> b c t h w", t=frames)
 
     @staticmethod
-    def sets(name: str, tokens: Tensor, frames: int) -> Tensor:
+    def token_sets(name: str, tokens: Tensor, frames: int) -> Tensor:
         """(B, 1, L, D) -> (B, L, D), shared by all frames; (B, T, L, D) -> (B*T, L, D)."""
         if tokens.shape[1] not in (1, frames):
             raise ValueError(

@@ -120,7 +120,7 @@ class VQModel(FirstStage):
         )
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstruction:
-        x = self.part(x, draws)
+        x = self.training_frames(x, draws)
         posterior = self.encode(x)
         quantised, loss, codes = self.quantize(posterior.mean)
         used = loss.new_zeros(self.cfg.n_embed).index_fill_(0, codes.flatten(), 1.0).mean()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from plugins._blocks.motion import MotionModule, frame_sinusoids
-from plugins._blocks.skips import long_skips, through
+from plugins._blocks.skips import apply_blocks, long_skips
 from plugins.backbone.easyanimate import (
     Block,
     EasyAnimate,
@@ -290,7 +290,7 @@ def test_skips_pair_blocks_from_both_ends(depth) -> None:
     def block(i: int):
         return lambda x: torch.full_like(x, i)
 
-    through([block(i) for i in range(depth)], [skip(n) for n in range(count)], torch.zeros(1))
+    apply_blocks([block(i) for i in range(depth)], [skip(n) for n in range(count)], torch.zeros(1))
     assert used == [(count - 1 - n, n) for n in range(count)]
     assert count == (13 if depth == 28 else (depth - 1) // 2)
 
