@@ -235,10 +235,14 @@ class AttentionBlock(ConditionedLayer):
 # --- the network ----------------------------------------------------------------------------------
 
 
-class Layers(nn.ModuleList):
+class Layers(nn.Sequential):
     """Layers in sequence, each followed by its motion module, if any."""
 
-    def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:
+    # Not a ModuleList: FSDP would wrap every layer instead of the block.
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a second input
+        self, input: Tensor, inputs: LayerInputs
+    ) -> Tensor:
+        x = input
         for layer in self:
             if not isinstance(layer, ConditionedLayer):
                 x = layer(x)
@@ -272,7 +276,7 @@ class UNet(nn.Module, ABC):
         self.input_blocks = nn.ModuleList(blocks)
         width = widths[-1]
         self.middle_block = Layers(
-            [self.res_block(width, width), *self.attention(width), self.res_block(width, width)]
+            self.res_block(width, width), *self.attention(width), self.res_block(width, width)
         )
         self.output_blocks = nn.ModuleList(self.make_output_blocks(widths))
         width = cfg.channel_mult[0] * cfg.model_channels
@@ -287,7 +291,7 @@ class UNet(nn.Module, ABC):
         """Blocks from the largest to the smallest size, and the channels of their outputs."""
         s = self.cfg
         width = s.model_channels
-        blocks = [Layers([nn.Conv2d(in_channels, width, 3, padding=1)])]
+        blocks = [Layers(nn.Conv2d(in_channels, width, 3, padding=1))]
         widths, last = [width], len(s.channel_mult) - 1
         for level, mult in enumerate(s.channel_mult):
             for _ in range(s.num_res_blocks):
@@ -295,10 +299,10 @@ class UNet(nn.Module, ABC):
                 width = mult * s.model_channels
                 if 2**level in s.attention_resolutions:
                     layers += self.attention(width)
-                blocks.append(Layers(layers))
+                blocks.append(Layers(*layers))
                 widths.append(width)
             if level < last:
-                blocks.append(Layers([self.resampler(width, "down")]))
+                blocks.append(Layers(self.resampler(width, "down")))
                 widths.append(width)
         return blocks, widths
 
@@ -316,7 +320,7 @@ class UNet(nn.Module, ABC):
                     layers += self.attention(width, output=True)
                 if level and i == s.num_res_blocks:
                     layers.append(self.resampler(width, "up"))
-                blocks.append(Layers(layers))
+                blocks.append(Layers(*layers))
         return blocks
 
     @abstractmethod

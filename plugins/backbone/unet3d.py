@@ -194,7 +194,7 @@ class UNet3D(UNet):
                 cfg.model_channels, INIT_HEADS, cfg.num_head_channels, cfg.transformer_depth,
                 max_distance=self.max_distance(), use_checkpoint=cfg.use_checkpoint,
             )  # fmt: skip
-            self.init_attn = Layers([first])
+            self.init_attn = Layers(first)
 
     def max_distance(self) -> int:
         """Limit of the relative positions of frames; 0 for none."""
