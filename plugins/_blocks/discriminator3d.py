@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.conv3d import Conv3d
 from plugins._blocks.patchgan import NLayerDiscriminator
-from plugins._blocks.unet import Norm
-from plugins._configs.backbone import GROUPS
+from plugins._blocks.unet import GROUPS, Norm
 
 SLOPE = 0.2  # of every leaky ReLU
 BLUR = (1.0, 2.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -13,14 +14,35 @@ from plugins._blocks.haar import init_linear
 from plugins._blocks.inflate import inflated, is_2d
 from plugins._blocks.posterior import Gaussian
 from plugins._blocks.tiling import tiled
-from plugins._configs.autoencoder3d import Autoencoder3DConfig
 from sandbox.contracts import State
+
+
+class Sizes(Protocol):
+    """Settings of the Configs of `magvit` and `slice` that the networks and tiles read."""
+
+    latent_channels: int
+    layers_per_block: int
+    norm_num_groups: int
+    mid_block_use_attention: bool
+    mid_block_attention_type: str
+    mid_block_num_attention_heads: int
+    use_tiling: bool
+    tile_sample_min_size: int
+    tile_overlap_factor: float
+    scale_factor: float | None
+    shift: float | None
+    start: str
+
+    def widths(self) -> tuple[int, ...]: ...
+    def down_factors(self) -> tuple[tuple[int, int], ...]: ...
+    def up_factors(self) -> tuple[tuple[int, int], ...]: ...
+    def factors(self) -> tuple[int, int]: ...
 
 
 class EasyAnimateVAE(FirstStage):
     """Networks, weight conversion and tiling. Subclasses split a clip into windows or slices."""
 
-    def __init__(self, cfg: Autoencoder3DConfig, causal: bool) -> None:
+    def __init__(self, cfg: Sizes, causal: bool) -> None:
         z = cfg.latent_channels
         super().__init__(z, cfg.scale_factor, cfg.shift)
         self.cfg = cfg

@@ -272,7 +272,7 @@ def load(
     ]
     if differing:
         raise StorageError(
-            f"{setting}={weights}: {len(differing)} weights do not fit this OpenCLIP: "
+            f"{setting}={weights}: {len(differing)} of its weights do not fit this OpenCLIP: "
             f"{', '.join(differing[:10])}"
         )
     model.load_state_dict({k: state[k] for k in own})

@@ -26,8 +26,9 @@ from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.conv3d import Conv3d
 from plugins._blocks.embeddings import timestep_embedding
 from plugins._blocks.layers import GroupNorm, zeroed
-from plugins._configs.backbone import GROUPS
 from sandbox.contracts import Conditions
+
+GROUPS = 32  # of every group norm, as published
 
 
 class Sizes(Protocol):

@@ -6,8 +6,18 @@ Fields are not shared: each Config lists them in the order and with the defaults
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from sandbox.contracts import in_range, one_of
+
 MOTION_MODULES = ("none", "vanilla", "grid")
 GROUPS = 32  # of every group norm of the UNets and of motion modules, as published
+
+
+class Motion(Protocol):
+    """The settings of a motion module that all backbones have."""
+
+    motion_module: str
+    motion_block_size: int
+    motion_heads: int
 
 
 class Levels(Protocol):
@@ -21,6 +31,12 @@ class Levels(Protocol):
 def slots_taken(**slots: bool) -> frozenset[str]:
     """Names of the slots that are true."""
     return frozenset(name for name, is_taken in slots.items() if is_taken)
+
+
+def motion_setting_problems(cfg: Motion) -> Iterator[str]:
+    yield from one_of("motion_module", cfg.motion_module, MOTION_MODULES)
+    yield from in_range("motion_block_size", cfg.motion_block_size, 1)
+    yield from in_range("motion_heads", cfg.motion_heads, 1)
 
 
 def motion_width_problems(width: int, heads: int, divisor: int = 1) -> Iterator[str]:

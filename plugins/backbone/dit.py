@@ -24,7 +24,12 @@ from plugins._blocks.checkpointing import checkpointed
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
 from plugins._blocks.motion import MotionModule
 from plugins._blocks.skips import apply_blocks, long_skips
-from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems
+from plugins._configs.backbone import (
+    GROUPS,
+    MOTION_MODULES,
+    motion_setting_problems,
+    motion_width_problems,
+)
 from sandbox.contracts import (
     SCALARS,
     BackboneConfig,
@@ -119,9 +124,7 @@ class DiT(nn.Module):
                 yield f"scalars={list(self.scalars)}: want each name once"
 
         def motion_problems(self) -> Iterator[str]:
-            yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
-            yield from in_range("motion_block_size", self.motion_block_size, 1)
-            yield from in_range("motion_heads", self.motion_heads, 1)
+            yield from motion_setting_problems(self)
             if self.motion_module not in MOTION_MODULES[1:]:
                 return
             if self.attention in ("joint", "factorised"):

@@ -31,7 +31,13 @@ from plugins._blocks.layers import GELU, MLP, FeedForward, zeroed
 from plugins._blocks.motion import MotionModule, frame_sinusoids
 from plugins._blocks.skips import apply_blocks, long_skips
 from plugins._blocks.unet_attention import Attention
-from plugins._configs.backbone import GROUPS, MOTION_MODULES, motion_width_problems, slots_taken
+from plugins._configs.backbone import (
+    GROUPS,
+    MOTION_MODULES,
+    motion_setting_problems,
+    motion_width_problems,
+    slots_taken,
+)
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -41,7 +47,6 @@ from sandbox.contracts import (
     State,
     in_range,
     must_divide,
-    one_of,
 )
 from sandbox.registry import register
 
@@ -98,11 +103,10 @@ class EasyAnimate(nn.Module):
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
+            yield from motion_setting_problems(self)
             for name in ("num_attention_heads", "attention_head_dim", "num_layers", "patch_size",
-                         "in_channels", "out_channels", "motion_block_size", "motion_heads",
-                         "motion_depth", "motion_attentions", "motion_dim_div",
-                         "motion_max_frames"):  # fmt: skip
+                         "in_channels", "out_channels", "motion_depth", "motion_attentions",
+                         "motion_dim_div", "motion_max_frames"):  # fmt: skip
                 yield from in_range(name, getattr(self, name), 1)
             for name in ("caption_channels", "vector_dim"):
                 yield from in_range(name, getattr(self, name), 0)

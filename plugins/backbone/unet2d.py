@@ -16,6 +16,7 @@ from plugins._configs.backbone import (
     divisor_problems,
     has_levels,
     level_problems,
+    motion_setting_problems,
     motion_width_problems,
     slots_taken,
 )
@@ -28,7 +29,6 @@ from sandbox.contracts import (
     Slots,
     in_range,
     must_divide,
-    one_of,
 )
 from sandbox.registry import register
 
@@ -104,9 +104,7 @@ class UNet2D(UNet):
                 yield "use_spatial_transformer=False: want true, or context_dim=0"
 
         def motion_problems(self, widths: list[int]) -> Iterator[str]:
-            yield from one_of("motion_module", self.motion_module, MOTION_MODULES)
-            yield from in_range("motion_block_size", self.motion_block_size, 1)
-            yield from in_range("motion_heads", self.motion_heads, 1)
+            yield from motion_setting_problems(self)
             if self.motion_module not in MOTION_MODULES[1:] or self.motion_heads < 1:
                 return
             for width in widths:

@@ -52,6 +52,8 @@ class SliceVAE(EasyAnimateVAE):
                 raise Misfit("frames", frames, rule)
             return slices * self.mini_batch_decoder + rest
 
+    cfg: Config  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower than in the base
+
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg, causal=False)
 
