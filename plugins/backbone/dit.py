@@ -147,7 +147,7 @@ class DiT(nn.Module):
             return frozenset(self.scalars)
 
         def grid(self, z: Clip) -> Clip:
-            """`z` with frames padded to whole patches; height and width must divide."""
+            """`z` with frames padded to a multiple of patch_t; height and width must divide."""
             block = self.motion_block_size if self.motion_module == "grid" else 1
             must_divide("height", z.height, self.patch * block)
             must_divide("width", z.width, self.patch * block)

@@ -48,7 +48,7 @@ class SliceVAE(EasyAnimateVAE):
             else:
                 allowed, also = (0, 1), f", or {self.mini_batch_encoder} k"
             if frames < 1 or rest not in allowed:
-                rule = f"{self.mini_batch_encoder} k + 1{also}, in whole slices"
+                rule = f"{self.mini_batch_encoder} k + 1{also} (k slices)"
                 raise Misfit("frames", frames, rule)
             return slices * self.mini_batch_decoder + rest
 

@@ -97,10 +97,10 @@ def test_frames_follow_the_slices(settings: dict, frames: int, latents: int) -> 
 @pytest.mark.parametrize(
     ("settings", "clip", "message"),
     [
-        ({}, Clip(3, 10, 16, 16), "frames=10: want 8 k + 1, or 8 k, in whole slices"),
-        ({}, Clip(3, 0, 16, 16), "frames=0: want 8 k + 1, or 8 k, in whole slices"),
+        ({}, Clip(3, 10, 16, 16), "frames=10: want 8 k + 1, or 8 k (k slices)"),
+        ({}, Clip(3, 0, 16, 16), "frames=0: want 8 k + 1, or 8 k (k slices)"),
         ({"mini_batch_encoder": 4, "mini_batch_decoder": 1}, Clip(3, 8, 16, 16),
-         "frames=8: want 4 k + 1, in whole slices"),
+         "frames=8: want 4 k + 1 (k slices)"),
         ({}, Clip(3, 9, 18, 16), "height=18: want a multiple of 4"),
         ({}, Clip(1, 9, 16, 16), "channels=1: want 3"),
     ],
