@@ -231,15 +231,6 @@ def tokenizer() -> Callable[[list[str]], Tensor]:
     return partial(SimpleTokenizer(), context_length=CONTEXT_LENGTH)
 
 
-def replaced(captions: list[str], drop: Tensor | None, negative: list[str] | None) -> list[str]:
-    """Replaces dropped captions by their negative prompt, or by an empty caption."""
-    if drop is None:
-        return captions
-    negatives = negative or [""] * len(captions)
-    rows = zip(drop.tolist(), negatives, captions, strict=True)
-    return [other if dropped else own for dropped, other, own in rows]
-
-
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -278,7 +269,7 @@ def load(
     model.load_state_dict({k: state[k] for k in own})
 
 
-def look(weights: str) -> None:
+def check_weights(weights: str) -> None:
     """Raises the StorageError of `load` for a missing file, before a model is built."""
     if weights != RANDOM and torch.get_default_device().type != "meta":
         weights_file(weights)

@@ -230,8 +230,8 @@ class UNet3D(UNet):
         """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
 
         context is (B, L, D), or (B, T, L, D) for separate tokens per frame; image_context is
-        (B, T or 1, L, D). Raises ValueError for inputs that do not match the settings, SizeError for
-        sizes.
+        (B, T or 1, L, D). Raises ValueError for inputs that do not match the settings, SizeError
+        for sizes.
         """
         z = self.checked(z_t, cond)
         self.cfg.grid(Clip(*z.shape[1:]))
