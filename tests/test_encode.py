@@ -107,7 +107,7 @@ def test_clips_of_several_sizes_are_stored_in_them_and_have_the_same_losses(fold
     widths = {items.load(i, None)["stored"].shape[-1] for i in range(len(items))}
     assert widths == {4, 8}
     assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
-    with pytest.raises(DataError, match=r"there are clips of 9x16x32, too"):
+    with pytest.raises(DataError, match=r"also has clips of 9x16x32"):
         registry.create(from_cache(root).data).split("train")
 
 

@@ -1,6 +1,6 @@
-"""Which size a clip goes to, by aspect ratio and number of frames, as EasyAnimate (June 2024) does.
+"""Bucket choice by aspect ratio and number of frames, as in EasyAnimate (June 2024).
 
-Pure functions; sizes are (height, width) in pixels, ratios height over width.
+Pure functions; sizes are (height, width) in pixels, ratios are height over width.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ T = TypeVar("T")
 
 
 def nearest_ratio(size: Size, ratios: Iterable[float]) -> float:
-    """The ratio nearest to that of `size`; the first of two equally near."""
+    """The ratio nearest to that of `size`; of equally near ones the first."""
     height, width = size
     return min(ratios, key=lambda ratio: abs(ratio - height / width))
 
 
 def covering(source: Size, crop: Size) -> Size:
-    """The size to which a picture is resized, so that it is just large enough for `crop`."""
+    """The smallest resize of `source` that keeps its aspect and covers `crop`."""
     (height, width), (rows, columns) = source, crop
     if rows / height > columns / width:
         return rows, int(width * rows / height)
@@ -30,10 +30,10 @@ def covering(source: Size, crop: Size) -> Size:
 
 
 def frame_shares(frames: int, interval: int) -> dict[int, float]:
-    """How often a random crop in time leaves so many of `frames` frames; sums to 1.
+    """Probability of each clip length under a random temporal crop of `frames` frames.
 
-    1 and the multiples of `interval`: the most of them nine times in ten, the others share the rest
-    alike. Raises ValueError for numbers below 1.
+    Lengths are 1 and the multiples of `interval`. The longest has probability 0.9; the others
+    share the rest equally. Raises ValueError for numbers below 1.
     """
     if frames < 1 or interval < 1:
         raise ValueError(f"frames={frames}, interval={interval}: want both >= 1")
@@ -45,28 +45,32 @@ def frame_shares(frames: int, interval: int) -> dict[int, float]:
 
 
 def picked(shares: Mapping[T, float], u: float) -> T:
-    """The entry at `u` in [0, 1), for a uniform number; shares need not sum to 1."""
-    rest = u * sum(shares.values())
+    """The entry that uniform `u` in [0, 1) selects; shares need not sum to 1."""
+    remaining = u * sum(shares.values())
     for choice, share in shares.items():
-        rest -= share
-        if rest < 0:
+        remaining -= share
+        if remaining < 0:
             return choice
-    return choice
+    return list(shares)[-1]  # rounding
 
 
 def batch_frames(lengths: Sequence[int], interval: int, most: int) -> int:
-    """Frames of a batch of clips with these `lengths`.
+    """Number of frames of a batch of clips with these `lengths`.
 
-    The largest multiple of `interval` that none falls short of, and at most `most` + `interval`;
-    where that is none, 1: a batch of pictures.
+    The largest multiple of `interval` that no clip falls short of, and at most `most` + `interval`;
+    1 (a batch of images) if there is none.
     """
     length = min([*lengths, most + interval])
     return max(length // interval * interval, 1)
 
 
-def nearest(look: tuple[int, int, int], clips: Sequence[Clip]) -> Clip:
-    """The one of `clips` for a video of these frames, height and width; the first of equals."""
-    number, height, width = look
+def nearest(size: tuple[int, int, int], clips: Sequence[Clip]) -> Clip:
+    """The bucket among `clips` for a video of (frames, height, width); of equals the first.
+
+    The most frames that the video has (else the fewest), then the nearest aspect, then the nearest
+    size in pixels.
+    """
+    number, height, width = size
     counts = {clip.frames for clip in clips}
     frames = max((n for n in counts if n <= number), default=min(counts))
 

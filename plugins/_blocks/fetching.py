@@ -1,23 +1,24 @@
-"""Weights of others from where they are published; no host in reach is said within seconds."""
+"""Downloads of published weights, which fail within seconds if no host can be reached."""
 
 from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-TIMEOUT = 5.0  # seconds until a host that does not answer is given up
+TIMEOUT = 5.0  # seconds to wait for a host
 
 
 def reach(url: str) -> None:
-    """Raises OSError where no host answers, within seconds: those who download try for a minute."""
-    with suppress(HTTPError):  # from a host; what it refuses it tells those who download
+    """Raises OSError within seconds if no host answers; the download libraries retry for a minute.
+    """
+    with suppress(HTTPError):  # the host answers; a refusal is reported by the download itself
         urlopen(Request(url, method="HEAD"), timeout=TIMEOUT).close()
 
 
 def from_hub(repository: str, names: tuple[str, ...]) -> Path:
-    """The first of these files that the cache has, else that the hub has.
+    """The first of the files `names` in the local cache, else on the hub.
 
-    Raises OSError or ValueError where there is none.
+    Raises OSError or ValueError if there is none.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -28,13 +29,13 @@ def from_hub(repository: str, names: tuple[str, ...]) -> Path:
     for name in names[:-1]:
         try:
             return Path(hf_hub_download(repository, name, etag_timeout=TIMEOUT))
-        except (OSError, ValueError):  # perhaps it has another
+        except (OSError, ValueError):  # the repository may have another of the names
             continue
     return Path(hf_hub_download(repository, names[-1], etag_timeout=TIMEOUT))
 
 
 def from_url(url: str, name: str, check_hash: bool = False) -> dict:
-    """The tensors of a file that torch keeps under `name`; nothing in it is run. Raises OSError."""
+    """The tensors of a file that torch caches as `name`, loaded as weights only. Raises OSError."""
     import torch
 
     if not Path(torch.hub.get_dir(), "checkpoints", name).is_file():

@@ -230,15 +230,6 @@ def tokenizer() -> Callable[[list[str]], Tensor]:
     return partial(SimpleTokenizer(), context_length=CONTEXT_LENGTH)
 
 
-def replaced(captions: list[str], drop: Tensor | None, negative: list[str] | None) -> list[str]:
-    """`captions` with the dropped ones replaced by their negative one, or by an empty one."""
-    if drop is None:
-        return captions
-    instead = negative or [""] * len(captions)
-    rows = zip(drop.tolist(), instead, captions, strict=True)
-    return [other if dropped else own for dropped, other, own in rows]
-
-
 # --- weights --------------------------------------------------------------------------------------
 
 

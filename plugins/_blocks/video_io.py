@@ -1,10 +1,10 @@
-"""Clips from videos (PyAV) and images (Pillow), cropped and resized; a fault is a BadItem."""
+"""Reads clips from videos (PyAV) and images (Pillow), cropped and resized; errors are BadItem."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,33 +18,34 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from PIL.Image import Image
 
-# Each ending has one container. Nothing is probed, so that a playlist that is called .mp4 opens no
-# other file and no address.
+# One container per extension. Formats are not probed: a playlist named .mp4 must not open other
+# files or URLs.
 CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
 IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 
-Choose = Callable[[int], int]  # room -> place in [0, room]
-Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> numbers of frames
-Shape = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
+Size = tuple[int, int, int]  # frames, height, width
+Choose = Callable[[int], int]  # room -> offset in [0, room]
+Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> frame numbers
+Resize = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
 
 
 def chooser(is_random: bool, rng: np.random.Generator) -> Choose:
-    """Places drawn from `rng`, or the middle."""
+    """Offsets drawn from `rng`, or the middle."""
     return (lambda room: int(rng.integers(room + 1))) if is_random else (lambda room: room // 2)
 
 
 class Media(Protocol):
-    """A file by its path, or bytes that lie in another file."""
+    """A path, or a range of bytes in another file."""
 
     @property
     def suffix(self) -> str: ...
-    def open(self, mode: str, /) -> BinaryIO: ...
+    def open(self, mode: Literal["rb"], /) -> IO[bytes]: ...
 
 
 class Fit:
-    """Image -> (height, width, 3) uint8: cuts the largest part of that aspect and resizes it.
+    """Image -> (height, width, 3) uint8: the largest crop of that aspect, resized.
 
-    `choose` picks the place of the part once for a clip. Bicubic with antialiasing.
+    `choose` picks the offset of the crop once per clip. Bicubic with antialiasing.
     """
 
     def __init__(self, height: int, width: int, choose: Choose) -> None:
@@ -57,7 +58,7 @@ class Fit:
         if self.box is None:
             scale = min(image.width / self.width, image.height / self.height)
             width, height = self.width * scale, self.height * scale
-            # Whole pixels, so that a crop without resizing copies its pixels.
+            # Integer offsets: a crop without resizing copies pixels exactly.
             left, top = (
                 self.choose(int(room)) for room in (image.width - width, image.height - height)
             )
@@ -68,31 +69,31 @@ class Fit:
 def to_video(images: list[np.ndarray]) -> Tensor:
     """(H, W, 3) uint8 each -> (3, T, H, W) float32 in [-1, 1]."""
     video = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2)
-    # Turned around while it is converted, then in place: the plain way takes longer than decoding.
+    # Transposed during the conversion, then in place: otherwise slower than decoding.
     floats = video.to(torch.float32, memory_format=torch.contiguous_format)
     return floats.div_(127.5).sub_(1)
 
 
-def read_image(path: Media, fit: Shape) -> Tensor:
+def read_image(path: Media, resize: Resize) -> Tensor:
     """(3, 1, H, W) in [-1, 1]. Raises BadItem."""
     from PIL import Image, ImageOps
 
     try:
         formats = [IMAGES[path.suffix.lower()]]
         with path.open("rb") as file, Image.open(file, formats=formats) as image:
-            return to_video([fit(ImageOps.exif_transpose(image).convert("RGB"))])
+            return to_video([resize(ImageOps.exif_transpose(image).convert("RGB"))])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadItem(f"cannot be read: {e}") from e
 
 
-def measured(path: Media) -> tuple[int, int, int]:
-    """Frames, height and width of a file, of a video by its head and its first frame.
+def media_size(path: Media) -> Size:
+    """Frames, height and width of an image or video, from its header and first frame.
 
     Raises BadItem.
     """
     if path.suffix.lower() in IMAGES:
         return 1, *image_size(path)
-    import av
+    from av.error import FFmpegError
 
     try:
         with opened(path) as (container, stream):
@@ -101,34 +102,35 @@ def measured(path: Media) -> tuple[int, int, int]:
             first = next(container.decode(stream), None)
             if first is None:
                 raise BadItem("has no frame")
-            image = first.height, first.width
-            return frames, *(image[::-1] if first.rotation % 180 else image)
-    except (av.FFmpegError, OSError, ValueError) as e:
+            if first.rotation % 180:
+                return frames, first.width, first.height
+            return frames, first.height, first.width
+    except (FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
 
-def all_measured(paths: list[Path]) -> list[tuple[int, int, int] | BadItem]:
-    """What `measured` says of each file, or raises."""
+def media_sizes(paths: list[Path]) -> list[Size | BadItem]:
+    """`media_size` of each file, or its error."""
 
-    def of(path: Path) -> tuple[int, int, int] | BadItem:
+    def size(path: Path) -> Size | BadItem:
         try:
-            return measured(path)
+            return media_size(path)
         except BadItem as e:
             return e
 
     with ThreadPoolExecutor() as pool:
-        return [*pool.map(of, paths)]
+        return [*pool.map(size, paths)]
 
 
 def image_size(path: Media) -> tuple[int, int]:
-    """Height and width as it is shown. Raises BadItem."""
+    """Height and width after the EXIF rotation. Raises BadItem."""
     from PIL import ExifTags, Image
 
     try:
         formats = [IMAGES[path.suffix.lower()]]
         with path.open("rb") as file, Image.open(file, formats=formats) as image:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if is_turned else (image.height, image.width)
+            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if is_rotated else (image.height, image.width)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadItem(f"cannot be read: {e}") from e
 
@@ -138,14 +140,14 @@ def read_video(
 ) -> tuple[Tensor, float]:
     """(3, frames, H, W) in [-1, 1] and the file's fps.
 
-    The clip is every `stride`-th frame from a start that `choose` picks. Raises BadItem for a file
-    that is missing, corrupt, without video or too short.
+    The clip is every `stride`-th frame from a start picked by `choose`. Raises BadItem for a
+    missing or corrupt file, and for one without video or with too few frames.
     """
 
     def pick(number: int, rate: float) -> list[int]:
         span = (frames - 1) * stride + 1
         if number < span:
-            raise BadItem(f"has {number} frames, {span} are needed")
+            raise BadItem(f"has {number} frames, want {span}")
         start = choose(number - span)
         return [*range(start, start + span, stride)]
 
@@ -153,9 +155,9 @@ def read_video(
     return to_video(images), rate
 
 
-def read_frames(path: Media, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], float]:
-    """The frames whose numbers `pick` chooses, in order, and the file's fps. Raises BadItem."""
-    import av
+def read_frames(path: Media, pick: Pick, resize: Resize) -> tuple[list[np.ndarray], float]:
+    """The frames whose numbers `pick` returns, in order, and the file's fps. Raises BadItem."""
+    from av.error import FFmpegError
 
     try:
         with opened(path) as (container, stream):
@@ -164,67 +166,71 @@ def read_frames(path: Media, pick: Pick, fit: Shape) -> tuple[list[np.ndarray], 
                 raise BadItem("has no frame rate")
             times = packet_times(container, stream)
             wanted = [times[i] for i in pick(len(times), float(rate))]
-            found = gather(container, stream, wanted[0], wanted, fit)
-            if len(found) != len(wanted):
-                # packets that show nothing (VP8), or a seek that went too far
-                times = [frame.pts for frame in decoded(container, stream, times[0])]
+            images = frames_at(container, stream, wanted[0], wanted, resize)
+            if len(images) != len(wanted):
+                # packets without a visible frame (VP8), or a seek past the first frame
+                times = [pts for _, pts in decoded(container, stream, times[0])]
                 wanted = [times[i] for i in pick(len(times), float(rate))]
-                found = gather(container, stream, times[0], wanted, fit)
-            if len(found) != len(wanted):
+                images = frames_at(container, stream, times[0], wanted, resize)
+            if len(images) != len(wanted):
                 raise BadItem("has frames whose times repeat")
-            return found, float(rate)
-    except (av.FFmpegError, OSError, ValueError) as e:
+            return images, float(rate)
+    except (FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
 
 @contextmanager
 def opened(path: Media) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """A file and its first video. Raises BadItem, and what PyAV raises."""
+    """A file and its first video stream. Raises BadItem and PyAV's errors."""
     import av
 
     with (
         path.open("rb") as file,
-        av.open(file, format=CONTAINERS[path.suffix.lower()]) as container,
+        av.open(file, mode="r", format=CONTAINERS[path.suffix.lower()]) as container,
     ):
         if not container.streams.video:
             raise BadItem("has no video")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise BadItem("cannot be decoded: its codec is not known")
-        stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+        stream.codec_context.thread_count = 1  # the loader's workers run in parallel
         yield container, stream
 
 
 def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int]:
-    """When each frame is shown, in order, from the packets alone: nothing is decoded."""
+    """Sorted presentation times (pts) of all frames, from packets, without decoding."""
     times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-    if None in times:
+    known = [pts for pts in times if pts is not None]
+    if len(known) != len(times):
         raise BadItem("has frames without a time")
-    return sorted(times)
+    return sorted(known)
 
 
-def gather(
-    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int], fit: Shape
-) -> list[np.ndarray]:
-    """The frames that are shown at the times `wanted`, each resized before the next is decoded."""
-    found = []
-    for frame in decoded(container, stream, seek):
-        if frame.pts in wanted:
+def frames_at(
+    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int],
+    resize: Resize,
+) -> list[np.ndarray]:  # fmt: skip
+    """The frames with the times `wanted`; each is resized before the next is decoded."""
+    images = []
+    for frame, pts in decoded(container, stream, seek):
+        if pts in wanted:
             image = frame.to_image()
-            found.append(
-                fit(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
+            images.append(
+                resize(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
             )
-        if frame.pts >= wanted[-1]:
+        if pts >= wanted[-1]:
             break
-    return found
+    return images
 
 
 def decoded(
     container: "InputContainer", stream: "VideoStream", seek: int
-) -> Iterator["VideoFrame"]:
-    """Frames in the order shown, from the last key frame at or before `seek`."""
+) -> Iterator[tuple["VideoFrame", int]]:
+    """Frames and their times (pts) in display order, from the last key frame up to `seek`."""
     container.seek(seek, stream=stream)
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise BadItem("has a corrupt frame")
-        yield frame
+        if frame.pts is None:
+            raise BadItem("has frames without a time")
+        yield frame, frame.pts

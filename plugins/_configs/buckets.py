@@ -1,4 +1,5 @@
-"""What the Configs of data in several sizes share; ratios are height over width."""
+"""Config of data with several clip sizes, and EasyAnimate's tables; ratios are height over width.
+"""
 
 import re
 from collections.abc import Iterator
@@ -6,9 +7,9 @@ from dataclasses import dataclass
 
 from sandbox.contracts import Clip, DataConfig, in_range, same_length
 
-# Sizes by ratio of EasyAnimate (June 2024), which are those of PixArt-alpha at 512 pixels (Chen et
-# al. 2023, 2310.00426).
-BASE = 512  # pixels that the tables are for; other sizes are scaled
+# EasyAnimate's (June 2024) sizes by ratio, which are PixArt-alpha's at 512 pixels (Chen et al.
+# 2023, 2310.00426).
+BASE = 512  # side of a square in the tables; other sizes are scaled
 ASPECTS: dict[float, tuple[int, int]] = {
     0.25: (256, 1024), 0.26: (256, 992), 0.27: (256, 960), 0.28: (256, 928), 0.32: (288, 896),
     0.33: (288, 864), 0.35: (288, 832), 0.4: (320, 800), 0.42: (320, 768), 0.48: (352, 736),
@@ -19,7 +20,7 @@ ASPECTS: dict[float, tuple[int, int]] = {
     2.09: (736, 352), 2.4: (768, 320), 2.5: (800, 320), 2.89: (832, 288), 3.0: (864, 288),
     3.11: (896, 288), 3.62: (928, 256), 3.75: (960, 256), 3.88: (992, 256), 4.0: (1024, 256),
 }  # fmt: skip
-# Ratios of a random crop and how often each is taken, in shares of their sum.
+# Ratios of a random crop and their relative frequencies.
 CROPS: dict[float, int] = {
     0.42: 1, 0.5: 2, 0.57: 4, 0.68: 4, 0.78: 4, 0.88: 4, 0.94: 8, 1.0: 8, 1.07: 8, 1.13: 4,
     1.29: 4, 1.46: 4, 1.75: 4, 2.0: 2, 2.4: 1,
@@ -27,7 +28,7 @@ CROPS: dict[float, int] = {
 
 
 def crop_size(ratio: float, size: int) -> tuple[int, int]:
-    """Height and width of the bucket `ratio` where a square has `size` pixels a side.
+    """Height and width of the bucket `ratio`, scaled so that a square is `size` x `size` pixels.
 
     Raises ValueError for an unknown ratio.
     """
@@ -39,10 +40,10 @@ def crop_size(ratio: float, size: int) -> tuple[int, int]:
 
 @dataclass
 class BucketedDataConfig(DataConfig):
-    """Data whose batches have one of several sizes each.
+    """Data with several clip sizes; each batch has one of them.
 
-    buckets: sizes beside frames x height x width, such as 49x720x480; bucket_batch_sizes: clips per
-    process and micro-batch of each of them; empty: batch_size.
+    buckets: sizes in addition to frames x height x width, such as 49x720x480; bucket_batch_sizes:
+    clips per process and micro-batch, one number per bucket (empty: batch_size).
     """
 
     buckets: tuple[str, ...] = ()
@@ -59,10 +60,13 @@ class BucketedDataConfig(DataConfig):
             yield from in_range("bucket_batch_sizes", min(sizes), 1)
 
     def clips(self) -> tuple[Clip, ...]:
-        further = (Clip(3, *map(int, text.split("x"))) for text in self.buckets)
-        return tuple(dict.fromkeys((*super().clips(), *further)))
+        return tuple(dict.fromkeys((*super().clips(), *map(bucket_clip, self.buckets))))
 
     def batch_of(self, clip: Clip) -> int:
-        given = zip(self.buckets, self.bucket_batch_sizes, strict=False)
-        sizes = {Clip(3, *map(int, text.split("x"))): size for text, size in given}
+        sizes = dict(zip(map(bucket_clip, self.buckets), self.bucket_batch_sizes, strict=False))
         return sizes.get(clip, self.batch_size)
+
+
+def bucket_clip(text: str) -> Clip:
+    """ "49x720x480" -> Clip of these frames, height and width."""
+    return Clip(3, *map(int, text.split("x")))

@@ -1,4 +1,4 @@
-"""What the Configs of CompVis latent-diffusion's learning-rate cycles share."""
+"""Config of CompVis latent-diffusion's cyclic learning-rate schedules."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from sandbox.contracts import LRScheduleConfig, above, in_range, same_length
 
 @dataclass
 class CyclesConfig(LRScheduleConfig):
-    """One entry a cycle: length and warm-up in steps; factors at start, top and end.
+    """One entry per cycle: length and warm-up in steps, and the factors of lr at start, top, end.
 
-    After the last cycle the last factor stays.
+    After the last cycle the last factor is kept.
     """
 
     warm_up_steps: tuple[int, ...] = (50,)
@@ -41,7 +41,7 @@ class CyclesConfig(LRScheduleConfig):
             if step <= start + length or i == len(self.cycle_lengths) - 1:
                 return self.within(i, min(step - start, length))
             start += length  # as published: a cycle's last step belongs to it, not to the next
-        raise AssertionError("problems() asks for a cycle")
+        raise AssertionError("problems() requires at least one cycle")
 
     def within(self, i: int, n: int) -> float:
         """Factor at step `n` of cycle `i`."""
@@ -52,4 +52,4 @@ class CyclesConfig(LRScheduleConfig):
 
     @abstractmethod
     def fall(self, i: int, n: int) -> float:
-        """Share of the way from `f_min` to `f_max` at step `n` of cycle `i`, after its warm-up."""
+        """Fraction of the way from `f_min` to `f_max` at step `n` of cycle `i`, after warm-up."""

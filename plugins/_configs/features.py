@@ -1,37 +1,42 @@
-"""Which networks give features, and what their Configs check."""
+"""Feature networks of the metrics, and the checks of their settings."""
 
 from collections.abc import Iterator
 
 from sandbox.contracts import is_path, one_of
 
 RANDOM = "random"
-# name -> whether it looks at whole clips (else at single pictures)
+# name -> whether it takes clips (else single frames)
 NETWORKS = {
-    "random2d": False,  # seeded filters that learned nothing: for tests
-    "random3d": True,
+    "random2d": False,  # untrained filters from a fixed seed: for tests
+    "random3d": True,  # the same
     "inception_v3": False,  # torchvision's, 2048 features
     "clip": False,  # OpenCLIP ViT-B-32, 512
     "script2d": False,  # a TorchScript file: (N, 3, H, W) in [-1, 1] -> (N, D)
     "r3d_18": True,  # torchvision's, 512
-    "i3d": True,  # the TorchScript file of I3D that FVD is measured with, 400
+    "i3d": True,  # the TorchScript file of I3D that FVD uses, 400
     "script3d": True,  # a TorchScript file: (N, 3, T, H, W) in [-1, 1] -> (N, D)
 }
 CLIP_ON_HUB = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-IN_FILES = ("script2d", "i3d", "script3d")
+TORCHSCRIPT = ("script2d", "i3d", "script3d")
 
 
 def weights_problems(network: str, weights: str) -> Iterator[str]:
-    """Problems with the network and its weights, one line each."""
+    """Problems with `network` and `weights`, one line each."""
     yield from one_of("network", network, NETWORKS)
     if network.startswith("random") and weights != RANDOM:
         yield f"weights={weights!r}: network={network} has none; want random"
     if network == "clip" and weights == "hub":
-        yield f"weights='hub': of network=clip; want {CLIP_ON_HUB}, a file, or random"
-    if network in IN_FILES and weights in (RANDOM, "hub"):
-        yield f"weights={weights!r}: network={network} is a TorchScript file; want its name"
+        yield f"weights='hub': for network=clip want {CLIP_ON_HUB}, a file, or random"
+    if network in TORCHSCRIPT and weights in (RANDOM, "hub"):
+        yield f"weights={weights!r}: network={network} is a TorchScript file; want its path"
 
 
 def weights_file(network: str, weights: str) -> dict[str, str | None]:
-    """`PluginConfig.files` of these settings; for clip a name may be one on the hub."""
-    is_here = is_path(weights) if network == "clip" else weights != "hub"
-    return {"weights": weights} if is_here and weights != RANDOM else {}
+    """`PluginConfig.files` for these settings; clip also takes a name on the hub."""
+    is_local = is_path(weights) if network == "clip" else weights != "hub"
+    return {"weights": weights} if is_local and weights != RANDOM else {}
+
+
+def score_note(weights: str) -> str:
+    """A note for the meaning of a score: with random weights it measures nothing."""
+    return " (random weights: not meaningful)" if weights == RANDOM else ""

@@ -1,8 +1,8 @@
-"""What DynamiCrafter is told (Xing et al. 2023, 2310.12190): text, an image three ways, a rate.
+"""DynamiCrafter's conditions (Xing et al. 2023, 2310.12190): text, an image, and a frame rate.
 
-One frame of the clip goes in as tokens that a query transformer makes of CLIP's (a set for every
-frame), and as latents joined to the noisy ones; captions as OpenCLIP text tokens. Module names are
-the published ones.
+Captions become OpenCLIP text tokens. One frame of the clip becomes image tokens (CLIP features
+through a query transformer, one set per frame) and latents that are concatenated to the noisy
+ones. Module names are the published ones.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks import openclip
 from plugins._blocks.resampler import Resampler
+from plugins._blocks.text import captions_of
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -31,28 +32,29 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-TOKENS = 77  # of every caption, as published
-RATES = ("none", "fps", "frame_stride")
+TOKENS = 77  # per caption, as published
+FPS_CONDITIONS = ("none", "fps", "frame_stride")
 
 
 @register("conditioning", "dynamicrafter")
 class DynamiCrafter(nn.Module):
-    """DynamiCrafter's text and image tokens, image latents and frame rate, dropped jointly."""
+    """DynamiCrafter's text and image tokens, image latents and frame rate, with joint dropout."""
 
     @dataclass
     class Config(ConditioningConfig):
-        """Both CLIP towers (frozen), the query transformer (trained), and what is dropped.
+        """Both CLIP towers (frozen), the query transformer (trained), and condition dropout.
 
-        weights: of CLIP: a file (a CLIP, or a published system), a name on the hub, or "random".
-        text_ and vision_: open_clip's text_cfg and vision_cfg. The published names of the query
-        transformer follow; video_length null is the clip's frames, 0 one set of tokens for all
-        frames, and any other number must be that of the frames: the original goes on with 256
-        tokens for each frame where a clip does not have 16.
+        weights: CLIP's weights: a file (a CLIP checkpoint or a published system), a name on the
+        hub, or "random". text_* and vision_*: open_clip's text_cfg and vision_cfg. dim to ff_mult:
+        the query transformer, under its published names. video_length: null is the clip's number
+        of frames, 0 is one set of tokens for all frames, any other value must equal the number of
+        frames (the original uses 256 tokens per frame for clips that do not have 16 frames).
 
-        uncond_prob p: a uniform number below 2p drops the text, one in [p, 3p) the image's tokens;
-        its latents stay. rand_cond_frame: the frame that is shown is drawn, one for the
-        micro-batch, else the first. interp_mode: latents of the first and the last frame, zeros
-        between. fps_condition_type: the number that the network is told, in whole units.
+        uncond_prob: with p this value and u uniform in [0, 1), u < 2p drops the text and
+        p <= u < 3p drops the image tokens; image latents are always kept. rand_cond_frame: draws
+        the condition frame, one per micro-batch; false takes the first. interp_mode: latents of
+        the first and the last frame, zeros between. fps_condition_type: the scalar condition,
+        rounded down to an integer.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (
@@ -95,7 +97,7 @@ class DynamiCrafter(nn.Module):
             yield from in_range("video_length", self.video_length, 0)
             yield from above("mlp_ratio", self.mlp_ratio, 0, 16)
             yield from in_range("uncond_prob", self.uncond_prob, 0, 1 / 3)
-            yield from one_of("fps_condition_type", self.fps_condition_type, RATES)
+            yield from one_of("fps_condition_type", self.fps_condition_type, FPS_CONDITIONS)
             for name, by in (("text_width", "text_heads"), ("vision_width", "vision_head_width")):
                 n = getattr(self, by)
                 if n > 0 and getattr(self, name) % n:
@@ -104,11 +106,10 @@ class DynamiCrafter(nn.Module):
                 yield f"image_size={self.image_size}: want a multiple of {self.patch_size}"
 
         def needs(self) -> frozenset[str]:
-            rate = {self.fps_condition_type} - {"none"}
-            return frozenset({"captions", "video"} | rate)
+            return frozenset({"captions", "video", self.fps_condition_type} - {"none"})
 
         def encodes(self) -> bool:
-            """Its CLIP looks at pixels, so that cached latents alone are not enough."""
+            """True: CLIP reads pixels, so cached latents alone are not enough."""
             return True
 
         def signals(self) -> tuple[str, ...]:
@@ -118,19 +119,19 @@ class DynamiCrafter(nn.Module):
             return ("start", "end") if self.interp_mode else ("start",)
 
         def files(self) -> dict[str, str | None]:
-            is_here = self.weights != "random" and is_path(self.weights)
-            return {"weights": self.weights} if is_here else {}
+            is_local = self.weights != "random" and is_path(self.weights)
+            return {"weights": self.weights} if is_local else {}
 
         def offers(self, clip: Clip, grid: Clip) -> Slots:
             if grid.frames != clip.frames:
                 raise ConfigError(
-                    f"dynamicrafter: shows the latents of one frame, but {clip.frames} frames "
-                    f"become {grid.frames} latents; want a first stage that keeps frames apart"
+                    f"conditioning=dynamicrafter: {clip.frames} frames become {grid.frames} latent "
+                    "frames; want a first stage without temporal compression"
                 )
-            each = 1 if self.video_length == 0 else grid.frames
+            token_sets = 1 if self.video_length == 0 else grid.frames
             return Slots(
                 context=Tokens(self.text_width, TOKENS),
-                image_context=Tokens(self.text_width, self.num_queries, frames=each),
+                image_context=Tokens(self.text_width, self.num_queries, frames=token_sets),
                 concat=grid.channels,
                 scalars=frozenset({self.fps_condition_type} - {"none"}),
             )
@@ -142,7 +143,7 @@ class DynamiCrafter(nn.Module):
         super().__init__()
         self.cfg = cfg
         if cfg.video_length is None:
-            raise ValueError("conditioning.video_length is null: wiring fills it, or set a number")
+            raise ValueError("conditioning.video_length=null: want a number, or let wiring fill it")
         self.cond_stage_model, self.embedder = towers(cfg)
         self.image_proj_model = Resampler(
             cfg.dim, cfg.depth, cfg.dim_head, cfg.heads, cfg.num_queries, cfg.vision_width,
@@ -150,40 +151,35 @@ class DynamiCrafter(nn.Module):
         )  # fmt: skip
 
     def drop(self, draws: Draws) -> dict[str, Tensor]:
-        """One number for both: [0, p) text alone, [p, 2p) both, [2p, 3p) image alone."""
+        """One draw u for both: u < p drops text, u < 2p text and image, u < 3p image."""
         r, p = draws.uniform("drop"), self.cfg.uncond_prob
         return {"text": r < 2 * p, "image": (r >= p) & (r < 3 * p)}
 
     def forward(
-        self,
-        batch: Batch,
-        grid: Clip,
-        drop: dict[str, Tensor],
-        draws: Draws,
-        encode: Encode,
+        self, batch: Batch, grid: Clip, drop: dict[str, Tensor], draws: Draws, encode: Encode,
         z0: Tensor | None,
-    ) -> Conditions:
-        """The image is that of the batch (two of them: first and last), else a frame of the video.
+    ) -> Conditions:  # fmt: skip
+        """Uses the batch's image (with interp_mode two: first and last), else a video frame.
 
-        Draws "condition_frame" while training, and the first stage's "image_posterior" where an
-        image comes with the batch or there are no latents of the clip. Raises ValueError where the
-        batch has neither image nor video, and for frames that the tokens are not for.
+        Draws "condition_frame" in training, and the first stage's "image_posterior" if the batch
+        has an image or there are no latents of the clip. Raises ValueError if the batch has no
+        captions, or neither image nor video, or another number of frames than `video_length`.
         """
-        if batch.captions is None:
-            raise ValueError("conditioning=dynamicrafter needs captions, and the batch has none")
-        if (made_for := self.cfg.video_length) not in (0, grid.frames):
-            raise ValueError(f"conditioning.video_length={made_for}: the clip has {grid.frames}")
-        captions = openclip.replaced(batch.captions, drop.get("text"), batch.negative)
-        place = self.place(draws, grid, z0)
-        image = self.image(batch, place)
+        captions = captions_of(batch, drop.get("text"), "dynamicrafter")
+        if (length := self.cfg.video_length) not in (0, grid.frames):
+            raise ValueError(f"conditioning.video_length={length}: the clip has {grid.frames}")
+        frame = self.condition_frame(draws, grid, z0)
+        image = self.image(batch, frame)
+        if z0 is None or batch.image is not None:
+            latents = encode(image, "image_posterior")
+        else:
+            latents = z0[:, :, [0, -1] if self.cfg.interp_mode else [frame]]
         return Conditions(
             context=self.text(captions),
             image_context=self.tokens(image, drop.get("image")),
-            concat=self.concat(image, place, batch, grid, draws, encode, z0),
-            scalars=self.rate(batch),
+            concat=self.concat(latents, grid),
+            scalars=self.frame_rate(batch),
         )
-
-    # text
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
@@ -191,26 +187,24 @@ class DynamiCrafter(nn.Module):
         device = self.image_proj_model.latents.device
         return self.cond_stage_model(openclip.tokenizer()(captions).to(device))
 
-    # image
-
-    def place(self, draws: Draws, grid: Clip, z0: Tensor | None) -> int:
-        """The frame that is shown: one for the micro-batch, drawn while training."""
+    def condition_frame(self, draws: Draws, grid: Clip, z0: Tensor | None) -> int:
+        """Index of the condition frame: one per micro-batch, drawn in training."""
         if z0 is None or not self.cfg.rand_cond_frame:
             return 0
         return int(draws.shared().integers("condition_frame", 0, grid.frames)[0])
 
-    def image(self, batch: Batch, place: int) -> Tensor:
-        """(B, 3, 1 or 2, H, W): the shown frame, with interp_mode the first and the last."""
+    def image(self, batch: Batch, frame: int) -> Tensor:
+        """(B, 3, 1 or 2, H, W): the condition frame; with interp_mode the first and the last."""
         pixels = batch.image if batch.image is not None else batch.video
         if pixels is None:
             raise ValueError("conditioning=dynamicrafter needs an image, and the batch has none")
         if batch.image is None and not self.cfg.interp_mode:
-            return pixels[:, :, place : place + 1]
+            return pixels[:, :, frame : frame + 1]
         last = pixels.shape[2] - 1
         return pixels[:, :, [0, last] if self.cfg.interp_mode else [0]]
 
     def tokens(self, image: Tensor, drop: Tensor | None) -> Tensor:
-        """(B, T or 1, N, D) of the first image; dropped ones are mid grey."""
+        """(B, T or 1, N, D) from the first image; dropped images become mid-grey."""
         first = image[:, :, 0]
         if drop is not None:
             first = first * (~drop).to(first).view(-1, 1, 1, 1)
@@ -219,37 +213,24 @@ class DynamiCrafter(nn.Module):
         frames = self.cfg.video_length or 1
         return self.image_proj_model(features).unflatten(1, (frames, -1))
 
-    def concat(
-        self,
-        image: Tensor,
-        place: int,
-        batch: Batch,
-        grid: Clip,
-        draws: Draws,
-        encode: Encode,
-        z0: Tensor | None,
-    ) -> Tensor:
-        """(B, C, T, H, W): latents of the shown frame in all frames, or of the two ends."""
-        if z0 is not None and batch.image is None:
-            shown = z0[:, :, [0, -1]] if self.cfg.interp_mode else z0[:, :, place : place + 1]
-        else:
-            shown = encode(image, "image_posterior")
+    def concat(self, latents: Tensor, grid: Clip) -> Tensor:
+        """(B, C, T, H, W): `latents` in every frame, or with interp_mode in the first and last."""
         if not self.cfg.interp_mode:
-            return shown.expand(-1, -1, grid.frames, -1, -1)
+            return latents.expand(-1, -1, grid.frames, -1, -1)
         size = grid.channels, grid.frames, grid.height, grid.width
-        between = shown.new_zeros(len(shown), *size)
-        between[:, :, 0], between[:, :, -1] = shown[:, :, 0], shown[:, :, -1]
-        return between
+        ends = latents.new_zeros(len(latents), *size)
+        ends[:, :, 0], ends[:, :, -1] = latents[:, :, 0], latents[:, :, -1]
+        return ends
 
-    def rate(self, batch: Batch) -> dict[str, Tensor]:
+    def frame_rate(self, batch: Batch) -> dict[str, Tensor]:
         name = self.cfg.fps_condition_type
-        if name not in batch.scalars:  # none, or a prompt without: the network's own default
+        if name not in batch.scalars:  # "none", or a prompt without it: the backbone's default
             return {}
-        return {name: batch.scalars[name].long().float()}  # as published: whole numbers
+        return {name: batch.scalars[name].long().float()}  # as published: integers
 
 
 def towers(cfg: DynamiCrafter.Config) -> tuple[nn.Module, nn.Module]:
-    """The text and the image tower, frozen."""
+    """The frozen text and image towers."""
     openclip.look(cfg.weights)
     text = openclip.TextModel(cfg.text_width, cfg.text_layers, cfg.text_heads, cfg.embed_dim)
     visual = openclip.Vision(

@@ -1,4 +1,4 @@
-"""A model of its data alone."""
+"""Unconditional generation."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from sandbox.registry import register
 
 @register("conditioning", "none")
 class Unconditional(nn.Module):
-    """No conditions: the backbone sees noisy latents and time."""
+    """No conditions: the backbone gets noisy latents and the timestep."""
 
     @dataclass
     class Config(ConditioningConfig):
@@ -24,12 +24,7 @@ class Unconditional(nn.Module):
         return {}
 
     def forward(
-        self,
-        batch: Batch,
-        grid: Clip,
-        drop: dict[str, Tensor],
-        draws: Draws,
-        encode: Encode,
+        self, batch: Batch, grid: Clip, drop: dict[str, Tensor], draws: Draws, encode: Encode,
         z0: Tensor | None,
-    ) -> Conditions:
+    ) -> Conditions:  # fmt: skip
         return Conditions()

@@ -1,4 +1,4 @@
-"""Captions through the frozen text tower of OpenCLIP, as Stable Diffusion 2 and DynamiCrafter."""
+"""Captions encoded by OpenCLIP's frozen text tower, as in Stable Diffusion 2 and DynamiCrafter."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins._blocks import openclip
+from plugins._blocks.text import captions_of
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -24,20 +25,20 @@ from sandbox.contracts import (
 from sandbox.registry import register
 
 LAYERS = ("penultimate", "last")
-TOKENS = 77  # of every caption, as published
+TOKENS = 77  # per caption, as published
 
 
 @register("conditioning", "openclip")
 class OpenCLIP(nn.Module):
-    """OpenCLIP text tokens (77 for each caption), the tower frozen."""
+    """OpenCLIP text tokens (77 per caption) from a frozen text tower."""
 
     @dataclass
     class Config(ConditioningConfig):
-        """The tower, under the names of open_clip's text_cfg.
+        """Sizes of the text tower use the names of open_clip's text_cfg.
 
-        weights: a file (a CLIP, or a published system that holds it), a name on the hub, or
-        "random" (for tests and dry runs). layer: features of the last block or of the one before.
-        drop_text: probability that training drops a caption.
+        weights: a file (a CLIP checkpoint, or a published system that contains one), a name on the
+        hub, or "random" (for tests and dry runs). layer: whether features come from the last or
+        the penultimate block. drop_text: probability that training drops a caption.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("weights", "drop_text")
@@ -64,8 +65,8 @@ class OpenCLIP(nn.Module):
             return frozenset({"captions"})
 
         def files(self) -> dict[str, str | None]:
-            is_here = self.weights != "random" and is_path(self.weights)
-            return {"weights": self.weights} if is_here else {}
+            is_local = self.weights != "random" and is_path(self.weights)
+            return {"weights": self.weights} if is_local else {}
 
         def signals(self) -> tuple[str, ...]:
             return ("text",)
@@ -87,17 +88,10 @@ class OpenCLIP(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self,
-        batch: Batch,
-        grid: Clip,
-        drop: dict[str, Tensor],
-        draws: Draws,
-        encode: Encode,
+        self, batch: Batch, grid: Clip, drop: dict[str, Tensor], draws: Draws, encode: Encode,
         z0: Tensor | None,
-    ) -> Conditions:
-        """Dropped captions are replaced by the batch's negative ones, or else by empty ones."""
-        if batch.captions is None:
-            raise ValueError("conditioning=openclip needs captions, and the batch has none")
-        captions = openclip.replaced(batch.captions, drop.get("text"), batch.negative)
-        device = self.cond_stage_model.model.logit_scale.device
+    ) -> Conditions:  # fmt: skip
+        """Replaces dropped captions by the batch's negative prompts, or by empty ones."""
+        captions = captions_of(batch, drop.get("text"), "openclip")
+        device = self.cond_stage_model.get_parameter("model.logit_scale").device
         return Conditions(context=self.cond_stage_model(openclip.tokenizer()(captions).to(device)))

@@ -1,7 +1,8 @@
-"""Captions through a T5 encoder, and where asked the first frame's latents beside the noisy ones.
+"""Captions encoded by T5, and optionally the first frame's latents as extra channels.
 
-Text as in CogVideoX (226 tokens, padding is seen) or EasyAnimateV2 (120, masked); image-to-video as
-in CogVideoX (Yang et al. 2024, 2408.06072, section 3.4; noise augmentation as published in code).
+Text follows CogVideoX (226 tokens, padding is attended to) or EasyAnimateV2 (120 tokens, masked).
+Image-to-video follows CogVideoX (Yang et al. 2024, 2408.06072, section 3.4; the noise augmentation
+follows the published code).
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from plugins._blocks.t5 import T5Encoder, hashed_words, tokenizer
+from plugins._blocks.text import captions_of
 from sandbox.contracts import (
     SIZES,
     Batch,
@@ -38,26 +40,26 @@ IMAGES = ("none", "first_frame")
 
 @register("conditioning", "t5")
 class T5(nn.Module):
-    """T5 text tokens; optionally the first frame's latents as channels (image to video)."""
+    """T5 text tokens; optionally the first frame's latents as channels (image-to-video)."""
 
     @dataclass
     class Config(ConditioningConfig):
-        """Text, its encoder under the names of a T5 config.json, and the image.
+        """The text encoder (sizes use the names of a T5 config.json) and the image condition.
 
-        weights: null trains a small encoder of hashed words along; a folder or a name on the hub
-        (a T5, or a whole system with text_encoder/ and tokenizer/) is frozen, in `dtype`; "cached"
-        builds none, and batches bring embeddings. length: tokens of every caption; masked: padding
-        is seen by nobody (as published for EasyAnimate), or like text (CogVideoX). drop_text:
-        probability that training drops a caption.
+        weights: null trains a small encoder on hashed words with the system; a folder or a name on
+        the hub (a T5, or a full system with text_encoder/ and tokenizer/) is frozen, in `dtype`;
+        "cached" builds no encoder and takes embeddings from the batch. length: tokens per caption;
+        masked: whether padding is masked (as published for EasyAnimate) or attended to like text
+        (CogVideoX). drop_text: probability that training drops a caption.
 
-        image: first_frame joins its latents to those of the first latent frame, zeros to others.
-        While training, image noise of deviation exp(N(image_noise_mean, image_noise_std)) is added
-        to its pixels (null: none), of one level for the micro-batch or (image_noise_shared=false)
-        one for each clip, and drop_image is the probability of zeros in its place; guidance never
-        drops it. image_latent_scale: multiplies its scaled latents, in training and sampling alike.
-        ofs: a number that the network is told (2.0 in CogVideoX-1.5 image to video). sizes: the
-        network is told height, width and aspect_ratio of the clip, in pixels (EasyAnimate with
-        sample_size=128).
+        image: first_frame concatenates its latents to the first latent frame, and zeros to the
+        others. In training, noise with standard deviation exp(N(image_noise_mean,
+        image_noise_std)) is added to its pixels (null: none), with one level per micro-batch or
+        (image_noise_shared=false) per clip; drop_image is the probability that zeros replace the
+        latents. Guidance never drops the image. image_latent_scale: factor on the scaled image
+        latents, in training and sampling. ofs: a constant scalar condition (2.0 in CogVideoX-1.5
+        image-to-video). sizes: conditions the network on the clip's height, width and
+        aspect_ratio, in pixels (EasyAnimate with sample_size=128).
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (
@@ -113,7 +115,7 @@ class T5(nn.Module):
             if not self.relative_attention_max_distance > buckets // 4:
                 yield (
                     f"relative_attention_max_distance={self.relative_attention_max_distance}: want "
-                    f"more than {buckets // 4}, the distances with a bucket of their own"
+                    f"more than {buckets // 4}, the number of distances with a bucket each"
                 )
             if self.weights == "cached" and self.drop_text > 0:
                 yield (
@@ -121,7 +123,7 @@ class T5(nn.Module):
                     "caption; want 0"
                 )
             if self.weights is None and self.dtype != "fp32":
-                yield f"dtype={self.dtype!r}: a network that is trained wants 'fp32'"
+                yield f"dtype={self.dtype!r}: want 'fp32' for a trained encoder (weights=null)"
 
         def needs(self) -> frozenset[str]:
             text = "text" if self.weights == "cached" else "captions"
@@ -140,8 +142,9 @@ class T5(nn.Module):
             return ("start",) if self.image != "none" else ()
 
         def files(self) -> dict[str, str | None]:
-            is_here = self.weights not in (None, "cached") and is_path(self.weights)
-            return {"weights": self.weights} if is_here else {}
+            if self.weights is None or self.weights == "cached" or not is_path(self.weights):
+                return {}
+            return {"weights": self.weights}
 
         def released(self) -> dict[str, Any]:
             return {"_class_name": "T5EncoderModel"}
@@ -166,31 +169,26 @@ class T5(nn.Module):
             self.load()
 
     def load(self) -> None:
-        """Released weights and tokens. Raises ConfigError or StorageError where there are none."""
+        """Loads released weights and tokenizer. Raises ConfigError or StorageError."""
         is_meta = torch.get_default_device().type == "meta"
         with torch.device("meta"):
             self.encoder = T5Encoder(self.cfg).to_dtype(DTYPES[self.cfg.dtype])
-        # Frozen for the system, too: never in training mode, not in training checkpoints.
+        # The system keeps frozen modules in eval mode and out of training checkpoints.
         self.encoder._frozen = True  # type: ignore[assignment]
         if not is_meta:
-            folder = found(self.cfg.weights or "")
-            self.tokenize = tokenizer(inside(folder, "tokenizer"), self.cfg.length)
-            self.encoder.load(inside(folder, "text_encoder"))
+            folder = weights_folder(self.cfg.weights or "")
+            self.tokenize = tokenizer(subfolder(folder, "tokenizer"), self.cfg.length)
+            self.encoder.load(subfolder(folder, "text_encoder"))
         self.encoder.requires_grad_(False).eval()
 
     def drop(self, draws: Draws) -> dict[str, Tensor]:
         return {"text": draws.uniform("drop_text") < self.cfg.drop_text}
 
     def forward(
-        self,
-        batch: Batch,
-        grid: Clip,
-        drop: dict[str, Tensor],
-        draws: Draws,
-        encode: Encode,
+        self, batch: Batch, grid: Clip, drop: dict[str, Tensor], draws: Draws, encode: Encode,
         z0: Tensor | None,
-    ) -> Conditions:
-        """Dropped captions are replaced by the batch's negative ones, or else by empty ones."""
+    ) -> Conditions:  # fmt: skip
+        """Replaces dropped captions by the batch's negative prompts, or by empty ones."""
         context, mask = self.text(batch, drop.get("text"))
         cond = Conditions(context=context, context_mask=mask if self.cfg.masked else None)
         if self.cfg.image != "none":
@@ -204,63 +202,53 @@ class T5(nn.Module):
             cond.scalars |= {name: batch.scalars[name] for name in SIZES}
         return cond
 
-    # text
-
     def text(self, batch: Batch, drop: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) float32, and (B, L) True for real tokens."""
-        if batch.text is not None:
-            whole = batch.text.float(), batch.text_mask
-            if whole[1] is None:
-                whole = whole[0], whole[0].new_ones(whole[0].shape[:2], dtype=torch.bool)
-            if drop is None or not drop.any():
-                return whole  # type: ignore[return-value]
-            instead = self.instead(batch, len(whole[0]))
-            chosen = drop.to(whole[0].device)[:, None]
-            kept = torch.where(chosen[..., None], instead[0], whole[0])
-            return kept, torch.where(chosen, instead[1], whole[1])  # type: ignore[arg-type]
-        if batch.captions is None:
-            raise ValueError("conditioning=t5 needs captions, and the batch has none")
-        captions = batch.captions
-        if drop is not None:
-            negative = batch.negative or [""] * len(captions)
-            rows = zip(drop.tolist(), negative, captions, strict=True)
-            captions = [instead if is_dropped else own for is_dropped, instead, own in rows]
-        return self.encoded(captions)
+        """Embeddings (B, L, D) float32, and (B, L) bool, True for real tokens."""
+        if batch.text is None:
+            return self.encoded(captions_of(batch, drop, "t5"))
+        embeddings, mask = batch.text.float(), batch.text_mask
+        if mask is None:
+            mask = embeddings.new_ones(embeddings.shape[:2], dtype=torch.bool)
+        if drop is None or not drop.any():
+            return embeddings, mask
+        other, other_mask = self.replacements(batch, len(embeddings))
+        dropped = drop.to(embeddings.device)[:, None]
+        kept = torch.where(dropped[..., None], other, embeddings)
+        return kept, torch.where(dropped, other_mask, mask)
 
-    def instead(self, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
-        """What stands for dropped captions beside embeddings that the batch brings."""
+    def replacements(self, batch: Batch, size: int) -> tuple[Tensor, Tensor]:
+        """Embeddings and mask that replace dropped captions of cached embeddings."""
         if batch.negative is None and batch.no_text is not None and batch.no_text_mask is not None:
             return batch.no_text.float(), batch.no_text_mask
-        return self.encoded(batch.negative or [""] * number)
+        return self.encoded(batch.negative or [""] * size)
 
     def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) float32, and (B, L) True for real tokens."""
+        """Embeddings (B, L, D) float32, and (B, L) bool, True for real tokens."""
         if self.encoder is None:
             raise ValueError(
-                "conditioning.weights='cached' has no text encoder, and the batch brings captions "
-                "without embeddings; name a folder with a T5"
+                "conditioning.weights='cached' has no text encoder, and the batch has captions "
+                "without embeddings; set conditioning.weights to a folder with a T5"
             )
         device = self.encoder.shared.weight.device
         ids, mask = (x.to(device) for x in self.tokenize(captions))
-        seen = mask if self.cfg.masked else None
+        attended = mask if self.cfg.masked else None
         if self.cfg.weights is None:
-            return self.encoder(ids, seen).float(), mask
-        # In its own dtype, and one by one: the last bits depend on no other caption of the batch.
+            return self.encoder(ids, attended).float(), mask
+        # One caption at a time in the encoder's dtype: results do not depend on the rest of the
+        # batch, bit for bit.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            found = [
-                self.encoder(ids[i : i + 1], None if seen is None else seen[i : i + 1])
+            rows = [
+                self.encoder(ids[i : i + 1], None if attended is None else attended[i : i + 1])
                 for i in range(len(ids))
             ]
-            return torch.cat(found).float(), mask
-
-    # image
+            return torch.cat(rows).float(), mask
 
     def image(
         self, pixels: Tensor, grid: Clip, draws: Draws, encode: Encode, is_training: bool
     ) -> Tensor:
-        """Latents of `pixels` (B, 3, 1, H, W), then zeros: (B, C, T, H, W) as large as `grid`.
+        """Latents of `pixels` (B, 3, 1, H, W) followed by zeros: (B, C, T, H, W), sized as `grid`.
 
-        Draws: "image_noise_level", "image_noise" and "drop_image" while training, and the first
+        Draws "image_noise_level", "image_noise" and "drop_image" in training, and always the first
         stage's "image_posterior".
         """
         if is_training and self.cfg.image_noise_mean is not None:
@@ -273,14 +261,16 @@ class T5(nn.Module):
         return torch.cat((first, others), 2)
 
     def noise(self, pixels: Tensor, draws: Draws) -> Tensor:
+        log_mean = self.cfg.image_noise_mean
+        assert log_mean is not None  # null adds no noise
         levels = draws.shared() if self.cfg.image_noise_shared else draws
         level = levels.normal("image_noise_level", pixels[:, :1, :1, :1, :1])
-        sigma = (self.cfg.image_noise_mean + self.cfg.image_noise_std * level).exp()
+        sigma = (log_mean + self.cfg.image_noise_std * level).exp()
         return sigma * draws.normal("image_noise", pixels)
 
 
-def found(weights: str) -> Path:
-    """The folder of released weights, fetched from the hub where there is none of that name."""
+def weights_folder(weights: str) -> Path:
+    """The local folder of released weights, downloaded from the hub if there is none."""
     if Path(weights).is_dir():
         return Path(weights)
     from huggingface_hub import snapshot_download
@@ -290,10 +280,11 @@ def found(weights: str) -> Path:
         return Path(snapshot_download(weights, allow_patterns=wanted, ignore_patterns=others))
     except (OSError, ValueError) as e:
         raise ConfigError(
-            f"conditioning.weights={weights}: no such folder, and the hub does not give it: {e}"
+            f"conditioning.weights={weights}: no such folder, and it cannot be downloaded from the "
+            f"hub: {e}; name a folder with a T5"
         ) from e
 
 
-def inside(folder: Path, part: str) -> Path:
-    """The part of a whole system's folder, or the folder itself."""
-    return folder / part if (folder / part).is_dir() else folder
+def subfolder(folder: Path, name: str) -> Path:
+    """The subfolder `name` of a full system, or `folder` itself if it has none."""
+    return folder / name if (folder / name).is_dir() else folder

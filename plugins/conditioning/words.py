@@ -1,4 +1,4 @@
-"""Captions as bags of words: a learned vector for each word, without encoder or vocabulary."""
+"""Captions as bags of words: one learned vector per hashed word, no encoder, no vocabulary."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from plugins._blocks.text import row, words_of
+from plugins._blocks.text import captions_of, row, words_of
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -23,23 +23,24 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-NONE = 0  # row of the table: no word
+NO_WORD = 0  # row of the table that pads short captions
 
 log = logging.getLogger(__name__)
 
 
 @register("conditioning", "words")
 class Words(nn.Module):
-    """Learned embeddings of caption words, hashed into buckets; summed, as tokens, or both."""
+    """Learned embeddings of hashed caption words: their sum, one token per word, or both."""
 
     @dataclass
     class Config(ConditioningConfig):
-        """What a caption becomes.
+        """Settings of the word embeddings.
 
-        offer: vector (the sum of the word embeddings), tokens (one for each word; their order is
-        not told) or both; buckets: rows that words are hashed into; max_words: every caption is
-        made this long: cut, or filled with the embedding of "no word", of which an empty or
-        dropped one consists entirely; drop_text: probability that training drops a caption.
+        offer: vector (sum of the word embeddings), tokens (one per word, without positions) or
+        both; width: embedding size; buckets: number of table rows that words are hashed into;
+        max_words: captions are truncated or padded to this length with a learned "no word"
+        embedding, and empty or dropped captions consist of it only; drop_text: probability that
+        training drops a caption.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("drop_text",)
@@ -73,40 +74,30 @@ class Words(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.table = nn.Embedding(cfg.buckets + 1, cfg.width)  # N(0, 1)
-        self.has_cut = False
+        self.has_warned = False
 
     def drop(self, draws: Draws) -> dict[str, Tensor]:
         return {"text": draws.uniform("drop_text") < self.cfg.drop_text}
 
     def forward(
-        self,
-        batch: Batch,
-        grid: Clip,
-        drop: dict[str, Tensor],
-        draws: Draws,
-        encode: Encode,
+        self, batch: Batch, grid: Clip, drop: dict[str, Tensor], draws: Draws, encode: Encode,
         z0: Tensor | None,
-    ) -> Conditions:
-        """Dropped captions are replaced by the batch's negative ones, or else by no words."""
-        if batch.captions is None:
-            raise ValueError("conditioning=words needs captions, and the batch has none")
-        rows = self.rows(batch.captions)
-        if "text" in drop:
-            instead = self.rows(batch.negative or [""] * len(batch.captions))
-            rows = torch.where(drop["text"].to(rows.device)[:, None], instead, rows)
-        tokens = self.table(rows)  # (B, L, D)
+    ) -> Conditions:  # fmt: skip
+        """Replaces dropped captions by the batch's negative prompts, or by empty ones."""
+        captions = captions_of(batch, drop.get("text"), "words")
+        tokens = self.table(self.rows(captions))  # (B, L, D)
         return Conditions(
             context=tokens if self.cfg.offer != "vector" else None,
             vector=tokens.sum(1) if self.cfg.offer != "tokens" else None,
         )
 
     def rows(self, captions: list[str]) -> Tensor:
-        """(B, max_words) int64 rows of the table."""
+        """(B, max_words) int64 rows of the table; warns once if a caption is truncated."""
         length = self.cfg.max_words
-        rows = torch.full((len(captions), length), NONE)
-        for place, words in zip(rows, map(words_of, captions), strict=True):
-            if len(words) > length and not self.has_cut:
-                self.has_cut = True
+        rows = torch.full((len(captions), length), NO_WORD)
+        for target, words in zip(rows, map(words_of, captions), strict=True):
+            if len(words) > length and not self.has_warned:
+                self.has_warned = True
                 log.warning(
                     "captions are cut after conditioning.max_words=%d words, such as %r (%d words)",
                     length,
@@ -114,5 +105,5 @@ class Words(nn.Module):
                     len(words),
                 )
             words = words[:length]
-            place[: len(words)] = torch.tensor([row(w, self.cfg.buckets) for w in words])
+            target[: len(words)] = torch.tensor([row(w, self.cfg.buckets) for w in words])
         return rows.to(self.table.weight.device)

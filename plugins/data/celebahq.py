@@ -1,4 +1,4 @@
-"""Pictures as CompVis latent-diffusion prepares CelebA-HQ: npy, jpg or png, short side resized."""
+"""Images prepared as CelebA-HQ in CompVis latent-diffusion: npy, jpg or png, short side resized."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugins._blocks.folders import folder_of, held_out, walk
+from plugins._blocks.folders import (
+    check_split,
+    files_below,
+    folder_of,
+    printable,
+    split_by_hash,
+)
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, one_of
 from sandbox.registry import register
 
@@ -18,14 +24,14 @@ FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 @register("data", "celebahq")
 class CelebAHQ:
-    """Pictures of a folder, npy as published or jpg and png, without captions."""
+    """Images of a folder (npy as published, jpg or png), without captions."""
 
     @dataclass
     class Config(DataConfig):
-        """train_list, val_list: text files with one name below `root` in each line, as published.
+        """train_list, val_list: text files of names relative to `root`, one per line, as published.
 
-        Without them the folders train/ and val/ are the splits, and without those `val_fraction` of
-        the names is held out, by their hashes.
+        Without lists the folders train/ and val/ are the splits. Without those folders
+        `val_fraction` of the files is held out, by a hash of their names.
         """
 
         frames: int = 1
@@ -47,18 +53,17 @@ class CelebAHQ:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def split(self, name: str) -> "Pictures":
-        """Pictures of "train" or "val". Raises DataError where there are none."""
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+    def split(self, name: str) -> "Images":
+        """Images of "train" or "val". Raises DataError if there are none."""
+        check_split(name)
         root = folder_of(self.cfg)
         names = self._listed(name) if self.cfg.train_list else self._found(root, name)
         if not names:
             raise DataError(
-                f"data.root={self.cfg.root}: no picture for {name!r}; want .npy, .jpg or .png "
+                f"data.root={self.cfg.root}: no image for {name!r}; want .npy, .jpg or .png "
                 "files, in folders train/ and val/ or at least two"
             )
-        return Pictures(root, names, self.cfg.height, self.cfg.width)
+        return Images(root, names, self.cfg.height, self.cfg.width)
 
     def prompts(self) -> list[str]:
         return []
@@ -67,23 +72,22 @@ class CelebAHQ:
         train, val = (read_list(f) for f in (self.cfg.train_list, self.cfg.val_list))
         if both := set(train) & set(val):
             raise DataError(
-                f"data.val_list={self.cfg.val_list}: {len(both)} names are in train_list too, such "
-                f"as {min(both)!r}; remove them from one"
+                f"data.val_list={self.cfg.val_list}: {len(both)} names are also in train_list, "
+                f"such as {min(both)!r}; remove them from one"
             )
         return train if split == "train" else val
 
     def _found(self, root: Path, split: str) -> list[str]:
         usable = {".npy", *FORMATS}
-        names = sorted(n for n in walk(root) if PurePosixPath(n).suffix.lower() in usable)
+        names = sorted(n for n in files_below(root) if PurePosixPath(n).suffix.lower() in usable)
         sides = {s: [n for n in names if n.startswith(f"{s}/")] for s in ("train", "val")}
         if all(sides.values()):
             return sides[split]
-        held = held_out(names, self.cfg.val_fraction)
-        return [n for n in names if (n in held) == (split == "val")]
+        return split_by_hash(names, str, self.cfg.val_fraction, split)
 
 
 def read_list(path: str | None) -> list[str]:
-    """Names, one in each line; empty lines are passed over. Raises DataError."""
+    """Names, one per line, without empty lines and repetitions. Raises DataError."""
     try:
         lines = Path(path or "").expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -92,8 +96,8 @@ def read_list(path: str | None) -> list[str]:
 
 
 @dataclass
-class Pictures:
-    """One split, by the names of its files below `root`."""
+class Images:
+    """One split: names of image files, relative to `root`."""
 
     root: Path
     names: list[str]
@@ -104,16 +108,15 @@ class Pictures:
         return len(self.names)
 
     def id(self, index: int) -> str:
-        """The name, with what cannot be printed escaped."""
-        return repr(self.names[index])[1:-1]
+        return printable(self.names[index])
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
-        """As published nothing is random: no flip, no random crop."""
+        """As published: no flip, no random crop."""
         return {"video": prepare(read(self.root / self.names[index]), self.height, self.width)}
 
 
 def read(path: Path) -> np.ndarray:
-    """(3, H, W) uint8 from .npy of that shape or of (1, 3, H, W), or a picture. Raises BadItem."""
+    """(3, H, W) uint8 from an image or a .npy of (3, H, W) or (1, 3, H, W). Raises BadItem."""
     from PIL import Image
 
     try:
@@ -129,15 +132,15 @@ def read(path: Path) -> np.ndarray:
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     if array.ndim != 3 or array.shape[0] != 3 or array.dtype != np.uint8 or not array.size:
-        raise BadItem(f"holds {array.shape} {array.dtype}: want (1, 3, H, W) or (3, H, W) uint8")
+        raise BadItem(f"has {array.shape} {array.dtype}: want (1, 3, H, W) or (3, H, W) uint8")
     return array
 
 
 def prepare(image: np.ndarray, height: int, width: int) -> Tensor:
     """(3, H, W) uint8 -> (3, 1, height, width) float32 in [-1, 1].
 
-    As published for a square: the short side is resized (bilinear, no antialiasing), then the
-    centre is cut out. Other sizes are covered in the same way.
+    As published for squares: resizes the short side (bilinear, no antialiasing), then crops the
+    centre. Other sizes are covered in the same way.
     """
     scale = max(height / image.shape[1], width / image.shape[2])
     size = [round(side * scale) for side in image.shape[1:]]

@@ -1,28 +1,34 @@
-"""The data of EasyAnimateV2 (June 2024): images and videos in sizes by aspect and frames.
+"""EasyAnimateV2's data (June 2024): images and videos, bucketed by aspect and number of frames.
 
-A picture or clip goes to the size whose ratio is nearest, is resized to cover it and cropped in the
-middle; batches have one size. As published but for three things: a batch's number of frames is that
-of each of its clips, not the least; a random crop is drawn for each clip, not for each batch (which
-are the same for batches of one clip); and batches of what is left are not dropped by themselves.
+An image or clip takes the bucket with the nearest ratio, is resized to cover it and
+centre-cropped; a batch has one size. Three differences from the published code: clips of a batch
+have equal numbers of frames instead of being cut to the shortest; random crops are drawn per clip
+instead of per batch (identical for batches of one clip); incomplete batches are not always dropped.
 """
 
 import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from plugins._blocks.buckets import batch_frames, covering, frame_shares, nearest_ratio, picked
-from plugins._blocks.folders import folder_of, held_out, identity
+from plugins._blocks.folders import (
+    check_split,
+    file_identity,
+    folder_of,
+    printable,
+    split_by_hash,
+)
 from plugins._blocks.video_io import (
     CONTAINERS,
     IMAGES,
-    Shape,
-    all_measured,
+    Resize,
+    media_sizes,
     read_frames,
     read_image,
     to_video,
@@ -44,30 +50,31 @@ Size = tuple[int, int]  # height, width in pixels
 
 KINDS = ("image", "video")
 COLUMNS = ("file_path", "text")
-NUMBERS = ("width", "height", "frames")  # columns that spare a look into the file
+NUMBERS = ("width", "height", "frames")  # optional columns: without them files are opened
 
 
 @register("data", "easyanimate_json")
 class EasyAnimateJSON:
-    """A json or csv of images and videos with captions, as EasyAnimate trains on them together."""
+    """EasyAnimate's format: a json or csv of images and videos with captions, trained together."""
 
     @dataclass
     class Config(DataConfig):
-        """The settings beyond those of every data plugin, with published names where there are any.
+        """Settings in addition to those of every data plugin, under published names if any.
 
-        meta_path, val_meta_path: tables below or beside `root`; meta_path null is metadata.json or
-        metadata.csv in it, and without val_meta_path `val_fraction` of the files is held out, by
-        the hash of their names. Entries have file_path (below root), text, type (image or video; as
-        published an image where it is missing) and, to spare a look into each file, width, height
-        and frames. only: both, image or video; video_repeat: how often an epoch has each video.
+        meta_path, val_meta_path: tables; meta_path null is metadata.json or metadata.csv in the
+        root. Without val_meta_path `val_fraction` of the files is held out, by a hash of their
+        names. Entries have file_path (relative to root), text, type (image or video; as published,
+        image if missing) and optionally width, height and frames, so that files need not be opened
+        to choose buckets. only: both, image or video; video_repeat: repetitions of each video per
+        epoch.
 
-        enable_bucket: sizes by aspect, of `ratios` (height / width, of the published table; empty:
-        all), scaled so that a square has height x width pixels (image_size of images) and rounded
-        down to size_multiple; without it all have height x width. A video of L frames gives
-        min(frames, 0.8 L), frame_stride file frames apart where it is long enough, cut to a
-        multiple of frame_interval, or to 1 where that is none. While training, random_ratio_crop
-        draws the ratio, random_frame_crop the number of frames, and text_drop_ratio of the captions
-        become empty.
+        enable_bucket: buckets by aspect from `ratios` (height / width, from the published table;
+        empty: all), scaled so that a square has height x width pixels (image_size for images) and
+        rounded down to size_multiple; false gives all clips height x width. A video of L frames
+        yields min(frames, 0.8 L) frames, frame_stride file frames apart if it is long enough,
+        truncated to a multiple of frame_interval (to 1 if there is none). In training,
+        random_ratio_crop draws the ratio, random_frame_crop draws the number of frames, and
+        text_drop_ratio is the probability of an empty caption.
         """
 
         meta_path: str | None = None
@@ -91,7 +98,7 @@ class EasyAnimateJSON:
             yield from above("val_fraction", self.val_fraction, 0, 0.9)
             yield from one_of("only", self.only, ("both", *KINDS))
             if not self.video_repeat >= 1:
-                yield f"video_repeat={self.video_repeat}: want >= 1; only=image leaves out videos"
+                yield f"video_repeat={self.video_repeat}: want >= 1; only=image excludes videos"
             for name in ("frame_stride", "frame_interval", "image_size", "size_multiple"):
                 yield from in_range(name, getattr(self, name), 1)
             yield from in_range("text_drop_ratio", self.text_drop_ratio, 0, 1)
@@ -108,8 +115,8 @@ class EasyAnimateJSON:
                 )
             if self.enable_bucket and self.height != self.width:
                 yield (
-                    f"height={self.height}, width={self.width}: want equal ones, of which a square "
-                    "has as many pixels, or enable_bucket=false"
+                    f"height={self.height}, width={self.width}: want equal values (the square that "
+                    "buckets are scaled to), or enable_bucket=false"
                 )
             if self.random_ratio_crop and not self.enable_bucket:
                 yield "random_ratio_crop=true: want enable_bucket=true"
@@ -123,7 +130,7 @@ class EasyAnimateJSON:
             return frozenset(fields)
 
         def clips(self) -> tuple[Clip, ...]:
-            """All sizes of clips, images last; the first is the most square one of all frames."""
+            """All clip sizes, images last; the first is the most square one with most frames."""
             counts = range(self.frames, 0, -self.frame_interval) if self.only != "image" else ()
             sizes = [(n, size) for n in (*counts, 1) for size in self.sizes("video").values()]
             sizes = sizes if self.only != "image" else []
@@ -132,7 +139,7 @@ class EasyAnimateJSON:
             return tuple(dict.fromkeys(Clip(3, frames, *size) for frames, size in sizes))
 
         def sizes(self, kind: str) -> dict[float, Size]:
-            """Height and width by ratio, from the most square one on; of one kind of entries."""
+            """Ratio -> (height, width) for entries of one kind, most square first."""
             base = (self.image_size if kind == "image" else None) or self.height
             if not self.enable_bucket:
                 return {1.0: (base, base if kind == "image" and self.image_size else self.width)}
@@ -148,49 +155,47 @@ class EasyAnimateJSON:
         self.cfg = cfg
 
     def split(self, name: str) -> "Entries":
-        """Entries of "train" or "val". Raises DataError where there are none."""
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        """Entries of "train" or "val". Raises DataError if there are none."""
+        check_split(name)
         cfg, root = self.cfg, folder_of(self.cfg)
         table = Path(cfg.meta_path).expanduser() if cfg.meta_path else default_table(root)
         rows = read_rows(table, root, cfg)
-        files = {identity(root / row.file): row.file for row in reversed(rows)}
+        files = {row.identity: row.file for row in reversed(rows)}  # one name per file
         if cfg.val_meta_path is not None:
-            other = read_rows(Path(cfg.val_meta_path).expanduser(), root, cfg)
-            shared = [r.file for r in other if identity(root / r.file) in files]
-            if shared:
+            validation = read_rows(Path(cfg.val_meta_path).expanduser(), root, cfg)
+            if shared := [row.file for row in validation if row.identity in files]:
                 raise DataError(
-                    f"data.val_meta_path={cfg.val_meta_path}: {len(shared)} of its files are in "
-                    f"{table}, too, such as {shared[0]!r}; remove them from one"
+                    f"data.val_meta_path={cfg.val_meta_path}: {len(shared)} of its files are also "
+                    f"in {table}, such as {shared[0]!r}; remove them from one"
                 )
-            rows = rows if name == "train" else other
+            rows = rows if name == "train" else validation
         else:
-            held = held_out(sorted(set(files.values())), cfg.val_fraction)
-            rows = [r for r in rows if (files[identity(root / r.file)] in held) == (name == "val")]
+            rows = split_by_hash(rows, lambda row: files[row.identity], cfg.val_fraction, name)
         if not rows:
             raise DataError(f"{table}: no entry for {name!r}; want two or more")
         repeats = cfg.video_repeat if name == "train" else 1
-        rows = [(row, n) for row in rows for n in range(repeats if row.kind == "video" else 1)]
-        return Entries(root, rows, cfg, training=name == "train")
+        repeated = [(row, n) for row in rows for n in range(repeats if row.kind == "video" else 1)]
+        return Entries(root, repeated, cfg, training=name == "train")
 
     def prompts(self) -> list[str]:
-        """Captions of the first entries of the validation split."""
+        """Captions of the first validation entries."""
         rows = self.split("val").rows if self.cfg.num_prompts else []
         return [row.text for row, _ in rows[: self.cfg.num_prompts]]
 
 
-# --- the table ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Row:
-    """One entry: a file below the root, its caption, what it is, and what the table says of it."""
+    """One entry: a file relative to the root, its caption, kind, id and columns of NUMBERS.
+
+    `identity` is the same for all names of the file.
+    """
 
     file: str
     text: str
     kind: str
     name: str
     numbers: dict[str, int] = field(hash=False)
+    identity: object
 
 
 def default_table(root: Path) -> Path:
@@ -204,28 +209,28 @@ def default_table(root: Path) -> Path:
 
 
 def read_rows(path: Path, root: Path, cfg: EasyAnimateJSON.Config) -> list[Row]:
-    """Entries of the kinds that are asked for. Raises DataError for a bad table or entry."""
+    """Entries of the kinds in `cfg.only`. Raises DataError for a bad table or entry."""
     names: set[str] = set()
     rows: list[Row] = []
     for number, entry in enumerate(read_table(path), 1):
         row = read_row(entry, f"{path}, entry {number}", root)
         if row.name in names:
-            row = Row(row.file, row.text, row.kind, f"{row.file} (entry {number})", row.numbers)
+            row = replace(row, name=f"{row.file} (entry {number})")
         names.add(row.name)
         rows.append(row)
-    asked = [row for row in rows if cfg.only in ("both", row.kind)]
-    if rows and not asked:
+    chosen = [row for row in rows if cfg.only in ("both", row.kind)]
+    if rows and not chosen:
         raise DataError(f"data.only={cfg.only}: none of the {len(rows)} entries of {path} is one")
-    if asked and not any((root / row.file).is_file() for row in asked):
+    if chosen and not any((root / row.file).is_file() for row in chosen):
         raise DataError(
-            f"{path}: none of its {len(asked)} files is there, such as {asked[0].file!r}; paths "
-            f"are below data.root={cfg.root}"
+            f"{path}: none of its {len(chosen)} files is there, such as {chosen[0].file!r}; paths "
+            f"are relative to data.root={cfg.root}"
         )
-    return asked
+    return chosen
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Entries of a .json or .csv, each with the columns it must have. Raises DataError."""
+    """Entries of a .json or .csv, each with the required columns. Raises DataError."""
     try:
         if path.suffix.lower() == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -242,24 +247,24 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     for number, entry in enumerate(found, 1):
         if missing := [name for name in COLUMNS if not isinstance(entry.get(name), str)]:
             raise DataError(
-                f"{path}, entry {number}: {' and '.join(missing)} missing or no text; there are "
+                f"{path}, entry {number}: {' and '.join(missing)} missing or not text; there are "
                 f"{sorted(map(str, entry))}, want {', '.join(COLUMNS)}, type"
             )
     return found
 
 
 def read_row(entry: dict[str, Any], where: str, root: Path) -> Row:
-    """Raises DataError for a path that leaves the folder, a bad type and bad numbers."""
+    """Raises DataError for a path that leaves the folder, a bad type or bad numbers."""
     kind = entry.get("type", "image")  # as published
     if kind not in KINDS:
         raise DataError(f"{where}: type={kind!r}: want one of {[*KINDS]}")
     path = root / PurePosixPath(entry["file_path"])
     if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
-        raise DataError(f"{where}: {entry['file_path']!r} leaves the folder of the data, {root}")
+        raise DataError(f"{where}: {entry['file_path']!r} leaves the data folder {root}")
     usable = IMAGES if kind == "image" else CONTAINERS
     if path.suffix.lower() not in usable:
-        said = f"its type is {kind!r}" if "type" in entry else "it has no type, so it is an 'image'"
-        raise DataError(f"{where}: {path.name!r}: {said}; want {', '.join(usable)}")
+        why = f"its type is {kind!r}" if "type" in entry else "it has no type, so it is an 'image'"
+        raise DataError(f"{where}: {path.name!r}: {why}; want {', '.join(usable)}")
     numbers: dict[str, int] = {}
     for name in (n for n in NUMBERS if entry.get(n) is not None):
         try:
@@ -267,23 +272,20 @@ def read_row(entry: dict[str, Any], where: str, root: Path) -> Row:
         except (TypeError, ValueError, OverflowError):
             numbers[name] = 0
         if numbers[name] < 1:
-            raise DataError(f"{where}: {name}={entry[name]!r}: want a whole number >= 1, or none")
+            raise DataError(f"{where}: {name}={entry[name]!r}: want an integer >= 1, or none")
     file = path.relative_to(root).as_posix()
-    return Row(file, entry["text"], kind, file, numbers)
-
-
-# --- clips ----------------------------------------------------------------------------------------
+    return Row(file, entry["text"], kind, file, numbers, file_identity(path))
 
 
 @dataclass
 class Entries:
-    """One split: entries, each with the number of its repetition."""
+    """One split: entries, each with its repetition number."""
 
     root: Path
     rows: list[tuple[Row, int]]
     cfg: EasyAnimateJSON.Config
     training: bool
-    _looks: dict[str, tuple[int, int, int] | BadItem] = field(default_factory=dict)
+    _sizes: dict[str, tuple[int, int, int] | BadItem] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = {kind: self.cfg.sizes(kind) for kind in KINDS}
@@ -292,32 +294,31 @@ class Entries:
         return len(self.rows)
 
     def id(self, index: int) -> str:
-        """The path below the root, with what cannot be printed escaped."""
         row, repetition = self.rows[index]
-        return repr(row.name)[1:-1] + (f" (again {repetition})" if repetition else "")
+        return printable(row.name) + (f" (again {repetition})" if repetition else "")
 
     def content(self, index: int) -> str:
-        """SHA-256 of all that is read for a clip: the bytes of its file, and its caption."""
+        """SHA-256 of the clip's file, caption and table numbers. Raises BadItem."""
         row, _ = self.rows[index]
         try:
             with (self.root / row.file).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256")
+                digest = hashlib.file_digest(file, "sha256")
         except OSError as e:
             raise BadItem(f"cannot be read: {e}") from e
-        found.update(f"{row.text} {row.numbers}".encode())
-        return found.hexdigest()
+        digest.update(f"{row.text} {row.numbers}".encode())
+        return digest.hexdigest()
 
     def bucket(self, index: int, rng: np.random.Generator) -> Clip:
-        """As published; the file is looked into where the table does not say what it needs."""
+        """The bucket as published; opens the file only if the table lacks its size."""
         row, cfg = self.rows[index][0], self.cfg
-        look = self._look(row)
-        frames, *source = (cfg.frames, 1, 1) if isinstance(look, BadItem) else look
+        found = self._size(row)
+        frames, height, width = (cfg.frames, 1, 1) if isinstance(found, BadItem) else found
         sizes = self.sizes[row.kind]
         if self.training and cfg.random_ratio_crop:
             shares = {ratio: CROPS[ratio] for ratio in sorted(sizes)}
             size = sizes[picked(shares, rng.random())]
         else:
-            size = sizes[nearest_ratio((source[0], source[1]), sorted(sizes))]
+            size = sizes[nearest_ratio((height, width), sorted(sizes))]
         if row.kind == "image":
             return Clip(3, 1, *size)
         most = cfg.frames
@@ -329,75 +330,75 @@ class Entries:
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         row, cfg = self.rows[index][0], self.cfg
         clip = self.bucket(index, rng)
-        if isinstance(look := self._look(row), BadItem):
-            raise BadItem(str(look))
+        if isinstance(size := self._size(row), BadItem):
+            raise BadItem(str(size))
         text = row.text
-        place = 0.5
+        start = 0.5
         if self.training:
-            place = rng.random()
+            start = rng.random()
             text = "" if rng.random() < cfg.text_drop_ratio else text
-        path, shape = self.root / row.file, covered((clip.height, clip.width))
+        path, resize = self.root / row.file, cover((clip.height, clip.width))
         if row.kind == "image":
-            return {"video": read_image(path, shape), "caption": text}
+            return {"video": read_image(path, resize), "caption": text}
 
         def pick(number: int, rate: float) -> list[int]:
-            wanted = frame_numbers(number, cfg.frames, cfg.frame_stride, place)[: clip.frames]
+            wanted = frame_numbers(number, cfg.frames, cfg.frame_stride, start)[: clip.frames]
             if len(wanted) < clip.frames:
                 raise BadItem(f"has {number} frames, too few for {clip.frames}")
             return wanted
 
-        images, _ = read_frames(path, pick, shape)
+        images, _ = read_frames(path, pick, resize)
         return {"video": to_video(images), "caption": text}
 
-    def _look(self, row: Row) -> tuple[int, int, int] | BadItem:
-        """Frames, height and width; all files that must be opened for it are, at the first call."""
-        told = self._told(row)
-        if told is not None:
-            return told
-        if not self._looks:
-            files = sorted({r.file for r, _ in self.rows if self._told(r) is None})
-            found = all_measured([self.root / file for file in files])
-            self._looks = dict(zip(files, found, strict=True))
-        return self._looks[row.file]
+    def _size(self, row: Row) -> tuple[int, int, int] | BadItem:
+        """Frames, height and width; the first call opens all files that the table lacks."""
+        size = self._listed_size(row)
+        if size is not None:
+            return size
+        if not self._sizes:
+            files = sorted({r.file for r, _ in self.rows if self._listed_size(r) is None})
+            found = media_sizes([self.root / file for file in files])
+            self._sizes = dict(zip(files, found, strict=True))
+        return self._sizes[row.file]
 
-    def _told(self, row: Row) -> tuple[int, int, int] | None:
-        """What the table says, where that is enough."""
-        told = {"frames": 1} | row.numbers if row.kind == "image" else row.numbers
+    def _listed_size(self, row: Row) -> tuple[int, int, int] | None:
+        """Frames, height and width from the table; None if it lacks one that is used."""
+        numbers = {"frames": 1} | row.numbers if row.kind == "image" else row.numbers
         if not self.cfg.enable_bucket:
-            told = {"height": 1, "width": 1} | told
-        if not {"frames", "height", "width"} <= told.keys():
+            numbers = {"height": 1, "width": 1} | numbers
+        if not {"frames", "height", "width"} <= numbers.keys():
             return None
-        return told["frames"], told["height"], told["width"]
+        return numbers["frames"], numbers["height"], numbers["width"]
 
 
 def usable_frames(length: int, most: int) -> int:
-    """Frames of a clip of a video of `length` frames; as published, of four fifths of it."""
+    """Frames of a clip from a video of `length` frames; as published, at most 80 % of it."""
     return min(most, int(length * 0.8))
 
 
-def frame_numbers(length: int, frames: int, stride: int, place: float) -> list[int]:
-    """Numbers of a clip's frames, as published: from the last nine tenths of the first nine tenths.
+def frame_numbers(length: int, frames: int, stride: int, position: float) -> list[int]:
+    """Frame numbers of a clip, as published: between 9 % and 90 % of the video.
 
-    `place` in [0, 1) chooses the start. Empty for a video that is too short for one frame.
+    `position` in [0, 1) chooses the start. Empty if the video is too short for one frame.
     """
     count, end = usable_frames(length, frames), int(length * 0.9)
     if count < 1:
         return []
     span = min(end, (count - 1) * stride + 1)
     low, high = int(end * 0.1), end - span
-    low = min(low, high)  # as published 0 for a clip of the whole end, and an error between them
-    start = low + int(place * (high - low + 1))
+    low = min(low, high)  # as published: 0 for a clip of length `end`; in between, it raises there
+    start = low + int(position * (high - low + 1))
     return np.linspace(start, start + span - 1, count, dtype=int).tolist()
 
 
-def covered(size: Size) -> Shape:
-    """Image -> (height, width, 3) uint8: resized to cover `size` (bilinear), cut in the middle."""
+def cover(size: Size) -> Resize:
+    """Image -> (height, width, 3) uint8: resized to cover `size` (bilinear), centre-cropped."""
     from PIL.Image import Resampling
 
-    def shape(image: Any) -> np.ndarray:
+    def resize(image: Any) -> np.ndarray:
         rows, columns = covering((image.height, image.width), size)
         top, left = round((rows - size[0]) / 2), round((columns - size[1]) / 2)
         resized = np.asarray(image.resize((columns, rows), Resampling.BILINEAR))
         return resized[top : top + size[0], left : left + size[1]]
 
-    return shape
+    return resize

@@ -1,5 +1,4 @@
-"""Real handwritten digits in six colours that move in four directions: captioned video without a
-download.
+"""Captioned video without a download: real handwritten digits in six colours and four directions.
 
 The scans are scikit-learn's `load_digits`: 1,797 images of 8x8 pixels from the UCI set "Optical
 Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998, CC BY 4.0).
@@ -9,17 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
+from plugins._blocks.folders import check_split
 from sandbox.contracts import Clip, DataConfig, Items, Sample, above, in_range
 from sandbox.registry import register
 
-SCAN = 8  # pixels, both ways
+SCAN = 8  # height and width of a scan in pixels
 HELD_OUT_SCANS = 300
-VAL_REPEATS = 4  # clips of each held-out caption
+VAL_REPEATS = 4  # clips per held-out caption
 COLOURS = {
     "red": (1, 0.1, 0.1),
     "yellow": (1, 0.9, 0.1),
@@ -32,7 +32,7 @@ DIRECTIONS = ("left", "right", "up", "down")
 
 Combination = tuple[int, int, int]  # colour, digit, direction
 COMBINATIONS: list[Combination] = list(product(range(len(COLOURS)), range(10), range(4)))
-# Two digits for each colour and direction: every word is trained on, these combinations never are.
+# Two digits for each colour and direction: every word is trained on, these combinations are not.
 HELD_OUT = [(c, d, m) for c, d, m in COMBINATIONS if (d + 2 * c + 3 * m) % 5 == 0]
 TRAINED = [combination for combination in COMBINATIONS if combination not in HELD_OUT]
 
@@ -42,13 +42,13 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
     """(1797, 8, 8) float32 in [0, 1] and (1797,) labels, shuffled; the last 300 are held out."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()  # scikit-learn's stubs have the tuple of return_X_y=True only
     order = np.random.default_rng(0).permutation(len(digits.target))
     return (digits.images[order] / 16).astype(np.float32), digits.target[order]
 
 
 def scans_by_digit(held_out: bool) -> list[np.ndarray]:
-    """For each digit its (n, 8, 8) scans of one side of the split."""
+    """For each digit, its (n, 8, 8) scans of one side of the split."""
     images, labels = scans()
     side = slice(-HELD_OUT_SCANS, None) if held_out else slice(None, -HELD_OUT_SCANS)
     return [images[side][labels[side] == digit] for digit in range(10)]
@@ -65,15 +65,15 @@ class MovingDigits:
 
     @dataclass
     class Config(DataConfig):
-        """clips_per_epoch: length of an epoch (clips never repeat); speed: pixels a frame.
+        """clips_per_epoch: length of an epoch; speed: motion in pixels per frame.
 
-        random_speed: each clip has a speed of its own, from 1 to `speed`. fps: the rate of a clip
-        of speed 1, told in whole frames a second; a faster one skips frames, so its rate is less.
+        random_speed: draws the speed of each clip from 1 to `speed`. fps: frame rate condition of
+        clips of speed 1, an integer; faster clips skip frames, so their rate is lower.
 
-        distinct: so many different training clips, the same for every seed, null: they never
-        repeat; pictures: so many come with each training clip, in micro-batches that take turns
-        with those of clips (trainer.accumulate=2: both in a step);
-        backdrops: each clip has a grey backdrop of its own, from black to this (1 is white).
+        distinct: number of different training clips, the same for every seed; null: clips never
+        repeat. pictures: number of images per training clip; their micro-batches alternate with
+        those of clips (trainer.accumulate=2 puts both in one step). backdrops: draws a grey
+        background for each clip, from black to this value (1 is white).
         """
 
         imports = ("sklearn.datasets",)
@@ -88,14 +88,14 @@ class MovingDigits:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             if self.root is not None:
-                yield f"root={self.root!r}: want null, these scans come with scikit-learn"
+                yield f"root={self.root!r}: want null; the scans come with scikit-learn"
             yield from in_range("clips_per_epoch", self.clips_per_epoch, 1)
             yield from in_range("speed", self.speed, 1)
             yield from above("fps", self.fps, 0)
             yield from in_range("distinct", self.distinct, 1)
             yield from in_range("pictures", self.pictures, 0)
             if self.frames == 1 and self.pictures:
-                yield f"pictures={self.pictures}: want 0 where clips are pictures, of frames=1"
+                yield f"pictures={self.pictures}: want 0 with frames=1, where clips are images"
             yield from in_range("backdrops", self.backdrops, 0, 1)
             for name in ("height", "width"):
                 yield from in_range(name, getattr(self, name), SCAN)
@@ -103,7 +103,7 @@ class MovingDigits:
             if room >= 0 and self.speed * (self.frames - 1) > room:
                 yield (
                     f"frames={self.frames}: want at most {room // max(self.speed, 1) + 1}, or a "
-                    "larger height and width: a digit stays inside where "
+                    "larger height and width: digits stay inside if "
                     f"{SCAN} + speed*(frames-1) <= {room + SCAN}"
                 )
 
@@ -121,9 +121,10 @@ class MovingDigits:
             return replace(self, distinct=None, pictures=0)
 
         def provides(self) -> frozenset[str]:
-            told = {"digit_captions"} if not self.backdrops else set()  # read off black alone
-            told |= set() if self.fps is None else {"fps"}
-            return frozenset({"video", "captions", "prompts"} | told)
+            fields = {"video", "captions", "prompts"}
+            if not self.backdrops:
+                fields.add("digit_captions")  # metric=digits needs a black background
+            return frozenset(fields if self.fps is None else fields | {"fps"})
 
         def metric(self) -> str | None:
             return "brightness" if self.backdrops else "digits"
@@ -132,9 +133,8 @@ class MovingDigits:
         self.cfg = cfg
 
     def split(self, name: str) -> Items:
-        """Clips of "train", or of "val": four of each held-out caption, from held-out scans."""
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        """Clips of "train" or "val"; "val" has four per held-out caption, from held-out scans."""
+        check_split(name)
         if name == "val":
             return Val(self.cfg)
         return Mixed(self.cfg) if self.cfg.pictures else Train(self.cfg)
@@ -144,7 +144,7 @@ class MovingDigits:
 
 
 class Train:
-    """Every clip is drawn from `rng`; an index is only a name."""
+    """Clips drawn from `rng` alone; with `distinct` from the index."""
 
     def __init__(self, cfg: MovingDigits.Config) -> None:
         self.cfg, self.scans = cfg, scans_by_digit(held_out=False)
@@ -158,14 +158,14 @@ class Train:
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         if self.cfg.distinct is not None:
             rng = np.random.default_rng(index % self.cfg.distinct)
-        which, scan, lane, start = rng.random(4)
-        combination = TRAINED[int(which * len(TRAINED))]
-        choices = self.scans[combination[1]]
-        return sample(self.cfg, combination, choices[int(scan * len(choices))], lane, start, rng)
+        combination_u, scan_u, lane, start = rng.random(4)
+        combination = TRAINED[int(combination_u * len(TRAINED))]
+        scans = self.scans[combination[1]]
+        return sample(self.cfg, combination, scans[int(scan_u * len(scans))], lane, start, rng)
 
 
 class Mixed(Train):
-    """Clips and pictures; a picture is the first frame of a clip."""
+    """Clips and images; an image is the first frame of a clip."""
 
     def bucket(self, index: int, rng: np.random.Generator) -> Clip:
         pictures = self.cfg.pictures
@@ -178,7 +178,7 @@ class Mixed(Train):
 
 
 class Val:
-    """Neighbours differ in caption; no scan is used twice."""
+    """Neighbouring clips differ in caption, and no scan is used twice."""
 
     def __init__(self, cfg: MovingDigits.Config) -> None:
         self.cfg, self.scans = cfg, scans_by_digit(held_out=True)
@@ -190,10 +190,10 @@ class Val:
         return f"val/{index}"
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
-        repeat, place = divmod(index, len(HELD_OUT))
-        combination = HELD_OUT[place]
+        repeat, caption_index = divmod(index, len(HELD_OUT))
+        combination = HELD_OUT[caption_index]
         digit = combination[1]
-        earlier = sum(other[1] == digit for other in HELD_OUT[:place])
+        earlier = sum(other[1] == digit for other in HELD_OUT[:caption_index])
         scan = self.scans[digit][earlier * VAL_REPEATS + repeat]
         rng = np.random.default_rng(index)
         lane, start = rng.random(2)
@@ -204,9 +204,9 @@ def sample(
     cfg: MovingDigits.Config, combination: Combination, scan: np.ndarray, lane: float,
     start: float, rng: np.random.Generator,
 ) -> Sample:  # fmt: skip
-    """One clip; `lane` and `start` in [0, 1) choose the place across and along the motion.
+    """One clip; `lane` and `start` in [0, 1) are positions across and along the motion.
 
-    `rng` draws its speed and its backdrop, where they differ.
+    `rng` draws the speed (random_speed) and the background (backdrops).
     """
     colour, _, direction = combination
     speed = int(rng.integers(1, cfg.speed + 1)) if cfg.random_speed else cfg.speed
@@ -226,7 +226,7 @@ def sample(
 def offsets(
     cfg: MovingDigits.Config, direction: str, lane: float, start: float, speed: int
 ) -> tuple[list[int], list[int]]:
-    """Top and left of the scan in each frame. Lanes: the middle half of the room, 2..6 of 0..8."""
+    """Top and left of the scan in each frame. Lanes are the middle half: 2..6 of 0..8."""
     horizontal = direction in ("left", "right")
     across_room, along_room = cfg.height - SCAN, cfg.width - SCAN
     if not horizontal:

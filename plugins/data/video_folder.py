@@ -1,6 +1,5 @@
-"""A folder of videos and images with captions in `.txt` files beside them or in a captions.csv."""
+"""A folder of videos and images, with captions in .txt files of the same name or a captions.csv."""
 
-import csv
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from plugins._blocks.folders import folder_of, held_out, identity, walk
+from plugins._blocks.captions import first_captions, read_caption_file, read_caption_table
+from plugins._blocks.folders import (
+    check_split,
+    file_identity,
+    files_below,
+    folder_of,
+    printable,
+    split_by_hash,
+)
 from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, chooser, read_image, read_video
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
@@ -27,14 +34,13 @@ class VideoFolder:
 
     @dataclass
     class Config(DataConfig):
-        """The settings beyond those of every data plugin.
+        """Settings in addition to those of every data plugin.
 
-        stride: file frames from one frame to the next; start, crop: "random" or "centre", for
-        training (validation takes the centre); captions: "auto" (a row of captions.csv, else the
-        .txt file beside the video) or "none"; missing_caption: "skip" counts the file as bad,
-        "empty" makes it ""; val_fraction: part of the files that is kept from training, by a hash
-        of their names, unless there are folders train/ and val/; num_prompts: captions of the
-        validation split to sample with.
+        stride: file frames between clip frames; start, crop: "random" or "centre" in training
+        (validation uses the centre); captions: "auto" (a row of captions.csv, else the .txt file
+        of the same name) or "none"; missing_caption: "skip" counts the file as unusable, "empty"
+        uses ""; val_fraction: fraction of files held out, by a hash of their names, unless there
+        are folders train/ and val/; num_prompts: validation captions to sample with.
         """
 
         stride: int = 1
@@ -70,74 +76,61 @@ class VideoFolder:
         self.cfg = cfg
 
     def split(self, name: str) -> "Files":
-        """Clips of "train" or "val". Raises DataError where there are none, or no such folder."""
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        """Clips of "train" or "val". Raises DataError if there are none, or no such folder."""
+        check_split(name)
         root = folder_of(self.cfg)
-        found = Listing(root, self.cfg.frames)
-        train, val = self._sides(found)
-        names = train if name == "train" else val
+        found = UsableFiles(root, self.cfg.frames)
+        names = self._names(found, name)
         if not names:
             raise DataError(
                 f"data.root={self.cfg.root}: no file for {name!r}, {len(found.names)} usable in all"
-                f"{found.left_out()}; add files, or make folders train/ and val/ in it"
+                f"{found.summary()}; add files, or make folders train/ and val/ in it"
             )
         if found.excluded and name == "train":
-            log.warning("data.root=%s: left out%s", self.cfg.root, found.left_out())
-        table = None if self.cfg.captions == "none" else Captions(root, found.names, self.cfg)
+            log.warning("data.root=%s: excluded%s", self.cfg.root, found.summary())
+        captions = None if self.cfg.captions == "none" else Captions(root, found.names, self.cfg)
         return Files(
-            root, names, self.cfg, table, training=name == "train", excluded=found.excluded
+            root, names, self.cfg, captions, training=name == "train", excluded=found.excluded
         )
 
     def prompts(self) -> list[str]:
-        """Captions of the first files of the validation split that have one."""
+        """Captions of the first validation files that have one."""
         if "prompts" not in self.cfg.provides():
             return []
         val = self.split("val")
-        found: list[str] = []
-        for name in val.names:
-            if len(found) == self.cfg.num_prompts:
-                break
-            try:
-                found.append(val.captions(name))
-            except BadItem:
-                continue  # it is counted where the split is loaded
-        return found
+        return first_captions(val.names, val.caption, self.cfg.num_prompts)
 
-    def _sides(self, found: "Listing") -> tuple[list[str], list[str]]:
-        """Names of the two splits."""
-        train = [n for n in found.names if n.startswith("train/")]
-        val = [n for n in found.names if n.startswith("val/")]
-        if train and val:
-            return train, val
-        held = held_out(found.names, self.cfg.val_fraction)
-        return [n for n in found.names if n not in held], [n for n in found.names if n in held]
+    def _names(self, found: "UsableFiles", split: str) -> list[str]:
+        sides = {s: [n for n in found.names if n.startswith(f"{s}/")] for s in ("train", "val")}
+        if all(sides.values()):
+            return sides[split]
+        return split_by_hash(found.names, str, self.cfg.val_fraction, split)
 
 
-class Listing:
-    """The files below a folder that can give clips, by their names below it ("/" between), sorted.
+class UsableFiles:
+    """Sorted names of the files below a folder that can give clips, with "/" between folders.
 
-    Links are followed. A file that has several names counts once, so that it cannot be on both
-    sides of the split.
+    Follows links. A file with several names counts once, so it cannot be in both splits.
     """
 
     def __init__(self, root: Path, frames: int) -> None:
         self.names: list[str] = []
-        self.excluded: dict[str, int] = {}  # why files were left out, and how many
+        self.excluded: dict[str, int] = {}  # reason -> number of files
         usable = set(CONTAINERS) | (set(IMAGES) if frames == 1 else set())
         seen: set[object] = set()
-        for name in sorted(walk(root)):
+        for name in sorted(files_below(root)):
             suffix = PurePosixPath(name).suffix.lower()
             if suffix in usable:
-                if (same := identity(root / name)) in seen:
+                if (identity := file_identity(root / name)) in seen:
                     self._exclude("second names of a file")
                 else:
-                    seen.add(same)
+                    seen.add(identity)
                     self.names.append(name)
             elif suffix in IMAGES:
                 self._exclude(f"images, because data.frames={frames}")
 
-    def left_out(self) -> str:
+    def summary(self) -> str:
+        """ ", 2 images, because data.frames=9" for each reason."""
         return "".join(f", {n} {why}" for why, n in self.excluded.items())
 
     def _exclude(self, why: str) -> None:
@@ -145,7 +138,7 @@ class Listing:
 
 
 class Captions:
-    """Name -> caption: a row of captions.csv (in the root, train/ or val/), else the .txt file."""
+    """Name -> caption, from captions.csv (in the root, train/ or val/), else from the .txt file."""
 
     def __init__(self, root: Path, names: list[str], cfg: VideoFolder.Config) -> None:
         self.root, self.missing = root, cfg.missing_caption
@@ -153,7 +146,8 @@ class Captions:
         for folder in ("", "train/", "val/"):
             path = root / folder / TABLE
             if path.is_file():
-                self.rows |= {folder + file: text for file, text in read_table(path).items()}
+                table = read_caption_table(path)
+                self.rows |= {folder + file: caption for file, caption in table.items()}
         if self.rows and not self.rows.keys() & set(names):
             first = next(iter(self.rows))
             raise DataError(
@@ -161,75 +155,44 @@ class Captions:
             )
 
     def __call__(self, name: str) -> str:
-        """Raises BadItem where the file has none and those are to be skipped."""
-        text = self.rows.get(name) or self._beside(name)
-        if not text and self.missing == "skip":
-            raise BadItem("has no caption (data.missing_caption=empty would take it)")
-        return text
-
-    def _beside(self, name: str) -> str:
-        path = (self.root / name).with_suffix(".txt")
+        """Raises BadItem if the file has no caption and `missing_caption` is "skip"."""
         try:
-            return one_line(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            return ""
+            text = self.rows.get(name) or read_caption_file(self.root / name)
         except (OSError, UnicodeDecodeError) as e:
-            raise BadItem(f"its caption {path.name} cannot be read: {e}") from e
-
-
-def read_table(path: Path) -> dict[str, str]:
-    """File (a name below the CSV's folder) -> caption, from columns of these names.
-
-    Raises DataError for a broken table, and where a file has two captions.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, strict=True)
-            columns = table.fieldnames or []
-            if not {"file", "caption"} <= set(columns):
-                raise DataError(f"{path}: want the columns file and caption, there are {columns}")
-            rows: dict[str, str] = {}
-            for row in table:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}, line {table.line_num}: want {len(columns)} entries; quote commas"
-                    )
-                file = PurePosixPath(row["file"].strip()).as_posix()
-                if rows.setdefault(file, one_line(row["caption"])) != one_line(row["caption"]):
-                    raise DataError(
-                        f"{path}, line {table.line_num}: {file!r} has two captions; remove one"
-                    )
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+            file = PurePosixPath(name).with_suffix(".txt").name
+            raise BadItem(f"its caption {file} cannot be read: {e}") from e
+        if not text and self.missing == "skip":
+            raise BadItem("has no caption; data.missing_caption=empty keeps it")
+        return text
 
 
 @dataclass
 class Files:
-    """The clips of one split. A clip and its caption are found by the same name, below `root`."""
+    """The clips of one split, by the names of their files relative to `root`."""
 
     root: Path
     names: list[str]
     cfg: VideoFolder.Config
     captions: Captions | None
     training: bool
-    excluded: dict[str, int]  # why files were left out, and how many
+    excluded: dict[str, int]  # reason -> number of files
 
     def __len__(self) -> int:
         return len(self.names)
 
     def id(self, index: int) -> str:
-        """The name, with what cannot be printed escaped."""
-        return repr(self.names[index])[1:-1]
+        return printable(self.names[index])
+
+    def caption(self, name: str) -> str:
+        """Raises BadItem if there is none."""
+        if self.captions is None:
+            raise BadItem("has no caption, because data.captions=none")
+        return self.captions(name)
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         name, cfg = self.names[index], self.cfg
         path = self.root / name
-        sample: Sample = {} if self.captions is None else {"caption": self.captions(name)}
+        sample: Sample = {} if self.captions is None else {"caption": self.caption(name)}
         fit = Fit(cfg.height, cfg.width, chooser(self.training and cfg.crop == "random", rng))
         if path.suffix.lower() in IMAGES:
             return sample | {"video": read_image(path, fit)}

@@ -1,7 +1,7 @@
-"""Shards as webdataset has them (KEY.mp4, KEY.txt, ... in tar files), read by index.
+"""Shards in webdataset's format (KEY.mp4, KEY.txt, ... in tar files), read by index.
 
-Nothing streams: a shard's index says where each member is, so that the order of an epoch is that of
-all data plugins, whatever the number of shards, loader processes and machines.
+Nothing is streamed: an index gives the offset of each member. The order of an epoch is therefore
+the same as for other data, for any number of shards, loader processes and machines.
 """
 
 import hashlib
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from plugins._blocks.buckets import nearest
-from plugins._blocks.folders import folder_of, held_out
-from plugins._blocks.tars import Entry, Shard, first_of, read_shards
+from plugins._blocks.captions import first_captions, one_line
+from plugins._blocks.folders import check_split, folder_of, held_out, printable
+from plugins._blocks.tar_shards import Entry, Shard, first_of, read_shards
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
@@ -32,25 +33,24 @@ log = logging.getLogger(__name__)
 
 @register("data", "webdataset")
 class WebDataset:
-    """Tar shards of videos or images with captions, as task=prepare and others write them."""
+    """Tar shards of videos or images with captions, as written by task=prepare or webdataset."""
 
     @dataclass
     class Config(BucketedDataConfig):
-        """The settings beyond those of every data plugin.
+        """Settings in addition to those of every data plugin.
 
-        media: endings of members with pixels, the first that a sample has is used (1.mp4 is an
-        ending, too); caption: ending of the member with the caption (null: none), of one that ends
-        in json the entry `caption_field`; missing_caption: "skip" counts the sample as bad,
-        "empty" makes it "". split_by: "auto" goes by index.json, else by names such as
-        train-00000.tar and val/0.tar, and is "key" where those do not have both; "shard" and "key"
-        hold out `val_fraction` of the shards or samples, by the hashes of their names. index:
-        folder where the indices of shards are kept that come without index.json. stride: file
-        frames from one frame to the next; start, crop: "random" or "centre", for training
-        (validation takes the centre); num_prompts: captions of the validation split to sample with.
+        media: extensions of members with pixels, in order of preference (1.mp4 also counts as an
+        extension); caption: extension of the caption member (null: no captions), for json the
+        entry `caption_field`; missing_caption: "skip" counts the sample as unusable, "empty" uses
+        "". split_by: "auto" follows index.json, else names such as train-00000.tar and val/0.tar,
+        else "key"; "shard" and "key" hold out `val_fraction` of the shards or samples, by a hash
+        of their names. index: cache folder for the indices of shards without index.json. stride:
+        file frames between clip frames; start, crop: "random" or "centre" in training (validation
+        uses the centre); num_prompts: validation captions to sample with.
 
-        With `buckets` a sample goes to the most frames that it has (else to the fewest), and among
-        the sizes with so many to the one whose aspect is nearest, then to the nearest in pixels.
-        Images need a size of one frame.
+        With `buckets`, a sample takes the bucket with the most frames that it has (else the
+        fewest), then the nearest aspect, then the nearest size in pixels. Images need a bucket of
+        one frame.
         """
 
         media: tuple[str, ...] = MEDIA
@@ -68,10 +68,10 @@ class WebDataset:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             if not self.media:
-                yield "media=[]: want at least one ending"
+                yield "media=[]: want at least one extension"
             for ending in self.media:
                 if ending.rpartition(".")[2] not in MEDIA:
-                    yield f"media={ending!r}: want endings in lower case, the last part of {MEDIA}"
+                    yield f"media={ending!r}: want a lower-case extension that ends in {MEDIA}"
             yield from one_of("missing_caption", self.missing_caption, MISSING)
             yield from one_of("split_by", self.split_by, SPLITS)
             yield from above("val_fraction", self.val_fraction, 0, 0.9)
@@ -96,68 +96,62 @@ class WebDataset:
         self._shards: list[Shard] | None = None
 
     def split(self, name: str) -> "Samples":
-        """Clips of "train" or "val". Raises DataError where there are none or shards are damaged.
+        """Clips of "train" or "val". Raises DataError if there are none or a shard is damaged.
 
-        StorageError where their indices cannot be kept.
+        Raises StorageError if an index cannot be cached.
         """
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        check_split(name)
         root = folder_of(self.cfg)
-        found, left_out = self._usable(root, name)
-        said = "".join(f", {n} {why}" for why, n in left_out.items())
+        found, excluded = self._usable(root, name)
+        summary = "".join(f", {n} {why}" for why, n in excluded.items())
         if not found:
             raise DataError(
-                f"data.root={self.cfg.root}: no sample for {name!r} in its .tar files{said}; add "
-                "shards, or set data.split_by=key, or data.media to the endings of their members"
+                f"data.root={self.cfg.root}: no sample for {name!r} in its .tar files{summary}; "
+                "add shards, or set data.split_by=key, or data.media to their extensions"
             )
-        if left_out and name == "train":
-            log.warning("data.root=%s: left out%s", self.cfg.root, said)
+        if excluded and name == "train":
+            log.warning("data.root=%s: excluded%s", self.cfg.root, summary)
         return Samples(root, found, self.cfg, training=name == "train")
 
     def prompts(self) -> list[str]:
-        """Captions of the first samples of the validation split that have one."""
-        found: list[str] = []
-        if "prompts" in self.cfg.provides():
-            val = self.split("val")
-            for entry in val.entries:
-                if len(found) == self.cfg.num_prompts:
-                    break
-                try:
-                    found.append(caption_of(entry, self.cfg))
-                except BadItem:
-                    continue  # it is counted where the split is loaded
-        return found
+        """Captions of the first validation samples that have one."""
+        if "prompts" not in self.cfg.provides():
+            return []
+        entries = self.split("val").entries
+        return first_captions(entries, lambda e: caption_of(e, self.cfg), self.cfg.num_prompts)
 
     def _usable(self, root: Path, split: str) -> tuple[list[Entry], Counter[str]]:
-        """Samples of a split that can give clips, and how many of all were left out, and why."""
-        cfg, left_out = self.cfg, Counter[str]()
+        """Usable samples of a split; and for all splits, reason -> number of excluded samples."""
+        cfg, excluded = self.cfg, Counter[str]()
         if self._shards is None:
-            keep = Path(cfg.index).expanduser()
-            self._shards = read_shards(root, keep, cfg.media, looks=len(cfg.clips()) > 1)
+            cache = Path(cfg.index).expanduser()
+            self._shards = read_shards(root, cache, cfg.media, with_sizes=len(cfg.clips()) > 1)
         has_images = any(clip.frames == 1 for clip in cfg.clips())
         found: list[Entry] = []
-        for entry, side in sides(self._shards, cfg):
-            ending = first_of(cfg.media, entry.places)
+        for entry, entry_split in entries_with_splits(self._shards, cfg):
+            ending = first_of(cfg.media, entry.members)
             if ending is None:
-                left_out["samples without a member of data.media"] += 1
+                excluded["samples without a member of data.media"] += 1
             elif is_image(ending) and not has_images:
-                left_out["images, because no clip has one frame"] += 1
-            elif side not in ("train", "val"):
-                left_out["samples in shards of neither split"] += 1
-            elif side == split:
+                excluded["images, because no clip has one frame"] += 1
+            elif entry_split not in ("train", "val"):
+                excluded["samples in shards of neither split"] += 1
+            elif entry_split == split:
                 found.append(entry)
-        return found, left_out
+        return found, excluded
 
 
-def sides(shards: list[Shard], cfg: WebDataset.Config) -> Iterator[tuple[Entry, str | None]]:
-    """All samples with the split that each is in."""
-    told = {shard.name: shard.split for shard in shards}
-    if cfg.split_by == "auto" and {"train", "val"} <= {*told.values()}:
-        yield from ((entry, told[shard.name]) for shard in shards for entry in shard.entries)
+def entries_with_splits(
+    shards: list[Shard], cfg: WebDataset.Config
+) -> Iterator[tuple[Entry, str | None]]:
+    """All samples, each with its split."""
+    splits = {shard.name: shard.split for shard in shards}
+    if cfg.split_by == "auto" and {"train", "val"} <= {*splits.values()}:
+        yield from ((entry, splits[shard.name]) for shard in shards for entry in shard.entries)
         return
     by_shard = cfg.split_by == "shard"
-    names = told if by_shard else {entry.key for shard in shards for entry in shard.entries}
-    held = held_out(sorted(names), cfg.val_fraction)
+    names = set(splits) if by_shard else {entry.key for shard in shards for entry in shard.entries}
+    held = held_out(names, cfg.val_fraction)
     for shard in shards:
         for entry in shard.entries:
             is_held = (shard.name if by_shard else entry.key) in held
@@ -169,20 +163,20 @@ def is_image(ending: str) -> bool:
 
 
 def caption_of(entry: Entry, cfg: WebDataset.Config) -> str:
-    """Raises BadItem where it cannot be read, or is missing and such are to be skipped."""
+    """Raises BadItem for an unreadable caption, and for a missing one unless those become ""."""
     ending = cfg.caption or ""
     text = ""
-    if ending in entry.places:
+    if ending in entry.members:
         payload = entry.member(ending).read()
         try:
             text = payload.decode("utf-8-sig")
             if ending.rpartition(".")[2] == "json":
                 text = json.loads(text).get(cfg.caption_field) or ""
-            text = " ".join(text.split())
+            text = one_line(text)
         except (ValueError, AttributeError, RecursionError) as e:
             raise BadItem(f"its caption .{ending} cannot be read: {e}") from e
     if not text and cfg.missing_caption == "skip":
-        raise BadItem(f"has no caption in .{ending} (data.missing_caption=empty would take it)")
+        raise BadItem(f"has no caption in .{ending}; data.missing_caption=empty keeps it")
     return text
 
 
@@ -199,34 +193,33 @@ class Samples:
         return len(self.entries)
 
     def id(self, index: int) -> str:
-        """Shard and key, with what cannot be printed escaped."""
+        """Shard and key."""
         entry = self.entries[index]
-        return repr(f"{entry.shard.relative_to(self.root).as_posix()}/{entry.key}")[1:-1]
+        return printable(f"{entry.shard.relative_to(self.root).as_posix()}/{entry.key}")
 
     def content(self, index: int) -> str:
-        """SHA-256 of all that is read for a clip."""
-        entry, found = self.entries[index], hashlib.sha256()
-        for ending in (first_of(self.cfg.media, entry.places), self.cfg.caption):
-            if ending in entry.places:
+        """SHA-256 of the members that the clip is made from. Raises BadItem."""
+        entry, digest = self.entries[index], hashlib.sha256()
+        for ending in (first_of(self.cfg.media, entry.members), self.cfg.caption):
+            if ending in entry.members:
                 payload = entry.member(ending).read()
-                found.update(f"{ending} {len(payload)}\n".encode() + payload)
-        return found.hexdigest()
+                digest.update(f"{ending} {len(payload)}\n".encode() + payload)
+        return digest.hexdigest()
 
     def bucket(self, index: int, rng: np.random.Generator) -> Clip:
-        """The clip of an entry whose look tells its frames, height and width."""
         main, *others = self.cfg.clips()
-        look = self.entries[index].look
-        if not others or not isinstance(look, tuple):
+        size = self.entries[index].size
+        if not others or not isinstance(size, tuple):
             return main
-        frames, height, width = look
+        frames, height, width = size
         return nearest(((frames - 1) // self.cfg.stride + 1, height, width), (main, *others))
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         entry, cfg, clip = self.entries[index], self.cfg, self.bucket(index, rng)
-        if isinstance(entry.look, str):
-            raise BadItem(entry.look)
-        ending = first_of(cfg.media, entry.places)
-        assert ending is not None  # others were left out
+        if isinstance(entry.size, str):
+            raise BadItem(entry.size)
+        ending = first_of(cfg.media, entry.members)
+        assert ending is not None  # such entries were excluded
         media = entry.member(ending)
         sample: Sample = {} if cfg.caption is None else {"caption": caption_of(entry, cfg)}
         fit = Fit(clip.height, clip.width, chooser(self.training and cfg.crop == "random", rng))

@@ -1,4 +1,4 @@
-"""WebVid as DynamiCrafter reads it: a CSV of videos and captions, strides drawn for each clip."""
+"""WebVid as DynamiCrafter reads it: a CSV of videos and captions, with a random frame stride."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plugins._blocks.folders import folder_of, held_out
+from plugins._blocks.folders import check_split, folder_of, printable, split_by_hash
 from plugins._blocks.video_io import read_frames
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
@@ -19,26 +19,25 @@ COLUMNS = ("videoid", "page_dir", "name")
 
 Row = dict[str, str]
 Randint = Callable[[int, int], int]  # both ends included
-Read = Callable[..., tuple[list[np.ndarray], float]]  # (path, pick, as array) -> images, fps
+Read = Callable[..., tuple[list[np.ndarray], float]]  # (path, pick, resize) -> images, fps
 
 
 @register("data", "webvid")
 class WebVid:
-    """Videos named in a CSV (videoid, page_dir, name): root/videos/page_dir/videoid.mp4."""
+    """Videos of a CSV (videoid, page_dir, name): root/videos/page_dir/videoid.mp4."""
 
     @dataclass
     class Config(DataConfig):
-        """The settings beyond those of every data plugin.
+        """Settings in addition to those of every data plugin.
 
-        meta_path, val_meta_path: CSV files; meta_path null is metadata.csv in the root, and without
-        val_meta_path `val_fraction` of the videos is held out, by the hash of their names.
-        frame_stride: file frames from one frame to the next, the largest where random_fs draws it
-        from frame_stride_min on. fixed_fps: strides are multiplied so that clips have about this
-        rate. fps_max: the largest rate told to the model. antialias: false resizes as torchvision
-        did when the model was trained.
-        carry_stride: as published, a video that cannot be used is replaced by the next row and
-        its changed stride goes along; it is not counted. False: each clip has a stride of its own,
-        and unusable videos are counted, listed and replaced by the loader.
+        meta_path, val_meta_path: CSV files; meta_path null is metadata.csv in the root. Without
+        val_meta_path `val_fraction` of the videos is held out, by a hash of their names.
+        frame_stride: file frames between clip frames; random_fs draws it between frame_stride_min
+        and frame_stride. fixed_fps: scales strides so that clips have about this frame rate.
+        fps_max: largest fps condition. antialias: false resizes as torchvision did when the model
+        was trained. carry_stride: as published, an unusable video is replaced by the next row,
+        keeps its modified stride and is not counted; false draws a stride per clip, and the loader
+        counts, lists and replaces unusable videos.
         """
 
         meta_path: str | None = None
@@ -78,47 +77,43 @@ class WebVid:
         self.cfg = cfg
 
     def split(self, name: str) -> "Clips":
-        """Clips of "train" or "val". Raises DataError where there are none."""
-        if name not in ("train", "val"):
-            raise ValueError(f"split {name!r}: want 'train' or 'val'")
+        """Clips of "train" or "val". Raises DataError if there are none."""
+        check_split(name)
         cfg, root = self.cfg, folder_of(self.cfg)
         table = Path(cfg.meta_path).expanduser() if cfg.meta_path else root / "metadata.csv"
-        train = read_rows(table)
+        rows = read_rows(table)
         if cfg.val_meta_path:
-            val = read_rows(Path(cfg.val_meta_path).expanduser())
+            validation = read_rows(Path(cfg.val_meta_path).expanduser())
+            if both := {video_path(r) for r in rows} & {video_path(r) for r in validation}:
+                raise DataError(
+                    f"data.val_meta_path={cfg.val_meta_path}: {len(both)} videos are also in "
+                    f"{table}, such as {min(both)}; remove them from one"
+                )
+            rows = rows if name == "train" else validation
         else:
-            held = held_out(sorted({place(r) for r in train}), cfg.val_fraction)
-            train, val = (
-                [r for r in train if (place(r) in held) == of_val] for of_val in (False, True)
-            )
-        if both := {place(r) for r in train} & {place(r) for r in val}:
-            raise DataError(
-                f"data.val_meta_path={cfg.val_meta_path}: {len(both)} videos are in {table} too, "
-                f"such as {min(both)}; remove them from one"
-            )
-        rows = train if name == "train" else val
+            rows = split_by_hash(rows, video_path, cfg.val_fraction, name)
         if not rows:
             raise DataError(f"{table}: no video for {name!r}; want rows without empty fields")
         return Clips(root, rows, cfg, training=name == "train")
 
     def prompts(self) -> list[str]:
-        """Captions of the first videos of the validation split."""
+        """Captions of the first validation videos."""
         rows = self.split("val").rows if self.cfg.num_prompts else []
         return [r["name"] for r in rows[: self.cfg.num_prompts]]
 
 
 def middle(low: int, high: int) -> int:
-    """In place of chance: the largest stride (low >= 1), the start in the middle (low = 0)."""
+    """Replaces random draws: the largest stride (low >= 1), the middle start (low = 0)."""
     return high if low else high // 2
 
 
-def place(row: Row) -> str:
-    """Path of a video below the root."""
+def video_path(row: Row) -> str:
+    """Path of a video relative to the root."""
     return f"videos/{row['page_dir']}/{row['videoid']}.mp4"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a CSV; as published, one with any empty field is dropped. Raises DataError."""
+    """Rows of a CSV; as published, drops rows with an empty field. Raises DataError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             table = csv.DictReader(lines)
@@ -128,13 +123,13 @@ def read_rows(path: Path) -> list[Row]:
             rows = [r for r in table if None not in r and all(r.values())]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
-    if strange := [r for r in rows if ".." in Path(place(r)).parts or "/" in r["videoid"]]:
-        raise DataError(f"{path}: {place(strange[0])} leaves the folder of the data")
+    if outside := [r for r in rows if ".." in Path(video_path(r)).parts or "/" in r["videoid"]]:
+        raise DataError(f"{path}: {video_path(outside[0])} leaves the data folder")
     return rows
 
 
 class Picker:
-    """Which frames of a video make a clip; `stride` is drawn first, and changed to fit a video."""
+    """Picks the frames of a clip; draws `stride` first and modifies it to fit the video."""
 
     def __init__(self, cfg: WebVid.Config, randint: Randint) -> None:
         self.cfg, self.randint = cfg, randint
@@ -143,17 +138,17 @@ class Picker:
             self.stride = randint(cfg.frame_stride_min, cfg.frame_stride)
 
     def __call__(self, number: int, rate: float) -> list[int]:
-        """Numbers of the clip's frames in a video of `number`. Raises BadItem."""
+        """Frame numbers of the clip in a video of `number` frames. Raises BadItem."""
         cfg = self.cfg
         if number < cfg.frames:
-            raise BadItem(f"has {number} frames, {cfg.frames} are needed")
+            raise BadItem(f"has {number} frames, want {cfg.frames}")
         if cfg.fixed_fps:
             self.stride = int(self.stride * rate / cfg.fixed_fps)
         self.stride = max(self.stride, 1)
         span = self.stride * (cfg.frames - 1) + 1
         if number < span:
             if cfg.fixed_fps and number < span * 0.5:
-                raise BadItem(f"has {number} frames, {span} are needed for {cfg.fixed_fps} fps")
+                raise BadItem(f"has {number} frames, want {span} for {cfg.fixed_fps} fps")
             self.stride = number // cfg.frames
             span = self.stride * (cfg.frames - 1) + 1
         room = number - span
@@ -175,35 +170,34 @@ class Clips:
         return len(self.rows)
 
     def id(self, index: int) -> str:
-        """The path below the root, with what cannot be printed escaped."""
-        return repr(place(self.rows[index]))[1:-1]
+        return printable(video_path(self.rows[index]))
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
-        """A validation clip has the stride `frame_stride` and lies in the middle of its video."""
+        """Validation clips have stride `frame_stride` and are in the middle of their video."""
         if self.training:
             return self.draw(index, lambda low, high: int(rng.integers(low, high + 1)))
         return self.draw(index, middle)
 
     def draw(self, index: int, randint: Randint) -> Sample:
-        """The clip that `randint` chooses. Raises BadItem."""
+        """The clip that `randint` selects. Raises BadItem."""
         picker = Picker(self.cfg, randint)
-        others = len(self) - 1 if self.cfg.carry_stride and self.training else 0
-        for attempt in range(others):
+        retries = len(self) - 1 if self.cfg.carry_stride and self.training else 0
+        for attempt in range(retries):
             try:
                 return self._clip(self.rows[(index + attempt) % len(self)], picker)
             except BadItem:
-                continue  # as published: the next row, with the picker as it is now
-        return self._clip(self.rows[(index + others) % len(self)], picker)
+                continue  # as published: the next row, with the modified stride
+        return self._clip(self.rows[(index + retries) % len(self)], picker)
 
     def _clip(self, row: Row, picker: Picker) -> Sample:
         stride = picker.stride
 
         def pick(number: int, rate: float) -> list[int]:
-            picker.stride = stride  # a file whose packets and frames differ in number asks twice
+            picker.stride = stride  # called twice if a file has more packets than frames
             return picker(number, rate)
 
-        images, rate = self.read(self.root / place(row), pick, np.asarray)
-        fps = rate // picker.stride  # as published: whole frames a second
+        images, rate = self.read(self.root / video_path(row), pick, np.asarray)
+        fps = rate // picker.stride  # as published: an integer
         return {
             "video": transformed(images, self.cfg),
             "caption": row["name"],
@@ -215,8 +209,8 @@ class Clips:
 def transformed(images: list[np.ndarray], cfg: WebVid.Config) -> Tensor:
     """(H, W, 3) uint8 each -> (3, T, height, width) float32 in [-1, 1].
 
-    As published: the short side becomes the smaller of height and width, then the centre is cut
-    out; what is narrower than that gets black bars.
+    As published: resizes the short side to the smaller of height and width, then crops the centre;
+    narrower frames get black bars.
     """
     from torchvision.transforms.v2.functional import center_crop, resize
 

@@ -311,7 +311,7 @@ def test_ofs_is_told_to_every_clip() -> None:
         ({"length": 0}, "length=0: want >= 1"),
         ({"vocab_size": 2}, "vocab_size=2: want >= 3"),
         ({"dtype": "half"}, "dtype='half': want one of ['fp32', 'bf16', 'fp16']"),
-        ({"dtype": "bf16"}, "dtype='bf16': a network that is trained wants 'fp32'"),
+        ({"dtype": "bf16"}, "dtype='bf16': want 'fp32' for a trained encoder"),
         ({"weights": "cached"}, "drop_text=0.1: weights='cached' has no encoder"),
         ({"image": "last_frame"}, "image='last_frame': want one of ['none', 'first_frame']"),
         ({"image_latent_scale": 0.0}, "image_latent_scale=0.0: want > 0"),

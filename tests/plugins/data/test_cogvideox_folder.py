@@ -216,7 +216,7 @@ def test_a_second_folder_validates_and_may_not_share_videos(tmp_path):
     assert len(split(train, "val", val_root=str(val))) == 2
     (val / "videos/1.mp4").unlink()
     (val / "videos/1.mp4").hardlink_to(train / "videos/0.mp4")
-    with pytest.raises(DataError, match=r"is in data\.root, too"):
+    with pytest.raises(DataError, match=r"is also in data\.root"):
         split(train, val_root=str(val))
 
 

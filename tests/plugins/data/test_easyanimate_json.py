@@ -192,12 +192,12 @@ def test_an_entry_without_a_type_is_an_image(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ([{"file_path": "a.png"}], "entry 1: text missing or no text"),
+        ([{"file_path": "a.png"}], "entry 1: text missing or not text"),
         ([{"path": "a.png", "caption": "b"}], r"file_path and text missing.*\['caption', 'path'\]"),
         ([entry("a.png", "picture")], "type='picture': want one of"),
-        ([entry("../a.png")], "leaves the folder"),
-        ([entry("/a.png")], "leaves the folder"),
-        ([entry("a.png", width=0)], "width=0: want a whole number"),
+        ([entry("../a.png")], "leaves the data folder"),
+        ([entry("/a.png")], "leaves the data folder"),
+        ([entry("a.png", width=0)], "width=0: want an integer"),
         ([entry("a.png", height="tall")], "height='tall'"),
         ({"a": 1}, "want a list of entries"),
         ([entry("a.png"), entry("b.png")], "none of its 2 files is there"),
@@ -253,7 +253,7 @@ def test_files_are_on_one_side_and_those_of_a_second_table_must_be_others(tmp_pa
     assert not train_files & val_files
     table(root, entries[:12])
     other = table(root, entries[11:], "val.json") / "val.json"
-    with pytest.raises(DataError, match="1 of its files are in"):
+    with pytest.raises(DataError, match="1 of its files are also in"):
         split(root, val_meta_path=str(other))
     table(root, entries[12:], "val.json")
     assert len(split(root, "val", val_meta_path=str(other))) == 4
@@ -283,12 +283,12 @@ def test_validation_has_all_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ({"video_repeat": 0}, "video_repeat=0: want >= 1; only=image leaves out videos"),
+        ({"video_repeat": 0}, "video_repeat=0: want >= 1; only=image excludes videos"),
         ({"frames": 16}, "frames=16: want 1 or a multiple of frame_interval=9, such as 9 or 18"),
         ({"frames": 4}, "such as 9"),
         ({"ratios": (0.5, 0.3)}, "ratios=0.3: want one of"),
         ({"ratios": (0.25,), "random_ratio_crop": True}, "ratios=0.25: want one of"),
-        ({"width": 32}, "height=16, width=32: want equal ones"),
+        ({"width": 32}, "height=16, width=32: want equal values"),
         ({"enable_bucket": False, "random_ratio_crop": True}, "want enable_bucket=true"),
         ({"only": "videos"}, "only='videos': want one of"),
         ({"text_drop_ratio": 1.5}, "text_drop_ratio=1.5"),

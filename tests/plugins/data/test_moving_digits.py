@@ -139,7 +139,7 @@ def test_the_length_of_an_epoch_is_a_setting():
         ({"root": "scans"}, "root='scans': want null"),
         ({"distinct": 0}, "distinct=0: want >= 1"),
         ({"pictures": -1}, "pictures=-1: want >= 0"),
-        ({"pictures": 4, "frames": 1}, "pictures=4: want 0 where clips are pictures"),
+        ({"pictures": 4, "frames": 1}, "pictures=4: want 0 with frames=1"),
         ({"backdrops": 2.0}, "backdrops=2.0: want 0 to 1"),
     ],
 )

@@ -316,7 +316,7 @@ def playlist(path: Path) -> None:
         (lambda p: p.write_bytes(b""), "cannot be decoded"),
         (lambda p: p.write_bytes(b"\0" * 5000), "cannot be decoded"),
         (truncate, "cannot be decoded"),
-        (lambda p: write_video(p, 2), "has 2 frames, 3 are needed"),
+        (lambda p: write_video(p, 2), "has 2 frames, want 3"),
         (break_link, "No such file"),
         (playlist, "cannot be decoded"),
     ],

@@ -195,14 +195,14 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(root):
     assert before["train"] and len([*keep.iterdir()]) == 8
 
 
-def test_a_broken_index_and_a_folder_that_takes_none_are_errors_with_the_cure(root):
+def test_a_broken_index_and_a_folder_that_takes_none_are_errors_with_the_fix(root):
     split_of(root)
     for file in (root.parent / "shards indices").iterdir():
         file.write_text("[{")
-    with pytest.raises(DataError, match=r"is damaged .*; remove it, and it is made again"):
+    with pytest.raises(DataError, match=r"is damaged .*; remove it to scan the shard again"):
         split_of(root)
     (root.parent / "file").touch()
-    with pytest.raises(StorageError, match=r"data\.index=.*name a folder that can be written"):
+    with pytest.raises(StorageError, match=r"data\.index=.*want a writable folder"):
         split_of(root, index=str(root.parent / "file"))
 
 
@@ -255,7 +255,7 @@ def changed(index: dict, entry: dict, harm: str) -> None:
         ("outside", r"index.json is damaged .*'id0' is at 0"),
         ("missing", "train-00099.tar is not there"),
         ("elsewhere", "copy it again"),
-        ("bytes", r"train-00000.tar has \d+ bytes, index.json says"),
+        ("bytes", r"train-00000.tar has \d+ bytes, want \d+ from index.json"),
     ],
 )
 def test_an_index_that_disagrees_with_the_shards_is_an_error(prepared, harm, problem):
@@ -395,7 +395,7 @@ def twice(path: Path) -> None:
     [
         (cut_short, "cannot be read"),
         (tear_a_header, "is damaged at byte 1024"),
-        (compress, "want a whole tar file that is not compressed"),
+        (compress, "want a complete, uncompressed tar file"),
         (twice, "has two members '000.txt'"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
     ],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugins.data.webvid import Clips, Picker, WebVid, place, read_rows
+from plugins.data.webvid import Clips, Picker, WebVid, read_rows, video_path
 from sandbox.contracts import BadItem, DataError
 from sandbox.randomness import keyed
 from tests.plugins.data.test_video_folder import write_video
@@ -119,7 +119,7 @@ def test_videos_of_the_table_are_read(folder):
 
 def test_splits_share_no_video(folder):
     source = WebVid(replace(CONFIG, root=str(folder)))
-    train, val = ({place(r) for r in source.split(s).rows} for s in ("train", "val"))
+    train, val = ({video_path(r) for r in source.split(s).rows} for s in ("train", "val"))
     assert val
     assert not train & val
     assert len(train | val) == 5

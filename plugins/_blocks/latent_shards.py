@@ -1,4 +1,4 @@
-"""Tensors that task=encode has stored, from their place in a tar file."""
+"""Reads tensors cached by task=encode from their offsets in tar files."""
 
 import json
 import zlib
@@ -13,23 +13,24 @@ INDEX, FORMAT = "index.json", 1
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What task=encode says of the folder. Raises DataError."""
+    """The index that task=encode writes. Raises DataError."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise DataError(
-            f"data.root={folder}: it has no {INDEX} that can be read ({e}); task=encode "
-            "task.to=FOLDER writes it when all clips are stored"
+            f"data.root={folder}: no readable {INDEX} ({e}); task=encode task.to=FOLDER writes it "
+            "once all clips are encoded"
         ) from e
     if index["format"] != FORMAT:
         raise DataError(
-            f"data.root={folder}: its format is {index['format']}, want {FORMAT}; encode it again"
+            f"data.root={folder}: its format is {index['format']}, want {FORMAT}; run task=encode "
+            "again"
         )
     return index
 
 
 def read_tensors(folder: Path, place: list[Any]) -> dict[str, Tensor]:
-    """The tensors at [file, offset, bytes, CRC-32]. Raises BadItem where they are damaged."""
+    """The tensors at `place` = [file, offset, bytes, CRC-32]. Raises BadItem."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -41,7 +42,7 @@ def read_tensors(folder: Path, place: list[Any]) -> dict[str, Tensor]:
     except OSError as e:
         raise BadItem(f"{name} cannot be read: {e}") from e
     if len(payload) != size or zlib.crc32(payload) != crc:
-        raise BadItem(f"{name} is damaged at byte {offset}: run task=encode on a new folder")
+        raise BadItem(f"{name} is damaged at byte {offset}: run task=encode with a new task.to")
     try:
         return load(payload)
     except SafetensorError as e:

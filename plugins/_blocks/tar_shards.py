@@ -1,8 +1,8 @@
-"""Samples of tar shards by their places: nothing is unpacked, no name of a member becomes a path.
+"""Samples of tar shards by offset: nothing is extracted, and no member name becomes a path.
 
-As in webdataset a member is KEY.ENDING, cut at the first dot of its last part, and members of one
-key are one sample. An index.json as task=prepare writes it is believed; shards without one are read
-through once, and what is found is kept.
+As in webdataset a member is KEY.EXTENSION, split at the first dot of its base name, and members
+with the same key form a sample. An index.json written by task=prepare is trusted; other shards are
+scanned once and their index is cached.
 """
 
 import hashlib
@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from plugins._blocks.folders import identity, walk
-from plugins._blocks.video_io import measured
+from plugins._blocks.folders import file_identity, files_below
+from plugins._blocks.video_io import Size, media_size
 from sandbox.contracts import BadItem, DataError, StorageError
 
 INDEX, FORMAT = "index.json", 1
-Look = tuple[int, int, int]  # frames, height, width
 
 
 @dataclass(frozen=True)
 class Member:
-    """Bytes in a shard, for readers that take a path otherwise."""
+    """Bytes in a shard, with the part of Path's interface that `video_io.Media` needs."""
 
     shard: Path
     offset: int
@@ -53,44 +52,46 @@ class Member:
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample: [offset, bytes] by ending, and the size of its media or why it has none."""
+    """One sample: [offset, bytes] by extension, and its media's size or why that is unreadable."""
 
     shard: Path
     key: str
-    places: dict[str, list[int]]
-    look: Look | str | None = None
+    members: dict[str, list[int]]
+    size: Size | str | None = None
 
     def member(self, ending: str) -> Member:
-        return Member(self.shard, *self.places[ending], f".{ending.rpartition('.')[2]}")
+        offset, size = self.members[ending]
+        return Member(self.shard, offset, size, f".{ending.rpartition('.')[2]}")
 
 
 @dataclass(frozen=True)
 class Shard:
-    name: str  # below the root
-    split: str | None  # "train", "val" or another, as the index or the name says
+    name: str  # relative to the root
+    split: str | None  # "train", "val" or another, from the index or the name
     entries: list[Entry]
 
 
-def read_shards(root: Path, keep: Path, media: Sequence[str], looks: bool) -> list[Shard]:
-    """All shards below `root` by name; indices that must be made are kept in the folder `keep`.
+def read_shards(root: Path, cache: Path, media: Sequence[str], with_sizes: bool) -> list[Shard]:
+    """All shards below `root`, by name; indices of scanned shards are cached in `cache`.
 
-    looks: with the size of the first of `media` in each sample. Raises DataError for a shard that
-    is missing or damaged, and StorageError where an index cannot be kept.
+    with_sizes: also the size of the first member of `media` in each sample. Raises DataError for a
+    missing or damaged shard, and StorageError if an index cannot be cached.
     """
-    told = read_index(root / INDEX)
-    names = sorted(n for n in walk(root) if n.lower().endswith(".tar"))
-    if lost := sorted(told.keys() - set(names)):
+    indexed = read_index(root / INDEX)
+    names = sorted(n for n in files_below(root) if n.lower().endswith(".tar"))
+    if missing := sorted(indexed.keys() - set(names)):
         raise DataError(
-            f"{root / INDEX}: {lost[0]!r} is not there ({len(lost)} such shards); copy what is "
-            f"missing, or remove {INDEX} to use what is there"
+            f"{root / INDEX}: {missing[0]!r} is not there ({len(missing)} such shards); copy what "
+            f"is missing, or remove {INDEX} to use what is there"
         )
-    unique = {identity(root / n): n for n in reversed(names)}.values()  # not a shard's second name
+    unique = {file_identity(root / n): n for n in reversed(names)}.values()  # one name per file
 
     def shard(name: str) -> Shard:
-        if name in told:
-            split, rows = told[name]
+        if name in indexed:
+            split, rows = indexed[name]
         else:
-            split, rows = split_in(name), kept_rows(root / name, keep, media if looks else ())
+            rows = cached_rows(root / name, cache, media if with_sizes else ())
+            split = split_in(name)
         return Shard(name, split, [entry(root / name, row) for row in rows])
 
     with ThreadPoolExecutor() as pool:
@@ -98,18 +99,18 @@ def read_shards(root: Path, keep: Path, media: Sequence[str], looks: bool) -> li
 
 
 def entry(shard: Path, row: dict[str, Any]) -> Entry:
-    look = row.get("look")
-    return Entry(shard, row["key"], row["members"], tuple(look) if type(look) is list else look)
+    size = row.get("look")  # the key in cached indices
+    return Entry(shard, row["key"], row["members"], tuple(size) if type(size) is list else size)
 
 
 def split_in(name: str) -> str | None:
-    """What a folder or the name of a shard says: train-00000.tar, val/0.tar, x-validation-1.tar."""
+    """The split in a shard's path: train-00000.tar, val/0.tar, x-validation-1.tar."""
     found = re.findall(r"(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", name.lower())
     return found[-1] if found else None
 
 
 def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
-    """{shard: (split, rows)}; nothing where there is no index of task=prepare. Raises DataError."""
+    """Shard -> (split, rows); empty without an index of task=prepare. Raises DataError."""
     try:
         index = json.loads(path.read_bytes())
         if not isinstance(index, dict) or "splits" not in index:
@@ -118,18 +119,18 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
             raise DataError(f"{path}: its format is {index['format']}, want {FORMAT}")
         found = {}
         for split, shards in index["splits"].items():
-            for told in shards:
-                size = (path.parent / told["file"]).stat().st_size
-                if size != told["bytes"]:
+            for shard in shards:
+                size = (path.parent / shard["file"]).stat().st_size
+                if size != shard["bytes"]:
                     raise DataError(
-                        f"{path.parent / told['file']} has {size} bytes, {path.name} says "
-                        f"{told['bytes']}: copy it again"
+                        f"{path.parent / shard['file']} has {size} bytes, want {shard['bytes']} "
+                        f"from {path.name}: copy it again"
                     )
                 rows = [
                     {**row, "look": [row["frames"], row["height"], row["width"]]}
-                    for row in told["samples"]
+                    for row in shard["samples"]
                 ]
-                found[told["file"]] = split, checked(rows, size)
+                found[shard["file"]] = split, checked(rows, size)
         return found
     except FileNotFoundError as e:
         if e.filename == str(path):
@@ -140,42 +141,40 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
 
 
 def checked(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Raises ValueError where a row is none of a shard of `size` bytes."""
+    """`rows`. Raises ValueError for a row that does not fit a shard of `size` bytes."""
     for row in rows:
         os.fsencode(row["key"])
         for offset, count in row["members"].values():
             if not (type(offset) is type(count) is int and 0 <= offset <= offset + count <= size):
                 raise ValueError(f"{row['key']!r} is at {offset}, {count}")
-        look = row.get("look")
-        if isinstance(look, list) and not all(type(n) is int and n > 0 for n in look):
-            raise ValueError(f"{row['key']!r} has the size {look}")
+        found = row.get("look")
+        if isinstance(found, list) and not all(type(n) is int and n > 0 for n in found):
+            raise ValueError(f"{row['key']!r} has the size {found}")
     return rows
 
 
-def kept_rows(path: Path, keep: Path, media: Sequence[str]) -> list[dict[str, Any]]:
-    """The index of a shard, with sizes where `media` says of what; made where it is not kept."""
-    about = path.stat()
-    state = [FORMAT, str(path.resolve()), about.st_size, about.st_mtime_ns, *media]
-    file = keep / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
+def cached_rows(path: Path, cache: Path, media: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a shard from the cache, else by a scan; with sizes if `media` is not empty."""
+    stat = path.stat()
+    state = [FORMAT, str(path.resolve()), stat.st_size, stat.st_mtime_ns, *media]
+    file = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
     if file.is_file():
         try:
-            return checked(json.loads(file.read_bytes()), about.st_size)
+            return checked(json.loads(file.read_bytes()), stat.st_size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise DataError(f"{file} is damaged ({e}); remove it, and it is made again") from e
-    rows = scanned(path)
+            raise DataError(f"{file} is damaged ({e}); remove it to scan the shard again") from e
+    rows = scan(path)
     for row in rows:
         if ending := first_of(media, row["members"]):
-            row["look"] = look_at(entry(path, row).member(ending))
+            row["look"] = size_or_problem(entry(path, row).member(ending))
     try:
-        keep.mkdir(parents=True, exist_ok=True)
-        # Processes that make the same index each replace it whole.
-        with tempfile.NamedTemporaryFile("w", dir=keep, suffix=".part", delete=False) as draft:
+        cache.mkdir(parents=True, exist_ok=True)
+        # Atomic: several processes may write the same index.
+        with tempfile.NamedTemporaryFile("w", dir=cache, suffix=".part", delete=False) as draft:
             json.dump(rows, draft)
         Path(draft.name).replace(file)
     except OSError as e:
-        raise StorageError(
-            f"data.index={keep}: {e.strerror or e}; name a folder that can be written"
-        ) from e
+        raise StorageError(f"data.index={cache}: {e.strerror or e}; want a writable folder") from e
     return rows
 
 
@@ -183,17 +182,17 @@ def first_of(media: Sequence[str], members: dict[str, Any]) -> str | None:
     return next((ending for ending in media if ending in members), None)
 
 
-def look_at(member: Member) -> list[int] | str:
+def size_or_problem(member: Member) -> list[int] | str:
     try:
-        return [*measured(member)]
+        return [*media_size(member)]
     except BadItem as e:
         return str(e)
 
 
-def scanned(path: Path) -> list[dict[str, Any]]:
-    """Keys and places of all samples in the order of the shard; only plain files count.
+def scan(path: Path) -> list[dict[str, Any]]:
+    """Keys and members of all samples, in the order of the shard; only regular files count.
 
-    Raises DataError for a shard that is damaged or compressed, and where a member is there twice.
+    Raises DataError for a damaged or compressed shard, and for a repeated member.
     """
     rows: dict[str, dict[str, list[int]]] = {}
     try:
@@ -210,10 +209,10 @@ def scanned(path: Path) -> list[dict[str, Any]]:
                     raise DataError(f"{path} has two members {member.name!r}; write it again")
                 places[ending.lower()] = [member.offset_data, member.size]
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # which tarfile takes for the end
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile ends silently at a damaged header
                 raise DataError(f"{path} is damaged at byte {tar.offset}; write it again")
     except (tarfile.TarError, OSError) as e:
         raise DataError(
-            f"{path} cannot be read: {e}; want a whole tar file that is not compressed"
+            f"{path} cannot be read: {e}; want a complete, uncompressed tar file"
         ) from e
     return [{"key": key, "members": places} for key, places in rows.items()]
