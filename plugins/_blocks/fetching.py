@@ -9,8 +9,7 @@ TIMEOUT = 5.0  # seconds to wait for a host
 
 
 def reach(url: str) -> None:
-    """Raises OSError within seconds if no host answers; the download libraries retry for a minute.
-    """
+    """Raises OSError within seconds if no host answers; download libraries retry for a minute."""
     with suppress(HTTPError):  # the host answers; a refusal is reported by the download itself
         urlopen(Request(url, method="HEAD"), timeout=TIMEOUT).close()
 

@@ -1,7 +1,7 @@
-"""How bright clips are, and how widely that is spread.
+"""Brightness of clips and its spread.
 
 Lin et al. 2023 (2305.08891, sections 2 and 3.1): a model whose training never reaches pure noise
-makes clips of medium brightness, none very dark and none very bright.
+generates clips of medium brightness, none very dark or very bright.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from plugins._blocks.metrics import ClipMetric
 from sandbox.contracts import MetricConfig
 from sandbox.registry import register
 
-LUMINANCE = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
+LUMINANCE = (0.2126, 0.7152, 0.0722)  # weights of red, green and blue (ITU-R BT.709)
 
 
 @register("metric", "brightness")
-class Brightness:
+class Brightness(ClipMetric):
     """Mean luminance of a clip, and its spread and range over clips."""
 
     @dataclass
@@ -26,9 +27,6 @@ class Brightness:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-
-    def fit(self, video: Tensor, captions: list[str]) -> None:
-        """There is nothing to learn."""
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
         levels = self.each(video, captions)["brightness"]
@@ -42,22 +40,16 @@ class Brightness:
         }
 
     def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        """(N,) float64 in [0, 1]: the mean luminance of each of (N, 3, T, H, W) in [-1, 1]."""
+        """(N,) float64 in [0, 1]: mean luminance of each clip of (N, 3, T, H, W) in [-1, 1]."""
         pixels = (video.double().nan_to_num().clamp(-1, 1) + 1) / 2
         weights = torch.tensor(LUMINANCE, dtype=pixels.dtype)
         return {"brightness": torch.einsum("ncthw,c->nthw", pixels, weights).mean((1, 2, 3))}
 
-    def baselines(self, captions: list[str]) -> dict[str, Tensor]:
-        return {}
-
-    def rates(self) -> frozenset[str]:
-        return frozenset()
-
     def meaning(self) -> dict[str, str]:
         return {
-            "brightness_spread": "standard deviation of the clips' brightness; compare with real",
-            "brightness_range": "from the darkest twentieth of clips to the brightest",
-            "brightness": "mean luminance of a clip, black 0, white 1",
-            "dark": "brightness that one clip in twenty stays below",
-            "bright": "brightness that one clip in twenty exceeds",
+            "brightness_spread": "standard deviation of brightness over clips; compare with real",
+            "brightness_range": "difference of the 95th and 5th percentile of brightness",
+            "brightness": "mean luminance of a clip; black 0, white 1",
+            "dark": "5th percentile of brightness over clips",
+            "bright": "95th percentile of brightness over clips",
         }

@@ -1,14 +1,14 @@
 """Scores clips of moving digits against captions such as "a red 3 moving left".
 
-Everything is measured on the clip itself: where the ink is, which way it goes, its colour, and what
-a classifier that was trained on real clips reads in an 8x8 window round it. A blurred mean clip
-passes colour, direction, shape and realism; diversity and lanes (0 for a mean) and digit (chance
-0.1) tell it from a sample. Diversity grows with brightness, lanes do not.
+All scores are measured on the clip: position, motion and colour of the ink, and the prediction of a
+classifier (trained on real clips) for the 8x8 window around it. A blurred mean clip does well on
+colour, direction, shape and realism; diversity and lanes (0 for a mean clip) and digit (chance 0.1)
+distinguish it from samples. Diversity increases with brightness, lanes does not.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -20,33 +20,33 @@ from torch import Tensor
 from sandbox.contracts import Clip, ConfigError, MetricConfig, in_range
 from sandbox.registry import register
 
-WINDOW = 8  # pixels: the size of a scan
-INK = 0.3  # a pixel is ink above this
-LEAST = 1.5  # ink a frame, in pixels of full brightness
+WINDOW = 8  # height and width of a scan in pixels
+INK = 0.3  # pixels brighter than this are ink
+MIN_INK = 1.5  # least ink per frame, in pixels of full brightness
 CAPTION = re.compile(r"a (?P<colour>\w+) (?P<digit>\d) moving (?P<direction>left|right|up|down)")
 
 
-class Words(NamedTuple):
+class CaptionWords(NamedTuple):
     colour: str
     digit: int
     direction: str
 
 
-def parse(caption: str) -> Words:
-    """Raises ConfigError where the caption has another form."""
+def parse(caption: str) -> CaptionWords:
+    """Raises ConfigError for a caption of another form."""
     found = CAPTION.fullmatch(caption.strip())
     if not found:
         raise ConfigError(f"metric=digits cannot score {caption!r}: want 'a red 3 moving left'")
-    return Words(found["colour"], int(found["digit"]), found["direction"])
+    return CaptionWords(found["colour"], int(found["digit"]), found["direction"])
 
 
 @register("metric", "digits")
 class Digits:
-    """Colour, direction, digit, shape, realism and diversity of digits, against their captions."""
+    """Colour, direction, digit, shape, realism and diversity of moving digits."""
 
     @dataclass
     class Config(MetricConfig):
-        """reference: real training clips that it learns from; 1,024 or more are enough."""
+        """reference: number of real training clips to fit on; 1,024 are enough."""
 
         imports = ("sklearn.svm",)
         reference: int = 2048
@@ -69,9 +69,9 @@ class Digits:
         self.cfg = cfg
 
     def fit(self, video: Tensor, captions: list[str]) -> None:
-        """Learns colours, digits, windows and mean clips from real clips.
+        """Fits colours, the digit classifier, windows and mean clips on real clips.
 
-        Raises ValueError where one of the ten digits is in no clip.
+        Raises ValueError if one of the ten digits is missing.
         """
         from sklearn.svm import SVC
 
@@ -79,27 +79,28 @@ class Digits:
         missing = set(range(10)) - {w.digit for w in words}
         if missing:
             raise ValueError(f"no training clip shows {sorted(missing)}: pass more clips")
-        frames = spread(video.shape[2])
-        shown = windows(video[:, :, frames]).flatten(0, 1).flatten(1)  # (N*3, 64)
+        frames = three_frames(video.shape[2])
+        flat = windows(video[:, :, frames]).flatten(0, 1).flatten(1)  # (N*3, 64)
         labels = torch.tensor([w.digit for w in words]).repeat_interleave(len(frames))
-        # A digit shows the same window wherever it is, but for the last bits: each is needed once.
-        both = torch.cat([shown, labels[:, None]], 1).mul(1000).round().div(1000).unique(dim=0)
-        self.seen = standardised(both[:, :-1])
-        self.reader = SVC(C=10, gamma="scale").fit(both[:, :-1].numpy(), both[:, -1].long().numpy())
+        # A scan has the same window at every position, up to rounding: keep one copy.
+        both = torch.cat([flat, labels[:, None]], 1).mul(1000).round().div(1000).unique(dim=0)
+        self.references = standardised(both[:, :-1])
+        pixels, digits = both[:, :-1].numpy(), both[:, -1].long().numpy()
+        self.classifier = SVC(C=10, gamma="scale").fit(pixels, digits)
         rgb = mean_rgb(video)
         self.colours = {
             colour: F.normalize(rgb[[w.colour == colour for w in words]].mean(0), dim=0)
             for colour in sorted({w.colour for w in words})
         }
-        of_kind = defaultdict(list)
+        rows_of = defaultdict(list)
         for row, w in enumerate(words):
-            of_kind[w.colour, w.direction].append(row)
-        self.means = {kind: video[rows].float().mean(0) for kind, rows in of_kind.items()}
+            rows_of[w.colour, w.direction].append(row)
+        self.means = {kind: video[rows].float().mean(0) for kind, rows in rows_of.items()}
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        """Rates and means by name (`meaning`), without what one frame or one clip cannot show."""
+        """Scores by name (see `meaning`), without those that need more frames or clips."""
         scores = {k: v.mean().item() for k, v in self.each(video, captions).items()}
-        video, pairs = finite(video), of_one_caption(captions)
+        video, pairs = finite(video), caption_pairs(captions)
         if len(pairs):
             first, second = video[pairs.T]
             scores["diversity"] = (first - second).square().mean((1, 2, 3, 4)).sqrt().mean().item()
@@ -109,20 +110,20 @@ class Digits:
         return scores
 
     def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
-        """The same clip by clip, (N,) each; 1 where a caption is met and 0 where not."""
+        """(N,) per score; rates are 1 if the clip matches its caption, else 0."""
         words = [parse(caption) for caption in captions]
         video = finite(video)
-        shown = windows(video)  # (N, T, 8, 8)
+        window = windows(video)  # (N, T, 8, 8)
         scores = {
-            "colour": hits(self.colour(video), [w.colour for w in words]),
-            "digit": hits(self.digit(shown), [w.digit for w in words]),
-            "realism": self.realism(shown),
+            "colour": matches(self.colour(video), [w.colour for w in words]),
+            "digit": matches(self.digit(window), [w.digit for w in words]),
+            "realism": self.realism(window),
         }
         if video.shape[2] > 1:
-            slopes = motion(video)
-            scores["direction"] = hits(direction(slopes), [w.direction for w in words])
-            scores["speed"] = slopes.abs().amax(1)
-            scores["shape"] = steadiness(shown)
+            velocity = motion(video)
+            scores["direction"] = matches(direction(velocity), [w.direction for w in words])
+            scores["speed"] = velocity.abs().amax(1)
+            scores["shape"] = shape_consistency(window)
         return scores
 
     def baselines(self, captions: list[str]) -> dict[str, Tensor]:
@@ -140,50 +141,51 @@ class Digits:
 
     def meaning(self) -> dict[str, str]:
         return {
-            "direction": "clips that move as their caption says; chance 0.25, perfect 1",
+            "direction": "clips that move in their caption's direction; chance 0.25, perfect 1",
             "colour": "clips whose colour is nearest to the caption's; chance 0.17, perfect 1",
-            "digit": "clips where a classifier reads the caption's digit; chance 0.10, real 0.97",
-            "shape": "how well the digit keeps its shape (correlation of frames); noise 0, real 1",
-            "realism": "highest correlation with any digit of the training clips; real 0.93",
-            "diversity": "distance of clips of one caption (RMS of pixels); mean clip 0, real 0.3",
-            "lanes": "distance of clips of one caption across their motion (pixels), whatever "
-            "their brightness; mean clip 0, noise 0.1, real 1.7",
-            "speed": "pixels a frame along the motion; real clips have that of data.speed",
+            "digit": "clips classified as their caption's digit; chance 0.10, real 0.97",
+            "shape": "correlation of the digit's shape between frames; noise 0, real 1",
+            "realism": "highest correlation with a digit of the training clips; real 0.93",
+            "diversity": "RMS pixel distance of clips of one caption; mean clip 0, real 0.3",
+            "lanes": "distance of clips of one caption across their motion in pixels, independent "
+            "of brightness; mean clip 0, noise 0.1, real 1.7",
+            "speed": "motion in pixels per frame; real clips have data.speed",
         }
 
     def colour(self, video: Tensor) -> list[str | None]:
-        """The nearest learned colour of each clip by cosine; None where there is hardly any ink."""
+        """The fitted colour nearest to each clip by cosine; None if there is too little ink."""
         names = list(self.colours)
         rgb = mean_rgb(video)
         nearest = (rgb @ torch.stack([self.colours[n] for n in names]).T).argmax(1).tolist()
         visible = enough_ink(video).tolist()
-        return [names[i] if seen else None for i, seen in zip(nearest, visible, strict=True)]
+        return [names[i] if is_visible else None
+                for i, is_visible in zip(nearest, visible, strict=True)]  # fmt: skip
 
-    def digit(self, shown: Tensor) -> list[int]:
-        """The digit that the classifier reads, its decision averaged over every second frame."""
-        every_second = shown[:, ::2].flatten(2)  # (N, T', 64)
-        decisions = self.reader.decision_function(every_second.flatten(0, 1).numpy())
+    def digit(self, window: Tensor) -> list[int]:
+        """The classifier's digit; decisions are averaged over every second frame."""
+        every_second = window[:, ::2].flatten(2)  # (N, T', 64)
+        decisions = self.classifier.decision_function(every_second.flatten(0, 1).numpy())
         return decisions.reshape(*every_second.shape[:2], -1).mean(1).argmax(1).tolist()
 
-    def realism(self, shown: Tensor) -> Tensor:
+    def realism(self, window: Tensor) -> Tensor:
         """(N,) highest correlation with a window of the training clips."""
-        three = standardised(shown[:, spread(shown.shape[1])].flatten(2))  # (N, 3, 64)
-        return (three @ self.seen.T).amax(-1).mean(1)
+        flat = standardised(window[:, three_frames(window.shape[1])].flatten(2))  # (N, 3, 64)
+        return (flat @ self.references.T).amax(-1).mean(1)
 
 
 def finite(video: Tensor) -> Tensor:
-    """A model may have diverged."""
+    """Replaces NaN and infinite pixels, which a diverged model generates."""
     return video.float().nan_to_num(nan=-1, posinf=1, neginf=-1)
 
 
-def hits(found: list, wanted: list) -> Tensor:
-    """(N,) float64: 1 where they agree."""
-    agree = [f == w for f, w in zip(found, wanted, strict=True)]
-    return torch.tensor(agree, dtype=torch.float64)
+def matches(found: Sequence[object], wanted: Sequence[object]) -> Tensor:
+    """(N,) float64: 1 where both are equal, else 0."""
+    equal = [f == w for f, w in zip(found, wanted, strict=True)]
+    return torch.tensor(equal, dtype=torch.float64)
 
 
-def spread(frames: int) -> list[int]:
-    """First, middle and last frame."""
+def three_frames(frames: int) -> list[int]:
+    """Numbers of the first, middle and last frame, without repetitions."""
     return sorted({0, frames // 2, frames - 1})
 
 
@@ -197,12 +199,12 @@ def masked_ink(video: Tensor) -> Tensor:
 
 
 def enough_ink(video: Tensor) -> Tensor:
-    """(N,) bool: a clip with less has neither colour nor direction."""
-    return masked_ink(video).sum((1, 2, 3)) / video.shape[2] >= LEAST
+    """(N,) bool: clips with less ink have neither colour nor direction."""
+    return masked_ink(video).sum((1, 2, 3)) / video.shape[2] >= MIN_INK
 
 
 def centres(video: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre of the ink (N, T, 2), rows and columns, and whether there is any (N, T)."""
+    """Centre of the ink (N, T, 2) as row and column, and whether there is ink (N, T)."""
     weight = masked_ink(video)
     mass = weight.sum((2, 3))
     height, width = weight.shape[2:]
@@ -214,10 +216,10 @@ def centres(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def windows(video: Tensor) -> Tensor:
-    """(N, T, 8, 8) of ink round its centre, divided by its maximum (at least 0.3)."""
+    """(N, T, 8, 8) ink around its centre, divided by its maximum (at least 0.3)."""
     centre, _ = centres(video)
-    # The corner is centre - 3.5, rounded half up: torch.round goes to even numbers, so that the
-    # window would jump as a digit moves.
+    # The corner is centre - 3.5, rounded half up. torch.round rounds half to even, and the window
+    # would jump as a digit moves.
     corner = (centre - (WINDOW - 1) / 2 + 0.5).floor().long()
     padded = F.pad(ink(video), [WINDOW] * 4)
     tiles = padded.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1)  # (N, T, H', W', 8, 8), a view
@@ -234,9 +236,9 @@ def mean_rgb(video: Tensor) -> Tensor:
 
 
 def motion(video: Tensor) -> Tensor:
-    """(N, 2) slope of the centre (least squares), down and right, pixels a frame; 0 without ink."""
+    """(N, 2) least-squares velocity (down, right) in pixels per frame; 0 without enough ink."""
     centre, inked = centres(video)
-    weight = inked.float()[..., None]  # (N, T, 1): frames without ink say nothing
+    weight = inked.float()[..., None]  # (N, T, 1): frames without ink do not count
     count = weight.sum(1, keepdim=True).clamp_min(1)
     time = torch.arange(video.shape[2]).float()[None, :, None]
     time = (time - (weight * time).sum(1, keepdim=True) / count) * weight
@@ -245,7 +247,7 @@ def motion(video: Tensor) -> Tensor:
 
 
 def direction(slopes: Tensor) -> list[str | None]:
-    """The larger axis decides; None below half a pixel a frame."""
+    """Direction of the larger component; None at up to half a pixel per frame."""
     found = []
     for down, right in slopes.tolist():
         if max(abs(down), abs(right)) <= 0.5:
@@ -262,20 +264,20 @@ def standardised(x: Tensor) -> Tensor:
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-6)
 
 
-def steadiness(shown: Tensor) -> Tensor:
+def shape_consistency(window: Tensor) -> Tensor:
     """(N,) mean correlation of the windows of later frames with that of the first."""
-    flat = standardised(shown.flatten(2))
+    flat = standardised(window.flatten(2))
     return (flat[:, 1:] * flat[:, :1]).sum(-1).mean(1)
 
 
 def lanes(video: Tensor, captions: list[str]) -> Tensor:
-    """(N,) place of the ink across the caption's motion, in pixels: what no caption tells."""
+    """(N,) position of the ink across the caption's motion, in pixels; captions do not name it."""
     across = [parse(c).direction in ("up", "down") for c in captions]  # 0 rows, 1 columns
     return centres(video)[0].mean(1)[torch.arange(len(video)), torch.tensor(across).long()]
 
 
-def of_one_caption(captions: list[str]) -> Tensor:
-    """(P, 2) rows of all pairs of clips that share a caption."""
+def caption_pairs(captions: list[str]) -> Tensor:
+    """(P, 2) rows of all pairs of clips with the same caption."""
     rows = defaultdict(list)
     for row, caption in enumerate(captions):
         rows[caption].append(row)

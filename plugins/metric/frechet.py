@@ -1,8 +1,8 @@
-"""Frechet distance between generated clips and real training clips, in features of a network.
+"""Frechet distance of generated clips to real training clips, in the features of a network.
 
-`network=inception_v3` is FID (Heusel et al. 2017, 1706.08500), a video network FVD (Unterthiner et
-al. 2018, 1812.01717). Both fall with the number of clips: compare equal numbers, and read the row
-of real held-out clips as what is out of reach. A network of your own is a TorchScript file.
+`network=inception_v3` gives FID (Heusel et al. 2017, 1706.08500), a video network FVD (Unterthiner
+et al. 2018, 1812.01717). Both decrease with the number of clips: compare equal numbers, and take
+the row of real held-out clips as the lower bound. Your own network is a TorchScript file.
 """
 
 from collections.abc import Iterator
@@ -11,22 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plugins._blocks.features import Features
+from plugins._blocks.feature_networks import Features
 from plugins._blocks.frechet import distance, gaussian
-from plugins._configs.features import NETWORKS, weights_file, weights_problems
+from plugins._blocks.metrics import PlainMetric
+from plugins._configs.features import NETWORKS, score_note, weights_file, weights_problems
 from sandbox.contracts import MetricConfig, in_range
 from sandbox.registry import register
 
 
 @register("metric", "frechet")
-class Frechet:
-    """Frechet distance to real clips: FID, FVD, or of any network."""
+class Frechet(PlainMetric):
+    """Frechet distance to real clips: FID, FVD, or with the features of any network."""
 
     @dataclass
     class Config(MetricConfig):
-        """network: one of plugins/_configs/features.py. weights: "hub", a file, or "random" (for
-        tests: it compares nothing that people see). reference: real training clips. frames: of
-        each clip, spread evenly, that a network of pictures looks at; null takes all.
+        """network: a name in plugins/_configs/features.py. weights: "hub", a file, or "random" (for
+        tests). reference: number of real training clips. frames: number of evenly spaced frames of
+        each clip for an image network; null uses all.
         """
 
         network: str = "random3d"
@@ -58,25 +59,19 @@ class Frechet:
         self.real = gaussian(self.rows(video))
 
     def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        """Without a distance where there is one row of features: it has no covariance."""
+        """Empty for a single row of features, which has no covariance."""
         rows = self.rows(video.clamp(-1, 1))
         return {self.name: distance(self.real, gaussian(rows))} if len(rows) > 1 else {}
 
     def rows(self, video: Tensor) -> Tensor:
-        """(N, 3, T, H, W) -> (rows, D), a row for each clip or picture."""
+        """(N, 3, T, H, W) -> (rows, D), one row per clip or frame."""
         frames = video.shape[2]
         if not self.features.of_clips and self.cfg.frames and self.cfg.frames < frames:
             video = video[:, :, torch.linspace(0, frames - 1, self.cfg.frames).round().long()]
-        found = self.features(video.float().nan_to_num())
-        return found if self.features.of_clips else found.flatten(0, 1)
-
-    def baselines(self, captions: list[str]) -> dict[str, Tensor]:
-        return {}
-
-    def rates(self) -> frozenset[str]:
-        return frozenset()
+        features = self.features(video.float().nan_to_num())
+        return features if self.features.of_clips else features.flatten(0, 1)
 
     def meaning(self) -> dict[str, str]:
-        what = f"Frechet distance to real clips in features of {self.cfg.network}"
-        known = " (random: tells nothing)" if self.cfg.weights == "random" else ""
-        return {self.name: f"{what}{known}; equal 0, of few clips more"}
+        network = f"{self.cfg.network}{score_note(self.cfg.weights)}"
+        return {self.name: f"Frechet distance to real clips in features of {network}; "
+                "equal 0, larger for few clips"}  # fmt: skip

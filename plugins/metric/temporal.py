@@ -1,34 +1,37 @@
-"""How steady clips are and how much they move.
+"""Temporal consistency and amount of motion.
 
-Consistency is the cosine of the features of consecutive frames, with network=clip as in Esser et
-al. 2023 (2302.03011) and Wu et al. 2023 (2212.11565). A still clip has 1: read it beside the flow.
+Consistency is the cosine similarity of features of consecutive frames; network=clip gives the score
+of Esser et al. 2023 (2302.03011) and Wu et al. 2023 (2212.11565). A static clip scores 1: compare
+it together with the flow.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugins._blocks.features import Features
-from plugins._configs.features import NETWORKS, weights_file, weights_problems
+from plugins._blocks.feature_networks import Features
+from plugins._blocks.metrics import ClipMetric
+from plugins._configs.features import NETWORKS, score_note, weights_file, weights_problems
 from sandbox.contracts import Clip, ConfigError, MetricConfig, in_range, one_of
 from sandbox.registry import register
 
-SIDE = 64  # pixels: smaller frames are enlarged, since the flow is found in patches of 8
+SIDE = 64  # pixels: smaller frames are enlarged, because DIS works on patches of 8
 
 
 @register("metric", "temporal")
-class Temporal:
-    """Consistency of features between frames, and magnitude of optical flow (OpenCV)."""
+class Temporal(ClipMetric):
+    """Feature consistency between frames, and magnitude of optical flow (OpenCV)."""
 
     @dataclass
     class Config(MetricConfig):
-        """network: of pictures, of plugins/_configs/features.py; weights: "hub", a file, a name on
-        the hub (clip), or "random" (for tests). flow: also measures how far pixels move.
+        """network: an image network of plugins/_configs/features.py; weights: "hub", a file, a name
+        on the hub (clip), or "random" (for tests). flow: whether to measure optical flow.
         """
 
         network: str = "random2d"
@@ -37,9 +40,9 @@ class Temporal:
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            pictures = [n for n, of_clips in NETWORKS.items() if not of_clips]
-            yield from one_of("network", self.network, pictures)
-            if self.network in pictures:
+            of_images = [n for n, of_clips in NETWORKS.items() if not of_clips]
+            yield from one_of("network", self.network, of_images)
+            if self.network in of_images:
                 yield from weights_problems(self.network, self.weights)
 
         def files(self) -> dict[str, str | None]:
@@ -57,37 +60,24 @@ class Temporal:
         if cfg.flow:
             _cv2()
 
-    def fit(self, video: Tensor, captions: list[str]) -> None:
-        """There is nothing to learn."""
-
-    def score(self, video: Tensor, captions: list[str]) -> dict[str, float]:
-        return {name: values.mean().item() for name, values in self.each(video, captions).items()}
-
     def each(self, video: Tensor, captions: list[str]) -> dict[str, Tensor]:
         video = video.float().nan_to_num().clamp(-1, 1)
-        seen = F.normalize(self.features(video), dim=-1)  # (N, T, D)
-        found = {"consistency": (seen[:, 1:] * seen[:, :-1]).sum(-1).mean(1)}
+        features = F.normalize(self.features(video), dim=-1)  # (N, T, D)
+        scores = {"consistency": (features[:, 1:] * features[:, :-1]).sum(-1).mean(1)}
         if self.cfg.flow:
-            found["flow"] = torch.tensor([magnitude(clip) for clip in video])
-        return found
-
-    def baselines(self, captions: list[str]) -> dict[str, Tensor]:
-        return {}
-
-    def rates(self) -> frozenset[str]:
-        return frozenset()
+            scores["flow"] = torch.tensor([magnitude(clip) for clip in video])
+        return scores
 
     def meaning(self) -> dict[str, str]:
-        known = " (random: tells little)" if self.cfg.weights == "random" else ""
-        network = f"cosine of frames that follow each other in {self.cfg.network}{known}"
-        found = {"consistency": f"{network}; still 1"}
+        network = f"{self.cfg.network}{score_note(self.cfg.weights)}"
+        meaning = {"consistency": f"cosine of consecutive frames in {network}; static 1"}
         if self.cfg.flow:
-            found["flow"] = "optical flow, pixels a frame, mean of all pixels; compare with real"
-        return found
+            meaning["flow"] = "mean optical flow in pixels per frame; compare with real"
+        return meaning
 
 
 def magnitude(clip: Tensor) -> float:
-    """Mean length of the flow between frames of (3, T, H, W) in [-1, 1], in its pixels.
+    """Mean optical flow between frames of (3, T, H, W) in [-1, 1], in pixels of the clip.
 
     Dense inverse search, Kroeger et al. 2016 (1603.03590), preset medium.
     """
@@ -100,16 +90,16 @@ def magnitude(clip: Tensor) -> float:
                    interpolation=cv2.INTER_CUBIC)
         for frame in pixels
     ]  # fmt: skip
-    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flows = [search.calc(a, b, None) for a, b in pairwise(greys)]
     return float(np.mean([np.linalg.norm(flow, axis=-1).mean() for flow in flows])) / factor
 
 
-def _cv2():
+def _cv2() -> Any:
     try:
         import cv2
     except ImportError as e:
         raise ConfigError(
-            "metric.flow=true: needs OpenCV; install the extra prep, or use metric.flow=false"
+            "metric.flow=true: needs OpenCV; install the extra prep, or set metric.flow=false"
         ) from e
     return cv2

@@ -1,7 +1,7 @@
-"""How pleasing a clip looks to people: CLIP features and the linear head of LAION's predictor.
+"""Aesthetic score: LAION's predictor, a linear head on CLIP features.
 
-EasyAnimate keeps a mean of 4.0 or more over four frames (ViT-L/14, aesthetic predictor V2). That
-head is a chain of linear layers without anything in between; V1 is one layer.
+EasyAnimate keeps clips with a mean of at least 4.0 over four frames (ViT-L/14, predictor V2). The
+V2 head is a chain of linear layers without activations; V1 is one layer.
 """
 
 import re
@@ -11,20 +11,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from plugins._configs.stages import evenly_spaced
 from sandbox.contracts import BadItem, Footage, Row, StageConfig, in_range
 from sandbox.registry import register
 
 
 @register("stage", "aesthetic")
 class Aesthetic:
-    """Drops clips that people would not call beautiful, by CLIP and a linear head."""
+    """Drops clips with a low aesthetic score (CLIP features and a linear head)."""
 
     @dataclass
     class Config(StageConfig):
-        """model, weights: of open_clip, its name and a tag of the hub or a file.
+        """model, weights: open_clip's model name, and a pretrained tag or a file.
 
-        head: file of the head (state dict of linear layers); frames: so many are looked at, evenly
-        spread; min: lowest mean score that is kept, of about 1 to 10.
+        head: file with the head's state dict; frames: number of evenly spaced frames to score;
+        min: lowest mean score that is kept, on a scale of about 1 to 10.
         """
 
         model: str = "ViT-L-14"
@@ -45,7 +46,7 @@ class Aesthetic:
             return {"head": self.head}
 
         def times(self, seconds: float) -> list[float]:
-            return [round((i + 0.5) / self.frames * seconds, 6) for i in range(self.frames)]
+            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -63,7 +64,7 @@ class Aesthetic:
             features = clip_model.encode_image(pixels)
             score = head(features / features.norm(dim=-1, keepdim=True)).mean().item()
         if not np.isfinite(score):
-            raise BadItem("has an aesthetic score that is not a number")
+            raise BadItem("has an aesthetic score that is not finite")
         return {"score": round(score, 4)}
 
     def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
@@ -76,7 +77,7 @@ class Aesthetic:
             import open_clip
             import torch
 
-            # OpenAI's weights were trained with another activation than open_clip's default
+            # OpenAI's weights were trained with QuickGELU, open_clip's default is GELU
             quick = self.cfg.weights == "openai" or "quickgelu" in self.cfg.weights
             name = f"{self.cfg.model}-quickgelu" if quick else self.cfg.model
             model, _, preprocess = open_clip.create_model_and_transforms(
@@ -88,7 +89,7 @@ class Aesthetic:
 
 
 def linear_layers(state: dict[str, Any]) -> Any:
-    """A chain of linear layers, in the order of the numbers in their names."""
+    """A chain of linear layers, ordered by the numbers in their names."""
     from torch import nn
 
     names = sorted(

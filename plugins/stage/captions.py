@@ -1,15 +1,15 @@
-"""Captions from files beside the videos, from a table, or from a template.
+"""Captions from .txt files, a table or a template.
 
-A caption belongs to a file by its name; each clip of a file has it. A model that looks at clips is
-a stage of its own, which says {"caption": ...}.
+All clips of a file get the file's caption. A captioning model can be a stage of its own that
+returns {"caption": ...}.
 """
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
+from plugins._blocks.captions import read_caption_file, read_caption_table
 from sandbox.contracts import DataError, Row, StageConfig, one_of
 from sandbox.registry import register
 
@@ -19,14 +19,15 @@ FIELDS = ("name", "folder", "width", "height", "seconds")
 
 @register("stage", "captions")
 class Captions:
-    """Gives clips the captions of their files: a .txt of the same name, or a table."""
+    """Captions clips from a .txt file of the same name, or a table."""
 
     @dataclass
     class Config(StageConfig):
         """table: a CSV with the columns file and caption; null: captions.csv of the folder, if any.
 
-        missing: what becomes of a clip without one: "empty", "drop", or "template", which may name
-        {name} (of the file, its "_" and "-" made spaces), {folder}, {width}, {height}, {seconds}.
+        missing: caption of clips without one: "empty", "drop" (drops the clip) or "template", which
+        can use {name} (of the file, with spaces for "_" and "-"), {folder}, {width}, {height} and
+        {seconds}.
         """
 
         table: str | None = None
@@ -41,7 +42,7 @@ class Captions:
             try:
                 self.template.format(**dict.fromkeys(FIELDS, 0))
             except (KeyError, ValueError, IndexError) as e:
-                yield f"template={self.template!r}: {e!r}; want a text with some of {list(FIELDS)}"
+                yield f"template={self.template!r}: {e!r}; want text with fields of {list(FIELDS)}"
 
         def files(self) -> dict[str, str | None]:
             return {} if self.table is None else {"table": self.table}
@@ -51,24 +52,30 @@ class Captions:
 
     def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
         tables: dict[Path, dict[str, str]] = {}
-        return [self._say(row, tables) for row in rows]
+        return [self._caption(row, tables) for row in rows]
 
-    def _say(self, row: Row, tables: dict[Path, dict[str, str]]) -> dict[str, Any]:
+    def _caption(self, row: Row, tables: dict[Path, dict[str, str]]) -> dict[str, Any]:
+        """The fields to set in `row`; `tables` caches the tables that were read."""
         if row.get("caption"):
             return {}
-        root = Path(row["path"]).parents[len(PurePosixPath(row["source"]).parts) - 1]
+        path = Path(row["path"])
+        root = path.parents[len(PurePosixPath(row["source"]).parts) - 1]
         table = Path(self.cfg.table).expanduser() if self.cfg.table else root / "captions.csv"
         if table not in tables:
-            tables[table] = read_table(table) if self.cfg.table or table.is_file() else {}
-        text = tables[table].get(row["source"]) or beside(Path(row["path"]))
+            exists = self.cfg.table or table.is_file()
+            tables[table] = read_caption_table(table) if exists else {}
+        try:
+            text = tables[table].get(row["source"]) or read_caption_file(path)
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"{path.with_suffix('.txt')} cannot be read: {e}") from e
         if not text and self.cfg.missing == "drop":
             return {"drop": "has no caption"}
         if not text and self.cfg.missing == "template":
-            text = self._templated(row)
+            text = self._from_template(row)
         return {"caption": text}
 
-    def _templated(self, row: Row) -> str:
-        # a name that is no UTF-8 cannot be written to a list of captions
+    def _from_template(self, row: Row) -> str:
+        # caption lists are UTF-8, file names need not be
         source = PurePosixPath(row["source"].encode("utf-8", "replace").decode())
         info = row["info"]
         return self.cfg.template.format(
@@ -76,32 +83,3 @@ class Captions:
             folder=source.parent.name, width=info.width, height=info.height,
             seconds=f"{row['end'] - row['start']:.1f}",
         )  # fmt: skip
-
-
-def beside(path: Path) -> str:
-    """The text of the .txt file of the same name, in one line; "" without one."""
-    try:
-        return " ".join(path.with_suffix(".txt").read_text(encoding="utf-8-sig").split())
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path.with_suffix('.txt')} cannot be read: {e}") from e
-
-
-def read_table(path: Path) -> dict[str, str]:
-    """File -> caption. Raises DataError for a broken table, and for a file with two captions."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            table, found = csv.DictReader(lines, strict=True), {}
-            if not {"file", "caption"} <= set(table.fieldnames or ()):
-                raise DataError(f"{path}: want columns file and caption, has {table.fieldnames}")
-            for row in table:
-                if None in row or None in row.values():
-                    raise DataError(f"{path}, line {table.line_num}: too few or too many entries")
-                name = PurePosixPath(row["file"].strip()).as_posix()
-                text = " ".join(row["caption"].split())
-                if found.setdefault(name, text) != text:
-                    raise DataError(f"{path}, line {table.line_num}: {name!r} has two captions")
-            return found
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e

@@ -1,8 +1,8 @@
-"""Clips that show the same: a perceptual hash of some frames, and their mean colours.
+"""Duplicate detection by a perceptual hash of some frames and their mean colours.
 
-A hash is the signs of the low frequencies of a small grey picture (Zauner 2010, section 3.2.1): it
-stays when a clip is scaled, encoded again or made a little brighter. Grey says nothing of colour,
-so that clips must agree in that, too.
+The hash is the signs of the low frequencies of a small grey image (Zauner 2010, section 3.2.1). It
+is invariant to scaling, re-encoding and small changes of brightness. Grey images have no colour, so
+mean colours are compared too.
 """
 
 from collections.abc import Iterator
@@ -11,24 +11,25 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from plugins._configs.stages import evenly_spaced
 from sandbox.contracts import Footage, Row, StageConfig, in_range
 from sandbox.registry import register
 
-SIDE, LOW = 32, 8  # pixels of the small picture, frequencies kept of each axis
-FLAT = 1.0  # of 255: what varies less has no signs to tell of
+SIDE, LOW = 32, 8  # side of the small image in pixels, frequencies kept per axis
+FLAT = 1.0  # images with a smaller standard deviation (of 255) have no meaningful signs
 
 
 @register("stage", "duplicates")
 class Duplicates:
-    """Drops all but one of clips that show the same: exact copies and near ones."""
+    """Drops exact and near duplicates, keeping one clip of each group."""
 
     @dataclass
     class Config(StageConfig):
-        """frames: so many of a clip are compared, evenly spread.
+        """frames: number of evenly spaced frames to compare.
 
-        bits: of 64 that may differ in the mean over frames; colour: mean difference of levels of
-        255 that is allowed; seconds: so much lengths may differ. The clip with the most pixels is
-        kept, of several the first.
+        Largest differences between duplicates: bits of the 64-bit hash (mean over frames), mean
+        colour (levels of 255) and length in seconds. The clip with the most pixels is kept, of
+        several the first.
         """
 
         frames: int = 4
@@ -47,13 +48,13 @@ class Duplicates:
             yield from in_range("seconds", self.seconds, 0)
 
         def times(self, seconds: float) -> list[float]:
-            return [round((i + 0.5) / self.frames * seconds, 6) for i in range(self.frames)]
+            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def look(self, clip: Footage) -> dict[str, Any]:
-        """{"hashes": 16 hexadecimal digits a frame, "colours": levels of R, G, B a frame}."""
+        """Per frame: {"hashes": 16 hexadecimal digits, "colours": mean levels of R, G, B}."""
         images = clip.at(self.cfg.times(clip.seconds))
         return {
             "hashes": [perceptual_hash(x) for x in images],
@@ -61,38 +62,33 @@ class Duplicates:
         }
 
     def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
-        said: list[dict[str, Any]] = [{} for _ in rows]
+        verdicts: list[dict[str, Any]] = [{} for _ in rows]
         if not rows:
-            return said
-        hashes = np.array([[int(h, 16) for h in self._of(r)["hashes"]] for r in rows], np.uint64)
-        colours = np.array([self._of(r)["colours"] for r in rows], np.float32)
+            return verdicts
+        scores = [row["scores"]["duplicates"] for row in rows]
+        hashes = np.array([[int(h, 16) for h in s["hashes"]] for s in scores], np.uint64)
+        colours = np.array([s["colours"] for s in scores], np.float32)
         lengths = np.array([r["end"] - r["start"] for r in rows])
-        largest = np.array([r["info"].width * r["info"].height for r in rows])
-        order = np.argsort(-largest, kind="stable")
-        kept = np.empty(len(rows), np.intp)  # places in `rows` of the first of each kind
+        pixels = np.array([r["info"].width * r["info"].height for r in rows])
+        kept = np.empty(len(rows), np.intp)  # indices of the kept clips
         count = 0
-        for i in order:
+        for i in np.argsort(-pixels, kind="stable"):
             others = kept[:count]
-            apart = np.bitwise_count(hashes[others] ^ hashes[i]).mean(1)
-            shade = np.abs(colours[others] - colours[i]).mean((1, 2))
-            same = apart <= self.cfg.bits
-            same &= shade <= self.cfg.colour
+            same = np.bitwise_count(hashes[others] ^ hashes[i]).mean(1) <= self.cfg.bits
+            same &= np.abs(colours[others] - colours[i]).mean((1, 2)) <= self.cfg.colour
             same &= np.abs(lengths[others] - lengths[i]) <= self.cfg.seconds
             if same.any():
                 first = rows[others[int(np.argmax(same))]]
                 where = f"{first['source']} at {first['start']:.2f} s"
-                said[i] = {"drop": f"shows the same as {where}", "same_as": first["id"]}
+                verdicts[i] = {"drop": f"duplicate of {where}", "same_as": first["id"]}
             else:
                 kept[count] = i
                 count += 1
-        return said
-
-    def _of(self, row: Row) -> dict[str, Any]:
-        return row["scores"]["duplicates"]
+        return verdicts
 
 
 def perceptual_hash(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> 16 hexadecimal digits; zeros for a picture of one colour."""
+    """(H, W, 3) uint8 -> 16 hexadecimal digits; zeros for an image of one colour."""
     import cv2
 
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)

@@ -1,7 +1,7 @@
-"""How much moves: the mean length of optical flow between frames that are a moment apart.
+"""Amount of motion: mean magnitude of optical flow between sampled frames.
 
-As published for EasyAnimate: two frames a second, Farneback's method in OpenCV, kept from 3 to 8
-pixels. DIS is OpenCV's faster and more exact method, RAFT torchvision's network.
+As published for EasyAnimate: two frames per second, OpenCV's Farneback method, kept between 3 and 8
+pixels. DIS is OpenCV's faster and more accurate method, RAFT is torchvision's network.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ METHODS = ("farneback", "dis", "raft")
 
 @register("stage", "motion")
 class Motion:
-    """Drops clips in which too little or too much moves, by optical flow."""
+    """Drops clips with too little or too much motion, by optical flow."""
 
     @dataclass
     class Config(StageConfig):
         """method: farneback, dis, or raft with `weights`, a file of torchvision's raft_large.
 
-        fps: frames a second between which flow is measured; short_side: pixels to which larger
-        frames are scaled first, null for none, as published. min, max: kept scores, in pixels
-        between two frames; null for no limit.
+        fps: sampling rate of the frames between which flow is measured; short_side: frames with a
+        longer short side are downscaled to it (pixels; null: never, as published). min, max: range
+        of kept scores, in pixels between two sampled frames; null for no limit.
         """
 
         method: str = "farneback"
@@ -48,13 +48,13 @@ class Motion:
             yield from in_range("min", self.min, 0)
             yield from in_range("max", self.max, 0)
             if self.method == "raft" and self.weights is None:
-                yield "weights=null: method=raft wants a file of torchvision's raft_large"
+                yield "weights=null: want a file of torchvision's raft_large for method=raft"
 
         def files(self) -> dict[str, str | None]:
             return {"weights": self.weights} if self.method == "raft" else {}
 
         def times(self, seconds: float) -> list[float]:
-            """At `fps`, two at least."""
+            """At `fps`, at least two."""
             count = max(2, int(seconds * self.fps + 1e-6))
             step = min(1 / self.fps, seconds / 2)
             return [round(i * step, 6) for i in range(count)]
@@ -64,7 +64,7 @@ class Motion:
         self.network: Any = None
 
     def look(self, clip: Footage) -> dict[str, Any]:
-        """{"flow": pixels between two frames, mean over all pixels and pairs}."""
+        """{"flow": pixels between two frames, mean over pixels and pairs of frames}."""
         images = [scaled(x, self.cfg.short_side) for x in clip.at(self.cfg.times(clip.seconds))]
         flow = {"farneback": farneback, "dis": dis, "raft": self.raft}[self.cfg.method]
         lengths = [float(np.hypot(*np.moveaxis(flow(a, b), -1, 0)).mean())
@@ -72,9 +72,9 @@ class Motion:
         return {"flow": round(float(np.mean(lengths)), 4)}
 
     def judge(self, rows: list[Row]) -> list[dict[str, Any]]:
-        return [self._say(row["scores"]["motion"]["flow"]) for row in rows]
+        return [self._verdict(row["scores"]["motion"]["flow"]) for row in rows]
 
-    def _say(self, flow: float) -> dict[str, Any]:
+    def _verdict(self, flow: float) -> dict[str, Any]:
         if self.cfg.min is not None and flow < self.cfg.min:
             return {"drop": f"flow {flow:.2f} < min={self.cfg.min:g}"}
         if self.cfg.max is not None and flow > self.cfg.max:
@@ -82,7 +82,7 @@ class Motion:
         return {}
 
     def raft(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(H, W, 2). RAFT wants sides that 8 divides, of 128 pixels or more."""
+        """(H, W, 2). RAFT needs sides that are multiples of 8 and at least 128 pixels."""
         import torch
         from torch.nn.functional import interpolate
 
@@ -113,7 +113,7 @@ def scaled(image: np.ndarray, short_side: int | None) -> np.ndarray:
 
 
 def farneback(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(H, W, 2), with the parameters published for EasyAnimate."""
+    """(H, W, 2), with EasyAnimate's published parameters."""
     return np.asarray(
         _cv2().calcOpticalFlowFarneback(
             _grey(a), _grey(b), None, pyr_scale=0.5, levels=3, winsize=15, iterations=3,
@@ -136,5 +136,5 @@ def _grey(image: np.ndarray) -> np.ndarray:
 def _cv2() -> Any:
     import cv2
 
-    cv2.setNumThreads(1)  # clips are the parallelism
+    cv2.setNumThreads(1)  # clips are processed in parallel
     return cv2

@@ -1,4 +1,4 @@
-"""Clips as they are written: one rate, one size, upright, square pixels, 8 bits, h264."""
+"""Writes clips in one format: frame rate, size, upright, square pixels, 8 bits, h264."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ FITS = ("cover", "pad", "stretch")
 
 @register("stage", "normalise")
 class Normalise:
-    """Brings clips to one frame rate, size and pixel format, and drops those that are too small."""
+    """Converts clips to one frame rate, size and pixel format, and drops small and short ones."""
 
     @dataclass
     class Config(StageConfig):
-        """fps: of the written clip, null for that of the file; a frame is held until the next.
+        """fps: frame rate of the written clip; null keeps the file's. Frames are held, not blended.
 
-        height, width: both, or null for the file's own; short_side: instead of them, pixels of the
-        shorter side, with the aspect of the file. fit: what is done about another aspect: "cover"
-        cuts off what is too much, "pad" adds black, "stretch". multiple: of which sides are made by
-        cutting. crf: quality of libx264, 0 (best) to 51. min_side: smaller files are dropped;
-        max_aspect: so are longer ones, longer over shorter side; min_frames: and clips with fewer.
+        height, width: size of the written clip; null keeps the file's. short_side: instead of both,
+        the shorter side in pixels, keeping the aspect. fit: for files of another aspect, "cover"
+        crops, "pad" adds black, "stretch" does not keep the aspect. multiple: sides are cropped to
+        multiples of it. crf: libx264's quality, 0 (best) to 51. Drops files with a side below
+        min_side or an aspect (longer over shorter side) above max_aspect, and clips with fewer
+        frames than min_frames.
         """
 
         fps: float | None = None
@@ -97,7 +98,7 @@ class Normalise:
             top, left = (to_height - h) // 2, (to_width - w) // 2
             canvas[top : top + h, left : left + w] = resized(image, h, w)
             return canvas
-        # the part of the picture that is shown, in pixels of the file
+        # the crop, in pixels of the file
         h, w = (min(side, round(to / max(scales))) for side, to in
                 ((height, to_height), (width, to_width)))  # fmt: skip
         top, left = (height - h) // 2, (width - w) // 2
@@ -112,7 +113,7 @@ class Normalise:
 
 
 def times(seconds: float, fps: float) -> list[float]:
-    """When frames of that rate are shown; a frame that has hardly begun is none."""
+    """Times of the frames at `fps`; a last frame of less than 1 % of its duration is left out."""
     return [round(i / fps, 6) for i in range(max(1, int(seconds * fps + 0.01)))]
 
 

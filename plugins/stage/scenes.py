@@ -1,9 +1,9 @@
-"""Scene cuts as EasyAnimate finds them: PySceneDetect's content detector, several times.
+"""Scene cuts as in EasyAnimate: several of PySceneDetect's content detectors.
 
-Detectors with other thresholds and frame skips see other kinds of cuts; what any of them finds is
-a cut. All of them are fed from one pass over the file. A detector that skips frames sees a cut
-late; otherwise than published it is put where the picture changes most among the frames in
-question, so that no frame of the next scene ends a clip.
+Detectors with different thresholds and frame skips find different kinds of cuts; a cut of any of
+them counts. All run in one pass over the file. A detector that skips frames reports a cut late:
+unlike the published code, we move it to the frame with the largest change among the skipped ones,
+so that no clip ends with a frame of the next scene.
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,20 @@ import numpy as np
 from sandbox.contracts import Footage, Span, StageConfig, in_range, same_length
 from sandbox.registry import register
 
-WIDTH = 256  # pixels to which PySceneDetect brings wider pictures by itself
-RATE = 30.0  # any: detectors count frames
+WIDTH = 256  # pixels; PySceneDetect itself downscales wider frames to it
+RATE = 30.0  # arbitrary: detectors count frames
 
 
 @register("stage", "scenes")
 class Scenes:
-    """Cuts files where the picture changes at once, and into pieces of a few seconds."""
+    """Cuts files at scene changes, and into pieces of a few seconds."""
 
     @dataclass
     class Config(StageConfig):
-        """thresholds, frame_skips: of each detector; a skip of 1 looks at every second frame.
+        """thresholds, frame_skips: one per detector; a skip of 1 uses every second frame.
 
-        min_scene_frames: a detector's two cuts are at least so far apart. min_seconds, max_seconds:
-        a longer scene is cut into pieces of max_seconds; what is shorter than min_seconds is
-        dropped.
+        min_scene_frames: least distance between two cuts of a detector. max_seconds: longer scenes
+        are cut into pieces of this length; min_seconds: shorter pieces are dropped.
         """
 
         thresholds: tuple[float, ...] = (10.0, 20.0, 30.0)
@@ -64,7 +63,7 @@ class Scenes:
         self.cfg = cfg
 
     def look(self, clip: Footage) -> dict[str, Any]:
-        """{"cuts": seconds of the first frame after each}."""
+        """{"cuts": time in seconds of the first frame after each cut}."""
         import cv2
         from scenedetect import FrameTimecode
         from scenedetect.detectors import ContentDetector
@@ -72,20 +71,20 @@ class Scenes:
         pairs = zip(self.cfg.thresholds, self.cfg.frame_skips, strict=True)
         detectors = [(ContentDetector(t, self.cfg.min_scene_frames), skip) for t, skip in pairs]
         times: list[float] = []
-        changes: list[float] = []  # mean difference of each frame to the one before
-        found: set[int] = set()
-        before: np.ndarray | None = None
-        for number, (at, image) in enumerate(clip.stream(WIDTH)):
-            times.append(at)
+        changes: list[float] = []  # mean absolute difference to the previous frame
+        cuts: set[int] = set()
+        previous: np.ndarray | None = None
+        for number, (time, image) in enumerate(clip.stream(WIDTH)):
+            times.append(time)
             bgr = np.ascontiguousarray(image[..., ::-1])
-            changes.append(0.0 if before is None else float(cv2.absdiff(bgr, before).mean()))
-            before = bgr
+            changes.append(0.0 if previous is None else float(cv2.absdiff(bgr, previous).mean()))
+            previous = bgr
             for detector, skip in detectors:
                 if number % (skip + 1) == 0:
                     code = FrameTimecode(number, RATE)
                     late = [c.frame_num for c in detector.process_frame(code, bgr)]
-                    found |= {sharpest(changes, n - skip, n) for n in late}
-        return {"cuts": [times[n] for n in sorted(found - {0})]}
+                    cuts |= {largest_change(changes, n - skip, n) for n in late}
+        return {"cuts": [times[n] for n in sorted(cuts - {0})]}
 
     def spans(self, scores: dict[str, Any], seconds: float) -> list[Span]:
         cuts = [0.0, *scores["cuts"], seconds]
@@ -94,13 +93,13 @@ class Scenes:
     def _pieces(self, start: float, end: float) -> Iterator[Span]:
         while end - start > 1e-6:
             stop = min(end, round(start + self.cfg.max_seconds, 6))
-            # a frame of less than the shortest length is a rounded time, not a shorter clip
+            # tolerates rounded times
             is_short = stop - start < self.cfg.min_seconds - 1e-3
             why = f"{stop - start:.2f} s < min_seconds={self.cfg.min_seconds:g}" if is_short else ""
             yield start, stop, why
             start = stop
 
 
-def sharpest(changes: list[float], first: int, last: int) -> int:
-    """Number of the frame that differs most from the one before, of `first` to `last`."""
+def largest_change(changes: list[float], first: int, last: int) -> int:
+    """Number of the frame in [first, last] that differs most from the previous one."""
     return max(range(max(first, 0), last + 1), key=lambda n: changes[n])

@@ -1,8 +1,8 @@
-"""How much of the picture is writing: boxes around text, found by rapidocr, over the whole area.
+"""Fraction of the frame covered by text: the area of rapidocr's boxes.
 
-EasyAnimate drops clips whose middle frame has more than 2 % of it (its code; its article says 1).
-It counts whatever looks like writing. Soft blobs all over the picture do, too; so here a box counts
-only where rapidocr also reads something in it, unless read=false.
+EasyAnimate drops clips whose middle frame has more than 2 % text (in its code; its article says 1).
+It counts all detected boxes, which include soft blobs. Here a box counts only if rapidocr also
+recognises text in it, unless read=false.
 """
 
 from collections.abc import Iterator
@@ -11,21 +11,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from plugins._configs.stages import evenly_spaced
 from sandbox.contracts import Footage, Row, StageConfig, in_range
 from sandbox.registry import register
 
 
 @register("stage", "text_area")
 class TextArea:
-    """Drops clips with much writing in the picture: subtitles, logos, credits."""
+    """Drops clips with much text in the frame: subtitles, logos, credits."""
 
     @dataclass
     class Config(StageConfig):
-        """frames: so many are looked at, evenly spread (1: the middle one), and the most counts.
+        """frames: number of evenly spaced frames (1: the middle one); the largest area counts.
 
-        side: pixels to which a longer side is scaled first; max: largest part of the picture.
-        read: boxes count where something can be read in them (Chinese, Latin letters, digits) with
-        `confidence`; false counts all, as published, and finds other scripts.
+        side: frames with a longer side are downscaled to it, in pixels; max: largest fraction of
+        the frame that is kept. read: counts boxes with text (Chinese, Latin, digits) recognised
+        with `confidence`; false counts all boxes, as published, and includes other scripts.
         """
 
         frames: int = 1
@@ -45,14 +46,14 @@ class TextArea:
             yield from in_range("max", self.max, 0, 1)
 
         def times(self, seconds: float) -> list[float]:
-            return [round((i + 0.5) / self.frames * seconds, 6) for i in range(self.frames)]
+            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.finder: Any = None
+        self.detector: Any = None
 
     def look(self, clip: Footage) -> dict[str, Any]:
-        """{"area": part of the picture in [0, 1]}."""
+        """{"area": fraction of the frame in [0, 1]}."""
         areas = [self.area(image) for image in clip.at(self.cfg.times(clip.seconds))]
         return {"area": round(max(areas), 5)}
 
@@ -62,11 +63,11 @@ class TextArea:
         return [{"drop": f"area {a:.3f} > max={limit:g}"} if a > limit else {} for a in areas]
 
     def area(self, image: np.ndarray) -> float:
-        """Of all boxes together; where they overlap it counts once."""
+        """Fraction of the image covered by the union of all boxes."""
         import cv2
 
         bgr = np.ascontiguousarray(image[..., ::-1])
-        found = self._finder()(bgr, use_det=True, use_cls=False, use_rec=self.cfg.read)
+        found = self._detector()(bgr, use_det=True, use_cls=False, use_rec=self.cfg.read)
         if found.boxes is None or not len(found.boxes):
             return 0.0
         covered = np.zeros(image.shape[:2], np.uint8)
@@ -74,8 +75,8 @@ class TextArea:
             cv2.fillPoly(covered, [box.round().astype(np.int32)], 1)
         return float(covered.mean())
 
-    def _finder(self) -> Any:
-        if self.finder is None:
+    def _detector(self) -> Any:
+        if self.detector is None:
             from rapidocr import RapidOCR
 
             threads = "EngineConfig.onnxruntime.{}_op_num_threads"
@@ -84,8 +85,8 @@ class TextArea:
                 "Global.text_score": self.cfg.confidence,
                 "Det.limit_type": "max",
                 "Det.limit_side_len": self.cfg.side,
-                threads.format("intra"): 1,  # clips are the parallelism
+                threads.format("intra"): 1,  # clips are processed in parallel
                 threads.format("inter"): 1,
             }
-            self.finder = RapidOCR(params=settings)
-        return self.finder
+            self.detector = RapidOCR(params=settings)
+        return self.detector

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plugins._blocks.features import clip_pixels
+from plugins._blocks.feature_networks import clip_pixels
 from plugins._blocks.openclip import MEAN, STD, tokenizer
 from plugins.metric.clip_score import ClipScore
 from plugins.metric.temporal import Temporal, magnitude
@@ -69,4 +69,4 @@ def test_the_middle_of_a_wide_picture_is_what_clip_sees():
 def test_weights_that_nobody_has_are_named():
     with pytest.raises(StorageError, match=r"metric\.weights=/nowhere\.pt: no such file"):
         ClipScore(ClipScore.Config(model="ViT-B-32", weights="/nowhere.pt"))
-    assert "nobody trained" in next(ClipScore.Config(weights="x/y").problems())
+    assert "no trained weights" in next(ClipScore.Config(weights="x/y").problems())

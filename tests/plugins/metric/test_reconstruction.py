@@ -79,6 +79,6 @@ def test_a_file_of_lpips_that_is_not_there_is_missed_at_once():
 
 
 def test_clips_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="beside real ones"):
+    with pytest.raises(ValueError, match="the real clips"):
         scores(clips()[:, :, :1])
     assert list(Reconstruction.Config().accepts(Clip(3, 1, 8, 16))) == ["height=8: want >= 11"]

@@ -65,5 +65,5 @@ def test_raft_runs_with_the_weights_of_a_file_and_says_where_they_do_not_fit(tmp
 def test_raft_without_weights_is_refused_before_anything_starts():
     root = composed("task=prepare", "data_root=.", "stage=[motion]", "stage.motion.method=raft")
     assert [*root.stage["motion"].problems()] == [
-        "weights=null: method=raft wants a file of torchvision's raft_large"
+        "weights=null: want a file of torchvision's raft_large for method=raft"
     ]
