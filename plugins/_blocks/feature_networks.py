@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from plugins._blocks import openclip
 from plugins._blocks.fetching import from_url
-from plugins._configs.features import NETWORKS, TORCHSCRIPT
 from sandbox.contracts import StorageError
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
 
+OF_CLIPS = frozenset({"random3d", "r3d_18", "i3d", "script3d"})  # others take images
+TORCHSCRIPT = frozenset({"script2d", "i3d", "script3d"})
 BATCH = 32  # clips or images per forward pass
 URL = "https://download.pytorch.org/models/"
 FILES = {  # torchvision's; the eight hex digits are the start of the file's SHA-256
@@ -44,7 +45,7 @@ class Features:
 
     def __init__(self, network: str, weights: str, setting: str) -> None:
         """`setting` is the name of `weights` in errors. Raises StorageError."""
-        self.of_clips, self.network = NETWORKS[network], network
+        self.of_clips, self.network = network in OF_CLIPS, network
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from plugins._blocks import openclip
 from plugins._blocks.resampler import Resampler
 from plugins._blocks.text import captions_of
+from plugins._configs.weights import local_weights
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -27,7 +28,6 @@ from sandbox.contracts import (
     Tokens,
     above,
     in_range,
-    is_path,
     one_of,
 )
 from sandbox.registry import register
@@ -119,8 +119,7 @@ class DynamiCrafter(nn.Module):
             return ("start", "end") if self.interp_mode else ("start",)
 
         def files(self) -> dict[str, str | None]:
-            is_local = self.weights != "random" and is_path(self.weights)
-            return {"weights": self.weights} if is_local else {}
+            return local_weights(self.weights, "random")
 
         def offers(self, clip: Clip, grid: Clip) -> Slots:
             if grid.frames != clip.frames:

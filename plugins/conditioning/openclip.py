@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from plugins._blocks import openclip
 from plugins._blocks.text import captions_of
+from plugins._configs.weights import local_weights
 from sandbox.contracts import (
     Batch,
     Clip,
@@ -19,7 +20,6 @@ from sandbox.contracts import (
     Slots,
     Tokens,
     in_range,
-    is_path,
     one_of,
 )
 from sandbox.registry import register
@@ -65,8 +65,7 @@ class OpenCLIP(nn.Module):
             return frozenset({"captions"})
 
         def files(self) -> dict[str, str | None]:
-            is_local = self.weights != "random" and is_path(self.weights)
-            return {"weights": self.weights} if is_local else {}
+            return local_weights(self.weights, "random")
 
         def signals(self) -> tuple[str, ...]:
             return ("text",)

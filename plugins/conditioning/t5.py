@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.t5 import T5Encoder, hashed_words, tokenizer
 from plugins._blocks.text import captions_of
+from plugins._configs.weights import local_weights
 from sandbox.contracts import (
     SIZES,
     Batch,
@@ -28,7 +29,6 @@ from sandbox.contracts import (
     Tokens,
     above,
     in_range,
-    is_path,
     one_of,
 )
 from sandbox.registry import register
@@ -142,9 +142,7 @@ class T5(nn.Module):
             return ("start",) if self.image != "none" else ()
 
         def files(self) -> dict[str, str | None]:
-            if self.weights is None or self.weights == "cached" or not is_path(self.weights):
-                return {}
-            return {"weights": self.weights}
+            return local_weights(self.weights, "cached")
 
         def released(self) -> dict[str, Any]:
             return {"_class_name": "T5EncoderModel"}

@@ -3,7 +3,8 @@
 An image or clip takes the bucket with the nearest ratio, is resized to cover it and
 centre-cropped; a batch has one size. Three differences from the published code: clips of a batch
 have equal numbers of frames instead of being cut to the shortest; random crops are drawn per clip
-instead of per batch (identical for batches of one clip); incomplete batches are not always dropped.
+instead of per batch (identical for batches of one clip); incomplete batches are dropped only with
+drop_incomplete=true.
 """
 
 import csv

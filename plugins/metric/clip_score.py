@@ -11,7 +11,8 @@ from plugins._blocks.feature_networks import BATCH, clip, image_features
 from plugins._blocks.metrics import ClipMetric
 from plugins._blocks.openclip import tokenizer
 from plugins._configs.features import score_note
-from sandbox.contracts import MetricConfig, is_path, one_of
+from plugins._configs.weights import local_weights
+from sandbox.contracts import MetricConfig, one_of
 from sandbox.registry import register
 
 # The plain CLIP models of open_clip: its own towers and tokenizer, 77 tokens.
@@ -39,8 +40,7 @@ class ClipScore(ClipMetric):
                 yield f"weights={self.weights!r}: model=tiny has no trained weights; want random"
 
         def files(self) -> dict[str, str | None]:
-            is_local = self.weights != "random" and is_path(self.weights)
-            return {"weights": self.weights} if is_local else {}
+            return local_weights(self.weights, "random")
 
         def needs(self) -> frozenset[str]:
             return frozenset({"captions"})

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from plugins._configs.stages import evenly_spaced
-from sandbox.contracts import BadItem, Footage, Row, StageConfig, in_range
+from plugins._configs.stages import SampledFramesConfig
+from sandbox.contracts import BadItem, Footage, Row, in_range
 from sandbox.registry import register
 
 
@@ -21,7 +21,7 @@ class Aesthetic:
     """Drops clips with a low aesthetic score (CLIP features and a linear head)."""
 
     @dataclass
-    class Config(StageConfig):
+    class Config(SampledFramesConfig):
         """model, weights: open_clip's model name, and a pretrained tag or a file.
 
         head: file with the head's state dict; frames: number of evenly spaced frames to score;
@@ -44,9 +44,6 @@ class Aesthetic:
 
         def files(self) -> dict[str, str | None]:
             return {"head": self.head}
-
-        def times(self, seconds: float) -> list[float]:
-            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from plugins._configs.stages import evenly_spaced
-from sandbox.contracts import Footage, Row, StageConfig, in_range
+from plugins._configs.stages import SampledFramesConfig
+from sandbox.contracts import Footage, Row, in_range
 from sandbox.registry import register
 
 SIDE, LOW = 32, 8  # side of the small image in pixels, frequencies kept per axis
@@ -24,7 +24,7 @@ class Duplicates:
     """Drops exact and near duplicates, keeping one clip of each group."""
 
     @dataclass
-    class Config(StageConfig):
+    class Config(SampledFramesConfig):
         """frames: number of evenly spaced frames to compare.
 
         Largest differences between duplicates: bits of the 64-bit hash (mean over frames), mean
@@ -46,9 +46,6 @@ class Duplicates:
             yield from in_range("bits", self.bits, 0, 64)
             yield from in_range("colour", self.colour, 0, 255)
             yield from in_range("seconds", self.seconds, 0)
-
-        def times(self, seconds: float) -> list[float]:
-            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from plugins._configs.stages import evenly_spaced
-from sandbox.contracts import Footage, Row, StageConfig, in_range
+from plugins._configs.stages import SampledFramesConfig
+from sandbox.contracts import Footage, Row, in_range
 from sandbox.registry import register
 
 
@@ -21,7 +21,7 @@ class TextArea:
     """Drops clips with much text in the frame: subtitles, logos, credits."""
 
     @dataclass
-    class Config(StageConfig):
+    class Config(SampledFramesConfig):
         """frames: number of evenly spaced frames (1: the middle one); the largest area counts.
 
         side: frames with a longer side are downscaled to it, in pixels; max: largest fraction of
@@ -44,9 +44,6 @@ class TextArea:
             yield from in_range("side", self.side, 64)
             yield from in_range("confidence", self.confidence, 0, 1)
             yield from in_range("max", self.max, 0, 1)
-
-        def times(self, seconds: float) -> list[float]:
-            return evenly_spaced(self.frames, seconds)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

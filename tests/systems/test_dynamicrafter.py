@@ -315,7 +315,7 @@ def test_frames_that_the_query_transformer_does_not_have_are_refused():
 
 
 def test_frames_that_a_first_stage_joins_are_refused():
-    with pytest.raises(Exception, match="9 frames become 3 latents"):
+    with pytest.raises(Exception, match="9 frames become 3 latent frames"):
         DynamiCrafter.Config().offers(Clip(3, 9, 32, 48), Clip(4, 3, 4, 6))
 
 

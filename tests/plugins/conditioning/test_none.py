@@ -6,7 +6,7 @@ from sandbox.contracts import Batch, Clip, Slots
 CLIP = Clip(3, 9, 16, 16)
 
 
-def test_it_offers_needs_and_drops_nothing():
+def test_it_has_no_slots_needs_or_dropout():
     cfg = Unconditional.Config()
     assert cfg.offers(CLIP, CLIP) == Slots()
     assert not cfg.needs() and not cfg.signals() and not cfg.encodes()

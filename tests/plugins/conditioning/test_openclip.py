@@ -1,4 +1,4 @@
-"""OpenCLIP towers against recorded outputs of the original, today's open_clip, and their rules."""
+"""OpenCLIP towers against recorded outputs of the original and the current open_clip."""
 
 import json
 from dataclasses import replace
@@ -48,8 +48,8 @@ def image_encoder() -> ImageEncoder:
     return encoder.eval()
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
-    """The picture that the recording was made with, see `image_formula`."""
+def images(count: int, height: int, width: int) -> Tensor:
+    """The images of the recording, see `image_formula`."""
     b, c, i, j = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float64) for n in (count, 3, height, width)), indexing="ij"
     )
@@ -66,13 +66,13 @@ def test_text_features_equal_the_original(layer, skip):
 @torch.no_grad()
 def test_image_tokens_equal_the_original():
     size = FACTS["image_tokens_input"]
-    got = image_encoder()(pictures(size["batch"], size["h"], size["w"]))
+    got = image_encoder()(images(size["batch"], size["h"], size["w"]))
     near(got, TENSORS["out/image_tokens"])
 
 
 @pytest.mark.parametrize("size", [(320, 512), (256, 256), (200, 220)])
-def test_pictures_are_prepared_as_the_original_does(size):
-    got = openclip.normalised(openclip.resized(pictures(1, *size), 224))
+def test_images_are_preprocessed_as_in_the_original(size):
+    got = openclip.normalised(openclip.resized(images(1, *size), 224))
     name = f"out/preprocess_{size[0]}x{size[1]}_every8"
     near(got[..., ::8, ::8], TENSORS[name])
     assert got.mean().item() == pytest.approx(FACTS["preprocess"][name]["mean"], abs=1e-4)
@@ -80,7 +80,7 @@ def test_pictures_are_prepared_as_the_original_does(size):
 
 
 @torch.no_grad()
-def test_the_text_tower_is_that_of_todays_open_clip():
+def test_the_text_tower_equals_the_current_open_clip():
     from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=14, image_size=28)
@@ -102,17 +102,17 @@ def made(**settings) -> OpenCLIP:
 
 def context(module: OpenCLIP, captions: list[str], drop: list[bool], **fields) -> Tensor:
     batch = Batch(captions=captions, ids=captions, **fields)
-    told = module(batch, GRID, {"text": torch.tensor(drop)}, Recorded({}), None, None)
-    return told.context
+    conditions = module(batch, GRID, {"text": torch.tensor(drop)}, Recorded({}), None, None)
+    return conditions.context
 
 
-def test_a_dropped_caption_is_an_empty_one():
+def test_a_dropped_caption_becomes_an_empty_one():
     module = made()
     got = context(module, ["a red 3", "a red 3"], [False, True])
     near(got, context(module, ["a red 3", ""], [False, False]))
 
 
-def test_a_dropped_caption_is_the_negative_one_where_there_is_one():
+def test_a_dropped_caption_becomes_the_negative_prompt():
     module = made()
     got = context(module, ["a red 3"], [True], negative=["blurry"])
     near(got, context(module, ["blurry"], [False]))
@@ -124,8 +124,8 @@ def test_the_tower_is_frozen():
     assert module.cond_stage_model._frozen
 
 
-def test_released_weights_fit_under_both_names(tmp_path):
-    """A CLIP file has the model's own names, a published system has them under a prefix."""
+def test_released_weights_load_under_both_names(tmp_path):
+    """A CLIP file has the model's names, a published system has them under a prefix."""
     one = made()
     state = one.cond_stage_model.model.state_dict()
     save_file(state | {"visual.proj": torch.zeros(2, 2)}, tmp_path / "clip.safetensors")
@@ -139,36 +139,36 @@ def test_released_weights_fit_under_both_names(tmp_path):
         near(context(other, ["a 3"], [False]), context(one, ["a 3"], [False]))
 
 
-def test_weights_of_another_size_are_refused_with_names(tmp_path):
+def test_weights_of_another_size_are_an_error_with_names(tmp_path):
     save_file(made(width=16).cond_stage_model.model.state_dict(), tmp_path / "clip.safetensors")
     with pytest.raises(StorageError, match=r"token_embedding\.weight is \[49408, 16\]"):
         made(weights=str(tmp_path / "clip.safetensors"))
 
 
-def test_a_missing_file_is_named_with_what_to_do():
+def test_a_missing_file_is_an_error_with_the_fix():
     with pytest.raises(StorageError, match=r"weights=nowhere/clip\.bin: no such file.*random"):
         made(weights="nowhere/clip.bin")
 
 
-def test_without_a_network_the_error_names_file_size_and_cure(monkeypatch, tmp_path):
+def test_without_internet_the_error_names_file_size_and_fix(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(StorageError, match=r"open_clip_model\.safetensors.*3\.9 GB.*FILE"):
         made(weights="laion/nothing-here")
 
 
-class Silent(BaseRequestHandler):
-    """Takes a connection and says nothing, as a network without a way out does."""
+class SilentServer(BaseRequestHandler):
+    """Accepts connections without answering, like a network without internet access."""
 
-    asked = 0
+    requests = 0
 
     def handle(self) -> None:
-        type(self).asked += 1
+        type(self).requests += 1
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
-    """Its own library asks it a dozen times, for a minute and a half."""
-    with TCPServer(("127.0.0.1", 0), Silent) as hub:
+def test_a_silent_hub_is_requested_once(monkeypatch, tmp_path):
+    """The hub's library would retry a dozen times, for a minute and a half."""
+    with TCPServer(("127.0.0.1", 0), SilentServer) as hub:
         Thread(target=hub.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{hub.server_address[1]}"
         place = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -176,13 +176,13 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", place)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(StorageError, match=r"open_clip_model\.safetensors.*3\.9 GB.*FILE"):
-            # of the published size, which would take a while to make
+            # the published size, which takes long to build
             OpenCLIP(replace(preset("conditioning", "openclip_vit_h14"), weights="laion/nothing"))
         hub.shutdown()
-    assert Silent.asked == 1
+    assert SilentServer.requests == 1
 
 
-def test_the_published_size_needs_no_weights_on_the_meta_device():
+def test_the_published_size_builds_on_the_meta_device():
     with torch.device("meta"):
         module = OpenCLIP(preset("conditioning", "openclip_vit_h14"))
     assert sum(p.numel() for p in module.parameters()) == 354_032_641
@@ -192,6 +192,6 @@ def test_the_published_size_needs_no_weights_on_the_meta_device():
     ("settings", "field"),
     [({"layer": "first"}, "layer"), ({"heads": 3}, "heads"), ({"drop_text": 1.5}, "drop_text")],
 )
-def test_a_bad_setting_is_named(settings, field):
+def test_bad_settings_are_reported(settings, field):
     (problem,) = OpenCLIP.Config(**settings).problems()
     assert problem.startswith(f"{field}=")

@@ -39,7 +39,7 @@ def small(**settings) -> T5:
         return T5(replace(T5.Config(d_model=16, vocab_size=64), **settings))
 
 
-def told(model: T5, batch: Batch, drop=None, draws=None, encode=None, z0=None) -> Conditions:
+def conditions(model: T5, batch: Batch, drop=None, draws=None, encode=None, z0=None) -> Conditions:
     drop = {} if drop is None else {"text": torch.tensor(drop)}
     return model(batch, GRID, drop, draws or Keyed(0, 0, torch.arange(2), 2), encode, z0)
 
@@ -73,7 +73,7 @@ def test_preset_has_the_published_names_and_shapes() -> None:
 
 
 @torch.no_grad()
-def test_masked_tokens_change_no_other() -> None:
+def test_masked_tokens_do_not_affect_others() -> None:
     cfg, _, _, _ = recorded()
     encoder = T5Encoder(cfg)
     ids = torch.tensor([[5, 6, 1, 0, 0]])
@@ -96,11 +96,11 @@ def test_float16_keeps_the_layers_that_would_overflow() -> None:
 
 
 def released(folder: Path, parts: int = 1, sub: str = "text_encoder") -> T5.Config:
-    """Writes the recorded encoder as a released one is, in `parts` files; its Config."""
+    """Writes the recorded encoder in the released format, in `parts` files; returns its Config."""
     cfg, weights, _, _ = recorded()
     place = folder / sub
     place.mkdir(parents=True)
-    del weights["encoder.embed_tokens.weight"]  # files hold a shared tensor once
+    del weights["encoder.embed_tokens.weight"]  # files store a shared tensor once
     names = sorted(weights)
     files = {f"model-{i + 1:05}-of-{parts:05}.safetensors": names[i::parts] for i in range(parts)}
     for file, held in files.items():
@@ -122,7 +122,7 @@ def test_released_weights_are_read_from_all_their_files(tmp_path, parts) -> None
     assert encoder.shared.weight is encoder.encoder.embed_tokens.weight
 
 
-def test_weights_come_in_the_dtype_that_is_asked_for(tmp_path) -> None:
+def test_weights_are_loaded_in_the_requested_dtype(tmp_path) -> None:
     cfg = released(tmp_path)
     with torch.device("meta"):
         encoder = T5Encoder(cfg).to_dtype(torch.bfloat16)
@@ -130,7 +130,7 @@ def test_weights_come_in_the_dtype_that_is_asked_for(tmp_path) -> None:
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
 
 
-def test_weights_of_other_sizes_are_refused_by_name(tmp_path) -> None:
+def test_weights_of_other_sizes_are_an_error_with_names(tmp_path) -> None:
     cfg = released(tmp_path)
     with pytest.raises(StorageError, match=r"names or shapes differ.*block\.2"):
         T5Encoder(replace(cfg, num_layers=3)).load(tmp_path / "text_encoder")
@@ -138,31 +138,31 @@ def test_weights_of_other_sizes_are_refused_by_name(tmp_path) -> None:
         T5Encoder(cfg).load(tmp_path)
 
 
-class Silent(Trainable):
-    """Holds parts, and is not trained."""
+class Untrained(Trainable):
+    """A system that is not trained."""
 
     def step(self, batch, draws):
-        raise AssertionError("nobody trains it")
+        raise AssertionError("not trained")
 
 
 @torch.no_grad()
-def test_a_released_folder_is_frozen_and_reads_captions(tmp_path) -> None:
+def test_a_released_encoder_is_frozen_and_encodes_captions(tmp_path) -> None:
     pytest.importorskip("transformers")
     cfg = released(tmp_path)
     write_tokenizer(tmp_path / "tokenizer")
     model = T5(replace(cfg, weights=str(tmp_path), length=6, masked=True))
-    cond = told(model, Batch(captions=["red left", ""], ids=["0", "1"]))
+    cond = conditions(model, Batch(captions=["red left", ""], ids=["0", "1"]))
     assert cond.context.shape == (2, 6, 24)
     assert cond.context_mask.tolist() == [[True] * 3 + [False] * 3, [True] + [False] * 5]
     assert not any(p.requires_grad for p in model.parameters())
-    system = Silent.__new__(Silent)
+    system = Untrained.__new__(Untrained)
     torch.nn.Module.__init__(system)
     system.conditioner = model
     assert system.trainable_state() == {}
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of a few words as T5 has one: pad 0, end 1, unknown 2."""
+    """A tokenizer of a few words with T5's special tokens: pad 0, end 1, unknown 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -182,41 +182,41 @@ def write_tokenizer(folder: Path) -> None:
 def test_a_dropped_caption_equals_an_empty_or_negative_one() -> None:
     model = small()
     batch = Batch(captions=["a red 3", "a red 3"], ids=["0", "1"])
-    dropped = told(model, batch, [True, False]).context
-    empty = told(model, replace(batch, captions=["", "a red 3"])).context
+    dropped = conditions(model, batch, [True, False]).context
+    empty = conditions(model, replace(batch, captions=["", "a red 3"])).context
     torch.testing.assert_close(dropped, empty)
-    negative = told(model, replace(batch, negative=["blue"] * 2), [True, False]).context
+    negative = conditions(model, replace(batch, negative=["blue"] * 2), [True, False]).context
     torch.testing.assert_close(
-        negative[0], told(model, replace(batch, captions=["blue"] * 2)).context[0]
+        negative[0], conditions(model, replace(batch, captions=["blue"] * 2)).context[0]
     )
 
 
-def test_cached_embeddings_take_the_place_of_the_encoder() -> None:
+def test_cached_embeddings_replace_the_encoder() -> None:
     text = torch.randn(2, 8, 16)
     model = T5(T5.Config(d_model=16, weights="cached", drop_text=0.0))
     assert not list(model.parameters())
-    assert torch.equal(told(model, Batch(text=text, ids=["0", "1"])).context, text)
+    assert torch.equal(conditions(model, Batch(text=text, ids=["0", "1"])).context, text)
 
 
-def test_a_dropped_cached_embedding_becomes_that_of_no_caption() -> None:
+def test_a_dropped_cached_embedding_becomes_that_of_the_empty_caption() -> None:
     model, text = small(), torch.randn(2, 8, 16)
-    context = told(model, Batch(text=text, ids=["0", "1"]), [True, False]).context
-    empty = told(model, Batch(captions=[""], ids=["0"])).context
+    context = conditions(model, Batch(text=text, ids=["0", "1"]), [True, False]).context
+    empty = conditions(model, Batch(captions=[""], ids=["0"])).context
     torch.testing.assert_close(context[:1], empty)
     assert torch.equal(context[1], text[1])
 
 
-def test_captions_without_an_encoder_are_refused() -> None:
+def test_captions_without_an_encoder_are_an_error() -> None:
     model = T5(T5.Config(weights="cached", drop_text=0.0))
     with pytest.raises(ValueError, match="weights='cached' has no text encoder"):
-        told(model, Batch(captions=["a"], ids=["0"]))
+        conditions(model, Batch(captions=["a"], ids=["0"]))
 
 
-def test_the_mask_is_told_where_it_is_asked_for() -> None:
+def test_masked_adds_the_token_mask() -> None:
     batch = Batch(captions=["a red 3", ""], ids=["0", "1"])
-    assert told(small(), batch).context_mask is None
-    mask = told(small(masked=True), batch).context_mask
-    assert mask.sum(1).tolist() == [4, 1]  # words, and the end
+    assert conditions(small(), batch).context_mask is None
+    mask = conditions(small(masked=True), batch).context_mask
+    assert mask.sum(1).tolist() == [4, 1]  # words and the end token
 
 
 def test_presets_offer_what_the_systems_take() -> None:
@@ -242,9 +242,9 @@ def clips() -> Batch:
 Z0 = torch.zeros(2, 4, 3, 2, 2)
 
 
-def test_the_first_frame_comes_first_and_zeros_follow() -> None:
+def test_image_latents_are_followed_by_zeros() -> None:
     batch, model = clips(), small(image="first_frame", image_latent_scale=2.0)
-    concat = told(model, batch, encode=means).concat
+    concat = conditions(model, batch, encode=means).concat
     assert concat.shape == (2, 4, 3, 2, 2)
     torch.testing.assert_close(
         concat[:, :, :1], 2 * means(batch.video[:, :, :1], "image_posterior")
@@ -252,10 +252,10 @@ def test_the_first_frame_comes_first_and_zeros_follow() -> None:
     assert not concat[:, :, 1:].any()
 
 
-def test_a_given_image_is_taken_before_the_video() -> None:
+def test_a_given_image_takes_precedence_over_the_video() -> None:
     batch, model = clips(), small(image="first_frame")
     image = batch.video[:, :, 5:6]
-    concat = told(model, replace(batch, image=image), encode=means).concat
+    concat = conditions(model, replace(batch, image=image), encode=means).concat
     torch.testing.assert_close(concat[:, :, :1], means(image, "image_posterior"))
 
 
@@ -263,22 +263,22 @@ def test_training_adds_the_published_noise_to_the_pixels() -> None:
     batch, model = clips(), small(image="first_frame")
     noise = torch.randn(2, 3, 1, 16, 16)
     draws = Recorded({"image_noise_level": torch.ones(1, 1, 1, 1, 1), "image_noise": noise})
-    concat = told(model, batch, draws=draws, encode=means, z0=Z0).concat
+    concat = conditions(model, batch, draws=draws, encode=means, z0=Z0).concat
     noisy = batch.video[:, :, :1] + torch.tensor(-3.0 + 0.5).exp() * noise
     torch.testing.assert_close(concat[:, :, :1], means(noisy, "image_posterior"))
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_one_noise_level_serves_the_batch_or_each_clip_has_its_own(shared) -> None:
+def test_the_noise_level_is_per_batch_or_per_clip(shared) -> None:
     model = small(image="first_frame", image_noise_shared=shared, image_noise_std=2.0)
     draws, pixels = Keyed(0, 0, torch.arange(2), 2), torch.zeros(2, 3, 1, 16, 16)
     spread = model.noise(pixels, draws) / draws.normal("image_noise", pixels)
     assert torch.allclose(spread[0], spread[1]) == shared
 
 
-def test_sampling_adds_no_noise_and_drops_no_image() -> None:
+def test_sampling_has_no_image_noise_or_dropout() -> None:
     model = small(image="first_frame", drop_image=1.0)
-    concat = told(model, clips(), encode=means).concat
+    concat = conditions(model, clips(), encode=means).concat
     assert concat[:, :, :1].any()
 
 
@@ -291,18 +291,18 @@ def test_a_dropped_image_is_zeros() -> None:
             "image_noise": torch.zeros(1, 1, 1, 1, 1),
         }
     )
-    concat = told(model, clips(), draws=draws, encode=means, z0=Z0).concat
+    concat = conditions(model, clips(), draws=draws, encode=means, z0=Z0).concat
     assert not concat[0].any()
     assert concat[1].any()
 
 
-def test_a_batch_without_an_image_is_refused() -> None:
+def test_a_batch_without_an_image_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs an image, and the batch has none"):
-        told(small(image="first_frame"), Batch(captions=["a"], ids=["0"]))
+        conditions(small(image="first_frame"), Batch(captions=["a"], ids=["0"]))
 
 
-def test_ofs_is_told_to_every_clip() -> None:
-    assert told(small(ofs=2.0), clips()).scalars["ofs"].tolist() == [2.0, 2.0]
+def test_every_clip_has_ofs() -> None:
+    assert conditions(small(ofs=2.0), clips()).scalars["ofs"].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -320,6 +320,6 @@ def test_ofs_is_told_to_every_clip() -> None:
         ({"drop_image": float("nan")}, "drop_image=nan: want 0 to 1"),
     ],
 )
-def test_a_bad_setting_is_said(changes, problem) -> None:
+def test_bad_settings_are_reported(changes, problem) -> None:
     problems = list(replace(T5.Config(), **changes).problems())
     assert any(p.startswith(problem) for p in problems), problems

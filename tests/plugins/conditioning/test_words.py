@@ -1,4 +1,4 @@
-"""Caption words as learned vectors."""
+"""Learned embeddings of caption words."""
 
 import logging
 
@@ -18,7 +18,7 @@ def words(**settings) -> Words:
     return Words(Words.Config(**{"width": 8} | settings))
 
 
-def told(model: Words, captions: list[str], drop=None, negative=None) -> Conditions:
+def conditions(model: Words, captions: list[str], drop=None, negative=None) -> Conditions:
     batch = Batch(captions=captions, negative=negative)
     drop = {} if drop is None else {"text": torch.tensor(drop)}
     return model(batch, CLIP, drop, None, None, None)
@@ -37,46 +37,46 @@ def test_a_vector_is_the_sum_of_the_words():
     model = words()
     rows = torch.tensor([row(w, 1024) for w in ("a", "red", "3", "moving", "left")])
     want = model.table.weight[rows].sum(0)
-    torch.testing.assert_close(told(model, ["a red 3 moving left"]).vector[0], want)
+    torch.testing.assert_close(conditions(model, ["a red 3 moving left"]).vector[0], want)
 
 
 @pytest.mark.parametrize("captions", [[""], ["?!"]])
-def test_a_caption_without_words_is_five_times_no_word(captions):
+def test_a_caption_without_words_is_padding_only(captions):
     model = words()
-    torch.testing.assert_close(told(model, captions).vector[0], 5 * model.table.weight[0])
+    torch.testing.assert_close(conditions(model, captions).vector[0], 5 * model.table.weight[0])
 
 
 def test_a_dropped_caption_equals_an_empty_one():
     model = words()
-    cond = told(model, ["a red 3", "a red 3"], drop=[True, False])
-    torch.testing.assert_close(cond.vector, told(model, ["", "a red 3"]).vector)
+    cond = conditions(model, ["a red 3", "a red 3"], drop=[True, False])
+    torch.testing.assert_close(cond.vector, conditions(model, ["", "a red 3"]).vector)
 
 
-def test_a_negative_prompt_stands_where_text_is_dropped():
+def test_dropped_text_becomes_the_negative_prompt():
     model = words()
-    cond = told(model, ["a red 3", "a red 3"], [True, False], negative=["blue", "blue"])
-    torch.testing.assert_close(cond.vector, told(model, ["blue", "a red 3"]).vector)
+    cond = conditions(model, ["a red 3", "a red 3"], [True, False], negative=["blue", "blue"])
+    torch.testing.assert_close(cond.vector, conditions(model, ["blue", "a red 3"]).vector)
 
 
 def test_case_and_punctuation_do_not_matter():
     model = words()
-    a, b = told(model, ["A RED 3, moving left.", "a red 3 moving left"]).vector
+    a, b = conditions(model, ["A RED 3, moving left.", "a red 3 moving left"]).vector
     assert torch.equal(a, b)
 
 
-def test_short_captions_are_filled_and_long_ones_cut():
+def test_short_captions_are_padded_and_long_ones_truncated():
     model = words(offer="tokens")
-    cond = told(model, ["red", "one two three four five six"])
+    cond = conditions(model, ["red", "one two three four five six"])
     assert cond.context.shape == (2, 5, 8)
     assert torch.equal(cond.context[0, 1:], model.table.weight[:1].expand(4, -1))
-    assert torch.equal(cond.context[1], told(model, ["one two three four five"]).context[0])
+    assert torch.equal(cond.context[1], conditions(model, ["one two three four five"]).context[0])
 
 
-def test_a_cut_is_said_once(caplog):
+def test_truncation_is_reported_once(caplog):
     model = words(max_words=2)
     with caplog.at_level(logging.WARNING):
-        told(model, ["a red 3", "a blue 4"])
-        told(model, ["a red 3"])
+        conditions(model, ["a red 3", "a blue 4"])
+        conditions(model, ["a red 3"])
     assert [r.getMessage() for r in caplog.records] == [
         "captions are cut after conditioning.max_words=2 words, such as 'a red 3' (3 words)"
     ]
@@ -90,15 +90,15 @@ def test_a_cut_is_said_once(caplog):
         ("both", Slots(vector=8, context=Tokens(8, 5))),
     ],
 )
-def test_what_it_offers_is_what_it_gives(offer, slots):
+def test_conditions_have_the_offered_slots(offer, slots):
     model = words(offer=offer)
     assert model.cfg.offers(CLIP, CLIP) == slots
-    given = {name: tuple(x.shape) for name, x in told(model, ["a", "b c"]).tensors()}
+    given = {name: tuple(x.shape) for name, x in conditions(model, ["a", "b c"]).tensors()}
     want = {"vector": (2, 8)} if slots.vector else {}
     assert given == want | ({"context": (2, 5, 8)} if slots.context else {})
 
 
-def test_about_a_tenth_of_the_captions_is_dropped_and_the_draw_is_keyed():
+def test_a_tenth_of_the_captions_is_dropped_by_a_keyed_draw():
     model = words()
     draws = Keyed(0, 0, torch.arange(2000), 32)
     dropped = model.drop(draws)["text"]
@@ -106,27 +106,27 @@ def test_about_a_tenth_of_the_captions_is_dropped_and_the_draw_is_keyed():
     assert torch.equal(dropped, draws.uniform("drop_text") < 0.1)
 
 
-def test_all_or_nothing_is_dropped_at_the_ends_of_the_range():
+def test_probabilities_zero_and_one_drop_nothing_and_all():
     draws = Keyed(0, 0, torch.arange(50), 32)
     assert not words(drop_text=0.0).drop(draws)["text"].any()
     assert words(drop_text=1.0).drop(draws)["text"].all()
 
 
-def test_embeddings_are_trained_and_unused_ones_are_not():
+def test_only_used_embeddings_get_gradients():
     model = words()
-    told(model, ["red"]).vector.square().sum().backward()
+    conditions(model, ["red"]).vector.square().sum().backward()
     used = model.table.weight.grad.any(1).nonzero().flatten().tolist()
     assert used == [0, row("red", 1024)]
 
 
 def test_bfloat16_tables_give_bfloat16_conditions():
-    assert told(words().bfloat16(), ["a red 3"]).vector.dtype == torch.bfloat16
+    assert conditions(words().bfloat16(), ["a red 3"]).vector.dtype == torch.bfloat16
 
 
 def test_it_needs_captions():
     assert Words.Config().needs() == {"captions"}
     with pytest.raises(ValueError, match="needs captions"):
-        told(words(), None)
+        conditions(words(), None)
 
 
 @pytest.mark.parametrize(
@@ -140,5 +140,5 @@ def test_it_needs_captions():
         ({"drop_text": float("nan")}, "drop_text=nan: want 0 to 1"),
     ],
 )
-def test_bad_settings_are_named(settings, problem):
+def test_bad_settings_are_reported(settings, problem):
     assert list(Words.Config(**settings).problems()) == [problem]

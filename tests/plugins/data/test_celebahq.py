@@ -31,15 +31,15 @@ def items(root: Path, split: str = "train", **settings):
 @pytest.mark.parametrize(
     "case", json.loads((GOLDEN / "celebahq_preprocess.json").read_text())["cases"]
 )
-def test_preprocessing_is_the_published_one(case):
+def test_preprocessing_equals_the_original(case):
     recorded = load_file(GOLDEN / "celebahq_preprocess.safetensors")
     image = recorded[f"in/{case['i']}/image_chw"].numpy()
     made = prepare(image, case["size"], case["size"])[:, 0].permute(1, 2, 0)
-    # two grey levels: OpenCV interpolates in integers
+    # two grey levels: OpenCV interpolates with integers
     torch.testing.assert_close(made, recorded[f"out/{case['i']}/image_hwc"], rtol=0, atol=0.016)
 
 
-def test_npy_as_published_and_pictures_give_the_same_clip(tmp_path):
+def test_npy_and_image_files_give_the_same_clip(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (3, 20, 24), dtype=np.uint8)
     for side in ("train", "val"):
         npy(tmp_path / side / "a.npy")
@@ -51,7 +51,7 @@ def test_npy_as_published_and_pictures_give_the_same_clip(tmp_path):
     assert torch.equal(one, other)
 
 
-def test_list_files_name_the_splits(tmp_path):
+def test_list_files_define_the_splits(tmp_path):
     for i in range(4):
         npy(tmp_path / "data" / f"{i}.npy", i)
     (tmp_path / "train.txt").write_text("2.npy\n0.npy\n\n")

@@ -1,4 +1,4 @@
-"""CogVideoX's folder: which caption goes with which clip, frames, sizes, pictures, the split."""
+"""CogVideoX's folder format: captions of clips, frames, sizes, images, splits."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ CONFIG = CogVideoXFolder.Config(frames=3, height=16, width=16)
 
 
 def made(root: Path, count: int = 8, frames: int = 3) -> Path:
-    """Clip i begins with grey level i and its caption says so."""
+    """Clip i starts with grey level i and has the caption "level i"."""
     for i in range(count):
         write_video(root / f"videos/{i}.mp4", frames, first=i)
     listed(root, "prompts.txt", [f"level {i}" for i in range(count)])
@@ -58,14 +58,14 @@ def test_lists_of_different_lengths_name_both(tmp_path):
         split(tmp_path)
 
 
-def test_a_line_that_is_empty_in_one_list_alone_is_an_error_and_not_a_shift(tmp_path):
+def test_a_line_that_is_empty_in_only_one_list_is_an_error(tmp_path):
     made(tmp_path, 4)
     listed(tmp_path, "prompts.txt", ["level 0", "", "level 1", "level 2"])
     with pytest.raises(DataError, match="line 2 is empty"):
         split(tmp_path)
 
 
-def test_a_line_that_is_empty_in_all_lists_is_passed_over(tmp_path):
+def test_a_line_that_is_empty_in_all_lists_is_skipped(tmp_path):
     made(tmp_path, 3)
     listed(tmp_path, "prompts.txt", ["level 0", "", "level 2", "", ""])
     listed(tmp_path, "videos.txt", ["videos/0.mp4", "", "videos/2.mp4"])
@@ -74,14 +74,14 @@ def test_a_line_that_is_empty_in_all_lists_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../videos/0.mp4", "/videos/0.mp4", "videos/0.txt"])
-def test_paths_that_leave_the_folder_or_are_no_videos_are_refused(tmp_path, name):
+def test_paths_outside_the_folder_and_other_file_types_are_errors(tmp_path, name):
     made(tmp_path, 2)
     listed(tmp_path, "videos.txt", [name, "videos/1.mp4"])
     with pytest.raises(DataError, match="line 1"):
         split(tmp_path)
 
 
-def test_missing_and_broken_videos_are_skipped_and_listed(tmp_path):
+def test_missing_and_broken_videos_are_skipped_and_reported(tmp_path):
     made(tmp_path)
     train = split(tmp_path)
     gone, broken = (row.video for row in train.rows[:2])
@@ -103,7 +103,7 @@ def test_a_folder_without_any_of_its_videos_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("frames", "settings", "want"),
     [
-        (2, {}, [0, 1, 1]),  # the last frame again
+        (2, {}, [0, 1, 1]),  # the last frame is repeated
         (5, {}, [0, 1, 2]),
         (7, {}, [0, 2, 4]),  # every 7 // 3 = 2nd
         (7, {"frame_stride": 3}, [0, 3, 6]),
@@ -118,15 +118,15 @@ def test_frames_are_chosen_as_published(tmp_path, frames, settings, want):
 
 
 @pytest.mark.parametrize(("stride", "frames"), [(None, 7), (1, 7), (2, 3), (4, 1)])
-def test_a_bucket_has_no_more_frames_than_a_stride_leaves(tmp_path, stride, frames):
-    """Else the last frame would stand still for most of a clip."""
+def test_buckets_count_the_frames_left_by_the_stride(tmp_path, stride, frames):
+    """Otherwise repetitions of the last frame would fill most of the clip."""
     samples = split(made(tmp_path, 2, 7), frame_stride=stride, buckets=("1x16x16", "7x16x16"))
     video = samples.load(0, keyed(0))["video"]
     assert video.shape[1] == frames
     assert len(set(levels(video))) == frames
 
 
-def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
+def test_clips_take_the_bucket_with_most_frames_and_nearest_aspect(tmp_path):
     shapes = {
         "a": (9, 16, 16),
         "b": (3, 16, 32),
@@ -152,7 +152,7 @@ def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"buckets": ("49x480",)}, "buckets='49x480': want frames x height x width"),
         ({"buckets": ("0x16x16",)}, "buckets='0x16x16'"),
@@ -160,24 +160,24 @@ def test_clips_go_to_the_bucket_of_most_frames_and_nearest_aspect(tmp_path):
         ({"buckets": ("9x16x16",), "bucket_batch_sizes": (0,)}, "bucket_batch_sizes=0"),
     ],
 )
-def test_bad_buckets_are_named(settings, said):
-    assert any(said in p for p in replace(CONFIG, **settings).problems())
+def test_bad_buckets_are_reported(settings, message):
+    assert any(message in p for p in replace(CONFIG, **settings).problems())
 
 
-def test_buckets_have_batch_sizes_of_their_own():
+def test_each_bucket_has_its_batch_size():
     cfg = replace(CONFIG, buckets=("9x16x16", "9x32x32"), bucket_batch_sizes=(4, 2), batch_size=8)
     assert [(c.frames, c.height, cfg.batch_of(c)) for c in cfg.clips()] == [
         (3, 16, 8), (9, 16, 4), (9, 32, 2),
     ]  # fmt: skip
 
 
-def test_short_videos_are_unusable_where_they_are_not_to_be_padded(tmp_path):
+def test_short_videos_are_unusable_without_padding(tmp_path):
     samples = split(made(tmp_path, 2, 2), pad_short=False)
     with pytest.raises(BadItem, match="has 2 frames"):
         samples.load(0, keyed(0))
 
 
-def test_pictures_cover_the_size_or_are_stretched_to_it(tmp_path):
+def test_images_are_cropped_or_stretched_to_the_size(tmp_path):
     made(tmp_path, 2)
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32] = 255  # the middle third
@@ -204,13 +204,13 @@ def test_images_reach_the_batch(tmp_path):
     assert batch.image.shape == (1, 3, 1, 16, 16)
 
 
-def test_the_identifier_stands_before_every_caption(tmp_path):
+def test_id_token_is_the_prefix_of_every_caption(tmp_path):
     source = CogVideoXFolder(replace(CONFIG, root=str(made(tmp_path)), id_token="BW_STYLE"))
     assert all(p.startswith("BW_STYLE level ") for p in source.prompts())
     assert source.split("train").load(0, keyed(0))["caption"].startswith("BW_STYLE level ")
 
 
-def test_a_second_folder_validates_and_may_not_share_videos(tmp_path):
+def test_a_validation_folder_must_not_share_videos(tmp_path):
     train, val = made(tmp_path / "a", 3), made(tmp_path / "b", 2)
     assert len(split(train, val_root=str(val))) == 3
     assert len(split(train, "val", val_root=str(val))) == 2
@@ -220,7 +220,7 @@ def test_a_second_folder_validates_and_may_not_share_videos(tmp_path):
         split(train, val_root=str(val))
 
 
-def test_a_video_with_two_captions_is_on_one_side_and_has_two_names(tmp_path):
+def test_a_video_with_two_captions_is_in_one_split_under_two_ids(tmp_path):
     made(tmp_path)
     listed(tmp_path, "prompts.txt", [f"level {i % 8}" for i in range(16)])
     listed(tmp_path, "videos.txt", [f"videos/{i % 8}.mp4" for i in range(16)])
@@ -230,7 +230,7 @@ def test_a_video_with_two_captions_is_on_one_side_and_has_two_names(tmp_path):
     assert len({train.id(i) for i in range(len(train))}) == len(train)
 
 
-def test_the_content_of_a_clip_is_its_bytes_and_its_caption(tmp_path):
+def test_the_content_hash_depends_on_bytes_and_caption(tmp_path):
     made(tmp_path, 2)
     before = split(tmp_path).content(0)
     assert split(tmp_path).content(0) == before
@@ -244,7 +244,7 @@ def test_the_content_of_a_clip_is_its_bytes_and_its_caption(tmp_path):
     ("transformer", "frames", "near"),
     [("2b", 50, (49, 57)), ("1_5_5b", 80, (73, 81)), ("1_5_5b", 82, (81, 89))],
 )
-def test_a_wrong_number_of_frames_is_refused_with_the_two_nearest(transformer, frames, near):
+def test_a_wrong_number_of_frames_is_an_error_with_the_two_nearest(transformer, frames, near):
     root = composed(
         "data=cogvideox_folder", f"data.frames={frames}", "data.height=480", "data.width=720",
         "vae=cogvideox_5b", f"backbone=cogvideox_{transformer}", "conditioning=t5",
@@ -255,7 +255,7 @@ def test_a_wrong_number_of_frames_is_refused_with_the_two_nearest(transformer, f
     assert f"use data.frames={near[0]} or data.frames={near[1]}" in str(e.value)
 
 
-def test_pixels_lie_in_their_range(tmp_path):
+def test_pixels_are_in_range(tmp_path):
     video = split(made(tmp_path, 2)).load(0, keyed(0))["video"]
     assert video.dtype == torch.float32
     assert video.abs().max() <= 1

@@ -38,7 +38,7 @@ def image(root: Path, name: str, height: int, width: int) -> dict:
 
 
 def made(root: Path, images: int = 8, videos: int = 8, frames: int = 16) -> Path:
-    """Pictures, each second one wide, and videos of 16x16."""
+    """Images, every second one wide, and videos of 16x16."""
     found = [image(root, f"{i}.png", *(WIDE if i % 2 else SQUARE)) for i in range(images)]
     for i in range(videos):
         write_video(root / f"{i}.mp4", frames, first=i)
@@ -62,35 +62,35 @@ def size(clip: Clip) -> tuple[int, int, int]:
 # --- sizes ----------------------------------------------------------------------------------------
 
 
-def test_images_and_videos_have_the_sizes_that_are_told_and_each_is_one_of_the_config(tmp_path):
+def test_images_and_videos_have_the_announced_bucket_sizes(tmp_path):
     items = split(made(tmp_path))
-    told = sizes(items)
-    assert {size(c) for c in told.values()} == {(1, *SQUARE), (1, 8, 16), (9, *SQUARE)}
-    for i, name in enumerate(told):
+    buckets = sizes(items)
+    assert {size(c) for c in buckets.values()} == {(1, *SQUARE), (1, 8, 16), (9, *SQUARE)}
+    for i, name in enumerate(buckets):
         sample = items.load(i, keyed(0, "data", 0, name))
-        assert Clip(*sample["video"].shape) == told[name]
+        assert Clip(*sample["video"].shape) == buckets[name]
         assert sample["caption"] == f"shows {name}"
-    assert set(told.values()) <= set(items.cfg.clips())
+    assert set(buckets.values()) <= set(items.cfg.clips())
 
 
 @pytest.mark.parametrize(
     ("length", "frames"), [(5, 1), (11, 1), (12, 9), (22, 9), (23, 18), (40, 27), (900, 27)]
 )
-def test_a_video_gives_as_many_windows_as_four_fifths_of_it_have(tmp_path, length, frames):
+def test_a_video_yields_the_windows_of_four_fifths_of_its_frames(tmp_path, length, frames):
     row = {"width": 16, "height": 16, "frames": length}
     (tmp_path / "a.mp4").touch()
     table(tmp_path, [entry("a.mp4", "video", **row), entry("b.mp4", "video", **row)])
     assert {c.frames for c in sizes(split(tmp_path, frames=27)).values()} == {frames}
 
 
-def test_files_are_not_opened_where_the_table_says_their_size(tmp_path):
+def test_files_with_listed_sizes_are_not_opened(tmp_path):
     (tmp_path / "a.png").touch()
     rows = [entry(f"{n}.png", width=w, height=h) for n, w, h in [("a", 640, 384), ("b", 640, 384)]]
     items = split(table(tmp_path, rows), height=512, width=512, size_multiple=16)
     assert [size(c) for c in sizes(items).values()] == [(1, 384, 640)]
 
 
-def test_sizes_of_the_published_preset_are_the_published_ones():
+def test_the_published_preset_has_the_published_sizes():
     cfg = composed("data=easyanimate_json_512").data
     assert len(cfg.clips()) == 40 * 17
     assert size(cfg.clips()[0]) == (144, 512, 512)
@@ -101,7 +101,7 @@ def test_sizes_of_the_published_preset_are_the_published_ones():
     assert not [*cfg.problems()]
 
 
-def test_random_crops_are_drawn_by_seed_epoch_and_id_and_not_for_validation(tmp_path):
+def test_random_crops_depend_on_seed_epoch_and_id_in_training_only(tmp_path):
     random = {"random_ratio_crop": True, "random_frame_crop": True, "frames": 27, "height": 64,
               "width": 64}  # fmt: skip
     row = {"width": 64, "height": 64, "frames": 100}
@@ -117,18 +117,18 @@ def test_random_crops_are_drawn_by_seed_epoch_and_id_and_not_for_validation(tmp_
     assert {size(c) for c in sizes(val, epoch=3).values()} == {(27, 64, 64)}
 
 
-def test_without_buckets_all_have_one_height_and_width(tmp_path):
+def test_without_buckets_all_clips_have_one_height_and_width(tmp_path):
     items = split(made(tmp_path), enable_bucket=False, height=8, width=24)
     assert {size(c) for c in sizes(items).values()} == {(1, 8, 24), (9, 8, 24)}
     assert set(sizes(items).values()) == set(items.cfg.clips())
 
 
-def test_images_may_be_larger_than_videos(tmp_path):
+def test_images_can_be_larger_than_videos(tmp_path):
     items = split(made(tmp_path), image_size=32)
     assert {size(c) for c in sizes(items).values()} == {(1, 32, 32), (1, 16, 40), (9, 16, 16)}
 
 
-def test_a_picture_that_the_camera_has_turned_goes_to_the_size_that_it_is_shown_in(tmp_path):
+def test_exif_rotation_is_applied_before_the_bucket_is_chosen(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (32, 16)).save(tmp_path / "a.jpg", exif=exif)
@@ -144,7 +144,7 @@ def test_a_picture_that_the_camera_has_turned_goes_to_the_size_that_it_is_shown_
 # --- frames ---------------------------------------------------------------------------------------
 
 
-def test_frames_lie_in_the_published_part_of_a_video():
+def test_frames_come_from_the_published_part_of_a_video():
     assert usable_frames(100, 144) == 80
     assert frame_numbers(100, 144, 1, 0.0) == [*range(9, 89)]
     assert frame_numbers(100, 144, 1, 0.999) == [*range(10, 90)]
@@ -154,7 +154,7 @@ def test_frames_lie_in_the_published_part_of_a_video():
     assert frame_numbers(1, 9, 1, 0.5) == []
 
 
-def test_training_clips_start_anywhere_and_validation_clips_in_the_middle(tmp_path):
+def test_training_clips_start_randomly_and_validation_clips_in_the_middle(tmp_path):
     root = made(tmp_path, 0, 4, 24)
     items, val = split(root), split(root, "val")
     clips = [levels(items.load(0, keyed(seed))["video"]) for seed in range(6)]
@@ -168,7 +168,7 @@ def test_training_clips_start_anywhere_and_validation_clips_in_the_middle(tmp_pa
 # --- entries --------------------------------------------------------------------------------------
 
 
-def test_csv_and_json_are_the_same(tmp_path):
+def test_csv_and_json_give_the_same_entries(tmp_path):
     root = made(tmp_path)
     entries = json.loads((root / "metadata.json").read_text())
     with (root / "metadata.csv").open("w", newline="") as file:
@@ -190,7 +190,7 @@ def test_an_entry_without_a_type_is_an_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         ([{"file_path": "a.png"}], "entry 1: text missing or not text"),
         ([{"path": "a.png", "caption": "b"}], r"file_path and text missing.*\['caption', 'path'\]"),
@@ -203,12 +203,12 @@ def test_an_entry_without_a_type_is_an_image(tmp_path):
         ([entry("a.png"), entry("b.png")], "none of its 2 files is there"),
     ],
 )
-def test_bad_tables_name_the_entry_and_what_is_wanted(tmp_path, entries, said):
-    with pytest.raises(DataError, match=said):
+def test_bad_tables_are_errors_with_entry_and_fix(tmp_path, entries, message):
+    with pytest.raises(DataError, match=message):
         split(table(tmp_path, entries))
 
 
-def test_absent_and_broken_tables_are_named(tmp_path):
+def test_missing_and_broken_tables_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"no metadata\.json or metadata\.csv in"):
         split(tmp_path)
     (tmp_path / "metadata.json").write_text("[{")
@@ -216,7 +216,7 @@ def test_absent_and_broken_tables_are_named(tmp_path):
         split(tmp_path)
 
 
-def test_one_kind_alone_can_be_asked_for(tmp_path):
+def test_only_selects_images_or_videos(tmp_path):
     root = made(tmp_path)
     assert {r.kind for r, _ in split(root, only="image").rows} == {"image"}
     assert {r.kind for r, _ in split(root, only="video").rows} == {"video"}
@@ -224,7 +224,7 @@ def test_one_kind_alone_can_be_asked_for(tmp_path):
         split(made(tmp_path / "images", 4, 0), only="video")
 
 
-def test_videos_are_repeated_in_training_with_randomness_of_their_own(tmp_path):
+def test_repeated_videos_have_independent_randomness(tmp_path):
     root = made(tmp_path, 4, 4, 24)
     items, val = split(root, video_repeat=3), split(root, "val", video_repeat=3)
     names = [items.id(i) for i in range(len(items))]
@@ -237,7 +237,7 @@ def test_videos_are_repeated_in_training_with_randomness_of_their_own(tmp_path):
     assert not all(torch.equal(shown[0], other) for other in shown[1:])
 
 
-def test_captions_are_dropped_in_training_at_the_stated_rate(tmp_path):
+def test_captions_are_dropped_in_training_with_the_set_probability(tmp_path):
     items = split(made(tmp_path, 8, 0), text_drop_ratio=0.5)
     empty = [items.load(0, keyed(seed))["caption"] == "" for seed in range(60)]
     assert 15 < sum(empty) < 45
@@ -245,7 +245,7 @@ def test_captions_are_dropped_in_training_at_the_stated_rate(tmp_path):
     assert val.load(0, keyed(0))["caption"]
 
 
-def test_files_are_on_one_side_and_those_of_a_second_table_must_be_others(tmp_path):
+def test_splits_and_the_validation_table_share_no_files(tmp_path):
     root = made(tmp_path)
     entries = json.loads((root / "metadata.json").read_text())
     table(root, [*entries, *(e | {"text": "again"} for e in entries)])
@@ -259,7 +259,7 @@ def test_files_are_on_one_side_and_those_of_a_second_table_must_be_others(tmp_pa
     assert len(split(root, "val", val_meta_path=str(other))) == 4
 
 
-def test_broken_and_missing_files_are_replaced_by_others_of_a_size(tmp_path):
+def test_broken_and_missing_files_are_replaced_by_files_of_the_same_size(tmp_path):
     root = made(tmp_path, 10, 10)
     train_rows = [r for r, _ in split(root).rows]
     gone = [next(r.file for r in train_rows if r.kind == kind) for kind in ("image", "video")]
@@ -281,7 +281,7 @@ def test_validation_has_all_sizes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "message"),
     [
         ({"video_repeat": 0}, "video_repeat=0: want >= 1; only=image excludes videos"),
         ({"frames": 16}, "frames=16: want 1 or a multiple of frame_interval=9, such as 9 or 18"),
@@ -294,11 +294,11 @@ def test_validation_has_all_sizes(tmp_path):
         ({"text_drop_ratio": 1.5}, "text_drop_ratio=1.5"),
     ],
 )
-def test_settings_that_mean_nothing_are_named(setting, said):
-    assert any(said in p for p in replace(CONFIG, **setting).problems())
+def test_bad_settings_are_reported(setting, message):
+    assert any(message in p for p in replace(CONFIG, **setting).problems())
 
 
-def test_frames_that_the_windows_of_a_first_stage_would_shorten_are_an_error():
+def test_frames_that_do_not_fit_the_windows_of_the_first_stage_are_an_error():
     windows = ("vae=magvit", "data=easyanimate_json", "data.frames=16", "data.frame_interval=8")
     with pytest.raises(ConfigError, match=r"data\.frames=16 does not fit vae=magvit, which wants"):
         wire(composed(*windows))
@@ -312,7 +312,7 @@ NETWORK = ("data=easyanimate_json", "vae=magvit", "vae.weights=null", "backbone=
            "conditioning.sizes=true")  # fmt: skip
 
 
-def test_images_and_videos_train_one_network_that_is_told_their_sizes(tmp_path):
+def test_images_and_videos_train_one_network_conditioned_on_sizes(tmp_path):
     root = made(tmp_path / "data", 8, 4)
     own = [o for o in TINY if o.startswith(("sampler", "trainer", "logger", "data.batch"))]
     wiring = wire(composed(*own, *NETWORK, f"data.root={root}", "steps=4"))

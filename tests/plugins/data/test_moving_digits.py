@@ -1,4 +1,4 @@
-"""Moving digits: what a clip shows, what is held out, which sizes fit."""
+"""Moving digits: contents of clips, held-out combinations, valid sizes."""
 
 from dataclasses import replace
 from itertools import islice
@@ -26,14 +26,14 @@ def train_clips(count: int, **settings) -> list[dict]:
 
 
 def key(scan: np.ndarray) -> bytes:
-    """A scan without its empty border, in full brightness; rounded, for colours are not exact."""
+    """Identifies a scan without its empty border, at full brightness; colours are rounded."""
     rows, columns = np.nonzero(scan.any(1))[0], np.nonzero(scan.any(0))[0]
     part = scan[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return str(part.shape).encode() + np.round(part / part.max() * 64).astype(np.uint8).tobytes()
 
 
 @pytest.mark.parametrize("settings", [{}, {"height": 24, "width": 40, "frames": 5, "speed": 3}])
-def test_a_digit_moves_as_its_caption_says(settings):
+def test_a_digit_moves_in_its_captions_direction(settings):
     speed = settings.get("speed", 1)
     for clip in train_clips(40, **settings):
         video, direction = clip["video"], clip["caption"].split()[-1]
@@ -42,19 +42,19 @@ def test_a_digit_moves_as_its_caption_says(settings):
         assert not torch.equal(video[:, :-1], video[:, 1:])
 
 
-def test_pixels_are_a_scan_times_the_colour_of_the_caption():
+def test_pixels_are_a_scan_times_the_captions_colour():
     for clip in train_clips(40):
         rgb = (clip["video"] + 1) / 2
         brightest = rgb.flatten(1).argmax(1)[0]
         colour = torch.tensor(COLOURS[clip["caption"].split()[1]])
         assert clip["video"].dtype == torch.float32
         assert clip["video"].shape == (3, 9, 16, 16)
-        # A scan has 17 grey levels, the brightest is full: the colour itself. Rounding of float32.
+        # The brightest of the 17 grey levels shows the colour itself, up to float32 rounding.
         torch.testing.assert_close(rgb.flatten(1)[:, brightest], colour, atol=1e-6, rtol=0)
         assert rgb.min() >= 0 and rgb.max() <= 1 + 1e-6
 
 
-def test_captions_have_five_words_and_every_word_is_trained_on():
+def test_captions_have_five_words_and_training_has_every_word():
     words = {word for clip in train_clips(400) for word in clip["caption"].split()}
     assert len(words) == 2 + 6 + 10 + 4
     assert all(len(clip["caption"].split()) == 5 for clip in train_clips(10))
@@ -64,17 +64,17 @@ def test_held_out_captions_are_never_trained_on():
     held_out = source().prompts()
     trained = {clip["caption"] for clip in train_clips(4000)}
     assert len(set(held_out)) == 48
-    assert len(trained) == 192  # of 4,000 draws all 192 others
+    assert len(trained) == 192  # 4,000 draws include all 192 others
     assert not trained & set(held_out)
 
 
-def test_held_out_captions_name_two_digits_for_each_colour_and_direction():
+def test_held_out_captions_have_two_digits_per_colour_and_direction():
     kinds = [(c, m) for _, c, _, _, m in (p.split() for p in source().prompts())]
     assert {kinds.count(kind) for kind in kinds} == {2}
     assert len(set(kinds)) == 24
 
 
-def test_validation_shows_held_out_scans_four_times_each_caption():
+def test_validation_has_four_held_out_scans_per_caption():
     items = source().split("val")
     clips = [items.load(i, None) for i in range(len(items))]
     captions = [clip["caption"] for clip in clips]
@@ -91,7 +91,7 @@ def test_training_and_validation_scans_are_disjoint_and_complete():
     assert not trained & {scan.tobytes() for scans in val for scan in scans}
 
 
-def test_a_clip_depends_on_its_key_alone():
+def test_a_clip_depends_only_on_its_key():
     items = source().split("train")
     one, same = items.load(0, keyed("a")), items.load(7, keyed("a"))
     other = items.load(0, keyed("b"))
@@ -105,7 +105,7 @@ def test_lanes_are_the_middle_half_of_the_canvas():
         if clip["caption"].endswith(("left", "right")):
             ink = clip["video"].amax((0, 1, 3)) > -1
             tops.add(int(ink.nonzero()[0]))
-    assert min(tops) == 2  # lanes start at 2; a scan may have empty rows, so that more follow
+    assert min(tops) == 2  # lanes start at 2; scans can have empty rows
     assert all(
         clip["video"][:, :, :2].max() == -1 for clip in train_clips(60) if "left" in clip["caption"]
     )
@@ -143,39 +143,39 @@ def test_the_length_of_an_epoch_is_a_setting():
         ({"backdrops": 2.0}, "backdrops=2.0: want 0 to 1"),
     ],
 )
-def test_what_does_not_fit_is_a_problem_with_the_rule(settings, problem):
+def test_bad_settings_are_reported_with_the_allowed_values(settings, problem):
     found = list(replace(CONFIG, **settings).problems())
     assert len(found) == 1 and found[0].startswith(problem)
 
 
-def test_the_default_config_says_what_it_provides():
+def test_the_default_config_lists_its_fields():
     assert CONFIG.provides() == {"video", "captions", "digit_captions", "prompts"}
     assert CONFIG.metric() == "digits"
     assert not list(CONFIG.problems())
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_clip_that_moves_twice_as_fast_has_half_the_rate(split):
+def test_a_clip_that_moves_twice_as_fast_has_half_the_fps(split):
     source = MovingDigits(replace(CONFIG, frames=5, speed=2, random_speed=True, fps=24.0))
     seen = set()
     for i in range(20):
         clip = source.split(split).load(i, keyed(0, "data", 0, str(i)))
         ink = clip["video"].max(0).values + 1  # (T, H, W)
         weights = ink / ink.sum((1, 2), keepdim=True)
-        places = torch.stack([(weights * torch.arange(16).view(s)).sum((1, 2))
+        centres = torch.stack([(weights * torch.arange(16).view(s)).sum((1, 2))
                               for s in ((1, 16, 1), (1, 1, 16))])  # fmt: skip
-        speed = places.diff(dim=1).abs().sum(0)
+        speed = centres.diff(dim=1).abs().sum(0)
         torch.testing.assert_close(speed, torch.full((4,), 24 / clip["fps"]), rtol=0, atol=1e-3)
         seen.add(clip["fps"])
     assert seen == {12, 24}
 
 
-def test_a_rate_is_told_where_it_is_asked_for():
+def test_fps_is_provided_if_it_is_set():
     assert "fps" in replace(CONFIG, fps=24.0).provides()
     assert list(replace(CONFIG, fps=0.0).problems()) == ["fps=0.0: want > 0"]
 
 
-def test_of_distinct_clips_no_more_are_shown_and_validation_keeps_all():
+def test_distinct_limits_training_clips_and_not_validation():
     few = source(distinct=10).split("train")
     shown = [few.load(i, keyed(i))["video"] for i in range(40)]
     assert len({clip.numpy().tobytes() for clip in shown}) == 10
@@ -184,7 +184,7 @@ def test_of_distinct_clips_no_more_are_shown_and_validation_keeps_all():
     assert len(source(distinct=10).split("val")) == 192
 
 
-def test_pictures_are_first_frames_and_so_many_come_with_each_clip():
+def test_images_are_first_frames_at_the_set_ratio():
     cfg = replace(CONFIG, pictures=3, batch_size=4, clips_per_epoch=400)
     items = MovingDigits(cfg).split("train")
     sizes = [items.bucket(i, keyed(i)) for i in range(400)]
@@ -197,9 +197,9 @@ def test_pictures_are_first_frames_and_so_many_come_with_each_clip():
     assert not hasattr(source().split("train"), "bucket")
 
 
-def test_backdrops_are_grey_and_of_every_brightness():
+def test_backgrounds_are_grey_with_varying_brightness():
     clips = torch.stack([clip["video"] for clip in train_clips(200, backdrops=0.8)])
-    corner = (clips[:, :, :, 0, 0] + 1) / 2  # (N, 3, T): no digit comes here
+    corner = (clips[:, :, :, 0, 0] + 1) / 2  # (N, 3, T): outside the lanes of digits
     assert torch.equal(corner, corner[:, :1, :1].expand_as(corner))
     assert 0 <= corner.min() < 0.05 and 0.75 < corner.max() <= 0.8
     assert clips.min() >= -1 and clips.max() <= 1 + 1e-6
@@ -207,6 +207,6 @@ def test_backdrops_are_grey_and_of_every_brightness():
     assert cfg.metric() == "brightness" and "digit_captions" not in cfg.provides()
 
 
-def test_what_is_learned_from_all_clips_is_the_same_whatever_part_is_trained_on():
+def test_fitting_uses_all_clips_without_images():
     cfg = replace(CONFIG, distinct=10, pictures=4, backdrops=0.3)
     assert cfg.whole() == replace(CONFIG, backdrops=0.3)

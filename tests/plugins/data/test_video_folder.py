@@ -1,4 +1,4 @@
-"""A folder of videos: frames, captions, the split, and files that cannot be used."""
+"""A folder of videos: frames, captions, splits, unusable files."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from sandbox.data import Loader, batches
 from sandbox.randomness import keyed
 
 CONFIG = VideoFolder.Config(frames=3, height=16, width=16)
-STEP = 8  # grey levels from one frame to the next
+STEP = 8  # grey levels between frames
 
 
 def write_video(
@@ -40,14 +40,14 @@ def write_video(
 
 
 def captioned(root: Path, names: list[str]) -> None:
-    """Videos that show their number in `names`, with captions that say it."""
+    """Video i of `names` starts with frame level 4 i and has the caption "number i"."""
     for number, name in enumerate(names):
         write_video(root / name, 3, first=4 * number)
         (root / name).with_suffix(".txt").write_text(f" number\n {number} ", encoding="utf-8")
 
 
 def levels(video: torch.Tensor) -> list[int]:
-    """Which frames of `write_video` a clip shows."""
+    """Frame numbers of `write_video` in a clip."""
     return ((video.mean((0, 2, 3)) + 1) * 127.5 / STEP).round().int().tolist()
 
 
@@ -68,7 +68,7 @@ def split_of(root: Path, **settings) -> dict[str, set[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two videos, so that each side of the split has one."""
+    """Two videos, one per split."""
     write_video(tmp_path / "train" / "a.mp4", 12)
     write_video(tmp_path / "val" / "b.mp4", 12)
     return tmp_path
@@ -84,7 +84,7 @@ def test_every_container_is_decoded(tmp_path, ending):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 5])
-def test_frames_are_a_stride_apart_and_fps_is_that_of_the_clip(folder, stride):
+def test_frames_are_a_stride_apart_and_fps_is_divided_by_it(folder, stride):
     clip = load(items(folder, stride=stride, start="centre"), "train/a.mp4")
     first = (12 - (2 * stride + 1)) // 2
     assert levels(clip["video"]) == [first, first + stride, first + 2 * stride]
@@ -92,20 +92,20 @@ def test_frames_are_a_stride_apart_and_fps_is_that_of_the_clip(folder, stride):
     assert clip["frame_stride"] == stride
 
 
-def test_a_random_start_depends_on_the_key_and_reaches_every_place(folder):
+def test_a_random_start_depends_on_the_key_and_covers_the_range(folder):
     files = items(folder)
     starts = [levels(load(files, "train/a.mp4", key)["video"])[0] for key in range(60)]
     assert starts == [levels(load(files, "train/a.mp4", key)["video"])[0] for key in range(60)]
     assert set(starts) == set(range(10))
 
 
-def test_validation_takes_the_middle_whatever_the_key(folder):
+def test_validation_uses_the_middle_for_every_key(folder):
     files = items(folder, "val", crop="random")
     assert [levels(load(files, "val/b.mp4", key)["video"]) for key in (1, 2)] == [[4, 5, 6]] * 2
 
 
-def test_a_seek_gives_the_frames_of_plain_decoding(tmp_path):
-    """Between key frames, with frames that are stored out of order."""
+def test_seeking_gives_the_frames_of_sequential_decoding(tmp_path):
+    """Between key frames, with B-frames."""
     for name in ("train/a.mp4", "val/b.mp4"):
         path = tmp_path / name
         path.parent.mkdir()
@@ -138,7 +138,7 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def test_the_middle_is_cut_out_and_a_fitting_size_is_copied(tmp_path):
+def test_centre_crops_without_resizing_copy_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
     for name in ("a.png", "b.png"):
         write_image(tmp_path / name, pixels)
@@ -147,7 +147,7 @@ def test_the_middle_is_cut_out_and_a_fitting_size_is_copied(tmp_path):
     torch.testing.assert_close(clip["video"], expected, atol=1e-6, rtol=0)  # float32 rounding
 
 
-def test_a_random_crop_reaches_every_place(tmp_path):
+def test_random_crops_cover_the_range(tmp_path):
     columns = np.arange(0, 240, 10, dtype=np.uint8)  # 24 of them
     for name in ("a.png", "b.png"):
         write_image(tmp_path / name, np.broadcast_to(columns[None, :, None], (16, 24, 3)).copy())
@@ -159,7 +159,7 @@ def test_a_random_crop_reaches_every_place(tmp_path):
     assert lefts == set(range(9))
 
 
-def test_shrinking_is_antialiased(tmp_path):
+def test_downscaling_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     for name in ("a.png", "b.png"):
@@ -168,7 +168,7 @@ def test_shrinking_is_antialiased(tmp_path):
     assert clip["video"].abs().max() < 0.1  # grey: without a filter, stripes of -1 and 1
 
 
-def test_every_kind_of_image_is_read_where_frames_is_one(tmp_path):
+def test_all_image_formats_are_read_with_one_frame(tmp_path):
     pixels = np.full((16, 16, 3), 200, np.uint8)
     for name in ("a.png", "b.jpg", "c.jpeg", "d.webp", "e.PNG"):
         write_image(tmp_path / name, pixels)
@@ -182,7 +182,7 @@ def test_every_kind_of_image_is_read_where_frames_is_one(tmp_path):
             assert levels(sample["video"]) == [25]
 
 
-def test_images_are_left_out_of_clips_and_counted(folder, caplog):
+def test_images_are_excluded_and_counted_with_several_frames(folder, caplog):
     write_image(folder / "train" / "c.png", np.zeros((16, 16, 3), np.uint8))
     files = items(folder)
     assert files.names == ["train/a.mp4"]
@@ -199,7 +199,7 @@ def with_captions(root: Path, split: str = "train", **settings):
     return VideoFolder(replace(CONFIG, root=str(root), **settings)).split(split)
 
 
-def spoil(path: Path) -> None:
+def corrupt(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
@@ -207,7 +207,7 @@ def spoil(path: Path) -> None:
 def test_a_caption_never_shifts_to_another_clip(tmp_path, missing):
     captioned(tmp_path, NAMES)
     if missing.endswith(".mp4"):
-        spoil(tmp_path / missing)
+        corrupt(tmp_path / missing)
     else:
         (tmp_path / missing).unlink()
     loader = Loader(with_captions(tmp_path), batch_size=4, seed=0)
@@ -222,7 +222,7 @@ def test_a_caption_never_shifts_to_another_clip(tmp_path, missing):
     assert list(loader.bad) == [missing.replace(".txt", ".mp4")]
 
 
-def test_a_table_gives_captions_by_file_name(tmp_path):
+def test_captions_csv_gives_captions_by_file_name(tmp_path):
     for name in NAMES:
         write_video(tmp_path / name, 3)
     lines = ["caption,file,more"]
@@ -232,7 +232,7 @@ def test_a_table_gives_captions_by_file_name(tmp_path):
     assert [load(files, n)["caption"] for n in files.names] == [f"of {n}, yes" for n in NAMES[:4]]
 
 
-def test_a_table_in_the_folder_of_the_split_names_files_below_it(tmp_path):
+def test_captions_csv_of_a_split_folder_names_files_in_it(tmp_path):
     for name in NAMES:
         write_video(tmp_path / name, 3)
     (tmp_path / "val" / "captions.csv").write_text("file,caption\ne.mp4,last\n")
@@ -240,7 +240,7 @@ def test_a_table_in_the_folder_of_the_split_names_files_below_it(tmp_path):
 
 
 @pytest.mark.parametrize("missing_caption, bad", [("skip", 1), ("empty", 0)])
-def test_a_file_without_a_caption_is_bad_or_has_an_empty_one(tmp_path, missing_caption, bad):
+def test_a_file_without_a_caption_is_unusable_or_has_an_empty_one(tmp_path, missing_caption, bad):
     captioned(tmp_path, NAMES)
     (tmp_path / "train" / "b.txt").write_text(" \n")
     files = with_captions(tmp_path, missing_caption=missing_caption)
@@ -250,7 +250,7 @@ def test_a_file_without_a_caption_is_bad_or_has_an_empty_one(tmp_path, missing_c
     assert found[0].captions == [c for c in captions if c or not bad]
 
 
-def test_a_caption_that_is_not_text_is_bad(tmp_path):
+def test_a_caption_that_is_not_utf8_is_a_bad_item(tmp_path):
     captioned(tmp_path, NAMES)
     (tmp_path / "train" / "b.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(BadItem, match=r"its caption b\.txt cannot be read"):
@@ -287,7 +287,7 @@ def test_prompts_are_the_first_captions_of_the_validation_split(tmp_path):
     assert VideoFolder(replace(CONFIG, captions="none")).prompts() == []
 
 
-def test_what_it_provides_follows_the_settings():
+def test_provided_fields_depend_on_the_settings():
     moving = {"video", "fps", "frame_stride"}
     assert CONFIG.provides() == moving | {"captions", "prompts"}
     assert replace(CONFIG, captions="none").provides() == moving
@@ -322,7 +322,7 @@ def playlist(path: Path) -> None:
     ],
     ids=["empty", "zeros", "truncated", "short", "broken link", "playlist"],
 )
-def test_a_broken_video_is_skipped_and_listed(tmp_path, harm: Callable, reason):
+def test_a_broken_video_is_skipped_and_reported(tmp_path, harm: Callable, reason):
     for name in NAMES:
         write_video(tmp_path / name, 6)
     harm(tmp_path / "train" / "b.mp4")
@@ -332,7 +332,7 @@ def test_a_broken_video_is_skipped_and_listed(tmp_path, harm: Callable, reason):
     assert reason in loader.bad["train/b.mp4"]
 
 
-def test_a_broken_image_is_bad(tmp_path):
+def test_a_broken_image_is_a_bad_item(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n no more")
     with pytest.raises(BadItem, match="cannot be read"):
@@ -343,12 +343,12 @@ def test_a_broken_image_is_bad(tmp_path):
     "root, problem",
     [(None, "data.root=null: set data.root=FOLDER"), ("missing", "missing: no such folder")],
 )
-def test_a_missing_folder_is_an_error_with_the_cure(tmp_path, root, problem):
+def test_a_missing_folder_is_an_error_with_the_fix(tmp_path, root, problem):
     with pytest.raises(DataError, match=problem):
         VideoFolder(replace(CONFIG, root=root and str(tmp_path / root))).split("train")
 
 
-def test_a_folder_without_videos_is_an_error_that_says_what_was_left_out(tmp_path):
+def test_a_folder_without_videos_is_an_error_with_the_excluded_files(tmp_path):
     write_image(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(
         DataError, match=r"0 usable in all, 1 images, because data.frames=3; add files"
@@ -368,7 +368,7 @@ ODD = [
 ]
 
 
-def test_odd_names_and_links_work(tmp_path):
+def test_unusual_names_and_links_work(tmp_path):
     root = tmp_path / "root"
     captioned(root / "train", ODD)
     with open(os.fsencode(root / "train") + b"/\xff.mp4", "wb") as file:
@@ -378,14 +378,14 @@ def test_odd_names_and_links_work(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(root, target_is_directory=True)
     files = with_captions(link, missing_caption="empty")
-    (whole,) = batches(files, 10)
-    assert whole.size == len(ODD) + 1 and not whole.bad
-    assert all(name.isprintable() for name in whole.ids)
-    assert sorted(whole.captions) == ["", *(f"number {i}" for i in range(len(ODD)))]
+    (batch,) = batches(files, 10)
+    assert batch.size == len(ODD) + 1 and not batch.bad
+    assert all(name.isprintable() for name in batch.ids)
+    assert sorted(batch.captions) == ["", *(f"number {i}" for i in range(len(ODD)))]
     assert with_captions(link, "val").load(0, keyed(0))["caption"] == "number 0"
 
 
-def test_a_link_that_leads_back_ends(folder):
+def test_a_link_cycle_ends(folder):
     (folder / "train" / "again").symlink_to(folder, target_is_directory=True)
     assert split_of(folder) == {"train": {"train/a.mp4"}, "val": {"val/b.mp4"}}
 
@@ -395,7 +395,7 @@ def many(root: Path, count: int) -> None:
         (root / f"{i}.mp4").touch()
 
 
-def test_the_split_is_by_name_and_stays_when_files_are_added(tmp_path):
+def test_adding_files_does_not_move_others_between_splits(tmp_path):
     many(tmp_path, 100)
     before = split_of(tmp_path, val_fraction=0.2)
     assert not before["train"] & before["val"]
@@ -407,26 +407,26 @@ def test_the_split_is_by_name_and_stays_when_files_are_added(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.9])
-def test_both_sides_of_a_small_folder_have_a_file(tmp_path, fraction):
+def test_both_splits_of_a_small_folder_have_a_file(tmp_path, fraction):
     many(tmp_path, 2)
     found = split_of(tmp_path, val_fraction=fraction)
     assert len(found["train"]) == len(found["val"]) == 1
 
 
-def test_one_file_cannot_be_on_both_sides(tmp_path):
+def test_a_single_file_cannot_be_split(tmp_path):
     many(tmp_path, 1)
     assert len(items(tmp_path)) == 1
     with pytest.raises(DataError, match="no file for 'val', 1 usable in all"):
         items(tmp_path, "val")
 
 
-def test_a_file_under_two_names_is_on_one_side(folder):
+def test_a_file_with_two_names_is_in_one_split(folder):
     (folder / "val" / "same.mp4").symlink_to(folder / "train" / "a.mp4")
     os.link(folder / "train" / "a.mp4", folder / "val" / "hard.mp4")
     assert split_of(folder) == {"train": {"train/a.mp4"}, "val": {"val/b.mp4"}}
 
 
-def test_one_folder_called_train_is_no_split(tmp_path):
+def test_a_train_folder_without_val_is_split_by_name(tmp_path):
     for i in range(4):
         write_video(tmp_path / "train" / f"{i}.mp4", 1)
     found = split_of(tmp_path)

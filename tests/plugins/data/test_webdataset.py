@@ -1,4 +1,4 @@
-"""Shards: what is in them, the splits, buckets, order on many processes, and damage."""
+"""Tar shards: contents, splits, buckets, order on many processes, damage."""
 
 import gzip
 import io
@@ -25,15 +25,15 @@ CONFIG = WebDataset.Config(frames=1, height=16, width=16)
 Payloads = Mapping[str, bytes]
 
 
-def picture(level: int, height: int = 16, width: int = 16) -> bytes:
+def png(level: int, height: int = 16, width: int = 16) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((height, width, 3), 8 * level, np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
 def pairs(numbers: range) -> Payloads:
-    """Pictures that show their number, and captions that say it."""
-    return {f"{i:03}.png": picture(i % 32) for i in numbers} | {
+    """Image i has grey level i, and the caption "number i"."""
+    return {f"{i:03}.png": png(i % 32) for i in numbers} | {
         f"{i:03}.txt": f" number\n {i} ".encode() for i in numbers
     }
 
@@ -49,8 +49,8 @@ def shard(path: Path, payloads: Payloads) -> Path:
 
 
 def source(root: Path, **settings) -> WebDataset:
-    keep = str(root.parent / f"{root.name} indices")
-    return WebDataset(replace(CONFIG, root=str(root), **{"index": keep, **settings}))
+    cache = str(root.parent / f"{root.name} indices")
+    return WebDataset(replace(CONFIG, root=str(root), **{"index": cache, **settings}))
 
 
 def ids(items) -> list[str]:
@@ -64,7 +64,7 @@ def split_of(root: Path, **settings) -> dict[str, set[str]]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """24 samples to train on in three shards, four to validate."""
+    """24 training samples in three shards, and four validation samples."""
     folder = tmp_path / "shards"
     for number in range(3):
         numbers = range(8 * number, 8 * number + 8)
@@ -73,10 +73,10 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-# --- what is in them ------------------------------------------------------------------------------
+# --- contents -------------------------------------------------------------------------------------
 
 
-def test_endings_are_those_that_the_readers_know():
+def test_media_extensions_equal_those_of_the_readers():
     assert {f".{ending}" for ending in MEDIA} == {*CONTAINERS, *IMAGES}
 
 
@@ -96,18 +96,18 @@ def test_shards_of_the_webdataset_library_are_read(tmp_path):
     assert data.prompts() == ["of val"]
 
 
-def test_a_picture_and_its_caption_stay_together_whatever_the_order_of_members(tmp_path):
+def test_images_and_captions_match_for_any_order_of_members(tmp_path):
     payloads = pairs(range(20))
     mixed = {name: payloads[name] for name in sorted(payloads, key=lambda n: (n[2], n[4], n))}
     shard(tmp_path / "s" / "train.tar", mixed)
     shard(tmp_path / "s" / "val.tar", pairs(range(1)))
-    (whole,) = batches(source(tmp_path / "s").split("train"), 20)
-    shown = [levels(video)[0] for video in whole.video]
-    assert whole.captions == [f"number {n}" for n in shown] and len({*shown}) == 20
+    (full,) = batches(source(tmp_path / "s").split("train"), 20)
+    shown = [levels(video)[0] for video in full.video]
+    assert full.captions == [f"number {n}" for n in shown] and len({*shown}) == 20
 
 
-def test_members_that_are_named_otherwise_are_chosen_by_settings(tmp_path):
-    payloads = {"a.big.PNG": picture(1), "a.png": picture(2), "a.caption.txt": b"yes", "a.txt": b""}
+def test_settings_select_members_by_extension(tmp_path):
+    payloads = {"a.big.PNG": png(1), "a.png": png(2), "a.caption.txt": b"yes", "a.txt": b""}
     for split in ("train", "val"):
         shard(tmp_path / "s" / f"{split}.tar", payloads)
     data = source(tmp_path / "s", media=("big.png", "png"), caption="caption.txt")
@@ -117,8 +117,8 @@ def test_members_that_are_named_otherwise_are_chosen_by_settings(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, b" \n", b"\xff\xfe\xfa"])
-def test_a_sample_without_a_usable_caption_is_bad(tmp_path, text):
-    payloads = {"a.png": picture(1)} | ({} if text is None else {"a.txt": text})
+def test_a_sample_without_a_usable_caption_is_a_bad_item(tmp_path, text):
+    payloads = {"a.png": png(1)} | ({} if text is None else {"a.txt": text})
     for split in ("train", "val"):
         shard(tmp_path / "s" / f"{split}.tar", payloads)
     with pytest.raises(BadItem, match=r"caption .*\.txt"):
@@ -128,7 +128,7 @@ def test_a_sample_without_a_usable_caption_is_bad(tmp_path, text):
         assert data.split("train").load(0, keyed(0))["caption"] == ""
 
 
-def test_a_hash_of_the_content_follows_what_is_read_and_nothing_else(root):
+def test_the_content_hash_depends_only_on_members_that_are_read(root):
     before = source(root).split("val").content(0)
     payloads = dict(pairs(range(24, 28)))
     shard(root / "val-00000.tar", {"024.cls": b"7"} | payloads)
@@ -141,7 +141,7 @@ def test_a_hash_of_the_content_follows_what_is_read_and_nothing_else(root):
 
 
 def epoch(root: Path, rank: int, world: int, workers: int, stop: int | None = None):
-    """Ids of a rank's first micro-batches of an epoch, and where its loader then stands."""
+    """Ids of a rank's first micro-batches of an epoch, and its loader's state."""
     items = source(root).split("train")
     loader = Loader(items, 2, 5, rank=rank, world=world, num_workers=workers)
     try:
@@ -152,50 +152,50 @@ def epoch(root: Path, rank: int, world: int, workers: int, stop: int | None = No
 
 
 @pytest.mark.parametrize("world, workers", [(1, 0), (1, 5), (2, 0), (2, 2), (3, 0), (4, 0), (8, 0)])
-def test_every_sample_comes_once_in_an_epoch_on_any_number_of_machines_and_workers(
+def test_an_epoch_has_every_sample_once_for_any_number_of_ranks_and_workers(
     root, world, workers
 ):
-    """Also with more of both than there are shards."""
+    """Also with more ranks and workers than shards."""
     seen = [name for rank in range(world) for name in epoch(root, rank, world, workers)[0]]
     assert sorted(seen) == sorted(ids(source(root).split("train"))) and len(seen) == 24
 
 
 @pytest.mark.parametrize("world", [5, 7])
-def test_what_does_not_divide_by_the_machines_is_left_out_and_nothing_repeats(root, world):
+def test_samples_that_do_not_divide_by_the_ranks_are_dropped(root, world):
     seen = [name for rank in range(world) for name in epoch(root, rank, world, 0)[0]]
     assert len(seen) == len({*seen}) == 24 - 24 % world
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_epoch_is_the_rest_of_it(root, workers):
-    whole, _ = epoch(root, 1, 2, 0)
+def test_a_resumed_epoch_continues_where_it_stopped(root, workers):
+    full, _ = epoch(root, 1, 2, 0)
     begun, state = epoch(root, 1, 2, workers, stop=2)
     items = source(root).split("train")
     loader = Loader(items, 2, 5, rank=1, world=2, num_workers=workers)
     loader.load_state_dict(state)
     rest = [name for batch in loader for name in batch.ids]
     loader.close()
-    assert len(begun) == 4 and begun + rest == whole
+    assert len(begun) == 4 and begun + rest == full
 
 
 # --- indices --------------------------------------------------------------------------------------
 
 
-def test_an_index_is_made_once_for_each_state_of_a_shard(root):
+def test_an_index_is_cached_for_each_state_of_a_shard(root):
     before = split_of(root)
-    keep = root.parent / "shards indices"
-    made = sorted(keep.iterdir())
+    cache = root.parent / "shards indices"
+    made = sorted(cache.iterdir())
     assert len(made) == 4
-    for file in made:  # what is kept is what is used
+    for file in made:  # the cached index is used
         file.write_text(file.read_text().replace('"key": "0', '"key": "kept 0'))
     assert all("kept" in name for name in split_of(root)["train"])
     for path in root.iterdir():
         shard(path, {f"new {name}": p for name, p in pairs(range(4)).items()})
     assert all("new" in name for name in split_of(root)["train"])
-    assert before["train"] and len([*keep.iterdir()]) == 8
+    assert before["train"] and len([*cache.iterdir()]) == 8
 
 
-def test_a_broken_index_and_a_folder_that_takes_none_are_errors_with_the_fix(root):
+def test_a_broken_index_and_an_unwritable_cache_are_errors_with_the_fix(root):
     split_of(root)
     for file in (root.parent / "shards indices").iterdir():
         file.write_text("[{")
@@ -208,7 +208,7 @@ def test_a_broken_index_and_a_folder_that_takes_none_are_errors_with_the_fix(roo
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    """Shards as task=prepare writes them: three clips of four frames, 24x16 pixels, one long."""
+    """Shards of task=prepare: three training clips (one with nine frames), one for validation."""
     folder, splits = tmp_path / "prepared", {"train": [], "val": []}
     folder.mkdir()
     for i, (frames, height) in enumerate([(4, 24), (4, 16), (9, 24), (4, 16)]):
@@ -271,7 +271,7 @@ def test_an_index_that_disagrees_with_the_shards_is_an_error(prepared, harm, pro
 
 
 @pytest.mark.parametrize("is_indexed", [True, False])
-def test_clips_go_to_the_bucket_of_their_frames_and_shape(prepared, is_indexed):
+def test_clips_take_the_bucket_of_their_frames_and_shape(prepared, is_indexed):
     if not is_indexed:
         (prepared / "index.json").unlink()
     settings = {"frames": 4, "buckets": ("4x24x16", "9x24x16"), "stride": 1}
@@ -291,9 +291,9 @@ def test_clips_go_to_the_bucket_of_their_frames_and_shape(prepared, is_indexed):
     )
 
 
-def test_images_train_beside_videos_where_a_size_has_one_frame(tmp_path, caplog):
+def test_images_and_videos_train_together_with_a_one_frame_bucket(tmp_path, caplog):
     write_video(tmp_path / "a.mp4", 4)
-    payloads = {"a.mp4": (tmp_path / "a.mp4").read_bytes(), "b.png": picture(3), "c.png": b"no"}
+    payloads = {"a.mp4": (tmp_path / "a.mp4").read_bytes(), "b.png": png(3), "c.png": b"no"}
     for split in ("train", "val"):
         shard(tmp_path / "s" / f"{split}.tar", payloads)
     both = source(tmp_path / "s", frames=4, caption=None, buckets=("1x16x16",))
@@ -308,7 +308,7 @@ def test_images_train_beside_videos_where_a_size_has_one_frame(tmp_path, caplog)
 # --- the split ------------------------------------------------------------------------------------
 
 
-def test_names_of_shards_or_folders_are_the_splits_where_they_have_both(root):
+def test_names_of_shards_or_folders_define_the_splits(root):
     found = split_of(root)
     assert {k: len(v) for k, v in found.items()} == {"train": 24, "val": 4}
     for old in [*root.iterdir()]:
@@ -320,13 +320,13 @@ def test_names_of_shards_or_folders_are_the_splits_where_they_have_both(root):
     assert {k: len(v) for k, v in split_of(root).items()} == {"train": 24, "val": 4}
 
 
-def test_whole_shards_are_held_out_by_shard(root):
+def test_split_by_shard_holds_out_entire_shards(root):
     found = split_of(root, split_by="shard", val_fraction=0.5)
     by_shard = [{name.partition("/")[0] for name in side} for side in found.values()]
     assert not by_shard[0] & by_shard[1] and len(by_shard[0] | by_shard[1]) == 4
 
 
-def test_a_key_is_on_one_side_whatever_shards_have_it_and_stays_there(root):
+def test_a_key_is_in_one_split_and_stays_when_shards_are_added(root):
     for number in (3, 4):
         shard(root / f"train-{number:05}.tar", pairs(range(8)))
     before = split_of(root, split_by="key", val_fraction=0.3)
@@ -345,16 +345,16 @@ def test_one_shard_cannot_be_split_by_shard(tmp_path):
     assert split_of(tmp_path / "s")["val"]
 
 
-# --- shards of others -----------------------------------------------------------------------------
+# --- untrusted and damaged shards -----------------------------------------------------------------
 
 
-def test_names_links_and_pickles_in_a_shard_do_nothing(tmp_path):
+def test_paths_links_and_pickles_in_a_shard_have_no_effect(tmp_path):
     folder = tmp_path / "shards"
     outside = tmp_path / "outside.png"
-    outside.write_bytes(picture(9))
+    outside.write_bytes(png(9))
     evil = b"cposix\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR."
     endings = ("pyd", "pkl", "pickle", "pth", "pt", "npy")
-    payloads = {"../../up.png": picture(1), "/root.png": picture(2), "pipe:touch x.png": picture(3)}
+    payloads = {"../../up.png": png(1), "/root.png": png(2), "pipe:touch x.png": png(3)}
     payloads |= {f"../../up.{ending}": evil for ending in endings} | {".hidden": b"", "bare": b""}
     for split in ("train", "val"):
         shard(folder / f"{split}.tar", payloads)
@@ -375,17 +375,17 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: 512 * 9 + 100])
 
 
-def tear_a_header(path: Path) -> None:
-    whole = bytearray(path.read_bytes())
-    whole[1024 + 148 : 1024 + 156] = b"\xff" * 8  # the checksum of the second member
-    path.write_bytes(whole)
+def damage_header(path: Path) -> None:
+    full = bytearray(path.read_bytes())
+    full[1024 + 148 : 1024 + 156] = b"\xff" * 8  # the checksum of the second member
+    path.write_bytes(full)
 
 
 def compress(path: Path) -> None:
     path.write_bytes(gzip.compress(path.read_bytes()))
 
 
-def twice(path: Path) -> None:
+def repeat_member(path: Path) -> None:
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("000.txt"))
 
@@ -394,14 +394,14 @@ def twice(path: Path) -> None:
     "harm, problem",
     [
         (cut_short, "cannot be read"),
-        (tear_a_header, "is damaged at byte 1024"),
+        (damage_header, "is damaged at byte 1024"),
         (compress, "want a complete, uncompressed tar file"),
-        (twice, "has two members '000.txt'"),
+        (repeat_member, "has two members '000.txt'"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
     ],
-    ids=["cut", "header", "gzip", "twice", "empty"],
+    ids=["cut", "header", "gzip", "repeat_member", "empty"],
 )
-def test_a_damaged_shard_is_an_error_and_loses_no_sample_silently(root, harm, problem):
+def test_a_damaged_shard_is_an_error(root, harm, problem):
     harm(root / "train-00000.tar")
     with pytest.raises(DataError, match=rf"train-00000\.tar {problem}|{problem}"):
         split_of(root)
@@ -414,7 +414,7 @@ def test_a_damaged_member_is_a_bad_item(root):
         file.seek(member.offset)
         file.write(bytes(member.size))
     loader = Loader(items, 4, 0)
-    assert sum(batch.size for batch in loader) == 24  # one takes its place
+    assert sum(batch.size for batch in loader) == 24  # another sample replaces it
     assert [*loader.bad] == ["train-00000.tar/000"]
     (root / "train-00000.tar").write_bytes(b"")
     with pytest.raises(BadItem, match=r"train-00000\.tar ends before byte"):

@@ -1,4 +1,4 @@
-"""WebVid: strides, rates, skipping and cropping as recorded from the original, and its leak."""
+"""WebVid: strides, fps, skipping and cropping as recorded from the original, and carry_stride."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def rows(tmp_path):
 
 
 @pytest.mark.parametrize("case", RECORD["cases"], ids=lambda c: f"{c['variant']}-{c['index']}")
-def test_clips_are_those_of_the_original(rows, case):
+def test_clips_equal_the_original(rows, case):
     given = dict(case["kwargs"])
     height, width = given.pop("resolution")
     given = {k: v for k, v in given.items() if k not in ("data_dir", "load_raw_resolution")}
@@ -80,7 +80,7 @@ def test_rows_with_an_empty_field_are_dropped(rows):
     assert [r["videoid"] for r in rows] == ["1", "2", "3", "4", "5"]
 
 
-def test_a_rejected_video_leaves_its_stride_only_where_that_is_asked_for(rows):
+def test_a_rejected_video_passes_on_its_stride_only_with_carry_stride(rows):
     cfg = WebVid.Config(frames=16, height=8, width=8, frame_stride=2, fixed_fps=24.0)
     slow = [r for r in rows if r["videoid"] in ("5", "1")][::-1]  # 20 frames at 59.94, then 100
 
@@ -106,7 +106,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_videos_of_the_table_are_read(folder):
+def test_videos_of_the_csv_are_read(folder):
     train = WebVid(replace(CONFIG, root=str(folder), frame_stride=2)).split("train")
     index = next(i for i, r in enumerate(train.rows) if r["videoid"] != "9")
     sample = train.load(index, keyed(0))
@@ -126,7 +126,7 @@ def test_splits_share_no_video(folder):
     assert len(source.prompts()) == len(val)
 
 
-def test_validation_does_not_depend_on_chance(folder):
+def test_validation_is_not_random(folder):
     val = WebVid(
         replace(CONFIG, root=str(folder), frame_stride=3, random_fs=True, val_fraction=0.9)
     ).split("val")
@@ -136,26 +136,26 @@ def test_validation_does_not_depend_on_chance(folder):
     assert one["frame_stride"] == 3
 
 
-def test_an_absent_video_is_a_bad_item(folder):
+def test_a_missing_video_is_a_bad_item(folder):
     rows = [r for r in read_rows(folder / "metadata.csv") if r["videoid"] == "9"]
     with pytest.raises(BadItem):
         Clips(folder, rows, CONFIG, True).load(0, keyed(0))
 
 
-def test_strides_cover_the_range_with_both_ends():
+def test_random_strides_include_both_ends():
     cfg = replace(CONFIG, frame_stride=4, frame_stride_min=2, random_fs=True)
     rng = np.random.default_rng(0)
     drawn = {Picker(cfg, lambda a, b: int(rng.integers(a, b + 1))).stride for _ in range(60)}
     assert drawn == {2, 3, 4}
 
 
-def test_a_table_that_lacks_a_column_is_refused(tmp_path):
+def test_a_missing_column_is_an_error(tmp_path):
     (tmp_path / "t.csv").write_text("videoid,name\n1,a\n")
     with pytest.raises(DataError, match="page_dir"):
         read_rows(tmp_path / "t.csv")
 
 
-def test_rows_that_leave_the_folder_are_refused(tmp_path):
+def test_rows_that_leave_the_folder_are_errors(tmp_path):
     (tmp_path / "t.csv").write_text("videoid,page_dir,name\n../../x,p,a\n")
     with pytest.raises(DataError, match="leaves"):
         read_rows(tmp_path / "t.csv")

@@ -11,7 +11,7 @@ def grey(*levels: float) -> torch.Tensor:
     return (2 * torch.tensor(levels) - 1).view(-1, 1, 1, 1, 1).expand(-1, 3, 2, 4, 4)
 
 
-def test_brightness_is_the_mean_luminance_and_its_spread_that_over_clips():
+def test_mean_and_spread_of_brightness_over_clips():
     metric = Brightness(Brightness.Config())
     found = metric.score(grey(*torch.linspace(0, 1, 101).tolist()), [""] * 101)
     assert found["brightness"] == pytest.approx(0.5)
@@ -20,7 +20,7 @@ def test_brightness_is_the_mean_luminance_and_its_spread_that_over_clips():
     assert found["brightness_range"] == pytest.approx(0.9)
 
 
-def test_green_is_brighter_than_blue_and_what_diverged_is_cut_off():
+def test_green_is_brighter_than_blue_and_values_are_clamped():
     metric = Brightness(Brightness.Config())
     green, blue = (torch.full((1, 3, 1, 2, 2), -1.0).index_fill(1, torch.tensor(i), 1.0)
                    for i in (1, 2))  # fmt: skip

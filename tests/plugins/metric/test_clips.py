@@ -20,30 +20,30 @@ def texture() -> torch.Tensor:
 
 
 def moving(pixels: int) -> torch.Tensor:
-    """(3, 4, 64, 64) of a texture that moves to the left."""
+    """(3, 4, 64, 64): a texture that moves to the left."""
     return torch.stack([texture()[:, 8:72, 4 + i * pixels : 68 + i * pixels] for i in range(4)], 1)
 
 
-def test_the_flow_of_a_texture_is_how_far_it_moves():
+def test_the_flow_of_a_texture_equals_its_motion():
     assert magnitude(moving(2)) == pytest.approx(2, rel=0.1)  # less at the border
     assert magnitude(moving(0)) < 0.01
 
 
-def test_a_still_clip_is_consistent_and_a_flickering_one_is_less_so():
+def test_a_static_clip_is_consistent_and_a_flickering_one_less_so():
     metric = Temporal(Temporal.Config())
-    still = texture()[None, :, None].expand(1, -1, 4, -1, -1)
-    flickering = still * torch.tensor([1.0, -1, 1, -1]).view(1, 1, 4, 1, 1)
-    found = metric.score(still, [""])
+    static = texture()[None, :, None].expand(1, -1, 4, -1, -1)
+    flickering = static * torch.tensor([1.0, -1, 1, -1]).view(1, 1, 4, 1, 1)
+    found = metric.score(static, [""])
     assert found["consistency"] == pytest.approx(1) and found["flow"] < 0.01
     assert metric.score(flickering, [""])["consistency"] < 0.999
-    assert set(metric.score(still, [""])) == set(metric.meaning())
+    assert set(metric.score(static, [""])) == set(metric.meaning())
 
 
-def test_pictures_have_no_consistency():
+def test_images_have_no_consistency():
     assert list(Temporal.Config().accepts(Clip(3, 1, 16, 16))) == ["frames=1: want >= 2"]
 
 
-def test_the_clip_score_is_the_cosine_that_open_clip_itself_gives():
+def test_the_clip_score_equals_open_clips_cosine():
     metric = ClipScore(ClipScore.Config())
     metric.model.cpu()
     metric.device = torch.device("cpu")
@@ -54,19 +54,19 @@ def test_the_clip_score_is_the_cosine_that_open_clip_itself_gives():
         pixels = ((video + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1, 1)) / torch.tensor(STD).view(
             3, 1, 1, 1
         )
-        seen = [metric.model.encode_image(pixels[:, :, i], normalize=True) for i in range(4)]
-    want = torch.stack([(s * texts).sum(1) for s in seen], 1).mean(1).mul(100).clamp_min(0)
+        images = [metric.model.encode_image(pixels[:, :, i], normalize=True) for i in range(4)]
+    want = torch.stack([(s * texts).sum(1) for s in images], 1).mean(1).mul(100).clamp_min(0)
     assert torch.allclose(found, want, atol=1e-3)
 
 
-def test_the_middle_of_a_wide_picture_is_what_clip_sees():
+def test_clip_gets_the_centre_of_a_wide_image():
     wide = torch.zeros(1, 3, 32, 64)
     wide[..., :16] = 1
     assert clip_pixels(wide, 32).shape == (1, 3, 32, 32)
     assert torch.equal(clip_pixels(wide, 32), clip_pixels(torch.zeros(1, 3, 32, 32), 32))
 
 
-def test_weights_that_nobody_has_are_named():
+def test_missing_weights_are_an_error():
     with pytest.raises(StorageError, match=r"metric\.weights=/nowhere\.pt: no such file"):
         ClipScore(ClipScore.Config(model="ViT-B-32", weights="/nowhere.pt"))
     assert "no trained weights" in next(ClipScore.Config(weights="x/y").problems())

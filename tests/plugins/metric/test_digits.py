@@ -1,4 +1,4 @@
-"""The scorer of moving digits, on clips whose scores were measured with the default run."""
+"""metric=digits on clips with known scores."""
 
 import math
 
@@ -33,7 +33,7 @@ def metric(train) -> Digits:
     return digits
 
 
-def test_real_clips_score_as_in_the_table(metric, real):
+def test_real_clips_have_the_documented_scores(metric, real):
     scores = metric.score(*real)
     assert scores["colour"] == scores["direction"] == 1
     assert scores["digit"] >= 0.95  # 0.99 with more training clips; 0.97 seen
@@ -54,7 +54,7 @@ def test_real_clips_of_other_captions_score_at_chance(metric, real):
     assert scores["digit"] == pytest.approx(1 / 10, abs=0.07)
 
 
-def test_a_still_clip_has_no_direction(metric, real):
+def test_a_static_clip_has_no_direction(metric, real):
     video, captions = real
     scores = metric.score(video[:, :, 4:5].expand_as(video), captions)
     assert scores["direction"] == scores["speed"] == 0
@@ -76,7 +76,7 @@ def test_the_mean_of_all_clips_has_no_colour_direction_or_diversity(metric, trai
     assert scores["digit"] <= 0.2
 
 
-def test_the_conditional_mean_passes_all_but_digit_and_diversity(metric, real):
+def test_the_mean_clip_scores_well_except_on_digit_and_diversity(metric, real):
     _, captions = real
     clips = metric.baselines(captions)["mean clip"]
     scores = metric.score(clips, captions)
@@ -99,7 +99,7 @@ def test_noise_scores_at_chance(metric, real):
 
 
 @pytest.mark.parametrize("gain", [0.6, 2])
-def test_brighter_clips_are_farther_apart_but_in_the_same_lanes(metric, real, gain):
+def test_brightness_changes_diversity_but_not_lanes(metric, real, gain):
     video, captions = real
     scores, brighter = metric.score(*real), (gain * (video + 1) - 1).clamp(-1, 1)
     found = metric.score(brighter, captions)
@@ -108,17 +108,17 @@ def test_brighter_clips_are_farther_apart_but_in_the_same_lanes(metric, real, ga
 
 
 @pytest.mark.parametrize("direction, across", [("left", 2), ("up", 3)])
-def test_lanes_are_apart_across_the_motion_alone(metric, real, direction, across):
+def test_lanes_measures_distance_across_the_motion_only(metric, real, direction, across):
     video, captions = real
     row = next(i for i, c in enumerate(captions) if c.endswith(direction))
-    clip = video[row, :, 2:7]  # of (3, T, H, W), where it is not at the edge
+    clip = video[row, :, 2:7]  # (3, T, H, W), without frames at the edge
 
-    def apart(axis: int) -> float:
+    def distance(axis: int) -> float:
         both = torch.stack([clip, clip.roll(1, axis)])
         return metric.score(both, [captions[row]] * 2)["lanes"]
 
-    assert apart(across) == pytest.approx(1, abs=1e-4)
-    assert apart(5 - across) == pytest.approx(0, abs=1e-4)
+    assert distance(across) == pytest.approx(1, abs=1e-4)
+    assert distance(5 - across) == pytest.approx(0, abs=1e-4)
 
 
 def test_a_black_clip_has_neither_colour_nor_direction(metric, real):
@@ -128,20 +128,20 @@ def test_a_black_clip_has_neither_colour_nor_direction(metric, real):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_clips_that_are_not_finite_have_finite_scores(metric, real, value):
+def test_non_finite_clips_have_finite_scores(metric, real, value):
     video, captions = real
     broken = torch.where(torch.arange(16) == 5, value, video)
     assert all(math.isfinite(s) for s in metric.score(broken, captions).values())
 
 
-def test_a_frame_without_ink_does_not_bend_the_motion(metric, real):
+def test_a_frame_without_ink_does_not_change_the_motion(metric, real):
     video, captions = real
     gap = video.clone()
     gap[:, :, 3] = -1
     assert metric.score(gap, captions)["speed"] == pytest.approx(1, abs=1e-4)
 
 
-def test_the_mean_clip_is_that_of_the_captions_colour_and_direction(metric, train):
+def test_the_mean_clip_has_the_captions_colour_and_direction(metric, train):
     video, captions = train
     wanted = [c.split()[1] == "red" and c.endswith("left") for c in captions]
     found = metric.baselines(["a red 0 moving left"])["mean clip"]
@@ -155,7 +155,7 @@ def test_images_are_scored_without_motion(metric, real):
     assert scores["colour"] == 1 and scores["digit"] >= 0.95
 
 
-def test_one_clip_of_each_caption_has_no_diversity(metric, real):
+def test_one_clip_per_caption_has_no_diversity(metric, real):
     video, captions = real
     assert not {"diversity", "lanes"} & metric.score(video[:48], captions[:48]).keys()
 
@@ -170,23 +170,23 @@ def test_the_same_clips_give_the_same_scores(metric, train, real):
     assert again.score(*real) == metric.score(*real)
 
 
-def test_a_caption_of_another_form_is_refused_with_the_form(metric):
+def test_a_caption_of_another_form_is_an_error(metric):
     with pytest.raises(ConfigError, match="'a cat': want 'a red 3 moving left'"):
         metric.score(torch.zeros(1, 3, 9, 16, 16), ["a cat"])
 
 
-def test_a_colour_that_was_not_seen_has_no_mean_clip(metric):
+def test_an_unknown_colour_has_no_mean_clip(metric):
     with pytest.raises(ConfigError, match="no training clip is pink and moves left"):
         metric.baselines(["a pink 3 moving left"])
 
 
-def test_fitting_without_a_digit_is_refused(train):
+def test_fitting_without_a_digit_is_an_error(train):
     video, captions = train
     kept = [i for i, c in enumerate(captions) if " 7 " not in c][:200]
     with pytest.raises(ValueError, match=r"no training clip shows \[7\]"):
         Digits(Digits.Config()).fit(video[kept], [captions[i] for i in kept])
 
 
-def test_clips_smaller_than_a_scan_are_refused():
+def test_clips_smaller_than_a_scan_are_a_problem():
     problems = list(Digits.Config().accepts(Clip(3, 9, 4, 16)))
     assert problems == ["height=4: want >= 8"]

@@ -1,13 +1,13 @@
-"""Distances of features with known answers, and weights that are not there."""
+"""metric=frechet: known distances, networks and missing weights."""
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from plugins._blocks.feature_networks import MAKERS, Features
+from plugins._blocks.feature_networks import MAKERS, OF_CLIPS, TORCHSCRIPT, Features
 from plugins._blocks.frechet import Gaussian, distance, gaussian
-from plugins._configs.features import NETWORKS, TORCHSCRIPT
+from plugins._configs.features import NETWORKS
 from plugins.metric.frechet import Frechet
 from sandbox.contracts import StorageError
 from tests.helpers import composed
@@ -25,14 +25,14 @@ def fitted(**settings) -> Frechet:
     return metric
 
 
-def test_gaussians_that_are_shifted_and_scaled_have_the_distance_of_the_formula():
+def test_shifted_and_scaled_gaussians_have_the_analytic_distance():
     mean = torch.tensor([3.0, -4.0, 0.0]).double()
     a, b = (Gaussian(m, s * torch.eye(3).double()) for m, s in ((0 * mean, 1.0), (mean, 4.0)))
     assert distance(a, b) == pytest.approx(25 + 3 * (1 + 4 - 2 * 2))
 
 
-@pytest.mark.parametrize("count", [40, 5])  # of 8 features: with and without an inverse
-def test_the_distance_equals_that_with_the_root_of_scipy(count):
+@pytest.mark.parametrize("count", [40, 5])  # 8 features: invertible and singular covariance
+def test_the_distance_equals_one_with_scipys_root(count):
     from scipy.linalg import sqrtm
 
     x, y = tensor(count, 8), tensor(count, 8, seed=1) @ tensor(8, 8, seed=2) + 0.5
@@ -45,7 +45,7 @@ def test_the_distance_equals_that_with_the_root_of_scipy(count):
 
 
 @pytest.mark.parametrize("network", ["random2d", "random3d"])
-def test_equal_clips_have_no_distance_and_darker_ones_a_larger_one_than_others(network):
+def test_equal_clips_have_distance_zero_and_darker_clips_a_large_one(network):
     metric = fitted(network=network)
     (name,) = metric.meaning()
     assert name == ("frechet_video" if network == "random3d" else "frechet_image")
@@ -58,20 +58,21 @@ def test_one_clip_has_no_distance():
     assert fitted().score(clips(1), []) == {}
 
 
-def test_features_of_pictures_see_each_frame_alone():
+def test_image_features_are_per_frame():
     features = Features("random2d", "random", "metric.weights")
     video = clips(3)
     assert torch.allclose(features(video)[:, 2:3], features(video[:, :, 2:3]), atol=1e-6)
 
 
 @pytest.mark.parametrize(("network", "width"), [("inception_v3", 2048), ("r3d_18", 512)])
-def test_networks_of_torchvision_give_their_last_pooling(network, width):
+def test_torchvision_networks_return_their_last_pooling(network, width):
     found = Features(network, "random", "metric.weights")(clips(2)[:, :, :1])
     assert found.shape == ((2, width) if network == "r3d_18" else (2, 1, width))
 
 
 def test_every_network_of_the_config_can_be_built():
-    assert set(NETWORKS) == set(MAKERS) | set(TORCHSCRIPT)
+    assert set(NETWORKS) == set(MAKERS) | TORCHSCRIPT
+    assert {name for name, of_clips in NETWORKS.items() if of_clips} == OF_CLIPS
 
 
 class Mean(nn.Module):
@@ -79,14 +80,14 @@ class Mean(nn.Module):
         return x.flatten(2).mean(2)
 
 
-def test_any_network_is_used_as_a_torchscript_file(tmp_path):
+def test_any_torchscript_file_can_be_used(tmp_path):
     path = str(tmp_path / "mean.pt")
     torch.jit.script(Mean()).save(path)
     found = Features("script3d", path, "metric.weights")(clips())
     assert torch.allclose(found, clips().mean((2, 3, 4)), atol=1e-6)
 
 
-def test_a_file_of_other_weights_is_refused_with_name_size_and_cure(tmp_path):
+def test_a_file_of_other_weights_is_an_error_with_name_size_and_fix(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(StorageError, match=r"metric.weights=.*0cc3c7bd.pth \(104 MB.*download it"):
@@ -95,7 +96,7 @@ def test_a_file_of_other_weights_is_refused_with_name_size_and_cure(tmp_path):
         Features("i3d", str(path), "metric.weights")
 
 
-def test_settings_that_fit_no_network_are_named():
+def test_bad_settings_are_reported():
     def problems(*overrides: str) -> str:
         return "\n".join(composed("metric=frechet", *overrides).metric.problems())
 

@@ -29,7 +29,7 @@ def test_psnr_of_a_known_error():
     assert psnr(x, x + 0.2).tolist() == pytest.approx([20.0, 20.0])  # 10 log10(4 / 0.04)
 
 
-def test_ssim_equals_that_of_scikit_image():
+def test_ssim_equals_scikit_image():
     x, y = (clips(seed).transpose(1, 2).flatten(0, 1) for seed in (0, 1))
     y = 0.7 * x + 0.3 * y
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
@@ -49,17 +49,17 @@ def test_equal_clips_are_perfect_and_noise_is_worse():
     assert noisy["psnr"] < 25 and noisy["ssim"] < 0.9
 
 
-def test_lpips_is_there_where_it_is_asked_for():
+def test_lpips_is_computed_if_it_is_set():
     assert scores(clips(), lpips="random")["lpips"] == 0
     assert scores(clips(1), lpips="random")["lpips"] > 0
 
 
-def test_weights_of_lpips_that_are_not_there_are_named(tmp_path):
+def test_missing_lpips_weights_are_an_error(tmp_path):
     with pytest.raises(StorageError, match=r"metric\.lpips: .*vgg16-397923af.pth"):
         scores(clips(), lpips=str(tmp_path))
 
 
-def test_a_first_stage_that_is_trained_is_measured_with_it(tmp_path):
+def test_train_vae_measures_the_first_stage(tmp_path):
     words = (
         "task=train_vae", "vae=kl", "vae.ch=8", "vae.ch_mult=[1,1]", "logger=null", "steps=1",
         "data.clips_per_epoch=8", "task.clips=2", "task.shown=1", "task.batch_size=2",
@@ -67,18 +67,18 @@ def test_a_first_stage_that_is_trained_is_measured_with_it(tmp_path):
     )  # fmt: skip
     found = train_first_stage(wire(composed(*words, "metric=reconstruction")).root, None, Rank())
     assert found["scores"].keys() == {"psnr", "ssim"}
-    # The mean over frames of a logarithm is not less than that of their mean error.
+    # Jensen: the mean PSNR over frames is at least the PSNR of the mean error.
     assert found["psnr_db"] <= found["scores"]["psnr"] + 1e-4
     assert -1 < found["scores"]["ssim"] < 1
 
 
-def test_a_file_of_lpips_that_is_not_there_is_missed_at_once():
+def test_a_missing_lpips_file_is_an_error_before_training():
     line = ("task=train_vae", "vae=kl", "metric=reconstruction", "metric.lpips=/no/where")
     with pytest.raises(ConfigError, match=r"metric\.lpips=/no/where: no such file or folder"):
         checked(composed(*line))
 
 
-def test_clips_of_another_size_are_refused():
+def test_clips_of_another_size_are_an_error():
     with pytest.raises(ValueError, match="the real clips"):
         scores(clips()[:, :, :1])
     assert list(Reconstruction.Config().accepts(Clip(3, 1, 8, 16))) == ["height=8: want >= 11"]

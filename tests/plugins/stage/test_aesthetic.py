@@ -1,4 +1,4 @@
-"""stage=[aesthetic]: CLIP and its head with seeded weights, as their own libraries compute them."""
+"""stage=[aesthetic]: CLIP and head with seeded weights, compared with their own libraries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
+def test_the_score_equals_the_published_predictor(tmp_path):
     import open_clip
     from PIL import Image
 
@@ -34,7 +34,7 @@ def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
     model, _, preprocess = open_clip.create_model_and_transforms("tiny")
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     head = nn.Module()
-    head.layers = nn.Sequential(  # the predictor's own: dropout does nothing when it is used
+    head.layers = nn.Sequential(  # as in the predictor; dropout is inactive in eval mode
         nn.Linear(16, 8), nn.Dropout(0.2), nn.Linear(8, 4), nn.Dropout(0.2), nn.Linear(4, 1)
     )
     torch.save(head.state_dict(), tmp_path / "head.pth")
@@ -48,11 +48,11 @@ def test_the_score_is_that_of_the_published_chain_of_layers(tmp_path):
         pixels = [preprocess(Image.fromarray(x)) for x in clip.at(cfg.times(clip.seconds))]
         features = model.eval().encode_image(torch.stack(pixels))
         want = head.eval().layers(features / features.norm(dim=-1, keepdim=True)).mean().item()
-    assert found == pytest.approx(want, abs=1e-4)  # it is rounded to four places
+    assert found == pytest.approx(want, abs=1e-4)  # rounded to four decimals
     assert np.isfinite(found)
 
 
 def test_clips_below_the_limit_are_dropped():
     stage = registry.create(registry.default("stage", "aesthetic"))
     rows = [{"scores": {"aesthetic": {"score": s}}} for s in (3.9, 4.0, 6.0)]
-    assert ["drop" in said for said in stage.judge(rows)] == [True, False, False]
+    assert ["drop" in verdict for verdict in stage.judge(rows)] == [True, False, False]

@@ -1,4 +1,4 @@
-"""stage=[motion]: known motion is measured, and too little or too much is dropped."""
+"""stage=[motion]: measures known motion, and drops too little or too much."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.footage import precision_recall, scene, write
 from tests.helpers import composed
 
 config.setup()
-SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels a frame; 5 frames lie between
+SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels per frame
 
 
 def flow_of(path, **settings) -> float:
@@ -22,7 +22,7 @@ def flow_of(path, **settings) -> float:
 
 
 @pytest.mark.parametrize("method", ["farneback", "dis"])
-def test_clips_that_move_too_little_or_too_much_are_dropped(method, tmp_path):
+def test_clips_with_too_little_or_too_much_motion_are_dropped(method, tmp_path):
     want, found = set(), set()
     stage = registry.create(replace(registry.default("stage", "motion"), method=method))
     for seed in range(2):
@@ -31,7 +31,7 @@ def test_clips_that_move_too_little_or_too_much_are_dropped(method, tmp_path):
             path = tmp_path / f"{seed}-{i}.mp4"
             write(path, scene(10 * seed + i, 1.5, direction, 128, 160))
             row = {"scores": {"motion": stage.look(Footage(path, probe(path)))}}
-            if not 3 <= 5 * speed <= 8:
+            if not 3 <= 5 * speed <= 8:  # sampled frames are 5 apart
                 want.add(path.name)
             if "drop" in stage.judge([row])[0]:
                 found.add(path.name)
@@ -39,16 +39,16 @@ def test_clips_that_move_too_little_or_too_much_are_dropped(method, tmp_path):
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)
 
 
-def test_flow_is_in_pixels_of_the_frames_that_are_compared(tmp_path):
+def test_flow_is_in_pixels_between_sampled_frames(tmp_path):
     path = write(tmp_path / "a.mp4", scene(3, 2, (1.0, 0.0), 128, 160))
-    # within 15 %: what enters at an edge has no counterpart
+    # within 15 %: pixels that enter at an edge have no match
     assert flow_of(path) == pytest.approx(5, rel=0.15)
     assert flow_of(path, fps=5.0) == pytest.approx(2, rel=0.15)
     assert flow_of(path, short_side=64) == pytest.approx(2.5, rel=0.15)
 
 
 @pytest.mark.slow
-def test_raft_runs_with_the_weights_of_a_file_and_says_where_they_do_not_fit(tmp_path):
+def test_raft_loads_a_weights_file_strictly(tmp_path):
     from torchvision.models.optical_flow import raft_large
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_raft_runs_with_the_weights_of_a_file_and_says_where_they_do_not_fit(tmp
         flow_of(path, method="raft", weights=str(tmp_path / "raft.pth"))
 
 
-def test_raft_without_weights_is_refused_before_anything_starts():
+def test_raft_without_weights_is_a_config_problem():
     root = composed("task=prepare", "data_root=.", "stage=[motion]", "stage.motion.method=raft")
     assert [*root.stage["motion"].problems()] == [
         "weights=null: want a file of torchvision's raft_large for method=raft"

@@ -1,4 +1,4 @@
-"""stage=[scenes]: known cuts are found, and no others."""
+"""stage=[scenes]: finds known cuts, and only those."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cuts_of(path):
     return stage.look(Footage(path, probe(path)))["cuts"]
 
 
-def test_known_cuts_are_found_and_no_others(tmp_path):
+def test_only_known_cuts_are_found(tmp_path):
     draw, want, found = np.random.default_rng(0), set(), set()
     for file in range(8):
         lengths = draw.integers(15, 40, draw.integers(1, 7)) / 10

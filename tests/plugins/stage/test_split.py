@@ -1,4 +1,4 @@
-"""stage=[split]: all clips of a source are on one side."""
+"""stage=[split]: all clips of a source are in one split."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ config.setup()
 def sides(sources, **settings):
     stage = registry.create(replace(registry.default("stage", "split"), **settings))
     rows = [{"source": s, "info": VideoFile(s.split("/")[-1], 8, 8, 8, 1.0, 8.0)} for s in sources]
-    return [said["split"] for said in stage.judge(rows)]
+    return [verdict["split"] for verdict in stage.judge(rows)]
 
 
-def test_clips_of_one_source_are_on_one_side_whatever_else_there_is():
+def test_clips_of_a_source_stay_together_when_others_are_added():
     sources = [f"s{i % 50}" for i in range(200)]
     found = sides(sources, fraction=0.3)
     side = dict(zip(sources, found, strict=True))
@@ -28,16 +28,16 @@ def test_clips_of_one_source_are_on_one_side_whatever_else_there_is():
     assert more[:200] == found
 
 
-def test_files_of_the_same_bytes_are_one_source():
+def test_identical_files_are_one_source():
     found = sides([f"{folder}/f{i}" for i in range(20) for folder in "ab"], fraction=0.5)
     assert found[::2] == found[1::2]
 
 
-def test_files_of_a_folder_can_belong_together():
+def test_files_of_a_folder_can_be_one_source():
     found = sides([f"{i % 10}/f{i}" for i in range(100)], fraction=0.4, source="folder")
     assert all(len({*found[i::10]}) == 1 for i in range(10))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_of_few_sources_one_is_held_out_but_never_all(count):
+def test_a_few_sources_give_one_for_validation(count):
     assert sides([f"s{i}" for i in range(count)]).count("val") == (count > 1)

@@ -1,4 +1,4 @@
-"""stage=[text_area]: writing of a known size is measured."""
+"""stage=[text_area]: measures text of a known size."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ def stage():
 
 
 def box_of(text: str, scale: float) -> int:
-    """Pixels of the box that cv2 draws a text in."""
+    """Area in pixels of the box around text drawn by cv2."""
     import cv2
 
     (w, h), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_DUPLEX, scale, 2)
     return w * (h + below)
 
 
-def test_the_area_is_about_that_of_the_writing(stage):
+def test_the_area_is_about_that_of_the_text(stage):
     image = written(scene(1, 0.1, height=240, width=320), "BREAKING NEWS")[0]
-    # letters have no exact box: rapidocr's is a little larger or smaller than cv2's
+    # rapidocr's box differs a little from cv2's
     assert stage.area(image) == pytest.approx(box_of("BREAKING NEWS", 1.0) / (240 * 320), rel=0.4)
     assert stage.area(np.full_like(image, 90)) == 0
 
 
 @pytest.mark.slow
-def test_clips_with_much_writing_are_dropped_and_others_are_not(stage):
+def test_only_clips_with_much_text_are_dropped(stage):
     want, found = set(), set()
     for i in range(40):
         frames = scene(i, 0.1, height=240, width=320)
         text, has_text = WORDS[i % len(WORDS)], i % 2 == 0
-        if has_text:  # 4 % of the picture and more
+        if has_text:  # at least 4 % of the frame
             frames = written(frames, text, 0.9 + 0.02 * i / 2)
         elif i % 4 == 1:  # a small mark, well below 2 %
             frames = written(frames, "tv", 0.4)
