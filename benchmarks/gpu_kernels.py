@@ -139,7 +139,7 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[str, int | None]:
 
     For CROSSOVER in kernels/_dispatch.py; None where the largest size is slower.
     """
-    plain = {"group_norm": "eager, same dtype", "temporal_attention": "permute + SDPA chosen"}
+    plain = {"group_norm": "eager, same dtype", "temporal_attention": "permute + SDPA default"}
     found: dict[str, int | None] = {}
     for op, peer in plain.items():
         times: dict[tuple, dict[str, float]] = {}

@@ -1,10 +1,11 @@
-"""Hot operations as functions of tensors, each with several implementations.
+"""Fused operations as functions of tensors, each with several implementations.
 
-`kernels.group_norm(...)` and `kernels.temporal_attention(...)` are called with the same arguments
-whatever runs them; `kernels.use(...)` says what does, `kernels.chosen()` tells it and
-`kernels.calls()` what ran. Importing this
-package imports neither torch nor triton: other libraries probe an import name `kernels`, and
-settings are checked without either.
+`kernels.group_norm(...)` and `kernels.temporal_attention(...)` take the same arguments for every
+implementation. `kernels.use(...)` selects the implementation, `kernels.chosen()` returns the
+selection, and `kernels.calls()` counts what ran.
+
+Importing this package imports neither torch nor triton: settings are checked without them, and
+other libraries probe for a package named `kernels`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ __all__ = ["calls", "chosen", "group_norm", "implementations", "temporal_attenti
 
 
 class _Package(ModuleType):
-    """An operation's folder has the operation's name; here that name is always the function.
+    """Keeps `kernels.<op>` bound to the function, not to the subpackage of the same name.
 
-    The import system sets `kernels.group_norm` to the subpackage, whoever imports a part of it
-    first.
+    The import system sets `kernels.group_norm` to the subpackage when any module in it is
+    imported.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""How an operation is measured beside its peers: the protocol of benchmarks/README.md."""
+"""Measures an operation against its peers; the protocol is in benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -12,115 +12,125 @@ from typing import Any
 import torch
 from torch import Tensor
 
-L2 = 60 * 2**20  # bytes; the second cache of an H200
-CACHES = 3  # inputs of all rounds are so many times as large, so that none is found in the cache
-SHORT = 0.03  # ms; below it a launch from the host takes longer than the kernel
+L2 = 60 * 2**20  # bytes; the L2 cache of an H200
+CACHES = 3  # total size of the rotating inputs, in L2 caches, so that none is found in the cache
+SHORT = 0.03  # ms; below it, host launch time exceeds kernel time
 MAX_SETS = 64
-BAR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # a wrong peer is not timed
+MAX_ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative L2
 
 Call = Callable[..., Tensor]
+Pass = Callable[[], object]  # one timed call
 
 
 @dataclass
 class Case:
     """A size at which an operation is measured.
 
-    make: (dtype, seed, device) -> its tensors; tensors_forward, tensors_backward: how many of the
-    size of the first must move at least.
+    make: (dtype, seed, device) -> the input tensors; tensors_forward, tensors_backward: minimal
+    memory traffic, in tensors of the size of the first input.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[torch.dtype, int, str], tuple[Tensor, ...]]
     exact: Call  # the definition, for float64
-    peers: dict[str, Callable[[], Call]]  # what is not installed raises ImportError
+    peers: dict[str, Callable[[], Call]]  # raise ImportError if not installed
     tensors_forward: int
     tensors_backward: int
 
 
 def copy_bandwidth(device: str = "cuda", size: int = 4 * 2**30) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes."""
+    """Bytes per second, read plus written, when copying `size` bytes."""
     x = torch.empty(size, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * size / (timed([lambda: y.copy_(x)], device)["ms"] * 1e-3)
+    return 2 * size / (time_calls([lambda: y.copy_(x)], device)["ms"] * 1e-3)
 
 
-def measured(case: Case, dtype: torch.dtype, device: str, bandwidth: float) -> Iterator[dict]:
+def measure(case: Case, dtype: torch.dtype, device: str, bandwidth: float) -> Iterator[dict]:
     """A row for each peer and each of forward, backward and both; failures are rows too."""
     sample = case.make(dtype, 0, device)
-    each = sample[0].numel() * sample[0].element_size()
-    sets = max(1, min(MAX_SETS, -(-CACHES * L2 // each))) if device == "cuda" else 2
-    given = [sample, *(case.make(dtype, i, device) for i in range(1, sets))]
-    if sample[0].numel() <= 2**27:
-        want = case.exact(*(t.detach().double() for t in sample))
-    else:  # float64 of the largest would not fit beside the rest
-        want = case.exact(*(t.detach().float() for t in sample))
-    minimal = {"forward": case.tensors_forward * each, "backward": case.tensors_backward * each}
+    size = sample[0].numel() * sample[0].element_size()
+    sets = max(1, min(MAX_SETS, -(-CACHES * L2 // size))) if device == "cuda" else 2
+    inputs = [sample, *(case.make(dtype, i, device) for i in range(1, sets))]
+    is_large = sample[0].numel() > 2**27  # float64 copies would not fit
+    exact = torch.float32 if is_large else torch.float64
+    want = case.exact(*(t.detach().to(exact) for t in sample))
+    minimal = {"forward": case.tensors_forward * size, "backward": case.tensors_backward * size}
     minimal["both"] = sum(minimal.values())
     for name, load in case.peers.items():
         row: dict[str, Any] = {"case": case.name, "shape": list(case.shape), "impl": name}
-        row |= {"dtype": str(dtype).removeprefix("torch."), "tensor_mb": each / 1e6}
+        row |= {"dtype": str(dtype).removeprefix("torch."), "tensor_mb": size / 1e6}
         try:
             call = load()
-            out = call(*sample)
-            off = ((out.detach().double() - want).norm() / want.norm()).item()
-            if not off < BAR[dtype]:
-                raise RuntimeError(f"wrong by {off:.1e}")
-            row |= {"error": off, "out_strides": list(out.stride()), "peak_mb": _peak(call, sample)}
-            grad = torch.randn_like(out)
-            del out
-            for which, calls in _passes(call, given, grad).items():
-                times = timed(calls, device)
-                rate = minimal[which] / (times["ms"] * 1e-3)
+            row |= _checked(call, sample, want, MAX_ERROR[dtype])
+            for which, calls in _passes(call, inputs).items():
+                times = time_calls(calls, device)
+                achieved = minimal[which] / (times["ms"] * 1e-3)
                 yield row | times | {
-                    "pass": which, "bytes": minimal[which], "copy_fraction": rate / bandwidth,
+                    "pass": which, "bytes": minimal[which], "copy_fraction": achieved / bandwidth,
                 }  # fmt: skip
         except (ImportError, RuntimeError, ValueError) as e:  # a peer's limit is a result
             yield row | {"pass": "all", "failed": f"{type(e).__name__}: {str(e).splitlines()[0]}"}
 
 
-def _passes(call: Call, given: Sequence[tuple], grad: Tensor) -> dict[str, list[Callable]]:
-    """Functions without arguments, one for each set of inputs."""
-    wanted = [[t for t in tensors if t.requires_grad] for tensors in given]
-    outs = [call(*tensors) for tensors in given]
+def _checked(call: Call, sample: tuple[Tensor, ...], want: Tensor, limit: float) -> dict[str, Any]:
+    """Error, output strides and peak memory. Raises RuntimeError if the error exceeds `limit`."""
+    out = call(*sample).detach()
+    error = ((out.double() - want).norm() / want.norm()).item()
+    if not error < limit:
+        raise RuntimeError(f"wrong by {error:.1e}")
+    return {"error": error, "out_strides": list(out.stride()), "peak_mb": _peak(call, sample)}
 
-    def forward(i: int) -> Callable:
-        frozen = [t.detach() for t in given[i]]
+
+def _passes(call: Call, inputs: Sequence[tuple[Tensor, ...]]) -> dict[str, list[Pass]]:
+    """The timed calls of each pass, one for each set of inputs."""
+    wanted = [[t for t in tensors if t.requires_grad] for tensors in inputs]
+    outs = [call(*tensors) for tensors in inputs]
+    grad = torch.randn_like(outs[0])
+
+    def forward(i: int) -> Pass:
+        frozen = [t.detach() for t in inputs[i]]
         return lambda: call(*frozen)
 
-    def backward(i: int) -> Callable:
+    def backward(i: int) -> Pass:
         return lambda: torch.autograd.grad(outs[i], wanted[i], grad, retain_graph=True)
 
-    def both(i: int) -> Callable:
-        return lambda: torch.autograd.grad(call(*given[i]), wanted[i], grad)
+    def both(i: int) -> Pass:
+        return lambda: torch.autograd.grad(call(*inputs[i]), wanted[i], grad)
 
-    ways = {"forward": forward, "backward": backward, "both": both}
-    return {name: [way(i) for i in range(len(given))] for name, way in ways.items()}
+    passes = {"forward": forward, "backward": backward, "both": both}
+    return {name: [make(i) for i in range(len(inputs))] for name, make in passes.items()}
 
 
-def timed(calls: Sequence[Callable], device: str) -> dict[str, float]:
-    """Milliseconds of one call: median and 20 % and 80 % quantiles; of a CUDA graph where short."""
+def time_calls(calls: Sequence[Pass], device: str) -> dict[str, float]:
+    """Milliseconds per call: median, 20 % and 80 % quantiles; short ones also in a CUDA graph."""
     turn = cycle(calls)
     if device != "cuda":
-        spent = []
+        times = []
         for _ in range(5):
-            before = time.perf_counter()
+            started = time.perf_counter()
             next(turn)()
-            spent.append(1e3 * (time.perf_counter() - before))
-        return {"ms": statistics.median(spent), "p20": min(spent), "p80": max(spent)}
-    from triton.testing import do_bench
-
-    quantiles = do_bench(lambda: next(turn)(), warmup=25, rep=200, quantiles=[0.5, 0.2, 0.8])
-    found = dict(zip(("ms", "p20", "p80"), quantiles, strict=True))
-    if found["ms"] < SHORT:
-        found["graph_ms"] = _replayed(calls)
+            times.append(1e3 * (time.perf_counter() - started))
+        return {"ms": statistics.median(times), "p20": min(times), "p80": max(times)}
+    p20, ms, p80 = _bench(lambda: next(turn)(), 200)
+    found = {"ms": ms, "p20": p20, "p80": p80}
+    if ms < SHORT:
+        found["graph_ms"] = _graph_ms(calls)
     return found
 
 
-def _replayed(calls: Sequence[Callable]) -> float:
-    """Milliseconds of a call without the host: all calls in one CUDA graph."""
+def _bench(call: Pass, milliseconds: int) -> tuple[float, float, float]:
+    """20 % quantile, median and 80 % quantile, in milliseconds."""
     from triton.testing import do_bench
 
+    found = do_bench(call, warmup=25, rep=milliseconds, quantiles=[0.2, 0.5, 0.8])
+    assert isinstance(found, list)  # one value per quantile
+    p20, median, p80 = found
+    return p20, median, p80
+
+
+def _graph_ms(calls: Sequence[Pass]) -> float:
+    """Milliseconds per call without host time: all calls in one CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -131,11 +141,11 @@ def _replayed(calls: Sequence[Callable]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return do_bench(graph.replay, warmup=25, rep=100, return_mode="median") / len(calls)
+    return _bench(graph.replay, 100)[1] / len(calls)
 
 
 def _peak(call: Call, tensors: tuple[Tensor, ...]) -> float | None:
-    """Megabytes of forward and backward beside the inputs."""
+    """Megabytes that forward and backward allocate on top of the inputs; None on a CPU."""
     if tensors[0].device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats()

@@ -1,8 +1,9 @@
-"""Which implementation runs an operation. Standard library only.
+"""Selects the implementation of each operation. Imports only the standard library.
 
-A new implementation is one line of OPS and a module with a function of the operation's name and
-arguments. One named "triton" also has `unsupported(...)` with the same arguments: why it cannot run
-them, or None.
+To add an implementation, add an entry to OPS and a module that defines a function with the
+operation's name and arguments. The "triton" module also defines `unsupported(...)` with the same
+arguments; it returns why Triton cannot run the call, or None. Implementations repeat this signature
+without defaults, so that a forgotten argument raises.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ OPS: dict[str, dict[str, str]] = {  # operation -> implementation -> module
         "reference": "kernels.temporal_attention.reference",
     },
 }
-# "auto" runs smaller tensors in eager mode, where a launch costs more than the bytes that it saves.
-# Elements of the first argument; estimates until benchmarks/gpu_kernels.py has measured them.
+# "auto" uses eager for smaller tensors, where launch overhead exceeds the saved memory traffic.
+# In elements of the first argument; estimates until benchmarks/gpu_kernels.py has run on a GPU.
 CROSSOVER = {"group_norm": 2_000_000, "temporal_attention": 500_000}
 
 
@@ -40,30 +41,32 @@ class Settings:
     strict: bool = False
 
 
-# One for the process, not one for each thread or context: activation checkpointing repeats a
-# forward pass in a thread of autograd's and must get the same implementation there.
+# Global rather than per thread or context: activation checkpointing repeats the forward pass in an
+# autograd thread, which must use the same implementation.
 _settings = Settings()
 _modules: dict[tuple[str, str], Any] = {}
-_said: set[str] = set()
-_ran: Counter[tuple[str, str]] = Counter()
+_logged: set[str] = set()
+_call_counts: Counter[tuple[str, str]] = Counter()
 _fallbacks: Counter[str] = Counter()
 
 
 def implementations(op: str) -> list[str]:
-    """Names that `use` takes for `op`, "auto" included."""
+    """Names that `use` accepts for `op`, including "auto"."""
     return ["auto", *OPS[op]]
 
 
 class use:
-    """Sets the implementation of every operation, or of those that are named.
+    """Selects the implementation of every operation, or of the named ones.
 
-    In a `with` it holds until the block ends; a backward pass that repeats the forward one
-    (activation checkpointing) belongs inside.
-    `auto` takes Triton for what it supports and gains by, and `triton` for all that it supports;
-    each says once, for each reason, that eager runs instead, or raises there with `strict`.
-    Operations and `strict` that are not named keep their setting.
-    Raises ValueError for unknown operations and implementations, and with `strict` for `triton`
-    on a machine that cannot run it.
+    As a context manager, it restores the previous settings on exit. Run the backward pass inside
+    the block if it repeats the forward pass (activation checkpointing).
+
+    `auto` uses Triton for supported calls on large enough tensors; `triton` uses it for all
+    supported calls. Other calls fall back to eager: each reason is logged once, or raises with
+    `strict`. Operations that are not named, and an omitted `strict`, keep their setting.
+
+    Raises ValueError for unknown operations and implementations, and for `triton` with `strict` on
+    a machine without a CUDA device or Triton.
     """
 
     def __init__(self, every: str | None = None, *, strict: bool | None = None, **ops: str) -> None:
@@ -74,8 +77,8 @@ class use:
         choice = dict.fromkeys(OPS, every) if every is not None else dict(_settings.choice)
         new = Settings(choice | ops, _settings.strict if strict is None else strict)
         for op, name in new.choice.items():
-            _known(op, name)
-            if new.strict and name == "triton" and (reason := _absent()):
+            _check_name(op, name)
+            if new.strict and name == "triton" and (reason := _missing_requirement()):
                 raise ValueError(f"kernels.{op}=triton {reason}; use kernels=auto or kernels=eager")
         self.previous, _settings = _settings, new
 
@@ -93,52 +96,56 @@ class use:
 
 
 def chosen() -> dict[str, str]:
-    """Operation -> the implementation that is set, "auto" resolved for this machine."""
+    """Operation -> selected implementation, with "auto" resolved for this machine."""
     choice = _settings.choice
-    auto = "auto" in choice.values() and ("eager" if _absent() else "triton")
+    if "auto" not in choice.values():
+        return dict(choice)
+    auto = "eager" if _missing_requirement() else "triton"
     return {op: auto if name == "auto" else name for op, name in choice.items()}
 
 
 def calls() -> dict[str, dict[str, int]]:
-    """How often each implementation ran since the start, and why eager ran instead of Triton.
+    """Calls of each implementation since import, and of each fallback reason ("fallbacks").
 
     Calls in compiled graphs are not counted.
     """
-    ran: dict[str, dict[str, int]] = {op: {} for op in OPS}
-    for (op, name), times in _ran.items():
-        ran[op][name] = times
-    return {**ran, "fallbacks": dict(_fallbacks)}
+    counts: dict[str, dict[str, int]] = {op: {} for op in OPS}
+    for (op, name), times in _call_counts.items():
+        counts[op][name] = times
+    return {**counts, "fallbacks": dict(_fallbacks)}
 
 
 def run(op: str, impl: str | None, *args: Any, **options: Any) -> Any:
-    """`op` of these arguments, by `impl` where a call names one, else by what `use` set."""
+    """Runs `op` with the implementation `impl`, or with the one that `use` selected."""
     name = impl or _settings.choice[op]
     if name in ("auto", "triton"):
-        name = _supported(op, name, impl is not None, args, options)
+        name = _triton_or_eager(op, name, impl is not None, args, options)
     elif (op, name) not in _modules:
-        _known(op, name)
-    if not _tracing():  # counts would be part of what a compiled graph depends on
-        _ran[op, name] += 1
+        _check_name(op, name)
+    if not _tracing():  # counters would become guards of the compiled graph
+        _call_counts[op, name] += 1
     return getattr(_modules[op, name], op)(*args, **options)
 
 
-def _supported(op: str, name: str, named: bool, args: tuple, options: dict[str, Any]) -> str:
-    """ "triton" where it can run this call, and for `auto` gains by it; else "eager"."""
+def _triton_or_eager(
+    op: str, name: str, per_call: bool, args: tuple[Any, ...], options: dict[str, Any]
+) -> str:
+    """Resolves "auto" and "triton" for one call; `per_call`: the call itself named it."""
     x = args[0]
     if name == "auto" and (x.is_meta or x.numel() < CROSSOVER[op]):
         return "eager"
     reason = _modules[op, "triton"].unsupported(*args, **options)
     if reason is None:
         return "triton"
-    said = f"kernels.{op}={name}: {reason}"
-    if _settings.strict or (named and name == "triton"):
-        raise ValueError(f"{said}; use kernels=auto or kernels=eager")
-    _note(said)
+    message = f"kernels.{op}={name}: {reason}"
+    if _settings.strict or (per_call and name == "triton"):
+        raise ValueError(f"{message}; use kernels=auto or kernels=eager")
+    _record_fallback(message)
     return "eager"
 
 
-def _absent() -> str | None:
-    """Why this machine cannot run Triton on any tensor; None where it can."""
+def _missing_requirement() -> str | None:
+    """Why this machine cannot run Triton at all; None if it can."""
     if find_spec("triton") is None:
         return "needs the package triton"
     import torch
@@ -149,12 +156,12 @@ def _absent() -> str | None:
 
 
 def load(op: str) -> None:
-    """Imports what runs `op`; done when the operation is, since no graph can trace an import."""
+    """Imports all implementations of `op`. Each operation calls it once, outside any graph."""
     for name, module in OPS[op].items():
         _modules[op, name] = import_module(module)
 
 
-def _known(op: str, name: str) -> None:
+def _check_name(op: str, name: str) -> None:
     if name not in implementations(op):
         raise ValueError(f"kernels.{op}={name!r}: want one of {implementations(op)}")
 
@@ -165,10 +172,10 @@ def _tracing() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _note(said: str) -> None:
+def _record_fallback(message: str) -> None:
     if _tracing():
         return
-    _fallbacks[said] += 1
-    if said not in _said:
-        _said.add(said)
-        log.info("%s: eager runs instead", said)
+    _fallbacks[message] += 1
+    if message not in _logged:
+        _logged.add(message)
+        log.info("%s; using eager", message)

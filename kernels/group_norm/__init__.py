@@ -1,4 +1,4 @@
-"""Group normalisation with its neighbours: a shift before it, scale, shift and SiLU after it."""
+"""Group normalisation fused with a shift before it and scale, shift and SiLU after it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,34 @@ def group_norm(
     out_dtype: torch.dtype | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """act(F.group_norm(x + pre_shift, num_groups, weight, bias, eps) * (1 + scale) + shift),
-    statistics in float32.
+    """act(F.group_norm(x + pre_shift, num_groups, weight, bias, eps) * (1 + scale) + shift).
 
-    x is (N, C, *spatial), weight and bias are (C,), pre_shift, scale and shift are (N, C); all but
-    x may be None. With `frames` = F, x is frame-major (B*F, C, *spatial) and F consecutive frames
-    share their statistics, as if they were an axis of space; with `per_frame`, x is (N, C, T, H, W)
-    and each of the T frames has its own. Returns x's shape in `out_dtype`, by
-    default x's. Raises ValueError for shapes that disagree and for unknown `act` and `impl`.
+    Statistics are float32. x is (N, C, *spatial), weight and bias are (C,), pre_shift, scale and
+    shift are (N, C); all but x are optional. With `frames` = F, x is frame-major (B*F, C, *spatial)
+    and F consecutive frames share statistics, like a spatial axis. With `per_frame`, x is
+    (N, C, T, H, W) and each frame has its own statistics. Returns a tensor of x's shape in
+    `out_dtype` (default: x's dtype). Raises ValueError for incompatible shapes and for unknown
+    `act` and `impl`.
     """
+    _check_shapes(x, num_groups, act, frames, per_frame)
+    n, c = x.shape[:2]
+    for name, value, shape in (
+        ("weight", weight, (c,)),
+        ("bias", bias, (c,)),
+        ("pre_shift", pre_shift, (n, c)),
+        ("scale", scale, (n, c)),
+        ("shift", shift, (n, c)),
+    ):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"group_norm: {name} has shape {tuple(value.shape)}: want {shape}")
+    return run(
+        "group_norm", impl, x, num_groups, weight, bias, eps, act=act, pre_shift=pre_shift,
+        scale=scale, shift=shift, frames=frames, per_frame=per_frame,
+        out_dtype=out_dtype or x.dtype,
+    )  # fmt: skip
+
+
+def _check_shapes(x: Tensor, num_groups: int, act: str, frames: int, per_frame: bool) -> None:
     if x.ndim < 2:
         raise ValueError(f"group_norm: x has shape {tuple(x.shape)}: want (N, C, *spatial)")
     n, c = x.shape[:2]
@@ -49,31 +68,6 @@ def group_norm(
         )
     if act not in ACTS:
         raise ValueError(f"group_norm: act={act!r}: want one of {list(ACTS)}")
-    for name, value, shape in (
-        ("weight", weight, (c,)),
-        ("bias", bias, (c,)),
-        ("pre_shift", pre_shift, (n, c)),
-        ("scale", scale, (n, c)),
-        ("shift", shift, (n, c)),
-    ):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"group_norm: {name} has shape {tuple(value.shape)}: want {shape}")
-    return run(
-        "group_norm",
-        impl,
-        x,
-        num_groups,
-        weight,
-        bias,
-        eps,
-        act=act,
-        pre_shift=pre_shift,
-        scale=scale,
-        shift=shift,
-        frames=frames,
-        per_frame=per_frame,
-        out_dtype=out_dtype or x.dtype,
-    )
 
 
 load("group_norm")

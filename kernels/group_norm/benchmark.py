@@ -1,9 +1,8 @@
-"""Group norm and SiLU at the sizes of published models, beside other ways to compute them."""
+"""Group norm and SiLU at the sizes of published models, against other implementations."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ import kernels
 from kernels._benchmark import Call, Case
 
 GROUPS, EPS = 32, 1e-5
-# name -> (shape, frames that share statistics); README.md says where each is from
+# name -> (shape, frames that share statistics)
 SIZES = {
     "320 @ 40x64": ((32, 320, 40, 64), 1),
     "320 @ 40x64, 16 frames": ((32, 320, 40, 64), 16),
@@ -37,7 +36,7 @@ def ours(impl: str, frames: int) -> Call:
 
 
 def eager(frames: int) -> Call:
-    """All in x's dtype, with the copies that statistics over frames need."""
+    """Computes in x's dtype, with the copies that statistics over frames need."""
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         y = x
@@ -52,7 +51,7 @@ def eager(frames: int) -> Call:
 
 
 def as_written(frames: int) -> Call:
-    """The published models' chain: norm in float32, then back, then SiLU."""
+    """As in published models: norm and SiLU in float32, then a cast back."""
     inner = eager(frames)
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -80,14 +79,14 @@ def liger(frames: int) -> Call:
 
 
 def apex(frames: int) -> Call:
-    """Takes (N, C, H, W) in channels last only; refuses the rest."""
+    """Supports only channels-last (N, C, H, W)."""
     norm = import_module("apex.contrib.group_norm").GroupNorm
-    made: dict[int, torch.nn.Module] = {}
+    layers: dict[int, torch.nn.Module] = {}
 
     def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         if frames > 1 or not x.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError("apex takes channels last and statistics of one picture")
-        layer = made.setdefault(len(w), norm(GROUPS, len(w), EPS, act="silu").to(x.device))
+            raise ValueError("apex supports only channels last and statistics of one image")
+        layer = layers.setdefault(len(w), norm(GROUPS, len(w), EPS, act="silu").to(x.device))
         return torch.func.functional_call(layer, {"weight": w, "bias": b}, (x,))
 
     return call
@@ -113,12 +112,11 @@ def _case(name: str, shape: tuple[int, ...], frames: int, last: bool) -> Case:
         "triton": lambda: ours("triton", frames),
         "auto": lambda: ours("auto", frames),
         "eager, same dtype": lambda: eager(frames),
-        "eager, as models write it": lambda: as_written(frames),
+        "eager, as in models": lambda: as_written(frames),
         "torch.compile, same dtype": lambda: compiled(eager(frames)),
-        "torch.compile, as models write it": lambda: compiled(as_written(frames)),
+        "torch.compile, as in models": lambda: compiled(as_written(frames)),
         "Liger": lambda: liger(frames),
         "apex": lambda: apex(frames),
     }
     name = f"{name}, channels last" if last else name
-    assert prod(shape) > 0
     return Case(name, shape, make, ours("reference", frames), peers, 2, 3)

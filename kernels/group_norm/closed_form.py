@@ -1,4 +1,4 @@
-"""The statistics and gradients of group norm written out: what the kernels compute, in torch."""
+"""Statistics and gradients of group norm in closed form: what the kernels compute, in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,85 +7,79 @@ from math import prod
 import torch
 from torch import Tensor
 
+from kernels.group_norm.launches import Inputs, Options
+
 
 def rows(x: Tensor, per_frame: bool) -> Tensor:
-    """(N, C, *spatial) -> (rows, C, places), a row being what one set of statistics may cover."""
+    """(N, C, *spatial) -> (rows, C, positions); statistics cover one or more rows."""
     x = x.transpose(1, 2).flatten(0, 1) if per_frame else x
     return x.reshape(*x.shape[:2], prod(x.shape[2:]))
 
 
-def statistics(
-    x: Tensor, groups: int, eps: float, pre_shift: Tensor | None, frames: int, per_frame: bool
-) -> tuple[Tensor, Tensor]:
-    """mean and 1/sd, (statistics, groups)."""
-    u = rows(x, per_frame).to(torch.promote_types(x.dtype, torch.float32))
-    if pre_shift is not None:
-        u = u + _rows_of(pre_shift, u)[:, :, None]
-    sets = u.unflatten(1, (groups, -1)).unflatten(0, (-1, frames))  # (B, F, G, C/G, S)
+def statistics(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """mean and 1/std, both (statistics, groups)."""
+    x = inputs.x
+    u = rows(x, options.per_frame).to(torch.promote_types(x.dtype, torch.float32))
+    if inputs.pre_shift is not None:
+        u = u + _rows_of(inputs.pre_shift, u)[:, :, None]
+    # (B, F, G, C/G, S)
+    sets = u.unflatten(1, (options.groups, -1)).unflatten(0, (-1, options.frames))
     variance, mean = torch.var_mean(sets, (1, 3, 4), correction=0)
-    return mean, torch.rsqrt(variance + eps)
+    return mean, torch.rsqrt(variance + options.eps)
 
 
 def backward(
-    g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    silu: bool,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    frames: int,
-    per_frame: bool,
+    g: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, pre_shift, scale and shift, for g of the output.
+    """Gradients in the order of Inputs, given the gradient g of the output.
 
-    With xh = (x + pre_shift - mean) * rstd, z = gain * xh + offset and y = silu(z), the two sums
-    A = sum dz and B = sum dz * xh over the places of a row and channel carry everything:
-    dx = rstd * (gain * dz - c1 - xh * c2), c1 and c2 the means of gain * dz and gain * dz * xh over
-    all that shares its statistics.
+    With xh = (x + pre_shift - mean) * rstd, z = gain * xh + offset and y = silu(z), everything
+    follows from the sums A = sum dz and B = sum dz * xh over the positions of a row and channel:
+    dx = rstd * (gain * dz - c1 - xh * c2), where c1 and c2 are the means of gain * dz and
+    gain * dz * xh over all elements that share statistics.
     """
+    x, frames, per_frame = inputs.x, options.frames, options.per_frame
     exact = torch.promote_types(x.dtype, torch.float32)
     u, dz = rows(x, per_frame).to(exact), rows(g, per_frame).to(exact)  # (R, C, S)
     r, c, _ = u.shape
-    one, zero = u.new_ones(r, c), u.new_zeros(r, c)
-    w, b = (d if p is None else p.to(exact).expand(r, c) for p, d in ((weight, one), (bias, zero)))
-    add, by, to = (zero if p is None else _rows_of(p, u) for p in (pre_shift, scale, shift))
+    w = u.new_ones(r, c) if inputs.weight is None else inputs.weight.to(exact).expand(r, c)
+    b = u.new_zeros(r, c) if inputs.bias is None else inputs.bias.to(exact).expand(r, c)
+    pre, scale, shift = (
+        u.new_zeros(r, c) if p is None else _rows_of(p, u)
+        for p in (inputs.pre_shift, inputs.scale, inputs.shift)
+    )
 
     def spread(statistic: Tensor) -> Tensor:  # (R/F, G) -> (R, C, 1)
-        return statistic.repeat_interleave(frames, 0).repeat_interleave(c // groups, 1)[..., None]
+        per_row = statistic.repeat_interleave(frames, 0)
+        return per_row.repeat_interleave(c // options.groups, 1)[..., None]
 
-    xh = (u + add[..., None] - spread(mean)) * spread(rstd)
-    gain, offset = w * (1 + by), b * (1 + by) + to
-    if silu:
+    xh = (u + pre[..., None] - spread(mean)) * spread(rstd)
+    gain, offset = w * (1 + scale), b * (1 + scale) + shift
+    if options.silu:
         z = gain[..., None] * xh + offset[..., None]
         s = torch.sigmoid(z)
         dz = dz * s * (1 + z * (1 - s))
     sum_a, sum_b = dz.sum(2), (dz * xh).sum(2)  # (R, C)
 
-    def centre(sums: Tensor) -> Tensor:
-        sets = (gain * sums).unflatten(1, (groups, -1)).unflatten(0, (-1, frames))
-        return spread(sets.sum((1, 3)) / (frames * c // groups * u.shape[2]))
+    def mean_of(sums: Tensor) -> Tensor:
+        sets = (gain * sums).unflatten(1, (options.groups, -1)).unflatten(0, (-1, frames))
+        return spread(sets.sum((1, 3)) / (frames * c // options.groups * u.shape[2]))
 
-    dx = spread(rstd) * (gain[..., None] * dz - centre(sum_a) - xh * centre(sum_b))
-    shared = r // x.shape[0]  # rows for each row of parameters
+    dx = spread(rstd) * (gain[..., None] * dz - mean_of(sum_a) - xh * mean_of(sum_b))
+    share = r // x.shape[0]  # rows of x per row of parameters
 
     def gathered(d: Tensor) -> Tensor:  # (R, C) -> (N, C)
-        return d.unflatten(0, (-1, shared)).sum(1)
+        return d.unflatten(0, (-1, share)).sum(1)
 
     grads = (
-        ((1 + by) * sum_b).sum(0),
-        ((1 + by) * sum_a).sum(0),
+        ((1 + scale) * sum_b).sum(0),
+        ((1 + scale) * sum_a).sum(0),
         gathered(dx.sum(2)),
         gathered(w * sum_b + b * sum_a),
         gathered(sum_a),
     )
     if per_frame:  # (B*T, C, S) -> (B, C, T, ...)
-        dx = dx.unflatten(0, (-1, shared)).transpose(1, 2)
+        dx = dx.unflatten(0, (-1, share)).transpose(1, 2)
     return dx.reshape(x.shape), *grads
 
 

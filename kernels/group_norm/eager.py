@@ -1,4 +1,4 @@
-"""`group_norm` by torch's own operations; it rounds where a model that is written in them does."""
+"""`group_norm` in PyTorch operations, with the rounding of a model written in them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def group_norm(
     per_frame: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`F.group_norm` (float32 statistics for any dtype) and its neighbours in the dtype of x.
+    """`F.group_norm` (float32 statistics for any dtype) and its fused neighbours in x's dtype.
 
-    In a wider dtype, and rounded at the end, where the result or the weights are wider than x:
-    `F.group_norm` itself refuses mixed dtypes on some devices.
+    If the output or the weights have a wider dtype than x, computes in that dtype and rounds at the
+    end: `F.group_norm` rejects mixed dtypes on some devices.
     """
     wide = torch.promote_types(x.dtype, out_dtype)
     for p in (weight, bias):
@@ -52,5 +52,5 @@ def group_norm(
 
 
 def _per_channel(p: Tensor, x: Tensor) -> Tensor:
-    """(N, C) -> (N, C, 1, ...) beside x, in its dtype."""
+    """(N, C) -> (N, C, 1, ...), broadcastable to x and in its dtype."""
     return p.to(x.dtype).reshape(*p.shape, *(1,) * (x.ndim - 2))

@@ -1,13 +1,14 @@
-"""`group_norm` by Triton: what it supports, its gradients, and its form in a graph.
+"""`group_norm` with Triton: supported calls, gradients, and the custom operators for graphs.
 
-In eager mode an `autograd.Function` launches the kernels directly, since a custom operator costs
-more on the host than a small launch on the device. Under torch.compile, on meta and on fake tensors
-it is the custom operator `sandbox_kernels::group_norm`, whose CPU form is plain torch.
+In eager mode an `autograd.Function` launches the kernels directly: a custom operator costs more
+host time than a small launch takes on the device. Under torch.compile and on meta and fake tensors,
+the call is the custom operator `sandbox_kernels::group_norm`, whose CPU implementation is PyTorch
+code. The operators repeat the flat signature because torch.library builds their schema from it.
 """
 
 # no `from __future__ import annotations`: torch.library reads the annotations
 
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,29 +16,20 @@ from torch import Tensor
 from kernels._launch import (
     DTYPES,
     MAX_GRID,
-    differentiated,
     gradients,
+    is_traced,
     launch,
-    no_device,
-    traced,
-    twice,
+    needs_grad,
+    no_second_derivative,
+    unsupported_tensors,
 )
 from kernels.group_norm import closed_form, eager, launches
-from kernels.group_norm.launches import Needs
+from kernels.group_norm.launches import Inputs, Needs, Options
 
 OP = "group_norm"
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-class Options(NamedTuple):
-    """The arguments that are no tensors."""
-
-    groups: int
-    eps: float
-    silu: bool
-    frames: int
-    per_frame: bool
-    out_dtype: torch.dtype
+Outputs = tuple[Tensor, Tensor, Tensor]  # y, mean, 1/std
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # in the order of Inputs
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 def unsupported(
@@ -55,16 +47,16 @@ def unsupported(
     per_frame: bool,
     out_dtype: torch.dtype,
 ) -> str | None:
-    """Why Triton cannot run this call; None where it can."""
-    if reason := no_device((x, weight, bias, pre_shift, scale, shift)):
+    """Why Triton cannot run this call; None if it can."""
+    if reason := unsupported_tensors(x, weight, bias, pre_shift, scale, shift):
         return reason
     if out_dtype not in DTYPES:
-        return f"a result of {out_dtype}"
+        return f"{out_dtype} output"
     if x.numel() > MAX_GRID * x.shape[0]:
-        return f"{x.numel() // x.shape[0]} numbers a sample, and it counts them in 31 bits"
+        return f"{x.numel() // x.shape[0]} elements per sample, more than 31 bits can index"
     if torch.compiler.is_compiling() or x.numel() == 0:
         return None
-    if not _has_rows(x, launches.over_time(x, frames, per_frame, launches.layout)[1]):
+    if not _has_rows(x, launches.frames_as_rows(x, frames, per_frame, launches.layout)[1]):
         return f"strides {x.stride()} are neither channels first nor channels last"
     return None
 
@@ -88,21 +80,27 @@ def group_norm(
     per_frame: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """The arguments of `kernels.group_norm`, all of them given and checked."""
-    tensors = (x, weight, bias, pre_shift, scale, shift)
-    silu = act == "silu"
+    """`kernels.group_norm` with all arguments given and checked."""
+    inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
+    options = Options(num_groups, eps, act == "silu", frames, per_frame, out_dtype)
     if x.numel() == 0:
-        return eager.group_norm(
-            x, num_groups, weight, bias, eps, act=act, pre_shift=pre_shift, scale=scale,
-            shift=shift, frames=frames, per_frame=per_frame, out_dtype=out_dtype,
-        )  # fmt: skip
-    if traced(x):
-        return _forward(*tensors, num_groups, eps, silu, frames, per_frame, out_dtype)[0]
-    frames, per_frame = launches.over_time(x, frames, per_frame, launches.layout)
-    options = Options(num_groups, eps, silu, frames, per_frame, out_dtype)
-    if differentiated(tensors):
-        return _GroupNorm.apply(*tensors, options)
-    return _run_forward(tensors, options)[0]
+        return _eager(inputs, options)
+    if is_traced(x):
+        return _forward(*inputs, *options)[0]
+    frames, per_frame = launches.frames_as_rows(x, frames, per_frame, launches.layout)
+    options = options._replace(frames=frames, per_frame=per_frame)
+    if needs_grad(inputs):
+        return _GroupNorm.apply(*inputs, options)
+    return _run_forward(inputs, options)[0]
+
+
+def _eager(inputs: Inputs, options: Options) -> Tensor:
+    return eager.group_norm(
+        inputs.x, options.groups, inputs.weight, inputs.bias, options.eps,
+        act="silu" if options.silu else "none", pre_shift=inputs.pre_shift, scale=inputs.scale,
+        shift=inputs.shift, frames=options.frames, per_frame=options.per_frame,
+        out_dtype=options.out_dtype,
+    )  # fmt: skip
 
 
 # --- eager mode -----------------------------------------------------------------------------------
@@ -120,55 +118,40 @@ class _GroupNorm(torch.autograd.Function):
         shift: Tensor | None,
         options: Options,
     ) -> Tensor:
-        tensors = (x, weight, bias, pre_shift, scale, shift)
-        y, mean, rstd = _run_forward(tensors, options)
-        ctx.save_for_backward(*tensors, mean, rstd)
+        inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
+        y, mean, rstd = _run_forward(inputs, options)
+        ctx.save_for_backward(*inputs, mean, rstd)
         ctx.options = options
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,) = grad_outputs
         *tensors, mean, rstd = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:6])
+        inputs, needs = Inputs(*tensors), Needs(*ctx.needs_input_grad[:6])
 
         def compute() -> tuple[Tensor | None, ...]:
-            return *_run_backward(g, tensors, mean, rstd, ctx.options, needs), None
+            return *_run_backward(g, inputs, mean, rstd, ctx.options, needs), None
 
-        return gradients(OP, compute, (g, *tensors))
+        return gradients(OP, compute, (g, *inputs))
 
 
-def _run_forward(
-    tensors: tuple[Tensor | None, ...], options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, pre_shift, scale, shift = tensors
-    y, mean, rstd, work = launches.forward(
-        x, options.groups, weight, bias, options.eps, silu=options.silu, pre_shift=pre_shift,
-        scale=scale, shift=shift, frames=options.frames, per_frame=options.per_frame,
-        out_dtype=options.out_dtype,
-    )  # fmt: skip
-    launch(work, x.device)
+def _run_forward(inputs: Inputs, options: Options) -> Outputs:
+    y, mean, rstd, work = launches.forward(inputs, options)
+    launch(work, y.device)
     return y, mean, rstd
 
 
 def _run_backward(
-    g: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    mean: Tensor,
-    rstd: Tensor,
-    options: Options,
-    needs: Needs,
+    g: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, options: Options, needs: Needs
 ) -> list[Tensor | None]:
-    x, weight, bias, pre_shift, scale, shift = tensors
-    g = launches.matching(g, x, options.per_frame)
-    grads, work = launches.backward(
-        g, x, mean, rstd, options.groups, weight, bias, silu=options.silu, pre_shift=pre_shift,
-        scale=scale, shift=shift, frames=options.frames, per_frame=options.per_frame, needs=needs,
-    )  # fmt: skip
-    launch(work, x.device)
+    g = launches.match_layout(g, inputs.x, options.per_frame)
+    grads, work = launches.backward(g, inputs, mean, rstd, options, needs)
+    launch(work, g.device)
     return grads
 
 
-# --- in a graph -----------------------------------------------------------------------------------
+# --- custom operators for graphs ------------------------------------------------------------------
 
 
 @torch.library.custom_op("sandbox_kernels::group_norm", mutates_args=())
@@ -186,11 +169,11 @@ def _forward(
     per_frame: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.numel() == 0:
-        return tuple(t.zero_() for t in _outputs(x, groups, frames, per_frame, out_dtype))
-    frames, per_frame = launches.over_time(x, frames, per_frame)
+    inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
     options = Options(groups, eps, silu, frames, per_frame, out_dtype)
-    return _run_forward((_rows(x, per_frame), weight, bias, pre_shift, scale, shift), options)
+    if x.numel() == 0:
+        return _zeroed(_outputs(x, options))
+    return _run_forward(*_with_rows(inputs, options))
 
 
 @torch.library.custom_op("sandbox_kernels::group_norm_backward", mutates_args=())
@@ -211,93 +194,90 @@ def _backward(
     per_frame: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if x.numel() == 0:
-        like = _gradients_like(x, weight, bias, pre_shift, scale, shift, frames, per_frame, needs)
-        return tuple(t.zero_() for t in like)
-    frames, per_frame = launches.over_time(x, frames, per_frame)
+    inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
     options = Options(groups, eps, silu, frames, per_frame, x.dtype)
-    tensors = (_rows(x, per_frame), weight, bias, pre_shift, scale, shift)
-    grads = _run_backward(g, tensors, mean, rstd, options, Needs(*needs))
-    return tuple(x.new_empty(0) if d is None else d for d in grads)
+    if x.numel() == 0:
+        return _zeroed(_gradients_like(inputs, options, needs))
+    inputs, options = _with_rows(inputs, options)
+    grads = _run_backward(g, inputs, mean, rstd, options, Needs(*needs))
+    dx, dw, db, dpre, dscale, dshift = (x.new_empty(0) if d is None else d for d in grads)
+    return dx, dw, db, dpre, dscale, dshift
 
 
-def _rows(x: Tensor, per_frame: bool) -> Tensor:
-    """A graph may bring any strides; where it does, a copy without gaps (as eager makes one)."""
-    return x if _has_rows(x, per_frame) else x.contiguous()
+def _with_rows(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
+    """Inputs and options with which x has rows; copies x if its strides do not allow it.
+
+    In a graph, strides are not known when the implementation is selected.
+    """
+    x = inputs.x
+    frames, per_frame = launches.frames_as_rows(x, options.frames, options.per_frame)
+    x = x if _has_rows(x, per_frame) else x.contiguous()
+    return inputs._replace(x=x), options._replace(frames=frames, per_frame=per_frame)
 
 
 @_forward.register_kernel("cpu")
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias, pre_shift, scale, shift, groups, eps, silu, frames, per_frame, out_dtype = args
-    outputs = _outputs(x, groups, frames, per_frame, out_dtype)
+def _(x: Tensor, *args: Any) -> Outputs:
+    inputs, options = Inputs(x, *args[:5]), Options(*args[5:])
+    outputs = _outputs(x, options)
     if x.numel() == 0:
-        return tuple(t.zero_() for t in outputs)
-    y = eager.group_norm(
-        x, groups, weight, bias, eps, act="silu" if silu else "none", pre_shift=pre_shift,
-        scale=scale, shift=shift, frames=frames, per_frame=per_frame, out_dtype=out_dtype,
-    )  # fmt: skip
-    mean, rstd = closed_form.statistics(x, groups, eps, pre_shift, frames, per_frame)
-    for into, value in zip(outputs, (y, mean, rstd), strict=True):
-        into.copy_(value)
+        return _zeroed(outputs)
+    values = _eager(inputs, options), *closed_form.statistics(inputs, options)
+    for output, value in zip(outputs, values, strict=True):
+        output.copy_(value)
     return outputs
 
 
 @_backward.register_kernel("cpu")
 def _(g: Tensor, x: Tensor, *args: Any) -> Gradients:
-    *parameters, mean, rstd, groups, _, silu, frames, per_frame, needs = args
-    outputs = _gradients_like(x, *parameters, frames, per_frame, needs)
+    *parameters, mean, rstd, groups, eps, silu, frames, per_frame, needs = args
+    inputs, options = Inputs(x, *parameters), Options(groups, eps, silu, frames, per_frame, x.dtype)
+    outputs = _gradients_like(inputs, options, needs)
     if x.numel() == 0:
-        return tuple(t.zero_() for t in outputs)
-    weight, bias, pre_shift, scale, shift = parameters
-    exact = closed_form.backward(
-        g, x, mean, rstd, groups, weight, bias, silu=silu, pre_shift=pre_shift, scale=scale,
-        shift=shift, frames=frames, per_frame=per_frame,
-    )  # fmt: skip
-    for into, value, needed in zip(outputs, exact, needs, strict=True):
+        return _zeroed(outputs)
+    exact = closed_form.backward(g, inputs, mean, rstd, options)
+    for output, value, needed in zip(outputs, exact, needs, strict=True):
         if needed:
-            into.copy_(value)
+            output.copy_(value)
     return outputs
 
 
 @_forward.register_fake
-def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, groups, _, _, frames, per_frame, out_dtype = args
-    return _outputs(x, groups, frames, per_frame, out_dtype)
+def _(x: Tensor, *args: Any) -> Outputs:
+    return _outputs(x, Options(*args[5:]))
 
 
 @_backward.register_fake
 def _(g: Tensor, x: Tensor, *args: Any) -> Gradients:
-    *parameters, _, _, _, _, _, frames, per_frame, needs = args
-    return _gradients_like(x, *parameters, frames, per_frame, needs)
+    *parameters, _, _, groups, eps, silu, frames, per_frame, needs = args
+    options = Options(groups, eps, silu, frames, per_frame, x.dtype)
+    return _gradients_like(Inputs(x, *parameters), options, needs)
 
 
-def _outputs(
-    x: Tensor, groups: int, frames: int, per_frame: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    frames, per_frame = launches.over_time(x, frames, per_frame)
-    y = launches.empty_like(x, out_dtype, per_frame)
-    return y, *launches.statistics(x, groups, frames, per_frame)
+def _outputs(x: Tensor, options: Options) -> Outputs:
+    frames, per_frame = launches.frames_as_rows(x, options.frames, options.per_frame)
+    y = launches.empty_like(x, options.out_dtype, per_frame)
+    return y, *launches.statistics(x, options.groups, frames, per_frame)
 
 
-def _gradients_like(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    frames: int,
-    per_frame: bool,
-    needs: list[bool],
-) -> Gradients:
-    """Buffers of the gradients; empty ones where none is wanted."""
-    _, per_frame = launches.over_time(x, frames, per_frame)
+def _gradients_like(inputs: Inputs, options: Options, needs: list[bool]) -> Gradients:
+    """Gradient buffers; empty tensors for gradients that are not needed."""
+    x = inputs.x
+    _, per_frame = launches.frames_as_rows(x, options.frames, options.per_frame)
     dx = launches.empty_like(x, x.dtype, per_frame) if needs[0] else x.new_empty(0)
-    rest = zip((weight, bias, pre_shift, scale, shift), needs[1:], strict=True)
-    return dx, *(p.new_empty(p.shape) if n else x.new_empty(0) for p, n in rest)
+    dw, db, dpre, dscale, dshift = (
+        x.new_empty(0) if p is None or not needed else p.new_empty(p.shape)
+        for p, needed in zip(inputs[1:], needs[1:], strict=True)
+    )
+    return dx, dw, db, dpre, dscale, dshift
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _zeroed(tensors: Tensors) -> Tensors:
+    for t in tensors:
+        t.zero_()
+    return tensors
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.options = Options(*inputs[6:])
     ctx.mark_non_differentiable(*output[1:])
@@ -310,9 +290,9 @@ def _differentiate(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | Non
     return *(d if n else None for d, n in zip(grads, needs, strict=True)), *(None,) * 6
 
 
-def _no_second(ctx: Any, *grads: Tensor) -> None:
-    raise twice(OP)
+def _backward_of_backward(ctx: Any, *grads: Tensor) -> None:
+    raise no_second_derivative(OP)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
-_backward.register_autograd(_no_second)
+_backward.register_autograd(_backward_of_backward)

@@ -1,4 +1,4 @@
-"""The definition of `group_norm`, formula by formula; slow and exact."""
+"""Definition of `group_norm`, one formula at a time; slow and exact."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def group_norm(
     per_frame: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """All of it in float32 (float64 for float64), rounded once at the end."""
+    """Computes in float32 (float64 for float64 input) and rounds once at the end."""
     exact = torch.promote_types(x.dtype, torch.float32)
     n, c = x.shape[:2]
     u = x.to(exact).reshape(n, c, prod(x.shape[2:]))  # (N, C, S)
@@ -33,7 +33,7 @@ def group_norm(
         u = u.unflatten(2, (x.shape[2], -1)).transpose(1, 2).flatten(0, 1)
     groups = u.unflatten(1, (num_groups, c // num_groups)).unflatten(0, (-1, frames))
     mean = groups.mean((1, 3, 4), keepdim=True)  # (B, 1, G, 1, 1) of (B, F, G, C/G, S)
-    variance = (groups - mean).square().mean((1, 3, 4), keepdim=True)  # biased, in a second pass
+    variance = (groups - mean).square().mean((1, 3, 4), keepdim=True)  # biased; second pass
     y = ((groups - mean) * torch.rsqrt(variance + eps)).flatten(0, 1).flatten(1, 2)
     if per_frame:
         y = y.unflatten(0, (n, x.shape[2])).transpose(1, 2).flatten(2)  # (N, C, S)

@@ -1,35 +1,42 @@
-"""Group norm with its neighbours, forward and backward, in Triton. README.md has the derivation.
+"""Group norm kernels, forward and backward. README.md has the derivation.
 
-A *row* is one picture: channels by places, reached through strides. `frames` rows share their
-statistics. With places side by side in memory a group that fits into registers is one program
-(`fwd`); a larger one is measured in pieces (`stats`) and written by a second launch (`apply`). With
-channels side by side (channels last) pieces are blocks of channels, whatever the groups, so a small
-launch between the two (`merge`) adds them up.
+A *row* is one image, (channels, positions), addressed through strides; `frames` rows share
+statistics. Channels first: a group that fits into registers is one program (`fwd`); larger groups
+are measured in parts (`stats`) and written by a second launch (`apply`). Channels last (LAST):
+parts are blocks of channels, independent of groups, and a small launch in between (`merge`)
+combines them.
+
+V is the number of elements per vector load, CPG the number of channels per group, S the number of
+positions, and `share` the number of rows that share a row of parameters.
 """
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
+# Kernel bodies are Triton's language, not Python: constexpr arguments and tl.range have no types.
 
 # no `from __future__ import annotations`: Triton reads the annotations
 
 import triton
 import triton.language as tl
 
-# --- shared by the kernels ------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _whole(x, V: tl.constexpr):
-    """x, a multiple of V, in a form that tells the compiler so; a hint would not survive it."""
+def _multiple(x, V: tl.constexpr):
+    """x, in a form that tells the compiler that V divides it; a hint would be optimised away."""
     return x // V * V
 
 
 @triton.jit
-def _start(r, inner, outer, step, V: tl.constexpr):
+def _row_offset(r, inner, outer, step, V: tl.constexpr):
     """int64 offset of row r, a multiple of V."""
-    return _whole((r // inner).to(tl.int64) * outer + (r % inner).to(tl.int64) * step, V)
+    return _multiple((r // inner).to(tl.int64) * outer + (r % inner).to(tl.int64) * step, V)
 
 
 @triton.jit
 def _affine(c, ok, r, w_ptr, b_ptr, scale_ptr, shift_ptr, scale_row, shift_row):
-    """gain and offset of channels c in row r of the parameters: z = gain * normalised + offset."""
+    """gain and offset of channels c and parameter row r: z = gain * normalised + offset."""
     gain = tl.where(ok, 1.0, 0.0)
     offset = gain * 0.0
     if w_ptr is not None:
@@ -49,7 +56,7 @@ def _affine(c, ok, r, w_ptr, b_ptr, scale_ptr, shift_ptr, scale_row, shift_row):
 
 @triton.jit
 def _pre(c, ok, r, pre_ptr, pre_row):
-    """What is added to channels c of row r before anything else."""
+    """pre_shift of channels c and parameter row r; zeros if there is none."""
     pre = tl.where(ok, 0.0, 0.0)
     if pre_ptr is not None:
         at = pre_ptr + r.to(tl.int64) * pre_row + c
@@ -58,17 +65,17 @@ def _pre(c, ok, r, pre_ptr, pre_row):
 
 
 @triton.jit
-def _at(ptr, c, s, channel, place, LAST: tl.constexpr):
-    """Pointers of (channels, places), both counted from ptr."""
+def _pointers(ptr, c, s, channel, position, LAST: tl.constexpr):
+    """(channels, positions) pointers, both relative to ptr."""
     if LAST:
-        return ptr + (s.to(tl.int64) * place)[None, :] + c[:, None]
+        return ptr + (s.to(tl.int64) * position)[None, :] + c[:, None]
     else:
         return ptr + (c.to(tl.int64) * channel)[:, None] + s[None, :]
 
 
 @triton.jit
-def _joined(n, mean, m2, k, mean_k, m2_k):
-    """Count, mean and sum of squared distances of two sets (Chan et al. 1983, eq. 2.1)."""
+def _merge_moments(n, mean, m2, k, mean_k, m2_k):
+    """Count, mean and sum of squared deviations of two sets (Chan et al. 1983, eq. 2.1)."""
     total = n + k
     delta = mean_k - mean
     mean += delta * (k / total)
@@ -78,7 +85,7 @@ def _joined(n, mean, m2, k, mean_k, m2_k):
 
 @triton.jit
 def _dz(xh, dy, gain, offset, SILU: tl.constexpr):
-    """The gradient before the activation; a sigmoid of 0 or 1 is exact, so nothing overflows."""
+    """Gradient before the activation. Cannot overflow: a saturated sigmoid is exactly 0 or 1."""
     if SILU:
         z = xh * gain + offset
         s = tl.sigmoid(z)
@@ -86,12 +93,32 @@ def _dz(xh, dy, gain, offset, SILU: tl.constexpr):
     return dy
 
 
+@triton.jit
+def _aligned(first, last, V: tl.constexpr, LAST: tl.constexpr):
+    """(first, last), of which `last` with LAST, else `first`, is marked as a multiple of V."""
+    if LAST:
+        last = _multiple(last, V)
+    else:
+        first = _multiple(first, V)
+    return first, last
+
+
+@triton.jit
+def _part(pid, C, G, splits, CPG: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr):
+    """(row, split, group or block of channels, its first channel, its end) of a program."""
+    per_row = tl.cdiv(C, CHANNELS) if LAST else G
+    which = pid % per_row
+    begin = which * (CHANNELS if LAST else CPG)
+    end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
+    return pid // per_row // splits, (pid // per_row) % splits, which, begin, end
+
+
 # --- forward --------------------------------------------------------------------------------------
 
 
 @triton.jit
 def group_norm_fwd_kernel(
-    x_ptr, y_ptr,  # rows of (C, S), places side by side
+    x_ptr, y_ptr,  # rows of (C, S), contiguous positions
     mean_ptr, rstd_ptr,  # (statistics, G) float32
     w_ptr, b_ptr,  # (C,) or None
     pre_ptr, scale_ptr, shift_ptr,  # (parameter rows, C) or None
@@ -100,7 +127,7 @@ def group_norm_fwd_kernel(
     FRAMES: tl.constexpr, CPG: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
     V: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """One program is one group, all of it in registers, in runs of V places of one channel."""
+    """One program normalises one group in registers, in runs of V positions of one channel."""
     pid = tl.program_id(0)
     group = pid % G
     e = tl.arange(0, BLOCK // V) * V
@@ -110,8 +137,8 @@ def group_norm_fwd_kernel(
     r = (pid // G) * FRAMES + e // (CPG * S)
     if FRAMES == 1:
         r = pid // G
-    x_at = _start(r, inner, x_outer, x_step, V) + c.to(tl.int64) * x_channel + s
-    y_at = _start(r, inner, y_outer, y_step, V) + c.to(tl.int64) * y_channel + s
+    x_at = _row_offset(r, inner, x_outer, x_step, V) + c.to(tl.int64) * x_channel + s
+    y_at = _row_offset(r, inner, y_outer, y_step, V) + c.to(tl.int64) * y_channel + s
     run = tl.arange(0, V)[None, :]
     x = tl.load(x_ptr + tl.multiple_of(x_at, [V])[:, None] + run, mask=ok[:, None], other=0.0)
     u = x.to(tl.float32) + _pre(c, ok, r // share, pre_ptr, pre_row)[:, None]
@@ -133,18 +160,18 @@ def group_norm_fwd_kernel(
 
 @triton.jit
 def group_norm_stats_kernel(
-    x_ptr,  # rows of (C, S), places side by side
+    x_ptr,  # rows of (C, S), contiguous positions
     pre_ptr,  # (parameter rows, C) or None
     mean_ptr, m2_ptr,  # (statistics, G, FRAMES * splits) float32
     G, S, share, pre_row, inner, x_outer, x_step, x_channel, frames, splits, blocks,
     CPG: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """One program is one of `splits` pieces of a group in a row, `blocks` steps long."""
+    """One program measures one of `splits` parts of a group of a row, `blocks` steps long."""
     pid = tl.program_id(0)
     split = pid % splits
     group = (pid // splits) % G
     r = pid // splits // G
-    start = _start(r, inner, x_outer, x_step, V)
+    start = _row_offset(r, inner, x_outer, x_step, V)
     size = CPG * S
     n = 0.0
     mean = 0.0
@@ -160,7 +187,7 @@ def group_norm_stats_kernel(
         k = tl.minimum(BLOCK, size - block * BLOCK).to(tl.float32)
         mean_k = tl.sum(tl.where(ok[:, None], u, 0.0)) / k
         u = tl.where(ok[:, None], u - mean_k, 0.0)
-        n, mean, m2 = _joined(n, mean, m2, k, mean_k, tl.sum(u * u))
+        n, mean, m2 = _merge_moments(n, mean, m2, k, mean_k, tl.sum(u * u))
     at = ((r // frames) * G + group) * (frames * splits) + (r % frames) * splits + split
     tl.store(mean_ptr + at, mean)
     tl.store(m2_ptr + at, m2)
@@ -168,35 +195,35 @@ def group_norm_stats_kernel(
 
 @triton.jit
 def group_norm_last_stats_kernel(
-    x_ptr,  # rows of (S, C), channels side by side
+    x_ptr,  # rows of (S, C), contiguous channels
     pre_ptr,  # (parameter rows, C) or None
     mean_ptr, m2_ptr,  # (rows, splits, C) float32
-    C, S, share, pre_row, inner, x_outer, x_step, x_place, splits, blocks,
-    CHANNELS: tl.constexpr, PLACES: tl.constexpr, V: tl.constexpr,
+    C, S, share, pre_row, inner, x_outer, x_step, x_position, splits, blocks,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """One program is a block of channels in one of `splits` pieces of a row; each channel alone."""
+    """One program measures each channel of a block in one of `splits` parts of a row."""
     pid = tl.program_id(0)
-    C = _whole(C, V)
-    x_place = _whole(x_place, V)
+    C = _multiple(C, V)
+    x_position = _multiple(x_position, V)
     chunks = tl.cdiv(C, CHANNELS)
     split = (pid // chunks) % splits
     r = pid // chunks // splits
     c = (pid % chunks) * CHANNELS + tl.arange(0, CHANNELS)
-    x_ptr += _start(r, inner, x_outer, x_step, V)
+    x_ptr += _row_offset(r, inner, x_outer, x_step, V)
     pre = _pre(c, c < C, r // share, pre_ptr, pre_row)
     n = 0.0
     mean = tl.zeros((CHANNELS,), tl.float32)
     m2 = tl.zeros((CHANNELS,), tl.float32)
     first = split * blocks
-    for block in tl.range(first, tl.minimum(first + blocks, tl.cdiv(S, PLACES))):
-        s = block * PLACES + tl.arange(0, PLACES)
+    for block in tl.range(first, tl.minimum(first + blocks, tl.cdiv(S, POSITIONS))):
+        s = block * POSITIONS + tl.arange(0, POSITIONS)
         ok = (c < C)[:, None] & (s < S)[None, :]
-        u = tl.load(_at(x_ptr, c, s, 1, x_place, True), mask=ok, other=0.0).to(tl.float32)
+        u = tl.load(_pointers(x_ptr, c, s, 1, x_position, True), mask=ok, other=0.0).to(tl.float32)
         u += pre[:, None]
-        k = tl.minimum(PLACES, S - block * PLACES).to(tl.float32)
+        k = tl.minimum(POSITIONS, S - block * POSITIONS).to(tl.float32)
         mean_k = tl.sum(tl.where(ok, u, 0.0), 1) / k
         u = tl.where(ok, u - mean_k[:, None], 0.0)
-        n, mean, m2 = _joined(n, mean, m2, k, mean_k, tl.sum(u * u, 1))
+        n, mean, m2 = _merge_moments(n, mean, m2, k, mean_k, tl.sum(u * u, 1))
     at = (r * splits + split).to(tl.int64) * C + c
     tl.store(mean_ptr + at, mean, mask=c < C)
     tl.store(m2_ptr + at, m2, mask=c < C)
@@ -209,7 +236,7 @@ def group_norm_merge_kernel(
     eps, C, G, S, frames, splits, length,
     CPG: tl.constexpr, CPG_POWER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program is one group: the pieces of its channels, ROWS of them at a time."""
+    """One program merges the parts of the channels of one group, ROWS at a time."""
     pid = tl.program_id(0)
     j = tl.arange(0, CPG_POWER)
     c = (pid % G) * CPG + j
@@ -226,11 +253,28 @@ def group_norm_merge_kernel(
         means = tl.load(part_mean_ptr + at, mask=ok, other=0.0)
         k = tl.sum(size) * CPG
         mean_k = tl.sum(means * size[:, None]) / k
-        apart = means - mean_k
-        m2_k = tl.load(part_m2_ptr + at, mask=ok, other=0.0) + size[:, None] * apart * apart
-        n, mean, m2 = _joined(n, mean, m2, k, mean_k, tl.sum(tl.where(ok, m2_k, 0.0)))
+        delta = means - mean_k
+        m2_k = tl.load(part_m2_ptr + at, mask=ok, other=0.0) + size[:, None] * delta * delta
+        n, mean, m2 = _merge_moments(n, mean, m2, k, mean_k, tl.sum(tl.where(ok, m2_k, 0.0)))
     tl.store(mean_ptr + pid, mean)
     tl.store(rstd_ptr + pid, tl.rsqrt(m2 / n + eps))
+
+
+@triton.jit
+def _merged_parts(
+    mean_ptr, m2_ptr, at, parts, pieces, length, size, eps, PIECES: tl.constexpr
+):  # fmt: skip
+    """mean and 1/std of statistics set `at`: `pieces` parts of `length` of each frame's `size`."""
+    p = tl.arange(0, PIECES)
+    ok = p < parts
+    count = tl.minimum(length, size - (p % pieces) * length)
+    count = tl.where(ok, count, 0).to(tl.float32)
+    total = tl.sum(count)
+    means = tl.load(mean_ptr + at * parts + p, mask=ok, other=0.0)
+    mean = tl.sum(means * count) / total
+    delta = tl.where(ok, means - mean, 0.0)
+    m2 = tl.load(m2_ptr + at * parts + p, mask=ok, other=0.0) + count * delta * delta
+    return mean, tl.rsqrt(tl.sum(m2) / total + eps)
 
 
 @triton.jit
@@ -241,50 +285,32 @@ def group_norm_apply_kernel(
     w_ptr, b_ptr,  # (C,) or None
     pre_ptr, scale_ptr, shift_ptr,  # (parameter rows, C) or None
     eps, C, G, S, share, pre_row, scale_row, shift_row,
-    inner, x_outer, x_step, x_channel, x_place, y_outer, y_step, y_channel, y_place,
+    inner, x_outer, x_step, x_channel, x_position, y_outer, y_step, y_channel, y_position,
     frames, pieces, length, splits, blocks,
-    CPG: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr,
+    CPG: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     V: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program is one of `splits` pieces of a group (LAST: of a block of channels) of a row.
+    """One program writes one of `splits` parts of a group (LAST: block of channels) of a row.
 
-    It walks from the end: what the launch before it read last is still in the second cache.
+    It starts at the end: the data that the previous launch read last is still in the L2 cache.
     """
-    pid = tl.program_id(0)
-    if LAST:
-        C = _whole(C, V)
-        x_place = _whole(x_place, V)
-        y_place = _whole(y_place, V)
-    else:
-        S = _whole(S, V)
-        x_channel = _whole(x_channel, V)
-        y_channel = _whole(y_channel, V)
-    per_row = tl.cdiv(C, CHANNELS) if LAST else G
-    which = pid % per_row
-    split = (pid // per_row) % splits
-    r = pid // per_row // splits
-    x_ptr += _start(r, inner, x_outer, x_step, V)
-    y_ptr += _start(r, inner, y_outer, y_step, V)
-    begin = which * (CHANNELS if LAST else CPG)
-    end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
+    S, C = _aligned(S, C, V, LAST)
+    x_channel, x_position = _aligned(x_channel, x_position, V, LAST)
+    y_channel, y_position = _aligned(y_channel, y_position, V, LAST)
+    r, split, which, begin, end = _part(tl.program_id(0), C, G, splits, CPG, CHANNELS, LAST)
+    x_ptr += _row_offset(r, inner, x_outer, x_step, V)
+    y_ptr += _row_offset(r, inner, y_outer, y_step, V)
 
     if not LAST:
-        p = tl.arange(0, PIECES)
-        there = p < frames * pieces
-        at = ((r // frames) * G + which) * (frames * pieces) + p
-        size = tl.minimum(length, CPG * S - (p % pieces) * length)
-        size = tl.where(there, size, 0).to(tl.float32)
-        count = tl.sum(size)
-        means = tl.load(part_mean_ptr + at, mask=there, other=0.0)
-        mean = tl.sum(means * size) / count
-        apart = tl.where(there, means - mean, 0.0)
-        m2 = tl.load(part_m2_ptr + at, mask=there, other=0.0) + size * apart * apart
-        rstd = tl.rsqrt(tl.sum(m2) / count + eps)
+        at = (r // frames) * G + which
+        mean, rstd = _merged_parts(
+            part_mean_ptr, part_m2_ptr, at, frames * pieces, pieces, length, CPG * S, eps, PIECES
+        )
         if (split == 0) & (r % frames == 0):
-            tl.store(mean_ptr + (r // frames) * G + which, mean)
-            tl.store(rstd_ptr + (r // frames) * G + which, rstd)
+            tl.store(mean_ptr + at, mean)
+            tl.store(rstd_ptr + at, rstd)
 
-    last = tl.minimum((split + 1) * blocks, tl.cdiv(S, PLACES)) - 1
+    last = tl.minimum((split + 1) * blocks, tl.cdiv(S, POSITIONS)) - 1
     for c0 in tl.range(begin, end, CHANNELS):
         j = tl.arange(0, CHANNELS)
         c = c0 + j
@@ -301,13 +327,13 @@ def group_norm_apply_kernel(
         x_c = x_ptr + tl.cast(c0, tl.int64) * x_channel
         y_c = y_ptr + tl.cast(c0, tl.int64) * y_channel
         for back in tl.range(last - split * blocks + 1):
-            s = (last - back) * PLACES + tl.arange(0, PLACES)
+            s = (last - back) * POSITIONS + tl.arange(0, POSITIONS)
             ok = live[:, None] & (s < S)[None, :]
-            x = tl.load(_at(x_c, j, s, x_channel, x_place, LAST), mask=ok, other=0.0)
+            x = tl.load(_pointers(x_c, j, s, x_channel, x_position, LAST), mask=ok, other=0.0)
             z = (x.to(tl.float32) + pre - mean) * factor + offset[:, None]
             if SILU:
                 z = z * tl.sigmoid(z)
-            tl.store(_at(y_c, j, s, y_channel, y_place, LAST), z, mask=ok)
+            tl.store(_pointers(y_c, j, s, y_channel, y_position, LAST), z, mask=ok)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -316,61 +342,71 @@ def group_norm_apply_kernel(
 @triton.jit
 def _normalised(
     x_ptr, g_ptr, j, s, ok, mean, rstd, pre, gain, offset,
-    x_channel, x_place, g_channel, g_place, SILU: tl.constexpr, LAST: tl.constexpr,
+    x_channel, x_position, g_channel, g_position, SILU: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """(the normalised x, the gradient before the activation) of (channels, places)."""
-    x = tl.load(_at(x_ptr, j, s, x_channel, x_place, LAST), mask=ok, other=0.0).to(tl.float32)
-    g = tl.load(_at(g_ptr, j, s, g_channel, g_place, LAST), mask=ok, other=0.0).to(tl.float32)
-    xh = (x + pre[:, None] - mean[:, None]) * rstd[:, None]
-    return xh, _dz(xh, g, gain[:, None], offset[:, None], SILU)
+    """(normalised x, gradient before the activation), both (channels, positions)."""
+    x = tl.load(_pointers(x_ptr, j, s, x_channel, x_position, LAST), mask=ok, other=0.0)
+    g = tl.load(_pointers(g_ptr, j, s, g_channel, g_position, LAST), mask=ok, other=0.0)
+    xh = (x.to(tl.float32) + pre[:, None] - mean[:, None]) * rstd[:, None]
+    return xh, _dz(xh, g.to(tl.float32), gain[:, None], offset[:, None], SILU)
 
 
 @triton.jit
 def _sums(
     x_ptr, g_ptr, j, live, mean, rstd, pre, gain, offset, first, stop, S,
-    x_channel, x_place, g_channel, g_place,
-    CHANNELS: tl.constexpr, PLACES: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
-    HATS: tl.constexpr,
+    x_channel, x_position, g_channel, g_position,
+    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    SUM_XH: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz, dz * xh and, with HATS, xh, of each channel over blocks of places."""
-    a = tl.zeros((CHANNELS, PLACES), tl.float32)
-    b = tl.zeros((CHANNELS, PLACES), tl.float32)
-    h = tl.zeros((CHANNELS, PLACES), tl.float32)
+    """Sums of dz, dz * xh and, with SUM_XH, xh of each channel over blocks of positions."""
+    a = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    b = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+    h = tl.zeros((CHANNELS, POSITIONS), tl.float32)
     for block in tl.range(first, stop):
-        s = block * PLACES + tl.arange(0, PLACES)
+        s = block * POSITIONS + tl.arange(0, POSITIONS)
         ok = live[:, None] & (s < S)[None, :]
         xh, dz = _normalised(
             x_ptr, g_ptr, j, s, ok, mean, rstd, pre, gain, offset,
-            x_channel, x_place, g_channel, g_place, SILU, LAST,
+            x_channel, x_position, g_channel, g_position, SILU, LAST,
         )  # fmt: skip
         a += dz
         b += dz * xh
-        if HATS:
+        if SUM_XH:
             h += tl.where(ok, xh, 0.0)
     return tl.sum(a, 1), tl.sum(b, 1), tl.sum(h, 1)
 
 
 @triton.jit
+def _store_sums(a_ptr, bq_ptr, h_ptr, at, a, bq, h, live):
+    """Stores the sums of `_sums` whose pointer is not None."""
+    if a_ptr is not None:
+        tl.store(a_ptr + at, a, mask=live)
+        tl.store(bq_ptr + at, bq, mask=live)
+    if h_ptr is not None:
+        tl.store(h_ptr + at, h, mask=live)
+
+
+@triton.jit
 def _write_dx(
     x_ptr, g_ptr, dx_ptr, j, live, mean, rstd, pre, gain, offset, c1, c2, first, stop, S,
-    x_channel, x_place, g_channel, g_place, d_channel, d_place,
-    PLACES: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    x_channel, x_position, g_channel, g_position, d_channel, d_position,
+    POSITIONS: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd * (gain * dz - c1 - xh * c2), from the last block to the first."""
+    """dx = rstd * (gain * dz - c1 - xh * c2), from the last block to the first (see `apply`)."""
     for back in tl.range(stop - first):
-        s = (stop - 1 - back) * PLACES + tl.arange(0, PLACES)
+        s = (stop - 1 - back) * POSITIONS + tl.arange(0, POSITIONS)
         ok = live[:, None] & (s < S)[None, :]
         xh, dz = _normalised(
             x_ptr, g_ptr, j, s, ok, mean, rstd, pre, gain, offset,
-            x_channel, x_place, g_channel, g_place, SILU, LAST,
+            x_channel, x_position, g_channel, g_position, SILU, LAST,
         )  # fmt: skip
         dx = rstd[:, None] * (gain[:, None] * dz - c1[:, None] - xh * c2[:, None])
-        tl.store(_at(dx_ptr, j, s, d_channel, d_place, LAST), dx, mask=ok)
+        tl.store(_pointers(dx_ptr, j, s, d_channel, d_position, LAST), dx, mask=ok)
 
 
 @triton.jit
 def group_norm_bwd_kernel(
-    x_ptr, g_ptr, dx_ptr,  # rows of (C, S), places side by side; g is the output's gradient
+    x_ptr, g_ptr, dx_ptr,  # rows of (C, S), contiguous positions; g is the output's gradient
     mean_ptr, rstd_ptr,  # (rows, G) float32
     w_ptr, b_ptr,  # (C,) or None
     pre_ptr, scale_ptr, shift_ptr,  # (parameter rows, C) or None
@@ -378,27 +414,27 @@ def group_norm_bwd_kernel(
     c1_ptr, c2_ptr,  # (rows, G) float32, or None
     inverse, C, G, S, share, pre_row, scale_row, shift_row, inner,
     x_outer, x_step, x_channel, g_outer, g_step, g_channel, d_outer, d_step, d_channel,
-    CPG: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, V: tl.constexpr,
+    CPG: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, V: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """One program is one group of one row: its sums, then dx, for which it reads all again."""
+    """One program computes the sums of one group of a row, then reads it again to write dx."""
     pid = tl.program_id(0)
-    S = _whole(S, V)
-    x_channel = _whole(x_channel, V)
-    g_channel = _whole(g_channel, V)
-    d_channel = _whole(d_channel, V)
+    S = _multiple(S, V)
+    x_channel = _multiple(x_channel, V)
+    g_channel = _multiple(g_channel, V)
+    d_channel = _multiple(d_channel, V)
     group = pid % G
     r = pid // G
-    x_ptr += _start(r, inner, x_outer, x_step, V)
-    g_ptr += _start(r, inner, g_outer, g_step, V)
-    dx_ptr += _start(r, inner, d_outer, d_step, V)
+    x_ptr += _row_offset(r, inner, x_outer, x_step, V)
+    g_ptr += _row_offset(r, inner, g_outer, g_step, V)
+    dx_ptr += _row_offset(r, inner, d_outer, d_step, V)
     j = tl.arange(0, CHANNELS)
     ones = tl.full((CHANNELS,), 1.0, tl.float32)
     mean = tl.load(mean_ptr + pid) * ones
     rstd = tl.load(rstd_ptr + pid) * ones
     begin = group * CPG
     end = begin + CPG
-    blocks = tl.cdiv(S, PLACES)
+    blocks = tl.cdiv(S, POSITIONS)
     c1 = 0.0
     c2 = 0.0
     for c0 in tl.range(begin, end, CHANNELS):
@@ -412,16 +448,12 @@ def group_norm_bwd_kernel(
         a, bq, h = _sums(
             x_ptr + c0_ * x_channel, g_ptr + c0_ * g_channel, j, live, mean, rstd, pre, gain,
             offset, 0, blocks, S, x_channel, 1, g_channel, 1,
-            CHANNELS, PLACES, SILU, False, h_ptr is not None,
+            CHANNELS, POSITIONS, SILU, False, h_ptr is not None,
         )  # fmt: skip
         c1 += tl.sum(gain * a)
         c2 += tl.sum(gain * bq)
         at = r.to(tl.int64) * C + c
-        if a_ptr is not None:
-            tl.store(a_ptr + at, a, mask=live)
-            tl.store(bq_ptr + at, bq, mask=live)
-        if h_ptr is not None:
-            tl.store(h_ptr + at, h, mask=live)
+        _store_sums(a_ptr, bq_ptr, h_ptr, at, a, bq, h, live)
     c1 *= inverse
     c2 *= inverse
     if c1_ptr is not None:
@@ -438,7 +470,7 @@ def group_norm_bwd_kernel(
         _write_dx(
             x_ptr + c0_ * x_channel, g_ptr + c0_ * g_channel, dx_ptr + c0_ * d_channel, j, live,
             mean, rstd, pre, gain, offset, c1 * ones, c2 * ones, 0, blocks, S,
-            x_channel, 1, g_channel, 1, d_channel, 1, PLACES, SILU, False,
+            x_channel, 1, g_channel, 1, d_channel, 1, POSITIONS, SILU, False,
         )  # fmt: skip
 
 
@@ -451,31 +483,20 @@ def group_norm_bwd_sums_kernel(
     a_ptr, bq_ptr, h_ptr,  # (rows, splits, C) float32 sums, or None
     part1_ptr, part2_ptr,  # (statistics, G, frames * splits) float32; None with LAST
     C, G, S, share, pre_row, scale_row, shift_row, inner,
-    x_outer, x_step, x_channel, x_place, g_outer, g_step, g_channel, g_place,
+    x_outer, x_step, x_channel, x_position, g_outer, g_step, g_channel, g_position,
     frames, splits, blocks,
-    CPG: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr, V: tl.constexpr,
+    CPG: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, V: tl.constexpr,
     SILU: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program is one of `splits` pieces of a group (LAST: of a block of channels) of a row."""
-    pid = tl.program_id(0)
-    if LAST:
-        C = _whole(C, V)
-        x_place = _whole(x_place, V)
-        g_place = _whole(g_place, V)
-    else:
-        S = _whole(S, V)
-        x_channel = _whole(x_channel, V)
-        g_channel = _whole(g_channel, V)
-    per_row = tl.cdiv(C, CHANNELS) if LAST else G
-    which = pid % per_row
-    split = (pid // per_row) % splits
-    r = pid // per_row // splits
-    x_ptr += _start(r, inner, x_outer, x_step, V)
-    g_ptr += _start(r, inner, g_outer, g_step, V)
-    begin = which * (CHANNELS if LAST else CPG)
-    end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
+    """One program sums one of `splits` parts of a group (LAST: block of channels) of a row."""
+    S, C = _aligned(S, C, V, LAST)
+    x_channel, x_position = _aligned(x_channel, x_position, V, LAST)
+    g_channel, g_position = _aligned(g_channel, g_position, V, LAST)
+    r, split, which, begin, end = _part(tl.program_id(0), C, G, splits, CPG, CHANNELS, LAST)
+    x_ptr += _row_offset(r, inner, x_outer, x_step, V)
+    g_ptr += _row_offset(r, inner, g_outer, g_step, V)
     first = split * blocks
-    stop = tl.minimum(first + blocks, tl.cdiv(S, PLACES))
+    stop = tl.minimum(first + blocks, tl.cdiv(S, POSITIONS))
     j = tl.arange(0, CHANNELS)
     c1 = 0.0
     c2 = 0.0
@@ -492,17 +513,13 @@ def group_norm_bwd_sums_kernel(
         c0_ = tl.cast(c0, tl.int64)
         a, bq, h = _sums(
             x_ptr + c0_ * x_channel, g_ptr + c0_ * g_channel, j, live, mean, rstd, pre, gain,
-            offset, first, stop, S, x_channel, x_place, g_channel, g_place,
-            CHANNELS, PLACES, SILU, LAST, h_ptr is not None,
+            offset, first, stop, S, x_channel, x_position, g_channel, g_position,
+            CHANNELS, POSITIONS, SILU, LAST, h_ptr is not None,
         )  # fmt: skip
         c1 += tl.sum(gain * a)
         c2 += tl.sum(gain * bq)
         to = (r * splits + split).to(tl.int64) * C + c
-        if a_ptr is not None:
-            tl.store(a_ptr + to, a, mask=live)
-            tl.store(bq_ptr + to, bq, mask=live)
-        if h_ptr is not None:
-            tl.store(h_ptr + to, h, mask=live)
+        _store_sums(a_ptr, bq_ptr, h_ptr, to, a, bq, h, live)
     if part1_ptr is not None:
         to = ((r // frames) * G + which) * (frames * splits) + (r % frames) * splits + split
         tl.store(part1_ptr + to, c1)
@@ -518,7 +535,7 @@ def group_norm_bwd_merge_kernel(
     inverse, C, G, share, scale_row, frames, splits,
     CPG: tl.constexpr, CPG_POWER: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program is one group: the sums of its channels, ROWS pieces at a time."""
+    """One program adds up the sums of the channels of one group, ROWS parts at a time."""
     pid = tl.program_id(0)
     j = tl.arange(0, CPG_POWER)
     c = (pid % G) * CPG + j
@@ -551,41 +568,29 @@ def group_norm_bwd_dx_kernel(
     part1_ptr, part2_ptr,  # (statistics, G, pieces) float32; None with LAST
     c1_ptr, c2_ptr,  # (statistics, G) float32: written here, or read with LAST; or None
     inverse, C, G, S, share, pre_row, scale_row, shift_row, inner,
-    x_outer, x_step, x_channel, x_place, g_outer, g_step, g_channel, g_place,
-    d_outer, d_step, d_channel, d_place, frames, pieces, splits, blocks,
-    CPG: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr, PLACES: tl.constexpr,
+    x_outer, x_step, x_channel, x_position, g_outer, g_step, g_channel, g_position,
+    d_outer, d_step, d_channel, d_position, frames, pieces, splits, blocks,
+    CPG: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
     V: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """One program is one of `splits` pieces of a group (LAST: of a block of channels) of a row."""
-    pid = tl.program_id(0)
-    if LAST:
-        C = _whole(C, V)
-        x_place = _whole(x_place, V)
-        g_place = _whole(g_place, V)
-        d_place = _whole(d_place, V)
-    else:
-        S = _whole(S, V)
-        x_channel = _whole(x_channel, V)
-        g_channel = _whole(g_channel, V)
-        d_channel = _whole(d_channel, V)
-    per_row = tl.cdiv(C, CHANNELS) if LAST else G
-    which = pid % per_row
-    split = (pid // per_row) % splits
-    r = pid // per_row // splits
-    x_ptr += _start(r, inner, x_outer, x_step, V)
-    g_ptr += _start(r, inner, g_outer, g_step, V)
-    dx_ptr += _start(r, inner, d_outer, d_step, V)
-    begin = which * (CHANNELS if LAST else CPG)
-    end = tl.minimum(begin + CHANNELS, C) if LAST else begin + CPG
+    """One program writes dx of one of `splits` parts of a group (LAST: block of channels)."""
+    S, C = _aligned(S, C, V, LAST)
+    x_channel, x_position = _aligned(x_channel, x_position, V, LAST)
+    g_channel, g_position = _aligned(g_channel, g_position, V, LAST)
+    d_channel, d_position = _aligned(d_channel, d_position, V, LAST)
+    r, split, which, begin, end = _part(tl.program_id(0), C, G, splits, CPG, CHANNELS, LAST)
+    x_ptr += _row_offset(r, inner, x_outer, x_step, V)
+    g_ptr += _row_offset(r, inner, g_outer, g_step, V)
+    dx_ptr += _row_offset(r, inner, d_outer, d_step, V)
     first = split * blocks
-    stop = tl.minimum(first + blocks, tl.cdiv(S, PLACES))
+    stop = tl.minimum(first + blocks, tl.cdiv(S, POSITIONS))
     j = tl.arange(0, CHANNELS)
     if not LAST:
         p = tl.arange(0, PIECES)
         to = (r // frames) * G + which
         c1 = tl.sum(tl.load(part1_ptr + to * pieces + p, mask=p < pieces, other=0.0)) * inverse
         c2 = tl.sum(tl.load(part2_ptr + to * pieces + p, mask=p < pieces, other=0.0)) * inverse
-        if c1_ptr is not None:  # noqa: SIM102 (one is known when compiling, one is not)
+        if c1_ptr is not None:  # noqa: SIM102 (compile-time condition, then run-time)
             if (split == 0) & (r % frames == 0):
                 tl.store(c1_ptr + to, c1)
                 tl.store(c2_ptr + to, c2)
@@ -608,7 +613,8 @@ def group_norm_bwd_dx_kernel(
         _write_dx(
             x_ptr + c0_ * x_channel, g_ptr + c0_ * g_channel, dx_ptr + c0_ * d_channel, j, live,
             mean, rstd, pre, gain, offset, c1, c2, first, stop, S,
-            x_channel, x_place, g_channel, g_place, d_channel, d_place, PLACES, SILU, LAST,
+            x_channel, x_position, g_channel, g_position, d_channel, d_position,
+            POSITIONS, SILU, LAST,
         )  # fmt: skip
 
 
@@ -623,7 +629,7 @@ def group_norm_finish_kernel(
     N, C, G, S, scale_row, frames, share, splits,
     CPG: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One program is a block of channels: the gradients of everything but x, from the sums."""
+    """One program computes all gradients except dx for a block of channels, from the sums."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     dw = tl.zeros((CHANNELS,), tl.float32)
     db = tl.zeros((CHANNELS,), tl.float32)
@@ -643,19 +649,19 @@ def group_norm_finish_kernel(
         dpre = tl.zeros((ROWS, CHANNELS), tl.float32)
         for p0 in tl.range(0, pieces, PIECES):
             p = p0 + tl.arange(0, PIECES)
-            there = ok[:, None, :] & (p < pieces)[None, :, None]
+            valid = ok[:, None, :] & (p < pieces)[None, :, None]
             piece = (n[:, None] * pieces + p[None, :]).to(tl.int64)  # (rows, pieces)
             at = piece[:, :, None] * C + c[None, None, :]
-            a_p = tl.load(a_ptr + at, mask=there, other=0.0)
+            a_p = tl.load(a_ptr + at, mask=valid, other=0.0)
             a += tl.sum(a_p, 1)
-            bq += tl.sum(tl.load(bq_ptr + at, mask=there, other=0.0), 1)
+            bq += tl.sum(tl.load(bq_ptr + at, mask=valid, other=0.0), 1)
             if dpre_ptr is not None:
                 row = n[:, None] * share + (p // splits)[None, :]
                 stat = (row // frames)[:, :, None] * G + (c // CPG)[None, None, :]
-                rstd = tl.load(rstd_ptr + stat, mask=there, other=0.0)
-                c1 = tl.load(c1_ptr + stat, mask=there, other=0.0)
-                c2 = tl.load(c2_ptr + stat, mask=there, other=0.0)
-                h = tl.load(h_ptr + at, mask=there, other=0.0)
+                rstd = tl.load(rstd_ptr + stat, mask=valid, other=0.0)
+                c1 = tl.load(c1_ptr + stat, mask=valid, other=0.0)
+                c2 = tl.load(c2_ptr + stat, mask=valid, other=0.0)
+                h = tl.load(h_ptr + at, mask=valid, other=0.0)
                 size = tl.where(p % splits == 0, S, 0).to(tl.float32)[None, :, None]
                 gain = (w[None, :] * scale)[:, None, :]
                 dpre += tl.sum(rstd * (gain * a_p - size * c1 - h * c2), 1)

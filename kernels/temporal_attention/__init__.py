@@ -1,4 +1,4 @@
-"""Self-attention over the frames of a video, at each place alone."""
+"""Self-attention over the frames of a video, separately at each spatial position."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def temporal_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale + bias) v over the T frames of each of S places.
+    """softmax(q k^T * scale + bias) v over the T frames at each of S spatial positions.
 
-    q, k and v are (B, T, S, H*D) or (B, T, S, H, D) with H = `heads`, of one shape and dtype and
-    with any strides, such as those of an unbound (B, T, S, 3, H, D). That tensor itself, alone in
-    place of the three, gets its gradient written in one piece. bias (H, T, T) is added to the
-    scores; `causal` lets a frame see itself and earlier ones; scale is by default D ** -0.5.
-    Returns (B, T, S, H*D), contiguous. Raises ValueError for shapes and dtypes that disagree and
-    for unknown `impl`.
+    q, k and v are (B, T, S, H*D) or (B, T, S, H, D) with H = `heads`. They share shape and dtype
+    and may have any strides, such as the slices of a packed (B, T, S, 3, H, D) tensor. If the
+    packed tensor is passed alone as q, its gradient is written in one piece. bias (H, T, T) is
+    added to the scores. With `causal`, a frame attends to itself and earlier frames. scale defaults
+    to D ** -0.5. Returns a contiguous (B, T, S, H*D) tensor. Raises ValueError for incompatible
+    shapes and dtypes and for unknown `impl`.
     """
     packed = None
     if k is None or v is None:

@@ -1,4 +1,4 @@
-"""Temporal attention at the sizes of published models, beside other ways to compute it."""
+"""Temporal attention at the sizes of published models, against other implementations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from kernels._benchmark import Call, Case
 
-SIZES = {  # name -> (B, T, S, H, D); README.md says where each is from
+SIZES = {  # name -> (B, T, S, H, D)
     "DynamiCrafter 40x64": (2, 16, 2560, 5, 64),
     "DynamiCrafter init_attn": (2, 16, 2560, 8, 64),
     "DynamiCrafter 20x32": (2, 16, 640, 10, 64),
@@ -36,7 +36,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
-    "chosen": None,
+    "default": None,
 }
 
 
@@ -45,7 +45,7 @@ def ours(impl: str, heads: int) -> Call:
 
 
 def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As DynamiCrafter writes it: sequences first, scores in memory, and back."""
+    """As in DynamiCrafter: sequences first, scores in memory, then back."""
     b, t, s, h, d = q.shape
     q, k, v = (x.permute(0, 2, 3, 1, 4).reshape(b * s * h, t, d) for x in (q, k, v))
     weights = (torch.einsum("nid,njd->nij", q, k) * d**-0.5).softmax(-1)
@@ -54,7 +54,7 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(backend: SDPBackend | None, copies: bool) -> Call:
-    """scaled_dot_product_attention on (B*S, H, T, D), copied or, for each clip, a strided view."""
+    """scaled_dot_product_attention on (B*S, H, T, D): copied, or a strided view of each clip."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -108,13 +108,13 @@ def _case(name: str, shape: tuple[int, ...]) -> Case:
 
     def make(dtype: torch.dtype, seed: int, device: str) -> tuple[Tensor, ...]:
         g = torch.Generator(device).manual_seed(seed)
-        made = [torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(3)]
-        return tuple(t.requires_grad_() for t in made)
+        qkv = [torch.randn(shape, generator=g, device=device).to(dtype) for _ in range(3)]
+        return tuple(t.requires_grad_() for t in qkv)
 
     peers: dict[str, Callable[[], Call]] = {
         "triton": lambda: ours("triton", heads),
         "auto": lambda: ours("auto", heads),
-        "einsum, as models write it": lambda: einsum,
+        "einsum, as in models": lambda: einsum,
         "torch.compile of einsum": lambda: torch.compile(einsum, dynamic=False),
     }
     for key, backend in BACKENDS.items():

@@ -1,4 +1,4 @@
-"""The gradients of temporal attention written out: what the Triton kernels compute, in torch."""
+"""Gradients of temporal attention in closed form: what the Triton kernels compute, in PyTorch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (B, T, S, H, D) and bias (H, T, T), for g (B, T, S, H*D) of the output.
+    """Gradients of q, k, v (B, T, S, H, D) and bias (H, T, T), given g (B, T, S, H*D).
 
     With P = softmax(scores), dP = g v^T and dS = P * (dP - rowsum(P * dP)):
-    dv = P^T g, dq = scale * dS k, dk = scale * dS^T q, dbias = sum of dS over clips and places.
+    dv = P^T g, dq = scale * dS k, dk = scale * dS^T q, dbias = sum of dS over clips and positions.
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     g, q, k, v = (x.to(exact) for x in (g.reshape(q.shape), q, k, v))

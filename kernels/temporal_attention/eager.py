@@ -1,4 +1,4 @@
-"""`temporal_attention` by torch's scaled_dot_product_attention."""
+"""`temporal_attention` with `F.scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# CUDA attention kernels put the batch on a grid axis of 65,535 blocks, and 64 x 64 places of 16
-# clips are more.
+# CUDA attention kernels put the batch on a grid axis of at most 65,535 blocks; 16 clips of 64 x 64
+# latents exceed it.
 MAX_SEQUENCES = 65_535
 
 
@@ -24,10 +24,10 @@ def temporal_attention(
     """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed` is not used."""
     batch, frames = q.shape[:2]
     if q.numel() == 0:
-        return (q + k + v).flatten(3)  # nothing to attend to, and the graph stays connected
+        return (q + k + v).flatten(3)  # empty, but connected to the autograd graph
     if bias is not None:
         bias = bias.to(q.dtype)
-        if causal:  # attention takes a mask or a flag
+        if causal:  # SDPA takes either a mask or is_causal
             future = torch.ones(frames, frames, dtype=torch.bool, device=q.device).triu(1)
             bias = bias.masked_fill(future, float("-inf"))
     # (B, T, S, H, D) -> (B, S, H, T, D) -> (B*S, H, T, D)

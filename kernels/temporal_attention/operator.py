@@ -1,12 +1,15 @@
-"""`temporal_attention` by Triton: what it supports, its gradients, and its form in a graph.
+"""`temporal_attention` with Triton: supported calls, gradients, and the operators for graphs.
 
-In eager mode an `autograd.Function` launches the kernels directly, since a custom operator costs
-more on the host than a small launch on the device. Under torch.compile, on meta and on fake tensors
-it is the custom operator `sandbox_kernels::temporal_attention`, whose CPU form is plain torch.
+In eager mode an `autograd.Function` launches the kernels directly: a custom operator costs more
+host time than a small launch takes on the device. Under torch.compile and on meta and fake tensors,
+the call is the custom operator `sandbox_kernels::temporal_attention`, whose CPU implementation is
+PyTorch code. The operators repeat the flat signature because torch.library builds their schema from
+it.
 """
 
 # no `from __future__ import annotations`: torch.library reads the annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,16 +17,17 @@ from torch import Tensor
 
 from kernels._launch import (
     MAX_GRID,
-    differentiated,
     gradients,
+    is_traced,
     launch,
-    no_device,
-    traced,
-    twice,
+    needs_grad,
+    no_second_derivative,
+    unsupported_tensors,
 )
 from kernels.temporal_attention import closed_form, eager, launches
 
 OP = "temporal_attention"
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of q, k, v and bias
 
 
 def unsupported(
@@ -36,18 +40,18 @@ def unsupported(
     scale: float,
     packed: Tensor | None = None,
 ) -> str | None:
-    """Why Triton cannot run this call; None where it can."""
+    """Why Triton cannot run this call; None if it can."""
     b, t, s, h, d = q.shape
-    if reason := no_device((q, k, v, bias)):
+    if reason := unsupported_tensors(q, k, v, bias):
         return reason
     if d > launches.MAX_DIM:
-        return f"heads of {d} numbers, and it has registers for {launches.MAX_DIM}"
+        return f"head dim {d} exceeds {launches.MAX_DIM}"
     if t > launches.MAX_FRAMES:
-        return f"{t} frames, and it has registers for {launches.MAX_FRAMES}"
+        return f"{t} frames exceed {launches.MAX_FRAMES}"
     if b * s * h > MAX_GRID:
-        return f"{b * s * h} sequences, and a grid holds {MAX_GRID}"
+        return f"{b * s * h} sequences exceed the grid size {MAX_GRID}"
     if not torch.compiler.is_compiling() and any(x.stride(4) != 1 and d > 1 for x in (q, k, v)):
-        return "the numbers of a head are not side by side in memory"
+        return "a head is not contiguous in memory"
     return None
 
 
@@ -61,13 +65,13 @@ def temporal_attention(
     scale: float,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed` is what they were unbound from."""
+    """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed`: the tensor they were unbound from."""
     if q.numel() == 0:
         return eager.temporal_attention(q, k, v, bias=bias, causal=causal, scale=scale)
-    if traced(q):
+    if is_traced(q):
         return _forward(q, k, v, bias, causal, scale)
     inputs = (q, k, v, None, bias) if packed is None else (None, None, None, packed, bias)
-    if differentiated(inputs):
+    if needs_grad(inputs):
         return _TemporalAttention.apply(*inputs, causal, scale)
     return _run_forward(q, k, v, bias, causal, scale)
 
@@ -76,6 +80,8 @@ def temporal_attention(
 
 
 class _TemporalAttention(torch.autograd.Function):
+    """Takes q, k and v, or `packed` alone, whose gradient is then one tensor."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,28 +95,35 @@ class _TemporalAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, packed, bias)
         ctx.options = causal, scale
-        q, k, v = (q, k, v) if packed is None else packed.unbind(3)
-        return _run_forward(q, k, v, bias, causal, scale)
+        return _run_forward(*_unpacked(q, k, v, packed), bias, causal, scale)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (g,) = grad_outputs
         q, k, v, packed, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
 
         def compute() -> tuple[Tensor | None, ...]:
-            if packed is None:
-                into = tuple(
-                    _like(x) if n else None for x, n in zip((q, k, v), needs, strict=False)
-                )
-                whole, parts = None, (q, k, v)
-            else:
-                whole, parts = _like(packed) if needs[3] else None, packed.unbind(3)
-                into = (None, None, None) if whole is None else whole.unbind(3)
-            dbias = _run_backward(g, *parts, bias, *ctx.options, into, needs[4])
-            given = (None, None, None) if packed is not None else into
-            return (*given, whole, dbias, None, None)
+            dpacked = _like(packed) if packed is not None and needs[3] else None
+            dq, dk, dv = (
+                _like(x) if x is not None and n else None
+                for x, n in zip((q, k, v), needs, strict=False)
+            )
+            into = (dq, dk, dv) if dpacked is None else dpacked.unbind(3)
+            qkv, (causal, scale) = _unpacked(q, k, v, packed), ctx.options
+            dbias = _run_backward(g, *qkv, bias, causal, scale, into, needs[4])
+            return dq, dk, dv, dpacked, dbias, None, None
 
         return gradients(OP, compute, (g, q, k, v, packed, bias))
+
+
+def _unpacked(
+    q: Tensor | None, k: Tensor | None, v: Tensor | None, packed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if packed is not None:
+        q, k, v = packed.unbind(3)
+    assert q is not None and k is not None and v is not None
+    return q, k, v
 
 
 def _like(x: Tensor) -> Tensor:
@@ -133,23 +146,26 @@ def _run_backward(
     bias: Tensor | None,
     causal: bool,
     scale: float,
-    into: tuple[Tensor | None, ...],
+    into: Sequence[Tensor | None],
     needs_bias: bool,
 ) -> Tensor | None:
-    """The bias's gradient, in an order of addition that depends on shapes alone; fills `into`."""
+    """Fills `into` (dq, dk, dv) and returns the gradient of the bias.
+
+    The order of additions depends on the shapes alone.
+    """
     if not needs_bias and all(x is None for x in into):
         return None
     g = g if g.stride(-1) == 1 or q.shape[4] * q.shape[3] == 1 else g.contiguous()
     g = g.unflatten(3, q.shape[3:])
     part, work = launches.backward(g, q, k, v, bias, causal, scale, into, needs_bias)
     launch(work, q.device)
-    if part is None:
+    if part is None or bias is None:
         return None
     frames = q.shape[1]
     return part.sum(0)[:, :frames, :frames].to(bias.dtype)
 
 
-# --- in a graph -----------------------------------------------------------------------------------
+# --- custom operators for graphs ------------------------------------------------------------------
 
 
 @torch.library.custom_op("sandbox_kernels::temporal_attention", mutates_args=())
@@ -175,7 +191,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _gradients_like(q, k, v, bias, needs)
     if q.numel() == 0:
-        return tuple(x.zero_() for x in outputs)
+        for output in outputs:
+            output.zero_()
+        return outputs
     q, k, v = (x if x.stride(4) == 1 else x.contiguous() for x in (q, k, v))
     into = tuple(x if n else None for x, n in zip(outputs, needs[:3], strict=False))
     dbias = _run_backward(g, q, k, v, bias, causal, scale, into, needs[3])
@@ -188,49 +206,36 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale:
 
 
 @_backward.register_kernel("cpu")
-def _(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(g: Tensor, *args: Any) -> Gradients:
+    q, k, v, bias, causal, scale, needs = args
     outputs = _gradients_like(q, k, v, bias, needs)
     exact = closed_form.backward(g, q, k, v, bias, causal, scale)
-    for into, value, needed in zip(outputs, exact, needs, strict=True):
+    for output, value, needed in zip(outputs, exact, needs, strict=True):
         if needed:
-            into.copy_(value)
+            output.copy_(value)
     return outputs
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _(q: Tensor, *args: Any) -> Tensor:
     return launches.output(q)
 
 
 @_backward.register_fake
-def _(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    causal: bool,
-    scale: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(g: Tensor, *args: Any) -> Gradients:
+    q, k, v, bias, _, _, needs = args
     return _gradients_like(q, k, v, bias, needs)
 
 
 def _gradients_like(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Buffers of dq, dk, dv and dbias; empty ones where none is wanted."""
-    made = [_like(x) if n else x.new_empty(0) for x, n in zip((q, k, v), needs, strict=False)]
-    return (*made, _like(bias) if bias is not None and needs[3] else q.new_empty(0))
+) -> Gradients:
+    """Buffers for dq, dk, dv and dbias; empty tensors for gradients that are not needed."""
+    dq, dk, dv, dbias = (
+        _like(x) if x is not None and needed else q.new_empty(0)
+        for x, needed in zip((q, k, v, bias), needs, strict=True)
+    )
+    return dq, dk, dv, dbias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -246,9 +251,9 @@ def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return (*(x if n else None for x, n in zip(grads, needs, strict=True)), None, None)
 
 
-def _no_second(ctx: Any, *grads: Tensor) -> None:
-    raise twice(OP)
+def _backward_of_backward(ctx: Any, *grads: Tensor) -> None:
+    raise no_second_derivative(OP)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
-_backward.register_autograd(_no_second)
+_backward.register_autograd(_backward_of_backward)

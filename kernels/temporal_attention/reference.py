@@ -1,4 +1,4 @@
-"""The definition of `temporal_attention`, formula by formula; slow and exact."""
+"""Definition of `temporal_attention`, one formula at a time; slow and exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def temporal_attention(
 ) -> Tensor:
     """q, k, v (B, T, S, H, D) -> (B, T, S, H*D); `packed` is not used.
 
-    All of it in float32 (float64 for float64), rounded once at the end.
+    Computes in float32 (float64 for float64 input) and rounds once at the end.
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bishd,bjshd->bshij", q.to(exact), k.to(exact)) * scale

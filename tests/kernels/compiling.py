@@ -1,6 +1,6 @@
-"""Compiles launches for GPUs that are not there, and reads what came out. No test of its own.
+"""Helper: compiles launches for GPUs that are not present and reads properties of the result.
 
-Not for a process in which Triton interprets.
+Does not work in a process that runs Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}  # bytes a program
+SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}  # bytes
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -41,7 +41,7 @@ class Compiled:
 
 
 def compiled(launch: Launch, target: str) -> Compiled:
-    """The machine code of a launch whose tensors may be on the meta device."""
+    """Compiles a launch, whose tensors may be on the meta device."""
     names = launch.kernel.arg_names
     assert set(launch.args) == set(names), set(launch.args) ^ set(names)
     constant = {p.name for p in launch.kernel.params if p.is_constexpr}
@@ -49,10 +49,10 @@ def compiled(launch: Launch, target: str) -> Compiled:
     for i, name in enumerate(names):
         value = launch.args[name]
         if name in constant or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value  # as the launcher specialises
+            signature[name], constants[name] = "constexpr", value  # specialised, as by the launcher
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]  # torch aligns to 512 bytes
+            attributes[(i,)] = [["tt.divisibility", 16]]  # PyTorch aligns to 512 bytes
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:

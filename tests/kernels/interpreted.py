@@ -1,7 +1,7 @@
-"""The Triton kernels, run number by number in Python: `test_interpreted.py` starts this in a
-process of its own, since Triton decides when it is imported whether it interprets.
+"""The Triton kernels in Triton's interpreter. `test_interpreted.py` runs this in its own process,
+because Triton reads TRITON_INTERPRET at import.
 
-float32 and float16 only: the interpreter computes with the bit patterns of bfloat16.
+Only float32 and float16: the interpreter computes with the bit patterns of bfloat16.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kernels.temporal_attention import launches as attention_launches
 
 assert interpreted(), "started without TRITON_INTERPRET=1"
 
-# Relative L2 error against float64; docs of each kernel say where the numbers come from.
+# Relative L2 error against float64, see the README of each operation.
 BAR = {torch.float32: 2e-6, torch.float16: 6e-4}
-BAND = 64  # numbers before and after each buffer
+BAND = 64  # elements before and after each buffer
 
 
 class Guarded(TorchDispatchMode):
-    """Gives every new empty tensor NaNs inside, so that what a kernel leaves out is seen, and NaNs
-    before and after it, so that what it writes too much is."""
+    """Fills every new empty tensor and a band around it with NaN, which reveals missing and
+    out-of-bounds writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Guarded(TorchDispatchMode):
 
 
 def inside(t: torch.Tensor, guarded: Guarded) -> torch.Tensor:
-    """t with the same strides in a buffer of its own with NaNs around and between its numbers."""
+    """A copy of t with the same strides, in a buffer with NaN around and between its elements."""
     return guarded.guard(t).copy_(t)
 
 
@@ -63,7 +63,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @contextmanager
 def table(module, **values):
-    """Small tiles in place of those for a GPU: all loops run, and few programs."""
+    """Replaces the launch tables by small tiles: few programs, and every loop iterates."""
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
@@ -77,10 +77,10 @@ def table(module, **values):
 # --- group norm -----------------------------------------------------------------------------------
 
 SPLIT = {
-    "RESIDENT": {32: 1}, "STREAM": (64, 1), "PROGRAMS": 16, "FEW": 1000, "TILES": ((2, 16),),
-    "FINISH": (4, 4), "MERGE_ROWS": 2, "LAST_TILES": ((4, 8),),
+    "RESIDENT": {32: 1}, "STREAM": (64, 1), "PROGRAMS": 16, "MIN_FUSED_GROUPS": 1000,
+    "TILES": ((2, 16),), "FINISH": (4, 4), "MERGE_ROWS": 2, "LAST_TILES": ((4, 8),),
 }  # fmt: skip
-FUSED = SPLIT | {"FEW": 0}
+FUSED = SPLIT | {"MIN_FUSED_GROUPS": 0}
 EXTRAS = ("pre_shift", "scale", "shift")
 
 
@@ -99,7 +99,7 @@ def group_norm_case(
     names=("weight", "bias", *EXTRAS), needs=None, offset=0.0, spread=2.0, tiles=None,
     expanded=False, narrow=False,
 ):  # fmt: skip
-    """The Triton result and gradients of `needs` (all) against the definition in float64."""
+    """Compares result and gradients of `needs` (default: all) with the float64 definition."""
     g = torch.Generator().manual_seed(0)
     n, c = shape[:2]
     x = torch.randn(shape, generator=g) * spread + offset
@@ -142,7 +142,7 @@ def test_channels_last_is_right(dtype):
 
 @pytest.mark.parametrize("tiles", [None, SPLIT, FUSED], ids=["resident", "split", "fused"])
 @pytest.mark.parametrize("how", ["first", "last"])
-def test_three_dimensional_statistics_of_frame_major_pictures(how, tiles):
+def test_three_dimensional_statistics_of_frame_major_images(how, tiles):
     if how == "first" or tiles is SPLIT:
         group_norm_case((4, 6, 3, 5), 2, how=how, frames=2, tiles=tiles)
 
@@ -168,14 +168,14 @@ def test_one_channel_in_each_group():
 
 
 @pytest.mark.parametrize("tiles", [None, SPLIT], ids=["resident", "split"])
-def test_a_clip_seen_through_frame_major_pictures_is_read_where_it_is(tiles):
+def test_a_clip_that_is_a_view_of_frame_major_images_is_not_copied(tiles):
     group_norm_case((2, 6, 3, 2, 4), 2, how="frame-major", tiles=tiles)
 
 
 @pytest.mark.parametrize("tiles", [None, SPLIT], ids=["resident", "split"])
 @pytest.mark.parametrize("offset", [100.0, 1000.0])
-def test_a_large_mean_with_a_small_variance_costs_no_digits(offset, tiles):
-    # E[x^2] - E[x]^2 is off by 7e-4 and 1e-2 here; what is left is the rounding of x - mean.
+def test_a_large_mean_with_a_small_variance_costs_no_precision(offset, tiles):
+    # E[x^2] - E[x]^2 has errors of 7e-4 and 1e-2 here; the bound is the rounding of x - mean.
     x = torch.randn(2, 4, 10, 10, generator=torch.Generator().manual_seed(0)) + offset
     with table(launches, **(tiles or {})):
         got = kernels.group_norm(x, 2, impl="triton")
@@ -323,8 +323,8 @@ def test_every_padding_of_frames(t, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_more_places_than_one_program_adds_up_for_the_bias(dtype):
-    with table(attention_launches, SITES_FOR_BIAS=2):
+def test_more_positions_than_one_program_sums_for_the_bias(dtype):
+    with table(attention_launches, POSITIONS_FOR_BIAS=2):
         attention_case(2, 3, 5, 2, 8, dtype=dtype, biased=True)
 
 
@@ -351,7 +351,7 @@ def test_a_subset_of_gradients_of_attention(needs):
     attention_case(1, 4, 2, 2, 8, needs=needs, biased=True)
 
 
-def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient():
+def test_a_fully_masked_row_gives_zeros_and_no_gradient():
     q, k, v = (torch.randn(1, 3, 2, 1, 8, requires_grad=True) for _ in range(3))
     bias = torch.zeros(1, 3, 3)
     bias[0, 1] = float("-inf")
@@ -361,7 +361,7 @@ def test_a_row_that_sees_nothing_gives_zeros_and_no_gradient():
     assert all(g.isfinite().all() for g in grads) and (grads[0][:, 1] == 0).all()
 
 
-def test_nan_stays_at_its_own_place():
+def test_nan_stays_at_its_own_position():
     q, k, v = (torch.randn(1, 4, 3, 1, 8) for _ in range(3))
     v[0, 0, 1, 0, 0] = float("nan")
     bad = kernels.temporal_attention(q, k, v, heads=1, impl="triton").isnan()
@@ -371,7 +371,7 @@ def test_nan_stays_at_its_own_place():
 # --- both -----------------------------------------------------------------------------------------
 
 
-def test_a_second_derivative_says_what_to_do_instead():
+def test_a_second_derivative_raises_with_a_fix():
     x = torch.randn(2, 4, 6, requires_grad=True)
     (g,) = torch.autograd.grad(
         kernels.group_norm(x, 2, impl="triton").square().sum(), x, create_graph=True
@@ -381,27 +381,27 @@ def test_a_second_derivative_says_what_to_do_instead():
 
 
 ONES = torch.ones
-REFUSED = {
+REJECTED = {
     "float64": lambda: kernels.group_norm(ONES(2, 4, 3).double(), 2, impl="triton"),
     "neither channels first nor": lambda: kernels.group_norm(
         ONES(2, 3, 2, 4, 5).transpose(3, 4), 1, impl="triton"
     ),
-    "heads of 161 numbers": lambda: kernels.temporal_attention(
+    "head dim 161": lambda: kernels.temporal_attention(
         ONES(1, 2, 3, 3, 1, 161), heads=1, impl="triton"
     ),
     "129 frames": lambda: kernels.temporal_attention(
         ONES(1, 129, 1, 3, 1, 8), heads=1, impl="triton"
     ),
-    "not side by side": lambda: kernels.temporal_attention(
+    "not contiguous": lambda: kernels.temporal_attention(
         ONES(1, 2, 8, 3, 2, 3).transpose(2, 5), heads=2, impl="triton"
     ),
 }
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_not_supported_says_why(reason):
+@pytest.mark.parametrize("reason", REJECTED)
+def test_an_unsupported_call_raises_its_reason(reason):
     with pytest.raises(ValueError, match=reason):
-        REFUSED[reason]()
+        REJECTED[reason]()
 
 
 def test_vmap_is_left_to_eager():
@@ -413,12 +413,12 @@ def test_vmap_is_left_to_eager():
     assert any("vmap" in reason for reason in kernels.calls()["fallbacks"])
 
 
-def test_ten_training_steps_are_those_of_eager():
-    def losses(impl):
+def test_ten_training_steps_equal_those_of_eager():
+    def train(impl):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 6))
         optimizer, data = torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(2, 3, 2, 6)
-        told = []
+        losses = []
         with kernels.use(impl):
             for _ in range(10):
                 h = net(data)  # (B, T, S, D)
@@ -428,8 +428,8 @@ def test_ten_training_steps_are_those_of_eager():
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                told.append(loss.item())
-        return told
+                losses.append(loss.item())
+        return losses
 
-    # float32 sums in another order, over ten steps
-    assert losses("triton") == pytest.approx(losses("eager"), rel=1e-5)
+    # float32 sums in a different order, over ten steps
+    assert train("triton") == pytest.approx(train("eager"), rel=1e-5)

@@ -1,8 +1,8 @@
-"""Every launch that dispatch can pick, compiled for GPUs that are not there: no register spills,
-shared memory within the limit, loads of 16 bytes, matrix instructions.
+"""Compiles every launch that can be selected, for GPUs that are not present. Checks register
+spills, shared memory, 16-byte loads and matrix instructions.
 
-A part of them runs always, all of them in the slow set. Sizes come from the tables that pick the
-launches, so that a new entry is compiled too.
+A subset always runs; the exhaustive set has all launches. Sizes come from the tables that select
+the launches, so a new table entry is compiled too.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 def check(launch, target: str, matrix: bool = False, wide: bool = False) -> None:
     made, kernel = compiled(launch, target), launch.kernel.__name__
-    said = f"{kernel} on {target}: {made.registers} registers"
-    assert made.spills == 0, f"{said}, {made.spills} bytes of stack"
-    assert made.shared <= SHARED[target], f"{said}, {made.shared} bytes of shared memory"
+    about = f"{kernel} on {target}: {made.registers} registers"
+    assert made.spills == 0, f"{about}, {made.spills} bytes of stack"
+    assert made.shared <= SHARED[target], f"{about}, {made.shared} bytes of shared memory"
     if matrix:
-        assert made.matrix > 0, f"{said}, no matrix instruction"
+        assert made.matrix > 0, f"{about}, no matrix instruction"
     if wide:
-        assert made.wide > 0, f"{said}, no load of 16 bytes"
+        assert made.wide > 0, f"{about}, no load of 16 bytes"
 
 
 # --- group norm -----------------------------------------------------------------------------------
 
-# (shape, groups, options): one for each size of RESIDENT, the split and the fused form on each of
-# TILES, channels last on each of LAST_TILES; then odd sizes, where loads are of single numbers
+# (shape, groups, options): one for each size of RESIDENT, split and fused for each of TILES,
+# channels last for each of LAST_TILES; then odd sizes, which load single elements
 NORMS = {
     "resident 2048": ((32, 1280, 5, 8), 32, {}),
     "resident 4096": ((32, 640, 10, 16), 32, {}),
@@ -74,18 +74,18 @@ WIDE = [name for name in NORMS if not name.startswith("odd")]
 
 
 def norm_launches(name: str, dtype: torch.dtype, plain: bool = False) -> tuple[list, list]:
-    """Forward and backward launches; with every option, or `plain`: SiLU and affine alone."""
+    """Forward and backward launches with every option, or (`plain`) only SiLU and affine."""
     shape, groups, options = NORMS[name]
     n, c, *spatial = shape
     x = empty(n, *spatial, c, dtype=dtype).movedim(-1, 1) if "last" in options else None
     x = empty(*shape, dtype=dtype) if x is None else x
-    extras = dict.fromkeys(("pre_shift", "scale", "shift"))
-    extras |= {k: empty(n, c, dtype=dtype) for k in extras if not plain}
-    affine, how = (empty(c), empty(c)), {"silu": True, **extras, "frames": 1, "per_frame": False}
-    how |= {k: v for k, v in options.items() if k != "last"}
-    _, mean, rstd, forward = norm.forward(x, groups, *affine, 1e-5, **how, out_dtype=dtype)
+    extras = [None if plain else empty(n, c, dtype=dtype) for _ in range(3)]
+    inputs = norm.Inputs(x, empty(c), empty(c), *extras)
+    call = norm.Options(groups, 1e-5, True, 1, False, dtype)
+    call = call._replace(**{k: v for k, v in options.items() if k != "last"})
+    _, mean, rstd, forward = norm.forward(inputs, call)
     needs = ALL._replace(pre_shift=False, scale=False, shift=False) if plain else ALL
-    _, backward = norm.backward(x, x, mean, rstd, groups, *affine, **how, needs=needs)
+    _, backward = norm.backward(x, inputs, mean, rstd, call, needs)
     return forward, backward
 
 
@@ -96,7 +96,7 @@ def check_norm(name: str, dtype: torch.dtype, target: str, plain: bool = False) 
         check(launch, target, wide=name in WIDE and not small)
 
 
-def test_there_is_a_case_for_every_entry_of_the_tables():
+def test_every_table_entry_has_a_case():
     def configurations(kernel: str, *keys: str) -> set:
         return {
             (*(launch.args[k] for k in keys), launch.warps)
@@ -108,29 +108,29 @@ def test_there_is_a_case_for_every_entry_of_the_tables():
     assert configurations("fwd", "BLOCK") == set(norm.RESIDENT.items())
     tiles = {(*tile, norm.TILE_WARPS) for tile in norm.TILES}
     last = {(*tile, norm.LAST_WARPS) for tile in norm.LAST_TILES}
-    assert configurations("bwd", "CHANNELS", "PLACES") == tiles
+    assert configurations("bwd", "CHANNELS", "POSITIONS") == tiles
     for kernel in ("apply", "bwd_sums", "bwd_dx"):
-        assert configurations(kernel, "CHANNELS", "PLACES") == tiles | last
+        assert configurations(kernel, "CHANNELS", "POSITIONS") == tiles | last
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["resident 32768", "split 1", "last 64"])
-def test_group_norm_fits_the_machine(name, target):
+def test_group_norm_fits_the_gpu(name, target):
     check_norm(name, BF16, target)
 
 
 @pytest.mark.parametrize("name", ["resident 2048", "split 1", "fused 4", "last 64"])
-def test_group_norm_without_shifts_and_scales_fits_the_machine(name):
+def test_group_norm_without_shifts_and_scales_fits_the_gpu(name):
     check_norm(name, BF16, "sm_90", plain=True)
 
 
 def test_group_norm_without_an_affine_map_compiles():
     x = empty(32, 1280, 5, 8, dtype=BF16)
-    plain = {"silu": False, "frames": 1, "per_frame": False}
-    plain |= dict.fromkeys(("pre_shift", "scale", "shift"))
-    _, mean, rstd, forward = norm.forward(x, 32, None, None, 1e-5, **plain, out_dtype=BF16)
+    inputs = norm.Inputs(x, *[None] * 5)
+    call = norm.Options(32, 1e-5, False, 1, False, BF16)
+    _, mean, rstd, forward = norm.forward(inputs, call)
     needs = norm.Needs(True, *[False] * 5)
-    _, backward = norm.backward(x, x, mean, rstd, 32, None, None, **plain, needs=needs)
+    _, backward = norm.backward(x, inputs, mean, rstd, call, needs)
     for launch in (*forward, *backward):
         check(launch, "sm_90")
 
@@ -140,7 +140,7 @@ def test_group_norm_without_an_affine_map_compiles():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP16], ids=str)
 @pytest.mark.parametrize("name", NORMS)
-def test_every_group_norm_fits_every_machine(name, dtype, target):
+def test_every_group_norm_fits_every_gpu(name, dtype, target):
     if dtype != FP16 or name in WIDE[:5]:
         check_norm(name, dtype, target)
         check_norm(name, dtype, target, plain=True)
@@ -165,17 +165,17 @@ def attention_launches(
 
 def check_attention(frames, dim, dtype, target, biased=False, causal=False) -> None:
     for launch in attention_launches(frames, dim, dtype, target, biased, causal):
-        wide = dim % 8 == 0 and dim > 16  # 16 x 16 numbers are 8 bytes for each of 64 threads
+        wide = dim % 8 == 0 and dim > 16  # 16 x 16 elements are 8 bytes per thread of 64
         check(launch, target, matrix=True, wide=wide)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize(("frames", "dim"), [(16, 64), (36, 144)])
-def test_attention_fits_the_machine(frames, dim, target):
+def test_attention_fits_the_gpu(frames, dim, target):
     check_attention(frames, dim, BF16, target)
 
 
-def test_attention_with_a_bias_fits_the_machine():
+def test_attention_with_a_bias_fits_the_gpu():
     check_attention(16, 40, BF16, "sm_80", biased=True, causal=True)
 
 
@@ -185,13 +185,13 @@ def test_attention_with_a_bias_fits_the_machine():
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias and causal"])
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP16], ids=str)
 @pytest.mark.parametrize("frames", sorted({frames for _, frames in attention.TABLE}))
-def test_every_attention_fits_every_machine(frames, dtype, biased, target):
+def test_every_attention_fits_every_gpu(frames, dtype, biased, target):
     for dim in DIMS if dtype != FP16 else (64, 144):
         check_attention(frames, dim, dtype, target, biased, causal=biased)
 
 
-def test_products_of_float32_are_exact_or_of_three_parts():
-    """TensorFloat-32 alone would keep 11 bits of 24."""
+def test_float32_products_are_exact_or_three_tf32_products():
+    """A single TF32 product would keep 11 of 24 bits."""
     for launch in attention_launches(16, 64, FP32, "sm_90", False, False):
         assert launch.args["PRECISION"] == "tf32x3"
     for launch in attention_launches(16, 64, FP32, "gfx942", False, False):

@@ -1,4 +1,4 @@
-"""Which implementation runs an operation, and that asking costs no import of torch."""
+"""Selection of implementations, and that it does not import torch."""
 
 import logging
 import subprocess
@@ -14,9 +14,9 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton would
 
 
 @pytest.fixture(autouse=True)
-def settings_as_before(monkeypatch):
+def restored_settings(monkeypatch):
     monkeypatch.setattr(_dispatch, "_settings", _dispatch.Settings())
-    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch, "_logged", set())
 
 
 def python(code: str) -> str:
@@ -25,7 +25,7 @@ def python(code: str) -> str:
     return ran.stdout
 
 
-def test_importing_the_package_and_asking_imports_neither_torch_nor_triton():
+def test_importing_and_configuring_the_package_imports_neither_torch_nor_triton():
     code = "import sys, kernels; kernels.use('eager'); kernels.chosen()\n"
     assert python(code + "print({'torch', 'triton'} & set(sys.modules))").strip() == "set()"
 
@@ -34,7 +34,7 @@ def test_the_package_has_no_version_for_other_libraries_to_probe():
     assert not hasattr(kernels, "__version__")
 
 
-def test_an_operation_is_the_function_whatever_part_of_its_folder_was_imported_first():
+def test_an_operation_is_the_function_even_if_a_submodule_was_imported_first():
     code = (
         "import kernels.group_norm.reference, kernels\n"
         "from kernels import group_norm, temporal_attention\n"
@@ -51,24 +51,24 @@ def test_auto_means_eager_without_a_gpu():
 
 
 @without_gpu
-def test_a_reason_for_eager_is_said_once_and_counted(caplog):
+def test_a_fallback_reason_is_logged_once_and_counted(caplog):
     x = torch.randn(2, 4, 3)
     with caplog.at_level(logging.INFO, logger="kernels"), kernels.use("triton"):
         kernels.group_norm(x, 2)
         kernels.group_norm(x, 2)
-    said = "kernels.group_norm=triton: it needs a CUDA device, and the tensors are on cpu"
-    assert [r.message for r in caplog.records] == [f"{said}: eager runs instead"]
-    assert kernels.calls()["fallbacks"][said] == 2
+    reason = "kernels.group_norm=triton: it needs a CUDA device, and the tensors are on cpu"
+    assert [r.message for r in caplog.records] == [f"{reason}; using eager"]
+    assert kernels.calls()["fallbacks"][reason] == 2
 
 
-def test_auto_says_nothing_of_tensors_too_small_to_gain(caplog):
+def test_auto_does_not_log_small_tensors(caplog):
     with caplog.at_level(logging.INFO, logger="kernels"), kernels.use("auto", strict=True):
         kernels.group_norm(torch.randn(2, 4, 3), 2)
     assert not caplog.records
 
 
 @without_gpu
-def test_strict_raises_where_a_large_tensor_would_run_eager(monkeypatch):
+def test_strict_raises_if_a_large_tensor_would_use_eager(monkeypatch):
     monkeypatch.setitem(_dispatch.CROSSOVER, "group_norm", 20)
     with kernels.use("auto", strict=True), pytest.raises(ValueError, match="needs a CUDA device"):
         kernels.group_norm(torch.randn(2, 4, 3), 2)
@@ -85,7 +85,7 @@ def test_each_operation_can_be_set_alone():
     assert kernels.chosen() == {"group_norm": "reference", "temporal_attention": "eager"}
 
 
-def test_a_setting_that_is_not_named_is_kept():
+def test_an_operation_that_is_not_named_keeps_its_setting():
     kernels.use(group_norm="reference")
     kernels.use(temporal_attention="reference")
     assert kernels.chosen() == {"group_norm": "reference", "temporal_attention": "reference"}
@@ -118,21 +118,21 @@ def test_the_setting_decides_which_implementation_runs():
         (lambda: kernels.group_norm(torch.ones(2, 2, 2), 1, impl="fast"), "'fast': want one of"),
     ],
 )
-def test_an_unknown_implementation_is_refused(call, message):
+def test_an_unknown_implementation_is_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
 @without_gpu
-def test_triton_without_a_gpu_is_refused_with_its_cure():
-    cure = "needs a CUDA device.*; use kernels=auto or kernels=eager"
-    with pytest.raises(ValueError, match=cure):
+def test_triton_without_a_gpu_is_rejected_with_a_fix():
+    fix = "needs a CUDA device.*; use kernels=auto or kernels=eager"
+    with pytest.raises(ValueError, match=fix):
         kernels.group_norm(torch.ones(2, 2, 2), 1, impl="triton")
-    with pytest.raises(ValueError, match=cure):
+    with pytest.raises(ValueError, match=fix):
         kernels.use("triton", strict=True)
 
 
-def test_a_refused_setting_changes_nothing():
+def test_a_rejected_setting_changes_nothing():
     kernels.use("eager")
     with pytest.raises(ValueError, match="temporal_attention"):
         kernels.use("reference", temporal_attention="fast")

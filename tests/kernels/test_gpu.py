@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: numbers against float64, at the sizes of the published models."""
+"""The Triton kernels on a GPU, against float64, at the sizes of published models."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 
 import kernels
 
-pytestmark = pytest.mark.gpu  # conftest.py leaves them out where there is none
+pytestmark = pytest.mark.gpu  # conftest.py skips them without a GPU
 
-# Relative L2 error; the README of each operation says where the numbers come from.
+# Relative L2 error, see the README of each operation.
 BAR = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 6e-3}
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
@@ -25,9 +25,9 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def compare(call, made: dict[str, torch.Tensor], summed: tuple[str, ...] = ()) -> None:
-    """Output and every gradient: within the bar, and about 1.5 times eager's error.
+    """Checks the output and every gradient against BAR and against 1.5 times eager's error.
 
-    `summed` gradients are float32 sums that partly cancel, of what was rounded to x's dtype.
+    `summed`: gradients that are float32 sums, with cancellation, of values rounded to x's dtype.
     """
 
     def run(impl: str, wide: bool) -> list[torch.Tensor]:
@@ -41,7 +41,7 @@ def compare(call, made: dict[str, torch.Tensor], summed: tuple[str, ...] = ()) -
     for name, w, e, g in zip(("out", *made), want, eager, got, strict=True):
         bar = BAR[dtype] * (4 if name in summed else 1)
         assert g.isfinite().all(), name
-        # a part of the bar always: some of eager's attention keeps its weights in float32
+        # at least 2/3 of the bar: some eager attention kernels keep their weights in float32
         limit = min(bar, max(1.5 * error(e, w), bar * 2 / 3))
         assert error(g, w) <= limit, (name, error(g, w), error(e, w))
 
@@ -83,19 +83,19 @@ def test_group_norm_and_every_gradient_are_right(name, last, dtype):
 
 
 @pytest.mark.parametrize("offset", [100.0, 1e4])
-def test_a_large_mean_costs_no_digits(offset):
+def test_a_large_mean_costs_no_precision(offset):
     x = random(2, 64, 64, 64) + offset
     want = kernels.group_norm(x.double(), 2, impl="reference")
     assert error(kernels.group_norm(x, 2, impl="triton"), want) < 1e-7 * offset
 
 
-def test_more_numbers_than_31_bits_count():
+def test_more_elements_than_31_bits_can_index():
     shape = (5, 32, 4096, 4096)  # 2.7e9
     if torch.cuda.mem_get_info()[0] < 30e9:
         pytest.skip("needs 30 GB")
     x = torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_()
-    whole = kernels.group_norm(x, 32, act="silu", impl="triton")[-1:]
-    assert torch.equal(whole, kernels.group_norm(x[-1:], 32, act="silu", impl="triton"))
+    full = kernels.group_norm(x, 32, act="silu", impl="triton")[-1:]
+    assert torch.equal(full, kernels.group_norm(x[-1:], 32, act="silu", impl="triton"))
 
 
 # --- temporal attention ---------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_a_compiled_graph_runs_the_same_kernels(backend):
     assert error(a, b.double()) < BAR[torch.bfloat16]
 
 
-def test_strict_triton_runs_a_whole_unet():
+def test_strict_triton_runs_a_temporal_transformer():
     from plugins._blocks.unet import Told
     from plugins._blocks.unet_attention import TemporalTransformer
 
@@ -174,5 +174,5 @@ def test_strict_triton_runs_a_whole_unet():
         want = layer.tell(x, told)
     with torch.no_grad(), kernels.use("triton", strict=True):
         got = layer.tell(x, told)
-    # the linear layers between may use TensorFloat-32 in both
+    # the linear layers may use TF32 in both
     assert error(got, want.double()) < 1e-5

@@ -1,4 +1,4 @@
-"""Group normalisation: the eager implementation against the definition, and both against torch."""
+"""Group normalisation: eager against the definition, and both against PyTorch."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import kernels
 
-# Rounding of the result's dtype; gradients add up to 400 such errors where the terms cancel.
+# Rounding of the result's dtype; gradients with cancelling terms sum up to 400 such errors.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}
 EXTRAS = ("pre_shift", "scale", "shift")
 
@@ -43,7 +43,7 @@ def check(got, want, tolerance):
     ("shape", "groups", "frames"),
     [
         ((2, 8, 5, 8), 4, 1),
-        ((3, 7, 9, 7), 7, 1),  # odd, one channel in each group
+        ((3, 7, 9, 7), 7, 1),  # odd, one channel per group
         ((2, 6, 63), 2, 1),
         ((2, 4, 3, 5, 2), 2, 1),  # 3-D statistics
         ((6, 8, 5, 3), 4, 3),  # the same, frame-major
@@ -95,13 +95,13 @@ def test_each_optional_tensor_works_alone(name, impl):
 
 
 def test_strided_input_equals_contiguous_input():
-    x = torch.randn(5, 6, 8, 2).permute(3, 2, 0, 1)  # (2, 8, 5, 6), channels last of a kind
+    x = torch.randn(5, 6, 8, 2).permute(3, 2, 0, 1)  # (2, 8, 5, 6), permuted strides
     got = kernels.group_norm(x, 4, act="silu")
     torch.testing.assert_close(got, kernels.group_norm(x.contiguous(), 4, act="silu"))
 
 
 def test_a_large_offset_costs_no_accuracy():
-    # E[x^2] - E[x]^2 would lose every digit here: float32 resolves 1e4 to 1e-3.
+    # E[x^2] - E[x]^2 would lose every digit: float32 resolves 1e4 to 1e-3.
     x = torch.randn(2, 4, 400, generator=torch.Generator().manual_seed(0)) + 1e4
     want = kernels.group_norm(x.double(), 2, impl="reference")
     torch.testing.assert_close(kernels.group_norm(x, 2).double(), want, rtol=0, atol=2e-3)
@@ -121,7 +121,7 @@ def test_out_dtype_keeps_the_accuracy_of_float32():
 
 
 @pytest.mark.parametrize("impl", ["eager", "reference"])
-def test_float32_weights_serve_half_precision_input(impl):
+def test_float32_weights_work_with_half_precision_input(impl):
     made = tensors((2, 8, 5), extras=())
     out = kernels.group_norm(made["x"].bfloat16(), 4, made["weight"], made["bias"], impl=impl)
     assert out.dtype == torch.bfloat16
@@ -151,10 +151,10 @@ def test_gradients_of_the_definition_are_those_of_finite_differences():
 
 def test_it_compiles_in_one_graph():
     x = torch.randn(2, 4, 5)
-    whole = torch.compile(
+    compiled = torch.compile(
         lambda x: kernels.group_norm(x, 2, act="silu") + 1, fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(whole(x), kernels.group_norm(x, 2, act="silu") + 1)
+    torch.testing.assert_close(compiled(x), kernels.group_norm(x, 2, act="silu") + 1)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,6 @@ def test_it_compiles_in_one_graph():
         ({"x": torch.ones(4)}, "x has shape \\(4,\\): want \\(N, C, \\*spatial\\)"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_invalid_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         kernels.group_norm(**{"x": torch.ones(6, 4, 3), "num_groups": 2} | change)

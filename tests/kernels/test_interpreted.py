@@ -1,6 +1,6 @@
-"""The Triton kernels on a machine without a GPU: `interpreted.py` in a process of its own.
+"""The Triton kernels without a GPU: runs `interpreted.py` in a separate process.
 
-Triton decides when it is imported whether it interprets, and this process has imported it.
+Triton reads TRITON_INTERPRET at import, and this process has already imported it.
 """
 
 import os
@@ -17,17 +17,17 @@ FAST = "(every_gradient_are_right and dtype1) or frame_major or nan or supported
 
 
 def interpreted(*arguments: str) -> str:
-    told = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(CODE), "-q", "-p", "no:cacheprovider"]
     ran = subprocess.run(
-        [*command, *arguments], env=told, cwd=CODE.parents[2], capture_output=True, text=True,
-        check=False,
+        [*command, *arguments], env=environment, cwd=CODE.parents[2], check=False,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     return ran.stdout
 
 
-def test_a_part_of_the_interpreted_tests_passes():
+def test_a_subset_of_the_interpreted_tests_passes():
     assert "100%" in interpreted("-k", FAST)
 
 

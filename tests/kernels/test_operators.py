@@ -1,4 +1,4 @@
-"""The custom operators: what torch.compile, meta tensors and other transforms see."""
+"""The custom operators, used by torch.compile and on meta tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kernels.group_norm import operator as norm
 from kernels.temporal_attention import operator as attention
 
 LAST = torch.channels_last
-# float32: the operators' gradients are sums in another order than autograd's
+# float32: the operators sum gradients in a different order than autograd
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -25,7 +25,7 @@ def frame_major(x: torch.Tensor) -> torch.Tensor:
 
 
 # name -> (x, frames, per_frame)
-PICTURES = {
+IMAGES = {
     "contiguous": lambda: (random(4, 8, 3, 5), 1, False),
     "channels last": lambda: (
         random(4, 8, 3, 5).detach().to(memory_format=LAST).requires_grad_(), 1, False,
@@ -36,16 +36,16 @@ PICTURES = {
     ),
     "frames": lambda: (random(4, 8, 3, 5), 2, False),
     "per frame": lambda: (random(4, 8, 2, 3, 5), 1, True),
-    "a view of frame-major pictures": lambda: (frame_major(random(4, 8, 2, 3, 5)), 1, False),
+    "a view of frame-major images": lambda: (frame_major(random(4, 8, 2, 3, 5)), 1, False),
     "gaps": lambda: (random(4, 8, 3, 10)[..., ::2].detach().requires_grad_(), 1, False),
     "empty": lambda: (random(0, 8, 3, 5), 1, False),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("extras", [False, True], ids=["plain", "extras"])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_group_norm_passes_opcheck(name, extras):
-    x, frames, per_frame = PICTURES[name]()
+    x, frames, per_frame = IMAGES[name]()
     n, c = x.shape[:2]
     tensors = [random(c, seed=1), random(c, seed=2)] if extras else [None, None]
     tensors += [random(n, c, seed=i) if extras else None for i in (3, 4, 5)]
@@ -57,7 +57,7 @@ def test_group_norm_passes_opcheck(name, extras):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("s", [3, 0], ids=["some places", "none"])
+@pytest.mark.parametrize("s", [3, 0], ids=["some positions", "none"])
 def test_temporal_attention_passes_opcheck(s, biased):
     packed = random(2, 4, s, 3, 2, 8).detach()
     q, k, v = (x.requires_grad_() for x in packed.unbind(3))
@@ -79,11 +79,11 @@ def attention_call(q: torch.Tensor, bias: torch.Tensor | None = None) -> torch.T
     return attention.temporal_attention(q, q, q, bias=bias, causal=False, scale=0.3)
 
 
-@pytest.mark.parametrize("name", [n for n in PICTURES if n != "empty"])
+@pytest.mark.parametrize("name", [n for n in IMAGES if n != "empty"])
 def test_a_compiled_group_norm_has_the_gradients_of_eager(name):
-    x, frames, per_frame = PICTURES[name]()
-    whole = torch.compile(norm_call, fullgraph=True, backend="aot_eager")
-    got = whole(x, frames=frames, per_frame=per_frame)
+    x, frames, per_frame = IMAGES[name]()
+    compiled = torch.compile(norm_call, fullgraph=True, backend="aot_eager")
+    got = compiled(x, frames=frames, per_frame=per_frame)
     options = {"frames": frames, "per_frame": per_frame, "act": "silu"}
     want = kernels.group_norm(x, 2, **options, impl="eager")
     torch.testing.assert_close(got, want, **CLOSE)
@@ -109,14 +109,14 @@ def test_a_compiled_attention_has_the_gradients_of_eager():
         (attention_call, [(2, 4, s, 2, 8) for s in (3, 5, 6, 7)]),
         (attention_call, [(2, t, 3, 2, 8) for t in (3, 5, 6, 7)]),
     ],
-    ids=["places of a norm", "places of attention", "frames"],
+    ids=["positions of a norm", "positions of attention", "frames"],
 )
-def test_a_changing_size_is_compiled_once_more_at_most(call, sizes):
+def test_a_changing_size_recompiles_at_most_once(call, sizes):
     made = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    whole = torch.compile(call, fullgraph=True, backend=made)
+    compiled = torch.compile(call, fullgraph=True, backend=made)
     for shape in sizes:
-        assert whole(random(*shape, grad=False)).numel() == torch.Size(shape).numel()
+        assert compiled(random(*shape, grad=False)).numel() == torch.Size(shape).numel()
     assert made.frame_count <= 2
 
 
@@ -129,7 +129,7 @@ def test_meta_tensors_give_shape_and_layout():
     assert o.shape == (2, 4, 3, 16)
 
 
-def test_a_second_derivative_of_an_operator_says_what_to_do_instead():
+def test_a_second_derivative_of_an_operator_raises_with_a_fix():
     x = random(2, 8, 3, 5)
     y = norm._forward(x, *[None] * 5, 2, 1e-5, True, 1, False, torch.float32)[0]
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

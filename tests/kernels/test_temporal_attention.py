@@ -1,4 +1,4 @@
-"""Attention over frames: eager against the definition, and what may not mix."""
+"""Temporal attention: eager against the definition, and independence of positions."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels.temporal_attention import eager
 
-# Rounding of the result's dtype; the definition rounds once, attention kernels also their weights.
+# Rounding of the result's dtype; attention kernels also round their weights, the definition not.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -56,20 +56,20 @@ def test_half_precision_is_within_its_rounding_of_the_definition(dtype):
 def test_one_packed_projection_can_be_unbound_without_copies(impl):
     packed = torch.randn(2, 4, 3, 3, 2, 8, requires_grad=True)  # (B, T, S, 3, H, D)
     got = kernels.temporal_attention(*packed.unbind(3), heads=2, impl=impl)
-    apart = [x.flatten(3).contiguous() for x in packed.unbind(3)]
-    want = kernels.temporal_attention(*apart, heads=2, impl="reference")
+    separate = [x.flatten(3).contiguous() for x in packed.unbind(3)]
+    want = kernels.temporal_attention(*separate, heads=2, impl="reference")
     assert got.is_contiguous()
     torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
 
 
-def test_frames_in_any_order_give_the_same_frames_in_that_order():
+def test_permuting_frames_permutes_the_output():
     inputs, order = qkv(), torch.tensor([3, 0, 4, 1, 2])
     want = kernels.temporal_attention(*inputs, heads=2)[:, order]
     got = kernels.temporal_attention(*(x[:, order] for x in inputs), heads=2)
     torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
 
 
-def test_places_do_not_see_one_another():
+def test_positions_do_not_attend_to_each_other():
     inputs = qkv()
     before = kernels.temporal_attention(*inputs, heads=2)
     changed = [x.detach().clone() for x in inputs]
@@ -79,7 +79,7 @@ def test_places_do_not_see_one_another():
     assert differs.tolist() == [False, True, False]
 
 
-def test_a_causal_frame_sees_no_later_one():
+def test_a_causal_frame_does_not_attend_to_later_ones():
     q, k, v = qkv()
     before = kernels.temporal_attention(q, k, v, heads=2, causal=True)
     k, v = k.detach().clone(), v.detach().clone()
@@ -133,10 +133,10 @@ def test_gradients_of_the_definition_are_those_of_finite_differences():
 
 def test_it_compiles_in_one_graph():
     q, k, v = qkv()
-    whole = torch.compile(
+    compiled = torch.compile(
         lambda *x: kernels.temporal_attention(*x, heads=2) + 1, fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(whole(q, k, v), kernels.temporal_attention(q, k, v, heads=2) + 1)
+    torch.testing.assert_close(compiled(q, k, v), kernels.temporal_attention(q, k, v, heads=2) + 1)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_it_compiles_in_one_graph():
         ({"bias": torch.ones(2, 5, 4)}, "bias has shape \\(2, 5, 4\\): want \\(2, 5, 5\\)"),
     ],
 )
-def test_wrong_arguments_are_named(change, message):
+def test_invalid_arguments_are_named(change, message):
     q, k, v = (x.detach() for x in qkv())
     with pytest.raises(ValueError, match=message):
         kernels.temporal_attention(**{"q": q, "k": k, "v": v, "heads": 2} | change)
