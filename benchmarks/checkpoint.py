@@ -1,19 +1,19 @@
-"""A checkpoint of 100 MB, as the sandbox writes and reads it, beside plain torch.save in one run.
+"""Writing and reading a 100 MB checkpoint, against torch.save and torch.load.
 
     python benchmarks/checkpoint.py [--rounds 7] [--megabytes 100]
 
-Ways take turns, so that what else the machine does falls on all of them alike; a row is the median
-of the rounds. `fsync` is there because plain torch.save returns before anything is on the disk.
+Each round runs all variants in turn, so that other load affects all of them; a row is the median of
+the rounds. `fsync` is included because torch.save returns before the data is on disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 
-from sandbox import checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.common import HOME, installed, write
+from sandbox import checkpoint
 
 
 def state(megabytes: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Weights, average and both moments of AdamW, in tensors of 4 MB."""
+    """Weights, EMA and both AdamW moments, in tensors of 4 MB."""
     count = max(1, megabytes // 16)
     kinds = ("weights", "ema", "exp_avg", "exp_avg_sq")
     return {kind: {f"{i}": torch.randn(1 << 20) for i in range(count)} for kind in kinds}
@@ -63,7 +64,7 @@ def hash_alone(state: dict, folder: Path) -> None:
             hashed.update(tensor.numpy())
 
 
-WAYS: dict[str, Callable[[dict, Path], None]] = {
+VARIANTS: dict[str, Callable[[dict, Path], None]] = {
     "torch.save": plain,
     "torch.save and fsync": plain_and_fsync,
     "sandbox: checked, hashed, synced, renamed, manifest": ours,
@@ -79,31 +80,26 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    made, times = state(args.megabytes), {name: [] for name in WAYS}
-    with tempfile.TemporaryDirectory(dir=RESULTS.parent) as where:
+    tensors, times = state(args.megabytes), {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory(dir=HOME / "benchmarks") as where:
         folder = Path(where)
         for _ in range(args.rounds):
-            for name, way in WAYS.items():
-                began = time.perf_counter()
-                way(made, folder)
-                times[name].append(time.perf_counter() - began)
+            for name, run in VARIANTS.items():
+                started = time.perf_counter()
+                run(tensors, folder)
+                times[name].append(time.perf_counter() - started)
     base = {"save": "torch.save", "load": "torch.load"}
     rows = []
     for name, seconds in times.items():
         against = base["load" if "load" in name else "save"]
         ratio = statistics.median(seconds) / statistics.median(times[against])
         rows.append({"way": name, "ms": 1e3 * statistics.median(seconds), "ratio": ratio})
-    versions = {
-        "cpu": platform.machine(), "torch": torch.__version__, "python": platform.python_version()
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    found = {"machine": versions, "megabytes": args.megabytes, "rounds": args.rounds, "rows": rows}
-    (RESULTS / "checkpoint.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = ["| way | median | ratio to torch's |", "|---|---|---|"]
-    table += [f"| {r['way']} | {r['ms']:.0f} ms | {r['ratio']:.2f} |" for r in rows]
-    heading = f"# A checkpoint of {args.megabytes} MB\n\n{args.rounds} rounds, {versions}\n\n"
-    (RESULTS / "checkpoint.md").write_text(heading + "\n".join(table) + "\n")
-    print("\n".join(table))
+    machine = {"cpu": platform.machine()} | installed("torch")
+    lines = [f"# A checkpoint of {args.megabytes} MB", "", f"{args.rounds} rounds, {machine}", "",
+             "| way | median | ratio to torch's |", "|---|---|---|"]  # fmt: skip
+    lines += [f"| {r['way']} | {r['ms']:.0f} ms | {r['ratio']:.2f} |" for r in rows]
+    sizes = {"megabytes": args.megabytes, "rounds": args.rounds}
+    write("checkpoint", {"machine": machine, **sizes, "rows": rows}, lines)
 
 
 if __name__ == "__main__":

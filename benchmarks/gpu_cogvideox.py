@@ -1,59 +1,56 @@
-"""Fine-tuning steps of CogVideoX beside diffusers and peft: time and memory, full size, one run.
+"""Time and memory of full-size CogVideoX fine-tuning steps, against diffusers and peft.
 
     python benchmarks/gpu_cogvideox.py           # writes benchmarks/results/cogvideox.{json,md}
-    python benchmarks/gpu_cogvideox.py --tiny    # the tiny recipes on a CPU: does this script run?
+    python benchmarks/gpu_cogvideox.py --tiny    # tiny recipes on a CPU, to test the script
 
-Weights, latents and embeddings are random; both sides recompute each block in the backward pass,
-keep a frozen network in half precision and what they train in float32, and take AdamW.
+Weights, latents and embeddings are random. Both sides checkpoint activations of each block, keep
+frozen weights in half precision and trained weights in float32, and use AdamW.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sandbox import config, registry  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.contracts import Batch  # noqa: E402
-from sandbox.latent_diffusion import LatentDiffusion  # noqa: E402
-from sandbox.parts import DTYPES, Parts, use_kernels  # noqa: E402
-from sandbox.wiring import Wiring, wire  # noqa: E402
+from benchmarks.common import installed, listed, write
+from sandbox import config, registry
+from sandbox.contracts import Batch
+from sandbox.latent_diffusion import LatentDiffusion
+from sandbox.parts import DTYPES, Parts, use_kernels
+from sandbox.wiring import Wiring, wire
 
 ROWS = {"cogvideox_2b_lora": 16, "cogvideox_5b_lora": 24, "cogvideox_2b_sft": 36}  # published GB
-RESULTS = HOME / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "peft")
 
 
 def wired(recipe: str) -> Wiring:
-    words = [f"experiment={recipe}", "init_from=random", "data.root=random", "logger=null"]
-    config.setup(words)
-    return wire(config.to_root(config.compose(config.expand(words))))
+    overrides = [f"experiment={recipe}", "init_from=random", "data.root=random", "logger=null"]
+    config.setup(overrides)
+    return wire(config.to_root(config.compose(config.expand(overrides))))
 
 
 def filled(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:
-    """A network that was built without memory, with random numbers in `dtype`."""
+    """Materialises a network that was built on the meta device, with random weights in `dtype`."""
     network = network.to(dtype).to_empty(device=device)
     for tensor in network.state_dict().values():
         tensor.normal_(std=0.02)
     return network
 
 
-class Stored(nn.Module):
-    """In place of a first stage whose latents are stored: two of its functions, and no weights."""
+class CachedLatents(nn.Module):
+    """Replaces a first stage when latents are cached: two of its methods and no weights."""
 
     def __init__(self, first_stage: Any) -> None:
         super().__init__()
@@ -61,7 +58,7 @@ class Stored(nn.Module):
 
 
 def ours(wiring: Wiring, dtype: torch.dtype, device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """What trains, and the loss of a step: the project's own training step on stored latents."""
+    """The trained network and the loss of a step: our training step on cached latents."""
     root = wiring.root
     use_kernels(root)
     with torch.device("meta"):
@@ -74,7 +71,7 @@ def ours(wiring: Wiring, dtype: torch.dtype, device: str) -> tuple[nn.Module, Ca
         registry.create(getattr(root, g)) for g in ("schedule", "loss", "sampler", "guidance")
     )
     conditioner = registry.create(root.conditioning).requires_grad_(False)
-    parts = Parts(Stored(first_stage), conditioner, backbone, *others, adapter)  # type: ignore
+    parts = Parts(CachedLatents(first_stage), conditioner, backbone, *others, adapter)  # type: ignore
     system = LatentDiffusion(wiring, parts, 1).to(device).train()
     z, (text, mask) = wiring.latents[0], embeddings(wiring, device)
     batch = Batch(
@@ -94,17 +91,18 @@ def embeddings(wiring: Wiring, device: str) -> tuple[Tensor, Tensor]:
 def theirs(
     wiring: Wiring, dtype: torch.dtype, device: str
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The same of diffusers' network of the same settings, with peft's adapter."""
-    import diffusers
+    """The same for diffusers' network with the same settings and peft's adapter."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from peft import LoraConfig
 
+    transformers = import_module("diffusers.models.transformers.cogvideox_transformer_3d")
     root = wiring.root
     settings = {k: v for k, v in root.backbone.released().items() if not k.startswith("_")}
     with torch.device("meta"):
-        network: Any = diffusers.CogVideoXTransformer3DModel(**settings)
+        network: Any = transformers.CogVideoXTransformer3DModel(**settings)
     frozen = root.adapter is not None
     if not settings["use_rotary_positional_embeddings"]:
-        network.patch_embed.pos_embedding = None  # not in its state: made again below
+        network.patch_embed.pos_embedding = None  # not in its state dict: rebuilt below
     network = filled(network, dtype if frozen else torch.float32, device)
     z, (text, _) = wiring.grids[0], embeddings(wiring, device)
     if not settings["use_rotary_positional_embeddings"]:
@@ -114,8 +112,8 @@ def theirs(
     if frozen:
         network.requires_grad_(False)
         targets = list(root.backbone.adapter_targets())
-        settings_of_lora = {"r": root.adapter.rank, "lora_alpha": root.adapter.alpha}
-        network.add_adapter(LoraConfig(**settings_of_lora, target_modules=targets))
+        rank, alpha = root.adapter.rank, root.adapter.alpha
+        network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -123,9 +121,10 @@ def theirs(
     if settings["use_rotary_positional_embeddings"]:
         patch = settings["patch_size"]
         grid = z.height // patch, z.width // patch
-        rope = diffusers.models.embeddings.get_3d_rotary_pos_embed(
-            settings["attention_head_dim"], ((0, 0), grid), grid, z.frames, device=device
-        )
+        rope = get_3d_rotary_pos_embed(
+            settings["attention_head_dim"], ((0, 0), grid), grid, z.frames,
+            device=torch.device(device),
+        )  # fmt: skip
     schedule = registry.create(root.schedule)
     z0 = torch.randn(1, z.channels, z.frames, z.height, z.width, device=device)
 
@@ -138,13 +137,14 @@ def theirs(
     return network.train(), loss
 
 
-def measured(make: Any, wiring: Wiring, dtype: torch.dtype, device: str, steps: int) -> dict:
-    """Seconds of a step (median), and the highest memory of the process on the GPU in GB."""
+def measure(make: Any, wiring: Wiring, dtype: torch.dtype, device: str, steps: int) -> dict:
+    """Median seconds per step, and peak GPU memory in GB."""
     torch.manual_seed(0)
     network, loss = make(wiring, dtype, device)
     root = wiring.root
     trained = [p for p in network.parameters() if p.requires_grad]
     cfg = root.optimizer
+    assert root.lr is not None
     optimizer = torch.optim.AdamW(
         trained, root.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
     )
@@ -153,7 +153,7 @@ def measured(make: Any, wiring: Wiring, dtype: torch.dtype, device: str, steps: 
     for step in range(steps + 1):
         if is_cuda and step == 1:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
+        started = time.perf_counter()
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             value = loss()
         scaler.scale(value).backward()
@@ -164,49 +164,46 @@ def measured(make: Any, wiring: Wiring, dtype: torch.dtype, device: str, steps: 
         optimizer.zero_grad()
         if is_cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    peak = {"allocated_gb": None, "reserved_gb": None}
+        seconds.append(time.perf_counter() - started)
+    peak: dict[str, float | None] = {"allocated_gb": None, "reserved_gb": None}
     if is_cuda:
         peak["allocated_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         peak["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
-    number = sum(p.numel() for p in trained)
-    return {"seconds": round(statistics.median(seconds[1:]), 4), **peak, "trained": number}
+    count = sum(p.numel() for p in trained)
+    return {"seconds": round(statistics.median(seconds[1:]), 4), **peak, "trained": count}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| recipe | of | s a step | GB allocated | GB reserved | published GB |",
+    lines = ["| recipe | of | s per step | GB allocated | GB reserved | published GB |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     names = ("recipe", "of", "seconds", "allocated_gb", "reserved_gb", "published_gb")
     return "\n".join([*lines, *("| " + " | ".join(str(r[n]) for n in names) + " |" for r in rows)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
     device = "cpu" if args.tiny else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA GPU here; --tiny runs the same on a CPU")
+        sys.exit("needs a CUDA device; use --tiny to run tiny recipes on a CPU")
     rows = []
     for recipe, published in ROWS.items():
         wiring = wired(f"{recipe}_tiny" if args.tiny else recipe)
         for name, make in (("ours", ours), ("diffusers + peft", theirs)):
-            found = measured(make, wiring, DTYPES[wiring.root.precision], device, args.steps)
+            found = measure(make, wiring, DTYPES[wiring.root.precision], device, args.steps)
             rows.append({"recipe": recipe, "of": name, "published_gb": published, **found})
             print(rows[-1], flush=True)
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
-    print(table(rows))
-    if not args.tiny:
-        machine = {"device": torch.cuda.get_device_name(), "python": platform.python_version()}
-        machine |= {name: version(name) for name in PACKAGES}
-        RESULTS.mkdir(exist_ok=True)
-        said = json.dumps({"machine": machine, "rows": rows}, indent=1)
-        (RESULTS / "cogvideox.json").write_text(said + "\n")
-        words = ", ".join(f"{k} {v}" for k, v in machine.items())
-        (RESULTS / "cogvideox.md").write_text(f"# CogVideoX\n\n{words}\n\n{table(rows)}\n")
+    if args.tiny:
+        print(table(rows))
+        return
+    machine = {"device": torch.cuda.get_device_name()} | installed(*PACKAGES)
+    lines = ["# CogVideoX", "", f"{machine['device']}, {listed(machine)}", "", table(rows)]
+    write("cogvideox", {"machine": machine, "rows": rows}, lines)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""First stages of published systems, there and back: time and peak memory, with slices and tiles.
+"""Time and peak memory of published first stages: encoding and decoding, with slices and tiles.
 
     python benchmarks/gpu_first_stages.py         # writes benchmarks/results/first_stages.{json,md}
-    python benchmarks/gpu_first_stages.py --tiny  # the tiny presets on a CPU: does this script run?
+    python benchmarks/gpu_first_stages.py --tiny  # tiny presets on a CPU, to test the script
 
-Weights are random, clips are noise, bf16 without gradients. A case that does not fit is a row that
-says so.
+Random weights, noise clips, bf16, no gradients. A case that runs out of memory is a row with the
+error.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -23,21 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sandbox import compose  # noqa: E402 (the checkout, from wherever this is started)
-from sandbox.config import Root  # noqa: E402
-from sandbox.parts import build, use_kernels  # noqa: E402
+from benchmarks.common import RESULTS, installed, listed, write
+from sandbox import compose
+from sandbox.config import Root
+from sandbox.parts import build, use_kernels
 
-RESULTS = HOME / "benchmarks" / "results"
 GIB = 2**30
-WHOLE = ("vae.mini_batch_encoder=145", "vae.mini_batch_decoder=37", "vae.smooth_output=false")
+UNSPLIT = ("vae.mini_batch_encoder=145", "vae.mini_batch_decoder=37", "vae.smooth_output=false")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A first stage with clips of one size: (frames, height, width)."""
+    """A first stage and a clip size (frames, height, width)."""
 
     name: str
     words: tuple[str, ...]
@@ -45,15 +43,15 @@ class Case:
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """Clips of the published sizes, each in tiles and without."""
-    magvit, slices, pieces = ("vae=magvit_easyanimate_v2", "vae=slice_easyanimate_v3",
+    """The published clip sizes, each with and without tiling."""
+    magvit, slices, cogvideox = ("vae=magvit_easyanimate_v2", "vae=slice_easyanimate_v3",
                               "vae=cogvideox_2b")  # fmt: skip
     clips = {
         "magvit, windows of 9": ((magvit, "vae.smooth_output=false"), (144, 512, 512)),
         "magvit, smoothed windows": ((magvit,), (144, 512, 512)),
-        "magvit, in one piece": ((magvit, *WHOLE), (145, 512, 512)),
+        "magvit, in one piece": ((magvit, *UNSPLIT), (145, 512, 512)),
         "slice, slices of 8": ((slices,), (144, 512, 512)),
-        "cogvideox, pieces of 8": ((pieces,), (49, 480, 720)),
+        "cogvideox, pieces of 8": ((cogvideox,), (49, 480, 720)),
     }
     if tiny:
         clips = {
@@ -63,19 +61,19 @@ def cases(tiny: bool) -> Iterator[Case]:
         }
     for name, (words, size) in clips.items():
         for tiling in (False, True):
-            said = (*words, f"vae.use_tiling={str(tiling).lower()}")
-            yield Case(f"{name}{', tiles' if tiling else ''}", said, size)
+            overrides = (*words, f"vae.use_tiling={str(tiling).lower()}")
+            yield Case(f"{name}{', tiles' if tiling else ''}", overrides, size)
 
 
 def configured(case: Case) -> Root:
     frames, height, width = case.size
     size = (f"data.frames={frames}", f"data.height={height}", f"data.width={width}")
-    room = "backbone.max_frames=64", "backbone.max_height=64", "backbone.max_width=96"
-    return compose("vae.weights=null", "logger=null", "data.speed=1", *room, *case.words, *size)
+    limits = "backbone.max_frames=64", "backbone.max_height=64", "backbone.max_width=96"
+    return compose("vae.weights=null", "logger=null", "data.speed=1", *limits, *case.words, *size)
 
 
 def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
-    """A row with seconds (median) and peak memory of encoding and of decoding."""
+    """A row: median seconds and peak memory of encoding and of decoding."""
     root, (frames, height, width) = configured(case), case.size
     use_kernels(root)
     row: dict[str, Any] = {"case": case.name, "clip": f"{frames}x{height}x{width}"}
@@ -87,26 +85,28 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
         z, encoded = timed(lambda: network.scaled(network.encode(x).mean), device, rounds)
         _, decoded = timed(lambda: network.decode(z), device, rounds)
     except torch.OutOfMemoryError as e:
-        return row | {"failed": f"does not fit: {str(e).splitlines()[0]}"}
+        return row | {"failed": f"out of memory: {str(e).splitlines()[0]}"}
     return row | {"encode": encoded, "decode": decoded}
 
 
 @torch.no_grad()
 def timed(call: Callable[[], Tensor], device: str, rounds: int) -> tuple[Tensor, dict[str, Any]]:
-    """What it makes, and what that takes; the first call warms up."""
+    """The result of `call`, and its time and peak memory after a warm-up."""
     seconds, is_cuda = [], device == "cuda"
-    for i in range(rounds + 1):
-        if is_cuda and i == 1:
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        made = call()
+    result = call()
+    if is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(rounds):
+        started = time.perf_counter()
+        result = call()
         if is_cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - started)
     peak = torch.cuda.max_memory_allocated() / GIB if is_cuda else None
     reserved = torch.cuda.max_memory_reserved() / GIB if is_cuda else None
-    return made, {
-        "seconds": statistics.median(seconds[1:]),
+    return result, {
+        "seconds": statistics.median(seconds),
         "allocated": peak,
         "reserved": reserved,
     }
@@ -124,37 +124,33 @@ def line(row: dict[str, Any]) -> str:
     return f"| {row['case']} | {row['clip']} | {' | '.join(cells)} |"
 
 
-def table(made: dict[str, str], rows: Sequence[dict[str, Any]]) -> str:
-    parts = ", ".join(f"{k} {v}" for k, v in made.items() if k != "device")
+def table(machine: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
     head = (
         "| first stage | clip | encode, s | GiB allocated / reserved | decode, s | GiB allocated / "
         "reserved |\n|---|---|--:|--:|--:|--:|"
     )
-    return "\n".join([f"# First stages on {made['device']}", "", f"{parts}.", "", head,
-                      *map(line, rows)]) + "\n"  # fmt: skip
+    return [f"# First stages on {machine['device']}", "", f"{listed(machine)}.", "", head,
+            *map(line, rows)]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny presets on the CPU")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args(argv)
     device = "cpu" if args.tiny else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("needs a CUDA device; --tiny takes tiny presets without one")
+        raise SystemExit("needs a CUDA device; use --tiny to run tiny presets on a CPU")
     rows = []
     for case in cases(args.tiny):
         rows.append(measure(case, device, args.rounds))
         print(line(rows[-1]), flush=True)
         if device == "cuda":
             torch.cuda.empty_cache()
-    made = {"device": platform.machine() if args.tiny else torch.cuda.get_device_name(),
-            "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {"machine": made, "rows": rows}
-    (args.out / "first_stages.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "first_stages.md").write_text(table(made, rows))
+    machine: dict[str, Any] = installed("torch")
+    machine["device"] = platform.machine() if args.tiny else torch.cuda.get_device_name()
+    write("first_stages", {"machine": machine, "rows": rows}, table(machine, rows), args.out)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,49 @@
-"""Checks the Triton kernels on this machine's GPU, then measures them beside their peers.
+"""Tests the Triton kernels on this machine's GPU, then measures them against their peers.
 
     python benchmarks/gpu_kernels.py            # writes benchmarks/results/kernels.{json,md}
-    python benchmarks/gpu_kernels.py --smoke    # tiny sizes on the CPU: does this script run?
+    python benchmarks/gpu_kernels.py --smoke    # tiny sizes on a CPU, to test the script
 
-README.md has the protocol. Nothing is measured where a check fails.
+The protocol is in README.md. Nothing is measured if a test fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-HOME = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels  # noqa: E402 (the checkout, from wherever this is started)
-from kernels._benchmark import copy_bandwidth, measured, timed  # noqa: E402
-from kernels.group_norm import benchmark as group_norm  # noqa: E402
-from kernels.temporal_attention import benchmark as temporal_attention  # noqa: E402
+import kernels
+from benchmarks.common import HOME, RESULTS, installed, listed, write
+from kernels._benchmark import copy_bandwidth, measure, time_calls
+from kernels.group_norm import benchmark as group_norm
+from kernels.temporal_attention import benchmark as temporal_attention
 
-RESULTS = HOME / "benchmarks" / "results"
 OPS = {"group_norm": group_norm, "temporal_attention": temporal_attention}
 PACKAGES = ("torch", "triton", "liger-kernel", "apex", "xformers")
-PRESET = HOME / "conf" / "backbone" / "unet3d_dynamicrafter_512.yaml"
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device and versions; None for what is not installed."""
-    found: dict[str, Any] = {"python": platform.python_version(), "device": platform.machine()}
-    if device == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-        found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    """Device and versions."""
+    if device != "cuda":
+        return {"device": platform.machine()} | installed(*PACKAGES)
+    gpu = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return gpu | installed(*PACKAGES)
 
 
 def check() -> None:
-    """All tests of the kernels, those for a GPU too. Raises SystemExit where one fails."""
+    """Runs all kernel tests, including those for a GPU. Raises SystemExit if one fails."""
     command = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu or not slow", "-q"]
     if subprocess.run(command, cwd=HOME, check=False).returncode:
-        raise SystemExit("a check failed: nothing was measured")
+        raise SystemExit("a test failed; nothing was measured")
 
 
 def operations(
@@ -62,7 +52,7 @@ def operations(
     for op in names:
         for dtype in dtypes:
             for case in OPS[op].cases(smoke):
-                for row in measured(case, dtype, "cpu" if smoke else "cuda", bandwidth):
+                for row in measure(case, dtype, "cpu" if smoke else "cuda", bandwidth):
                     print(line(row), flush=True)
                     yield {"op": op, **row}
                 if not smoke:
@@ -80,39 +70,33 @@ def line(row: dict[str, Any]) -> str:
 
 
 def training_steps() -> Iterator[dict[str, Any]]:
-    """A step of DynamiCrafter-512's UNet under bf16 autocast, by each implementation."""
-    from omegaconf import OmegaConf
-
+    """A step of DynamiCrafter-512's UNet under bf16 autocast, with each implementation."""
+    from benchmarks.gpu_training_steps import SYSTEMS, configured
     from plugins.backbone.unet3d import UNet3D
     from sandbox.contracts import Conditions
 
-    preset = OmegaConf.to_container(OmegaConf.load(PRESET))
-    del preset["defaults"]
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()}
-    for name, impl, compiled in (
-        ("kernels=eager", "eager", False),
-        ("kernels=eager, torch.compile", "eager", True),
-        ("kernels=triton", "triton", False),
-        ("kernels=triton, torch.compile", "triton", True),
-    ):
+    case = next(iter(SYSTEMS["dynamicrafter_512"].cases))
+    config = configured("dynamicrafter_512", case).backbone
+    for impl, compiled in (("eager", False), ("eager", True), ("triton", False), ("triton", True)):
+        name = f"kernels={impl}{', torch.compile' if compiled else ''}"
         row: dict[str, Any] = {"op": "training step", "case": "DynamiCrafter-512 UNet, batch 1"}
         row |= {"impl": name, "dtype": "bf16 autocast", "pass": "step"}
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.manual_seed(0)
         with torch.device("cuda"):
-            model = UNet3D(UNet3D.Config(**settings))
+            model = UNet3D(config)
             z, t = torch.randn(1, 4, 16, 40, 64), torch.tensor([500])
-            told = Conditions(
+            cond = Conditions(
                 context=torch.randn(1, 77, 1024), image_context=torch.randn(1, 16, 16, 1024),
                 concat=torch.randn(1, 4, 16, 40, 64), scalars={"fps": torch.tensor([10.0])},
             )  # fmt: skip
         call = torch.compile(model) if compiled else model
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-        def step(call=call, optimizer=optimizer, z=z, t=t, told=told) -> None:
+        def step(call=call, optimizer=optimizer, z=z, t=t, cond=cond) -> None:
             with torch.autocast("cuda", torch.bfloat16):
-                loss = call(z, t, told).float().square().mean()
+                loss = call(z, t, cond).float().square().mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -122,26 +106,26 @@ def training_steps() -> Iterator[dict[str, Any]]:
                 for _ in range(3):
                     step()
                 torch.cuda.reset_peak_memory_stats()
-                row |= timed([step], "cuda")
+                row |= time_calls([step], "cuda")
             row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
-        except RuntimeError as e:  # out of memory, or a graph that cannot be compiled
+        except RuntimeError as e:  # out of memory, or compilation fails
             row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         print(f"{name:34} {row.get('ms', row.get('failed'))}", flush=True)
         yield row
         del model, call, optimizer, step
 
 
-# --- what comes of it -----------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def crossovers(rows: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Numbers of the first tensor from which on Triton, host included, is never slower than eager.
+    """The number of elements from which Triton, including host time, is never slower than eager.
 
-    For CROSSOVER in kernels/_dispatch.py; None where the largest size is slower.
+    For CROSSOVER in kernels/_dispatch.py; None if the largest size is slower.
     """
-    plain = {"group_norm": "eager, same dtype", "temporal_attention": "permute + SDPA default"}
+    eager = {"group_norm": "eager, same dtype", "temporal_attention": "permute + SDPA default"}
     found: dict[str, int | None] = {}
-    for op, peer in plain.items():
+    for op, peer in eager.items():
         times: dict[tuple, dict[str, float]] = {}
         for row in rows:
             if row["op"] == op and row["pass"] == "both" and row["impl"] in ("triton", peer):
@@ -158,13 +142,12 @@ def crossovers(rows: list[dict[str, Any]]) -> dict[str, int | None]:
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: a table for each operation and pass."""
-    made = result["machine"]
-    parts = ", ".join(f"{k} {v}" for k, v in made.items() if v and k != "device")
-    lines = [f"# Kernels on {made['device']}", "", f"{parts}.", ""]
-    lines += [f"Copy bandwidth {result['copy_bandwidth'] / 1e12:.2f} TB/s, read and written.", ""]
-    lines += ["`graph` is the time in a CUDA graph, without the host; given for short calls.", ""]
+def table(result: dict[str, Any]) -> list[str]:
+    """Markdown lines: a table for each operation and pass."""
+    machine = result["machine"]
+    lines = [f"# Kernels on {machine['device']}", "", f"{listed(machine)}.", ""]
+    lines += [f"Copy bandwidth {result['copy_bandwidth'] / 1e12:.2f} TB/s, read plus written.", ""]
+    lines += ["`graph` is the time in a CUDA graph, without host time, for short calls.", ""]
     rows = [r for r in result["rows"] if r["op"] in OPS]
     for op in dict.fromkeys(r["op"] for r in rows):
         for which in ("forward", "backward", "both"):
@@ -181,8 +164,7 @@ def table(result: dict[str, Any]) -> str:
             time = f"{r['ms']:.1f}" if "ms" in r else r["failed"]
             lines.append(f"| {r['case']} | {r['impl']} | {time} | {r.get('peak_mb', 0):.0f} |")
         lines.append("")
-    lines += [f"Crossover for `kernels/_dispatch.py`: {result['crossover']}."]
-    return "\n".join(lines) + "\n"
+    return [*lines, f"Crossover for `kernels/_dispatch.py`: {result['crossover']}."]
 
 
 def _cells(r: dict[str, Any]) -> str:
@@ -194,19 +176,19 @@ def _cells(r: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16"])
-    parser.add_argument("--no-step", action="store_true", help="leave the training step out")
+    parser.add_argument("--no-step", action="store_true", help="skip the training step")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     device = "cpu" if args.smoke else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("needs a CUDA device; --smoke runs tiny sizes without one")
+        raise SystemExit("needs a CUDA device; use --smoke to run tiny sizes on a CPU")
     if device == "cuda":
         check()
-    torch._dynamo.config.cache_size_limit = 256  # each size is a graph of its own
+    torch._dynamo.config.cache_size_limit = 256  # each size is a separate graph
     bandwidth = copy_bandwidth(device, 2**20 if args.smoke else 4 * 2**30)
     dtypes = [getattr(torch, name) for name in args.dtypes]
     with nullcontext() if args.smoke else torch.cuda.device(0):
@@ -216,10 +198,7 @@ def main() -> None:
         "machine": machine(device), "copy_bandwidth": bandwidth, "crossover": crossovers(rows),
         "rows": rows,
     }  # fmt: skip
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "kernels.md").write_text(table(result))
-    print(f"written: {args.out / 'kernels.json'}, {args.out / 'kernels.md'}")
+    write("kernels", result, table(result), args.out)
 
 
 if __name__ == "__main__":

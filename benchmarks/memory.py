@@ -1,26 +1,29 @@
-"""Memory of CogVideoX's published fine-tuning, summed by task=plan, beside the published peaks.
+"""Memory of CogVideoX fine-tuning as estimated by task=plan, against the published peaks.
 
 python benchmarks/memory.py        # two minutes; writes benchmarks/results/memory.{json,md}
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import write
 
 
 def main() -> None:
     from sandbox.plan.published import MISSES, ROWS, WITHIN
     from sandbox.plan.strategies import GIB, RESERVED, ZERO, plain, zero
 
-    recipes = {name: {} for name in dict.fromkeys(row.recipe for row in ROWS)}
-    for name in recipes:
+    recipes: dict[str, tuple[Any, dict[bool, Any]]] = {}
+    for name in dict.fromkeys(row.recipe for row in ROWS):
         is_zero = {row.strategy in ZERO for row in ROWS if row.recipe == name}
         recipes[name] = measured_recipe(name, is_zero)
         print(name, flush=True)
@@ -50,14 +53,13 @@ def main() -> None:
         },
         "rows": rows,
     }  # fmt: skip
-    (RESULTS / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
-    (RESULTS / "memory.md").write_text(rendered(rows, RESERVED, WITHIN))
+    write("memory", found, rendered(rows, RESERVED, WITHIN))
     fitted = [r["gib"] / r["sum_gib"] for r in rows if r["strategy"] not in ZERO and not r["why"]]
     print(f"median of published over sums, LoRA and DDP: {statistics.median(fitted):.3f}")
 
 
-def measured_recipe(name: str, kinds: set[bool]) -> tuple:
-    """What a recipe needs, and its steps, with weights in half precision (True) or not."""
+def measured_recipe(name: str, kinds: set[bool]) -> tuple[Any, dict[bool, Any]]:
+    """The needs of a recipe, and its steps for weights in half precision (True) or not."""
     from sandbox import config
     from sandbox.main import checked
     from sandbox.plan.build import Sizes, counts, measured, parts_of
@@ -66,24 +68,24 @@ def measured_recipe(name: str, kinds: set[bool]) -> tuple:
     words = [f"experiment={name}", "task=plan", "data.batch_size=1"]
     config.setup(words)
     wiring = checked(config.to_root(config.compose(config.expand(words))))
-    assert wiring is not None  # this task works on a system
+    assert wiring is not None  # task=plan builds a system
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = parts_of(root)
     need = need_of(root, counts(root, parts), parts)
     return need, {half: measured(root, sizes, True, half) for half in kinds}
 
 
-def rendered(rows: list[dict], factor: float, within: float) -> str:
+def rendered(rows: list[dict[str, Any]], factor: float, within: float) -> list[str]:
     """The table, and a line for each miss."""
     lines = [
         "# Memory of CogVideoX's fine-tuning",
         "",
-        "Sums of `task=plan` (GiB, one clip, activations checkpointed) beside the peaks that the "
+        "Estimates of `task=plan` (GiB, one clip, activation checkpointing) and the peaks that the "
         "authors publish (GB, reserved).",
-        f"Reserved is the sum times {factor}, the one number that is fitted: the median of "
-        "published over sum, of the rows for LoRA and DDP but for the first.",
-        "ZeRO's sums count one whole gradient in half precision on each device: without it they "
-        "would be lower by 3.2 (2b) and 10.4 (5b), and further off.",
+        f"Reserved is the sum times {factor}, the only fitted number: the median ratio of "
+        "published to sum over the LoRA and DDP rows except the first.",
+        "The ZeRO sums include one full half-precision gradient on each device; without it they "
+        "would be 3.2 (2b) and 10.4 (5b) lower and less accurate.",
         "",
         "| recipe | strategy | devices | sum | reserved | published | off |",
         "|---|---|---|---|---|---|---|",
@@ -102,11 +104,11 @@ def rendered(rows: list[dict], factor: float, within: float) -> str:
     lines += ["", f"{hits} of {len(rows)} rows are within {within:.0%}.", "", *misses]
     lines += [
         "",
-        "That rows of ZeRO-2 on one device with its optimizer on the CPU and on eight without are "
-        "the same, and ZeRO-3 is above ZeRO-2, no sum explains; the official configuration says "
-        "nothing of it. Nothing here was measured on a GPU.",
+        "No sum explains that ZeRO-2 on one device with CPU offload of the optimizer equals ZeRO-2 "
+        "on eight devices without it, or that ZeRO-3 exceeds ZeRO-2; the official configuration "
+        "does not mention it. Nothing here was measured on a GPU.",
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

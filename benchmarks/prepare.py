@@ -1,10 +1,10 @@
-"""How fast task=prepare is, where its time goes, and whether its memory grows.
+"""Throughput of task=prepare, its time by stage, and its memory over time.
 
     python benchmarks/prepare.py [--clips 1000] [--seconds 4] [--fps 24] [--width 320] [--workers 2]
 
-Generated clips (5:3, h264), one in ten still, one in ten with writing, one in ten a copy; all
-default stages, shards at the end. Memory is that of the command and of its largest worker, read
-from /proc four times a second.
+Generated clips (5:3, h264): one in ten without motion, one in ten with text, one in ten a copy. All
+default stages, then shards. Memory of the command and of its largest worker is read from /proc four
+times per second.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import tempfile
 import time
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(CHECKOUT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.multirun import rss  # noqa: E402
-from sandbox.media import write_frames  # noqa: E402
-from tests.footage import scene, written  # noqa: E402
+from benchmarks.common import HOME, write
+from benchmarks.multirun import rss
+from sandbox.media import write_frames
+from tests.footage import scene, written
 
-RESULTS = Path(__file__).parent / "results"
-SPEED = 9.6  # pixels a second, of clips that are not still
-SHOWN = 40  # of the memory samples, those that the JSON file has
-PARTS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the time, with memory in the table
+SPEED = 9.6  # pixels per second of moving clips
+SAMPLES = 40  # memory samples in the JSON file
+PARTS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of the run time, with memory in the table
 
 
 def generate(folder: Path, kind: argparse.Namespace) -> None:
@@ -53,18 +52,18 @@ def workers_of(pid: int) -> list[int]:
 
 
 def prepare(raw: Path, to: Path, workers: int) -> tuple[float, list[dict[str, float]]]:
-    """Seconds, and samples of memory in MiB with their time."""
+    """Seconds, and memory samples in MiB with their time."""
     words = [f"data_root={raw}", f"to={to}", f"workers={workers}", "sheet=6"]
-    began, memory = time.monotonic(), []
-    child = subprocess.Popen([sys.executable, "run.py", "task=prepare", *words], cwd=CHECKOUT)
+    started, memory = time.monotonic(), []
+    child = subprocess.Popen([sys.executable, "run.py", "task=prepare", *words], cwd=HOME)
     while child.poll() is None:
         largest = max((rss(pid) for pid in workers_of(child.pid)), default=0.0)
-        now = {"seconds": time.monotonic() - began, "command": rss(child.pid), "worker": largest}
+        now = {"seconds": time.monotonic() - started, "command": rss(child.pid), "worker": largest}
         memory.append({k: round(v, 1) for k, v in now.items()})
         time.sleep(0.25)
     if child.returncode:
         raise SystemExit(f"task=prepare ended with {child.returncode}")
-    return time.monotonic() - began, memory
+    return time.monotonic() - started, memory
 
 
 def main() -> None:
@@ -84,9 +83,7 @@ def main() -> None:
     machine = {"cpu": platform.machine(), "python": platform.python_version()}
     found = {"machine": machine, **vars(args),
              "took_seconds": round(seconds, 1), "summary": summary,
-             "memory_mib": memory[:: len(memory) // SHOWN + 1]}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "prepare.json").write_text(json.dumps(found, indent=1) + "\n")
+             "memory_mib": memory[:: len(memory) // SAMPLES + 1]}  # fmt: skip
     total = sum(summary["core_seconds"].values())
     lines = [
         f"# {args.clips} clips prepared by {args.workers} workers", "",
@@ -102,8 +99,7 @@ def main() -> None:
         now = memory[int(part * (len(memory) - 1))]
         row = (f"{now[k]:.0f}" for k in ("seconds", "command", "worker"))
         lines.append("| {} s | {} MiB | {} MiB |".format(*row))
-    (RESULTS / "prepare.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write("prepare", found, lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""How long a report over many runs takes, and what of it.
+"""Time to write a report over many runs, by stage.
 
     python benchmarks/report.py [--runs 1000]
 
-Run folders are made as runs leave them: the whole resolved configuration, 200 recorded steps,
-scores with their protocols, no samples; settings x 5 seeds. Each part is timed once, after a
-warm-up on 10 runs: a report is written once.
+Generated run folders: the full resolved configuration, 200 recorded steps, scores with their
+protocols, no samples; settings x 5 seeds. Each stage is timed once, after a warm-up on 10 runs.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ import itertools
 import json
 import platform
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import yaml
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import write
+
 SEEDS, STEPS = 5, 200
 
 
@@ -33,18 +36,18 @@ def make(folder: Path, count: int) -> None:
     root = compose()
     config = to_container(root)
     names = ["colour", "digit", "direction", "shape", "realism", "speed", "diversity"]
-    said = protocols(root, Clip(3, 9, 16, 16), 192, "ema", names)
+    recorded = protocols(root, Clip(3, 9, 16, 16), 192, "ema", names)
     draw = random.Random(0)
     for i in range(count):
-        rate, seed = 1e-4 * (1 + i // SEEDS), i % SEEDS
+        lr, seed = 1e-4 * (1 + i // SEEDS), i % SEEDS
         run = folder / f"default-{i:08x}"
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(config | {"lr": rate, "seed": seed}))
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"lr": lr, "seed": seed}))
         metrics = {
-            "overrides": [f"lr={rate}"],
+            "overrides": [f"lr={lr}"],
             "scores": {"model": {name: draw.random() for name in names}},
             "first_stage_psnr_db": 25 + draw.random(),
-            "protocols": said,
+            "protocols": recorded,
             "cost": {"parameters": 392000, "trained": 392000, "training_seconds": 50.0},
         }
         (run / "metrics.json").write_text(json.dumps(metrics))
@@ -57,7 +60,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def timed(folder: Path) -> dict[str, float]:
-    """CPU seconds of reading, comparing and writing."""
+    """CPU seconds to read, compare and write."""
     from sandbox.ablation import compare
     from sandbox.ablation_page import write_ablation
     from sandbox.ablation_runs import read
@@ -78,25 +81,20 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     count = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
-        for name, runs in (("warm", 10), ("many", count)):
-            make(Path(folder, name), runs)
-            parts = timed(Path(folder, name))
-    result = {
-        "runs": count,
-        "variants": count // SEEDS,
-        "cpu_seconds": parts | {"total": round(sum(parts.values()), 2)},
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    (RESULTS / "report.json").write_text(json.dumps(result, indent=1) + "\n")
-    rows = "\n".join(f"| {k} | {v:.2f} s |" for k, v in result["cpu_seconds"].items())
-    text = (
-        f"# A report over {count:,} runs\n\n{result['variants']} variants with {SEEDS} seeds, "
-        f"8 numbers each; CPU time, Python {result['python']}, {result['machine']}.\n\n"
-        f"| part | CPU |\n|---|---|\n{rows}\n"
-    )
-    (RESULTS / "report.md").write_text(text)
-    print(text)
+        make(Path(folder, "warm-up"), 10)
+        timed(Path(folder, "warm-up"))
+        make(Path(folder, "runs"), count)
+        parts = timed(Path(folder, "runs"))
+    seconds = parts | {"total": round(sum(parts.values()), 2)}
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    result = {"runs": count, "variants": count // SEEDS, "cpu_seconds": seconds, **machine}
+    lines = [
+        f"# A report over {count:,} runs", "",
+        f"{count // SEEDS} variants with {SEEDS} seeds, 8 numbers each; CPU time, "
+        f"Python {machine['python']}, {machine['machine']}.", "",
+        "| part | CPU |", "|---|---|", *(f"| {k} | {v:.2f} s |" for k, v in seconds.items()),
+    ]  # fmt: skip
+    write("report", result, lines)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
-"""What each safety feature takes of a training step, measured inside one real run.
+"""Time of each safety feature per training step, measured in one run.
 
     python benchmarks/safety.py [--steps 400]
 
-The calls of each feature are timed where they happen in a run of the default system at batch 16 (on
-one thread); a row is the sum of them over the run, divided by its steps. Checkpoints are written as
-often as in the default recipe. `plain noise` is what torch's global generator takes for the numbers
-that the keyed draws give.
+Times the calls of each feature during a run of the default system at batch 16 on one thread; a row
+is their sum divided by the number of steps. Checkpoints are written as often as in the default
+recipe. `plain noise` is the time of PyTorch's global generator for the same random numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 
-from sandbox import checkpoint, compose, training
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import HOME, installed, write
+from sandbox import checkpoint, compose, fitting, training
 from sandbox.data import Loader
 from sandbox.randomness import Keyed
 from sandbox.rank import Rank
@@ -32,12 +33,11 @@ from sandbox.runs import open_run
 from sandbox.systems import build_system
 from sandbox.wiring import wire
 
-RESULTS = Path(__file__).parent / "results"
 FEATURES: dict[str, list[tuple[Any, str]]] = {
     "keyed draws: noise, times, dropping": [
         (Keyed, "normal"), (Keyed, "uniform"), (Keyed, "stratified"), (Keyed, "integers")
     ],
-    "dropout seeded for each micro-batch": [(training, "seed_dropout"), (training, "seed_of")],
+    "dropout seeded for each micro-batch": [(fitting, "seed_dropout"), (fitting, "seed_of")],
     "ranks agree whether to stop": [(Rank, "agree_to_stop")],
     "metrics kept, checked and written": [
         (training.Training, "note"), (training.Training, "flush")
@@ -48,8 +48,8 @@ FEATURES: dict[str, list[tuple[Any, str]]] = {
 
 
 @contextmanager
-def timed(owner: Any, name: str, seconds: Counter, feature: str) -> Iterator[None]:
-    """Inside the block every call of `owner.name` adds to `seconds[feature]`."""
+def timed(owner: Any, name: str, seconds: defaultdict[str, float], feature: str) -> Iterator[None]:
+    """Within the block, adds the time of each call of `owner.name` to `seconds[feature]`."""
     call: Callable = getattr(owner, name)
 
     def measured(*args: Any, **kwargs: Any) -> Any:
@@ -70,11 +70,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    seconds: Counter = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as out:
         root = compose(
             "data.batch_size=16", "logger=null", f"steps={args.steps}", "trainer.threads=1",
-            f"out={out}", f"cache={RESULTS.parent.parent}/outputs/cache",
+            f"out={out}", f"cache={HOME}/outputs/cache",
         )  # fmt: skip
         wiring = wire(root)
         with open_run(out, "safety", {"bench": 1}) as run, ExitStack() as stack:
@@ -84,8 +84,8 @@ def main() -> None:
                     stack.enter_context(timed(owner, name, seconds, feature))
             with training.start(system, run, None) as started:
                 began = time.perf_counter()
-                training.fit(started)
-                whole = time.perf_counter() - began
+                fitting.fit(started)
+                total = time.perf_counter() - began
         latents = wiring.latents[0]
     shape = (16, latents.channels, latents.frames, latents.height, latents.width)
     began = time.perf_counter()
@@ -93,19 +93,16 @@ def main() -> None:
         torch.randn(shape)
         torch.rand(16)
     plain = time.perf_counter() - began
-    rows = {"a step": whole, **{f: seconds[f] for f in FEATURES}, "plain noise": plain}
+    rows = {"a step": total, **{f: seconds[f] for f in FEATURES}, "plain noise": plain}
     rows = {name: 1e3 * s / args.steps for name, s in rows.items()}
-    machine = {
-        "cpu": platform.machine(), "torch": torch.__version__, "lightning": lightning.__version__
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    found = {"machine": machine, "steps": args.steps, "ms_per_step": rows}
-    (RESULTS / "safety.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = ["| feature | ms a step | share of the step |", "|---|---|---|"]
-    table += [f"| {k} | {v:.3f} | {100 * v / rows['a step']:.1f} % |" for k, v in rows.items()]
-    heading = f"# What safety takes of a step\n\nDefault system, batch 16, {args.steps} steps, "
-    (RESULTS / "safety.md").write_text(f"{heading}{machine}\n\n" + "\n".join(table) + "\n")
-    print("\n".join(table))
+    machine = {"cpu": platform.machine()} | installed("torch", "lightning")
+    lines = [
+        "# Safety features: time per step", "",
+        f"Default system, batch 16, {args.steps} steps, {machine}", "",
+        "| feature | ms a step | share of the step |", "|---|---|---|",
+        *(f"| {k} | {v:.3f} | {100 * v / rows['a step']:.1f} % |" for k, v in rows.items()),
+    ]  # fmt: skip
+    write("safety", {"machine": machine, "steps": args.steps, "ms_per_step": rows}, lines)
 
 
 if __name__ == "__main__":

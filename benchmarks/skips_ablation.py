@@ -1,18 +1,17 @@
-"""Do long skips make training calmer, as EasyAnimateV2 says of them (2405.18991, section 3.2)?
+"""Do long skips stabilise training, as EasyAnimateV2 claims (2405.18991, section 3.2)?
 
     python benchmarks/skips_ablation.py [--steps 100] [--seeds 3]
 
-`backbone=dit` of eight blocks on moving digits, attention within frames: with and without long
-skips, with and without motion modules, the same data, noise and first weights for one seed, and a
-learning rate at which training is not calm. A spike is a step whose loss (or gradient norm) is more
-than `SPIKE` (`STEEP`) times the median of the `BEFORE` steps before it; the final loss is the mean
-of the last tenth of the steps. Pairs are of one seed.
+Trains `backbone=dit` with eight blocks and spatial attention on moving digits, with and without
+long skips and motion modules. Runs of one seed share data, noise and initial weights; the learning
+rate is high enough to make training unstable. A spike is a step whose loss (or gradient norm)
+exceeds `LOSS_SPIKE` (`GRADIENT_SPIKE`) times the median of the `WINDOW` previous steps. The final loss is
+the mean of the last tenth of the steps. Differences are paired by seed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import platform
 import statistics
@@ -24,25 +23,26 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.common import RESULTS, installed, write
+
 COMMON = (
     "backbone=dit", "backbone.attention=spatial", "backbone.num_blocks=8", "backbone.width=32",
     "data.batch_size=8", "lr=5e-3", "lr_schedule=constant_at_once", "ema=none",
     "trainer.clip=null", "trainer.threads=1", "logger=null",
 )  # fmt: skip
 SKIPS, MOTION = ("none", "uvit"), ("none", "vanilla")
-SPIKE, STEEP, BEFORE = 1.5, 4.0, 20
-CALM = (
-    "No network had a spike, with skips or without: at this size, rate and length there is nothing "
-    "for skips to calm, and the claim is neither seen nor refuted. It was made of 28 blocks of "
-    "width 1152; more steps, blocks or a higher lr may show it (COMMON in the script)."
+LOSS_SPIKE, GRADIENT_SPIKE, WINDOW = 1.5, 4.0, 20
+NO_SPIKES = (
+    "No network had a spike, with or without skips: at this size, learning rate and length, the "
+    "claim is neither confirmed nor refuted. It was made for 28 blocks of width 1152; more steps, "
+    "more blocks or a higher lr may show the effect (COMMON in the script)."
 )
 
 
 def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[str, list[float]]:
-    """Loss and gradient norm of every step."""
+    """Trains one network; returns loss and gradient norm of every step."""
     from sandbox import compose
     from sandbox.contracts import Diverged
     from sandbox.fitting import fit
@@ -66,39 +66,39 @@ def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[s
 
 
 def spikes(values: list[float], factor: float) -> int:
-    windows = (values[i - BEFORE : i] for i in range(BEFORE, len(values)))
-    pairs = zip(windows, values[BEFORE:], strict=True)
+    windows = (values[i - WINDOW : i] for i in range(WINDOW, len(values)))
+    pairs = zip(windows, values[WINDOW:], strict=True)
     return sum(value > factor * statistics.median(window) for window, value in pairs)
 
 
 def summary(run: dict[str, list[float]], steps: int) -> dict[str, Any]:
     loss, last = run["loss"], max(1, steps // 10)
-    medians = [statistics.median(loss[i - BEFORE : i]) for i in range(BEFORE, len(loss))]
-    worst = max((v / m for v, m in zip(loss[BEFORE:], medians, strict=True)), default=0.0)
+    medians = [statistics.median(loss[i - WINDOW : i]) for i in range(WINDOW, len(loss))]
+    worst = max((v / m for v, m in zip(loss[WINDOW:], medians, strict=True)), default=0.0)
     return {
         "steps": len(loss),
         "final loss": statistics.fmean(loss[-last:]),
-        "loss spikes": spikes(loss, SPIKE),
+        "loss spikes": spikes(loss, LOSS_SPIKE),
         "largest rise": worst,
-        "gradient spikes": spikes(run["grad_norm"], STEEP),
+        "gradient spikes": spikes(run["grad_norm"], GRADIENT_SPIKE),
     }
 
 
 def interval(values: list[float]) -> str:
-    """Mean and half a 95 % interval (t of Student)."""
+    """Mean +- half the 95 % interval (Student's t)."""
     t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
     return (
         f"{statistics.fmean(values):.3f} +- {t * statistics.stdev(values) / sqrt(len(values)):.3f}"
     )
 
 
-def report(found: dict[str, Any]) -> str:
+def report(found: dict[str, Any]) -> list[str]:
     runs, seeds, steps = found["runs"], range(found["seeds"]), found["steps"]
     names = ("final loss", "loss spikes", "largest rise", "gradient spikes")
     lines = [
         "# Long skips: loss spikes and final loss",
         "",
-        f"{__doc__.strip().splitlines()[0]} Made by `benchmarks/skips_ablation.py`: {steps} steps, "
+        f"{(__doc__ or '').splitlines()[0]} Made by `benchmarks/skips_ablation.py`: {steps} steps, "
         f"{len(seeds)} seeds, {found['machine']}.",
         "",
         f"| motion | skips | {' | '.join(names)} |",
@@ -108,24 +108,25 @@ def report(found: dict[str, Any]) -> str:
         own = [runs[f"{motion}/{skips}/{seed}"] for seed in seeds]
         cells = [interval([run[name] for run in own]) for name in names]
         lines.append(f"| {motion} | {skips} | {' | '.join(cells)} |")
-    lines += ["", "With skips less without, by pairs of one seed (mean and 95 % interval):", ""]
+    lines += ["", "With skips minus without, paired by seed (mean and 95 % interval):", ""]
     for motion in MOTION:
         for name in names:
             pairs = [runs[f"{motion}/uvit/{s}"][name] - runs[f"{motion}/none/{s}"][name]
                      for s in seeds]  # fmt: skip
             lines.append(f"- motion {motion}, {name}: {interval(pairs)}")
     if not any(run["loss spikes"] + run["gradient spikes"] for run in runs.values()):
-        lines += ["", CALM]
-    return "\n".join(lines) + "\n"
+        lines += ["", NO_SPIKES]
+    return lines
 
 
 def draw(curves: dict[str, dict[str, list[float]]], seeds: int, path: Path) -> None:
-    """Losses by step, one panel for each kind of network, both skips in each."""
+    """Plots losses by step: a panel for each motion module, with both kinds of skips."""
     from PIL import Image, ImageDraw
 
     width, height, margin = 620, 320, 44
     sheet = Image.new("RGB", (2 * width, height), "white")
     top = max(min(max(c["loss"]), 3.0) for c in curves.values())
+    steps = max(len(c["loss"]) for c in curves.values())
     for panel, motion in enumerate(MOTION):
         pen, left = ImageDraw.Draw(sheet), panel * width + margin
         right, bottom = (panel + 1) * width - 12, height - 30
@@ -144,7 +145,7 @@ def draw(curves: dict[str, dict[str, list[float]]], seeds: int, path: Path) -> N
                           for i, v in enumerate(loss)]  # fmt: skip
                 pen.line(points, fill=colour, width=1)
         pen.text((left, bottom + 8), "0", fill="#555555")
-        pen.text((right - 60, bottom + 8), f"step {len(loss)}", fill="#555555")
+        pen.text((right - 60, bottom + 8), f"step {steps}", fill="#555555")
     sheet.save(path)
 
 
@@ -169,7 +170,7 @@ def main() -> None:
         }
         curves = {name: job.result() for name, job in jobs.items()}
     found = {
-        "machine": f"{platform.machine()}, one thread, torch {__import__('torch').__version__}",
+        "machine": f"{platform.machine()}, one thread, torch {installed('torch')['torch']}",
         "settings": [*COMMON],
         "steps": args.steps,
         "seeds": args.seeds,
@@ -177,11 +178,8 @@ def main() -> None:
         "curves": {k: {n: [round(x, 5) for x in v] for n, v in c.items()}
                    for k, c in curves.items()},
     }  # fmt: skip
-    args.to.mkdir(parents=True, exist_ok=True)
-    (args.to / "skips_ablation.json").write_text(json.dumps(found) + "\n")
-    (args.to / "skips_ablation.md").write_text(report(found))
+    write("skips_ablation", found, report(found), args.to)
     draw(curves, args.seeds, args.to / "skips_ablation.png")
-    print(report(found))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,35 @@
-"""What our training step costs over a bare PyTorch loop of the same model, measured in one run.
+"""Overhead of our training step over a bare PyTorch loop with the same model.
 
-    python benchmarks/step_overhead.py            # writes
-    benchmarks/results/step_overhead.{json,md}
+    python benchmarks/step_overhead.py    # writes benchmarks/results/step_overhead.{json,md}
 
-Both sides train the same backbone with the same optimizer, clipping and batches (rendered before).
-The bare loop draws noise and times with torch's global generator and logs nothing. Ours is
-`sandbox.fitting.fit`: keyed randomness per sample and name, Lightning, metrics to disk every 20
-steps, finite checks. Rounds alternate; medians of rounds.
+Both sides train the same backbone with the same optimizer, gradient clipping and precomputed
+batches. The bare loop draws noise and timesteps from PyTorch's global generator and does not log.
+Ours is `sandbox.fitting.fit`: keyed randomness per sample and name, Lightning, metrics to disk
+every 20 steps, checks for non-finite values. Rounds alternate; results are medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any
 
-import lightning
 import torch
 from lightning import Callback
+from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import HOME, installed, write
 from sandbox import compose, registry
+from sandbox.contracts import Batch, Conditions
 from sandbox.data import Loader
 from sandbox.fitting import fit
 from sandbox.runs import open_run
@@ -33,7 +37,6 @@ from sandbox.systems import build_system
 from sandbox.training import start
 from sandbox.wiring import wire
 
-RESULTS = Path(__file__).parent / "results"
 CASES = {  # name: overrides
     "default DiT, batch 16": ["data.batch_size=16"],
     "default DiT, batch 32": [],
@@ -45,29 +48,28 @@ CASES = {  # name: overrides
         "conditioning.width=192",
     ],
 }
-BATCHES = 8  # rendered before, used in turn
+BATCHES = 8  # precomputed, used in turn
 
 
 def bare_loop(overrides: list[str], steps: int) -> float:
-    """Seconds per step of a plain loop: encode, noise, forward, loss, backward, clip, step."""
+    """Seconds per step of a bare loop: encode, noise, forward, loss, backward, clip, step."""
     root = compose("logger=null", "ema=none", f"steps={steps}", *overrides)
     system = build_system(wire(root)).train()
     items = registry.create(root.data).split("train")
     loaded = list(islice(Loader(items, root.data.batch_size, 0), BATCHES))
-    backbone, words = system.backbone, system.conditioner.table
+    backbone, conditioner, first_stage = system.backbone, system.conditioner, system.first_stage
     parameters = [p for p in system.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=root.lr, betas=(0.9, 0.95), fused=True)
-    rows = [system.conditioner.rows(b.captions) for b in loaded]
-    from sandbox.contracts import Conditions
+    rows = [conditioner.rows(b.captions) for b in loaded]
 
-    def step(batch, row) -> None:
+    def step(batch: Batch, row: Tensor) -> None:
         with torch.no_grad():
-            z0 = system.first_stage.scaled(system.first_stage.encode(batch.video).mean)
+            z0 = first_stage.scaled(first_stage.encode(batch.video).mean)
         t = torch.sigmoid(1 + torch.randn(len(z0)))
         eps = torch.randn_like(z0)
         z_t = torch.lerp(z0, eps, t.view(-1, 1, 1, 1, 1))
         kept = torch.where(torch.rand(len(z0), 1) < 0.1, 0, row)
-        out = backbone(z_t, t * 1000, Conditions(vector=words(kept).sum(1)))
+        out = backbone(z_t, t * 1000, Conditions(vector=conditioner.table(kept).sum(1)))
         loss = torch.nn.functional.mse_loss(out, eps - z0)
         optimizer.zero_grad()
         loss.backward()
@@ -77,25 +79,25 @@ def bare_loop(overrides: list[str], steps: int) -> float:
     source = cycle(zip(loaded, rows, strict=True))
     for batch, row in islice(source, 10):
         step(batch, row)
-    began = time.perf_counter()
+    started = time.perf_counter()
     for batch, row in islice(source, steps):
         step(batch, row)
-    return (time.perf_counter() - began) / steps
+    return (time.perf_counter() - started) / steps
 
 
 class Clock(Callback):
-    """When each micro-batch ended."""
+    """Records when each micro-batch ends."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now = now
         self.ends: list[float] = []
 
-    def on_train_batch_end(self, *rest: object) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.ends.append(self.now())
 
 
 def our_loop(overrides: list[str], steps: int) -> float:
-    """Seconds per step of `fit` between its 10th and its last step."""
+    """Seconds per step of `fit`, from the 10th to the last step."""
     ends = ends_of_steps(overrides, steps)
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
@@ -106,15 +108,16 @@ def ends_of_steps(
     logger: str = "logger=null",
     now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """When so many steps of `fit` began, from the 10th on, and when the last of them ended (the
-    checkpoint at the end is not in it).
+    """Start times of `steps` steps of `fit`, from the 10th on, and the end of the last one.
+
+    The final checkpoint is not included.
     """
     with tempfile.TemporaryDirectory() as out:
         total = steps + 11
         root = compose(
             logger, "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}",
             "checkpoint.every=1000000", f"out={out}",
-            f"cache={RESULTS.parent.parent}/outputs/cache", *overrides,
+            f"cache={HOME}/outputs/cache", *overrides,
         )  # fmt: skip
         wiring = wire(root)
         with open_run(root.out, "benchmark", {}, "never") as run:
@@ -141,46 +144,23 @@ def main() -> None:
         ]
         bare, ours = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
         extra = 1000 * statistics.median(b - a for a, b in pairs)
-        rows.append(
-            {
-                "case": name,
-                "bare_ms": bare,
-                "ours_ms": ours,
-                "extra_ms": extra,
-                "ratio": ours / bare,
-                "pairs_s": pairs,
-            }
-        )
-        print(
-            f"{name}: bare {bare:.2f} ms, ours {ours:.2f} ms, {extra:+.2f} ms "
-            f"({100 * (ours / bare - 1):+.1f} %)",
-            flush=True,
-        )
-    versions = {
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "python": platform.python_version(),
-    }
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": args.threads,
-        **versions,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step_overhead.json").write_text(
-        json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"
-    )
-    table = ["| model | bare loop | ours | extra | ratio |", "|---|---|---|---|---|"]
-    table += [
+        ratio = ours / bare
+        rows.append({"case": name, "bare_ms": bare, "ours_ms": ours, "extra_ms": extra,
+                     "ratio": ratio, "pairs_s": pairs})  # fmt: skip
+        print(f"{name}: bare {bare:.2f} ms, ours {ours:.2f} ms, {extra:+.2f} ms", flush=True)
+    cpu = platform.processor() or platform.machine()
+    machine = {"cpu": cpu, "threads": args.threads} | installed("torch", "lightning")
+    lines = [
+        "# Training step over a bare loop", "",
+        f"{args.rounds} rounds of {args.steps} steps, {machine}", "",
+        "| model | bare loop | ours | extra | ratio |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
         f"| {r['case']} | {r['bare_ms']:.2f} ms | {r['ours_ms']:.2f} ms | {r['extra_ms']:+.2f} ms "
         f"| {r['ratio']:.3f} |"
         for r in rows
     ]
-    heading = (
-        "# Training step over a bare loop\n\n"
-        f"{args.rounds} rounds of {args.steps} steps, {machine}\n\n"
-    )
-    (RESULTS / "step_overhead.md").write_text(heading + "\n".join(table) + "\n")
+    write("step_overhead", {"machine": machine, "rows": rows}, lines)
 
 
 if __name__ == "__main__":
