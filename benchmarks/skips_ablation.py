@@ -5,8 +5,8 @@
 Trains `backbone=dit` with eight blocks and spatial attention on moving digits, with and without
 long skips and motion modules. Runs of one seed share data, noise and initial weights; the learning
 rate is high enough to make training unstable. A spike is a step whose loss (or gradient norm)
-exceeds `LOSS_SPIKE` (`GRADIENT_SPIKE`) times the median of the `WINDOW` previous steps. The final loss is
-the mean of the last tenth of the steps. Differences are paired by seed.
+exceeds `LOSS_SPIKE` (`GRADIENT_SPIKE`) times the median of the `WINDOW` previous steps. The final
+loss is the mean of the last tenth of the steps. Differences are paired by seed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""From a folder of raw videos to a page in the browser, command by command.
+"""From raw videos to a page in the browser, one command at a time.
 
-    python docs/examples/raw_to_page.py                        # makes small raw videos of its own
-    python docs/examples/raw_to_page.py --raw DIR --stay       # yours; the page stays until Enter
+    python docs/examples/raw_to_page.py                        # generates small raw videos
+    python docs/examples/raw_to_page.py --raw DIR --stay       # uses yours; serves until Enter
 
-Prepare, encode, train twice, sample, compare, and ask the page for clips: every step is a command
-of run.py, printed before it runs, at a size for a CPU and a minute or two. Needs the extras prep
-and ui. The same again does only what is missing.
+Prepares, encodes, trains twice, samples, compares, and requests clips from the page. Each step is a
+command of run.py, printed before it runs, at a size that takes a minute or two on a CPU. Needs the
+extras prep and ui. Running it again repeats only what is missing.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ sys.path.insert(0, str(CHECKOUT))
 from sandbox.main import main as command  # noqa: E402
 from sandbox.media import write_video  # noqa: E402
 
-FRAMES, SIDE, FPS = 9, 32, 8  # of the clips that are trained on
+FRAMES, SIDE, FPS = 9, 32, 8  # of the training clips
 COLOURS = {"red": (1.0, 0.3, 0.3), "green": (0.3, 1.0, 0.3), "blue": (0.3, 0.4, 1.0)}
-DIRECTIONS = {"left": (0, 1), "right": (0, -1), "up": (1, 0), "down": (-1, 0)}  # of the camera
+DIRECTIONS = {"left": (0, 1), "right": (0, -1), "up": (1, 0), "down": (-1, 0)}  # camera motion
 PROMPTS = ("a red wall moving left", "a blue wall moving down")
 
 
@@ -39,64 +39,65 @@ PROMPTS = ("a red wall moving left", "a blue wall moving down")
 
 
 def write_raw(folder: Path) -> None:
-    """Twelve files of two scenes with captions beside them, and three that are to be dropped."""
+    """Writes twelve captioned files of two scenes, and three files that filters drop."""
     for i, (colour, way) in enumerate((c, d) for c in COLOURS for d in DIRECTIONS):
-        both = [wall(2 * i + scene, COLOURS[colour], DIRECTIONS[way]) for scene in (0, 1)]
-        write_video(folder / f"{colour}_{way}.mp4", np.concatenate(both), 10)
+        scenes = [wall(2 * i + scene, COLOURS[colour], DIRECTIONS[way]) for scene in (0, 1)]
+        write_video(folder / f"{colour}_{way}.mp4", np.concatenate(scenes), 10)
         (folder / f"{colour}_{way}.txt").write_text(f"a {colour} wall moving {way}\n")
     write_video(folder / "still.mp4", wall(99, (1, 1, 1), (0, 0)), 10)
-    shutil.copy(folder / "red_left.mp4", folder / "the_same_again.mp4")
-    whole = (folder / "red_left.mp4").read_bytes()
-    (folder / "cut_short.mp4").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(folder / "red_left.mp4", folder / "copy.mp4")
+    content = (folder / "red_left.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
 
 
 def wall(seed: int, colour: Sequence[float], way: tuple[int, int]) -> np.ndarray:
-    """(16, 64, 64, 3) uint8: a camera goes along a wall of blobs, a pixel a frame."""
+    """(16, 64, 64, 3) uint8: a camera moves along a wall of blobs, one pixel per frame."""
     from PIL import Image
 
-    draw, count, side = np.random.default_rng(seed), 16, 64
-    blobs = Image.fromarray(draw.integers(40, 255, (8, 8), np.uint8)).resize((96, 96))
-    picture = (np.asarray(blobs)[..., None] * np.asarray(colour)).astype(np.uint8)
-    places = [[16 + step * (i - count // 2) for step in way] for i in range(count)]
-    return np.stack([picture[y : y + side, x : x + side] for y, x in places])
+    rng, count, side = np.random.default_rng(seed), 16, 64
+    blobs = Image.fromarray(rng.integers(40, 255, (8, 8), np.uint8)).resize((96, 96))
+    image = (np.asarray(blobs)[..., None] * np.asarray(colour)).astype(np.uint8)
+    positions = [[16 + step * (i - count // 2) for step in way] for i in range(count)]
+    return np.stack([image[y : y + side, x : x + side] for y, x in positions])
 
 
 # --- commands -------------------------------------------------------------------------------------
 
 
 def run(*words: str) -> None:
-    """One command to its end, in this process; leaves with its exit code where it fails."""
+    """Runs one command in this process; exits with its exit code if it fails."""
     print(f"\n$ python run.py {shlex.join(words)}", flush=True)
     try:
         command([*words])
-    except SystemExit as left:
-        if left.code:
+    except SystemExit as error:
+        if error.code:
             raise
 
 
 @contextmanager
 def page(*words: str) -> Iterator[str]:
-    """The address of task=ui while it answers."""
+    """Serves task=ui within the block; yields its address."""
     print(f"\n$ python run.py {shlex.join(words)}", flush=True)
     with subprocess.Popen(
         [sys.executable, "-u", "run.py", *words], cwd=CHECKOUT, stdout=subprocess.PIPE, text=True
     ) as server:
         assert server.stdout is not None
         try:
-            said = next((line for line in server.stdout if line.startswith("page")), None)
-            if said is None:
+            output = (word for line in server.stdout for word in line.split())
+            address = next((word for word in output if word.startswith("http")), None)
+            if address is None:
                 raise SystemExit(server.wait())
-            yield said.split()[1]
+            yield address
         finally:
             server.send_signal(signal.SIGINT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--raw", type=Path, help="folder of your videos, captions in .txt beside")
+    parser.add_argument("--raw", type=Path, help="folder of videos with captions in .txt files")
     parser.add_argument("--out", type=Path, default=Path("outputs/raw_to_page"))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--stay", action="store_true", help="keep the page open until Enter")
+    parser.add_argument("--stay", action="store_true", help="serve the page until Enter")
     args = parser.parse_args()
     out = args.out.resolve()
     raw = args.raw.resolve() if args.raw else out / "raw"
@@ -117,13 +118,13 @@ def main() -> None:
     run("task=sample", f"run={runs[0]}", f"prompts=[{','.join(PROMPTS)}]")
     run("task=report", f"runs={out}/runs")
     with page("task=ui", f"run={out}/runs") as address:
-        ask(address, [path.name for path in runs])
+        request_clips(address, [path.name for path in runs])
         if args.stay:
-            input(f"{address} (Enter ends it)\n")
+            input(f"{address} (press Enter to stop)\n")
 
 
-def ask(address: str, runs: list[str]) -> None:
-    """What a visitor of the page does: two runs beside one another, then the report."""
+def request_clips(address: str, runs: list[str]) -> None:
+    """Uses the page as a visitor does: compares two runs, then opens the report."""
     from gradio_client import Client
 
     client = Client(address, verbose=False, analytics_enabled=False)
