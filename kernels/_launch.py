@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ HIP = torch.version.hip is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REGISTERS = 255  # maximum per thread; passing it stops ptxas from spilling loop counters
 MAX_GRID = 2**31 - 1  # blocks of the first grid axis; the other axes (65,535) are not used
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 FP_FUSION = True  # explicit: the default changes between Triton 3.9 and 3.10, and with it results
 
 
@@ -109,6 +110,20 @@ def is_traced(x: Tensor) -> bool:
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def zeroed(tensors: Tensors) -> Tensors:
+    for t in tensors:
+        t.zero_()
+    return tensors
+
+
+def filled(outputs: Tensors, values: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:
+    """`outputs`, with `values` copied into those that are needed."""
+    for output, value, needed in zip(outputs, values, needs, strict=True):
+        if needed:
+            output.copy_(value)
+    return outputs
 
 
 def no_second_derivative(op: str) -> RuntimeError:

@@ -45,7 +45,7 @@ def write_raw(folder: Path) -> None:
         write_video(folder / f"{colour}_{way}.mp4", np.concatenate(scenes), 10)
         (folder / f"{colour}_{way}.txt").write_text(f"a {colour} wall moving {way}\n")
     write_video(folder / "still.mp4", wall(99, (1, 1, 1), (0, 0)), 10)
-    shutil.copy(folder / "red_left.mp4", folder / "copy.mp4")
+    shutil.copy(folder / "red_left.mp4", folder / "red_left_copy.mp4")
     content = (folder / "red_left.mp4").read_bytes()
     (folder / "truncated.mp4").write_bytes(content[: len(content) // 2])
 

@@ -8,7 +8,7 @@ code. The operators repeat the flat signature because torch.library builds their
 
 # no `from __future__ import annotations`: torch.library reads the annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch import Tensor
 from kernels._launch import (
     DTYPES,
     MAX_GRID,
+    filled,
     gradients,
     is_traced,
     launch,
     needs_grad,
     no_second_derivative,
     unsupported_tensors,
+    zeroed,
 )
 from kernels.group_norm import closed_form, eager, launches
 from kernels.group_norm.launches import Inputs, Needs, Options
@@ -29,7 +31,6 @@ from kernels.group_norm.launches import Inputs, Needs, Options
 OP = "group_norm"
 Outputs = tuple[Tensor, Tensor, Tensor]  # y, mean, 1/std
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # in the order of Inputs
-Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 def unsupported(
@@ -172,7 +173,7 @@ def _forward(
     inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
     options = Options(groups, eps, silu, frames, per_frame, out_dtype)
     if x.numel() == 0:
-        return _zeroed(_outputs(x, options))
+        return zeroed(_outputs(x, options))
     return _run_forward(*_with_rows(inputs, options))
 
 
@@ -197,7 +198,7 @@ def _backward(
     inputs = Inputs(x, weight, bias, pre_shift, scale, shift)
     options = Options(groups, eps, silu, frames, per_frame, x.dtype)
     if x.numel() == 0:
-        return _zeroed(_gradients_like(inputs, options, needs))
+        return zeroed(_gradients_like(inputs, options, needs))
     inputs, options = _with_rows(inputs, options)
     grads = _run_backward(g, inputs, mean, rstd, options, Needs(*needs))
     dx, dw, db, dpre, dscale, dshift = (x.new_empty(0) if d is None else d for d in grads)
@@ -220,11 +221,9 @@ def _(x: Tensor, *args: Any) -> Outputs:
     inputs, options = Inputs(x, *args[:5]), Options(*args[5:])
     outputs = _outputs(x, options)
     if x.numel() == 0:
-        return _zeroed(outputs)
+        return zeroed(outputs)
     values = _eager(inputs, options), *closed_form.statistics(inputs, options)
-    for output, value in zip(outputs, values, strict=True):
-        output.copy_(value)
-    return outputs
+    return filled(outputs, values, [True] * 3)
 
 
 @_backward.register_kernel("cpu")
@@ -233,12 +232,9 @@ def _(g: Tensor, x: Tensor, *args: Any) -> Gradients:
     inputs, options = Inputs(x, *parameters), Options(groups, eps, silu, frames, per_frame, x.dtype)
     outputs = _gradients_like(inputs, options, needs)
     if x.numel() == 0:
-        return _zeroed(outputs)
+        return zeroed(outputs)
     exact = closed_form.backward(g, inputs, mean, rstd, options)
-    for output, value, needed in zip(outputs, exact, needs, strict=True):
-        if needed:
-            output.copy_(value)
-    return outputs
+    return filled(outputs, exact, needs)
 
 
 @_forward.register_fake
@@ -269,12 +265,6 @@ def _gradients_like(inputs: Inputs, options: Options, needs: list[bool]) -> Grad
         for p, needed in zip(inputs[1:], needs[1:], strict=True)
     )
     return dx, dw, db, dpre, dscale, dshift
-
-
-def _zeroed(tensors: Tensors) -> Tensors:
-    for t in tensors:
-        t.zero_()
-    return tensors
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from kernels._launch import (
     MAX_GRID,
+    filled,
     gradients,
     is_traced,
     launch,
     needs_grad,
     no_second_derivative,
     unsupported_tensors,
+    zeroed,
 )
 from kernels.temporal_attention import closed_form, eager, launches
 
@@ -191,9 +193,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _gradients_like(q, k, v, bias, needs)
     if q.numel() == 0:
-        for output in outputs:
-            output.zero_()
-        return outputs
+        return zeroed(outputs)
     q, k, v = (x if x.stride(4) == 1 else x.contiguous() for x in (q, k, v))
     into = tuple(x if n else None for x, n in zip(outputs, needs[:3], strict=False))
     dbias = _run_backward(g, q, k, v, bias, causal, scale, into, needs[3])
@@ -210,10 +210,7 @@ def _(g: Tensor, *args: Any) -> Gradients:
     q, k, v, bias, causal, scale, needs = args
     outputs = _gradients_like(q, k, v, bias, needs)
     exact = closed_form.backward(g, q, k, v, bias, causal, scale)
-    for output, value, needed in zip(outputs, exact, needs, strict=True):
-        if needed:
-            output.copy_(value)
-    return outputs
+    return filled(outputs, exact, needs)
 
 
 @_forward.register_fake
