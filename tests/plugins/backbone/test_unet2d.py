@@ -99,7 +99,7 @@ def test_blocks_equal_the_original(key) -> None:
 
 
 def test_time_embedding_equals_the_original() -> None:
-    """Angles reach 1000, where float32 has a step of 6e-5; exp and cos differ between processors."""
+    """Angles reach 1000 (float32 step 6e-5); exp and cos differ between processors."""
     tensors = load_file(GOLDEN / "dynamicrafter/schedules.safetensors")
     got = timestep_embedding(tensors["temb/in"], 320)
     torch.testing.assert_close(got, tensors["temb/out_320"], rtol=0, atol=1.2e-4)
