@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -35,9 +37,20 @@ PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "dat
 
 
 def composed(*overrides: str) -> Root:
-    """What the command line composes, typed but not wired: numbers of other components are open."""
+    """What the command line composes, typed but not wired: numbers of other components are open.
+
+    Composed once, and copied, where plugins are the project's alone.
+    """
+    own = "SANDBOX_PLUGINS" in os.environ or any(o.startswith("plugins_path=") for o in overrides)
+    return _compose(overrides) if own else deepcopy(_composed_once(overrides))
+
+
+def _compose(overrides: tuple[str, ...]) -> Root:
     config.setup(overrides)
     return config.to_root(config.compose(config.expand(overrides)))
+
+
+_composed_once = cache(_compose)
 
 
 @cache

@@ -53,10 +53,8 @@ def folder(tmp_path: Path) -> Path:
 
 def settings(folder: Path, *more: str, vae: str = "kl") -> Root:
     """A tiny system on the folder's clips; with `conditioning` in `more` the published kind."""
-    own = [*TINY, f"vae={vae}", *VAES[vae], "data=cogvideox_folder", f"data.root={folder}",
-           "data.val_fraction=0.3", "data.num_prompts=2", f"task.to={folder.parent / 'cache'}",
-           f"cache={folder.parent / 'first stages'}", "task=encode",
-           "vae.one_by_one=true", *more]  # fmt: skip
+    own = [*TINY, f"vae={vae}", *VAES[vae], "data=cogvideox_folder", "data.val_fraction=0.3",
+           "data.num_prompts=2", "task=encode", "vae.one_by_one=true", *more]  # fmt: skip
     absent = ["data.clips_per_epoch"]
     if any(o.startswith("conditioning=") for o in more):
         absent += ["conditioning.width", "conditioning.buckets"]
@@ -64,7 +62,9 @@ def settings(folder: Path, *more: str, vae: str = "kl") -> Root:
         absent += ["backbone.width", "backbone.num_blocks", "backbone.time_features"]
         own += ["backbone.num_layers=1", "backbone.time_embed_dim=16"]
     last = {o.partition("=")[0]: o for o in own}
-    return wire(composed(*(o for name, o in last.items() if name not in absent))).root
+    root = composed(*(o for name, o in last.items() if name not in absent))
+    root.data.root, root.task.to = str(folder), str(folder.parent / "cache")
+    return wire(replace(root, cache=str(folder.parent / "first stages"))).root
 
 
 def encoded(folder: Path, *more: str) -> dict[str, Any]:
