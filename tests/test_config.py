@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,7 @@ def test_the_command_line_itself_may_choose_hydras_launchers_and_folders(here):
         assert Line().compose(words).hydra
 
 
+@pytest.mark.slow
 def test_our_recipes_and_presets_set_nothing_under_hydra():
     config.setup()
     for folder in ("experiment", "debug"):
@@ -314,11 +316,17 @@ def test_a_table_of_contents_that_is_not_there_is_said(here):
 # --- on top of an earlier run ---------------------------------------------------------------------
 
 
-def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
-    """A finished run, as far as configurations go."""
+@cache
+def saved(task: str, *words: str) -> str:
+    """The text of config.yaml; many tests use the same few."""
     node = to_container(compose(*words))
     node["task"]["plugin"] = task
-    write(folder / "config.yaml", yaml.safe_dump(node))
+    return yaml.safe_dump(node)
+
+
+def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
+    """A finished run, as far as configurations go."""
+    write(folder / "config.yaml", saved(task, *words))
     write(folder / "result.json", "{}")
     return folder
 
