@@ -13,6 +13,7 @@ import pytest
 
 from sandbox import config, registry
 from sandbox.config import GROUPS, HOME
+from sandbox.contracts import PluginConfig
 from sandbox.main import main
 from sandbox.tasks.new import TEMPLATES, presets, rendered, templates
 from sandbox.wiring import wire
@@ -34,6 +35,15 @@ def write(group: str, name: str, folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
+def composed_preset(group: str) -> PluginConfig:
+    """The Config of the preset that task=new writes for the plugin `mine`."""
+    (size,) = presets(group)
+    name = f"mine_{size}"
+    override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
+    found = getattr(config.to_root(config.compose([override])), group)
+    return found["mine"] if group in registry.SEVERAL else found
+
+
 def test_every_group_has_a_template_that_is_short_enough_to_be_its_example():
     assert set(templates()) == set(GROUPS)
     assert all(len(presets(group)) == 1 for group in templates())
@@ -45,12 +55,16 @@ def test_every_group_has_a_template_that_is_short_enough_to_be_its_example():
 
 
 @each_group
-def test_a_new_plugin_trains_samples_and_is_found_by_its_place(group, plugin_folder, tmp_path):
+def test_a_new_plugin_trains_and_samples_and_its_preset_is_an_option(
+    group, plugin_folder, tmp_path
+):
     write(group, "mine", plugin_folder)
     config.setup()
     plugin = registry.find(f"{group}/mine")
     assert plugin.path == plugin_folder / group / "mine.py"
     cfg = registry.default(group, "mine")
+    preset = composed_preset(group)
+    assert preset.plugin == f"{group}/mine" and preset != cfg
     if group == "task":
         wiring = wired_around("task", registry.default("task", "train"))
         assert registry.create(cfg)(replace(wiring, root=replace(wiring.root, task=cfg)))
@@ -63,19 +77,6 @@ def test_a_new_plugin_trains_samples_and_is_found_by_its_place(group, plugin_fol
     trained = train(wiring, tmp_path / "runs")
     assert len(trained.losses) == 2
     assert sampled(trained.system).isfinite().all()
-
-
-@each_group
-def test_a_new_preset_is_an_option_of_its_group(group, plugin_folder):
-    write(group, "mine", plugin_folder)
-    config.setup()
-    (size,) = presets(group)
-    name = f"mine_{size}"
-    override = f"{group}=[{name}]" if group in registry.SEVERAL else f"{group}={name}"
-    found = getattr(config.to_root(config.compose([override])), group)
-    cfg = found["mine"] if group in registry.SEVERAL else found
-    assert cfg.plugin == f"{group}/mine"
-    assert cfg != registry.default(group, "mine")
 
 
 def test_it_says_what_it_wrote_and_what_to_do_next(plugin_folder, capsys):
