@@ -388,9 +388,8 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert len(list((here / "it's" / "sweeps").glob("*/job-*.json"))) == 1
 
 
-@pytest.mark.parametrize(
-    "launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_other_launchers_run_every_job_too(here, launcher):
     limits = ["hydra.launcher.timeout_min=9"] if launcher == "submitit_local" else []
     done = run(

@@ -11,6 +11,8 @@ from sandbox import checkpoint
 from tests.engine import differing
 from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, result, states
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
