@@ -76,7 +76,9 @@ def test_scale_is_half_way_to_whitening() -> None:
 def test_first_frame_does_not_depend_on_the_others() -> None:
     x = moving_digits(8, 0)
     model = fitted(x)
-    assert torch.equal(model.encode(x[:, :, :1]).mean, model.encode(x).mean[:, :, :1])
+    alone, first = model.encode(x[:, :, :1]).mean, model.encode(x).mean[:, :, :1]
+    # matrix products of other sizes are summed in another order on some processors
+    torch.testing.assert_close(alone, first, rtol=1e-5, atol=1e-5)
     assert through(model, x[:, :, :1]).shape == (8, 3, 1, 16, 16)
 
 
