@@ -388,20 +388,6 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert len(list((here / "it's" / "sweeps").glob("*/job-*.json"))) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_other_launchers_run_every_job_too(here, launcher):
-    limits = ["hydra.launcher.timeout_min=9"] if launcher == "submitit_local" else []
-    done = run(
-        "hydra/launcher=" + launcher, "-m", "task=probe", "code=4,0", "lr=1", *limits, code=4
-    )
-    assert (
-        "job 0 (task=probe task.code=4 lr=1): failed (exit code 4): as it was told" in done.stdout
-    )
-    assert "job 1 (task=probe task.code=0 lr=1): done" in done.stdout
-    assert notes(here) == ["1.0-dit-0", "1.0-dit-4"]
-
-
 def test_the_line_of_the_readme_trains_two_runs(tmp_path, monkeypatch):
     """Exactly as typed; what follows makes it small."""
     monkeypatch.chdir(tmp_path)
