@@ -405,6 +405,7 @@ def accepted(seeds: range) -> Iterator[tuple[Wiring, str]]:
             yield wiring, f"seed {seed}: {words}"
 
 
+@pytest.mark.slow
 def test_some_random_settings_that_are_accepted_train(tmp_path):
     for wiring, words in accepted(range(40)):
         take_two_steps(wiring, tmp_path, words)
