@@ -37,7 +37,7 @@ def pytest_configure() -> None:
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Workers for `-n auto`: none for a few files, which end sooner than workers start."""
-    named = [Path(arg.partition("::")[0]) for arg in composition.args]
+    named = [Path(arg.partition("::")[0]) for arg in config.args]
     if len(named) <= ALONE and all(path.suffix == ".py" for path in named):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
