@@ -1,7 +1,7 @@
 """Time and peak memory of published first stages: encoding and decoding, with slices and tiles.
 
     python benchmarks/gpu_first_stages.py         # writes benchmarks/results/first_stages.{json,md}
-    python benchmarks/gpu_first_stages.py --tiny  # tiny recipes on a CPU
+    python benchmarks/gpu_first_stages.py --tiny  # tiny sizes on a CPU
 
 Random weights, noise clips, bf16, no gradients. A case that runs out of memory is a row with the
 error.

@@ -15,13 +15,9 @@ from sandbox.evaluation.prompt_checks import check
 from sandbox.evaluation.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
-TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter")
-BOTH_ENDS = (
-    "data=moving_digits_rates",
-    "conditioning=dynamicrafter",
-    "conditioning.interp_mode=true",
-    "conditioning.rand_cond_frame=false",
-)
+TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter",
+        "conditioning.fps_condition_type=fps")  # fmt: skip
+BOTH_ENDS = (*TOLD, "conditioning.interp_mode=true", "conditioning.rand_cond_frame=false")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from sandbox.cli.jobs import run
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
+from sandbox.config.root import GROUPS
 from sandbox.contracts import ConfigError, SandboxError
 
 
@@ -91,7 +92,7 @@ def _hydra_shows(line: Line) -> int:
         cfg = line.compose(line.overrides)
         if part and OmegaConf.select(cfg, part) is None:
             raise ConfigError(f"--package {part}: there is no such part of the configuration")
-    hydra = recipes.hydra(CONF)
+    hydra = recipes.hydra(CONF, GROUPS)
     overrides = [*line.overrides, *hydra_compose.search_path(line.overrides, line.config_dir)]
     if "--shell-completion" in line.flags:
         _check_completion(line.overrides)

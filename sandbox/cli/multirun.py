@@ -26,7 +26,7 @@ from sandbox.cli.errors import report
 from sandbox.cli.jobs import check, checked, perform, settled
 from sandbox.config import composition, discovery, hydra_compose, registry
 from sandbox.config.paths import CONF
-from sandbox.config.root import Root, to_root
+from sandbox.config.root import GROUPS, Root, to_root
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.runs.environment import code
@@ -182,7 +182,7 @@ def _hydra() -> Any:
     from sandbox.config import recipes
 
     GlobalHydra.instance().clear()
-    hydra = recipes.hydra(CONF)
+    hydra = recipes.hydra(CONF, GROUPS)
     GlobalHydra.instance().initialize(hydra)
     return hydra
 
