@@ -1,7 +1,7 @@
 """First stages of published systems, there and back: time and peak memory, with slices and tiles.
 
     python benchmarks/gpu_first_stages.py         # writes benchmarks/results/first_stages.{json,md}
-    python benchmarks/gpu_first_stages.py --tiny  # the tiny recipes on a CPU: checks that the script runs
+    python benchmarks/gpu_first_stages.py --tiny  # tiny sizes on a CPU
 
 Weights are random, clips are noise, bf16 without gradients. A case that does not fit is a row that
 says so.

@@ -82,8 +82,8 @@ OLD_PRESETS = {
     "conditioning/t5_cogvideox_i2v_tiny": "experiment=cogvideox_5b_i2v_lora_tiny",
     "conditioning/t5_cogvideox_tiny": "experiment=cogvideox_2b_sft_tiny",
     "conditioning/t5_easyanimate_online":
-        "conditioning=t5_easyanimate conditioning.weights=alibaba- "
-        "pai/EasyAnimateV2-XL-2-512x512",
+        "conditioning=t5_easyanimate "
+        "conditioning.weights=alibaba-pai/EasyAnimateV2-XL-2-512x512",
     "conditioning/t5_easyanimate_tiny": "experiment=easyanimate_v2_lora_tiny",
     "conditioning/t5_image":
         "conditioning=t5 conditioning.image=first_frame conditioning.drop_image=0.05",

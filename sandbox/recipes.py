@@ -1,12 +1,12 @@
 """Recipes: the settings that a recipe gives for a group belong to the option that it chose.
 
-`conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. Where the
-final choice of a group is another option (`experiment=NAME backbone=dit`), the loader leaves out the
+`conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. Where
+another option is chosen in the end (`experiment=NAME backbone=dit`), the loader leaves out the
 settings that the recipe gives for that group, so that numbers of two components never mix.
 
 A config source cannot do this: Hydra does not pass it the overrides, and launchers such as joblib
-and submitit compose in their own processes. The loader has the overrides of each composition, keeps
-no state between compositions, and is pickled with the context of a launcher.
+and submitit compose in their own processes. The loader has the overrides of each composition,
+keeps no state between compositions, and is pickled with the context of a launcher.
 """
 
 from __future__ import annotations

@@ -16,8 +16,7 @@ from sandbox.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
 TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter")
-BOTH_ENDS = ("data=moving_digits_rates", "conditioning=dynamicrafter", "conditioning.interp_mode=true",
-             "conditioning.rand_cond_frame=false")
+BOTH_ENDS = (*TOLD, "conditioning.interp_mode=true", "conditioning.rand_cond_frame=false")
 
 
 @pytest.fixture

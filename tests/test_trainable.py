@@ -69,7 +69,8 @@ def test_names_are_looked_for_before_a_run_folder_is_made(tmp_path):
 @pytest.fixture(scope="module", params=["adamw", "muon"])
 def trained(request, tmp_path_factory):
     """Two steps with the blocks at lr and the output at a tenth of it; states by step."""
-    root = small(CHOSEN, f"optimizer={request.param}", "lr_schedule=constant", "lr_schedule.warmup=0", "steps=2")
+    root = small(CHOSEN, f"optimizer={request.param}", "lr_schedule=constant",
+                 "lr_schedule.warmup=0", "steps=2")  # fmt: skip
     out = tmp_path_factory.mktemp("run")
     with session(root, out) as training:
         start = {k: v.clone() for k, v in training.system.trainable_state().items()}

@@ -46,7 +46,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         words = f"vae.weights={found['vae_magvit']}", f"init_from={before}"
         found[stage] = run(stage, *words)
         before = str(found[stage])
-    command("task=sample", "task.save_fps=24", f"run={found['lora']}", "prompts=[a red 3 moving left]")
+    words = ["task=sample", "task.save_fps=24", f"run={found['lora']}"]
+    command(*words, "prompts=[a red 3 moving left]")
     return found
 
 

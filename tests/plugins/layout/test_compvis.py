@@ -30,7 +30,8 @@ SMALL = (
     "data.height=32", "data.width=32", "data.frames=3", "data.batch_size=2", "backbone=unet3d",
     "backbone.model_channels=32", "backbone.num_heads=2", "vae=kl", "vae.ch=8",
     "vae.scale_factor=0.18215", "vae.shift=0", "conditioning=dynamicrafter",
-    *words("dynamicrafter_512", "schedule"), "loss=ldm", "sampler=ddim", "layout=compvis", "logger=null",
+    *words("dynamicrafter_512", "schedule"), "loss=ldm", "sampler=ddim", "layout=compvis",
+    "logger=null",
 )  # fmt: skip
 
 
