@@ -287,7 +287,7 @@ def raw(
 
     from sandbox import recipes
 
-    hydra = recipes.hydra(CONF)
+    hydra = recipes.hydra(CONF, GROUPS)
     overrides = [*overrides, *search_path(overrides, config_dir)]
     cfg = hydra.compose_config(config, overrides, RunMode.RUN, from_shell=False)
     if report:

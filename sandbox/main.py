@@ -282,7 +282,7 @@ def _hydra_shows(line: Line) -> int:
         cfg = line.compose(line.overrides)
         if part and OmegaConf.select(cfg, part) is None:
             raise ConfigError(f"--package {part}: there is no such part of the configuration")
-    hydra = recipes.hydra(config.CONF)
+    hydra = recipes.hydra(config.CONF, config.GROUPS)
     overrides = [*line.overrides, *config.search_path(line.overrides, line.config_dir)]
     if "--shell-completion" in line.flags:
         _check_completion(line.overrides)

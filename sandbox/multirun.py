@@ -179,7 +179,7 @@ def _hydra() -> Any:
     from sandbox import recipes
 
     GlobalHydra.instance().clear()
-    hydra = recipes.hydra(config.CONF)
+    hydra = recipes.hydra(config.CONF, config.GROUPS)
     GlobalHydra.instance().initialize(hydra)
     return hydra
 

@@ -12,7 +12,7 @@ keeps no state between compositions, and is pickled with the context of a launch
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,35 @@ from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import Overrides, create_defaults_list
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ConfigDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
+
+from sandbox.registry import SEVERAL
 
 RECIPE = "config_path=experiment/"  # key of a recipe in the cache of Hydra's repository
 
 log = logging.getLogger(__name__)
 
 
-def hydra(conf: Path) -> Hydra:
-    """Hydra with the configuration files below `conf`."""
+def hydra(conf: Path, groups: Collection[str]) -> Hydra:
+    """Hydra with the configuration files below `conf`; `groups` are those that a recipe chooses."""
     from hydra import version
 
     version.setbase("1.3")
-    return Hydra("sandbox", RecipeLoader(create_config_search_path(str(conf))))
+    return Hydra("sandbox", RecipeLoader(create_config_search_path(str(conf)), groups))
 
 
 class RecipeLoader(ConfigLoaderImpl):
     """Hydra's loader, which leaves out a recipe's settings of groups with another final option."""
 
-    left_out: Sequence[str] = ()  # groups that the last command line took from its recipe
-    recipe: str | None = None
+    def __init__(self, place: ConfigSearchPath, groups: Collection[str]) -> None:
+        super().__init__(place)
+        self.groups = tuple(groups)
+        self.recipe: str | None = None
+        self.left_out: list[str] = []  # what the last command line took from its recipe
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -52,7 +58,7 @@ class RecipeLoader(ConfigLoaderImpl):
         parsed, repo = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
         final = _choices(repo, config_name, parsed)
         self.recipe = final.known_choices.get("experiment")
-        dropped = list(_drop(repo, config_name, final)) if self.recipe else []
+        dropped = list(_drop(repo, config_name, final, self.groups)) if self.recipe else []
         named = {override.key_or_group for override in parsed}
         self.left_out = [name for name in dropped if name.partition(".")[0] in named]
         return parsed, repo
@@ -77,15 +83,12 @@ def _choices(
 
 
 def _drop(
-    repo: CachingConfigRepository, config_name: str | None, final: Overrides
+    repo: CachingConfigRepository, config_name: str | None, final: Overrides, all_: Sequence[str]
 ) -> Iterator[str]:
     """Removes settings of swapped options from the loaded recipes, nested ones too; their names."""
-    from sandbox.config import GROUPS
-    from sandbox.registry import SEVERAL
-
     for key in [k for k, v in repo.cache.items() if k.startswith(RECIPE) and v is not None]:
         recipe, config = key.removeprefix(RECIPE), repo.cache[key].config  # type: ignore[union-attr]
-        groups = [g for g in GROUPS if isinstance(config, DictConfig) and config.get(g)]
+        groups = [g for g in all_ if isinstance(config, DictConfig) and config.get(g)]
         if not groups:
             continue
         word = OverridesParser.create().parse_override(f"experiment='{recipe}'")

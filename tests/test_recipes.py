@@ -155,7 +155,7 @@ def test_every_job_of_a_sweep_is_composed_with_its_own_option(folder, lines):
 def test_a_launcher_composes_a_job_in_its_own_process(folder):
     """Launchers such as joblib pickle the loader and compose there."""
     config.setup()
-    hydra = recipes.hydra(CONF)
+    hydra = recipes.hydra(CONF, config.GROUPS)
     place = config.search_path((), str(folder))
     loader = pickle.loads(pickle.dumps(hydra.config_loader))
     shared = hydra.config_loader.load_configuration("config", place, RunMode.RUN)

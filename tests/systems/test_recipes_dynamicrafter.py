@@ -5,11 +5,13 @@ That the published ones equal manifest and numbers is in tests/tasks/test_verify
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 
 import pytest
 
 from sandbox import registry
+from sandbox.config import CONF
 from sandbox.wiring import wire
 from tests.helpers import composed
 
@@ -55,7 +57,10 @@ def test_the_published_checkpoints_and_samples_come_at_their_moments(recipe):
     "name, fps", [("512", 24), ("512_interp", 5), ("1024", 10)]
 )  # scripts/run.sh and run_application.sh
 def test_the_sampling_recipes_tell_the_published_rate(name, fps):
-    root = composed(f"task=sample_dynamicrafter_{name}", f"experiment=dynamicrafter_{name}")
+    """Those in the comment on top of the recipe."""
+    text = (CONF / f"experiment/dynamicrafter_{name}.yaml").read_text(encoding="utf-8")
+    words = re.search(r"task=sample task\.fps=\d+ task\.save_fps=\d+", text)[0].split()
+    root = composed(*words, f"experiment=dynamicrafter_{name}")
     assert (root.task.fps, root.task.save_fps) == (fps, 8)
     assert (root.sampler.steps, root.sampler.eta, root.sampler.spacing) == (50, 1.0, "trailing")
     assert (root.guidance.guidance_scale, root.guidance.guidance_rescale) == (7.5, 0.7)
