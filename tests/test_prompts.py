@@ -15,7 +15,8 @@ from sandbox.prompt_checks import check
 from sandbox.prompts import given, of_data, picture
 from tests.helpers import composed, tiny
 
-TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter")
+TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter",
+        "conditioning.fps_condition_type=fps")  # fmt: skip
 BOTH_ENDS = (*TOLD, "conditioning.interp_mode=true", "conditioning.rand_cond_frame=false")
 
 
