@@ -23,7 +23,7 @@ from hydra._internal.defaults_list import Overrides, create_defaults_list
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import ConfigDefault
+from hydra.core.default_element import ConfigDefault, GroupDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
@@ -56,9 +56,12 @@ class RecipeLoader(ConfigLoaderImpl):
         self, config_name: str | None, overrides: list[str]
     ) -> tuple[list[Override], CachingConfigRepository]:
         parsed, repo = super()._parse_overrides_and_create_caching_repo(config_name, overrides)
-        final = _choices(repo, config_name, parsed)
-        self.recipe = final.known_choices.get("experiment")
-        dropped = list(_drop(repo, config_name, final, self.groups)) if self.recipe else []
+        dropped: list[str] = []
+        self.recipe = None
+        if _may_have_recipe(repo, config_name, parsed):
+            final = _choices(repo, config_name, parsed)
+            self.recipe = final.known_choices.get("experiment")
+            dropped += _drop(repo, config_name, final, self.groups) if self.recipe else ()
         named = {override.key_or_group for override in parsed}
         self.left_out = [name for name in dropped if name.partition(".")[0] in named]
         return parsed, repo
@@ -74,6 +77,17 @@ class RecipeLoader(ConfigLoaderImpl):
 @cache
 def _log_once(text: str) -> None:
     log.warning(text)
+
+
+def _may_have_recipe(
+    repo: CachingConfigRepository, config_name: str | None, words: list[Override]
+) -> bool:
+    """False where the command line names none and the primary configuration chooses none."""
+    primary = repo.load_config(config_name) if config_name else None
+    defaults = (primary and primary.defaults_list) or ()
+    return any(w.key_or_group == "experiment" for w in words) or any(
+        isinstance(d, GroupDefault) and d.group == "experiment" and d.value for d in defaults
+    )
 
 
 def _choices(

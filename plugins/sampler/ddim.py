@@ -59,7 +59,7 @@ class DDIM:
             if self.landing != "stride" or self.eta:
                 raise ConfigError(
                     f"landing={self.landing!r} and eta={self.eta}: that of CogVideoX in diffusers "
-                    "has 'stride' and 0; set sampler.landing=stride sampler.eta=0"
+                    "has 'stride' and 0; use sampler.landing=stride sampler.eta=0"
                 )
             return {"_class_name": "CogVideoXDDIMScheduler", "timestep_spacing": self.spacing}
 
