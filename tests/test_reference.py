@@ -47,7 +47,7 @@ def test_settings_have_type_default_and_the_comment_beside_or_above_them():
 
 def test_a_preset_shows_what_differs_from_its_plugin():
     (line,) = [x for x in made()["backbone.md"].splitlines() if x.startswith("- `dit_s2`")]
-    assert line.endswith("`width=384 num_blocks=12 num_heads=6 time_features=256`")
+    assert line.endswith("`width=384 num_blocks=12 num_heads=6 patch=2 time_features=256`")
 
 
 def test_a_folder_of_plugins_gets_a_reference_of_its_own(plugin_folder, tmp_path):
