@@ -26,7 +26,7 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 
-LONG = frozenset({"test_cross_product.py", "test_config.py", "test_command.py", "test_encode.py"})
+LONG = frozenset({"test_config.py", "test_command.py", "test_errors.py", "test_encode.py"})
 
 
 def pytest_configure() -> None:

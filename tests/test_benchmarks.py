@@ -18,6 +18,7 @@ def test_training_steps_of_a_tiny_recipe_are_measured(tmp_path):
     assert "tiny sibling" in (tmp_path / "training_steps.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_case_of_every_system_composes_at_full_size():
     for name, system in SYSTEMS.items():
         for case in system.cases:
@@ -26,6 +27,7 @@ def test_every_case_of_every_system_composes_at_full_size():
             assert root.trainer.processes == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiny", [False, True])
 def test_every_case_of_a_first_stage_composes(tiny):
     sizes = {(case.name, gpu_first_stages.configured(case).data.height)

@@ -404,6 +404,7 @@ def test_the_folder_of_a_multirun_is_where_the_runs_are(here):
     assert len(list((here / "it's" / "sweeps").glob("*/job-*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_the_line_of_the_readme_trains_two_runs(tmp_path, monkeypatch):
     """Exactly as typed; what follows makes it small."""
     monkeypatch.chdir(tmp_path)

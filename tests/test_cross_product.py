@@ -36,6 +36,7 @@ from tests.helpers import (
 )
 from tests.inputs import with_clips
 
+pytestmark = pytest.mark.slow
 GROUPS = (
     "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance",
     "optimizer", "lr_schedule", "ema", "metric",
@@ -245,14 +246,12 @@ def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     assert torch.equal(clips, again), words
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
     for choice in covering(all_choices()):
         take_two_steps(wired(choice), tmp_path, to_words(choice))
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_small_presets_train_sample_and_reload(tmp_path):
     """Each at least once: in a random company, else in that of a small system.
@@ -287,7 +286,6 @@ def test_small_presets_train_sample_and_reload(tmp_path):
     assert len(apart) < most / 9, apart
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_every_pair_of_small_presets_that_fit_trains_samples_and_reloads(tmp_path):
     generator, names = random.Random(0), small_options()
@@ -405,13 +403,11 @@ def accepted(seeds: range) -> Iterator[tuple[Wiring, str]]:
             yield wiring, f"seed {seed}: {words}"
 
 
-@pytest.mark.slow
 def test_some_random_settings_that_are_accepted_train(tmp_path):
     for wiring, words in accepted(range(40)):
         take_two_steps(wiring, tmp_path, words)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_two_hundred_random_settings_that_are_accepted_train(tmp_path):
     for wiring, words in accepted(range(40, 240)):

@@ -55,6 +55,7 @@ def test_every_group_has_a_template_that_is_short_enough_to_be_its_example():
 # --- what it writes -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_group
 def test_a_new_plugin_trains_and_samples_and_its_preset_is_an_option(
     group, plugin_folder, tmp_path

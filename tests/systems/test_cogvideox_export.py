@@ -23,6 +23,7 @@ from tests.plugins.conditioning.test_t5 import write_tokenizer
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
 
 SIZES = {
     "num_attention_heads": 2, "attention_head_dim": 16, "out_channels": 4, "patch_size": 2,
