@@ -70,13 +70,28 @@ def test_what_a_sweep_varies_shares_one_first_stage(tmp_path, override):
     assert cached(root_in(tmp_path, override)) == cached(root_in(tmp_path))
 
 
-def test_other_code_is_another_first_stage(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "is_other"), [("\nANOTHER = 1\n", True), ("\n# a comment\n", False)]
+)
+def test_other_code_is_another_first_stage_but_comments_are_not(
+    tmp_path, monkeypatch, text, is_other
+):
     root = root_in(tmp_path)
     before = cached(root)
     changed = tmp_path / "pca.py"
     plugin = registry.find("vae/pca")
-    changed.write_bytes(plugin.path.read_bytes() + b"\n# another idea\n")
+    source = plugin.path.read_text().replace('"""', '"""Edited. ', 1)
+    changed.write_text(source + text)
     monkeypatch.setitem(registry._plugins, "vae/pca", replace(plugin, path=changed))
+    assert (cached(root) != before) is is_other
+
+
+def test_code_shared_by_plugins_is_part_of_the_name(tmp_path, monkeypatch):
+    root = root_in(tmp_path)
+    before = cached(root)
+    (tmp_path / "_blocks").mkdir()
+    (tmp_path / "_blocks" / "posterior.py").write_text("ANOTHER = 1\n")
+    monkeypatch.setattr("sandbox.storage.first_stage_files.PLUGINS", tmp_path)
     assert cached(root) != before
 
 

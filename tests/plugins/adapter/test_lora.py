@@ -244,7 +244,7 @@ def test_dropout_of_an_adapter_is_the_same_with_checkpointing(name) -> None:
 
 
 def test_an_adapter_needs_pretrained_weights() -> None:
-    with pytest.raises(ConfigError, match="name its weights with init_from=FOLDER"):
+    with pytest.raises(ConfigError, match="needs a pretrained backbone: set init_from=FOLDER"):
         compose(*TINY, "adapter=lora")
 
 
