@@ -20,8 +20,7 @@ from typing import Any
 
 from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import Footage
-from sandbox.reports.media import Row as Strip
-from sandbox.reports.media import contact_sheet, replacing
+from sandbox.reports.media import SheetRow, contact_sheet, replacing
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
@@ -185,7 +184,7 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> Strip | None:
+def shown(row: Row) -> SheetRow | None:
     """A few frames with what was dropped and why; None where they cannot be decoded."""
     import numpy as np
 
@@ -195,7 +194,7 @@ def shown(row: Row) -> Strip | None:
     except BadItem:
         return None
     where = f"{printable(row['source'])} {row['start']:.1f}-{row['end']:.1f} s"
-    return Strip(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
+    return SheetRow(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
 
 
 def write_summary(
@@ -276,4 +275,4 @@ def histograms(path: Path, rows: list[Row]) -> None:
         axes.set_ylabel("clips")
         axes.legend(fontsize=7)
     with replacing(path) as draft:
-        figure.savefig(draft, dpi=100, metadata={"Software": None})
+        figure.savefig(draft, format="png", dpi=100, metadata={"Software": None})

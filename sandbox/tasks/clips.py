@@ -62,7 +62,7 @@ class Clips:
                 media.write_video(folder / lists["videos"][-1], clip, cfg.save_fps)
                 if cfg.images:
                     lists["images"].append(f"images/{i:05}.png")
-                    media.write_picture(folder / lists["images"][-1], clip[:, :1])
+                    media.write_image(folder / lists["images"][-1], clip[:, :1])
             for name, lines in lists.items():
                 if lines:
                     write_atomic(folder / f"{name}.txt", "\n".join(lines) + "\n")
