@@ -209,7 +209,8 @@ def test_sheet_shows_columns_in_order_and_at_most_nine_frames(tmp_path):
     red, blue = (torch.full((3, 30, 16, 16), -1.0) for _ in range(2))
     red[0], blue[2] = 1, 1
     contact_sheet(
-        tmp_path / "s.png", [SheetRow("both", {"real": red, "model": blue}), SheetRow("one", {"model": blue})]
+        tmp_path / "s.png",
+        [SheetRow("both", {"real": red, "model": blue}), SheetRow("one", {"model": blue})],
     )
     sheet = opened(tmp_path / "s.png")
     reds = strip_places(sheet, np.array([255, 0, 0]))
@@ -230,7 +231,8 @@ def test_sheet_enlarges_to_whole_squares(tmp_path):
 
 
 def test_images_become_a_grid(tmp_path):
-    contact_sheet(tmp_path / "s.png", [SheetRow(f"image {i}", {"": clip(1, seed=i)}) for i in range(16)])
+    rows = [SheetRow(f"image {i}", {"": clip(1, seed=i)}) for i in range(16)]
+    contact_sheet(tmp_path / "s.png", rows)
     height, width = opened(tmp_path / "s.png").shape[:2]
     assert 0.5 < height / width < 2
 

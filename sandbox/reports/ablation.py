@@ -106,7 +106,7 @@ def typed_value(text: str) -> str:
 
 
 def grouped(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
-    """Variants sorted by their values, and dependent settings; of duplicate runs the last counts."""
+    """Variants sorted by value, and dependent settings; the last of duplicate runs counts."""
     columns, dependent = varying(entries)
     runs: dict[tuple[str, ...], dict[int, Entry]] = {}
     for i, entry in enumerate(entries):
@@ -337,13 +337,13 @@ def _notes(found: Found, variants: Sequence[Variant], dependent: Sequence[str]) 
     of_data = [n.partition(".")[2] for n in variants[0].settings if n.startswith("data.")]
     if shown := [f"data.{name}" for name in of_data if name not in LOADING]:
         yield (
-            f"Clips depend on {', '.join(shown)}: each run is scored on its own held-out clips, and "
-            "distances to real clips refer to those."
+            f"Clips depend on {', '.join(shown)}: each run is scored on its own held-out clips, "
+            "and distances to real clips refer to those."
         )
     if min(len(v.runs) for v in variants) < LEAST_SEEDS:
         yield (
-            f"An interval needs {LEAST_SEEDS} seeds, or scores of {LEAST_PROMPTS} prompts; otherwise "
-            "only the mean is given."
+            f"An interval needs {LEAST_SEEDS} seeds, or scores of {LEAST_PROMPTS} prompts; "
+            "otherwise only the mean is given."
         )
     codes = {json.dumps(e.environment.get("code")) for e in found.entries}
     if len(codes) > 1:

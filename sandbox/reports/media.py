@@ -116,8 +116,8 @@ def write_video(
 ) -> None:
     """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as mp4 (h264, yuv420p).
 
-    Odd sizes are padded by repeating the last row or column. `crf` 10 deviates by a few levels, 0 by
-    rounding only. Deterministic: the same clip gives the same bytes.
+    Odd sizes are padded by repeating the last row or column. `crf` 10 deviates by a few levels, 0
+    by rounding only. Deterministic: the same clip gives the same bytes.
     """
     frames = enlarged(frames_uint8(video), enlarge)
     height, width = frames.shape[1:3]
@@ -181,7 +181,7 @@ def write_image(path: str | Path, clip: Tensor | np.ndarray) -> None:
 def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float, enlarge: int = 1) -> None:
     """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as a looping GIF.
 
-    All frames share one palette of 256 colours, which avoids flicker. Delays are multiples of 10 ms.
+    All frames share one palette of 256 colours, which avoids flicker. Delays are in 10 ms units.
     """
     from PIL import Image
 

@@ -41,7 +41,10 @@ def write_clips(
             media.write_video(paths[-1], clip, fps, media.enlargement(*clip.shape[2:]))
     sheet = folder / "sheet.png"
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
-    rows = [media.SheetRow(c, {k: v[i] for k, v in columns.items()}) for i, c in enumerate(captions)]
+    rows = [
+        media.SheetRow(caption, {name: clips[i] for name, clips in columns.items()})
+        for i, caption in enumerate(captions)
+    ]
     media.contact_sheet(sheet, rows)
     return [*paths, sheet]
 

@@ -14,7 +14,8 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
 
     console = Console(file=StringIO(), width=100_000, markup=False, emoji=False, highlight=False,
                       color_system=None)  # fmt: skip
-    style = box.MARKDOWN if markdown else box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n")
+    plain = box.Box("".join(f"{line:4}\n" for line in ("", "", " -- ", *[""] * 5)))
+    style = box.MARKDOWN if markdown else plain
     table = Table(box=style, show_edge=markdown, pad_edge=markdown)
     for header, *cells in zip(*rows, strict=True):
         is_text = markdown or any(cell and not is_number(cell) for cell in cells)

@@ -27,7 +27,7 @@ from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import gather, generate, rate_of
+from sandbox.evaluation.evaluate import gather, generate, fps_of
 from sandbox.evaluation.prompts import of_data
 from sandbox.model.autoencoding import through
 from sandbox.model.cached_latents import StoredLatents
@@ -212,7 +212,7 @@ class Training:
     def fps(self) -> float:
         """Of sample videos: that of the first validation clip, where the data tell it."""
         val = registry.create(self.root.data).split("val")
-        return rate_of(gather(val, 1, self.root.seed)) or FPS
+        return fps_of(gather(val, 1, self.root.seed)) or FPS
 
     # what callbacks may call
 
