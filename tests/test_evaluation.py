@@ -126,7 +126,7 @@ def test_clips_do_not_depend_on_the_chunks_they_are_made_in(system, monkeypatch)
     """Sums may be taken in another order in a batch of another size: 1e-5 of values of 1."""
     like = prompts_batch(["a red 3 moving left"] * 5)
     whole = generate(system, like)
-    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    monkeypatch.setattr("sandbox.evaluation.evaluate.CHUNK", 2)
     assert torch.allclose(generate(system, like), whole, atol=1e-5, rtol=0)
 
 

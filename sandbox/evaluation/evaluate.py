@@ -59,9 +59,8 @@ def evaluate(
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, between=between)}
     if real.video is not None:
-        clips |= {"real clips": real.video, "real through first stage": _reconstructed(system, real)}
-    else:
-        clips["real through first stage"] = _reconstructed(system, real)
+        clips["real clips"] = real.video
+    clips["real through first stage"] = _reconstructed(system, real)
     result = Evaluation({}, {}, captions, clips, count=real.size, fps=fps_of(real))
     if real.video is not None:
         ceiling = psnr(clips["real through first stage"], real.video)

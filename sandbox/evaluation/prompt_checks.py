@@ -63,7 +63,7 @@ def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> 
                 f"prompts, or one for each of the {count}"
             )
     if len(captions) not in (0, 1, count):
-        yield f"task.prompts has {len(captions)} captions: want one for all {count} images, or one for each"
+        yield f"task.prompts has {len(captions)} captions: want 1 or {count}, the number of images"
 
 
 def _unreadable(files: dict[str, Files]) -> Iterator[str]:

@@ -280,7 +280,7 @@ class Writer:
         return self.places["text"][key]
 
     def _files_key(self, items: Items, index: int) -> str | None:
-        """Key of a clip's source files and all settings; None if the data have no content hashes."""
+        """Key of a clip's source files and all settings; None if data have no content hashes."""
         if not isinstance(items, Hashed):
             return None
         data = data_identity(self.root.data)

@@ -142,7 +142,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Job:
-    """One clip for a worker: `names` of the values to compute. Stages are built from `shared` once."""
+    """One clip for a worker: `names` of the values to compute; `shared` defines the stages."""
 
     path: Path
     names: tuple[str, ...]
@@ -338,7 +338,7 @@ class Work:
                 for name in job.names:
                     value = {"bad": got.bad} if got.bad else got.values[name]
                     self.known[keys[name]] = value
-                    if not isinstance(result, Crashed):  # a crash may be due to memory: retry next time
+                    if not isinstance(result, Crashed):  # may be due to memory: retried
                         self.journal.add([keys[name], value])
                 progress.update(done)
         for row, keys, _ in tasks:

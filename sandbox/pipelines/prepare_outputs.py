@@ -260,8 +260,9 @@ def histograms(path: Path, rows: list[Row]) -> None:
                 if isinstance(value, int | float):
                     found.setdefault((stage, name), []).append((value, side))
     lengths = [(r["end"] - r["start"], r.get("dropped", ["kept"])[0]) for r in rows if "start" in r]
-    plain = [(value, by if by in ("kept", "scenes") else "dropped by others") for value, by in lengths]
-    found = {("seconds", ""): plain} | found
+    found[("seconds", "")] = [
+        (value, by if by in ("kept", "scenes") else "dropped by others") for value, by in lengths
+    ]
     figure = Figure((4 * len(found), 3), layout="constrained")
     for axes, ((stage, name), values) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], sorted(found.items()), strict=True

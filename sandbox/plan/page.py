@@ -103,7 +103,7 @@ def draw_diagram(diagram: Diagram) -> Any:
         axes.add_patch(FancyArrowPatch(path=Path(points), arrowstyle="-|>", mutation_scale=9,
                                        color="#5d6770", shrinkA=0, shrinkB=0))  # fmt: skip
         lines = [line for t in texts for line in _lines(t, boxes[source], boxes[target])]
-        axes.text(x, y, "\n".join(lines), ha="center", va="bottom", fontsize=9.5, color="#5c6269")
+        axes.text(x, y, "\n".join(lines), ha="center", va="bottom", fontsize=11, color="#5c6269")
     for box in diagram.boxes:
         x, y = _corner(box)
         is_core = box.name == "backbone"
@@ -112,9 +112,9 @@ def draw_diagram(diagram: Diagram) -> Any:
             fc="#f3f3ef" if box.is_frozen else "#ffffff", ls="--" if box.is_frozen else "-",
             ec="#0b6e62" if is_core else "#5c6269",
         ))  # fmt: skip
-        axes.text(x + 10, y + 19, box.name, fontsize=12, weight="bold", color="#17191c")
-        axes.text(x + 10, y + 57, "\n".join(box.lines), fontsize=10, color="#5c6269",
-                  linespacing=1.35)  # fmt: skip
+        axes.text(x + 10, y + 19, box.name, fontsize=13, weight="bold", color="#17191c")
+        axes.text(x + 10, y + 57, "\n".join(box.lines), color="#5c6269", linespacing=1.3,
+                  fontsize=min(11, 243 / max(map(len, box.lines))))  # fmt: skip
     return figure
 
 
