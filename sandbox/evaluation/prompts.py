@@ -58,8 +58,8 @@ def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, 
     absent = [c for c, tensors in zip(captions, found, strict=True) if tensors is None]
     if absent:
         raise ConfigError(
-            f"prompts: no embedding of {absent[0]!r} is cached, and conditioning.weights=cached has "
-            "no encoder; set conditioning.weights=FOLDER, or cache it with task=encode "
+            f"prompts: no embedding of {absent[0]!r} is cached, and conditioning.weights=cached "
+            "has no encoder; set conditioning.weights=FOLDER, or cache it with task=encode "
             "task.prompts=[...]"
         )
     return {name: torch.stack([tensors[name] for tensors in found]) for name in found[0]}

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @register("task", "sample")
 class Sample:
-    """Samples clips for task.prompts from a run (task.run, else the newest) or from init_from."""
+    """Samples clips for task.prompts from a run (task.run, else the newest) or init_from."""
 
     @dataclass
     class Config(TaskConfig):
-        """prompts: captions; images, end_images: conditioning images (first and last frame), one for
-        all prompts or one for each, cropped to the clip's aspect ratio; fps, frame_stride:
+        """prompts: captions; images, end_images: conditioning images (first, last frame), one
+        for all prompts or one for each, cropped to the clip's aspect ratio; fps, frame_stride:
         conditioning values, null for the network's default.
 
         Without prompts and images, prompts come from the data, images and scalars from validation

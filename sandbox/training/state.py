@@ -27,7 +27,7 @@ from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import gather, generate, fps_of
+from sandbox.evaluation.evaluate import fps_of, gather, generate
 from sandbox.evaluation.prompts import of_data
 from sandbox.model.autoencoding import through
 from sandbox.model.cached_latents import StoredLatents
