@@ -122,7 +122,7 @@ def _corner(box: Box) -> tuple[int, int]:
     return 3 + box.column * PITCH, TOP + box.row * STEP
 
 
-def _route(source: Box, target: Box) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+def _route(source: Box, target: Box) -> tuple[Sequence[tuple[float, float]], tuple[float, float]]:
     """Corners of the arrow between two boxes, and the bottom centre of its label."""
     (x, y), (u, v) = _corner(source), _corner(target)
     if source.row == target.row:  # right

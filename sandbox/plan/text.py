@@ -108,8 +108,8 @@ def bytes_of(number: float, plan: Plan) -> str:
 def component_rows(plan: Plan) -> list[list[str]]:
     rows = [["component", "plugin", "trained", "frozen", "buffers", "on device"]]
     for c in plan.counts:
-        there = bytes_of(c.bytes_trained + c.bytes_fixed, plan) if c.is_resident else "no"
-        rows.append([c.group, c.plugin, *_numbers(c.trained, c.frozen, c.buffers), there])
+        size_shown = bytes_of(c.bytes_trained + c.bytes_fixed, plan) if c.is_resident else "no"
+        rows.append([c.group, c.plugin, *_numbers(c.trained, c.frozen, c.buffers), size_shown])
     total = [sum(getattr(c, k) for c in plan.counts) for k in ("trained", "frozen", "buffers")]
     here = sum(c.bytes_trained + c.bytes_fixed for c in plan.counts if c.is_resident)
     return [*rows, ["all", "", *_numbers(*total), bytes_of(here, plan)]]

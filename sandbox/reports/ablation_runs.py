@@ -100,7 +100,7 @@ def read(folder: Path) -> Found:
     if not found.entries:
         why = "; ".join(found.left_out[:MOST_NAMED])
         raise ConfigError(
-            f"task.runs={folder}: no finished run of task=train there{f' ({why})' if why else ''}; "
+            f"task.runs={folder}: no finished run of task=train{f' ({why})' if why else ''}; "
             "want the folder of a multirun, or a folder of runs"
         )
     return found

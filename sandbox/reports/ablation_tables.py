@@ -33,7 +33,7 @@ def value(e: Estimate, sign: str = "") -> str:
 
 
 def bounds(e: Estimate, between: str = ", ") -> str:
-    """ "[0.12, 0.34]"; empty where there is none."""
+    """ "[0.12, 0.34]"; empty without an interval."""
     if e.low is None or e.high is None:
         return ""
     return f"[{e.low:.{digits(e)}f}{between}{e.high:.{digits(e)}f}]"

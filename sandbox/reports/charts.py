@@ -21,7 +21,7 @@ CSS = {c: f"var(--c{i})" for i, c in enumerate(COLOURS)} | {
     "#e3e4e1": "var(--line)", "#5c6269": "var(--soft)", "#17191c": "var(--ink)",
     "#ffffff": "var(--card)", "#f3f3ef": "var(--wash)",
 }  # fmt: skip
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9,
     "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9a9d98",
@@ -29,7 +29,7 @@ STYLE: dict[str, Any] = {
     "xtick.color": "#5c6269", "ytick.color": "#17191c", "legend.frameon": False,
     "svg.hashsalt": "sandbox", "svg.fonttype": "path",
 }  # fmt: skip
-INLINE: dict[str, Any] = STYLE | {
+INLINE: dict[Any, Any] = STYLE | {
     "svg.fonttype": "none", "axes.facecolor": "none", "figure.facecolor": "none",
     "ytick.color": "#5c6269", "path.simplify_threshold": 0.7,  # points; bounds the page's size
 }  # fmt: skip
@@ -81,7 +81,8 @@ def inline_svg(draw: Any, *args: Any) -> Markup:
 
     written = StringIO()
     # element ids hash the salt: two drawings of one page must not share them
-    with rc_context(INLINE | {"svg.hashsalt": repr(args)}):  # type: ignore[arg-type]
+    style: Any = INLINE | {"svg.hashsalt": repr(args)}
+    with rc_context(style):
         draw(*args).savefig(written, format="svg", metadata={"Date": None})
     svg = written.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -25,11 +25,11 @@ class Progress:
         from rich.progress import Progress as Bar
         from rich.progress import TextColumn, TimeRemainingColumn
 
-        stream = stream or sys.stdout
-        self.total, self.unit, self.every = total, unit, 0.1 if stream.isatty() else 5.0
+        output: TextIO = stream or sys.stdout
+        self.total, self.unit, self.every = total, unit, 0.1 if output.isatty() else 5.0
         self.shown = time.monotonic()
-        width = None if stream.isatty() else 200
-        self.console = Console(file=stream, width=width, force_jupyter=False, highlight=False)
+        width = None if output.isatty() else 200
+        self.console = Console(file=output, width=width, force_jupyter=False, highlight=False)
         line = "{task.description} {task.completed}/{task.total}{task.fields[facts]}"
         remaining = TimeRemainingColumn(elapsed_when_finished=True)
         self.bar = Bar(TextColumn(line, markup=False), remaining, console=self.console,

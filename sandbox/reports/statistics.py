@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def of_seeds(values: Sequence[float]) -> Estimate:
     error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
     if n < LEAST_SEEDS or not math.isfinite(error) or error <= 1e-12 * abs(mean):
         return Estimate(mean, n=n)
-    test = ttest_1samp(values, 0)
+    test: Any = ttest_1samp(values, 0)
     bounds = test.confidence_interval(LEVEL)
     return Estimate(mean, float(bounds.low), float(bounds.high), n, p=float(test.pvalue))
 

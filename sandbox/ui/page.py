@@ -137,7 +137,7 @@ def number(name: str, text: str | None, kind: Callable[[str], Any] = int) -> Any
     try:
         return kind(text)
     except ValueError:
-        want = "a whole number" if kind is int else "a number"
+        want = "an integer" if kind is int else "a number"
         raise ConfigError(f"{name}={text!r}: want {want}, or blank") from None
 
 
@@ -194,15 +194,18 @@ def inputs(runs: Runs, name: str | None) -> tuple[Any, ...]:
     return gr.Accordion(visible=bool(wanted)), *images
 
 
+def _run_row(label: str, names: Sequence[str], value: str | None) -> tuple[Any, Any]:
+    import gradio as gr
+
+    with gr.Row():
+        run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True, scale=3)
+        weights = gr.Radio(["ema", "live"], value="ema", label="weights", min_width=140)
+    return run, weights
+
+
 def _sample_tab(handlers: Handlers, begin: str | None) -> tuple[Any, Any, list[Any]]:
     """Builds the tab; returns the run lists and the outputs that depend on the first."""
     import gradio as gr
-
-    def choose(label: str, names: Sequence[str], value: str | None) -> tuple[Any, Any]:
-        with gr.Row():
-            run = gr.Dropdown(names, value=value, label=label, allow_custom_value=True, scale=3)
-            weights = gr.Radio(["ema", "live"], value="ema", label="weights", min_width=140)
-        return run, weights
 
     def image_field(label: str) -> Any:
         return gr.Image(label=label, sources=["upload"], height=200)
@@ -214,9 +217,9 @@ def _sample_tab(handlers: Handlers, begin: str | None) -> tuple[Any, Any, list[A
     names = handlers.runs.names()
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            run, weights = choose("run", names, begin)
+            run, weights = _run_row("run", names, begin)
             about = gr.Markdown()
-            other, other_weights = choose("compare with (optional)", ["", *names], None)
+            other, other_weights = _run_row("compare with (optional)", ["", *names], None)
             prompts = gr.Textbox(label="prompts, one per line", lines=3)
             with gr.Accordion("conditioning images", visible=False) as images, gr.Row():
                 image, end_image = image_field("first frame"), image_field("last frame")
