@@ -211,7 +211,7 @@ def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
     from sandbox.reports import media
 
     named = {label.replace("_", " "): video for label, video in columns.items()}
-    rows = [media.Row(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
+    rows = [media.SheetRow(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
     return media.sheet(rows)
 
 

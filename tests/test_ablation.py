@@ -231,7 +231,7 @@ def test_a_number_without_a_protocol_is_not_mixed_with_one_that_has_one(tmp_path
 
 
 def test_a_number_that_is_not_there_is_refused_by_name(runs):
-    with pytest.raises(ConfigError, match="no run has it; want some of digit, loss"):
+    with pytest.raises(ConfigError, match="no run has it; want one of digit, loss"):
         compared(runs, metrics=["colour"])
 
 
@@ -239,11 +239,11 @@ def test_runs_without_a_common_number_are_refused_with_what_to_name(runs):
     found = read(runs)
     found.entries[0].values.clear()
     with pytest.raises(
-        ConfigError, match="no number in common; want the folder of a multirun"
+        ConfigError, match="no metric in common; want the folder of a multirun"
     ) as e:
         compare(found)
     assert e.value.args[1].startswith("digit is not compared")
-    with pytest.raises(ConfigError, match="colour: no run has it; want some of digit, loss"):
+    with pytest.raises(ConfigError, match="colour: no run has it; want one of digit, loss"):
         compare(found, metrics=["colour"])
 
 

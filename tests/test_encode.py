@@ -125,7 +125,7 @@ def test_what_an_epoch_draws_is_stored_once_and_that_is_said(folder, capsys):
                     width=16, batch_size=1)  # fmt: skip
     for start, count in [("random", 1), ("random", 1), ("centre", 0)]:  # made, found again, other
         encode_all(replace(root, data=replace(files, start=start)), Rank())
-        said = "1 of 6 clips are drawn at random by data=video_folder" in capsys.readouterr().out
+        said = "1 of 6 clips are randomised per epoch" in capsys.readouterr().out
         index = json.loads((folder.parent / "cache" / "index.json").read_text())
         drawn = [row.get("drawn", False) for row in index["splits"]["train"]]
         assert (said, sum(drawn)) == (bool(count), count)

@@ -305,10 +305,10 @@ def test_a_layout_that_wants_captions_refuses_clips_without(raw, prepared, tmp_p
 
 def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp_path):
     (tmp_path / "raw").mkdir()
-    with pytest.raises(DataError, match="no video in it"):
+    with pytest.raises(DataError, match="contains no video"):
         run(tmp_path / "raw", tmp_path / "out")
     write(tmp_path / "raw" / "still.mp4", scene(1, 1.2, (0, 0)))
-    with pytest.raises(DataError, match="no clip is kept"):
+    with pytest.raises(DataError, match="all clips were dropped"):
         run(tmp_path / "raw", tmp_path / "out")
     assert manifest(tmp_path / "out")[0]["dropped_by"] == "motion"
 

@@ -1,4 +1,4 @@
-"""What a system samples for: captions, and the images and rates that its conditioning wants."""
+"""Sampling inputs: captions, conditioning images and scalars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sandbox.config import registry
 from sandbox.contracts import Clip, ConfigError
 from sandbox.data.loader import batches
 from sandbox.evaluation.prompt_checks import check
-from sandbox.evaluation.prompts import given, of_data, picture
+from sandbox.evaluation.prompts import given, load_image, of_data
 from tests.helpers import composed, tiny
 
-TOLD = ("data=moving_digits_rates", "conditioning=dynamicrafter",
+IMAGE = ("data=moving_digits_rates", "conditioning=dynamicrafter",
         "conditioning.fps_condition_type=fps")  # fmt: skip
-BOTH_ENDS = (*TOLD, "conditioning.interp_mode=true", "conditioning.rand_cond_frame=false")
+BOTH_ENDS = (*IMAGE, "conditioning.interp_mode=true", "conditioning.rand_cond_frame=false")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_captions_are_those_given_or_those_of_the_data():
 
 
 def test_images_and_rates_of_the_data_are_those_of_its_validation_clips():
-    root = composed(*TOLD)
+    root = composed(*IMAGE)
     clips = next(batches(registry.create(root.data).split("val"), 3, root.seed))
     batch = of_data(root, (), 3)
     assert batch.captions == clips.captions
@@ -60,16 +60,16 @@ def test_interpolation_gets_the_first_and_the_last_frame():
 
 
 def test_own_captions_go_with_the_images_of_the_data():
-    batch = of_data(composed(*TOLD), ("one", "two"), 9)
+    batch = of_data(composed(*IMAGE), ("one", "two"), 9)
     assert batch.captions == ["one", "two"]
     assert batch.image.shape == (2, 3, 1, 16, 16)
 
 
-def test_a_model_that_is_told_nothing_has_no_captions():
+def test_an_unconditional_model_has_no_captions():
     root = composed("conditioning=none")
     assert of_data(root, (), 3).captions == [""] * 3
     for refused in (lambda: of_data(root, ("one",), 3), lambda: given(root, ["one"])):
-        with pytest.raises(ConfigError, match="conditioning=none is told none"):
+        with pytest.raises(ConfigError, match="conditioning=none uses no captions"):
             refused()
 
 
@@ -77,18 +77,18 @@ def test_a_model_that_is_told_nothing_has_no_captions():
 
 
 def test_one_image_is_for_all_prompts(files):
-    batch = given(composed(*TOLD), ["a", "b"], files[:1], fps=24)
+    batch = given(composed(*IMAGE), ["a", "b"], files[:1], fps=24)
     assert batch.captions == ["a", "b"]
     assert colours(batch.image) == [[1, -1, -1], [1, -1, -1]]
     assert batch.scalars["fps"].tolist() == [24, 24]
 
 
 def test_each_prompt_has_its_image(files):
-    assert colours(given(composed(*TOLD), ["a", "b"], files).image) == [[1, -1, -1], [-1, -1, 1]]
+    assert colours(given(composed(*IMAGE), ["a", "b"], files).image) == [[1, -1, -1], [-1, -1, 1]]
 
 
 def test_images_need_no_caption(files):
-    assert given(composed(*TOLD), [], files).captions == ["", ""]
+    assert given(composed(*IMAGE), [], files).captions == ["", ""]
 
 
 def test_start_and_end_image_make_one_clip(files):
@@ -98,7 +98,7 @@ def test_start_and_end_image_make_one_clip(files):
 
 
 def test_without_prompts_and_images_the_datas_are_taken_at_the_rate_that_is_given():
-    batch = given(composed(*TOLD), [], count=2, fps=6.0, frame_stride=None)
+    batch = given(composed(*IMAGE), [], count=2, fps=6.0, frame_stride=None)
     assert batch.size == 2
     assert batch.scalars["fps"].tolist() == [6, 6]
 
@@ -106,13 +106,13 @@ def test_without_prompts_and_images_the_datas_are_taken_at_the_rate_that_is_give
 @pytest.mark.parametrize(
     "settings, captions, images, ends, rates, message",
     [
-        (TOLD, ["a"], 0, 0, {}, r"task.images=\[\]: conditioning=dynamicrafter is told the start"),
-        (TOLD, ["a"] * 3, 2, 0, {}, "name a file for all prompts, or one for each of the 3"),
-        (TOLD, ["a"], 1, 1, {}, r"task.end_images=.*told no such image"),
-        (BOTH_ENDS, ["a"], 1, 0, {}, r"task.end_images=\[\]: .* is told the end image"),
-        (TOLD, ["a"], 1, 0, {"frame_stride": 3.0}, "frame_stride=3.0: .* is told no frame_stride"),
-        ((), ["a"], 1, 0, {}, "task.images=.*conditioning=words is told no such image"),
-        ((), ["a"], 0, 0, {"fps": 8.0}, "task.fps=8.0: conditioning=words is told no fps"),
+        (IMAGE, ["a"], 0, 0, {}, r"task.images=\[\]: conditioning=dynamicrafter needs the start"),
+        (IMAGE, ["a"] * 3, 2, 0, {}, "give one file for all prompts, or one for each of the 3"),
+        (IMAGE, ["a"], 1, 1, {}, r"task.end_images=.*does not use this image"),
+        (BOTH_ENDS, ["a"], 1, 0, {}, r"task.end_images=\[\]: .* needs the end image"),
+        (IMAGE, ["a"], 1, 0, {"frame_stride": 3.0}, "frame_stride=3.0: .* does not use fr"),
+        ((), ["a"], 1, 0, {}, "task.images=.*conditioning=words does not use this image"),
+        ((), ["a"], 0, 0, {"fps": 8.0}, "task.fps=8.0: conditioning=words does not use fps"),
     ],
 )
 def test_what_the_conditioning_cannot_use_or_lacks_is_named(
@@ -128,7 +128,7 @@ def test_what_the_conditioning_cannot_use_or_lacks_is_named(
 def test_a_picture_of_the_clips_size_keeps_its_pixels(tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")
-    got = picture(tmp_path / "a.png", Clip(3, 1, 6, 8))
+    got = load_image(tmp_path / "a.png", Clip(3, 1, 6, 8))
     want = torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # rounding of float32
 
@@ -142,7 +142,7 @@ def test_other_shapes_cover_the_clip_and_lose_their_sides(tmp_path, size):
     middle = (slice(None), slice(width // 4, -(width // 4)))
     image[middle if width > height else (middle[0], slice(None))] = (255, 0, 0)
     Image.fromarray(image).save(tmp_path / "a.png")
-    got = picture(tmp_path / "a.png", Clip(3, 1, 12, 10))
+    got = load_image(tmp_path / "a.png", Clip(3, 1, 12, 10))
     assert got.shape == (3, 12, 10)
     assert got[:, 6, 5].tolist() == [1, -1, -1]
     assert got.min() >= -1
@@ -151,16 +151,16 @@ def test_other_shapes_cover_the_clip_and_lose_their_sides(tmp_path, size):
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_text("none")
     with pytest.raises(ConfigError, match=r"a\.png: cannot be read as an image"):
-        picture(tmp_path / "a.png", Clip(3, 1, 12, 10))
+        load_image(tmp_path / "a.png", Clip(3, 1, 12, 10))
 
 
-def test_all_that_is_wrong_with_a_wish_is_said_at_once(tmp_path):
+def test_all_problems_of_a_request_are_reported_at_once(tmp_path):
     (tmp_path / "a.png").write_text("none")
-    root = composed(*TOLD)
+    root = composed(*IMAGE)
     with pytest.raises(ConfigError) as e:
         check(root, ["a", "b", "c"], [tmp_path / "a.png", tmp_path / "b.png"], [], {"ofs": 2.0})
     said = "\n".join(e.value.problems)
-    assert "name a file for all prompts, or one for each of the 3" in said
+    assert "give one file for all prompts, or one for each of the 3" in said
     for i, name in enumerate(("a.png", "b.png")):
         assert f"task.images[{i}]={tmp_path / name}: cannot be read as an image" in said
     assert "task.ofs=2.0" in said

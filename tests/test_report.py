@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from sandbox.contracts import StorageError
-from sandbox.reports import run_page as report_module
-from sandbox.reports.charts import line_chart, log_ticks, nice_ticks, number
-from sandbox.reports.markup import Markup, el, join
-from sandbox.reports.media import Row, contact_sheet, write_video
+from sandbox.reports import pages
+from sandbox.reports.charts import draw, line_chart, number, smoothed
+from sandbox.reports.media import SheetRow, contact_sheet, write_video
 from sandbox.reports.run_page import (
     Report,
     ScoreRow,
@@ -23,7 +22,7 @@ from sandbox.reports.run_page import (
     read_curves,
     write_report,
 )
-from sandbox.reports.scores import interval, rates_of, terminal_table, wilson
+from sandbox.reports.scores import interval, rates_of, terminal_table
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $title <img src=https://example.org/x.png>"
 SCORES = [
@@ -68,7 +67,7 @@ class Page(HTMLParser):
 def run(tmp_path) -> Path:
     video = torch.zeros(3, 4, 16, 16)
     write_video(tmp_path / "samples" / "0.mp4", video, 8, 4)
-    contact_sheet(tmp_path / "sheet.png", [Row("a", {"real": video})])
+    contact_sheet(tmp_path / "sheet.png", [SheetRow("a", {"real": video})])
     lines = [{"step": s, "loss": 1 / s, "lr": 1e-3, "val/loss": 2 / s} for s in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
@@ -103,8 +102,8 @@ def full(run: Path, text: str = "plain") -> Report:
 def test_page_holds_every_section_and_closes_every_element(run):
     page = Page(write_report(run, full(run)))
     assert page.open == []
-    sections = "Scores", "Samples", "Beside real clips", "Training", "Where the time went"
-    sections += "Every setting", "Environment", "Files of this run"
+    sections = "Scores", "Samples", "Compared with real clips", "Training", "Wall-clock time"
+    sections += "All settings", "Environment", "Files of this run"
     for word in (*sections, "backbone=dit", "backbone.width", "metrics.jsonl"):
         assert word in page.said, word
 
@@ -121,7 +120,7 @@ def test_page_loads_nothing_from_outside(run):
     assert page.sources and all(s.startswith("data:") for s in page.sources)
     assert all(not re.match(r"[a-z]+:|//|/", link) for link in page.links)
     assert "default-src 'none'" in path.read_text()
-    assert "url(" not in path.read_text() and "@import" not in path.read_text()
+    assert not re.search(r"url\((?!#)|@import", path.read_text())
 
 
 def test_an_empty_report_is_a_page_too(tmp_path):
@@ -150,11 +149,11 @@ def test_missing_and_foreign_files_are_named(run, tmp_path_factory):
     samples = [("gone", Path("gone.mp4")), ("text", outside)]
     page = Page(write_report(run, Report("x", samples=samples)))
     assert "gone.mp4: no such file" in page.said
-    assert "notes.txt (1 B) is not a picture or video" in page.said and not page.sources
+    assert "notes.txt (1 B) is not an image or video" in page.said and not page.sources
 
 
 def test_large_media_are_linked_and_the_page_stays_bounded(run, monkeypatch):
-    monkeypatch.setattr(report_module, "PAGE_LIMIT", 5000)
+    monkeypatch.setattr(pages, "PAGE_LIMIT", 5000)
     noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     for i in range(5):
         write_video(run / "samples" / f"{i}.mp4", noise, 8)
@@ -170,7 +169,7 @@ def test_long_curves_do_not_make_long_pages(tmp_path):
     rng = np.random.default_rng(0)
     curve = [(i, float(v)) for i, v in enumerate(rng.normal(size=100_000))]
     path = write_report(tmp_path, Report("x", curves={"loss": curve}))
-    assert path.stat().st_size < 80_000
+    assert path.stat().st_size < 100_000
 
 
 def test_many_skipped_items_are_counted(tmp_path):
@@ -192,16 +191,6 @@ def test_an_unwritable_folder_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"report\.html"):
         write_report(tmp_path / "file" / "run", Report("x"))
-
-
-# --- markup ---------------------------------------------------------------------------------------
-
-
-def test_text_is_escaped_once_and_markup_never():
-    inner = el("b", "a < b")
-    assert inner == "<b>a &lt; b</b>" and isinstance(inner, Markup)
-    assert join("&", inner) == "&amp;<b>a &lt; b</b>"
-    assert el("i", class_='"x"', title=None, open=True) == '<i class="&quot;x&quot;" open></i>'
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -228,41 +217,29 @@ def test_splits_share_a_chart_and_losses_come_first():
     assert list(charts["loss"]) == ["train", "val"] and list(charts["score"]) == ["digit", "colour"]
 
 
-def lines_of(svg: str, kind: str) -> list[np.ndarray]:
-    paths = re.findall(rf'<path d="M([^"]*)" class="{kind}"', svg)
-    return [np.array([p.split() for p in path.split("L")], float) for path in paths]
+def test_log_steps_begin_at_the_first_step():
+    (axes,) = draw("x", {"x": np.array([(0, 0.0), (10, 1.0), (100, 0.0)])}, log_x=True).axes
+    assert axes.get_xscale() == "log" and axes.get_xlim() == (1, 100)
 
 
-def test_a_line_goes_through_the_measurements():
-    svg = line_chart("loss", {"loss": [(0, 0.0), (50, 1.0), (100, 0.5)]})
-    (line,) = lines_of(svg, "line")
-    x, y = line[:, 0], line[:, 1]
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # pixels, written to 0.1
-    assert (y[0] - y[2]) == pytest.approx((y[0] - y[1]) / 2, abs=0.2)
-
-
-def test_log_steps_spread_powers_of_ten_evenly():
-    (line,) = lines_of(
-        line_chart("x", {"x": [(1, 0.0), (10, 1.0), (100, 0.0)]}, log_x=True), "line"
-    )
-    assert line[1, 0] - line[0, 0] == pytest.approx(line[2, 0] - line[1, 0], abs=0.2)
-
-
-def test_smoothing_follows_the_mean_and_keeps_a_learning_rate_as_it_is():
+def test_smoothing_follows_the_mean_and_keeps_a_learning_rate():
     rng = np.random.default_rng(0)
-    noisy = [(s, 1 + float(e)) for s, e in enumerate(rng.normal(0, 0.3, 2000))]
-    (smooth,), (raw,) = (lines_of(line_chart("loss", {"a": noisy}), k) for k in ("line", "raw"))
-    assert smooth[200:, 1].std() < 0.2 * raw[200:, 1].std()
-    ramp = [(s, min(s, 50) / 50) for s in range(1000)]
-    (line,), (same,) = (lines_of(line_chart("lr", {"a": ramp}), k) for k in ("line", "raw"))
-    assert (line == same).all()
+    noisy = np.stack([np.arange(2000.0), 1 + rng.normal(0, 0.3, 2000)], 1)
+    assert smoothed(noisy)[200:, 1].std() < 0.2 * noisy[200:, 1].std()
+    ramp = np.array([(s, min(s, 50) / 50) for s in range(1000)])
+    assert (smoothed(ramp) == ramp).all()
 
 
 def test_a_spike_does_not_flatten_a_curve():
-    points = [(s, 100.0 if s == 500 else 1 - s / 2000) for s in range(1000)]
-    (line,) = lines_of(line_chart("grad", {"a": points}), "line")
-    late = line[line[:, 0] > 400, 1]
-    assert np.ptp(late) > 5  # pixels; with the spike on the axis it would be less than 1
+    points = np.array([(s, 100.0 if s == 500 else 1 - s / 2000) for s in range(1000)])
+    (axes,) = draw("grad", {"a": points}).axes
+    assert axes.get_ylim()[1] < 10
+
+
+def test_a_wide_range_of_values_has_a_logarithmic_axis_but_for_a_learning_rate():
+    points = np.array([(s, 10.0 ** (-s / 10)) for s in range(30)])
+    scales = [draw(name, {"a": points}).axes[0].get_yscale() for name in ("loss", "lr")]
+    assert scales == ["log", "linear"]
 
 
 @pytest.mark.parametrize(
@@ -270,16 +247,19 @@ def test_a_spike_does_not_flatten_a_curve():
 )
 @pytest.mark.parametrize("log_x", [False, True])
 def test_odd_curves_are_drawn_without_errors(points, log_x):
-    assert "nan" not in line_chart("x", {"x": points}, log_x).lower()
+    svg = line_chart("x", {"x": points}, log_x).svg
+    assert "nan" not in (svg or "").lower()
+    assert (svg is None) == (not points or math.isnan(points[0][1]))
 
 
-def test_ticks_are_round_and_inside():
-    assert nice_ticks(0, 1, 6) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert (
-        nice_ticks(-3, 1250, 7) == [0, 200, 400, 600, 800, 1000, 1200]
-        or len(nice_ticks(-3, 1250, 7)) <= 7
-    )
-    assert log_ticks(1, 1200, 7) == [1, 3, 10, 30, 100, 300, 1000]
+def test_charts_are_deterministic_and_use_the_colours_of_the_page():
+    chart = line_chart("loss", {"a": [(0, 1.0), (5, 2.0)]})
+    assert chart == line_chart("loss", {"a": [(0, 1.0), (5, 2.0)]})
+    assert chart.svg is not None and "var(--c0)" in chart.svg and "#0b6e62" not in chart.svg
+    assert chart.keys == [("a", "2")]
+
+
+def test_numbers_have_three_significant_digits():
     assert [number(v) for v in (0, 0.4731, 1200, 4e-5)] == ["0", "0.473", "1.2k", "4e-05"]
 
 
@@ -291,7 +271,8 @@ def test_ticks_are_round_and_inside():
     [(0.0, 10, 0.0, 0.2775), (1.0, 192, 0.9804, 1.0), (0.5, 100, 0.4038, 0.5962)],
 )
 def test_wilson_interval_equals_published_values(rate, n, low, high):
-    assert wilson(rate, n) == pytest.approx((low, high), abs=5e-5)  # tabulated to four digits
+    found = interval(ScoreRow("x", {"a": rate}, n), "a")
+    assert found == pytest.approx((low, high), abs=5e-5)  # tabulated to four digits
 
 
 def test_only_shares_of_clips_get_intervals():

@@ -129,7 +129,7 @@ def request_clips(address: str, runs: list[str]) -> None:
 
     client = Client(address, verbose=False, analytics_enabled=False)
     _, files, commands = client.predict(
-        run=runs[0], weights="ema", beside=runs[-1], beside_weights="ema", image=None,
+        run=runs[0], weights="ema", other=runs[-1], other_weights="ema", image=None,
         end_image=None, prompts="\n".join(PROMPTS), seed="5", api_name="/sample",
     )  # fmt: skip
     print(f"{address} answers with {len(files)} clips, made by\n{commands}")

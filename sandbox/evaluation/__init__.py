@@ -1,1 +1,1 @@
-"""Scores of generated clips, and prompts to generate from."""
+"""Scores of generated clips, and prompts to sample from."""

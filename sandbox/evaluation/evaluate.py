@@ -1,8 +1,7 @@
-"""Scores of generated clips, each beside what it must be compared with.
+"""Scores generated clips together with reference rows.
 
-Rows: the model; real held-out clips; those through the first stage (the ceiling of any model on
-it); what the metric calls a baseline (such as the conditional mean clip); and the same system
-untrained (the floor).
+Rows: the model; real held-out clips; their first-stage reconstructions (an upper bound for the
+model); the metric's baselines (such as the conditional mean clip); the untrained system.
 """
 
 from __future__ import annotations
@@ -24,35 +23,34 @@ from sandbox.model.components import build_parts
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports.progress import Progress
 
-CHUNK = 96  # clips sampled at a time, small ones
-THROUGH = 32  # clips that go through a first stage at a time, small ones
-PIXELS = 2**20  # of larger ones no more than this, in all frames; at least one clip
+CHUNK = 96  # small clips per sampling batch
+THROUGH = 32  # small clips per first-stage batch
+PIXELS = 2**20  # maximum per batch over all frames; at least one clip
 Between = Callable[[], None]
 Watch = Callable[[int, int], None]
 
 
 @dataclass
 class Evaluation:
-    """Scores by row, and the clips that were judged, (N, 3, T, H, W) in [-1, 1]."""
+    """Scores by row, and the scored clips, (N, 3, T, H, W) in [-1, 1]."""
 
     scores: dict[str, dict[str, float]]  # {"model": {"colour": 1.0}, "real clips": ...}
     meaning: dict[str, str]  # of each score; both are empty without a metric
     captions: list[str]
     clips: dict[str, Tensor] = field(default_factory=dict)  # by row
-    # dB, of the real clips through the first stage; None where they are stored as latents
-    first_stage_psnr: float | None = None
+    first_stage_psnr: float | None = None  # dB on the real clips; None for cached latents
     count: int = 0
-    fps: float | None = None  # of the real clips, where the data tell it
+    fps: float | None = None  # of the real clips, if known
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
-    each: dict[str, list[float]] = field(default_factory=dict)  # the model's, clip by clip
+    each: dict[str, list[float]] = field(default_factory=dict)  # the model's, per clip
 
 
 def evaluate(
     system: LatentDiffusion, count: int, untrained: bool = True, between: Between | None = None
 ) -> Evaluation:
-    """Samples for the first `count` validation clips' captions, and scores them and the rest.
+    """Samples for the captions of the first `count` validation clips, and scores every row.
 
-    The caller has set eval mode. `between` is called now and then, and may raise to end it.
+    The caller sets eval mode. `between` is called between model calls and may raise to stop.
     """
     root = system.root
     source = registry.create(root.data)
@@ -61,10 +59,9 @@ def evaluate(
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, between=between)}
     if real.video is not None:
-        clips |= {"real clips": real.video, "real through first stage": _through(system, real)}
-    else:
-        clips["real through first stage"] = _through(system, real)
-    result = Evaluation({}, {}, captions, clips, count=real.size, fps=rate_of(real))
+        clips["real clips"] = real.video
+    clips["real through first stage"] = _reconstructed(system, real)
+    result = Evaluation({}, {}, captions, clips, count=real.size, fps=fps_of(real))
     if real.video is not None:
         ceiling = psnr(clips["real through first stage"], real.video)
         result.first_stage_psnr = ceiling.mean().item()
@@ -74,8 +71,8 @@ def evaluate(
         floor["untrained model"] = generate(_untrained(system), real, what, between=between)
     if root.metric is not None:
         if wanted := root.metric.learns_from():
-            whole = registry.create(root.data.all_clips())
-            train = training_clips(whole.split("train"), wanted, root.seed)
+            data = registry.create(root.data.all_clips())
+            train = training_clips(data.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)
         if isinstance(metric, PairedMetric) and real.video is not None:
             metric.set_references(real.video)
@@ -92,9 +89,9 @@ def evaluate(
 
 
 def by_pairs(root: Root) -> Any:
-    """The metric of `root` where it compares clips with real ones, as of a first stage; else None.
+    """The metric of `root` if it compares clips pairwise with real ones; else None.
 
-    Raises StorageError for weights that it lacks.
+    Raises StorageError if its weights are missing.
     """
     cfg = root.metric
     if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "set_references"):
@@ -123,10 +120,10 @@ def generate(
     between: Between | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """One clip for each caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
+    """One clip per caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
 
-    Of the size of the clips of `like` where it has any, else of the first of the data.
-    watch(done, total) is told of each call of the model.
+    The size is that of the clips of `like`, else the first size of the data. watch(done, total) is
+    called after each model call.
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
@@ -149,10 +146,10 @@ def generate(
     return torch.cat(made)
 
 
-def rate_of(batch: Batch) -> float | None:
-    """Frames a second of the clips, the median; None where they are not told."""
-    told = batch.scalars.get("fps")
-    return None if told is None else told.median().item()
+def fps_of(batch: Batch) -> float | None:
+    """The median fps of the clips; None if unknown."""
+    fps = batch.scalars.get("fps")
+    return None if fps is None else fps.median().item()
 
 
 def _at_once(clip: Clip, most: int) -> int:
@@ -171,7 +168,7 @@ def _size(system: LatentDiffusion, like: Batch) -> Clip:
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
-    """Clips start..stop of a batch, with all that belongs to them."""
+    """Clips start..stop of a batch, with all their fields."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):
@@ -183,17 +180,17 @@ def take(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def gather(items: Any, count: int, seed: int) -> Batch:
-    """The first `count` clips of a split, or as many as there are, as one batch.
+    """The first `count` clips of a split, or all if it has fewer, as one batch.
 
-    Of several sizes those of the one that most clips have.
+    With several sizes, only clips of the most frequent size.
     """
     return _first(count, batches(items, min(count, 256), seed, usual_size(items, seed)))
 
 
 def training_clips(items: Any, count: int, seed: int) -> Batch:
-    """`count` clips as training sees them; of a small split several epochs.
+    """`count` clips as training sees them, over several epochs of a small split.
 
-    Of several sizes those of the one that most clips have.
+    With several sizes, only clips of the most frequent size.
     """
     loader, size = Loader(items, min(count, len(items), 64), seed), usual_size(items, seed)
     stream = chain.from_iterable(repeat(loader))
@@ -214,31 +211,31 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
         for name in SAMPLE_TENSORS
         if getattr(found[0], name) is not None
     }
-    whole = Batch(
+    joined = Batch(
         **tensors,
         captions=captions or None,
         scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
         ids=[i for b in found for i in b.ids],
         position=torch.arange(sum(b.size for b in found)),
     )
-    return take(whole, 0, count)
+    return take(joined, 0, count)
 
 
 @torch.no_grad()
 def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
-    """Clips (N, 3, T, H, W) on the CPU through a first stage on `device`; in [-1, 1]."""
+    """Reconstructs clips (N, 3, T, H, W) on the CPU with a first stage on `device`; in [-1, 1]."""
     parts = video.split(_at_once(Clip(*video.shape[1:]), THROUGH))
     return torch.cat([through(first_stage, x.to(device)).cpu() for x in parts]).clamp(-1, 1)
 
 
 @torch.no_grad()
-def _through(system: LatentDiffusion, real: Batch) -> Tensor:
-    """Real clips through the first stage, from their pixels or their stored latents."""
+def _reconstructed(system: LatentDiffusion, real: Batch) -> Tensor:
+    """First-stage reconstructions of real clips, from pixels or cached latents."""
     first_stage, parts = system.first_stage, []
     with system.at_work(first_stage):
         if real.video is not None:
             return reconstructed(first_stage, real.video, system.device)
-        assert real.stored is not None  # data bring one of them
+        assert real.stored is not None  # data provide one of them
         for part in real.stored.split(_at_once(_size(system, real), THROUGH)):
             z = first_stage.scaled(first_stage.posterior(part.to(system.device)).mean)
             parts.append(first_stage.decode(z).cpu())

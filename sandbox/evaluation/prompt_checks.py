@@ -1,4 +1,4 @@
-"""Whether prompts, images and rates are what a conditioning is told; asked before torch is here."""
+"""Validates prompts, images and scalars against the conditioning, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from sandbox.config.root import Root
 from sandbox.contracts import ConfigError
 
-SETTINGS = {"start": "images", "end": "end_images"}  # of task=sample, for what a conditioning asks
+SETTINGS = {"start": "images", "end": "end_images"}  # conditioning image -> task.SETTING
 Files = Sequence[Path | str]
 
 
@@ -17,11 +17,12 @@ def check(
     captions: Sequence[str],
     images: Files,
     end_images: Files,
-    rates: Mapping[str, float | None],
+    scalars: Mapping[str, float | None],
 ) -> None:
-    """Raises ConfigError for what the conditioning is not told, for what it must be told and is
-    not, and for files that are no images. Without captions and images, all is that of the data.
-    rates: by name, such as fps=24; None is not told.
+    """Raises ConfigError for unused or missing inputs, and for files that are not images.
+
+    Without captions and images, the data provide them. scalars: by name, such as fps=24; None is
+    unset.
     """
     files = {"images": images, "end_images": end_images}
     is_of_data = not captions and not images and not end_images
@@ -31,18 +32,18 @@ def check(
         found += _unreadable(files)
     needs, name = root.conditioning.needs(), _name(root)
     found += [
-        f"task.{rate}={value}: {name} is told no {rate} with these settings"
-        for rate, value in rates.items()
-        if value is not None and rate not in needs
+        f"task.{scalar}={value}: {name} does not use {scalar} with these settings"
+        for scalar, value in scalars.items()
+        if value is not None and scalar not in needs
     ]
     if found:
         raise ConfigError(*found)
 
 
 def of_captions(root: Root, captions: Sequence[str]) -> Iterator[str]:
-    """The problem with captions that none is told."""
+    """The problem with captions that the conditioning does not use."""
     if captions and not root.conditioning.needs() & {"captions", "text"}:
-        yield f"prompts={[*captions]}: {_name(root)} is told none; want a count alone"
+        yield f"prompts={[*captions]}: {_name(root)} uses no captions; want only a count"
 
 
 def _name(root: Root) -> str:
@@ -50,19 +51,19 @@ def _name(root: Root) -> str:
 
 
 def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> Iterator[str]:
-    asked = {SETTINGS[name]: name for name in root.conditioning.images()}
+    wanted = {SETTINGS[name]: name for name in root.conditioning.images()}
     count = max(1, len(captions), *map(len, files.values()))
     for setting, of in files.items():
-        said = f"task.{setting}=[{', '.join(map(str, of))}]"
-        if of and setting not in asked:
-            yield f"{said}: {_name(root)} is told no such image with these settings; leave it out"
-        elif setting in asked and len(of) not in (1, count):
+        typed = f"task.{setting}=[{', '.join(map(str, of))}]"
+        if of and setting not in wanted:
+            yield f"{typed}: {_name(root)} does not use this image with these settings; remove it"
+        elif setting in wanted and len(of) not in (1, count):
             yield (
-                f"{said}: {_name(root)} is told the {asked[setting]} image; name a file for all "
+                f"{typed}: {_name(root)} needs the {wanted[setting]} image; give one file for all "
                 f"prompts, or one for each of the {count}"
             )
     if len(captions) not in (0, 1, count):
-        yield f"task.prompts has {len(captions)} captions: want one for all {count} images or each"
+        yield f"task.prompts has {len(captions)} captions: want 1 or {count}, the number of images"
 
 
 def _unreadable(files: dict[str, Files]) -> Iterator[str]:

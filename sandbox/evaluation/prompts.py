@@ -1,4 +1,4 @@
-"""What to sample for: captions, and the images and rates that the conditioning is told, too."""
+"""Sampling inputs: captions, conditioning images and scalars."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from sandbox.model.latent_diffusion import prompts_batch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-RATES = SCALARS - set(SIZES)
+SCALAR_INPUTS = SCALARS - set(SIZES)
 
 
 def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
-    """A batch of `captions`, else of the data's first `count`, else of so many empty ones.
+    """A batch of `captions`, else of the data's first `count` captions, else of empty ones.
 
-    Images and rates that the conditioning is told are those of the first validation clips, and so
-    are then the captions that are not given. Embeddings are those that the data have stored, where
-    the conditioning has no encoder. Raises ConfigError for captions that none is told.
+    Conditioning images and scalars, and then missing captions, come from the first validation
+    clips. Without a text encoder, cached embeddings are used. Raises ConfigError for captions that
+    the conditioning does not use.
     """
     conditioning, source = root.conditioning, registry.create(root.data)
     if not conditioning.needs() & {"captions", "text"}:
         if found := [*of_captions(root, captions)]:
             raise ConfigError(*found)
         return prompts_batch([""] * count)
-    if not conditioning.images() and not conditioning.needs() & RATES:
+    if not conditioning.images() and not conditioning.needs() & SCALAR_INPUTS:
         found = [*captions] or source.prompts()[:count] or [""] * count
-        return prompts_batch(found, **_stored_text(root, source, found))
+        return prompts_batch(found, **_cached_text(root, source, found))
     clips = gather(source.split("val"), len(captions) or count, root.seed)
     found = [*captions] or clips.captions or [""] * clips.size
-    places = torch.arange(len(found)) % clips.size  # the first again where they end
+    places = torch.arange(len(found)) % clips.size  # repeats clips
     fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
-    if asked := conditioning.images():
-        shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(asked)]]
-        assert shown is not None  # wiring has asked for one of them
+    if wanted := conditioning.images():
+        shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(wanted)]]
+        assert shown is not None  # wiring checks that data provide one
         fields["image"] = shown[places]
-    return prompts_batch(found, **fields, **_stored_text(root, source, found))
+    return prompts_batch(found, **fields, **_cached_text(root, source, found))
 
 
-def _stored_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
-    """Embeddings of captions where conditioning wants them from the data; else nothing."""
+def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
+    """Cached caption embeddings if the conditioning takes them from the data; else empty."""
     if "text" not in root.conditioning.needs():
         return {}
     found = [source.embedded(caption) for caption in captions]
     absent = [c for c, tensors in zip(captions, found, strict=True) if tensors is None]
     if absent:
         raise ConfigError(
-            f"prompts: no embedding of {absent[0]!r} is stored, and conditioning.weights=cached "
-            "has no encoder; name one with conditioning.weights=FOLDER, or store it: task=encode "
+            f"prompts: no embedding of {absent[0]!r} is cached, and conditioning.weights=cached "
+            "has no encoder; set conditioning.weights=FOLDER, or cache it with task=encode "
             "task.prompts=[...]"
         )
     return {name: torch.stack([tensors[name] for tensors in found]) for name in found[0]}
@@ -73,10 +73,9 @@ def given(
     count: int = 8,
     **scalars: float | None,
 ) -> Batch:
-    """A batch of `captions` with images, one for all or one for each, and rates that are not None.
+    """A batch of `captions` with images (one for all, or one for each) and scalars.
 
-    Without captions and images that of the data. Raises ConfigError for what the conditioning is
-    not told, for what it must be told and is not, and for files that are no images.
+    Without captions and images, `of_data`. Raises ConfigError as `check` does.
     """
     files = {"images": images, "end_images": end_images}
     check(root, captions, images, end_images, scalars)
@@ -84,28 +83,28 @@ def given(
         batch = of_data(root, (), count)
     else:
         size = max(len(captions), *map(len, files.values()))
-        words = _for_each(captions or [""], size)
-        batch = prompts_batch(words, **_stored_text(root, registry.create(root.data), words))
-        if asked := root.conditioning.images():
+        texts = _for_each(captions or [""], size)
+        batch = prompts_batch(texts, **_cached_text(root, registry.create(root.data), texts))
+        if wanted := root.conditioning.images():
             clip = root.data.clips()[0]
-            rows = [_for_each(files[SETTINGS[name]], size) for name in asked]
-            shown = [[picture(file, clip) for file in row] for row in rows]
+            rows = [_for_each(files[SETTINGS[name]], size) for name in wanted]
+            shown = [[load_image(file, clip) for file in row] for row in rows]
             batch.image = torch.stack([torch.stack(row) for row in shown], 2)
-    rates = {name: value for name, value in scalars.items() if value is not None}
-    told = {name: torch.full((batch.size,), float(value)) for name, value in rates.items()}
-    return replace(batch, scalars=batch.scalars | told)
+    known = {name: value for name, value in scalars.items() if value is not None}
+    filled = {name: torch.full((batch.size,), float(value)) for name, value in known.items()}
+    return replace(batch, scalars=batch.scalars | filled)
 
 
 def _for_each(values: Sequence[Any], count: int) -> list[Any]:
     return [*values] * count if len(values) == 1 else [*values]
 
 
-def picture(file: Path | str, clip: Clip) -> Tensor:
-    """A file as (3, H, W) in [-1, 1] of the size of `clip`: covered, and the middle cut out.
+def load_image(file: Path | str, clip: Clip) -> Tensor:
+    """An image file as (3, H, W) in [-1, 1], resized to cover `clip` and centre-cropped.
 
-    Resized as published for DynamiCrafter (antialiased, bilinear), but where a picture is narrower
-    than the clip: there its width fills the clip, and the original adds black bars. Raises
-    ConfigError where it is no picture.
+    Resized as published for DynamiCrafter (antialiased, bilinear), except for images narrower than
+    the clip, which fill its width; the original adds black bars. Raises ConfigError for files that
+    are not images.
     """
     from PIL import Image, ImageOps
 

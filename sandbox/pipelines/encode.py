@@ -1,10 +1,10 @@
-"""What task=encode does: each clip once through the first stage, each caption once through its
-encoder, into shards whose keys are hashes of all that decides what comes out.
+"""task=encode: encodes each clip with the first stage and each caption with the text encoder, once,
+into shards addressed by content hashes.
 
-A key holds the pixels that go in, the settings and weights of the network, and the precision; what
-has another key is made anew, what has the same is found. A second key, of the files and settings
-that pixels come from, spares decoding them again. The index is written last, at once. What data
-draw at random for each epoch is stored as epoch 0 has it, and `drawn` in the row of the clip.
+A key hashes the input pixels, the settings and weights of the network, and the precision; equal
+keys are reused. A second key, of source files and data settings, avoids decoding again. The index
+is written last, atomically. Random choices of the data are cached as in epoch 0, and marked by
+`drawn` in the row of the clip.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ KINDS = ("latents", "text")
 
 
 def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
-    """Stores the splits of `root.data` in `root.task.to`, a share by each rank.
+    """Encodes the splits of `root.data` into `root.task.to`, a share per rank.
 
-    Returns the folder and how many clips it holds, were made now, and are unusable. Raises
-    ConfigError, DataError, StorageError, and Preempted when asked to stop.
+    Returns the folder and the numbers of clips in total, encoded now, and unusable. Raises
+    ConfigError, DataError, StorageError, and Preempted on a stop request.
     """
     if "video" not in root.data.provides():
         raise ConfigError(
-            f"data={root.data.plugin.split('/')[1]}: it has no pixels to encode; want other data"
+            f"data={root.data.plugin.split('/')[1]}: has no pixels to encode; choose other data"
         )
     folder = Path(root.task.to).expanduser()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     use_kernels(root)
     use_threads(root)
-    with rank.first():  # it makes the first stage, where there is none; the others load it
+    with rank.first():  # creates the first stage if needed; other ranks load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
     source = registry.create(root.data)
@@ -80,7 +80,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     parts = rank.gather_plain([shares, writer.made, writer.bad])
     bad = {k: v for _, _, found in parts for k, v in found.items()}
     made = sum(number for _, number, _ in parts)
-    whole = {
+    splits = {
         name: [row for _, row in sorted((r for p, _, _ in parts for r in p[name]), key=_place)]
         for name in root.task.splits
     }
@@ -97,7 +97,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         "prompts": prompts,
         "data": to_container(root.data),
         "bad": bad,
-        "splits": whole,
+        "splits": splits,
     }
     if rank.index == 0:
         with storing(folder):
@@ -105,8 +105,8 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
                     prune(folder, index, root.task.shard_mb * 1_000_000)
-        _say(folder, index, made)
-    count = sum(map(len, whole.values()))
+        _report(folder, index, made)
+    count = sum(map(len, splits.values()))
     return {"folder": str(folder), "clips": count, "made": made, "bad": len(bad)}
 
 
@@ -114,19 +114,19 @@ def _place(numbered: list[Any]) -> int:
     return numbered[0]
 
 
-def _say(folder: Path, index: dict[str, Any], made: int) -> None:
+def _report(folder: Path, index: dict[str, Any], made: int) -> None:
     sizes = ", ".join(f"{len(rows)} {name}" for name, rows in index["splits"].items())
-    print(f"{sizes} clips in {folder}, {made} made now", flush=True)
+    print(f"{sizes} clips in {folder}, {made} newly encoded", flush=True)
     for name, reason in index["bad"].items():
-        print(f"  left out {name}: {reason}", flush=True)
+        print(f"  skipped {name}: {reason}", flush=True)
     also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
     rows = [row for split in index["splits"].values() for row in split]
     if drawn := sum(row.get("drawn", False) for row in rows):
         data = index["data"]["plugin"].rpartition("/")[2]
         print(
-            f"  {drawn} of {len(rows)} clips are drawn at random by data={data} (start, crop, "
-            "captions left out), in each epoch anew; they are stored as epoch 0 has them, and "
-            "training on latents sees nothing else of them",
+            f"  {drawn} of {len(rows)} clips are randomised per epoch by data={data} (start, crop, "
+            "caption dropout); the cache holds epoch 0, the only version that training on cached "
+            "latents sees",
             flush=True,
         )
     frames, height, width = index["clip"][1:]
@@ -134,17 +134,17 @@ def _say(folder: Path, index: dict[str, Any], made: int) -> None:
     if further := sorted(found - {f"{frames}x{height}x{width}"}):
         also += f" 'data.buckets=[{','.join(further)}]'"
     print(
-        f"train from it with data=latents data.root={folder} data.frames={frames} "
+        f"train with data=latents data.root={folder} data.frames={frames} "
         f"data.height={height} data.width={width}{also}",
         flush=True,
     )
 
 
 def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
-    """Deletes what the index does not name.
+    """Deletes entries that the index does not reference.
 
-    What a shard shares with it moves to a new one first, and the index says so before the old one
-    goes: whatever ends this, the index names what is there.
+    Live entries of mixed shards are copied to new shards, and the index is updated, before old
+    shards are deleted: an interrupted prune leaves a valid index.
     """
     rows = [row for split in index["splits"].values() for row in split]
     named = [(row, kind) for row in rows for kind in KINDS if row[kind]]
@@ -179,7 +179,7 @@ def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
 
 
 class Networks:
-    """What encodes: a first stage, and where it is frozen the text encoder of the conditioning."""
+    """The first stage, and the conditioning's text encoder if it is frozen."""
 
     def __init__(self, root: Root, rank: Rank) -> None:
         self.device, self.precision = device_of(root, rank.local), root.precision
@@ -199,7 +199,7 @@ class Networks:
 
     @torch.no_grad()
     def latents(self, sample: Sample) -> dict[str, Tensor]:
-        """As the training step encodes: in its precision, the whole posterior."""
+        """Encodes as the training step does: in its precision; keeps the posterior."""
         video = sample["video"][None].to(self.device)
         dtype = DTYPES[self.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -215,7 +215,7 @@ class Networks:
 
 
 class Writer:
-    """The share of one rank: what it finds in the folder, and what it adds."""
+    """One rank's share: finds cached entries in the folder and adds missing ones."""
 
     def __init__(self, folder: Path, root: Root, networks: Networks, rank: Rank) -> None:
         self.root, self.networks, self.rank = root, networks, rank
@@ -247,8 +247,8 @@ class Writer:
             for done, index in enumerate(mine, 1):
                 if self.rank.stop_requested():
                     raise Preempted(
-                        f"stopped by {self.rank.asked}; what is made is stored, and the same "
-                        "command goes on"
+                        f"stopped by {self.rank.asked}; finished clips are cached; run the same "
+                        "command to resume"
                     )
                 try:
                     found.append([index, self.row(items, index)])
@@ -258,7 +258,7 @@ class Writer:
         return found
 
     def row(self, items: Items, index: int) -> dict[str, Any]:
-        """What the index says of a clip. Raises BadItem."""
+        """A clip's entry of the index. Raises BadItem."""
         key = self._files_key(items, index)
         row = self.known.get(key) if key else None
         if row is None or "size" not in row or row["latents"] not in self.places["latents"]:
@@ -273,14 +273,14 @@ class Writer:
         }
 
     def text(self, caption: str) -> Place:
-        """Where the embedding of a caption is; made where there is none."""
+        """The place of a caption's embedding, which is computed if missing."""
         key = _hash(self.networks.of_text, caption)
         if key not in self.places["text"]:
             self.places["text"][key] = self.shards["text"].add(key, self.networks.text(caption))
         return self.places["text"][key]
 
     def _files_key(self, items: Items, index: int) -> str | None:
-        """Of the files of a clip and all settings, None where the data do not tell."""
+        """Key of a clip's source files and all settings; None if data have no content hashes."""
         if not isinstance(items, Hashed):
             return None
         data = data_identity(self.root.data)
@@ -288,10 +288,10 @@ class Writer:
         return _hash(self.networks.of_latents, data, *where)
 
     def _encoded(self, items: Items, index: int) -> dict[str, Any]:
-        own = self.root.seed, "data", 0, items.id(index)
-        rng = keyed(*own)
+        key_of_draws = self.root.seed, "data", 0, items.id(index)
+        rng = keyed(*key_of_draws)
         sample = items.load(index, rng)
-        is_drawn = rng.random() != keyed(*own).random()  # some numbers are gone
+        is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
         key = _hash(self.networks.of_latents, *pixels_of(sample))
         if key not in self.places["latents"]:
             tensors = self.networks.latents(sample)
@@ -308,29 +308,29 @@ class Writer:
             first = "; ".join(f"{k}: {v}" for k, v in [*self.bad.items()][:5])
             raise DataError(
                 f"{len(self.bad)} clips are unusable, more than data.max_bad="
-                f"{self.root.data.max_bad}: mend or remove them, or raise it: {first}"
+                f"{self.root.data.max_bad}: fix or remove them, or raise the limit: {first}"
             )
 
 
 def image_of(sample: Sample) -> Tensor:
-    """(3, N, H, W): the clip's own picture, else its first frame."""
+    """(3, N, H, W): the clip's image, else its first frame."""
     return sample["image"] if "image" in sample else sample["video"][:, :1]
 
 
 def in_bytes(image: Tensor) -> Tensor:
-    """uint8 where that comes back as the same pixels (x / 127.5 - 1), else as it is."""
+    """uint8 if that is lossless (x / 127.5 - 1), else unchanged."""
     found = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return found if torch.equal(found / 127.5 - 1, image) else image.contiguous()
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """In half precision where nothing is lost."""
+    """In half precision if that is lossless."""
     halves = (x.to(dtype) for dtype in (torch.bfloat16, torch.float16))
     return next((half for half in halves if torch.equal(half.float(), x)), x)
 
 
 def pixels_of(sample: Sample) -> Iterator[str]:
-    """Hashes of what a clip shows."""
+    """Hashes of a clip's pixels."""
     for name in ("video", "image"):
         if name in sample:
             tensor = sample[name].contiguous()

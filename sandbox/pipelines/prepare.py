@@ -1,11 +1,10 @@
-"""What task=prepare does: the stages of a configuration, in their order, over a folder of videos.
+"""task=prepare: runs the configured stages in order over a folder of videos.
 
-Stages up to one that cuts form a leg. In a leg each clip is decoded once, for all stages that look
-at it; then the stages judge in their order, from the scores of all clips that are kept. A score is
-in the journal before anything is judged, under a key of the bytes of the file, the span, and what
-of the stage decides it: so a limit that changes computes nothing again, and a run that is killed
-goes on. Results come in the order of the clips, whoever computed them: what is written does not
-depend on the number of workers, nor on how often the run was ended.
+Stages up to one that cuts form a leg. In a leg each clip is decoded once for all stages that score
+it; then the stages filter in order, from the scores of all remaining clips. Scores are journaled
+before filtering, keyed by the file's bytes, the span, and the stage settings that determine them.
+So a changed limit recomputes nothing, and a killed run resumes. Results keep the order of the
+clips: outputs depend neither on the number of workers nor on restarts.
 """
 
 from __future__ import annotations
@@ -44,13 +43,14 @@ from sandbox.reports.progress import Progress
 from sandbox.storage.atomic import locked, storing, write_atomic
 from sandbox.storage.shards import Journal
 
-FORMAT = 1  # of scores: what decoding means to them
-UNREADABLE = "unreadable"  # in place of a stage, where a file cannot be used
+FORMAT = 1  # version of the score keys; bump when decoding changes
+UNREADABLE = "unreadable"  # stands for a stage in `dropped`
+OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
 
 
 def prepare(root: Root) -> dict[str, Any]:
-    """Works through `root.task.data_root`; the result is also in summary.json.
+    """Prepares `root.task.data_root`; the result is also in summary.json.
 
     Raises ConfigError, DataError, StorageError.
     """
@@ -60,13 +60,13 @@ def prepare(root: Root) -> dict[str, Any]:
     source, to = (Path(name).expanduser() for name in (cfg.data_root, cfg.to))
     if to.resolve().is_relative_to(source.resolve()):
         raise ConfigError(
-            f"task.to={cfg.to}: lies in data_root={cfg.data_root}, where clips would be found as "
-            "raw videos; choose a folder elsewhere"
+            f"task.to={cfg.to}: is inside data_root={cfg.data_root}, so clips would be read as raw "
+            "videos; choose a folder elsewhere"
         )
     stages = Stages(root)
     if cfg.format is not None and stages.renderer is None:
         raise ConfigError(
-            f"task.format={cfg.format}: no stage makes the clips; add normalise to the stages, or "
+            f"task.format={cfg.format}: no stage writes clips; add normalise to the stages, or "
             "set task.format=null"
         )
     with storing(to):
@@ -89,10 +89,10 @@ def prepare(root: Root) -> dict[str, Any]:
         write_manifest(to, root, rows)
         sheets(to / "dropped", rows, cfg.sheet)
         if count:
-            work.spent["judging and the rest"] += time.process_time() - began
-        result = write_summary(to, rows, stages.names, work.spent, work.is_whole)
+            work.spent[OTHER_WORK] += time.process_time() - began
+        result = write_summary(to, rows, stages.names, work.spent, work.is_complete)
     if not kept:
-        raise DataError(f"data_root={cfg.data_root}: no clip is kept; {to} says why")
+        raise DataError(f"data_root={cfg.data_root}: all clips were dropped; see {to}/summary.json")
     return result
 
 
@@ -100,7 +100,7 @@ def prepare(root: Root) -> dict[str, Any]:
 
 
 class Stages:
-    """The stages of a configuration, in their order."""
+    """The configured stages, in order."""
 
     def __init__(self, root: Root) -> None:
         self.configs = dict(root.stage)
@@ -113,7 +113,7 @@ class Stages:
         self.digests = {name: self._digest(cfg) for name, cfg in self.configs.items()}
 
     def legs(self) -> Iterator[list[str]]:
-        """Names up to a stage that cuts, again and again."""
+        """Stage names, split after each stage that cuts."""
         leg: list[str] = []
         for name, stage in self.built.items():
             leg.append(name)
@@ -123,7 +123,7 @@ class Stages:
         yield leg
 
     def shared(self, names: Sequence[str]) -> str:
-        """What a worker builds stages from; text, so that it can keep them."""
+        """JSON from which a worker builds stages; hashable, so that it can cache them."""
         chosen = {n: to_container(self.configs[n]) for n in names}
         return json.dumps([self.plugins_path, chosen])
 
@@ -132,7 +132,7 @@ class Stages:
 
     @staticmethod
     def _digest(cfg: Any) -> str:
-        """Of the code of a stage and of the settings that decide what it computes."""
+        """Hash of a stage's code and the settings that determine its scores."""
         path = registry.find(cfg.plugin).path
         code = path.read_text(encoding="utf-8") if path else ""
         settings = {k: v for k, v in to_container(cfg).items() if k not in cfg.limits}
@@ -144,7 +144,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Job:
-    """One clip for a worker: `names` of what to find. Stages are built from `shared` once."""
+    """One clip for a worker: `names` of the values to compute; `shared` defines the stages."""
 
     path: Path
     names: tuple[str, ...]
@@ -157,7 +157,7 @@ class Job:
 
 @dataclass
 class Found:
-    """What a worker found out, or why the clip is no use; and CPU seconds by what they went to."""
+    """A worker's results, or why the clip is unusable; and CPU seconds by stage."""
 
     values: dict[str, Any] = field(default_factory=dict)
     bad: str | None = None
@@ -175,8 +175,8 @@ def probed(job: Job) -> Found:
     return timed(lambda found: found.values.update(info=asdict(probe(job.path))), "probing")
 
 
-def looked(job: Job) -> Found:
-    """Scores of a clip: {stage: what it found}."""
+def scored(job: Job) -> Found:
+    """Scores of a clip: {stage: scores}."""
     stages = built(job.shared)
     assert job.info
     length = job.end - job.start
@@ -210,7 +210,7 @@ def rendered(job: Job) -> Found:
 
 
 def timed(work: Callable[[Found], None], name: str | None = None) -> Found:
-    """What `work` fills in, or why the clip is no use."""
+    """Runs `work` on a new Found, and records why the clip is unusable."""
     found = Found()
     try:
         if name is None:
@@ -225,7 +225,7 @@ def timed(work: Callable[[Found], None], name: str | None = None) -> Found:
 
 @contextmanager
 def spending(found: Found, name: str) -> Iterator[None]:
-    """Adds the CPU seconds of its block to what was found."""
+    """Adds the CPU seconds of the block."""
     began = time.process_time()
     try:
         yield
@@ -233,24 +233,24 @@ def spending(found: Found, name: str) -> Iterator[None]:
         found.spent[name] += time.process_time() - began
 
 
-# --- in the command -------------------------------------------------------------------------------
+# --- in the main process --------------------------------------------------------------------------
 
 
 class Work:
-    """One preparation: its journal of scores, and the CPU seconds that this run has spent."""
+    """One preparation: its score journal, and the CPU seconds of this run."""
 
     def __init__(self, to: Path, stages: Stages, ordered: Ordered) -> None:
         self.to, self.stages, self.ordered = to, stages, ordered
         self.journal = Journal(to / "scores.jsonl")
         self.known: dict[str, Any] = dict(self.journal.rows)
         self.spent: dict[str, float] = defaultdict(float)
-        self.is_whole = not self.known  # what is spent is the cost of all clips
+        self.is_complete = not self.known  # CPU seconds cover all clips
 
     def sources(self, root: Path) -> list[Row]:
-        """A row for each video file below `root`, by name."""
+        """A row for each video file in `root`, sorted by name."""
         names = [n for n in walk(root) if Path(n).suffix.lower() in CONTAINERS]
         if not names:
-            raise DataError(f"data_root={root}: no video in it; want {', '.join(CONTAINERS)}")
+            raise DataError(f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}")
         rows: list[Row] = [{"source": name, "path": root / name} for name in sorted(names)]
         keys = [hashed(FORMAT, row["source"], *_stat(row["path"])) for row in rows]
         jobs = [Job(row["path"], ("info",)) for row in rows]
@@ -263,28 +263,28 @@ class Work:
         return rows
 
     def legs(self, rows: list[Row]) -> list[Row]:
-        """Clips with their scores, and those that are dropped with why."""
+        """Clips with their scores; dropped ones with the reason."""
         for names in self.stages.legs():
-            self.look(rows, names)
-            rows = self.judge(rows, names)
+            self.score(rows, names)
+            rows = self.filter(rows, names)
         for row in rows:
             row["id"] = identity(row)
         return rows
 
-    def look(self, rows: list[Row], names: list[str]) -> None:
-        looking = [n for n in names if isinstance(self.stages.built[n], ScoringStage)]
-        shared, tasks = self.stages.shared(looking), []
-        for row in rows if looking else ():
+    def score(self, rows: list[Row], names: list[str]) -> None:
+        scoring = [n for n in names if isinstance(self.stages.built[n], ScoringStage)]
+        shared, tasks = self.stages.shared(scoring), []
+        for row in rows if scoring else ():
             if "dropped" not in row:
-                keys = {name: self.stages.key(name, row) for name in looking}
+                keys = {name: self.stages.key(name, row) for name in scoring}
                 missing = tuple(n for n, key in keys.items() if key not in self.known)
                 job = Job(row["path"], missing, shared, row["info"], row["start"], row["end"])
                 tasks.append((row, keys, job))
-        self.compute(" ".join(looking), looked, tasks)
+        self.compute(" ".join(scoring), scored, tasks)
         for row, _, _ in tasks:
             row["scores"] = row["scores"] | row.pop("found", {})
 
-    def judge(self, rows: list[Row], names: list[str]) -> list[Row]:
+    def filter(self, rows: list[Row], names: list[str]) -> list[Row]:
         for name in names:
             stage = self.stages.built[name]
             kept = [row for row in rows if "dropped" not in row]
@@ -293,14 +293,14 @@ class Work:
             elif isinstance(stage, DecidingStage):
                 for row in kept:
                     row["id"] = identity(row)
-                for row, said in zip(kept, stage.decide(kept), strict=True):
-                    if "drop" in said:
-                        row["dropped"] = [name, said["drop"]]
-                    row |= {k: v for k, v in said.items() if k != "drop"}
+                for row, verdict in zip(kept, stage.decide(kept), strict=True):
+                    if "drop" in verdict:
+                        row["dropped"] = [name, verdict["drop"]]
+                    row |= {k: v for k, v in verdict.items() if k != "drop"}
         return rows
 
     def render(self, kept: list[Row]) -> None:
-        """Writes clips to clips/; what is there is not made again."""
+        """Writes missing clips to clips/."""
         name = self.stages.renderer
         assert name
         shared, tasks = self.stages.shared([name]), []
@@ -309,7 +309,7 @@ class Work:
             key = self.stages.key(name, row)
             row["file"] = folder / f"{row['id']}-{key[:8]}.mp4"
             known = self.known.get(key, {})
-            if "bad" not in known and not _is_whole(row["file"], known.get("bytes")):
+            if "bad" not in known and not _is_complete(row["file"], known.get("bytes")):
                 self.known.pop(key, None)
             job = Job(
                 row["path"], ("clip",), shared, row["info"], row["start"], row["end"], row["file"]
@@ -325,22 +325,22 @@ class Work:
         function: Callable[[Job], Found],
         tasks: list[tuple[Row, dict[str, str], Job]],
     ) -> None:
-        """`found` of each row by the names of its keys; what is not known is computed first.
+        """Sets `found` of each row to its values by name, computing the unknown ones.
 
-        A row whose file turns out to be no use is dropped.
+        Drops rows whose file is unusable.
         """
         new = [task for task in tasks if not {*task[1].values()} <= self.known.keys()]
         results = self.ordered(function, (job for _, _, job in new))
         with Progress(what, len(new), "clip") as progress:
             for done, (result, (_, keys, job)) in enumerate(zip(results, new, strict=True), 1):
-                crashed = Found(bad="ends the process that decodes it")
+                crashed = Found(bad="crashes the process that decodes it")
                 got = crashed if isinstance(result, Crashed) else result
                 for name, seconds in got.spent.items():
                     self.spent[name] += seconds
                 for name in job.names:
                     value = {"bad": got.bad} if got.bad else got.values[name]
                     self.known[keys[name]] = value
-                    if not isinstance(result, Crashed):  # which may have been for want of memory
+                    if not isinstance(result, Crashed):  # may be due to memory: retried
                         self.journal.add([keys[name], value])
                 progress.update(done)
         for row, keys, _ in tasks:
@@ -353,7 +353,7 @@ class Work:
 
 
 def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
-    """The clips that a stage makes of one."""
+    """The clips that a stage cuts from one."""
     if "dropped" in row:
         yield row
         return
@@ -365,14 +365,14 @@ def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
 
 
 def identity(row: Row) -> str:
-    """Of a clip: its file's name and its span; a file name itself."""
+    """A clip's id, from its file's name and span; usable as a file name."""
     return hashed(row["source"], row.get("start"), row.get("end"))[:16]
 
 
 def check_captions(kept: list[Row], form: str) -> None:
-    """Raises DataError where a layout wants captions and clips have none."""
+    """Raises DataError if a layout needs captions and clips have none."""
     bare = [row["source"] for row in kept if not row.get("caption")]
-    if form in ("cogvideox_folder", "webvid") and bare:  # whose readers pass over empty ones
+    if form in ("cogvideox_folder", "webvid") and bare:  # their readers skip empty captions
         raise DataError(
             f"task.format={form}: {len(bare)} clips have no caption, such as {bare[0]}; use "
             "stage.captions.missing=drop or template"
@@ -380,7 +380,7 @@ def check_captions(kept: list[Row], form: str) -> None:
 
 
 def write_manifest(to: Path, root: Root, rows: list[Row]) -> None:
-    """manifest.jsonl, a line for each clip, and settings.json, of which each line has the hash."""
+    """manifest.jsonl, a line per clip, and settings.json, whose hash is in each line."""
     used = {"av", "numpy", *(d for cfg in root.stage.values() for d in cfg.distributions)}
     versions = {name: version(name) for name in sorted(used)}
     settings = {
@@ -392,21 +392,21 @@ def write_manifest(to: Path, root: Root, rows: list[Row]) -> None:
     text = json.dumps(settings, indent=1) + "\n"
     write_atomic(to / "settings.json", text)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    lines = [json.dumps(told(row) | {"settings": digest}) for row in rows]
+    lines = [json.dumps(manifest_entry(row) | {"settings": digest}) for row in rows]
     write_atomic(to / "manifest.jsonl", "".join(f"{line}\n" for line in lines))
 
 
-def told(row: Row) -> dict[str, Any]:
-    """What the manifest says of a clip."""
+def manifest_entry(row: Row) -> dict[str, Any]:
+    """A clip's line of manifest.jsonl."""
     stage, why = row.get("dropped", (None, None))
     info = asdict(row["info"]) if "info" in row else None
-    own = ("path", "file", "info", "dropped", "found")
-    said = {k: v for k, v in row.items() if k not in own}
-    return said | {"kept": stage is None, "dropped_by": stage, "why": why, "info": info}
+    internal = ("path", "file", "info", "dropped", "found")
+    entry = {k: v for k, v in row.items() if k not in internal}
+    return entry | {"kept": stage is None, "dropped_by": stage, "why": why, "info": info}
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Names of the files below `root`; hidden ones are passed over."""
+    """Relative names of the files in `root`, without hidden ones."""
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if not f.startswith(".")]
         for file in files:
@@ -423,5 +423,5 @@ def _stat(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _is_whole(path: Path, size: int | None) -> bool:
+def _is_complete(path: Path, size: int | None) -> bool:
     return path.is_file() and path.stat().st_size == size

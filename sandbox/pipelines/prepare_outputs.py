@@ -1,7 +1,6 @@
-"""What task=prepare writes of its clips: layouts that data plugins read, a summary, and sheets of
-what was dropped.
+"""Outputs of task=prepare: layouts for data plugins, a summary, and sheets of dropped clips.
 
-A layout is a folder of its own that appears whole, from the same clips always with the same bytes.
+Each layout is a folder that is written atomically and deterministically.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from typing import Any
 
 from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
-from sandbox.reports.media import Row as Strip
-from sandbox.reports.media import contact_sheet, replacing
+from sandbox.reports.media import SheetRow, contact_sheet, replacing
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
@@ -31,7 +29,7 @@ BINS = 40
 
 
 def write_format(to: Path, form: str, kept: list[Row], shard_bytes: int) -> Path:
-    """The layout `form` of clips that are rendered, in the folder of its name. StorageError."""
+    """Writes the layout `form` of rendered clips to `to/form`. Raises StorageError."""
     final, draft = to / form, to / f".{form}.part"
     with storing(final):
         shutil.rmtree(draft, ignore_errors=True)
@@ -54,7 +52,7 @@ def write_format(to: Path, form: str, kept: list[Row], shard_bytes: int) -> Path
 
 
 def write_cogvideox(folder: Path, splits: dict[str, list[Row]]) -> None:
-    """SPLIT/prompts.txt and videos.txt, a line for each clip, for data=cogvideox_folder."""
+    """SPLIT/prompts.txt and videos.txt, a line per clip, for data=cogvideox_folder."""
     for split, rows in splits.items():
         names = [f"videos/{link(row, folder / split / 'videos')}" for row in rows]
         if rows:
@@ -64,7 +62,7 @@ def write_cogvideox(folder: Path, splits: dict[str, list[Row]]) -> None:
 
 
 def write_easyanimate(folder: Path, splits: dict[str, list[Row]]) -> None:
-    """SPLIT.json: [{"file_path", "text", "type", "width", "height"}], paths below the folder."""
+    """SPLIT.json: [{"file_path", "text", "type", "width", "height"}], paths relative to it."""
     for split, rows in splits.items():
         listed = [
             {
@@ -104,18 +102,18 @@ WRITERS: dict[str, Writer] = {
 
 
 def link(row: Row, folder: Path) -> str:
-    """The clip below its id in `folder`; the same bytes on the disk where links are possible."""
+    """Hard-links, else copies, a clip to `folder/ID.mp4`."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{row['id']}.mp4"
     try:
         os.link(row["file"], folder / name)
-    except OSError:  # a file system without them
+    except OSError:  # no hard links on this file system
         shutil.copyfile(row["file"], folder / name)
     return name
 
 
 def write_shards(folder: Path, splits: dict[str, list[Row]], shard_bytes: int) -> None:
-    """SPLIT-00000.tar, ... with ID.mp4, ID.txt and ID.json of each clip, and index.json.
+    """SPLIT-00000.tar, ... with ID.mp4, ID.txt and ID.json per clip, and index.json.
 
     The index has {"format", "splits": {split: [{"file", "bytes", "sha256", "samples": [{"key",
     "frames", "height", "width", "fps", "members": {"mp4": [offset, bytes], ...}}]}]}}.
@@ -130,11 +128,11 @@ def write_shards(folder: Path, splits: dict[str, list[Row]], shard_bytes: int) -
 
 
 def parts(rows: list[Row], most: int) -> Iterator[list[Row]]:
-    """Rows whose clips have at most `most` bytes together, and at least one."""
+    """Groups of rows with at most `most` bytes in total, and at least one row."""
     part: list[Row] = []
     size = 0
     for row in rows:
-        own = row["clip"]["bytes"] + 5 * tarfile.BLOCKSIZE  # with texts and headers
+        own = row["clip"]["bytes"] + 5 * tarfile.BLOCKSIZE  # with text members and headers
         if part and size + own > most:
             yield part
             part, size = [], 0
@@ -171,11 +169,11 @@ def write_shard(path: Path, rows: list[Row]) -> dict[str, Any]:
     return {"bytes": at + len(END), "sha256": digest.hexdigest(), "samples": samples}
 
 
-# --- what to look at ------------------------------------------------------------------------------
+# --- sheets and summary ---------------------------------------------------------------------------
 
 
 def sheets(folder: Path, rows: list[Row], most: int) -> None:
-    """A contact sheet for each reason for which clips were dropped, evenly chosen among them."""
+    """A contact sheet of evenly spaced dropped clips for each reason."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in sorted({row["dropped"][0] for row in rows if "dropped" in row}):
         dropped = [r for r in rows if r.get("dropped", [""])[0] == name and "start" in r]
@@ -185,8 +183,8 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> Strip | None:
-    """A few frames with what was dropped and why; None where they cannot be decoded."""
+def shown(row: Row) -> SheetRow | None:
+    """A few frames with source and reason; None if they cannot be decoded."""
     import numpy as np
 
     clip = VideoClip(row["path"], row["info"], row["start"], row["end"], width=WIDTH)
@@ -195,15 +193,15 @@ def shown(row: Row) -> Strip | None:
     except BadItem:
         return None
     where = f"{printable(row['source'])} {row['start']:.1f}-{row['end']:.1f} s"
-    return Strip(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
+    return SheetRow(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
 
 
 def write_summary(
-    to: Path, rows: list[Row], names: list[str], spent: dict[str, float], is_whole: bool
+    to: Path, rows: list[Row], names: list[str], spent: dict[str, float], is_complete: bool
 ) -> dict[str, Any]:
-    """summary.json and summary.png, and the same in words. Returns what summary.json holds.
+    """Writes summary.json and summary.png, and prints them. Returns the contents of summary.json.
 
-    `is_whole`: the CPU seconds are those of all clips, none was known from an earlier run.
+    `is_complete`: the CPU seconds cover all clips, none was computed by an earlier run.
     """
     kept = [row for row in rows if "dropped" not in row]
     dropped = Counter(row["dropped"][0] for row in rows if "dropped" in row)
@@ -220,7 +218,7 @@ def write_summary(
         "hours": {k: round(v, 6) for k, v in hours.items()},
         "splits": dict(sorted(Counter(r.get("split", "train") for r in kept).items())),
         "core_seconds": {k: round(v, 3) for k, v in costly},
-        "hours_per_core_hour": round(hours["found"] / core_hours, 2) if is_whole else None,
+        "hours_per_core_hour": round(hours["found"] / core_hours, 2) if is_complete else None,
     }
     write_atomic(to / "summary.json", json.dumps(result, indent=1) + "\n")
     histograms(to / "summary.png", rows)
@@ -231,16 +229,17 @@ def write_summary(
     )
     if core_hours:
         parts = ", ".join(f"{k} {v / core_hours / 36:.0f} %" for k, v in costly[:8])
-        rate = f"{result['hours_per_core_hour']} h of video per core hour; " if is_whole else ""
-        print(f"{rate}{core_hours * 3600:.1f} CPU seconds: {parts}")
+        parts = parts.replace("judging and the rest", "filtering and other work")
+        speed = f"{result['hours_per_core_hour']} h of video per core hour; " if is_complete else ""
+        print(f"{speed}{core_hours * 3600:.1f} CPU seconds: {parts}")
     for row in [r for r in rows if r.get("dropped", [""])[0] == "unreadable"][:SHOWN]:
-        print(f"  left out {printable(row['source'])}: {row['dropped'][1]}")
+        print(f"  unreadable: {printable(row['source'])}: {row['dropped'][1]}")
     print(f"clips, manifest.jsonl, summary.png and dropped/ are in {to}", flush=True)
     return result
 
 
 def printable(name: str) -> str:
-    """A file name with what cannot be printed escaped."""
+    """A file name with unprintable characters escaped."""
     return repr(name)[1:-1]
 
 
@@ -249,20 +248,21 @@ def _hours(rows: list[Row]) -> float:
 
 
 def histograms(path: Path, rows: list[Row]) -> None:
-    """Each score that is a number, of clips that are kept, dropped for it, and dropped else."""
+    """Histograms of each numeric score: clips kept, dropped by its stage, and dropped by others."""
     from matplotlib.figure import Figure
 
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for row in rows:
         by = row.get("dropped", ["kept"])[0]
         for stage, scores in row.get("scores", {}).items():
-            side = by if by in ("kept", stage) else "dropped else"
+            side = by if by in ("kept", stage) else "dropped by others"
             for name, value in scores.items():
                 if isinstance(value, int | float):
                     found.setdefault((stage, name), []).append((value, side))
     lengths = [(r["end"] - r["start"], r.get("dropped", ["kept"])[0]) for r in rows if "start" in r]
-    plain = [(value, by if by in ("kept", "scenes") else "dropped else") for value, by in lengths]
-    found = {("seconds", ""): plain} | found
+    found[("seconds", "")] = [
+        (value, by if by in ("kept", "scenes") else "dropped by others") for value, by in lengths
+    ]
     figure = Figure((4 * len(found), 3), layout="constrained")
     for axes, ((stage, name), values) in zip(
         figure.subplots(1, len(found), squeeze=False)[0], sorted(found.items()), strict=True
@@ -276,4 +276,4 @@ def histograms(path: Path, rows: list[Row]) -> None:
         axes.set_ylabel("clips")
         axes.legend(fontsize=7)
     with replacing(path) as draft:
-        figure.savefig(draft, dpi=100, metadata={"Software": None})
+        figure.savefig(draft, format="png", dpi=100, metadata={"Software": None})

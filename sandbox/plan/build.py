@@ -1,4 +1,4 @@
-"""The system of a configuration without memory for its weights, and one micro-batch of it."""
+"""Builds a system on the meta device, and measures one micro-batch of it on fake tensors."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sandbox.plan.depth import deeper
 from sandbox.plan.measure import Measured, faked, measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of one setting
+CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of the setting
 GROUPS = ("vae", "conditioning", "backbone", "loss")
 
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of a component, and the bytes that they take on a device while training."""
+    """Parameter counts of a component, and their bytes on the device during training."""
 
     group: str
     plugin: str
@@ -33,12 +33,12 @@ class Count:
     buffers: int
     bytes_trained: int
     bytes_fixed: int  # frozen weights and buffers
-    is_resident: bool  # whether training has it on the device
+    is_resident: bool  # on the device during training
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """One clip of the largest size, in pixels, latents and what the backbone works on."""
+    """The largest clip size, in pixels, latents and the backbone's grid."""
 
     batch: int
     clip: Clip
@@ -55,16 +55,16 @@ class Sizes:
 
 
 def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) -> dict[str, Any]:
-    """The components by group, on the meta device; what has no weights is there, too.
+    """Components by group, on the meta device.
 
     `checkpointing` overrides the backbone's setting; `half`: trained weights in `root.precision`,
-    as DeepSpeed keeps them.
+    as with DeepSpeed.
     """
     backbone = root.backbone
     name = checkpointing_field(root)
     if checkpointing is not None and name is not None:
         backbone = replace(backbone, **{name: checkpointing})
-    # Named weights are not read on the meta device; so is no folder of stored latents.
+    # a placeholder: neither weights nor cached latents are read on the meta device
     root = replace(root, backbone=backbone, vae=replace(root.vae, weights="planned"))
     with torch.device("meta"):
         parts = {
@@ -88,7 +88,7 @@ def dtype_of(root: Root) -> torch.dtype:
 
 
 def checkpointing_field(root: Root) -> str | None:
-    """The backbone's setting of activation checkpointing, where it has one."""
+    """Name of the backbone's activation checkpointing setting; None without one."""
     names = {f.name for f in fields(root.backbone)}
     return next((name for name in CHECKPOINTING if name in names), None)
 
@@ -98,12 +98,12 @@ def modules_of(parts: dict[str, Any]) -> list[nn.Module]:
 
 
 def needs_first_stage(root: Root) -> bool:
-    """Whether a training step calls the first stage's networks."""
+    """Whether a training step runs the first stage."""
     return "stored" not in root.data.provides() or root.conditioning.encodes()
 
 
 def counts(root: Root, parts: dict[str, Any]) -> list[Count]:
-    """A row for each component that has weights."""
+    """A row per component with weights."""
     rows = []
     for group in GROUPS:
         module = parts[group]
@@ -129,7 +129,7 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
-    """What the optimizer keeps after its first step, which it makes here without numbers."""
+    """Bytes of the optimizer state, after a first step on meta tensors."""
     named = [(n, p) for m in modules_of(parts) for n, p in m.named_parameters() if p.requires_grad]
     optimizer = registry.create(root.optimizer).build(named, 1e-4)
     for _, parameter in named:
@@ -138,17 +138,17 @@ def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
     for _, parameter in named:
         parameter.grad = None
     kept = [x for state in optimizer.state.values() for x in state.values()]
-    return _bytes([x for x in kept if isinstance(x, Tensor) and x.ndim])  # counts are on the CPU
+    return _bytes([x for x in kept if isinstance(x, Tensor) and x.ndim])  # without step counters
 
 
-def average_bytes(root: Root, parts: dict[str, Any]) -> int:
-    """What the moving average of the trained weights takes; 0 without one."""
+def ema_bytes(root: Root, parts: dict[str, Any]) -> int:
+    """Bytes of the EMA weights; 0 without EMA."""
     average = EMA.of(nn.ModuleList(modules_of(parts)), registry.create(root.ema))
     return 0 if average is None else _bytes(list(average.average.values()))
 
 
 def largest_unit(parts: dict[str, Any]) -> int:
-    """Trained numbers of the largest block: what FSDP has whole at a time."""
+    """Trained parameters of the largest block, which FSDP gathers at a time."""
     blocks = [
         block
         for part in modules_of(parts)
@@ -165,7 +165,7 @@ def largest_unit(parts: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the first stage does in a step, and the form of the latents that it leaves."""
+    """Measured first-stage encoding of a step, and the layout of its latents."""
 
     measured: Measured
     shape: torch.Size
@@ -174,7 +174,7 @@ class Encoded:
 
 
 def encoded(root: Root, sizes: Sizes, is_cuda: bool = True) -> Encoded | None:
-    """The part of a step before the backbone, alike in all of them; None without pixels."""
+    """Measures the encoding before the backbone; None with cached latents."""
     if "stored" in root.data.provides():
         return None
     parts = parts_of(root)
@@ -198,24 +198,23 @@ def measured(
     is_cuda: bool = True,
     before: Encoded | None = None,
 ) -> Measured:
-    """One training step of `root`, as model.latent_diffusion makes it, forward and backward.
+    """Measures one training step of `root` (model.latent_diffusion), forward and backward.
 
-    Conditions come as the conditioning offers them, in shapes alone: what makes them is not part.
-    A deep network is measured at three small depths, where these tell what it takes. `before`: what
-    `encoded` has found, which is measured here without it.
+    Conditions are empty tensors of the right shapes; their encoders are not measured. Deep networks
+    are extrapolated from three small depths if possible. `before`: the result of `encoded`.
     """
     before = before or encoded(root, sizes, is_cuda)
 
     def at(backbone: Any) -> Measured:
-        whole = replace(root, backbone=backbone)
-        return step_of(whole, sizes, checkpointing, half, is_cuda, before)
+        resized = replace(root, backbone=backbone)
+        return step_of(resized, sizes, checkpointing, half, is_cuda, before)
 
     found = from_shallow(root.backbone, at) or at(root.backbone)
     return found if before is None else before.measured.then(found)
 
 
 def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | None:
-    """What `at` would find of a deep network; None where it is not deep, or not to be foretold."""
+    """Extrapolates `at(backbone)`; None if it is not deep, or the extrapolation fails."""
     name, period = backbone.layers()
     if name is None:
         return None
@@ -235,18 +234,18 @@ def step_of(
     is_cuda: bool,
     before: Encoded | None,
 ) -> Measured:
-    """The part of `measured` after the first stage, at the depth that is there."""
+    """Measures the step after the first stage, at the configured depth."""
     parts = parts_of(root, checkpointing, half)
     modules = modules_of(parts)
     with plain_kernels(), faked(*modules):
-        told = conditions(sizes, any(p.requires_grad for p in _parameters(parts["conditioning"])))
-        step, inputs = training_step(root, parts, sizes, told, before)
-        held = [*inputs, *(x for _, x in told.tensors())]
+        cond = conditions(sizes, any(p.requires_grad for p in _parameters(parts["conditioning"])))
+        step, inputs = training_step(root, parts, sizes, cond, before)
+        held = [*inputs, *(x for _, x in cond.tensors())]
         return measure(step, modules, held, _narrow(root), is_cuda)
 
 
 def _narrow(root: Root) -> torch.dtype | None:
-    """What autocast makes of float32."""
+    """The autocast dtype; None for fp32."""
     return None if root.precision == "fp32" else dtype_of(root)
 
 
@@ -255,7 +254,7 @@ def _parameters(part: Any) -> Any:
 
 
 def plain_kernels() -> Any:
-    """Inside the block hot operations are torch's own: fused ones need their device."""
+    """A context in which kernels run eagerly: fused ones need their device."""
     eager = replace(
         registry.default("kernels", "auto"), group_norm="eager", temporal_attention="eager"
     )
@@ -263,30 +262,30 @@ def plain_kernels() -> Any:
 
 
 def first_stage_step(first_stage: Any, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """What makes the latents of one micro-batch, and the pixels that they are made from."""
+    """A function that encodes one micro-batch, and its input pixels."""
     clip = sizes.clip
-    given = torch.empty(sizes.batch, clip.channels, clip.frames, clip.height, clip.width)
+    video = torch.empty(sizes.batch, clip.channels, clip.frames, clip.height, clip.width)
 
     def latents() -> Tensor:
         with torch.no_grad():
-            posterior = first_stage.encode(given)
+            posterior = first_stage.encode(video)
             z = first_stage.scaled(posterior.sample(torch.empty_like(posterior.mean)))
         padding = sizes.grid.frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
-    return latents, [given]
+    return latents, [video]
 
 
 def training_step(
     root: Root,
     parts: dict[str, Any],
     sizes: Sizes,
-    told: Conditions,
+    cond: Conditions,
     before: Encoded | None = None,
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """What makes the loss of one micro-batch, and the tensors that it is made from.
+    """A function that computes the loss of one micro-batch, and its input tensors.
 
-    `before`: the latents are of its form, and nothing makes them.
+    `before`: use empty latents of its layout instead of encoding.
     """
     backbone, schedule = parts["backbone"].train(), parts["schedule"]
     if "stored" in root.data.provides():
@@ -294,22 +293,22 @@ def training_step(
         stored = torch.empty(sizes.batch, z.channels, z.frames, z.height, z.width)
         latents, inputs = (lambda: stored), [stored]
     elif before is not None:
-        form = before.shape, before.stride
-        latents, inputs = (lambda: torch.empty_strided(*form, dtype=before.dtype)), []
+        layout = before.shape, before.stride
+        latents, inputs = (lambda: torch.empty_strided(*layout, dtype=before.dtype)), []
     else:
         latents, inputs = first_stage_step(parts["vae"], sizes)
 
     def step() -> Tensor:
         z0 = latents()
-        t, eps = schedule.draw_t(Unknown(sizes.batch)), torch.empty_like(z0)
-        out = backbone(*schedule.inputs(schedule.noised(z0, eps, t), t), told)
+        t, eps = schedule.draw_t(EmptyDraws(sizes.batch)), torch.empty_like(z0)
+        out = backbone(*schedule.inputs(schedule.noised(z0, eps, t), t), cond)
         return parts["loss"](schedule, out, z0, eps, t).total
 
     return step, inputs
 
 
 def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:
-    """Tensors of the shapes that the backbone is told, without numbers."""
+    """Empty condition tensors of the backbone's input shapes."""
     slots, grid, batch = sizes.slots, sizes.grid, sizes.batch
     cond = Conditions(scalars={name: torch.empty(batch) for name in slots.scalars})
     if slots.context is not None:
@@ -327,8 +326,8 @@ def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:
     return cond
 
 
-class Unknown:
-    """Draws without numbers."""
+class EmptyDraws:
+    """Random draws as empty tensors."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -344,5 +343,5 @@ class Unknown:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return torch.empty(self.batch, dtype=torch.int64)
 
-    def shared(self) -> Unknown:
+    def shared(self) -> EmptyDraws:
         return self

@@ -1,8 +1,8 @@
-"""What a step of a deep network takes, from steps of shallow ones: its layers are all alike.
+"""Extrapolates the cost of a deep network from shallow ones, whose layers are identical.
 
-A layer more adds the same comings and goings of tensors at one or two places of the forward pass
-and of the backward pass. These are found by comparing two depths, and a third one must be what they
-foretell; else there is no answer, and the network is measured whole.
+Each layer adds the same allocations and frees at one or two positions of the forward and of the
+backward pass. Two depths determine them, and a third must match exactly; otherwise there is no
+extrapolation, and the full network is measured.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from itertools import accumulate, pairwise
 
 from sandbox.plan.measure import Measured
 
-Events = list[tuple[int, int]]  # by how much (what comes and goes, gradients) have changed
+Events = list[tuple[int, int]]  # changes of (temporary bytes, gradient bytes)
 
 
 def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
-    """`measured`: at three depths, a stride apart; `times`: strides from the first to the wanted.
+    """`measured`: at three equally spaced depths; `times`: strides from the first to the target.
 
-    None where the third is not what the others foretell.
+    None if the third disagrees with the extrapolation.
     """
     numbers = [[m.forward, m.backward, m.repeated, m.held, *_turn(m)] for m in measured]
     passes = zip(*(_passes(m) for m in measured), strict=True)
@@ -35,12 +35,12 @@ def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
 
 
 def _turn(found: Measured) -> tuple[int, int]:
-    """The first event of the backward pass: autocast's copies of all weights have gone by then."""
+    """The first event of the backward pass: autocast's weight copies are freed by then."""
     return (_events(found)[found.turn :] or [(0, 0)])[0]
 
 
 def _passes(found: Measured) -> tuple[Events, Events]:
-    """Forward, and backward without its first event."""
+    """Events of the forward pass, and of the backward pass without its first."""
     events = _events(found)
     return events[: found.turn], events[found.turn + 1 :]
 
@@ -51,11 +51,11 @@ def _events(found: Measured) -> Events:
 
 
 def _grown(a: Events, b: Events, c: Events, times: int) -> Events | None:
-    """`a` with what makes `b` of it put in `times` times over; None where twice is not `c`."""
+    """Inserts the difference of `a` and `b` `times` times; None if twice does not give `c`."""
     start = _common(a, b)
     end = min(_common(a[::-1], b[::-1]), len(a) - start)
     head, between, tail = a[:start], a[start : len(a) - end], a[len(a) - end :]
-    for own in range(len(b) - len(a), -1, -1):  # so many events come in at the first place
+    for own in range(len(b) - len(a), -1, -1):  # events inserted at the first position
         first, rest = b[start : start + own], b[start + own : len(b) - end]
         if rest[: len(between)] == between:
             second = rest[len(between) :]
@@ -65,6 +65,6 @@ def _grown(a: Events, b: Events, c: Events, times: int) -> Events | None:
 
 
 def _common(a: Events, b: Events) -> int:
-    """How many events both begin with."""
+    """Length of the common prefix."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -1,8 +1,8 @@
-"""One training step without numbers: what it computes, and what it keeps in memory at every moment.
+"""Measures operations and memory over time of a training step on fake tensors.
 
-The step runs on torch's fake tensors, which have shapes, types and lifetimes but no values, through
-the real code, autograd, autocast and activation checkpointing included. So nothing here is a model
-of the network: every multiplication and every tensor that lives is counted as it comes and goes.
+Fake tensors have shapes, dtypes and lifetimes but no values. The step runs the real code, with
+autograd, autocast and activation checkpointing: operations and live storages are counted, not
+modelled. torch's FlopCounterMode counts operations only; the memory timeline is our own.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 class Measured:
     """One micro-batch. Numbers are floating-point operations and bytes.
 
-    forward, backward: operations without what checkpointing repeats, which is `repeated`; held:
-    what the forward pass leaves for the backward one; peak: the largest sum of all that comes and
-    goes, gradients excluded; moments: (that sum, gradients so far) whenever something was added,
-    the first `turn` of them in the forward pass.
+    forward, backward: operations without `repeated`, the recomputation of checkpointing; held:
+    bytes saved for the backward pass; peak: maximum of temporary bytes, without gradients; moments:
+    (temporary bytes, gradient bytes) at each allocation, the first `turn` of them in the forward
+    pass.
     """
 
     forward: int = 0
@@ -46,7 +46,7 @@ class Measured:
         return self.forward + self.backward + self.repeated
 
     def then(self, rest: Measured) -> Measured:
-        """The numbers of both, where only what `rest` begins with is left of the first."""
+        """The sum of both; of this one's tensors only the inputs of `rest` stay alive."""
         return Measured(
             forward=self.forward + rest.forward,
             backward=rest.backward,
@@ -58,12 +58,12 @@ class Measured:
         )
 
     def largest(self, share: float) -> int:
-        """Peak of all that comes and goes with a `share` of the gradients that are there."""
+        """Peak of temporary bytes plus a `share` of the gradients."""
         return max((int(other + share * own) for other, own in self.moments), default=0)
 
 
 class Meter(TorchDispatchMode):
-    """Counts operations, and the bytes of all storages that are alive."""
+    """Counts operations, and the bytes of all live storages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,16 +77,16 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # whoever asks for a value hears the same
+            return 0  # .item() of a fake tensor
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # the shortest way: two of three calls ask this
+            return args[0].fake_device  # a shortcut: two thirds of all calls
         with torch._C.DisableTorchFunction():
             out = func(*args, **kwargs)
         count = formula(func)
         if count is not None:
             operations = count(*args, **kwargs, out_val=out)
             self.operations += operations
-            # autograd's own work needs no graph, what checkpointing repeats does
+            # recomputation runs with grad enabled, autograd's own backward does not
             self.repeated += operations if self.in_backward and torch.is_grad_enabled() else 0
         for tensor in (out,) if isinstance(out, Tensor) else out if _is_row(out) else ():
             if isinstance(tensor, Tensor):
@@ -94,7 +94,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def take(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor` until it goes."""
+        """Counts the storage of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
@@ -115,36 +115,36 @@ def _is_row(out: Any) -> bool:
 
 
 def formula(func: Any) -> Callable[..., int] | None:
-    """torch's count of operations for an operator, or that of our fused kernels."""
+    """torch's FLOP formula of an operator, or that of our fused kernels; None without one."""
     found = flop_registry.get(func._overloadpacket)
     return found or OWN.get(func._schema.name)
 
 
 def _temporal(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(*(_by_place(x.shape) for x in (q, k, v)))
+    return sdpa_flop_count(*(_per_position(x.shape) for x in (q, k, v)))
 
 
 def _temporal_backward(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(*(_by_place(x.shape) for x in (g, q, k, v)))
+    return sdpa_backward_flop_count(*(_per_position(x.shape) for x in (g, q, k, v)))
 
 
-def _by_place(shape: Sequence[int]) -> tuple[int, ...]:
-    """(B, T, S, H, D) of temporal attention as torch counts attention: (B*S, H, T, D)."""
+def _per_position(shape: Sequence[int]) -> tuple[int, ...]:
+    """(B, T, S, H, D) of temporal attention as plain attention: (B*S, H, T, D)."""
     b, t, s, h, d = shape
     return b * s, h, t, d
 
 
-OWN: dict[str, Callable[..., int]] = {  # normalisation counts as nothing, as in torch
+OWN: dict[str, Callable[..., int]] = {  # normalisation counts as 0, as in torch
     "sandbox_kernels::temporal_attention": _temporal,
     "sandbox_kernels::temporal_attention_backward": _temporal_backward,
 }
 
 
 class LikeCUDA(TorchFunctionMode):
-    """Makes tensors on the CPU be treated as CUDA treats its own, where that changes memory.
+    """Makes CPU tensors follow CUDA's behaviour where it affects memory.
 
-    Attention runs in one of the fused operators, which keep no scores, and autocast leaves norms
-    and exponentials in float32 (torch's list of operations for CUDA).
+    Attention uses fused operators, which store no scores, and autocast keeps norms and exponentials
+    in float32 (torch's list of CUDA operations).
     """
 
     WIDE = frozenset({
@@ -196,7 +196,7 @@ def _widened(x: Tensor) -> Tensor:
 
 @contextmanager
 def faked(*modules: nn.Module) -> Iterator[None]:
-    """Inside the block tensors are fake ones of the CPU, and so are those of `modules` for good."""
+    """Makes new tensors fake CPU tensors in the block, and replaces those of `modules` for good."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         known: dict[int, Any] = {}
 
@@ -210,7 +210,7 @@ def faked(*modules: nn.Module) -> Iterator[None]:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 if is_parameter:
                     made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-                known[id(tensor)] = tensor, made  # the first is kept, so that no id comes twice
+                known[id(tensor)] = tensor, made  # keeps the original: ids stay unique
             return known[id(tensor)][1]
 
         for part in modules:
@@ -227,15 +227,15 @@ def measure(
     autocast: torch.dtype | None = None,
     is_cuda: bool = True,
 ) -> Measured:
-    """Runs `step`, which returns a loss (), and its backward pass, inside `faked`.
+    """Measures `step`, which returns a loss (), and its backward pass, inside `faked`.
 
-    What `modules` and `inputs` hold is there before and not counted.
+    Tensors of `modules` and `inputs` exist before and are not counted.
     """
     meter, found = Meter(), Measured()
     trained = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
 
     def grown(parameter: Tensor) -> None:
-        assert parameter.grad is not None  # the hook comes after it is there
+        assert parameter.grad is not None  # set before this hook runs
         meter.gradients += parameter.grad.untyped_storage().nbytes()
 
     hooks = [p.register_post_accumulate_grad_hook(grown) for p in trained.values()]
@@ -254,8 +254,8 @@ def measure(
         found.turn = len(meter.moments)
         meter.in_backward = True
         if loss.requires_grad:
-            # What Tensor.backward calls: that itself would leave LikeCUDA outside, and so what
-            # checkpointing repeats would not be what was done.
+            # Tensor.backward calls this too, but disables LikeCUDA, so that the recomputation of
+            # checkpointing would differ from the forward pass.
             torch.autograd.Variable._execution_engine.run_backward(
                 (loss,), (torch.ones_like(loss),), False, False, (), True, True
             )

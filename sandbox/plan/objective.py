@@ -1,4 +1,4 @@
-"""The objective of a configuration as formulas with its numbers, and checks of them by numbers."""
+"""The training objective as formulas with the configured numbers, and numerical checks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TARGETS = {
     "x0": "z0",
     "velocity": "eps - z0",
 }
-SHOWN = 5  # times of the table
-ROUNDING = 1e-4  # of float32 numbers of size 1
+SHOWN = 5  # times in the table
+ROUNDING = 1e-4  # float32 tolerance for values of magnitude 1
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something that must hold, with the number that says so."""
+    """A property that must hold, with the measured value."""
 
     what: str
     found: str
@@ -35,9 +35,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Level:
-    """The noise process at one time; `weight` is that of the loss, `of_x0` its share per error of
-    z0.
-    """
+    """The noise process at one time; `weight`: loss weight, `of_x0`: weight of the z0 error."""
 
     t: float
     alpha: float
@@ -55,7 +53,7 @@ class Objective:
 
 
 def objective(root: Root) -> Objective:
-    """Formulas, numbers and checks; nothing of it needs the network."""
+    """Formulas, table and checks; needs no network."""
     schedule = registry.create(root.schedule)
     t = times(root.schedule, schedule)
     return Objective(dict(formulas(root)), tuple(levels(root, schedule, t)),
@@ -63,7 +61,7 @@ def objective(root: Root) -> Objective:
 
 
 def times(cfg: Any, schedule: Any) -> Tensor:
-    """(SHOWN,) times of training from the least noisy to the noisiest."""
+    """(SHOWN,) training times in order of increasing noise."""
     if cfg.kind == "discrete":
         return torch.linspace(0, cfg.timesteps - 1, SHOWN).round().long()
     return torch.linspace(0, 1, SHOWN)
@@ -81,23 +79,24 @@ def formulas(root: Root) -> Iterator[tuple[str, str]]:
     yield "target", target if target == prediction else f"{prediction} = {target}"
     yield "loss", f"E over z0, eps, t of weight(t) |out - target|^2; {settings(root.loss)}"
     passes = len(root.guidance.passes(root.conditioning.signals()))
-    yield "guidance", f"{settings(root.guidance)}; {passes} passes a step"
-    yield "sampler", f"{settings(root.sampler)}; {root.sampler.steps * passes} network calls a clip"
+    yield "guidance", f"{settings(root.guidance)}; {passes} passes per step"
+    calls = root.sampler.steps * passes
+    yield "sampler", f"{settings(root.sampler)}; {calls} network calls per clip"
 
 
 def settings(cfg: PluginConfig) -> str:
-    """A plugin as one would type it: its name and every setting."""
+    """A plugin's name and all settings."""
     own = ", ".join(
-        f"{f.name}={_written(getattr(cfg, f.name))}" for f in fields(cfg) if f.name != "plugin"
+        f"{f.name}={_format(getattr(cfg, f.name))}" for f in fields(cfg) if f.name != "plugin"
     )
     return cfg.plugin.rpartition("/")[2] + (f" ({own})" if own else "")
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
-        return f"[{', '.join(map(_written, value))}]"
+        return f"[{', '.join(map(_format, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -113,7 +112,7 @@ def levels(root: Root, schedule: Any, t: Tensor) -> Iterator[Level]:
 
 
 def per_x0(prediction: str, alpha: float, sigma: float) -> float:
-    """Squared error of the target over that of the z0 that it says, for a given z_t."""
+    """Squared error of the target relative to that of the implied z0, for a given z_t."""
     if prediction == "x0":
         return 1.0
     if not sigma:
@@ -126,23 +125,23 @@ def per_x0(prediction: str, alpha: float, sigma: float) -> float:
 
 
 def checks(root: Root, schedule: Any, t: Tensor) -> Iterator[Check]:
-    """What follows from the contracts of a schedule, with random numbers where it needs some."""
+    """Properties that the schedule's contract implies."""
     last = t[-1:]
     end = schedule.snr(last).item()
     if root.schedule.ends_in_noise():
-        yield Check(f"SNR(T) = 0 at t = {_written(last.item())}", f"{end:.3g}", end == 0)
+        yield Check(f"SNR(T) = 0 at t = {_format(last.item())}", f"{end:.3g}", end == 0)
     else:
         yield Check(
-            f"SNR(T) > 0 at t = {_written(last.item())}: some signal is left, which samples "
-            "start without", f"{end:.3g}", end > 0,
+            f"SNR(T) > 0 at t = {_format(last.item())}: some signal remains in training, "
+            "but sampling starts from pure noise", f"{end:.3g}", end > 0,
         )  # fmt: skip
     dense = _dense(root.schedule)
     snr = schedule.snr(dense).flatten()
     falls = bool((snr[1:] < snr[:-1]).all())
-    yield Check("SNR falls with t", f"{len(dense)} times", falls)
+    yield Check("SNR decreases with t", f"at {len(dense)} times", falls)
     yield from sums(root, schedule, dense)
-    yield from there_and_back(root, schedule, dense)
-    yield from reached(root, schedule, last)
+    yield from round_trip(root, schedule, dense)
+    yield from endpoints(root, schedule, last)
 
 
 def _dense(cfg: Any) -> Tensor:
@@ -150,20 +149,20 @@ def _dense(cfg: Any) -> Tensor:
 
 
 def sums(root: Root, schedule: Any, t: Tensor) -> Iterator[Check]:
-    """Whether the variance of z_t, or the sum of its factors, stays 1."""
+    """Whether the variance of z_t, or the sum of its coefficients, is 1."""
     alpha, sigma = (f(t).double().flatten() for f in (schedule.alpha, schedule.sigma))
     if root.schedule.predicts() == "velocity":
         off = (alpha + sigma - 1).abs().max().item()
-        yield Check("alpha(t) + sigma(t) = 1", f"off by {off:.1e}", off < ROUNDING)
+        yield Check("alpha(t) + sigma(t) = 1", f"error {off:.1e}", off < ROUNDING)
     elif getattr(root.schedule, "base_scale", 1.0) == 1.0:
         off = (alpha.square() + sigma.square() - 1).abs().max().item()
-        yield Check("alpha(t)^2 + sigma(t)^2 = 1", f"off by {off:.1e}", off < ROUNDING)
+        yield Check("alpha(t)^2 + sigma(t)^2 = 1", f"error {off:.1e}", off < ROUNDING)
 
 
-def there_and_back(root: Root, schedule: Any, dense: Tensor) -> Iterator[Check]:
-    """A perfect prediction gives back z0 and eps, wherever it says something of both."""
+def round_trip(root: Root, schedule: Any, dense: Tensor) -> Iterator[Check]:
+    """A perfect prediction recovers z0 and eps, at times where it determines both."""
     prediction = root.schedule.predicts()
-    # eps says nothing of z0 where there is only noise, and x0 nothing of eps without any
+    # eps does not determine z0 in pure noise, and x0 does not determine eps without noise
     t = dense[(dense > dense[-1] * 0.02) & (dense < dense[-1] * 0.9)]
     generator = torch.Generator().manual_seed(0)
     z0, eps = (torch.randn(len(t), 4, 1, 4, 4, generator=generator) for _ in range(2))
@@ -174,18 +173,18 @@ def there_and_back(root: Root, schedule: Any, dense: Tensor) -> Iterator[Check]:
     d = schedule.denoised(out, z_t, t)
     for name, own, found in (("z0", z0, d.z0), ("eps", eps, d.eps)):
         off = (own - found).abs().max().item()
-        yield Check(f"a perfect {prediction} gives back {name}", f"off by {off:.1e}", off < 1e-2)
+        yield Check(f"a perfect {prediction} recovers {name}", f"error {off:.1e}", off < 1e-2)
     if root.schedule.outputs() == 1:
         total = registry.create(root.loss)(schedule, out, z0, eps, t).total.item()
         yield Check("the loss of a perfect prediction", f"{total:.1e}", math.isfinite(total))
 
 
-def reached(root: Root, schedule: Any, last: Tensor) -> Iterator[Check]:
-    """Whether sampling begins where training ends."""
+def endpoints(root: Root, schedule: Any, last: Tensor) -> Iterator[Check]:
+    """Whether sampling starts at the last training time."""
     spacing = getattr(root.sampler, "spacing", None)
     if spacing is None:
         return
     first = schedule.times(root.sampler.steps, spacing)[0].item()
     near = first >= 0.99 * last.item()
-    words = f"sampling begins at t = {_written(first)}, training ends at {_written(last.item())}"
+    words = f"sampling starts at t = {_format(first)}, training ends at {_format(last.item())}"
     yield Check(words, f"spacing={spacing}", near or not root.schedule.ends_in_noise())

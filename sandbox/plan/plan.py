@@ -1,4 +1,4 @@
-"""A whole plan, from a Wiring: everything that the terminal, the JSON and the page show."""
+"""Computes a plan from a Wiring: the data of the terminal text, the JSON and the page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sandbox.plan import strategies
 from sandbox.plan.build import (
     Count,
     Sizes,
-    average_bytes,
     checkpointing_field,
     counts,
     dtype_of,
+    ema_bytes,
     encoded,
     largest_unit,
     measured,
@@ -32,27 +32,27 @@ from sandbox.plan.strategies import Memory, Need, rows
 from sandbox.plan.wires import Diagram, diagram
 
 NOT_MODELLED = (
-    "What makes the conditions (text and image encoders, query transformers): their weights, "
-    "gradients and optimizer are counted, their operations and activations are not.",
-    "Fused kernels (kernels=auto on a GPU) keep less than the plain ones that are measured here.",
-    "Sampling, scoring and validation during a run, and the encoding of data before it; workspaces "
-    "of libraries such as cuDNN; CUDA graphs and torch.compile.",
-    "Time: operations are counted, not how fast a device is at them.",
-    "Sharding is arithmetic. DDP: a bucket for each gradient. FSDP2: two blocks and one gradient "
-    "whole. ZeRO: one whole gradient in half precision and DeepSpeed's buckets.",
-    f"Reserved memory is the sum times {strategies.RESERVED} (the slack of torch's allocator, "
-    "fitted to published rows) and 0.5 GiB of CUDA's own.",
+    "Condition encoders (text, image, query transformers): weights, gradients and optimizer state "
+    "are counted, operations and activations are not.",
+    "Fused kernels (kernels=auto on a GPU) save fewer activations than the measured eager ones.",
+    "Sampling, scoring, validation, and encoding of data; workspaces of libraries such as cuDNN; "
+    "CUDA graphs and torch.compile.",
+    "Time: operations are counted, not the speed of a device.",
+    "Sharding is arithmetic. DDP: a bucket per gradient. FSDP2: two gathered blocks and one full "
+    "gradient of a block. ZeRO: one full half-precision gradient and DeepSpeed's buckets.",
+    f"Reserved memory is the total times {strategies.RESERVED} (allocator slack, fitted to "
+    "published rows) plus 0.5 GiB for the CUDA context.",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of one micro-batch on one device, without and with activation checkpointing."""
+    """Operations and bytes of one micro-batch on one device."""
 
     forward: int
     backward: int
     repeated: int
-    held: int  # bytes that the forward pass leaves for the backward one
+    held: int  # bytes saved for the backward pass
     peak: int
 
     @classmethod
@@ -69,8 +69,8 @@ class Plan:
     root: Root
     sizes: Sizes
     counts: tuple[Count, ...]
-    checkpointing: bool | None  # as configured; None: this backbone has none
-    costs: dict[bool, Cost]  # by whether activations are checkpointed
+    checkpointing: bool | None  # as configured; None: not supported by the backbone
+    costs: dict[bool, Cost]  # by activation checkpointing
     need: Need
     memory: tuple[Memory, ...]
     objective: Objective
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        """As configured."""
+        """Cost as configured."""
         return self.costs[bool(self.checkpointing)]
 
     @property
     def chosen(self) -> str:
-        """The strategy of the configured trainer, by its name."""
+        """Name of the configured trainer's strategy."""
         trainer = self.root.trainer
         name = trainer.plugin.rpartition("/")[2]
         if not hasattr(trainer, "stage"):
@@ -95,14 +95,14 @@ class Plan:
         return f"{name}_zero{trainer.stage}" + ("_offload" if trainer.offload else "")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """The contents of plan.json."""
         from sandbox.config.root import to_container
         from sandbox.runs.run import identity_of_work, leaves
 
         config, trainer = to_container(self.root), self.root.trainer
         return {
             "recipe": self.root.recipe,
-            "work": identity_of_work(leaves(config)),  # runs of the same have the same operations
+            "work": identity_of_work(leaves(config)),  # equal for runs with equal operations
             "flops_per_step": self.cost.total * trainer.accumulate * trainer.processes,
             "sizes": asdict(self.sizes) | {"slots": sorted(self.sizes.slots.names())},
             "components": [asdict(row) for row in self.counts],
@@ -122,7 +122,7 @@ class Plan:
 
 
 def _plain(node: Any) -> Any:
-    """JSON has no infinity: it becomes text."""
+    """Converts infinities, which JSON lacks, to text."""
     if isinstance(node, dict):
         return {k: _plain(v) for k, v in node.items()}
     if isinstance(node, list | tuple):
@@ -131,7 +131,7 @@ def _plain(node: Any) -> Any:
 
 
 def plan(wiring: Wiring, devices: int = 8) -> Plan:
-    """Everything but numbers of weights and data: nothing is read, nothing is downloaded."""
+    """Plans a training step on fake tensors: reads and downloads nothing."""
     started, root, sizes = time.perf_counter(), wiring.root, Sizes.of(wiring)
     parts = parts_of(root)
     table = counts(root, parts)
@@ -145,29 +145,29 @@ def plan(wiring: Wiring, devices: int = 8) -> Plan:
     return Plan(
         root, sizes, tuple(table), is_on,
         {on: Cost.of(found) for on, found in native.items()},
-        need, memory, objective(root), diagram(root, sizes), (*_first(root), *NOT_MODELLED),
+        need, memory, objective(root), diagram(root, sizes), (*_caveats(root), *NOT_MODELLED),
         other_sizes=len(wiring.clips) - 1,
         seconds=time.perf_counter() - started,
         published={k: v for k, v in known.items() if v is not None},
     )  # fmt: skip
 
 
-def _first(root: Root) -> Iterator[str]:
-    """What this configuration has that no step of it shows."""
+def _caveats(root: Root) -> Iterator[str]:
+    """Parts of this configuration that are not planned."""
     if root.reconstruction is not None:
         name = root.reconstruction.plugin.rpartition("/")[2]
         yield (
-            f"The training of the first stage (reconstruction={name}): this is the plan of a "
-            "diffusion model on its latents, of the other settings."
+            f"First-stage training (reconstruction={name}): this plan covers the diffusion model "
+            "on its latents."
         )
 
 
 def steps(
     root: Root, sizes: Sizes, is_on: bool | None
 ) -> tuple[dict[bool, Measured], dict[bool, Measured]]:
-    """Steps by checkpointing: with weights as they are trained here, and as DeepSpeed keeps them.
+    """Measured steps by checkpointing: with native weights, and with half-precision ones.
 
-    DeepSpeed trains whole networks: none where an adapter trains.
+    The latter (DeepSpeed) are empty with an adapter: DeepSpeed trains full networks only.
     """
     is_cuda = root.trainer.accelerator != "cpu"
     settings = [False] if is_on is None else [True, False]
@@ -197,7 +197,7 @@ def need_of(root: Root, table: Sequence[Count], parts: dict[str, Any]) -> Need:
         trained_bytes=sum(row.bytes_trained for row in here),
         fixed=sum(row.bytes_fixed for row in here),
         optimizer=optimizer_bytes(root, parts),
-        average=average_bytes(root, parts),
+        average=ema_bytes(root, parts),
         unit=largest_unit(parts),
         half=dtype_of(root).itemsize,
         accumulates=root.trainer.accumulate > 1,

@@ -1,7 +1,7 @@
-"""Memory that CogVideoX's authors publish for fine-tuning, to stand beside our sums.
+"""Published fine-tuning memory of CogVideoX, to compare with computed values.
 
-The table of the official repository (finetune/README): reserved memory of a card in GB, a clip a
-step. Rows of 5b and 1.5 hold for text- and image-to-video alike.
+From the official repository (finetune/README): reserved GPU memory in GB, one clip per step. Rows
+of 5b and 1.5 hold for text- and image-to-video.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sandbox.plan.strategies import DDP, ZERO2, ZERO2_OFFLOAD, ZERO3, ZERO3_OFFLOAD
 
-WITHIN = 0.2  # of the published number
+WITHIN = 0.2  # relative tolerance
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ ROWS = (
     Row("cogvideox_1_5_5b_sft", ZERO3, 8, 55),
     Row("cogvideox_1_5_5b_sft", ZERO3_OFFLOAD, 8, 40),
 )
-# Why a sum is further than WITHIN from what is published.
+# Reasons for deviations above WITHIN.
 MISSES = {
     ("cogvideox_2b_lora", DDP): (
-        "the published peak is not that of a training step, whose parts add up to about half of "
-        "it: the text encoder (4.76 billion numbers, 8.9 GiB in half precision) encodes captions "
+        "the published peak is not that of a training step, whose parts sum to about half of it: "
+        "the text encoder (4.76 billion parameters, 8.9 GiB in half precision) encodes captions "
         "before training and in each validation, and today's official trainer also loads this "
         "transformer in float32"
     ),
@@ -51,11 +51,11 @@ MISSES = {
 
 
 def published(recipe: str, strategy: str, devices: int) -> float | None:
-    """The published number of a strategy, where its number of devices or one more fits."""
+    """The published GB of a recipe and strategy; None if there is no matching row."""
     name = recipe.replace("_i2v", "")
     for row in ROWS:
         if row.recipe == name and row.strategy == strategy:
-            is_lora = name.endswith("_lora")  # says nothing of the number of processes
+            is_lora = name.endswith("_lora")  # published without a number of devices
             if is_lora or row.devices == devices:
                 return row.gib
     return None

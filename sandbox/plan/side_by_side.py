@@ -1,4 +1,7 @@
-"""Several measurements at once, each in a process that is forked for it."""
+"""Runs several measurements in parallel, each in a forked process.
+
+Not concurrent.futures: `work` is a closure, which a forked process inherits without pickling.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ Found = TypeVar("Found")
 
 
 def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """`work` of each item, in their order; what it finds must pickle.
+    """`work` of each item, in order; results must be picklable.
 
-    One after the other where there is one core, or no fork. An error is raised as `work` raises it.
+    Runs sequentially with one core or without fork. Errors are raised as `work` raises them.
     """
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     is_child = multiprocessing.current_process().daemon
@@ -30,12 +33,12 @@ def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[F
     try:
         for item in items[1:]:
             near, far = context.Pipe(duplex=False)
-            children.append(context.Process(target=_tell, args=(work, item, far), daemon=True))
+            children.append(context.Process(target=_send, args=(work, item, far), daemon=True))
             children[-1].start()
             far.close()
             pipes.append((item, near))
         first = work(items[0])
-        return [first, *(_heard(work, item, near) for item, near in pipes)]
+        return [first, *(_receive(work, item, near) for item, near in pipes)]
     finally:  # also after an error, or Ctrl-C
         for child in children:
             if child.pid:
@@ -43,17 +46,17 @@ def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[F
                 child.join()
 
 
-def _tell(work: Callable[[Item], Found], item: Item, pipe: Connection) -> None:
-    """What a forked process does. An error closes the pipe: the parent sees it for itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its parent
-    torch.set_num_threads(1)  # a pool of threads does not live through a fork
+def _send(work: Callable[[Item], Found], item: Item, pipe: Connection) -> None:
+    """Runs in the forked process. An error closes the pipe, and the parent repeats the work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills it
+    torch.set_num_threads(1)  # thread pools do not survive a fork
     try:
         pipe.send(work(item))
-    except Exception:  # whatever it is, the parent runs into it and says it
+    except Exception:  # the parent runs into it again and raises it
         pipe.close()
 
 
-def _heard(work: Callable[[Item], Found], item: Item, pipe: Connection) -> Found:
+def _receive(work: Callable[[Item], Found], item: Item, pipe: Connection) -> Found:
     try:
         return pipe.recv()
     except EOFError:

@@ -1,7 +1,7 @@
-"""Memory of a training step on one device, by kind, for each way to spread it over devices.
+"""Memory of a training step per device, by kind, for each distribution strategy.
 
-Weights, gradients, optimizer and average follow from counts; what the step itself needs is measured
-(`sandbox.plan.measure`). Sharding is arithmetic on both: no process group is made.
+Weights, gradients, optimizer and EMA follow from parameter counts; activations are measured
+(`sandbox.plan.measure`). Sharding is arithmetic on both, without process groups.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sandbox.plan.measure import Measured
 
 GIB = 2**30
 CARDS = (16, 24, 40, 48, 80, 141)  # GiB of common GPUs
-# The caching allocator reserves more than is used at any moment, and published peaks are reserved
-# ones: the median of those over our sums, of CogVideoX's rows for LoRA and DDP but for one
-# (benchmarks/results/memory.md). Those for DeepSpeed took no part in it.
+# Published peaks are reserved memory, which exceeds the memory in use: the median ratio of
+# published to computed values over CogVideoX's rows for LoRA and DDP, except one
+# (benchmarks/results/memory.md). DeepSpeed rows are not part of the fit.
 RESERVED = 1.15
-CONTEXT = GIB // 2  # CUDA's own, libraries included
-# DeepSpeed's numbers in the published configurations of CogVideoX, in elements.
+CONTEXT = GIB // 2  # CUDA context and libraries
+# DeepSpeed bucket sizes in CogVideoX's published configurations, in elements.
 REDUCE_BUCKET, PREFETCH_BUCKET, LIVE = 500_000_000, 500_000_000, 1_000_000_000
 OVERLAPPED = 2  # one bucket fills while the other is sent
 
@@ -31,10 +31,10 @@ ZERO = (ZERO2, ZERO2_OFFLOAD, ZERO3, ZERO3_OFFLOAD)
 
 @dataclass(frozen=True)
 class Need:
-    """What a configuration keeps, in bytes, whatever the strategy.
+    """Strategy-independent memory of a configuration, in bytes unless noted.
 
-    trained: numbers that are trained; fixed: frozen weights and buffers on the device; unit:
-    numbers of the largest block; half: bytes of a number in the precision of training.
+    trained: number of trained parameters; fixed: frozen weights and buffers on the device; unit:
+    parameters of the largest block; half: bytes per element in the training precision.
     """
 
     trained: int
@@ -49,10 +49,11 @@ class Need:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `total` may be less than the sum: gradients come as activations go.
+    """Bytes per device. `total` may be less than the sum: gradients and activations do not peak
+    together.
 
-    activations: the most that comes and goes in a step, copies in half precision included;
-    communication: buckets, and weights that are gathered; host: on the CPU, for each device.
+    activations: peak of temporary tensors in a step, with half-precision copies; communication:
+    buckets and gathered weights; host: CPU memory per device.
     """
 
     strategy: str
@@ -69,11 +70,11 @@ class Memory:
 
     @property
     def reserved(self) -> float:
-        """What a tool such as nvidia-smi may show: with the allocator's slack and CUDA's own."""
+        """As in nvidia-smi: with allocator slack and the CUDA context."""
         return self.total * RESERVED + CONTEXT
 
     def verdicts(self) -> dict[int, str]:
-        """GiB of a card -> "fits", "tight" (only with little slack of the allocator), or "no"."""
+        """GiB of a GPU -> "fits", "tight" (fits with little allocator slack), or "no"."""
         return {card: self._verdict(card * GIB) for card in CARDS}
 
     def _verdict(self, size: int) -> str:
@@ -88,9 +89,9 @@ class Memory:
 def rows(
     need: Need, devices: int, native: dict[bool, Measured], half: dict[bool, Measured]
 ) -> Iterator[Memory]:
-    """A row for each strategy and setting of checkpointing that was measured.
+    """A row for each strategy and measured checkpointing setting.
 
-    `native`: weights as this project trains them; `half`: in half precision, as DeepSpeed does.
+    `native`: measured with this project's weights; `half`: with half-precision weights (DeepSpeed).
     """
     for is_on, found in native.items():
         yield plain(SINGLE, need, 1, is_on, found)
@@ -104,18 +105,18 @@ def rows(
 
 
 def plain(name: str, need: Need, devices: int, is_on: bool, found: Measured) -> Memory:
-    """One device, DDP or FSDP2, which train float32 weights under autocast."""
+    """One device, DDP or FSDP2, with float32 weights under autocast."""
     cut = devices if name == FSDP2 else 1
     own = need.trained_bytes / cut
     static = own + need.fixed + (need.optimizer + need.average) / cut
     each = need.trained_bytes / max(need.trained, 1)
     communication = 0.0
     if devices > 1:
-        # DDP copies each gradient into a bucket; FSDP2 has a block whole, the next one, and the
-        # gradient of one.
+        # DDP copies each gradient into a bucket; FSDP2 gathers a block, prefetches the next, and
+        # holds the gradient of one.
         communication = need.trained_bytes if name == DDP else 3 * need.unit * each
     working = found.largest(1 / cut)
-    if need.accumulates:  # then the gradients of earlier micro-batches are there all the time
+    if need.accumulates:  # gradients of earlier micro-batches persist
         working = found.peak + own
     return Memory(
         name, devices, is_on,
@@ -126,10 +127,10 @@ def plain(name: str, need: Need, devices: int, is_on: bool, found: Measured) -> 
 
 
 def zero(name: str, need: Need, devices: int, is_on: bool, found: Measured) -> Memory:
-    """DeepSpeed's ZeRO: weights in half precision, their float32 originals with the optimizer.
+    """DeepSpeed ZeRO: half-precision weights; float32 master weights belong to the optimizer.
 
-    One whole gradient counts on each device, whatever the stage: the published peaks of CogVideoX
-    only add up with it. DeepSpeed's papers promise less.
+    Every stage counts one full gradient per device: CogVideoX's published peaks require it,
+    although DeepSpeed's papers claim less.
     """
     stage3, is_offloaded = name in (ZERO3, ZERO3_OFFLOAD), name in (ZERO2_OFFLOAD, ZERO3_OFFLOAD)
     narrow = need.trained * need.half
@@ -140,7 +141,7 @@ def zero(name: str, need: Need, devices: int, is_on: bool, found: Measured) -> M
     gathered = min(LIVE + PREFETCH_BUCKET, need.trained) * need.half if stage3 else 0
     host = 0.0
     if is_offloaded:
-        host, optimizer = optimizer + narrow / devices, 0.0  # the gradient goes there, too
+        host, optimizer = optimizer + narrow / devices, 0.0  # with the gradient
     if name == ZERO3_OFFLOAD:
         host, weights = host + weights, 0.0
     kinds = {

@@ -1,4 +1,4 @@
-"""A plan for a terminal."""
+"""A plan as text for a terminal, and its table rows."""
 
 from __future__ import annotations
 
@@ -6,32 +6,40 @@ from collections.abc import Iterator, Sequence
 
 from sandbox.plan.plan import Plan
 from sandbox.plan.strategies import CARDS, GIB, Memory
+from sandbox.reports.tables import text_table
 
 LABELS = {
     "single": "one device",
     "ddp": "DDP",
     "fsdp2": "FSDP2",
     "deepspeed_zero2": "ZeRO-2",
-    "deepspeed_zero2_offload": "ZeRO-2, optimizer on the CPU",
+    "deepspeed_zero2_offload": "ZeRO-2, optimizer offloaded",
     "deepspeed_zero3": "ZeRO-3",
-    "deepspeed_zero3_offload": "ZeRO-3, all on the CPU",
+    "deepspeed_zero3_offload": "ZeRO-3, all offloaded",
 }
-KINDS = ("weights", "gradients", "optimizer", "average", "activations", "communication")
+KINDS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "average": "EMA",
+    "activations": "activations",
+    "communication": "communication",
+}  # field -> name
 
 
-def written(plan: Plan) -> str:
-    """All of it, as plain text of about 110 columns."""
+def plan_text(plan: Plan) -> str:
+    """The full plan, about 110 columns wide."""
     return "\n".join(_lines(plan))
 
 
 def _lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.root.recipe}: {headline(plan)}"
-    yield from _titled("What feeds what", _wires(plan))
-    yield from _titled("Components", table(component_rows(plan)))
-    yield from _titled("Operations of one micro-batch on one device", table(cost_rows(plan)))
-    yield from _titled(f"Memory of one device, {unit(plan)}", table(memory_rows(plan)))
-    yield f"  * as configured. reserved: what a tool shows; cards of {_cards()} GiB:"
-    yield "  + fits, ~ only with little slack of the allocator, . does not fit"
+    yield from _titled("Data flow", _wires(plan))
+    yield from _titled("Components", _table(component_rows(plan)))
+    yield from _titled("Operations per micro-batch and device", _table(cost_rows(plan)))
+    yield from _titled(f"Memory per device, {unit(plan)}", _table(memory_rows(plan)))
+    yield f"  * as configured. reserved: as in nvidia-smi. fits: GPUs of {_cards()} GiB:"
+    yield "  + fits, ~ fits only with little allocator slack, . does not fit"
     yield from _titled("Objective", objective_lines(plan))
     yield from _titled("Not modelled", [f"- {note}" for note in plan.notes])
 
@@ -41,13 +49,13 @@ def headline(plan: Plan) -> str:
     total = sum(row.trained + row.frozen for row in plan.counts)
     row = configured(plan)
     return (
-        f"{count(trained)} of {count(total)} parameters train, {flops(plan.cost.total)} a "
+        f"{count(trained)} of {count(total)} parameters are trained, {flops(plan.cost.total)} per "
         f"micro-batch, {bytes_of(row.total, plan)} ({LABELS[row.strategy]})"
     )
 
 
 def configured(plan: Plan) -> Memory:
-    """The row of the configuration; that of one device where its trainer has none."""
+    """The configured strategy; one device where the trainer has no row."""
     own = [m for m in plan.memory if m.checkpointing == bool(plan.checkpointing)]
     named = [m for m in own if m.strategy == plan.chosen]
     return (named or own)[0]
@@ -55,6 +63,10 @@ def configured(plan: Plan) -> Memory:
 
 def _titled(title: str, lines: Sequence[str] | Iterator[str]) -> Iterator[str]:
     yield from ("", title, *(f"  {line}".rstrip() for line in lines))
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    return text_table(rows).splitlines()
 
 
 def _cards() -> str:
@@ -80,12 +92,12 @@ def flops(number: float) -> str:
 
 
 def unit(plan: Plan) -> str:
-    """The unit of memory of a whole plan, so that its numbers compare."""
+    """GiB or MiB, the same for all numbers of a plan."""
     return "GiB" if max(m.total for m in plan.memory) >= GIB else "MiB"
 
 
 def size(number: float, unit: str) -> str:
-    """Three digits without the unit; a dash for nothing."""
+    """Three digits without the unit; a dash for 0."""
     if not number:
         return "-"
     value = number / (GIB if unit == "GiB" else 2**20)
@@ -93,18 +105,17 @@ def size(number: float, unit: str) -> str:
 
 
 def bytes_of(number: float, plan: Plan) -> str:
-    """The same with the unit."""
     return f"{size(number, unit(plan))} {unit(plan)}"
 
 
-# --- rows of tables, which the page shows, too ----------------------------------------------------
+# --- table rows, also used by the page ------------------------------------------------------------
 
 
 def component_rows(plan: Plan) -> list[list[str]]:
-    rows = [["component", "plugin", "trained", "frozen", "buffers", "on the device"]]
+    rows = [["component", "plugin", "trained", "frozen", "buffers", "on device"]]
     for c in plan.counts:
-        there = bytes_of(c.bytes_trained + c.bytes_fixed, plan) if c.is_resident else "no"
-        rows.append([c.group, c.plugin, *_numbers(c.trained, c.frozen, c.buffers), there])
+        size_shown = bytes_of(c.bytes_trained + c.bytes_fixed, plan) if c.is_resident else "no"
+        rows.append([c.group, c.plugin, *_numbers(c.trained, c.frozen, c.buffers), size_shown])
     total = [sum(getattr(c, k) for c in plan.counts) for k in ("trained", "frozen", "buffers")]
     here = sum(c.bytes_trained + c.bytes_fixed for c in plan.counts if c.is_resident)
     return [*rows, ["all", "", *_numbers(*total), bytes_of(here, plan)]]
@@ -115,13 +126,13 @@ def _numbers(*values: int) -> list[str]:
 
 
 def cost_rows(plan: Plan) -> list[list[str]]:
-    head = ["activations", "forward", "backward", "repeated", "together", "kept", "at most"]
+    head = ["activations", "forward", "backward", "recomputed", "total", "saved", "peak"]
     rows = [head]
     for is_on, cost in plan.costs.items():
         star = " *" if is_on == bool(plan.checkpointing) else ""
         repeated = flops(cost.repeated) if cost.repeated else "-"
         rows.append([
-            ("checkpointed" if is_on else "all kept") + star, flops(cost.forward),
+            ("checkpointed" if is_on else "stored") + star, flops(cost.forward),
             flops(cost.backward), repeated, flops(cost.total), bytes_of(cost.held, plan),
             bytes_of(cost.peak, plan),
         ])  # fmt: skip
@@ -139,7 +150,7 @@ def memory_rows(plan: Plan) -> list[list[str]]:
         marks = "".join({"fits": "+", "tight": "~", "no": "."}[v] for v in m.verdicts().values())
         row = [
             LABELS[m.strategy] + (" *" if is_own else ""), str(m.devices),
-            "checkpointed" if m.checkpointing else "all kept",
+            "checkpointed" if m.checkpointing else "stored",
             *(size(getattr(m, kind), shown) for kind in (*KINDS, "total", "reserved", "host")),
             marks,
         ]  # fmt: skip
@@ -151,19 +162,18 @@ def memory_rows(plan: Plan) -> list[list[str]]:
 
 
 def objective_lines(plan: Plan) -> Iterator[str]:
-    told = plan.objective
-    width = max(map(len, told.formulas))
-    for name, formula in told.formulas.items():
+    width = max(map(len, plan.objective.formulas))
+    for name, formula in plan.objective.formulas.items():
         yield f"{name:{width}}  {formula}"
     yield ""
-    yield from table(level_rows(plan))
+    yield from _table(level_rows(plan))
     yield ""
-    for check in told.checks:
+    for check in plan.objective.checks:
         yield f"{'ok ' if check.holds else 'NOT'}  {check.what}: {check.found}"
 
 
 def level_rows(plan: Plan) -> list[list[str]]:
-    rows = [["t", "alpha", "sigma", "SNR", "weight", "weight of the error of z0"]]
+    rows = [["t", "alpha", "sigma", "SNR", "weight", "weight of the z0 error"]]
     for x in plan.objective.levels:
         values = (x.t, x.alpha, x.sigma, x.snr, x.weight, x.of_x0)
         rows.append([f"{v:.4g}" for v in values])
@@ -178,23 +188,3 @@ def _wires(plan: Plan) -> Iterator[str]:
         for arrow in plan.diagram.arrows:
             if arrow.source == box.name:
                 yield f" {'':{width}}   `-- {arrow.label} --> [{arrow.target}]"
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns: words to the left, numbers to the right; a rule below the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    words = [any(c and not _is_number(c) for c in column[1:]) for column in
-             zip(*rows, strict=True)]  # fmt: skip
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            cell.ljust(w) if is_word else cell.rjust(w)
-            for cell, w, is_word in zip(row, widths, words, strict=True)
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
-
-
-def _is_number(text: str) -> bool:
-    return text[:1].isdigit() or text in ("-", "inf", "nan", "no")

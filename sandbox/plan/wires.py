@@ -1,4 +1,4 @@
-"""What feeds what, with shapes: the wiring of one micro-batch as boxes and arrows."""
+"""Data flow of one micro-batch, with shapes, as boxes and arrows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sandbox.plan.build import Sizes, needs_first_stage
 
 @dataclass(frozen=True)
 class Box:
-    """A component, at a (column, row) of the drawing."""
+    """A component at a (column, row) of the diagram."""
 
     name: str
     lines: tuple[str, ...]
@@ -35,7 +35,7 @@ class Diagram:
 
 
 def diagram(root: Root, sizes: Sizes) -> Diagram:
-    """The training step, left to right."""
+    """The training step, from left to right."""
     return Diagram(tuple(_boxes(root, sizes)), tuple(_arrows(root, sizes)))
 
 
@@ -46,10 +46,10 @@ def _name(group: str, root: Root) -> str:
 def _boxes(root: Root, sizes: Sizes) -> Iterator[Box]:
     yield Box("data", (_name("data", root), f"{sizes.batch} clips, {sizes.clip}"), 0, 0)
     stored = not needs_first_stage(root)
-    first = "stored latents" if stored else f"{sizes.clip} -> {sizes.latents}"
+    first = "cached latents" if stored else f"{sizes.clip} -> {sizes.latents}"
     yield Box("first stage", (_name("vae", root), first), 1, 0, True)
-    told = len(sizes.slots.names())
-    yield Box("conditioning", (_name("conditioning", root), f"offers {told} slots"), 1, 1)
+    slots = len(sizes.slots.names())
+    yield Box("conditioning", (_name("conditioning", root), f"condition slots: {slots}"), 1, 1)
     yield Box("schedule", (_name("schedule", root), "adds noise at t"), 2, 0)
     backbone = _name("backbone", root)
     adapter = f"with {_name('adapter', root)}" if root.adapter is not None else "all weights"
@@ -60,16 +60,16 @@ def _boxes(root: Root, sizes: Sizes) -> Iterator[Box]:
 def _arrows(root: Root, sizes: Sizes) -> Iterator[Arrow]:
     provides, b, grid = root.data.provides(), sizes.batch, sizes.grid
     if "stored" in provides:
-        yield Arrow("data", "first stage", f"stored {b}x...x{_space(sizes.latents)}")
+        yield Arrow("data", "first stage", f"latents {b}x...x{_space(sizes.latents)}")
     else:
         yield Arrow("data", "first stage", f"video {b}x{sizes.clip}")
     fields = sorted(root.conditioning.needs() & provides) or ["nothing"]
     yield Arrow("data", "conditioning", ", ".join(fields))
     if root.conditioning.encodes():
-        yield Arrow("first stage", "conditioning", "latents of pictures")
+        yield Arrow("first stage", "conditioning", "latents of images")
     yield Arrow("first stage", "schedule", f"z0 {b}x{grid}")
     yield Arrow("schedule", "backbone", f"z_t {b}x{grid}, t {b}")
-    for label in _told(sizes):
+    for label in _conditions(sizes):
         yield Arrow("conditioning", "backbone", label)
     out = f"{grid.channels * root.schedule.outputs()}x{_space(grid)}"
     yield Arrow("backbone", "loss", f"out {b}x{out}")
@@ -80,7 +80,7 @@ def _space(clip: Clip) -> str:
     return f"{clip.frames}x{clip.height}x{clip.width}"
 
 
-def _told(sizes: Sizes) -> Iterator[str]:
+def _conditions(sizes: Sizes) -> Iterator[str]:
     slots, b, grid = sizes.slots, sizes.batch, sizes.grid
     if (text := slots.context) is not None:
         yield f"context {b}x{text.length}x{text.width}" + (" (masked)" if text.masked else "")

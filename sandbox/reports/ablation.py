@@ -1,7 +1,6 @@
-"""Many finished runs as one comparison: what varies, seeds grouped, each against a baseline.
+"""Compares finished runs: finds the varying settings, groups seeds, and tests against a baseline.
 
-`reports.ablation_runs` finds the runs below a folder, `compare` makes an `Ablation` of them, and
-`sandbox.reports.ablation_page` writes it.
+`ablation_runs.read` finds runs, `compare` builds the `Ablation`, `ablation_page` writes it.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from sandbox.reports.statistics import (
 )
 from sandbox.runs.run import IGNORED, matches
 
-ASIDE = (*IGNORED, "seed", "task")  # settings that make no variant
-MOST_REASONS = 3  # why numbers are not compared, where none is
+EXCLUDED = (*IGNORED, "seed", "task")  # settings that do not define a variant
+MOST_REASONS = 3  # reasons in the error if no metric is comparable
 
 
 # --- variants -------------------------------------------------------------------------------------
@@ -32,10 +31,10 @@ MOST_REASONS = 3  # why numbers are not compared, where none is
 
 @dataclass
 class Variant:
-    """One combination of the settings that vary, with a run for each seed."""
+    """One combination of the varying settings, with a run per seed."""
 
     label: str  # A, B, ...
-    settings: dict[str, str]  # of the columns, as one would type them
+    settings: dict[str, str]  # of the columns, as typed on the command line
     runs: dict[int, Entry]
 
     @property
@@ -44,13 +43,13 @@ class Variant:
 
 
 def varying(entries: Sequence[Entry]) -> tuple[dict[str, list[str]], list[str]]:
-    """Columns (name -> a value for each entry) that tell the entries apart, and what follows.
+    """Columns (name -> a value per entry) that distinguish the entries, and dependent settings.
 
-    A component that is swapped is one column; its settings are columns of their own only where they
-    differ within one component. What was typed comes first; of the rest a setting that follows from
-    the columns before it (a width that wiring fills) is no column but named.
+    A swapped component is one column; its settings are columns only where they differ within one
+    component. Typed settings come first. Of the others, a setting that the columns before it
+    determine (a width that wiring fills) is dependent: not a column.
     """
-    names = dict.fromkeys(n for e in entries for n in e.settings if not matches(n, ASIDE))
+    names = dict.fromkeys(n for e in entries for n in e.settings if not matches(n, EXCLUDED))
     table = {n: [e.settings.get(n, "") for e in entries] for n in names}
     differing = {n: v for n, v in table.items() if len(set(v)) > 1}
     swapped = [n.removesuffix(".plugin") for n in differing if n.endswith(".plugin")]
@@ -68,17 +67,17 @@ def varying(entries: Sequence[Entry]) -> tuple[dict[str, list[str]], list[str]]:
     typed = _typed(entries)
     order = sorted(columns, key=lambda n: (typed.get(n, len(typed)), n.count(".")))
     kept: dict[str, list[str]] = {}
-    follows = []
+    dependent = []
     for name in order:
         if name not in typed and _determined(columns[name], kept):
-            follows.append(name)
+            dependent.append(name)
         else:
             kept[name] = columns[name]
-    return {n: [typed_value(v) for v in values] for n, values in kept.items()}, follows
+    return {n: [typed_value(v) for v in values] for n, values in kept.items()}, dependent
 
 
 def _typed(entries: Sequence[Entry]) -> dict[str, int]:
-    """Names of settings that commands gave -> place, first ones first."""
+    """Names of settings typed on the command line -> position."""
     words = dict.fromkeys(w for e in entries for w in e.metrics.get("overrides", ()))
     names = dict.fromkeys(w.partition("=")[0].lstrip("+~") for w in words)
     return {name: i for i, name in enumerate(names)}
@@ -95,7 +94,7 @@ def _determined(values: Sequence[str], kept: Mapping[str, Sequence[str]]) -> boo
 
 
 def typed_value(text: str) -> str:
-    """A setting's JSON as one would type it; "-" where there is none."""
+    """A setting's JSON as typed on the command line; "-" if absent."""
     if not text:
         return "-"
     value = json.loads(text)
@@ -107,8 +106,8 @@ def typed_value(text: str) -> str:
 
 
 def grouped(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
-    """Variants in order of their values, and what follows from these; of equal runs the last."""
-    columns, follows = varying(entries)
+    """Variants sorted by value, and dependent settings; the last of duplicate runs counts."""
+    columns, dependent = varying(entries)
     runs: dict[tuple[str, ...], dict[int, Entry]] = {}
     for i, entry in enumerate(entries):
         runs.setdefault(tuple(v[i] for v in columns.values()), {})[entry.seed] = entry
@@ -117,11 +116,11 @@ def grouped(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
         Variant(_letters(i), dict(zip(columns, key, strict=True)), dict(sorted(runs[key].items())))
         for i, key in enumerate(order)
     ]
-    return variants, follows
+    return variants, dependent
 
 
 def _natural(value: str) -> tuple[bool, float, str]:
-    """Numbers by size, then words."""
+    """Sort key: numbers by value, then words."""
     try:
         return False, float(value), ""
     except ValueError:
@@ -138,20 +137,20 @@ def _letters(number: int) -> str:
 
 @dataclass
 class Cell:
-    """A number of a variant, what it differs from the baseline by, and the corrected p-value."""
+    """A metric of a variant, its difference to the baseline, and the corrected p-value."""
 
     here: Estimate
     difference: Estimate | None = None
     p: float | None = None
 
     @property
-    def stands_out(self) -> bool:
+    def is_significant(self) -> bool:
         return self.p is not None and self.p < 0.05
 
 
 @dataclass
 class Ablation:
-    """Everything that a report shows; nothing in it depends on when or where it is written."""
+    """The contents of a report; independent of time and place."""
 
     variants: list[Variant]
     columns: list[str]
@@ -160,7 +159,7 @@ class Ablation:
     cells: dict[tuple[str, str], Cell]  # (label of the variant, metric)
     costs: dict[str, dict[str, Estimate]]  # label -> cost -> mean
     meanings: dict[str, str]
-    protocols: dict[str, dict[str, str]]  # metric -> what all runs share
+    protocols: dict[str, dict[str, str]]  # metric -> the protocol of all runs
     notes: list[str]
     entries: list[Entry]
 
@@ -169,24 +168,24 @@ class Ablation:
         return " x ".join(self.columns) or "repeated runs"
 
     def _repr_markdown_(self) -> str:
-        """What a notebook shows."""
+        """Shown by notebooks."""
         from sandbox.reports.ablation_tables import markdown
 
         return markdown(self)
 
 
 def compare(found: Found, baseline: Sequence[str] = (), metrics: Sequence[str] = ()) -> Ablation:
-    """`baseline`: settings that choose a variant ("backbone=dit"), the first one without any.
+    """`baseline`: settings that select a variant ("backbone=dit"); empty: the first variant.
 
-    `metrics`: names, all that can be compared without any. Raises ConfigError for a baseline that
-    chooses none or several, and for a metric that is not there or of different protocols.
+    `metrics`: names; empty: all comparable ones. Raises ConfigError for a baseline that matches no
+    or several variants, and for a metric that is missing or has different protocols.
     """
     entries = found.entries
-    variants, follows = grouped(entries)
+    variants, dependent = grouped(entries)
     names, refused = comparable(entries)
     known = ", ".join(names or refused) or "those of runs with scores"
     problems = [
-        refused.get(m) or f"task.metrics={m}: no run has it; want some of {known}"
+        refused.get(m) or f"task.metrics={m}: no run has it; want one of {known}"
         for m in metrics
         if m not in names
     ]
@@ -196,8 +195,8 @@ def compare(found: Found, baseline: Sequence[str] = (), metrics: Sequence[str] =
         reasons = [*refused.values()]
         more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
         raise ConfigError(
-            "task.runs: the runs have no number in common; want the folder of a multirun "
-            "(outputs/sweeps/TIME), or one that holds runs of one recipe alone",
+            "task.runs: the runs have no metric in common; want the folder of a multirun "
+            "(outputs/sweeps/TIME), or a folder with runs of one recipe only",
             *reasons[:MOST_REASONS],
             *more,
         )
@@ -218,58 +217,55 @@ def compare(found: Found, baseline: Sequence[str] = (), metrics: Sequence[str] =
         costs={v.label: cost_of(v) for v in variants},
         meanings={k: v for e in entries for k, v in e.metrics.get("meaning", {}).items()},
         protocols={name: entries[0].protocol(name) for name in names},
-        notes=[*_notes(found, variants, follows), *([] if metrics else refused.values())],
+        notes=[*_notes(found, variants, dependent), *([] if metrics else refused.values())],
         entries=entries,
     )
 
 
 def comparable(entries: Sequence[Entry]) -> tuple[list[str], dict[str, str]]:
-    """Numbers that all runs have under one protocol; and by name why another one is not shown."""
+    """Metrics that all runs have under one protocol; and metric -> why it is not comparable."""
     names, refused = [], {}
     for name in dict.fromkeys(n for e in entries for n in e.values):
         first = entries[0].protocol(name)
         other = next((e for e in entries if e.protocol(name) != first), None)
-        lacking = next((e for e in entries if name not in e.values), None)
-        judged = _judged_apart(entries, name)
-        if lacking is not None:
-            refused[name] = f"{name} is not compared: {lacking.folder.name} has none"
+        missing = next((e for e in entries if name not in e.values), None)
+        scored = _different_clips(entries, name)
+        if missing is not None:
+            refused[name] = f"{name} is not compared: {missing.folder.name} has none"
         elif other is not None:
             refused[name] = (
                 f"{name} is not compared: it was computed under different protocols ("
-                + _apart(first, other.protocol(name))
+                + _difference(first, other.protocol(name))
                 + f" in {entries[0].folder.name} and {other.folder.name})"
             )
-        elif judged:
+        elif scored:
             refused[name] = (
-                f"{name} is not compared: {judged[0].folder.name} and {judged[1].folder.name} "
-                "were judged on different held-out clips"
+                f"{name} is not compared: {scored[0].folder.name} and {scored[1].folder.name} "
+                "were scored on different held-out clips"
             )
         else:
             names.append(name)
     return names, refused
 
 
-def _judged_apart(entries: Sequence[Entry], name: str) -> list[Entry]:
-    """The first two of different held-out clips; none where all that say so had the same."""
-    told = [e for e in entries if e.held_out and e.protocol(name).get("split") == '"val"']
-    others = [e for e in told if e.held_out != told[0].held_out]
-    return [told[0], others[0]] if others else []
+def _different_clips(entries: Sequence[Entry], name: str) -> list[Entry]:
+    """Two entries with different held-out clips, among those that recorded them; else empty."""
+    known = [e for e in entries if e.held_out and e.protocol(name).get("split") == '"val"']
+    others = [e for e in known if e.held_out != known[0].held_out]
+    return [known[0], others[0]] if others else []
 
 
-def _apart(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
     if not one or not other:
         return "recorded and not recorded"
     keys = [k for k in {**one, **other} if one.get(k) != other.get(k)]
-    said = [f"{k} {one.get(k, '(absent)')} and {other.get(k, '(absent)')}" for k in keys]
-    more = f" and {len(said) - 2} more" if len(said) > 2 else ""
-    return ", ".join(said[:2]) + more
+    parts = [f"{k} {one.get(k, '(absent)')} and {other.get(k, '(absent)')}" for k in keys]
+    more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
+    return ", ".join(parts[:2]) + more
 
 
 def chosen(variants: Sequence[Variant], words: Sequence[str]) -> Variant:
-    """The variant with this letter, or with these settings, if it is one; the first without any.
-
-    Raises ConfigError.
-    """
+    """The variant with this letter or these settings; empty: the first. Raises ConfigError."""
     if not words:
         return variants[0]
     if len(words) == 1 and "=" not in words[0]:
@@ -284,13 +280,13 @@ def chosen(variants: Sequence[Variant], words: Sequence[str]) -> Variant:
     ]  # fmt: skip
     if len(found) != 1:
         how_many = f"{len(found)} variants have it" if found else "no variant has it"
-        there = "; ".join(v.title for v in (found or variants)[:MOST_NAMED])
-        raise ConfigError(f"task.baseline=[{','.join(words)}]: {how_many}: {there}")
+        titles = "; ".join(v.title for v in (found or variants)[:MOST_NAMED])
+        raise ConfigError(f"task.baseline=[{','.join(words)}]: {how_many}: {titles}")
     return found[0]
 
 
 def estimate(variant: Variant, name: str) -> Estimate:
-    """Mean over seeds with Student's interval; of few seeds that over many prompts."""
+    """Mean over seeds with a t interval; with few seeds, over prompts with a bootstrap interval."""
     found = of_seeds([e.values[name] for e in variant.runs.values()])
     prompts = _over_seeds([*variant.runs.values()], name)
     if found.n >= LEAST_SEEDS or len(prompts) < LEAST_PROMPTS:
@@ -299,7 +295,7 @@ def estimate(variant: Variant, name: str) -> Estimate:
 
 
 def difference(variant: Variant, base: Variant, name: str) -> Estimate | None:
-    """From the baseline, paired by seed, or for few seeds by prompt; None for itself."""
+    """Difference to the baseline, paired by seed, or by prompt with few seeds; None for itself."""
     seeds = [s for s in variant.runs if s in base.runs]
     if variant is base or not seeds:
         return None
@@ -307,12 +303,12 @@ def difference(variant: Variant, base: Variant, name: str) -> Estimate | None:
     if found.n >= LEAST_SEEDS:
         return found
     here, there = (_over_seeds([v.runs[s] for s in seeds], name) for v in (variant, base))
-    apart = [here[p] - there[p] for p in here if p in there]
-    return of_prompts(apart) if len(apart) >= LEAST_PROMPTS else found
+    paired = [here[p] - there[p] for p in here if p in there]
+    return of_prompts(paired) if len(paired) >= LEAST_PROMPTS else found
 
 
 def _over_seeds(entries: Sequence[Entry], name: str) -> dict[str, float]:
-    """Prompt -> mean over the runs; those that all have."""
+    """Prompt -> mean over the runs, for prompts that all runs have."""
     each = [e.by_prompt.get(name, {}) for e in entries]
     common = [p for p in each[0] if all(p in e for e in each)]
     return {p: math.fsum(e[p] for e in each) / len(each) for p in common}
@@ -327,33 +323,33 @@ def cost_of(variant: Variant) -> dict[str, Estimate]:
     return found
 
 
-def _notes(found: Found, variants: Sequence[Variant], follows: Sequence[str]) -> Iterator[str]:
-    """What a reader must know of the runs."""
+def _notes(found: Found, variants: Sequence[Variant], dependent: Sequence[str]) -> Iterator[str]:
+    """Caveats that a reader must know."""
     if found.left_out:
         more = len(found.left_out) - MOST_NAMED
-        said = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
-        yield f"Left out: {said}."
+        names = "; ".join(found.left_out[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        yield f"Left out: {names}."
     seeds = {tuple(v.runs) for v in variants}
     if len(seeds) > 1:
-        yield "Not every variant has the same seeds; differences are of those that both have."
-    if follows:
-        yield f"Follow from the settings shown: {', '.join(follows)}."
+        yield "The variants have different seeds; differences use the seeds that both have."
+    if dependent:
+        yield f"Determined by the settings shown: {', '.join(dependent)}."
     of_data = [n.partition(".")[2] for n in variants[0].settings if n.startswith("data.")]
     if shown := [f"data.{name}" for name in of_data if name not in LOADING]:
         yield (
-            f"Clips depend on {', '.join(shown)}: a score is of the held-out clips of its own run, "
-            "and a distance to real clips is to those."
+            f"Clips depend on {', '.join(shown)}: each run is scored on its own held-out clips, "
+            "and distances to real clips refer to those."
         )
     if min(len(v.runs) for v in variants) < LEAST_SEEDS:
         yield (
-            f"An interval wants {LEAST_SEEDS} seeds, or scores of {LEAST_PROMPTS} prompts; "
-            "elsewhere only the mean is given."
+            f"An interval needs {LEAST_SEEDS} seeds, or scores of {LEAST_PROMPTS} prompts; "
+            "otherwise only the mean is given."
         )
     codes = {json.dumps(e.environment.get("code")) for e in found.entries}
     if len(codes) > 1:
-        yield f"The runs are of {len(codes)} versions of the code."
+        yield f"The runs used {len(codes)} versions of the code."
     machines = {json.dumps(e.environment.get("hardware")) for e in found.entries}
     if len(machines) > 1:
-        yield f"The runs are of {len(machines)} kinds of machines: times are not of one."
+        yield f"The runs used {len(machines)} kinds of machines, so times are not comparable."
     if any(e.environment.get("earlier") for e in found.entries):
-        yield "Runs that were stopped and continued are left out of the training time."
+        yield "Training time excludes runs that were resumed."

@@ -1,7 +1,6 @@
-"""The runs of a comparison, as their folders tell them: settings, numbers, protocols, costs.
+"""Reads the runs of an ablation from their folders: settings, metrics, protocols and costs.
 
-`read` finds those below a folder. Only what is in run folders is read, so it makes no difference
-whether a tracker was online.
+Only run folders are read; no tracker is needed.
 """
 
 from __future__ import annotations
@@ -17,26 +16,26 @@ from sandbox.contracts import ConfigError
 from sandbox.runs.lookup import TRAINED_BY
 from sandbox.runs.run import Run, identity_of_work, leaves, read_json
 
-MOST_NAMED = 5  # runs that are left out, or variants, which a message names
+MOST_NAMED = 5  # runs or variants in a message
 COSTS = {  # key in a run's cost -> heading
     "parameters": "parameters",
     "trained": "trained",
     "training_seconds": "training [s]",
     "peak_memory_mib": "memory [MiB]",
-    "flops_per_step": "FLOPs a step",
+    "flops_per_step": "FLOPs per step",
 }
 
 
 @dataclass
 class Entry:
-    """A finished run, as far as a comparison needs it."""
+    """What an ablation needs of a finished run."""
 
     folder: Path
     settings: dict[str, str]  # dotted name -> value as JSON
     metrics: dict[str, Any]  # metrics.json
     result: dict[str, Any]
     environment: dict[str, Any]
-    flops: float | None = None  # of an optimizer step, where task=plan was asked
+    flops: float | None = None  # per optimizer step, if task=plan counted them
 
     @property
     def seed(self) -> int:
@@ -44,24 +43,24 @@ class Entry:
 
     @cached_property
     def values(self) -> dict[str, float]:
-        """Every number that can be compared; NaN and what is missing left out."""
+        """Every finite metric."""
         found = dict(self.metrics.get("scores", {}).get("model", {}))
         found["loss"] = self.result.get("loss")
         found["first_stage_psnr_db"] = self.metrics.get("first_stage_psnr_db")
         return {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
 
     def protocol(self, name: str) -> dict[str, str]:
-        """How `name` was computed, dotted name -> value; empty where the run does not say."""
+        """How `name` was computed, dotted name -> value; empty if not recorded."""
         return leaves(self.metrics.get("protocols", {}).get(name, {}))
 
     @property
     def held_out(self) -> dict[str, str]:
-        """Number and hashes of the validation clips; empty where the run does not say."""
+        """Number and hashes of the validation clips; empty if not recorded."""
         return leaves((self.environment.get("data") or {}).get("val") or {})
 
     @cached_property
     def costs(self) -> dict[str, float]:
-        """What it took; no time of a run that was continued, as only its last part was measured."""
+        """Costs; without the time of a resumed run, of which only the last part was measured."""
         found = {k: v for k, v in self.metrics.get("cost", {}).items() if k in COSTS}
         if self.environment.get("earlier"):
             found.pop("training_seconds", None)
@@ -82,16 +81,15 @@ class Entry:
 
 @dataclass
 class Found:
-    """What `read` has found, and what it had to leave out, in words."""
+    """The runs that `read` found, and why others were left out."""
 
     entries: list[Entry]
     left_out: list[str] = field(default_factory=list)
 
 
 def read(folder: Path) -> Found:
-    """The finished training runs of a multirun's folder, or below a folder of run folders.
-
-    Raises ConfigError where there is none.
+    """Finished training runs of a multirun folder or a folder of run folders. Raises ConfigError
+    if there are none.
     """
     if not folder.is_dir():
         raise ConfigError(f"task.runs={folder}: no such folder")
@@ -102,14 +100,14 @@ def read(folder: Path) -> Found:
     if not found.entries:
         why = "; ".join(found.left_out[:MOST_NAMED])
         raise ConfigError(
-            f"task.runs={folder}: no finished run of task=train there{f' ({why})' if why else ''}; "
-            "want the folder of a multirun, or one of run folders"
+            f"task.runs={folder}: no finished run of task=train{f' ({why})' if why else ''}; "
+            "want the folder of a multirun, or a folder of runs"
         )
     return found
 
 
 def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | None = None) -> Found:
-    """`found` with the finished training runs among `folders`; `planned`: FLOPs by kind of work."""
+    """Adds the finished training runs among `folders`; `planned`: `identity_of_work` -> FLOPs."""
     for path in folders:
         run = Run(path)
         config = run.config()
@@ -127,18 +125,18 @@ def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | No
 
 
 def _with_evaluations(folder: Path) -> dict[str, Any]:
-    """metrics.json, with the further scores that task=evaluate has found; of a name the newest."""
+    """metrics.json plus the scores of task=evaluate; the newest of each name counts."""
     metrics = read_json(folder / "metrics.json")
     paths = (folder / "evaluations").glob("evaluation-*.json")
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
-        told = read_json(path)
-        scores = told.get("scores", {}).get("model", {})
+        evaluation = read_json(path)
+        scores = evaluation.get("scores", {}).get("model", {})
         known = metrics.setdefault("scores", {}).setdefault("model", {})
         for name in scores.keys() - known.keys():
             known[name] = scores[name]
             for kind in ("protocols", "meaning"):
-                if name in told.get(kind, {}):
-                    metrics.setdefault(kind, {})[name] = told[kind][name]
+                if name in evaluation.get(kind, {}):
+                    metrics.setdefault(kind, {})[name] = evaluation[kind][name]
     return metrics
 
 
@@ -147,22 +145,22 @@ def _of_jobs(folder: Path, found: Found) -> Iterator[Path]:
     for job in sorted(jobs, key=lambda j: j.get("number", 0)):
         results = job.get("result") or {}
         if job.get("exit_code") != 0:
-            said = str(job.get("error", "no word")).partition("\n")[0]
-            words = f"job {job.get('number')} ({job.get('overrides')})"
-            found.left_out.append(f"{words} failed: {said}")
+            reason = str(job.get("error", "unknown error")).partition("\n")[0]
+            job_name = f"job {job.get('number')} ({job.get('overrides')})"
+            found.left_out.append(f"{job_name} failed: {reason}")
         for name in results.get("folders") or [results.get("folder")]:
             if name is None:
                 continue
             moved = folder.parent.parent / Path(name).name  # <out>/sweeps/<time>, <out>/<run>
             path = next((p for p in (moved, Path(name)) if Run(p).config_file.is_file()), None)
             if path is None:
-                found.left_out.append(f"{name} is not there any more")
+                found.left_out.append(f"{name} no longer exists")
             else:
                 yield path
 
 
 def _planned(folder: Path) -> dict[str, float]:
-    """Operations of an optimizer step by `identity_of_work`, as plans in `folder` say."""
+    """`identity_of_work` -> FLOPs per optimizer step, from the plans in `folder`."""
     plans = (read_json(path) for path in sorted(folder.glob("*/plan.json")))
     return {p["work"]: float(p["flops_per_step"]) for p in plans if "flops_per_step" in p}
 
@@ -170,6 +168,6 @@ def _planned(folder: Path) -> dict[str, float]:
 def _below(folder: Path) -> list[Path]:
     if Run(folder).config_file.is_file():
         raise ConfigError(
-            f"task.runs={folder}: this is one run; want the folder that holds several"
+            f"task.runs={folder}: this is one run; want a folder that contains several"
         )
     return sorted(p.parent for p in folder.glob("*/config.yaml"))

@@ -1,4 +1,4 @@
-"""Tables of an ablation: its numbers as text, Markdown, LaTeX and JSON."""
+"""Tables of an ablation as text, Markdown, LaTeX and JSON."""
 
 from __future__ import annotations
 
@@ -10,37 +10,21 @@ from typing import TYPE_CHECKING
 from sandbox.reports.ablation_runs import COSTS
 from sandbox.reports.charts import number
 from sandbox.reports.statistics import Estimate
+from sandbox.reports.tables import text_table
 
 if TYPE_CHECKING:
     from sandbox.reports.ablation import Ablation, Cell, Variant
 
-MOST_SHOWN = 8  # variants with samples
-MOST_PROMPTS = 4
-LISTED = 200  # rows of a table on the page; Markdown and LaTeX have all
-IN_LATEX = 4  # metrics of one table
-STYLE = """<style>
-.wide { width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-.wide th, .wide td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; white-space: nowrap; }
-.wide thead th { color: var(--soft); font-size: 12.5px; font-weight: 550; }
-.wide td.num, .wide th.num { text-align: right; }
-.wide td small { display: block; color: var(--soft); font-size: 11.5px; }
-.wide tr.model { background: var(--accent-wash); }
-.wide .out { color: var(--c1); font-weight: 650; }
-.wide th:first-child, .wide td:first-child { padding-left: 8px; font-weight: 650; }
-.plot { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
-.plot img { display: block; max-width: 100%; margin: 0 auto; }
-.clips td { white-space: normal; vertical-align: middle; }
-.clips video, .clips img { display: block; width: 100%; max-width: 128px; min-width: 72px; border-radius: 4px; image-rendering: pixelated; background: #000; }
-</style>"""  # noqa: E501
+IN_LATEX = 4  # metrics per table
 
 
 # --- numbers --------------------------------------------------------------------------------------
 
 
 def digits(e: Estimate) -> int:
-    """Digits after the point that the interval gives meaning to: two of its half-width."""
-    reach = (e.high - e.low) / 2 if e.low is not None and e.high is not None else 0.0
-    size = reach or abs(e.mean) / 10 or 1.0
+    """Significant decimals: two digits of the interval's half-width."""
+    half_width = (e.high - e.low) / 2 if e.low is not None and e.high is not None else 0.0
+    size = half_width or abs(e.mean) / 10 or 1.0
     return min(max(1 - math.floor(math.log10(size)), 0), 6)
 
 
@@ -49,31 +33,31 @@ def value(e: Estimate, sign: str = "") -> str:
 
 
 def bounds(e: Estimate, between: str = ", ") -> str:
-    """ "[0.12, 0.34]"; empty where there is none."""
+    """ "[0.12, 0.34]"; empty without an interval."""
     if e.low is None or e.high is None:
         return ""
     return f"[{e.low:.{digits(e)}f}{between}{e.high:.{digits(e)}f}]"
 
 
-def chance(p: float | None) -> str:
+def p_value(p: float | None) -> str:
     if p is None:
         return ""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def told(cell: Cell) -> str:
+def mean_and_interval(cell: Cell) -> str:
     return f"{value(cell.here)} {bounds(cell.here)}".strip()
 
 
-def told_difference(cell: Cell) -> str:
+def difference(cell: Cell) -> str:
     """ "+0.12 [0.03, 0.21] p = 0.012 *"; empty for the baseline."""
     if cell.difference is None:
         return ""
-    words = (value(cell.difference, "+"), bounds(cell.difference), chance(cell.p))
-    return " ".join(filter(None, words)) + " *" * cell.stands_out
+    parts = (value(cell.difference, "+"), bounds(cell.difference), p_value(cell.p))
+    return " ".join(filter(None, parts)) + " *" * cell.is_significant
 
 
-def told_cost(e: Estimate | None) -> str:
+def cost(e: Estimate | None) -> str:
     if e is None:
         return ""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
@@ -83,32 +67,32 @@ def told_cost(e: Estimate | None) -> str:
 
 
 def method(found: Ablation) -> list[str]:
-    """How to read the numbers."""
+    """How the numbers were computed."""
     kinds = {c.here.of for c in found.cells.values() if c.here.has_interval}
     lines = []
     if "seeds" in kinds:
-        lines.append("Mean over seeds with its 95 % interval (Student's t).")
+        lines.append("Mean over seeds with the 95 % interval (Student's t).")
     if "prompts" in kinds:
-        lines.append("Where seeds are few: the 95 % interval over prompts (resampled).")
+        lines.append("With fewer than 3 seeds: the 95 % bootstrap interval over prompts.")
     if len(found.variants) > 1:
         lines.append(
-            f"Differences are to {found.baseline.label} ({found.baseline.title}), paired by seed "
-            "or prompt; p-values are two-sided, corrected over the variants of a column (Holm); "
-            "* is p < 0.05. Where all seeds differ by the same there is no test."
+            f"Differences are relative to {found.baseline.label} ({found.baseline.title}), paired "
+            "by seed or prompt. p-values are two-sided and Holm-corrected over the variants of a "
+            "column; * is p < 0.05. No p-value is given when all paired differences are equal."
         )
     return lines
 
 
 def summary(found: Ablation) -> str:
     seeds = sorted({len(v.runs) for v in found.variants})
-    many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     plural = "s" * (seeds[-1] > 1)
     count = len(found.variants)
     runs = sum(len(v.runs) for v in found.variants)
-    return f"{count} variant{'s' * (count > 1)}, {many} seed{plural} each, {runs} runs"
+    return f"{count} variant{'s' * (count > 1)}, {span} seed{plural} each, {runs} runs"
 
 
-def costs_of(found: Ablation) -> list[str]:
+def cost_names(found: Ablation) -> list[str]:
     """Costs that any variant has."""
     return [name for name in COSTS if any(name in c for c in found.costs.values())]
 
@@ -125,22 +109,22 @@ def tables(found: Ablation) -> list[tuple[str, list[list[str]]]]:
     head = ["", *found.columns]
     scores = [[*head, "seeds", *found.metrics]]
     scores += [
-        [*start(v), str(len(v.runs)), *(told(found.cells[v.label, m]) for m in found.metrics)]
+        [*start(v), str(len(v.runs)),
+         *(mean_and_interval(found.cells[v.label, m]) for m in found.metrics)]
         for v in found.variants
-    ]
+    ]  # fmt: skip
     result = [("Scores", scores)]
     if len(found.variants) > 1:
         rows = [
-            [*start(v), *(told_difference(found.cells[v.label, m]) for m in found.metrics)]
+            [*start(v), *(difference(found.cells[v.label, m]) for m in found.metrics)]
             for v in found.variants
             if v is not found.baseline
         ]
         heading = f"Difference to {found.baseline.label} ({found.baseline.title})"
         result.append((heading, [[*head, *found.metrics], *rows]))
-    if names := costs_of(found):
+    if names := cost_names(found):
         rows = [
-            [*start(v), *(told_cost(found.costs[v.label].get(n)) for n in names)]
-            for v in found.variants
+            [*start(v), *(cost(found.costs[v.label].get(n)) for n in names)] for v in found.variants
         ]
         result.append(("Cost", [[*head, *(COSTS[n] for n in names)], *rows]))
     return result
@@ -148,24 +132,17 @@ def tables(found: Ablation) -> list[tuple[str, list[list[str]]]]:
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned, so that it also reads well in a terminal."""
-    cells = [[c.replace("|", "\\|") for c in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+    return text_table([[c.replace("|", "\\|") for c in row] for row in rows], markdown=True)
 
 
-def markdown(found: Ablation, pictures: Sequence[Path] = ()) -> str:
+def markdown(found: Ablation, figures: Sequence[Path] = ()) -> str:
     parts = [f"# Ablation: {found.title}", summary(found) + "."]
     for heading, rows in tables(found):
         parts += [f"## {heading}", markdown_table(rows)]
         if heading == "Scores":
             parts += [" ".join(method(found))]
     parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
-    parts += [f"![{p.stem}]({p.name})" for p in pictures]
+    parts += [f"![{p.stem}]({p.name})" for p in figures]
     explained = [f"- {m}: {found.meanings[m]}" for m in found.metrics if found.meanings.get(m)]
     parts += ["## What the scores mean", "\n".join(explained)] if explained else []
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -181,8 +158,8 @@ def escaped(text: str) -> str:
     return "".join(SPECIAL.get(c, c) for c in text)
 
 
-def latex(found: Ablation, pictures: Sequence[Path] = ()) -> str:
-    """Tables for \\input; they want the packages booktabs and, for the pictures, graphicx."""
+def latex(found: Ablation, figures: Sequence[Path] = ()) -> str:
+    """Tables for \\input; needs the packages booktabs and, for figures, graphicx."""
     parts = ["% \\usepackage{booktabs,graphicx}"]
     caption = escaped(" ".join([f"{found.title}: {summary(found)}.", *method(found)]))
     for first in range(0, len(found.metrics), IN_LATEX):
@@ -199,7 +176,7 @@ def latex(found: Ablation, pictures: Sequence[Path] = ()) -> str:
             f"  \\toprule\n  {' & '.join(map(escaped, head))} \\\\\n  \\midrule\n{body}\n"
             f"  \\bottomrule\n\\end{{tabular}}\n\\caption{{{caption}}}\n\\end{{table}}"
         )
-    for path in pictures:
+    for path in figures:
         name = path.with_suffix(".pdf").name if path.suffix == ".svg" else path.name
         parts.append(
             f"\\begin{{figure}}\n\\centering\n\\includegraphics[width=\\linewidth]{{{name}}}\n"
@@ -209,14 +186,14 @@ def latex(found: Ablation, pictures: Sequence[Path] = ()) -> str:
 
 
 def _latex_cell(cell: Cell) -> str:
-    e, mark = cell.here, r"^{*}" if cell.stands_out else ""
+    e, mark = cell.here, r"^{*}" if cell.is_significant else ""
     if e.low is None or e.high is None:
         return f"${value(e)}{mark}$"
     return f"${value(e)}{mark}$ {{\\scriptsize {bounds(e)}}}"
 
 
 def plain(found: Ablation) -> dict:
-    """Everything as numbers, for other programs."""
+    """The contents of report.json."""
 
     def of(e: Estimate | None) -> dict | None:
         if e is None:

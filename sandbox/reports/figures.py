@@ -1,4 +1,4 @@
-"""Figures of a comparison, the same bytes every time: intervals, and learning curves."""
+"""Deterministic figures of an ablation: intervals and learning curves."""
 
 from __future__ import annotations
 
@@ -13,39 +13,20 @@ import numpy as np
 
 from sandbox.reports.ablation import Ablation, Variant
 from sandbox.reports.ablation_runs import Entry
-from sandbox.reports.charts import smoothed
+from sandbox.reports.charts import COLOURS, STYLE, smoothed
 from sandbox.reports.media import replacing
 from sandbox.reports.run_page import read_curves
 from sandbox.reports.statistics import LEAST_SEEDS, LEVEL
 
-COLOURS = ("#0b6e62", "#c2570c", "#4c5fd5", "#b0307a", "#8a6d00", "#5d6770")  # as in the page
-MOST_ROWS = 40  # variants with their intervals
-MOST_LINES = 8  # variants with their curves
-ACROSS = 4  # panels
-SPEED = 400  # points of a drawn line at most
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9a9d98",
-    "axes.grid": True,
-    "grid.color": "#e3e4e1",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#5c6269",
-    "ytick.color": "#17191c",
-    "legend.frameon": False,
-    "svg.hashsalt": "sandbox",
-    "svg.fonttype": "path",
-}
+MOST_ROWS = 40  # variants in the interval plot
+MOST_LINES = 8  # variants in the curve plot
+ACROSS = 4  # panels per row
+MOST_POINTS = 400  # of one line
 
 
 @contextmanager
 def _figure(panels: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with so many panels, at most ACROSS in a line, that shares the rows' axis."""
+    """A figure with `panels` axes, at most ACROSS per row."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -64,10 +45,10 @@ def _figure(panels: int, height: float) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _save(figure: Any, stem: Path) -> Path:
-    """As SVG for a page and as PDF for a paper, without dates; the path of the former."""
+    """Saves SVG (for the page) and PDF (for a paper) without dates; returns the SVG's path."""
     for suffix, dates in ((".svg", {"Date": None}), (".pdf", {"CreationDate": None})):
         with replacing(stem.with_suffix(suffix)) as draft:
-            figure.savefig(draft, metadata=dates)
+            figure.savefig(draft, format=suffix[1:], metadata=dates)
     return stem.with_suffix(".svg")
 
 
@@ -75,7 +56,7 @@ def _save(figure: Any, stem: Path) -> Path:
 
 
 def draw_intervals(stem: Path, found: Ablation) -> Path | None:
-    """A panel a number: every variant's mean with its interval, the baseline's as a line."""
+    """A panel per metric: each variant's mean with its interval; the baseline's is a line."""
     shown = found.variants[:MOST_ROWS]
     if len(shown) < 2:
         return None
@@ -86,7 +67,7 @@ def draw_intervals(stem: Path, found: Ablation) -> Path | None:
             panel.axvline(base.mean, color=COLOURS[5], linewidth=0.8, linestyle=(0, (4, 3)))
             for row, variant in enumerate(shown):
                 cell = found.cells[variant.label, name]
-                colour = COLOURS[1] if cell.stands_out else COLOURS[0]
+                colour = COLOURS[1] if cell.is_significant else COLOURS[0]
                 if cell.here.low is not None and cell.here.high is not None:
                     panel.plot([cell.here.low, cell.here.high], [row, row], color=colour, lw=1.6)
                 each = [e.values[name] for e in variant.runs.values()]
@@ -106,42 +87,42 @@ def draw_intervals(stem: Path, found: Ablation) -> Path | None:
 
 @dataclass
 class Curve:
-    """Mean over seeds at the steps that all have, and half its interval, where there is one."""
+    """Mean over seeds at their common steps, and the interval's half-width if there is one."""
 
     steps: np.ndarray
     mean: np.ndarray
-    reach: np.ndarray | None
+    half_width: np.ndarray | None
 
 
 def curve_of(each: Sequence[Sequence[tuple[int, float]]]) -> Curve | None:
-    """Of one curve a seed: smoothed, thinned, and averaged; Student's interval from 3 seeds on."""
-    from scipy.special import stdtrit
+    """`each`: a curve per seed, smoothed and averaged; a t interval from 3 seeds on."""
+    from scipy.stats import sem, t
 
     lines = [dict(smoothed(np.array(points, np.float64)).tolist()) for points in each if points]
     common = sorted(set.intersection(*map(set, lines))) if lines else []
     if not common:
         return None
-    steps = np.array(common[:: math.ceil(len(common) / SPEED)])
+    steps = np.array(common[:: math.ceil(len(common) / MOST_POINTS)])
     values = np.array([[line[s] for s in steps.tolist()] for line in lines])
     if len(values) < LEAST_SEEDS:
         return Curve(steps, values.mean(0), None)
-    t = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2))
-    return Curve(steps, values.mean(0), t * values.std(0, ddof=1) / math.sqrt(len(values)))
+    quantile = float(t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return Curve(steps, values.mean(0), quantile * sem(values))
 
 
 def draw_curves(stem: Path, found: Ablation) -> Path | None:
-    """Losses and scores during training: a panel for each, and for each protocol of its own.
+    """Losses and scores during training: a panel per metric and protocol.
 
-    The baseline and the first variants after it are drawn, MOST_LINES in all.
+    Shows the baseline and the first other variants, MOST_LINES in total.
     """
     rest = [v for v in found.variants if v is not found.baseline]
     shown = sorted([found.baseline, *rest[: MOST_LINES - 1]], key=found.variants.index)
-    curves = {e.folder: _told(e) for v in shown for e in v.runs.values()}
-    names = dict.fromkeys(name for told in curves.values() for name in told)
+    curves = {e.folder: _curves(e) for v in shown for e in v.runs.values()}
+    names = dict.fromkeys(name for one in curves.values() for name in one)
     panels = [
         (name, group)
         for name in names
-        for group in _of_one_protocol([v for v in shown if _has(v, name, curves)])
+        for group in _by_protocol([v for v in shown if _has(v, name, curves)])
     ]
     if not panels:
         return None
@@ -159,8 +140,8 @@ def draw_curves(stem: Path, found: Ablation) -> Path | None:
                 colour, dash = colours[variant.label]
                 (line,) = panel.plot(curve.steps, curve.mean, dash, color=colour, lw=1.3)
                 handles.setdefault(variant.label, line)
-                if curve.reach is not None:
-                    low, high = curve.mean - curve.reach, curve.mean + curve.reach
+                if curve.half_width is not None:
+                    low, high = curve.mean - curve.half_width, curve.mean + curve.half_width
                     panel.fill_between(curve.steps, low, high, color=colour, alpha=0.14, lw=0)
             _scale(panel)
             panel.set_xlabel("step", color="#5c6269")
@@ -171,8 +152,8 @@ def draw_curves(stem: Path, found: Ablation) -> Path | None:
         return _save(figure, stem)
 
 
-def _told(entry: Entry) -> dict[str, list[tuple[int, float]]]:
-    """Curves that a comparison shows: losses, and what was measured on held-out clips."""
+def _curves(entry: Entry) -> dict[str, list[tuple[int, float]]]:
+    """The training loss, and metrics on held-out clips."""
     curves = read_curves(entry.folder / "metrics.jsonl")
     return {k: v for k, v in curves.items() if k == "loss" or k.startswith(("val/", "score/"))}
 
@@ -181,8 +162,8 @@ def _has(variant: Variant, name: str, curves: dict[Path, dict[str, Any]]) -> boo
     return all(name in curves[e.folder] for e in variant.runs.values())
 
 
-def _of_one_protocol(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """Groups whose losses are of the same thing."""
+def _by_protocol(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Groups of variants with the same loss protocol."""
     groups: dict[str, list[Variant]] = {}
     for variant in variants:
         entry = next(iter(variant.runs.values()))
@@ -191,14 +172,14 @@ def _of_one_protocol(variants: Sequence[Variant]) -> list[list[Variant]]:
 
 
 def _shared(group: Sequence[Variant]) -> str:
-    """The settings that all of a group have: "vae=kl"."""
+    """The settings that a group shares: "vae=kl"."""
     first = group[0].settings
     same = {k: v for k, v in first.items() if all(o.settings[k] == v for o in group)}
     return ", ".join(f"{k}={v}" for k, v in same.items())
 
 
 def _scale(panel: Any) -> None:
-    """Logarithmic where values span more than a factor of 20; a loss falls fast."""
+    """Logarithmic where values span more than a factor of 20."""
     values = np.concatenate([line.get_ydata() for line in panel.get_lines()] or [np.ones(1)])
     if values.min() > 0 and values.max() > 20 * values.min():
         panel.set_yscale("log")

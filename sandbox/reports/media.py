@@ -1,14 +1,13 @@
-"""Pictures of clips: videos, animated walls, and contact sheets that show many clips at once.
+"""Videos, images, animated walls and contact sheets of clips.
 
-Clips are (3, T, H, W) in [-1, 1]; an image has T = 1. Small clips are enlarged by whole factors
-with nearest neighbour, so that a pixel of the model is a square on the screen. Every file appears
-complete or not at all.
+Clips are (3, T, H, W) in [-1, 1]; an image has T = 1. Small clips are enlarged by integer factors
+with nearest neighbour, so that pixels stay sharp squares. Files are written atomically.
+
+PyAV and Pillow do the encoding. The sheet layout is our own: matplotlib would resample pixels.
 """
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sandbox.storage import atomic
 from sandbox.storage.atomic import storing
 
 if TYPE_CHECKING:
@@ -29,45 +29,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BACKGROUND, FRAME, INK = (20, 20, 22), (58, 58, 62), (236, 236, 238)
-NAN = (255, 0, 255)  # magenta: a broken pixel is to be seen, not to pass for black
+NAN = (255, 0, 255)  # magenta, which is easier to notice than black
 MAX_FRAMES = 9  # of one strip
-SHEET_WIDTH = 1900  # pixels that a sheet aims at
+SHEET_WIDTH = 1900  # target, in pixels
 CAPTION_WIDTH, MARGIN, HEADER, GAP, ROW_GAP, FILM = 190, 18, 28, 18, 6, 3  # pixels
-TEXT, LINE = 14, 19  # size of letters, height of a line
+TEXT, LINE = 14, 19  # font size, line height
 ELLIPSIS = "..."
 BT709 = 1  # code of ITU-T H.273 for matrix, primaries and transfer
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 
 
-# --- files that appear whole ----------------------------------------------------------------------
+# --- atomic files ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file beside `path` to write into (same suffix), renamed to `path` when the block ends well.
+    """A temporary file, renamed to `path` when the block succeeds. Creates the folder.
 
-    Makes the folder. An exception leaves `path` as it was and no other file. Raises StorageError
-    where the file cannot be written.
+    An exception leaves `path` unchanged. Raises StorageError where the file cannot be written.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with atomic.replacing(path) as draft:
             yield draft
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 # --- pixels ---------------------------------------------------------------------------------------
 
 
 def frames_uint8(video: Tensor | np.ndarray) -> np.ndarray:
-    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8, to the nearest level, values outside clamped.
+    """(3, T, H, W) in [-1, 1] -> (T, H, W, 3) uint8, rounded and clamped; NaN becomes magenta.
 
-    -1 is 0 and 1 is 255, so that u / 127.5 - 1 comes back as u for every level. NaN becomes
-    magenta. Frames that are (T, H, W, 3) uint8 already are returned as they are.
+    -1 is 0 and 1 is 255: u / 127.5 - 1 maps back to u. (T, H, W, 3) uint8 is returned unchanged.
     """
     if isinstance(video, np.ndarray) and video.dtype == np.uint8:
         if video.ndim != 4 or video.shape[-1] != 3:
@@ -88,9 +82,9 @@ def frames_uint8(video: Tensor | np.ndarray) -> np.ndarray:
 
 
 def enlargement(height: int, width: int, least: int = 160) -> int:
-    """Whole factor that brings the longer side to `least` pixels or more; 1 or even.
+    """Integer factor that brings the longer side to at least `least` pixels; 1 or even.
 
-    Even: h264 stores one colour for 2 x 2 pixels; so no two pixels of the clip share one.
+    Even, because yuv420p stores one colour per 2 x 2 pixels: no two source pixels share one.
     """
     factor = ceil(least / max(height, width))
     return factor + factor % 2 if factor > 1 else 1
@@ -104,13 +98,13 @@ def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of range(count), evenly spread, first and last among them."""
+    """At most `most` of range(count), evenly spaced, including the first and the last."""
     if count <= most:
         return list(range(count))
     return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
-# --- moving pictures ------------------------------------------------------------------------------
+# --- videos and images ----------------------------------------------------------------------------
 
 
 def write_video(
@@ -122,8 +116,8 @@ def write_video(
 ) -> None:
     """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as mp4 (h264, yuv420p).
 
-    Odd sizes are made even by repeating the last row or column. `crf` 10 is a few levels from the
-    original, 0 nearly exact. The same clip gives the same bytes.
+    Odd sizes are padded by repeating the last row or column. `crf` 10 deviates by a few levels, 0
+    by rounding only. Deterministic: the same clip gives the same bytes.
     """
     frames = enlarged(frames_uint8(video), enlarge)
     height, width = frames.shape[1:3]
@@ -138,9 +132,9 @@ def write_video(
 def write_frames(
     path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: float, preset: str = "slow"
 ) -> tuple[int, int, int]:
-    """Writes frames (H, W, 3) uint8 of one even size as mp4 (h264, yuv420p), one after the other.
+    """Streams frames (H, W, 3) uint8 of one even size into an mp4 (h264, yuv420p).
 
-    Returns frames, height and width. The same frames give the same bytes.
+    Returns (frames, height, width). Deterministic.
     """
     import av
 
@@ -152,7 +146,7 @@ def write_frames(
     ):
         stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.pix_fmt = "yuv420p"
-        # no B-frames: the first picture is at 0 s; one thread: the same bytes on any core count
+        # no B-frames: the first frame is at 0 s; one thread: the same bytes on any core count
         stream.options = {"crf": str(crf), "preset": preset, "bf": "0", "threads": "1"}
         codec: Any = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = BT709
@@ -160,40 +154,40 @@ def write_frames(
         for count, frame in enumerate(frames, 1):
             if count == 1:
                 height, width = stream.height, stream.width = frame.shape[:2]
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            # area: colours of neighbours do not bleed into one another, as they do by default
-            picture = picture.reformat(
+            encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            # AREA: the default interpolation blends the colours of neighbouring pixels
+            encoded = encoded.reformat(
                 format="yuv420p",
                 dst_colorspace="ITU709",
                 dst_color_range="MPEG",
                 interpolation="AREA",
             )
-            file.mux(stream.encode(picture))
+            file.mux(stream.encode(encoded))
         file.mux(stream.encode())
     return count, height, width
 
 
-def write_picture(path: str | Path, clip: Tensor | np.ndarray) -> None:
-    """Writes a clip of one frame (3, 1, H, W) in [-1, 1] as a PNG, pixel by pixel."""
+def write_image(path: str | Path, clip: Tensor | np.ndarray) -> None:
+    """Writes a clip of one frame (3, 1, H, W) in [-1, 1] as a PNG."""
     from PIL import Image
 
     frames = frames_uint8(clip)
     if len(frames) != 1:
-        raise ValueError(f"clip has {len(frames)} frames: want 1, else write_video")
+        raise ValueError(f"clip has {len(frames)} frames: want 1; use write_video")
     with replacing(path) as draft:
         Image.fromarray(frames[0]).save(draft, format="PNG", optimize=True)
 
 
 def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float, enlarge: int = 1) -> None:
-    """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as a GIF that loops.
+    """Writes a clip (3, T, H, W) in [-1, 1], or frames (T, H, W, 3) uint8, as a looping GIF.
 
-    All frames share one palette of 256 colours, so that nothing flickers. A GIF counts in 10 ms.
+    All frames share one palette of 256 colours, which avoids flicker. Delays are in 10 ms units.
     """
     from PIL import Image
 
     _check_fps(fps)
     small = frames_uint8(video)
-    # the usual median cut spends its colours on dark noise and gets bright strokes wrong
+    # the default median cut spends colours on dark noise and distorts bright strokes
     palette = Image.fromarray(np.concatenate(list(small))).quantize(
         256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE
     )
@@ -223,7 +217,7 @@ def wall(
 ) -> np.ndarray:
     """Captioned clips side by side -> frames (T, H, W, 3) uint8 for `write_video` or `write_gif`.
 
-    Each clip (3, T, H, W) is enlarged to `least` pixels; a shorter clip rests on its last frame.
+    Each clip (3, T, H, W) is enlarged to `least` pixels; shorter clips repeat their last frame.
     """
     from PIL import Image, ImageDraw
 
@@ -237,14 +231,14 @@ def wall(
     texts = [wrapped(caption, width, TEXT, most=2) for caption, _ in clips]
     cell = height + 6 + LINE * max(len(t) for t in texts) + gap
     shape = (gap + ceil(len(shown) / columns) * cell, gap + columns * (width + gap))
-    still = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), BACKGROUND)
-    draw = ImageDraw.Draw(still)
+    canvas = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
     places = [
         (gap + i // columns * cell, gap + i % columns * (width + gap)) for i in range(len(shown))
     ]
     for (top, left), lines in zip(places, texts, strict=True):
         _lines(draw, lines, left, top + height + 6)
-    frames = np.repeat(np.asarray(still)[None], max(len(f) for f in shown), 0)
+    frames = np.repeat(np.asarray(canvas)[None], max(len(f) for f in shown), 0)
     for (top, left), clip in zip(places, shown, strict=True):
         for t, frame in enumerate(frames):
             frame[top : top + clip.shape[1], left : left + clip.shape[2]] = clip[
@@ -258,7 +252,7 @@ def wall(
 
 @cache
 def font(size: int, bold: bool = False) -> FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: Latin, Greek, Cyrillic; other scripts show as boxes."""
+    """DejaVu Sans from matplotlib: Latin, Greek and Cyrillic; other scripts show as boxes."""
     import matplotlib
     from PIL import ImageFont
 
@@ -267,7 +261,7 @@ def font(size: int, bold: bool = False) -> FreeTypeFont:
 
 
 def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
-    """Lines of at most `width` pixels; what does not fit into `most` lines ends in an ellipsis."""
+    """Lines of at most `width` pixels; text beyond `most` lines is cut with an ellipsis."""
 
     def fits(line: str) -> bool:
         return font(size, bold).getlength(line) <= width
@@ -298,26 +292,25 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
 
 
 @dataclass
-class Row:
-    """One line of a contact sheet: a caption, and by column label the clips (3, T, H, W)."""
+class SheetRow:
+    """A row of a contact sheet: a caption, and column label -> clip (3, T, H, W)."""
 
     caption: str
     strips: dict[str, Tensor | np.ndarray] = field(default_factory=dict)
 
 
-def contact_sheet(path: str | Path, rows: Sequence[Row]) -> None:
+def contact_sheet(path: str | Path, rows: Sequence[SheetRow]) -> None:
     """Writes `sheet` as a PNG."""
     image = sheet(rows)
     with replacing(path) as draft:
         image.save(draft, format="PNG", optimize=True)
 
 
-def sheet(rows: Sequence[Row]) -> Image:
-    """In each row a caption and its filmstrips, one labelled column per kind of clip.
+def sheet(rows: Sequence[SheetRow]) -> Image:
+    """Rows of a caption and its filmstrips, one labelled column per kind of clip.
 
-    Columns stand in the order in which labels first appear; a row that lacks one leaves it empty.
-    Strips of more than 9 frames are thinned evenly. Where every clip is an image, rows become cells
-    of a grid with captions below.
+    Columns keep the order in which labels first appear; missing clips stay blank. Strips show at
+    most 9 evenly spaced frames. If every clip is an image, rows become cells of a grid.
     """
     labels = list(dict.fromkeys(label for row in rows for label in row.strips))
     if not labels:
@@ -346,26 +339,26 @@ def reconstruction_sheet(
         a, b = frames_uint8(x), frames_uint8(y)
         if a.shape != b.shape:
             raise ValueError(f"original {i} has shape {a.shape}, its reconstruction {b.shape}")
-        apart = np.abs(a.astype(np.float32) - b)
+        error = np.abs(a.astype(np.float32) - b)
         caption = captions[i] if i < len(captions) else ""
-        difference = np.rint(apart * gain).clip(0, 255).astype(np.uint8)
+        difference = np.rint(error * gain).clip(0, 255).astype(np.uint8)
         strips = {"original": a, "reconstruction": b, f"difference x{gain:g}": difference}
-        rows.append(Row(f"{caption}\n{_psnr(apart):.1f} dB".strip(), strips))
+        rows.append(SheetRow(f"{caption}\n{_psnr(error):.1f} dB".strip(), strips))
     contact_sheet(path, rows)
 
 
-def _psnr(apart: np.ndarray) -> float:
-    error = float(np.square(apart).mean())
-    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+def _psnr(error: np.ndarray) -> float:
+    mse = float(np.square(error).mean())
+    return float("inf") if mse == 0 else 10 * float(np.log10(255**2 / mse))
 
 
 def _film(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[str]) -> Image:
-    """Rows of filmstrips, captions at the left."""
+    """Rows of filmstrips with captions on the left."""
     from PIL import Image, ImageDraw
 
     count = max(min(len(c), MAX_FRAMES) for strips in clips for c in strips.values())
     largest = max(max(c.shape[1:3]) for strips in clips for c in strips.values())
-    most = 96 if largest <= 96 else 192  # digits need no more, photographs do
+    most = 96 if largest <= 96 else 192
     side = min(most, (SHEET_WIDTH - CAPTION_WIDTH) / (count * len(labels)))
     drawn = [{k: _strip(c, side) for k, c in strips.items()} for strips in clips]
     texts = [wrapped(caption, CAPTION_WIDTH, TEXT, most=6) for caption in captions]
@@ -391,7 +384,7 @@ def _film(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[
 
 
 def _grid(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[str]) -> Image:
-    """Images side by side in cells, captions below; labels stand above the first line of cells."""
+    """A grid of images with captions below; labels are above the first row."""
     from PIL import Image, ImageDraw
 
     largest = max(max(c.shape[1:3]) for strips in clips for c in strips.values())
@@ -433,7 +426,7 @@ def _lines(draw: ImageDraw, lines: list[str], left: int, top: int) -> None:
 
 
 def _strip(frames: np.ndarray, side: float) -> np.ndarray:
-    """(T, H, W, 3) -> (H', W', 3): at most 9 frames on a grey film, each about `side` pixels."""
+    """(T, H, W, 3) -> (H', W', 3): at most 9 frames of about `side` pixels on a grey film."""
     shown = _fitted(frames[evenly(len(frames), MAX_FRAMES)], side)  # (T', h, w, 3)
     count, height, width = shown.shape[:3]
     film = np.empty((height + 2 * FILM, count * (width + FILM) + FILM, 3), np.uint8)
@@ -445,7 +438,7 @@ def _strip(frames: np.ndarray, side: float) -> np.ndarray:
 
 
 def _fitted(frames: np.ndarray, side: float) -> np.ndarray:
-    """Frames of about `side` pixels: small ones by a whole factor, large ones smoothly."""
+    """Frames of about `side` pixels: enlarged by an integer factor, or shrunk with Lanczos."""
     from PIL import Image
 
     height, width = frames.shape[1:3]

@@ -1,4 +1,4 @@
-"""Progress of long work: one line of a terminal that is rewritten, or now and then one of a log."""
+"""Progress of long work, through rich: a live line in a terminal, a line every 5 s in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 class Progress:
     """`with Progress("training", 1200) as p: p.update(step, loss="0.47")`.
 
-    Shows what, done/total, speed and time left; `first` is where a resumed count starts.
+    Shows done/total, speed and time left; `first` is the count that a resumed run starts from.
     """
 
     def __init__(
@@ -21,46 +21,42 @@ class Progress:
         first: int = 0,
         stream: TextIO | None = None,
     ) -> None:
-        self.what, self.total, self.unit, self.first = what, total, unit, first
-        self.stream = stream or sys.stdout
-        self.live = self.stream.isatty()
-        self.every = 0.1 if self.live else 5.0
-        self.start = self.shown = time.monotonic()
-        self.width = 0
-        self.ended = False
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+        from rich.progress import TextColumn, TimeRemainingColumn
+
+        output: TextIO = stream or sys.stdout
+        self.total, self.unit, self.every = total, unit, 0.1 if output.isatty() else 5.0
+        self.shown = time.monotonic()
+        width = None if output.isatty() else 200
+        self.console = Console(file=output, width=width, force_jupyter=False, highlight=False)
+        line = "{task.description} {task.completed}/{task.total}{task.fields[facts]}"
+        remaining = TimeRemainingColumn(elapsed_when_finished=True)
+        self.bar = Bar(TextColumn(line, markup=False), remaining, console=self.console,
+                       auto_refresh=False)  # fmt: skip
+        self.bar.add_task(what, total=total, completed=first, facts="")
+        (self.task,) = self.bar.tasks
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.live and self.width:
-            self.stream.write("\n")
-        self.stream.flush()
+        if self.bar.live.is_started:
+            self.bar.stop()
 
     def update(self, done: int, **facts: str) -> None:
+        is_last = done >= self.total
+        self.bar.update(self.task.id, completed=min(done, self.total))
         now = time.monotonic()
-        if self.ended or (now - self.shown < self.every and done < self.total):
+        if now - self.shown < self.every and not is_last:
             return
-        self.ended = done >= self.total
         self.shown = now
-        seconds = max(now - self.start, 1e-9)
-        speed = (done - self.first) / seconds
-        left = (self.total - done) / speed if speed else 0.0
-        said = [f"{self.what} {done}/{self.total}", *(f"{k} {v}" for k, v in facts.items())]
-        if done < self.total:
-            said += [f"{speed:.1f} {self.unit}s/s", f"{_clock(left)} left"]
-        else:
-            said.append(f"{_clock(seconds)}")
-        line = "  ".join(said)
-        if self.live:
-            self.stream.write("\r" + line.ljust(self.width))
-            self.width = len(line)
-        else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+        shown = [f"  {k} {v}" for k, v in facts.items()]
+        if self.task.speed and not is_last:
+            shown.append(f"  {self.task.speed:.1f} {self.unit}s/s, left:")
+        self.task.fields["facts"] = "".join(shown)
+        self.bar.start()
+        if self.console.is_terminal:
+            self.bar.refresh()
+        elif not is_last:  # which stop() prints
+            self.console.print(self.bar.get_renderable())

@@ -1,4 +1,4 @@
-"""task=clips: clips of any data as a folder of videos and lists, as CogVideoX's fine-tuning has."""
+"""task=clips: exports clips of any data in the layout of CogVideoX's fine-tuning data."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Clips:
 
     @dataclass
     class Config(TaskConfig):
-        """to: the folder; count: training clips; save_fps: frames a second of the videos; images:
-        first frames are written, too, with images.txt.
+        """to: output folder; count: number of training clips; save_fps: fps of the videos; images:
+        also write first frames and images.txt.
         """
 
         to: str = "outputs/clips"
@@ -47,9 +47,9 @@ class Clips:
         cfg, root = self.cfg, wiring.root
         if not {"video", "captions"} <= root.data.provides():
             name = root.data.plugin.rpartition("/")[2]
-            raise ConfigError(f"data={name}: has no clips with captions; want other data")
+            raise ConfigError(f"data={name}: has no clips with captions; choose other data")
         clips = training_clips(registry.create(root.data).split("train"), cfg.count, root.seed)
-        assert clips.video is not None and clips.captions is not None  # as provided
+        assert clips.video is not None and clips.captions is not None  # checked by provides()
         folder = Path(cfg.to).expanduser()
         lists = {
             "prompts": [" ".join(c.split()) for c in clips.captions],
@@ -62,14 +62,14 @@ class Clips:
                 media.write_video(folder / lists["videos"][-1], clip, cfg.save_fps)
                 if cfg.images:
                     lists["images"].append(f"images/{i:05}.png")
-                    media.write_picture(folder / lists["images"][-1], clip[:, :1])
+                    media.write_image(folder / lists["images"][-1], clip[:, :1])
             for name, lines in lists.items():
                 if lines:
                     write_atomic(folder / f"{name}.txt", "\n".join(lines) + "\n")
         frames, height, width = clips.video.shape[2:]
         print(f"{len(clips.captions)} clips of {frames}x{height}x{width} in {folder}")
         print(
-            f"train from them with data=cogvideox_folder data.root={folder} data.frames={frames} "
+            f"train with data=cogvideox_folder data.root={folder} data.frames={frames} "
             f"data.height={height} data.width={width}"
         )
         return {"folder": str(folder), "clips": len(clips.captions)}

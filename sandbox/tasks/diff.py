@@ -1,4 +1,4 @@
-"""task=diff: what differs between two runs, and the step at which their numbers part."""
+"""task=diff: differences between two runs, and the first step with different numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Diff:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             if len(self.runs) != 2:
-                yield f"runs=[{','.join(self.runs)}]: want two run folders, such as runs=[A,B]"
+                yield f"runs=[{','.join(self.runs)}]: want two run folders: runs=[A,B]"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg

@@ -1,4 +1,4 @@
-"""task=encode: latents and caption embeddings of a data set, made once, for data=latents."""
+"""task=encode: caches latents and caption embeddings of a data set, for data=latents."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ SPLITS = ("train", "val")
 
 @register("task", "encode")
 class Encode:
-    """Stores latents and caption embeddings in shards, which data=latents trains from."""
+    """Caches latents and caption embeddings in shards, which data=latents trains from."""
 
     @dataclass
     class Config(TaskConfig):
-        """to: folder of the shards; what is there and still right is not made again.
+        """to: folder of the shards; valid entries are reused.
 
-        splits: which are stored; shard_mb: size that a shard does not exceed, in MB; prompts:
-        captions of no clip whose embeddings are stored, too, to sample with; prune: what is stored
-        and no longer asked for is deleted, which else stays to be found again. What data draw at
-        random in each epoch anew (start, crop, captions left out) is stored as epoch 0 has it.
+        splits: splits to encode; shard_mb: maximum size of a shard in MB; prompts: additional
+        captions to embed, for sampling; prune: delete entries that are no longer referenced. Random
+        choices of the data (start, crop, caption dropout) are cached as in epoch 0.
         """
 
         to: str = "outputs/latents"
@@ -55,7 +54,7 @@ class Encode:
 
 
 def encode(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """The share of one rank; `settings`: as `launch_run` hands them over."""
+    """Encodes one rank's share; `settings`: from `launch_run`."""
     from sandbox.config.composition import received
     from sandbox.config.wiring import wire
     from sandbox.pipelines.encode import encode_all

@@ -1,4 +1,4 @@
-"""task=evaluate: scores of a trained run."""
+"""task=evaluate: scores a trained run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sandbox.contracts import TaskConfig, in_range, one_of
 
 @register("task", "evaluate")
 class Evaluate:
-    """Scores a finished run (task.run, else the newest) beside real clips and other baselines."""
+    """Scores a finished run (task.run, else the newest), real clips and other baselines."""
 
     @dataclass
     class Config(TaskConfig):
-        """clips: how many are scored; weights: ema or live; samples: clips on the sheet.
+        """clips: number of scored clips; weights: ema or live; samples: clips on the sheet.
 
         untrained: also score an untrained model.
         """

@@ -1,4 +1,4 @@
-"""task=plan: what a configuration is and costs at full size, before anything is made or read."""
+"""task=plan: parameters, shapes, operations and memory of a configuration, without running it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Plan:
 
     @dataclass
     class Config(TaskConfig):
-        """devices: of the strategies that spread over several, where the trainer names none.
+        """devices: number of devices for the sharded strategies, unless the trainer sets one.
 
-        to: folder of plan.json and plan.html; null is plans/<recipe>-<hash> below `out`.
+        to: folder for plan.json and plan.html (null: plans/<recipe>-<hash> in `out`).
         """
 
         devices: int = 8
@@ -43,12 +43,12 @@ class Plan:
         from sandbox.config.root import to_container
         from sandbox.plan.page import page
         from sandbox.plan.plan import plan
-        from sandbox.plan.text import written
+        from sandbox.plan.text import plan_text
         from sandbox.runs.run import identity
         from sandbox.storage.atomic import storing, write_atomic
 
         made, root = plan(wiring, self.cfg.devices), wiring.root
-        print(written(made))
+        print(plan_text(made))
         name = f"{root.recipe}-{identity(to_container(root))}"
         folder = Path(self.cfg.to or Path(root.out) / "plans" / name)
         with storing(folder):

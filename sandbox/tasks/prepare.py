@@ -1,4 +1,4 @@
-"""task=prepare: from a folder of raw videos to clips that can be trained on."""
+"""task=prepare: turns a folder of raw videos into training clips."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Prepare:
 
     @dataclass
     class Config(TaskConfig):
-        """data_root: folder of raw videos, which stays as it is; to: folder of what is made of it.
+        """data_root: folder of raw videos (not modified); to: output folder.
 
         format: layout of the clips, webdataset, cogvideox_folder, easyanimate or webvid; null
-        writes none, only scores and the manifest. shard_mb: size that a shard does not exceed.
-        engine: local (processes) or ray; workers: so many, null for the cores, 0 for none but this
-        process; ray_address: a cluster, null begins one here. sheet: dropped clips shown a reason.
-        The stages are a group of their own: 'stage=[scenes,motion,normalise]', in this order.
+        writes only scores and the manifest. shard_mb: maximum size of a shard. engine: local
+        (processes) or ray; workers: number of processes (null: cores, 0: this process only);
+        ray_address: a cluster (null starts a local one). sheet: dropped clips shown per reason.
+        Stages are the group `stage`, in order: 'stage=[scenes,motion,normalise]'.
         """
 
         needs_torch: ClassVar[bool] = False

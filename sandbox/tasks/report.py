@@ -1,4 +1,4 @@
-"""task=report: finished runs as one comparison with intervals, for a screen and for a paper."""
+"""task=report: compares finished runs with confidence intervals, as a page and for a paper."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Report:
 
     @dataclass
     class Config(TaskConfig):
-        """runs: folder of a multirun, or one that holds run folders (null: out).
+        """runs: folder of a multirun, or a folder that contains run folders (null: out).
 
-        baseline: a variant by its letter, [C], or by its settings, ["vae=pca","lr=1e-3"]; none:
-        the first. metrics: numbers to show; none: all that can be compared. to: folder for
-        the files; null is report/ in runs.
+        baseline: a variant's letter, [C], or its settings, ["vae=pca","lr=1e-3"]; empty: the first.
+        metrics: names to show; empty: all comparable ones. to: output folder (null: report/ in
+        runs).
 
-        send: also send the page, tables and samples to W&B, beside the runs (logger=wandb).
+        send: also upload the page, tables and samples to W&B (logger=wandb).
         """
 
         needs_torch: ClassVar[bool] = False
@@ -58,35 +58,35 @@ class Report:
         print("\n" + "\n".join(found.notes))
         print(f"page    {page}\ntables  {page.with_suffix('.md')}, {page.with_suffix('.tex')}")
         if tracker is not None:
-            deliver(tracker, page, found, folder.name)
+            upload(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
     def tracker(self, root: Any) -> PageTracker | None:
-        """The one that the page is sent to; None where it stays here. Raises ConfigError."""
+        """The tracker to upload to; None without send. Raises ConfigError."""
         from sandbox.config import registry
 
         if not self.cfg.send:
             return None
         tracker = registry.create(root.logger) if root.logger is not None else None
         if not hasattr(tracker, "page"):
-            raise ConfigError("task.send=true: this logger takes no pages; use logger=wandb")
+            raise ConfigError("task.send=true: this logger does not accept pages; use logger=wandb")
         return tracker
 
 
-def deliver(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
-    """Page, tables and pictures as a run beside those compared; of their sweep, where it is one.
+def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
+    """Uploads page, tables and images as a run of the same group, and of the sweep if there is one.
 
-    Raises StorageError: what could not be sent is kept.
+    Raises StorageError; the local files are kept.
     """
     from sandbox.reports.ablation_tables import plain, tables
 
-    # further seeds of a trial are runs beside the sweep
+    # further seeds of a trial have no sweep
     sweeps = {e.environment.get("sweep") for e in found.entries} - {None}
     sweep = sweeps.pop() if len(sweeps) == 1 else None
     try:
         tracker.start(page.parent, plain(found), "report", group, sweep)
         sheet = page.parent / "samples.png"
-        if sheet.is_file():  # first: step 0 is over with what follows
+        if sheet.is_file():  # first: later calls close step 0
             tracker.images(0, "samples", [sheet])
         tracker.page("report", page)
         for heading, rows in tables(found):
@@ -96,6 +96,6 @@ def deliver(tracker: PageTracker, page: Path, found: Ablation, group: str) -> No
         with suppress(Exception):
             tracker.finish(1)
         raise StorageError(
-            f"the report was not sent ({type(e).__name__}: {e}); it is kept in {page.parent}, and "
-            "the same command sends it again"
+            f"the report was not uploaded ({type(e).__name__}: {e}); it is kept in "
+            f"{page.parent}; run the same command again to retry"
         ) from e

@@ -1,4 +1,4 @@
-"""task=sample: videos or pictures from a trained run, for prompts where it is told any."""
+"""task=sample: samples videos or images from a trained run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,19 @@ if TYPE_CHECKING:
 
 @register("task", "sample")
 class Sample:
-    """Makes clips for task.prompts from a run (task.run, else the newest) or from init_from."""
+    """Samples clips for task.prompts from a run (task.run, else the newest) or init_from."""
 
     @dataclass
     class Config(TaskConfig):
-        """prompts: captions; images, end_images: files of the first and the last frame, where the
-        conditioning is told them, one for all prompts or one for each (the sides beyond the shape
-        of the clips are cut off); fps, frame_stride: what it is told of the rate, null for the
-        network's own default.
+        """prompts: captions; images, end_images: conditioning images (first, last frame), one
+        for all prompts or one for each, cropped to the clip's aspect ratio; fps, frame_stride:
+        conditioning values, null for the network's default.
 
-        Without prompts and images: the data's prompts, with the images and rates of validation
-        clips; count: how many of those. weights: ema or live; of init_from those that training
-        would begin with. step: of the run's checkpoint, null for the newest. to: folder for the
-        files; null is samples/prompts in the run folder, and samples/RECIPE in `out` where there
-        is no run; after an earlier call the next one beside it (prompts-2). samples.json says what
-        made the clips. save_fps: frames a second of videos.
+        Without prompts and images, prompts come from the data, images and scalars from validation
+        clips; count: number of these. weights: ema or live; init_from uses the weights that
+        training would start from. step: checkpoint of the run (null: newest). to: output folder
+        (null: samples/prompts in the run folder, or samples/RECIPE in `out` without a run; later
+        calls append -2, ...). samples.json records the settings. save_fps: fps of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -68,28 +66,28 @@ class Sample:
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
         paths, captions = self.make(wiring)
-        kind = "picture" if wiring.clips[0].frames == 1 else "video"
+        kind = "image" if wiring.clips[0].frames == 1 else "video"
         to = paths[-1].parent
         print(f"{len(captions)} {kind}{'s' * (len(captions) > 1)} and sheet.png in {to}")
         return {"folder": str(to), "captions": captions}
 
     def make(self, wiring: Any, watch: Any = None) -> tuple[list[Path], list[str]]:
-        """Files of the clips, the sheet last, and captions; watch(done, total) is told of calls."""
+        """Files of the clips, the sheet last, and captions; calls watch(done, total)."""
         from pathlib import Path
 
         from sandbox.config.root import to_container
         from sandbox.evaluation.prompt_checks import check
 
         cfg, root = self.cfg, wiring.root
-        rates = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
-        check(root, cfg.prompts, cfg.images, cfg.end_images, rates)  # before torch is imported
+        scalars = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
+        check(root, cfg.prompts, cfg.images, cfg.end_images, scalars)  # before importing torch
 
         from sandbox.evaluation.evaluate import generate
         from sandbox.evaluation.prompts import given
         from sandbox.reports.sample_files import write_samples
         from sandbox.training.build import begun_system, load_system
 
-        batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **rates)
+        batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
         if cfg.run is None:
             system, to = begun_system(wiring), Path(root.out) / "samples" / root.recipe

@@ -1,4 +1,4 @@
-"""task=ui: a page in the browser to sample from runs, to compare two, and to read reports."""
+"""task=ui: a web page to sample from runs, compare two runs, and read reports."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from sandbox.contracts import ConfigError, TaskConfig, in_range
 
 @register("task", "ui")
 class UI:
-    """Serves a page that samples from runs, compares two of them, and shows reports (extra ui)."""
+    """Serves a web page that samples from runs, compares two, and shows reports (extra ui)."""
 
     @dataclass
     class Config(TaskConfig):
-        """run: the run that the page begins with, or a folder that holds runs (null: out). Nothing
-        outside that folder, or the one that holds the run, can be named on the page.
+        """run: the run to show first, or a folder of runs (null: out). The page can access only
+        that folder, or the folder that contains the run.
 
-        host: who may connect; 0.0.0.0 is everyone who reaches this machine, without a password.
-        port: null is the first free one from 7860.
+        host: address to listen on; 0.0.0.0 accepts every machine, without a password. port: null
+        is the first free one from 7860.
         """
 
         needs_torch: ClassVar[bool] = False
@@ -49,14 +49,12 @@ class UI:
 
         folder = Path(self.cfg.run or root.out)
         if not folder.is_dir():
-            raise ConfigError(
-                f"task.run={folder}: no such folder; want a run, or one that has runs"
-            )
+            raise ConfigError(f"task.run={folder}: no such folder; want a run, or a folder of runs")
         is_run = Run(folder).config_file.is_file()
-        # resolved: `run=.` has a parent, too
+        # resolve() first: the parent of `run=.`
         runs = Runs(folder.resolve().parent if is_run else folder, root.plugins_path)
         begin = folder.resolve().name if is_run else None
         with served(runs, begin, self.cfg.host, self.cfg.port) as address:
-            print(f"page    {address}\nruns    {runs.folder}\nCtrl-C ends it", flush=True)
+            print(f"page    {address}\nruns    {runs.folder}\nPress Ctrl-C to stop", flush=True)
             Event().wait()
         return {"page": address}

@@ -128,7 +128,9 @@ def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
     """Real clips, the model's and an untrained model's side by side, a caption a row."""
     wanted = SHEET_COLUMNS if "real clips" in found.clips else STORED_COLUMNS
     columns = [c for c in wanted if c in found.clips]
-    rows = [media.Row(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places]
+    rows = [
+        media.SheetRow(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places
+    ]
     media.contact_sheet(path, rows)
 
 

@@ -27,7 +27,7 @@ from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import gather, generate, rate_of
+from sandbox.evaluation.evaluate import fps_of, gather, generate
 from sandbox.evaluation.prompts import of_data
 from sandbox.model.autoencoding import through
 from sandbox.model.cached_latents import StoredLatents
@@ -212,7 +212,7 @@ class Training:
     def fps(self) -> float:
         """Of sample videos: that of the first validation clip, where the data tell it."""
         val = registry.create(self.root.data).split("val")
-        return rate_of(gather(val, 1, self.root.seed)) or FPS
+        return fps_of(gather(val, 1, self.root.seed)) or FPS
 
     # what callbacks may call
 
@@ -254,7 +254,7 @@ class Training:
             clips = [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ]
-            media.contact_sheet(path, [media.Row("", strips) for strips in clips])
+            media.contact_sheet(path, [media.SheetRow("", strips) for strips in clips])
             self.trackers.images(self.step, name, [path])
 
     @torch.no_grad()

@@ -147,7 +147,7 @@ def test_the_dice_give_a_seed(page):
     from playwright.sync_api import expect
 
     page.get_by_label("seed").fill("")
-    page.get_by_role("button", name="dice").click()
+    page.get_by_role("button", name="random").click()
     expect(page.get_by_label("seed")).to_have_value(re.compile(r"^\d+$"))
 
 
@@ -209,9 +209,9 @@ def test_the_page_asks_no_other_server(page):
 # --- for scripts ----------------------------------------------------------------------------------
 
 
-def asked(client, run: str, *, weights="ema", beside=None, prompts=PROMPTS, **named):
+def asked(client, run: str, *, weights="ema", other=None, prompts=PROMPTS, **named):
     return client.predict(
-        run=run, weights=weights, beside=beside, beside_weights="live", prompts=prompts,
+        run=run, weights=weights, other=other, other_weights="live", prompts=prompts,
         api_name="/sample", **{"image": None, "end_image": None, **named},
     )  # fmt: skip
 
@@ -243,8 +243,8 @@ def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
 @pytest.mark.parametrize(
     ("said", "image", "end_image"),
     [
-        ("told the end image; name a file", 0, None),
-        ("told the start image; name a file", None, 1),
+        ("needs the end image; give one file", 0, None),
+        ("needs the start image; give one file", None, 1),
         ("cannot be read as an image", 2, 1),
     ],
 )
@@ -274,10 +274,10 @@ def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
         ("'/etc': not in the folder", {"run": "/etc"}),
         ("no such run", {"run": "none"}),
         ("task.step=7", {"run": "RUN@7"}),
-        ("told no such image", {"run": "RUN", "image": "PICTURE"}),
+        ("does not use this image", {"run": "RUN", "image": "PICTURE"}),
         ("sampler.steps", {"run": "RUN", "steps": "0"}),
         ("guidance_scale", {"run": "RUN", "guidance": "-1"}),
-        ("seed='${oc.env:HOME}': want a whole number", {"run": "RUN", "seed": "${oc.env:HOME}"}),
+        ("seed='${oc.env:HOME}': want an integer", {"run": "RUN", "seed": "${oc.env:HOME}"}),
         ("../x", {"run": "RUN", "sampler": "../x"}),
     ],
 )
@@ -316,7 +316,7 @@ def test_an_image_that_nobody_uploaded_is_refused(address, runs):
 
 
 def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
-    from sandbox.ui.requests import Runs, Wish
+    from sandbox.ui.requests import Request, Runs
 
     def systems() -> int:
         gc.collect()  # what the training of `runs` has left
@@ -324,8 +324,8 @@ def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
 
     seen: list[int] = []
     before = systems()
-    wish = Wish(runs[1], prompts=("a red 3 moving left",))
-    files = Runs(Path(runs[0])).make(wish, tmp_path, lambda done, total: seen.append(systems()))
+    request = Request(runs[1], prompts=("a red 3 moving left",))
+    files = Runs(Path(runs[0])).make(request, tmp_path, lambda done, total: seen.append(systems()))
     assert len(files) == 1
     assert seen and set(seen) == {before + 1}
     assert systems() == before

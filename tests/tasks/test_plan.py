@@ -36,7 +36,7 @@ from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
-from sandbox.plan.text import written
+from sandbox.plan.text import plan_text
 from sandbox.runs.run import identity_of_work, leaves
 from tests.helpers import TINY, composed
 
@@ -327,7 +327,7 @@ def test_the_plan_of_a_system_is_printed_and_written(tmp_path, capsys):
     root = composed(*TINY, "task=plan", f"task.to={tmp_path}")
     perform(root, ["task=plan", "recipe=<b>"])
     said = capsys.readouterr().out
-    for title in ("What feeds what", "Components", "Memory of one device", "Objective",
+    for title in ("Data flow", "Components", "Memory per device", "Objective",
                   "Not modelled"):  # fmt: skip
         assert f"\n{title}" in said
     found = json.loads((tmp_path / "plan.json").read_text())
@@ -350,7 +350,7 @@ def test_an_adapter_is_planned_without_weights_to_begin_from():
     backbone = next(c for c in made.counts if c.group == "backbone")
     assert 0 < backbone.trained < backbone.frozen
     assert {m.strategy for m in made.memory} == {"single", "ddp", "fsdp2"}
-    assert "lora" in written(made) and "lora" in page(made)
+    assert "lora" in plan_text(made) and "lora" in page(made)
     with pytest.raises(ConfigError, match="init_from"):
         checked(composed(*TINY, "adapter=lora"))
 

@@ -1,4 +1,4 @@
-"""What a page may ask of a folder of runs, and what it is told where it asks for more."""
+"""Requests of the page of task=ui: what they may name, and the errors they get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from sandbox.config import composition, discovery
 from sandbox.config.root import to_root
 from sandbox.contracts import ConfigError
-from sandbox.ui.requests import Runs, Wish, captions_of, quoted
+from sandbox.ui.requests import Request, Runs, captions_of, quoted
 
 TEXTS = ["a red 3", "it's", 'say "no"', "a, b]", "a=b", "${oc.env:HOME}", "back\\slash", "tail\\",
          "\\${seed}", "$5 {now}", "#1; (two)", "", "null", "1e3"]  # fmt: skip
@@ -29,7 +29,7 @@ def runs(tmp_path) -> Runs:
 @pytest.mark.parametrize("name", ["..", "../elsewhere", "/etc", "link", "one/../../x", "a\0b"])
 def test_nothing_outside_the_folder_has_a_name(runs, name):
     with pytest.raises(ConfigError, match="not in the folder of runs"):
-        runs.chosen(name)
+        runs.resolve(name)
     with pytest.raises(ConfigError, match="not in the folder of runs"):
         runs.report(f"{name}/report.html")
 
@@ -40,9 +40,9 @@ def test_links_that_lead_out_are_not_listed(runs):
 
 
 @pytest.mark.parametrize("name", ["", None, "one", ".", "two", "one@x"])
-def test_what_is_no_run_is_told_with_what_there_is(runs, name):
-    with pytest.raises(ConfigError, match="no such run; there is none in"):
-        runs.chosen(name)
+def test_an_unknown_run_is_an_error_that_lists_the_runs(runs, name):
+    with pytest.raises(ConfigError, match="no such run; available: none in"):
+        runs.resolve(name)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -59,12 +59,12 @@ def test_a_quoted_text_comes_back_as_it_was(text):
         ({"sampler": "../x"}, "sampler='../x': want one of"),
         ({"seed": "${oc.env:HOME}"}, "want a number"),
         ({"steps": True}, "sampler.steps=True: want a number"),
-        ({"prompts": ("a",) * 33}, "33 at once"),
+        ({"prompts": ("a",) * 33}, "33 prompts"),
     ],
 )
-def test_a_wish_holds_choices_and_numbers_alone(named, problem):
+def test_a_request_holds_only_choices_and_numbers(named, problem):
     with pytest.raises(ConfigError) as e:
-        Wish("one", **named).overrides()
+        Request("one", **named).overrides()
     assert problem in str(e.value)
 
 
@@ -75,4 +75,4 @@ def test_a_line_is_a_prompt():
 
 def test_a_run_folder_is_named_by_its_own_name(runs, tmp_path: Path):
     (tmp_path / "runs" / "one" / "config.yaml").write_text("task: null\n")
-    assert runs.chosen("one@12") == ((tmp_path / "runs" / "one").resolve(), 12)
+    assert runs.resolve("one@12") == ((tmp_path / "runs" / "one").resolve(), 12)
