@@ -17,7 +17,7 @@ from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import reconstructed
 from sandbox.model.components import build
 from sandbox.storage import weight_files
-from sandbox.storage.first_stage_files import KEPT, cached, load_weights
+from sandbox.storage.first_stage_files import FIRST_STAGE_FILE, cache_path, load_weights
 from sandbox.tasks.train import train
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.first_stage import calibrate, prepare_first_stage
@@ -59,7 +59,7 @@ def test_a_first_stage_is_made_once_and_then_read(tmp_path, capsys):
 )
 def test_another_setting_seed_or_data_is_another_first_stage(tmp_path, override):
     more = ["data.height=24", "data.width=24"] if "speed" in override else []
-    assert cached(root_in(tmp_path, override, *more)) != cached(root_in(tmp_path, *more))
+    assert cache_path(root_in(tmp_path, override, *more)) != cache_path(root_in(tmp_path, *more))
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def test_another_setting_seed_or_data_is_another_first_stage(tmp_path, override)
                  "data.batch_size=4", "trainer.accumulate=2"]
 )  # fmt: skip
 def test_what_a_sweep_varies_shares_one_first_stage(tmp_path, override):
-    assert cached(root_in(tmp_path, override)) == cached(root_in(tmp_path))
+    assert cache_path(root_in(tmp_path, override)) == cache_path(root_in(tmp_path))
 
 
 def test_other_code_is_another_first_stage(tmp_path, monkeypatch):
     root = root_in(tmp_path)
-    before = cached(root)
+    before = cache_path(root)
     changed = tmp_path / "pca.py"
     plugin = registry.find("vae/pca")
     changed.write_bytes(plugin.path.read_bytes() + b"\n# another idea\n")
     monkeypatch.setitem(registry._plugins, "vae/pca", replace(plugin, path=changed))
-    assert cached(root) != before
+    assert cache_path(root) != before
 
 
 def test_two_that_start_together_make_it_once(tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_a_run_keeps_its_first_stage_when_the_cache_is_gone(tmp_path, capsys):
 def test_a_changed_first_stage_is_refused_by_resuming_and_sampling(tmp_path):
     root = root_in(tmp_path, "steps=4")
     train_until(2, root, tmp_path)
-    (kept,) = tmp_path.glob(f"*/{KEPT}")
+    (kept,) = tmp_path.glob(f"*/{FIRST_STAGE_FILE}")
     state = weight_files.read(kept)
     state["first.mean"] = state["first.mean"] + 1
     weight_files.write(state, kept)

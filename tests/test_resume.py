@@ -159,7 +159,7 @@ def test_a_finished_training_is_loaded_whole(tmp_path):
         assert training.step == STEPS
         fit(training)
         assert not differing(one.states[STEPS], training.state())
-        with training.averaged():
+        with training.ema_weights():
             average = training.system.trainable_state()
             assert not differing(one.states[STEPS]["ema"]["average"], {**average})
 

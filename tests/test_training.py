@@ -161,13 +161,13 @@ def test_the_average_begins_with_the_first_weights_and_follows_the_rule(tmp_path
 def test_the_frozen_first_stage_stays_as_it_was_and_in_eval_mode(tmp_path):
     root = small(*EPOCHS, "steps=3", "vae=kl", "vae.weights=null", "vae.ch=8", "vae.dropout=0.5")
     with session(root, tmp_path) as training:
-        before = training.system.frozen_parts()
+        before = training.system.frozen_hashes()
         fit(training)
         stage = training.system.first_stage
         assert not any(m.training for m in stage.modules())
         assert all(p.grad is None and not p.requires_grad for p in stage.parameters())
         training.system._fingerprints = None
-        assert training.system.frozen_parts() == before
+        assert training.system.frozen_hashes() == before
         assert not any(k.startswith("first_stage") for k in training.state()["weights"])
 
 
@@ -533,7 +533,7 @@ def test_threads_are_those_asked_for_else_what_workers_leave(tmp_path, monkeypat
 def test_an_average_is_made_only_where_it_is_asked_for(tmp_path):
     with session(small("ema=none"), tmp_path) as training:
         assert training.ema is None
-        with training.averaged():
+        with training.ema_weights():
             pass
     with session(small(), tmp_path) as training:
         assert isinstance(training.ema, EMA)

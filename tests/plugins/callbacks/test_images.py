@@ -49,8 +49,8 @@ def test_the_count_goes_on_after_a_resume():
 
 
 def test_rows_that_nobody_draws_are_named():
-    from sandbox.training.image_rows import LOOKS
+    from sandbox.training.image_rows import ROWS
 
     (problem,) = Images.Config(rows=("samples", "faces")).problems()
     assert problem.startswith("rows='faces'")
-    assert not list(Images.Config(rows=("samples", *LOOKS)).problems())
+    assert not list(Images.Config(rows=("samples", *ROWS)).problems())
