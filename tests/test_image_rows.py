@@ -71,7 +71,8 @@ def test_filling_in_keeps_what_is_known_and_no_more():
 
 def test_without_a_codebook_nothing_is_quantised():
     made = system()
-    assert set(image_rows(made, ("samples_x0_quantized", "reconstruction"), 2)) == {"reconstruction"}
+    rows = image_rows(made, ("samples_x0_quantized", "reconstruction"), 2)
+    assert set(rows) == {"reconstruction"}
 
 
 def test_weights_stay_as_they_are(found):

@@ -219,9 +219,9 @@ class Evil:
     [
         ("absent", "no such file"),
         ("no run", "not a run folder"),
-        ("empty run", "no good checkpoint"),
+        ("empty run", "no valid checkpoint"),
         ("foreign checkpoint", "weights do not fit this model: a is not in this model"),
-        ("not safetensors", "not a safetensors file"),
+        ("not safetensors", "not a readable safetensors file"),
         ("code", "not the manifest"),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, fo
     assert {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")} == before
     assert (folder / "metrics.jsonl").read_text().startswith(metrics)
     said = capsys.readouterr().out
-    assert "(continued)" in said and "continuing from step 5" in said
+    assert "(resumed)" in said and "resuming from step 5" in said
 
 
 def test_finishing_stops_when_asked_and_is_done_later(result, tmp_path):

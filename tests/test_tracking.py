@@ -86,7 +86,7 @@ def test_failing_tracker_is_named_once_and_left_out(tmp_path, caplog, broken):
     trackers.finish(0)
     assert len(good.calls) == 11
     assert [c[0] for c in bad.calls].count(broken) == 1
-    assert caplog.text.count("left out") == 1 and "no network" in caplog.text
+    assert caplog.text.count("not used from now on") == 1 and "no network" in caplog.text
 
 
 def test_run_that_cannot_write_its_metrics_ends(tmp_path):

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from sandbox.contracts import TrainerConfig
-from sandbox.model.sharding import total_norm, whole
+from sandbox.model.sharding import full_tensors, total_norm
 
 
 class Processes:
@@ -40,4 +40,4 @@ class Processes:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Its state_dict with whole tensors; all processes call this."""
-        return whole(optimizer.state_dict())
+        return full_tensors(optimizer.state_dict())
