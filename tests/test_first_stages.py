@@ -75,7 +75,7 @@ def test_other_code_is_another_first_stage(tmp_path, monkeypatch):
     before = cache_path(root)
     changed = tmp_path / "pca.py"
     plugin = registry.find("vae/pca")
-    changed.write_bytes(plugin.path.read_bytes() + b"\n# another idea\n")
+    changed.write_bytes(plugin.path.read_bytes() + b"\nidea = 1\n")
     monkeypatch.setitem(registry._plugins, "vae/pca", replace(plugin, path=changed))
     assert cache_path(root) != before
 
@@ -119,9 +119,9 @@ def test_a_changed_first_stage_is_refused_by_resuming_and_sampling(tmp_path):
     state = weight_files.read(kept)
     state["first.mean"] = state["first.mean"] + 1
     weight_files.write(state, kept)
-    with pytest.raises(StorageError, match="first_stage: its weights .* are not those"):
+    with pytest.raises(StorageError, match=r"first_stage: its weights .* are not those"):
         train_until(None, root, tmp_path)
-    with pytest.raises(StorageError, match="first_stage: its weights .* are not those"):
+    with pytest.raises(StorageError, match=r"first_stage: its weights .* are not those"):
         load_system(kept.parent)
 
 

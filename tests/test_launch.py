@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox.contracts import ConfigError, DataError, Diverged, Misfit, Preempted, SandboxError
-from sandbox.distributed import rank
+from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank
 from sandbox.distributed.rank_process import error_report, external_rank
 from sandbox.distributed.supervisor import CONNECT_ATTEMPTS, RankError, launch
@@ -111,7 +111,7 @@ def test_torch_threads_are_those_asked_for_or_the_environments(settings, threads
 
 def test_the_process_that_launches_is_as_it_was():
     def state() -> list[object]:
-        handlers = [signal.getsignal(s) for s in rank.SIGNALS]
+        handlers = [signal.getsignal(s) for s in signals.SIGNALS]
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         return [dict(os.environ), handlers, masked, sys.modules["__main__"], os.getcwd(), sys.path]
 
@@ -158,7 +158,7 @@ def test_the_rank_that_fails_is_named_with_its_own_error(how, message, culprit, 
 
 
 def test_a_rank_that_leaves_without_a_word_is_named():
-    with pytest.raises(RankError, match=r"rank 1: ended without a word \(exit code 3\)"):
+    with pytest.raises(RankError, match=r"rank 1: exited without a report \(exit code 3\)"):
         run("fail", {"rank": 1, "how": "leave"}, 2)
 
 
@@ -171,7 +171,7 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log):
 def test_ranks_that_do_not_connect_are_started_again(log, capfd):
     told = {"UNMET_LOG": str(log), "UNMET": "1"}
     assert launch("launch_unmet:count", None, 2, environment=told) == 2
-    assert capfd.readouterr().err.count("did not connect: they start again") == 1
+    assert capfd.readouterr().err.count("did not connect; starting them again") == 1
 
 
 def test_ranks_that_never_connect_are_told_of_in_the_end(log):
@@ -383,5 +383,5 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(monkeypatc
 @pytest.mark.parametrize("kind", [DataError, Diverged, Preempted])
 def test_errors_of_ours_are_told_by_class_and_code(kind):
     word = error_report(kind("why"))
-    assert isinstance(pickle.loads(word["itself"]), SandboxError)
+    assert isinstance(pickle.loads(word["error"]), SandboxError)
     assert (word["code"], word["text"]) == (kind.exit_code, "why")
