@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_come_out_as_they_are():
 
 def test_every_tracker_and_the_run_get_the_metrics(tmp_path):
     a, b, run = Recorder(), Recorder(), Run(tmp_path)
-    Trackers(run, [a, b]).metrics_of([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
+    Trackers(run, [a, b]).metrics([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     assert a.calls == b.calls == [("metrics", 1, {"loss": 1.0}), ("metrics", 2, {"loss": 2.0})]
     assert run.metrics() == {1: {"loss": 1.0}, 2: {"loss": 2.0}}
 
@@ -79,7 +79,7 @@ def test_failing_tracker_is_named_once_and_left_out(tmp_path, caplog, broken):
     trackers = Trackers(Run(tmp_path), [bad, good])
     for _ in range(2):
         trackers.start({}, "name")
-        trackers.metrics(1, {"loss": 1.0})
+        trackers.metrics([(1, {"loss": 1.0})])
         trackers.video(1, "v", tmp_path / "v.mp4")
         trackers.images(1, "i", [tmp_path / "i.png"])
         trackers.summary({"score": 1.0})

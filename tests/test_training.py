@@ -26,8 +26,9 @@ from sandbox.model.ema import EMA
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.tasks.train import train
+from sandbox.tasks.train_vae import train_vae
 from sandbox.training.build import build_system
-from sandbox.training.first_stage import train_first_stage, train_vae
+from sandbox.training.first_stage import train_first_stage
 from sandbox.training.loop import Stream, fit
 from tests.engine import differing, record, session, small
 

@@ -4,8 +4,6 @@ The randomness of a clip is keyed by (seed, epoch, id). A bad item is replaced b
 size, which is keyed by its position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

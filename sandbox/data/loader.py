@@ -4,8 +4,6 @@ No state of a worker or of a global generator has an influence, and the state to
 numbers: the epoch and the micro-batches taken from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

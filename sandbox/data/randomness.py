@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from copy import copy
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -151,7 +151,7 @@ class Shared:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return self.first.integers(name, low, high).expand(self.size)
 
-    def shared(self) -> Shared:
+    def shared(self) -> Self:
         return self
 
 
@@ -161,22 +161,18 @@ class Recorded:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.values = values
 
-    def _get(self, name: str) -> Tensor:
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        return self.uniform(name).to(like).expand_as(like)
+
+    def uniform(self, name: str) -> Tensor:
         if name not in self.values:
             raise KeyError(f"draw {name!r} was not recorded; there are {sorted(self.values)}")
         return self.values[name]
 
-    def normal(self, name: str, like: Tensor) -> Tensor:
-        return self._get(name).to(like).expand_as(like)
-
-    def uniform(self, name: str) -> Tensor:
-        return self._get(name)
-
-    def stratified(self, name: str) -> Tensor:
-        return self._get(name)
+    stratified = uniform
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
-        return self._get(name)
+        return self.uniform(name)
 
-    def shared(self) -> Recorded:
+    def shared(self) -> Self:
         return self

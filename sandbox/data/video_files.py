@@ -4,8 +4,6 @@ Times are presentation times in seconds from the first frame, rounded to microse
 variable frame rates work. An unusable file raises BadItem.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -5,8 +5,6 @@ does not grow with their number. A job that ends its process (a decoder that cra
 once, alone; if it crashes again, its result is a `Crashed`.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The supervisor's handle of a rank: starts its process, receives its report, ends it."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

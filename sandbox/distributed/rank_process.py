@@ -1,7 +1,5 @@
 """What runs in the process of a rank: setup, the target function, and the report of its end."""
 
-from __future__ import annotations
-
 import faulthandler
 import importlib
 import multiprocessing

@@ -1,7 +1,5 @@
 """Errors that are raised again in another process."""
 
-from __future__ import annotations
-
 import pickle
 
 

@@ -1,7 +1,5 @@
 """Signal handling of the processes of a run."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -7,8 +7,6 @@ The first rank that fails is named with its own error. No rank outlives the supe
 that is killed.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -18,16 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
+from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank, check_plain
 from sandbox.distributed.rank_handle import RankError, RankHandle
 from sandbox.distributed.rank_process import RankSpec, external_rank, run_external, run_target
-
-if TYPE_CHECKING:
-    from sandbox.config.root import Root
 
 PRELOAD = (
     "torch",
@@ -80,7 +76,6 @@ def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | N
     `target` gets the settings "root" (the full configuration), "overrides" as typed, and "group",
     the name of a multirun or None.
     """
-    from sandbox.config.root import to_container
 
     trainer = root.trainer
     parts = [cfg for _, cfg in root.parts()]
@@ -198,7 +193,7 @@ class _StopRequests:
         self.ranks = ranks
         self.received: list[int] = []
 
-    def __enter__(self) -> _StopRequests:
+    def __enter__(self) -> Self:
         self.fd, self._wakeup = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self._wakeup, False)

@@ -1,7 +1,5 @@
 """The LightningModule that trains a first stage with a reconstruction loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 

@@ -4,8 +4,6 @@ task=encode writes an index.json with the first stage's settings, and its weight
 are valid with those alone.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

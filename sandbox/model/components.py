@@ -1,7 +1,5 @@
 """The components of a wired system, built from their complete Configs."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager

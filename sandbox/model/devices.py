@@ -1,7 +1,5 @@
 """The device of a system, and the number of torch threads."""
 
-from __future__ import annotations
-
 import os
 
 import torch

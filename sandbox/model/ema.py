@@ -1,7 +1,5 @@
 """Exponential moving average of the trainable parameters (Polyak & Juditsky 1992)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -55,7 +53,7 @@ class EMA:
         """The parameters of `module` are the averages inside the block."""
         live = [*_trainable(module).values()]
         saved = [local(detached(p)).clone() for p in live]
-        self.copy_to(module)
+        _copy(self.average, _trainable(module))
         self._is_applied = True
         try:
             yield
@@ -63,10 +61,6 @@ class EMA:
             self._is_applied = False
             for p, part in zip(live, saved, strict=True):
                 local(detached(p)).copy_(part)
-
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrites the parameters of `module`. Raises StorageError for other names or shapes."""
-        _copy(self.average, _trainable(module))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers; gathers sharded averages, so all ranks call this."""

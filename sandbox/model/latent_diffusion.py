@@ -6,8 +6,6 @@ removes it step by step and decodes the result (Rombach et al. 2022, section 3).
 All choices are in the plugins; nothing here branches on a plugin's name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace

@@ -4,8 +4,6 @@ The CPU weights never move: copies on the device replace them while they are use
 afterwards. So nothing is copied back and no number changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import fields
 

@@ -5,8 +5,6 @@ and methods that gather and partition it. Functions that gather are collective: 
 in the same order. Each function passes an unsharded tensor through.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

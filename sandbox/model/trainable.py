@@ -1,7 +1,5 @@
 """The base class of both trainable systems: keyed randomness, metrics, frozen parts, state."""
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import fields

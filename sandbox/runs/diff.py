@@ -3,8 +3,6 @@
 `task=diff` prints the result; `task=replay` requires equal numbers and weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The environment that a run records: code, versions, machine, command line."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """Finds earlier runs: the one that a task works on, and its configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass

@@ -4,8 +4,6 @@ A score means little without the way it was computed. Each score has its protoco
 settings; reports compare scores of equal protocols only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import resource
 import sys

@@ -1,7 +1,5 @@
 """Atomic writes: a reader sees the old file or the new one, whenever the writer is killed."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

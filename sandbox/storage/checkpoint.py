@@ -7,8 +7,6 @@ intact. No file is overwritten: saving the same step again gives `step_00001200-
 size and hash, and accepts only tensors and plain containers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

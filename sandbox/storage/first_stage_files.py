@@ -1,7 +1,5 @@
 """Weight files of first stages: reading them, and their paths in the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection

@@ -4,8 +4,6 @@ A folder has one model (model*.safetensors, diffusion_pytorch_model*.safetensors
 it is split), or one subfolder per model of a system, as in diffusers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ Pickled files (.ckpt, .pt, .pth, .bin) may contain code: only tensors and plain 
 read, and nothing is executed.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Builds a system from a Wiring or a run folder, for training or sampling."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ in the cache. Later runs and the other jobs of a sweep use it, whatever optimize
 compare. A lock keeps concurrent jobs from training it twice.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

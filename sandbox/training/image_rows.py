@@ -3,10 +3,9 @@
 Each row has clips (N, 3, T, H, W) in [-1, 1] by column. Callers set eval mode.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,23 +108,15 @@ def samples_x0_quantized(system: LatentDiffusion, batch: Batch, chain: Chain) ->
     return {"sample": _sampled(system, batch, Quantised(quantise), "sampling, quantised")}
 
 
-def samples_inpainting(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """Only the middle is sampled."""
-    return _filled(system, batch, lambda middle: 1 - middle)
-
-
-def samples_outpainting(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """Everything but the middle is sampled. (The published logger shows inpainting twice.)"""
-    return _filled(system, batch, lambda middle: middle)
-
-
-def _filled(system: LatentDiffusion, batch: Batch, known: Callable[[Tensor], Tensor]) -> Row:
+def _filled(inside: bool, system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
+    """Samples only the middle (`inside`), or everything but the middle, of held-out clips."""
     draws = system.draws(batch)
     z0 = system.latents(batch, draws)
     height, width = z0.shape[-2:]
     middle = z0.new_zeros(1, 1, 1, height, width)
     middle[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-    hooks = KnownRegion(system.schedule, z0, known(middle), draws)
+    known = 1 - middle if inside else middle
+    hooks = KnownRegion(system.schedule, z0, known, draws)
     return {"input": batch.video, "filled": _sampled(system, batch, hooks, "filling in")}  # type: ignore[dict-item]
 
 
@@ -148,6 +139,6 @@ ROWS: dict[str, Callable[[LatentDiffusion, Batch, Chain], Row]] = {
     "diffusion_row": diffusion_row,
     "progressive_row": progressive_row,
     "samples_x0_quantized": samples_x0_quantized,
-    "samples_inpainting": samples_inpainting,
-    "samples_outpainting": samples_outpainting,
+    "samples_inpainting": partial(_filled, True),
+    "samples_outpainting": partial(_filled, False),  # the published logger shows inpainting twice
 }

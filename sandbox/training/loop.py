@@ -1,7 +1,5 @@
 """The training loop: a Lightning Trainer with two callbacks."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings
@@ -23,7 +21,8 @@ from sandbox.data.randomness import seed_dropout, seed_of
 from sandbox.model.devices import use_threads
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
-from sandbox.training.state import TrainedOn, Training, check_best_of, suspects
+from sandbox.training.state import Training, check_best_of
+from sandbox.training.tracking import TrainedOn, suspects
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 

@@ -41,9 +41,7 @@ from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.training.image_rows import image_rows
-from sandbox.training.tracking import MetricBuffer, Trackers
-
-NAMED = 8  # samples that an error lists
+from sandbox.training.tracking import MetricBuffer, Trackers, TrainedOn, suspects
 
 
 @dataclass
@@ -203,7 +201,7 @@ class Training:
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if self.is_first:
-            self.trackers.metrics_of(rows)
+            self.trackers.metrics(rows)
 
     def _not_finite(self, metrics: dict[str, float]) -> str:
         """Metrics that are not finite; under fp16 not the gradient alone, which is skipped."""
@@ -320,30 +318,6 @@ class Training:
             yield
 
 
-@dataclass
-class TrainedOn:
-    """The samples of one micro-batch, and their losses (B,) if the system reports them."""
-
-    ids: list[str]
-    losses: Tensor | None
-
-    def bad(self) -> list[str]:
-        """Samples with a loss that is not finite."""
-        losses = [] if self.losses is None else self.losses.tolist()
-        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
-
-
-def suspects(trained_on: list[TrainedOn], rank: Rank) -> str:
-    """The samples of all ranks whose loss is not finite; if there are none, all of the step."""
-    bad = [i for batch in trained_on for i in batch.bad()]
-    of_ranks = rank.gather_plain([bad, [i for batch in trained_on for i in batch.ids]])
-    bad = [i for part, _ in of_ranks for i in part]
-    ids = bad or [i for _, part in of_ranks for i in part]
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    what = "samples with such a loss" if bad else "samples of this step"
-    return f"{what}: {', '.join(ids[:NAMED])}{more}"
-
-
 # --- starting -------------------------------------------------------------------------------------
 
 
@@ -385,10 +359,7 @@ def start(
     """
     root, rank = system.root, rank or Rank()
     device, cfg = device_of(root, rank.local), root.data
-    if root.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
-    if root.trainer.shards and root.precision == "fp16" and rank.world > 1:
-        raise ConfigError("precision=fp16: its loss scaler does not work with shards; use bf16")
+    _check_fp16(system, device, rank)
     use_threads(root)
     newest = rank.broadcast_plain(_newest(run) if rank.index == 0 else None)
     if newest is None:
@@ -403,10 +374,6 @@ def start(
         g.setdefault("initial_lr", g["lr"])
     split_groups(optimizer, {id(p): system.lr_factors.get(name, 1.0) for name, p in trained})
     if system.discriminator_update:
-        if root.precision == "fp16":
-            raise ConfigError(
-                "precision=fp16: a discriminator trains without a loss scaler: use bf16 or fp32"
-            )
         system.discriminator_update.build(registry.create(root.optimizer), root.lr, rank)
     training = Training(
         system=system,
@@ -438,6 +405,20 @@ def start(
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise
     training.trackers.finish(0)
+
+
+def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:
+    """Raises ConfigError where fp16 and its loss scaler do not work."""
+    if system.root.precision != "fp16":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
+    if system.root.trainer.shards and rank.world > 1:
+        raise ConfigError("precision=fp16: its loss scaler does not work with shards; use bf16")
+    if system.discriminator_update:
+        raise ConfigError(
+            "precision=fp16: a discriminator trains without a loss scaler: use bf16 or fp32"
+        )
 
 
 def _newest(run: Run) -> str | None:

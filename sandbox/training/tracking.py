@@ -7,11 +7,14 @@ is authoritative, and a run that cannot write it raises a StorageError.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sandbox.config.secrets import mask
+from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     Mean = Callable[[Tensor], Tensor]
 
+NAMED = 8  # samples that an error lists
 log = logging.getLogger(__name__)
 
 
@@ -76,10 +80,7 @@ class Trackers:
         shown = mask(config)
         self._each(lambda t: t.start(self.run.folder, shown, name, group))
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.metrics_of([(step, metrics)])
-
-    def metrics_of(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Metrics of several steps, in one write. Raises StorageError."""
         self.run.record_all(rows)
         for step, metrics in rows:
@@ -148,19 +149,37 @@ class MetricBuffer:
         """
         rows, self._rows = self._rows, []
         tensors = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
-        numbers = iter(_numbers(tensors, mean))
+        numbers: Iterator[float] = iter(())
+        if tensors:  # one transfer for all; float32 and float64 arrive exactly
+            import torch
+
+            stacked = torch.stack([t.to(tensors[0].device) for t in tensors])
+            numbers = iter((mean(stacked) if mean else stacked).tolist())
         return [
             (step, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()})
             for step, row in rows
         ]
 
 
-def _numbers(tensors: list[Tensor], mean: Mean | None) -> list[float]:
-    """All tensors in one transfer; float32 and float64 arrive exactly."""
-    if not tensors:
-        return []
-    import torch
+@dataclass
+class TrainedOn:
+    """The samples of one micro-batch, and their losses (B,) if the system reports them."""
 
-    device = tensors[0].device
-    stacked = torch.stack([t if t.device == device else t.to(device) for t in tensors])
-    return (mean(stacked) if mean else stacked).tolist()
+    ids: list[str]
+    losses: Tensor | None
+
+    def bad(self) -> list[str]:
+        """Samples with a loss that is not finite."""
+        losses = [] if self.losses is None else self.losses.tolist()
+        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
+
+
+def suspects(trained_on: list[TrainedOn], rank: Rank) -> str:
+    """The samples of all ranks whose loss is not finite; if there are none, all of the step."""
+    bad = [i for batch in trained_on for i in batch.bad()]
+    of_ranks = rank.gather_plain([bad, [i for batch in trained_on for i in batch.ids]])
+    bad = [i for part, _ in of_ranks for i in part]
+    ids = bad or [i for _, part in of_ranks for i in part]
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    what = "samples with such a loss" if bad else "samples of this step"
+    return f"{what}: {', '.join(ids[:NAMED])}{more}"

@@ -1,7 +1,5 @@
 """Exports a system to a folder in the format of its original code (group `layout`)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -5,8 +5,6 @@ may differ in everything except the shapes. Resuming, in contrast, continues the
 bit for bit (`sandbox.runs.run`, resume.run=FOLDER).
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

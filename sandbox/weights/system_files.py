@@ -5,8 +5,6 @@ loaded by settings of their own (`vae.weights=FILE`, `conditioning.weights=FILE`
 that a resumed run finds them again; here they are only compared.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
