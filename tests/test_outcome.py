@@ -318,4 +318,4 @@ def test_scores_against_captions_that_nobody_told_the_model_are_said_to_be_chanc
 ):
     found = Evaluation({"model": {"digit": 0.1}}, {"digit": "chance 0.1"}, [], {}, count=1)
     print_scores(compose(f"conditioning={conditioning}"), found)
-    assert ("told no captions" in capsys.readouterr().out) == (conditioning == "none")
+    assert ("not conditioned on captions" in capsys.readouterr().out) == (conditioning == "none")

@@ -93,7 +93,7 @@ def test_run_that_cannot_write_its_metrics_ends(tmp_path):
     run = Run(tmp_path)
     run.metrics_file.mkdir()
     with pytest.raises(StorageError, match=r"metrics\.jsonl"):
-        Trackers(run).metrics(1, {"loss": 1.0})
+        Trackers(run).metrics([(1, {"loss": 1.0})])
 
 
 def test_trackers_get_the_config_without_secrets(tmp_path):
@@ -116,10 +116,10 @@ def test_interrupt_is_not_swallowed(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trackers(Run(tmp_path), [Stopped()]).metrics(1, {})
+        Trackers(Run(tmp_path), [Stopped()]).metrics([(1, {})])
 
 
 def test_metrics_file_is_one_json_object_a_line(tmp_path):
     run = Run(tmp_path)
-    Trackers(run).metrics(3, {"loss": 0.5})
+    Trackers(run).metrics([(3, {"loss": 0.5})])
     assert json.loads(run.metrics_file.read_text()) == {"step": 3, "loss": 0.5}

@@ -295,9 +295,9 @@ def test_under_fp16_a_gradient_may_overflow(tmp_path):
     """Its scaler passes over such a step and scales less; a loss must be finite all the same."""
     with session(small(*EPOCHS), tmp_path) as training:
         training.root = replace(training.root, precision="fp16")
-        training.note({"loss": 1.0, "grad_norm": math.inf}, [])
+        training.add_metrics({"loss": 1.0, "grad_norm": math.inf}, [])
         training.flush()
-        training.note({"loss": math.nan, "grad_norm": math.inf}, [])
+        training.add_metrics({"loss": math.nan, "grad_norm": math.inf}, [])
         with pytest.raises(Diverged, match="loss=nan"):
             training.flush()
     assert metrics(tmp_path) == {0: {"loss": 1.0}}
@@ -307,7 +307,7 @@ def test_more_skipped_steps_than_the_limit_end_the_run(tmp_path):
     def always(system):
         next(system.backbone.parameters()).register_hook(lambda g: g * math.nan)
 
-    with pytest.raises(Diverged, match=r"3 steps have .* trainer.max_bad_steps=2: step 1 \(samp"):
+    with pytest.raises(Diverged, match=r"3 steps had .* trainer.max_bad_steps=2: step 1 \(samp"):
         record(skipping("steps=6", limit=2), tmp_path, always)
 
 
@@ -333,7 +333,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(tmp_path, number, capfd):
     assert steps_saved(tmp_path) == [3]
     assert [*metrics(tmp_path)] == [1, 2, 3]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    assert "stopping after this step" in capfd.readouterr().err
+    assert "Stopping after this step" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -354,7 +354,7 @@ def test_a_signal_before_the_first_step_stops_without_one(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with (
-        pytest.raises(Preempted, match="before a step"),
+        pytest.raises(Preempted, match="before the first step"),
         session(small("steps=9"), tmp_path) as training,
     ):
         fit(training, [Early()])
