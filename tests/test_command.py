@@ -110,7 +110,7 @@ def test_flags_and_their_values_may_come_in_any_order():
         (["--multirum"], "--multirum: no such flag; did you mean '--multirun'?"),
         (["-x"], "-x: no such flag; --help lists them"),
         (["--experimental-rerun", "x.pickle"], "--experimental-rerun: no such flag"),
-        (["-cd"], "-cd: a value must follow"),
+        (["-cd"], "-cd: needs a value"),
         (["--cfg", "jobb"], "--cfg jobb: want one of job, hydra, all"),
         (["lr=1", "-m", "lr=2"], "lr=1 lr=2: lr is given twice; keep one"),
         (["logger.mode=a", "+logger.mode=b"], "logger.mode is given twice"),

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sandbox import compose
 from sandbox.cli.command_line import Line, parse
-from sandbox.cli.jobs import check, settled
+from sandbox.cli.jobs import check, resolve_run
 from sandbox.cli.main import _main
 from sandbox.config import composition, discovery, registry
 from sandbox.config.paths import CONF
@@ -337,7 +337,7 @@ def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
 
 def on_top(*words: str) -> Root:
     words = composition.expand(words)
-    return settled(to_root(composition.compose([*choices(words), *words])), words)
+    return resolve_run(to_root(composition.compose([*choices(words), *words])), words)
 
 
 def test_a_task_on_a_run_takes_its_configuration_and_what_the_line_names(here):

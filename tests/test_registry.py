@@ -393,12 +393,12 @@ class Shapes(PluginConfig):
     [
         ({"pair": (1.0,)}, "pair=[1.0]: want 2 entries"),
         ({"maybe": (1, 2, 3)}, "maybe=[1, 2, 3]: want 2 entries"),
-        ({"word": "None"}, "word='None': that is only a word here; an empty value is written null"),
+        ({"word": "None"}, "word='None': want null for an empty value; None is a plain string here"),
         ({"many": (1, 2, 3), "maybe": (1, 2)}, None),
     ],
 )
 def test_what_types_let_pass_is_found(changes, words):
-    assert list(registry.misshapen(Shapes(**changes))) == ([words] if words else [])
+    assert list(registry.type_problems(Shapes(**changes))) == ([words] if words else [])
 
 
 def test_the_names_of_a_message_are_few():

@@ -1,4 +1,4 @@
-"""Folders of the checkout, found from the package `sandbox` wherever this module lives."""
+"""Folders of the checkout, relative to the package `sandbox`."""
 
 from importlib.resources import files
 from pathlib import Path
