@@ -290,7 +290,7 @@ def test_a_sweep_leaves_an_outcome_for_each_job(here):
 def test_a_job_that_exits_takes_no_other_along(here, capsys):
     assert _main(["-m", "task=probe", "code=-2,0", "lr=1"]) == 1
     assert notes(here) == ["1.0-dit--2", "1.0-dit-0"]
-    assert "left with exit code 9" in capsys.readouterr().out
+    assert "exited with code 9" in capsys.readouterr().out
 
 
 def test_a_bug_in_a_job_is_shown_and_the_others_run(here, capsys):

@@ -277,7 +277,7 @@ def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
         ("told no such image", {"run": "RUN", "image": "PICTURE"}),
         ("sampler.steps", {"run": "RUN", "steps": "0"}),
         ("guidance_scale", {"run": "RUN", "guidance": "-1"}),
-        ("seed='${oc.env:HOME}': want a whole number", {"run": "RUN", "seed": "${oc.env:HOME}"}),
+        ("seed='${oc.env:HOME}': want an integer", {"run": "RUN", "seed": "${oc.env:HOME}"}),
         ("../x", {"run": "RUN", "sampler": "../x"}),
     ],
 )
