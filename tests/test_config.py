@@ -383,7 +383,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample"], "task.run=null: no finished run in out=outputs"),
         (["task=sample", "run=nowhere"], "task.run=nowhere: no run there"),
         (["task=sample", "run=first"], "a run of task=train_vae, which leaves no system"),
-        (["task=sample", "run=mine", "experiment=digits_long"], "the configuration of an earlier run"),
+        (["task=sample", "run=mine", "experiment=digits_long"], "configuration of an earlier run"),
         (["task=sample", "run=mine", "sampler.eta=1"], "sampler=euler has no such setting"),
         (["task=sample", "run=mine", "sampler=ddim", "schedule.timesteps=3"], "schedule=flow has"),
         (["task=sample", "run=broken"], "broken: vae.pach: vae/pca has no such setting"),
