@@ -93,7 +93,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("backbone.num_heads=3", ("backbone.width=64: want a multiple of num_heads=3",)),
     # what does not go together
     ("backbone.context_dim=99", ("backbone.context_dim=99, but 0 is needed", "conditioning=words offers vector=64",
-                                 "null takes what is needed")),
+                                 "null derives the value")),
     ("backbone.scalars=[fps]", ("backbone=dit needs fps", "conditioning=words offers vector")),
     ("data=video_folder data.captions=none", ("conditioning=words needs captions, but data=video_folder provides",
                                               "use conditioning=none")),
@@ -103,7 +103,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     ("trainer.processes=2", ("trainer.processes=2: want 1, or trainer=ddp",)),
     ("metric=digits data=video_folder", ("metric=digits needs", "data=video_folder provides", "metric=null")),
     ("resume.allow=[lr]", ("resume.allow=['lr']: only with resume.run=FOLDER",)),
-    ("init_from=a.ckpt resume.run=b", ("init_from=a.ckpt and resume.run=b", "begins a new run at step 0")),
+    ("init_from=a.ckpt resume.run=b", ("init_from=a.ckpt and resume.run=b", "starts a new run at step")),
     ("backbone=null", ("backbone=null: want one of ", "dit, ")),
     ("data.root=/somewhere", ("data.root='/somewhere': want null",)),
     # what is not there

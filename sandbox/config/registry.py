@@ -114,7 +114,7 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
     """
     prefix = package or _package_of(folder)
     for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
+        parts = list(path.relative_to(folder).with_suffix("").parts)
         is_plugin = (group or len(parts) > 1) and parts[0] not in NOT_GROUPS
         if not is_plugin or any(p[0] in "_." for p in parts):
             continue
