@@ -1,6 +1,6 @@
-"""task=verify: a recipe against the evidence of its published system, as a table.
+"""task=verify: compares a recipe with its published system.
 
-Evidence is `tests/golden/*/published/<recipe>.json` (tests/golden/PUBLISHED.md has its format).
+Reference values: `tests/golden/*/published/<recipe>.json` (format: tests/golden/PUBLISHED.md).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from sandbox.config.wiring import Wiring
 
 GOLDEN = CHECKOUT / "tests" / "golden"
-SHOWN = 3  # names that a row of the table names
+SHOWN = 3  # parameter names listed in a row
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what is compared, what it is here, and what was published."""
+    """One comparison: its subject, the value here, and the published value."""
 
     what: str
     here: Any
@@ -44,7 +44,7 @@ class Verify:
 
     @dataclass
     class Config(TaskConfig):
-        """golden: also run the tests that compare outputs with recorded ones (pytest, a minute)."""
+        """golden: also run the tests against recorded outputs (pytest, about a minute)."""
 
         golden: bool = True
 
@@ -73,14 +73,14 @@ class Verify:
 
 
 def read_evidence(recipe: str) -> dict[str, Any]:
-    """What is known of the published system; settings of its `base` hold where it has none.
+    """Reference values of the published system, with those of its `base` as defaults.
 
-    Raises ConfigError for a recipe without evidence.
+    Raises ConfigError if a recipe has none.
     """
     known = {path.stem: path for path in sorted(GOLDEN.glob("*/published/*.json"))}
     if recipe not in known:
-        there = " or ".join(f"experiment={name}" for name in known) or "none here"
-        raise ConfigError(f"recipe={recipe}: nothing published to compare with; want {there}")
+        choices = " or ".join(f"experiment={name}" for name in known) or "none here"
+        raise ConfigError(f"recipe={recipe}: nothing published to compare with; want {choices}")
     found = json.loads(known[recipe].read_text(encoding="utf-8"))
     if base := found.get("base"):
         of_base = read_evidence(base)
@@ -93,7 +93,7 @@ def read_evidence(recipe: str) -> dict[str, Any]:
 
 
 def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
-    """The whole system on the meta device against a manifest, in the names of its layout."""
+    """Compares parameter names, shapes and counts, built on the meta device, with a manifest."""
     if not (evidence.get("manifest") or evidence.get("parameters")):
         return
     parts = on_meta(wiring)
@@ -111,11 +111,11 @@ def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> It
         yield Row("layout", None, "that of the manifest")
         return
     try:
-        whole = registry.create(layout).join(parts)
+        state = registry.create(layout).join(parts)
     except StorageError as e:
         yield Row("layout", str(e), "writes this system")
         return
-    got = {k: [list(x.shape), str(x.dtype).removeprefix("torch.")] for k, x in whole.items()}
+    got = {k: [list(x.shape), str(x.dtype).removeprefix("torch.")] for k, x in state.items()}
     prefix = evidence.get("prefix", "")
     got, want = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (got, want))
     yield Row("names", len(got), len(want), evidence["manifest"])
@@ -131,20 +131,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def some(found: set[str]) -> str:
-    """How many, and the first of them."""
-    return ": ".join(filter(None, (str(len(found)), ", ".join(sorted(found)[:SHOWN]))))
+def some(names: set[str]) -> str:
+    """Their number, and the first few."""
+    return ": ".join(filter(None, (str(len(names)), ", ".join(sorted(names)[:SHOWN]))))
 
 
 def on_meta(wiring: Wiring) -> dict[str, Any]:
-    """The parts of the system as task=export takes them apart, without memory for its weights."""
+    """State dicts of the system's components, on the meta device, as task=export splits them."""
     import torch
 
     from sandbox.model.components import build_parts
     from sandbox.model.latent_diffusion import LatentDiffusion
     from sandbox.weights.system_files import taken_apart
 
-    # what trains is none of its business, and may be a first stage's
+    # `trainable` is irrelevant here, and may name first-stage parameters
     wiring = replace(wiring, root=replace(wiring.root, trainable=None))
     with torch.device("meta"):
         system = LatentDiffusion(wiring, build_parts(wiring), 1)
@@ -157,7 +157,7 @@ def on_meta(wiring: Wiring) -> dict[str, Any]:
 
 
 def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
-    """Resolved settings, by their paths in the configuration, against the published values."""
+    """Compares resolved settings, by their dotted paths, with the published values."""
     from sandbox.config.root import to_container
 
     resolved = to_container(root)
@@ -166,7 +166,7 @@ def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
 
 
 def at(node: Any, path: str) -> Any:
-    """The value at a dotted path; text that says so where there is none."""
+    """The value at a dotted path; an explanation if there is none."""
     for key in path.split("."):
         if not isinstance(node, dict) or key not in node:
             return f"no such setting: {key}"
@@ -175,7 +175,7 @@ def at(node: Any, path: str) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, numbers up to the rounding of a product."""
+    """Equality; numbers may differ by the rounding of a product."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, bool) or isinstance(b, bool):
@@ -189,14 +189,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def outputs(tests: Sequence[str]) -> Iterator[Row]:
-    """The tests that compare outputs with recorded ones, run as they are; one row for each file."""
+    """Runs the tests against recorded outputs; a row per test file."""
     import subprocess
     import sys
     import tempfile
     from xml.etree import ElementTree
 
     home = GOLDEN.parents[1]
-    print(f"running {len(tests)} files of tests ...", flush=True)
+    print(f"running {len(tests)} test files ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
@@ -206,11 +206,11 @@ def outputs(tests: Sequence[str]) -> Iterator[Row]:
         )  # fmt: skip
         if not report.is_file():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            yield Row("tests", " ".join(last), "run by pytest, which the group dev has")
+            yield Row("tests", " ".join(last), "pytest (in the dependency group dev)")
             return
         cases = list(ElementTree.parse(report).iter("testcase"))
-    if done.returncode not in (0, 1):  # 1: some failed, which the rows say
-        yield Row("tests", f"pytest ended with {done.returncode}", "0 or 1")
+    if done.returncode not in (0, 1):  # 1: tests failed, reported below
+        yield Row("tests", f"pytest exited with {done.returncode}", "0 or 1")
     for file in tests:
         module = file.removesuffix(".py").replace("/", ".")
         own = [c for c in cases if (c.get("classname") or c.get("name") or "").startswith(module)]
@@ -222,7 +222,7 @@ def outputs(tests: Sequence[str]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Columns: whether it is the same, what, here, published (where it differs), source."""
+    """Columns: ok or NOT, subject, value here, published value (if different), source."""
     cells = [
         ("ok" if r.is_same else "NOT", r.what, text(r.here),
          "" if r.is_same else f"published: {text(r.published)}", r.source)
@@ -237,7 +237,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def text(value: Any) -> str:
-    """As one would type it."""
+    """In the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
