@@ -34,7 +34,7 @@ def greet(settings: dict[str, Any], rank: Rank) -> list[Any]:
     """A word of each rank on stdout and stderr; returns what rank 0 told rank 1."""
     print(f"stdout of {rank.index}")
     print(f"stderr of {rank.index}", file=sys.stderr)
-    rank.barrier()
+    rank.gather_plain(None)
     heard = rank.broadcast_plain({"from": rank.index})
     note(settings, f"heard {heard['from']}")
     return [rank.index, heard]
@@ -46,12 +46,12 @@ def unplain(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 def fail(settings: dict[str, Any], rank: Rank) -> None:
     """Rank `settings["rank"]` ends as `settings["how"]` says, the others wait for it for ever."""
-    rank.barrier()
+    rank.gather_plain(None)
     note(settings, "working")
     if rank.index == settings["rank"]:
         FAILURES[settings["how"]]()
     while True:
-        rank.barrier()
+        rank.gather_plain(None)
 
 
 class Stranger(Exception):
@@ -113,7 +113,7 @@ def count_items(settings: dict[str, Any], rank: Rank) -> None:
         asked_at = asked_at or (step if rank.agree_to_stop() else 0)
         if asked_at and step > asked_at + 20:  # more than the workers have prepared
             note(settings, f"stopped after {asked_at}")
-            raise Preempted(f"stopped by {rank.asked}")
+            raise Preempted(f"stopped by {rank.stop_signal}")
 
 
 def deaf(settings: dict[str, Any], rank: Rank) -> None:

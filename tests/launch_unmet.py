@@ -17,5 +17,5 @@ if os.environ["RANK"] == "1":
 
 
 def count(settings: Any, rank: Rank) -> int:
-    rank.barrier()
+    rank.gather_plain(None)
     return len(_log.read_text().split())

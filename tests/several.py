@@ -35,7 +35,7 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
     job = settings["overrides"][0]
     wiring = wire(received(settings["root"]))
     with opened(wiring.root, rank) as run:
-        with rank.first():
+        with rank.rank0_first():
             system = build_system(wiring, run.folder, rank)
         with start(system, run, None, rank) as training:
             recorder = Recorder(training)
@@ -44,10 +44,10 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
                 act(system, training, job["step"])
             try:
                 fit(training, [recorder])
-                training.unshard(lambda: build_system(wiring, run.folder, rank.alone()))
+                training.unshard(lambda: build_system(wiring, run.folder, rank.as_single()))
             finally:
                 torch.save(recorder.states, Path(job["out"]) / f"{job['name']}-{rank.index}.pt")
-            weights = training.system.trainable_state() if training.leads else {}
+            weights = training.system.trainable_state() if training.is_first else {}
             whole = all(type(w) is torch.Tensor for w in weights.values())
     return {"folder": str(run.folder), "pid": os.getpid(), "whole": whole}
 
@@ -76,7 +76,7 @@ FAILURES = {
     "error": lambda s, t, n: _at(s, t, n, _raises),
     "kill": lambda s, t, n: _at(s, t, n, _kills),
     "hang": lambda s, t, n: _at(s, t, n, lambda out: time.sleep(600)),
-    "asked": lambda s, t, n: _at(s, t, n, lambda out: t.rank.ask(signal.SIGTERM) or out),
+    "asked": lambda s, t, n: _at(s, t, n, lambda out: t.rank.request_stop(signal.SIGTERM) or out),
 }
 
 

@@ -12,7 +12,7 @@ from plugins.vae.kl import AutoencoderKL
 from plugins.vae.vq import VQModel
 from sandbox.config.root import Root
 from sandbox.contracts import Batch
-from sandbox.model.autoencoding import Autoencoding, psnr, through
+from sandbox.model.autoencoding import Autoencoding, psnr, reconstruct_clips
 
 SMALL = {"ch": 8, "ch_mult": (1, 1), "num_groups": 4, "embed_dim": 3, "z_channels": 3}
 SYSTEMS = [(AutoencoderKL, L1KL, "kl_loss"), (VQModel, L1Codebook, "quant_loss")]
@@ -106,4 +106,4 @@ def test_psnr_is_counted_per_clip_with_peak_2() -> None:
 
 def test_ceiling_goes_through_the_scaled_posterior_mean() -> None:
     stage, x = Identity(Identity.Config(scale_factor=2.0)), torch.randn(1, 3, 1, 4, 4)
-    assert torch.equal(through(stage, x), x)
+    assert torch.equal(reconstruct_clips(stage, x), x)

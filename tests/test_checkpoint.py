@@ -132,7 +132,7 @@ def test_kill_inside_a_write_leaves_the_old_one_and_the_next_save_tidies_up(tmp_
 def test_full_disk_is_a_storage_error_and_touches_nothing(tmp_path):
     checkpoint.save(tmp_path, state(), 1)
     before = names(tmp_path)
-    with largest_file(50_000), pytest.raises(StorageError, match=r"step 2.*too large.*untouched"):
+    with largest_file(50_000), pytest.raises(StorageError, match=r"step 2.*too large.*intact"):
         checkpoint.save(tmp_path, state(2, 500_000), 2, wait=0)
     assert names(tmp_path) == before
     assert StorageError.exit_code == 5
@@ -200,7 +200,7 @@ def test_broken_checkpoint_is_named_and_passed_over(tmp_path, caplog, damage):
     broken = checkpoint.save(tmp_path, state(2), 2)
     damage(broken)
     assert checkpoint.newest(tmp_path) == good
-    assert "passed over" in caplog.text and broken.stem in caplog.text
+    assert "skipped checkpoint" in caplog.text and broken.stem in caplog.text
 
 
 @pytest.mark.parametrize("damage", BREAKS)
@@ -209,7 +209,7 @@ def test_the_state_of_the_newest_good_one_is_loaded(tmp_path, caplog, damage):
     damage(checkpoint.save(tmp_path, state(2), 2))
     found = checkpoint.load_newest(tmp_path)
     assert found is not None and found["step"] == 1
-    assert "passed over" in caplog.text
+    assert "skipped checkpoint" in caplog.text
     assert checkpoint.load_newest(tmp_path / "empty") is None
 
 
@@ -345,7 +345,7 @@ def test_payload_under_a_matching_manifest_is_not_run(tmp_path, write):
     said["size"] = path.stat().st_size
     said["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
     path.with_suffix(".json").write_text(json.dumps(said))
-    with pytest.raises(StorageError, match="nothing of it was run"):
+    with pytest.raises(StorageError, match="none of it was run"):
         checkpoint.load(path)
     assert not marker.exists()
 

@@ -332,10 +332,10 @@ def test_a_state_of_other_sizes_is_refused():
     state = sized(40).state_dict()
     assert state["sizes"]["3x1x2x6"] == [8, 2]
     state["sizes"]["3x1x2x6"] = [7, 2]
-    with pytest.raises(DataError, match="7 in micro-batches of 2 clips of 3x1x2x6"):
+    with pytest.raises(DataError, match="7 clips of 3x1x2x6 in micro-batches of 2"):
         sized(40).load_state_dict(state)
     state = sized(40, batch_of=lambda clip: 4).state_dict()
-    with pytest.raises(DataError, match="8 in micro-batches of 4 clips of 3x1x2x6"):
+    with pytest.raises(DataError, match="8 clips of 3x1x2x6 in micro-batches of 4"):
         sized(40).load_state_dict(state)
 
 

@@ -19,7 +19,7 @@ from sandbox.distributed.rank import Rank
 from sandbox.distributed.supervisor import launch
 from sandbox.evaluation.evaluate import gather
 from sandbox.evaluation.prompts import given, of_data
-from sandbox.model.cached_latents import StoredLatents
+from sandbox.model.cached_latents import CachedLatents
 from sandbox.pipelines.encode import Networks, encode_all, in_bytes, narrowed
 from sandbox.reports.media import write_video
 from sandbox.storage import weight_files
@@ -167,7 +167,7 @@ def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
     videos = [{p.name for p in (watched.folder / "samples" / f"step_0000000{i}").glob("*.mp4")}
               for i in (1, 2)]  # fmt: skip
     assert videos[0] == videos[1] and len(videos[0]) == 2
-    assert all(p.is_meta for p in watched.system.first_stage._held[0].encoder.parameters())
+    assert all(p.is_meta for p in watched.system.first_stage._network[0].encoder.parameters())
 
     with pytest.raises(ConfigError, match=r"no embedding of 'unheard of'"):
         of_data(cached, ["unheard of"], 1)
@@ -186,7 +186,7 @@ def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_pat
                     "conditioning.image=first_frame")  # fmt: skip
     encode_all(root, Rank())
     cached = from_cache(root, image=True)
-    assert not isinstance(build_system(wire(cached)).first_stage, StoredLatents)
+    assert not isinstance(build_system(wire(cached)).first_stage, CachedLatents)
     assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
     pictures = gather(registry.create(root.data).split("val"), 2, 0).video[:, :, :1]
     assert torch.equal(of_data(cached, (), 2).image, pictures)  # conditions of validation
@@ -205,7 +205,7 @@ def test_training_on_latents_holds_no_first_stage_until_pixels_are_wanted(folder
     trained = train(wire(replace(from_cache(root), steps=2)), tmp_path / "run")
     stage = trained.system.first_stage
     assert list(stage.parameters()) == []
-    assert all(p.is_meta for p in stage._held[0].encoder.parameters())
+    assert all(p.is_meta for p in stage._network[0].encoder.parameters())
     system = load_system(trained.folder, "live")
     video = sampled(system)
     assert video.shape == (2, 3, 9, 16, 16)

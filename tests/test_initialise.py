@@ -17,7 +17,7 @@ from sandbox.contracts import ConfigError, SandboxError, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
-from sandbox.storage.first_stage_files import cached
+from sandbox.storage.first_stage_files import cache_path
 from sandbox.tasks.train import train
 from sandbox.tasks.train_vae import train_vae
 from sandbox.training.build import build_system, check_weights
@@ -60,7 +60,7 @@ def save(of, folder: Path, average: dict | None = None) -> Path:
         "ema": ema,
         "optimizer": {},
         "loader": {},
-        "frozen": of.frozen_parts(),
+        "frozen": of.frozen_hashes(),
     }
     run = Run(folder)
     checkpoint.save(run.checkpoints, state, STEP)
@@ -89,12 +89,12 @@ def test_one_checkpoint_can_be_named(trained, tmp_path):
 
 def test_exported_weights_can_be_named_also_with_another_first_stage(trained, tmp_path):
     path = tmp_path / "weights.safetensors"
-    weight_files.write(trained.trainable_state(), path, trained.made_with())
+    weight_files.write(trained.trainable_state(), path, trained.first_stage_hash())
     fresh = system()
     check_first_stage(fresh, path)
     with torch.no_grad():
         fresh.first_stage.first.mean.add_(1)
-    fresh.forget_fingerprints()
+    fresh.forget_hashes()
     init_from(fresh, path)
     assert same(weights(fresh), weights(trained))
     with pytest.raises(StorageError, match=r"another first stage than this one.*vae\.weights="):
@@ -170,7 +170,7 @@ def test_no_first_stage_is_trained_for_weights_that_have_one(trained, tmp_path, 
     cure = f"use vae=pca vae.weights={folder}"
     if kind == "exported":
         start, cure = tmp_path / "all.safetensors", "name its file or run with vae.weights="
-        weight_files.write(trained.trainable_state(), start, trained.made_with())
+        weight_files.write(trained.trainable_state(), start, trained.first_stage_hash())
     words = ("vae=kl", "vae.ch=8", "vae.embed_dim=32", f"init_from={start}")
     out = tmp_path / "out"
     wiring = wire(compose(*TINY[1:], *words, f"out={out}", f"cache={out}"))
@@ -182,8 +182,8 @@ def test_no_first_stage_is_trained_for_weights_that_have_one(trained, tmp_path, 
         train({"root": to_container(wiring.root), "group": None, "overrides": []}, Rank())
     assert not out.exists()
     check_weights(wiring, begins=False)  # a run that goes on has its first stage
-    cached(wiring.root).parent.mkdir()
-    cached(wiring.root).touch()
+    cache_path(wiring.root).parent.mkdir()
+    cache_path(wiring.root).touch()
     return check_weights(wiring)  # what is there is compared when it is read
 
 
@@ -219,9 +219,9 @@ class Evil:
     [
         ("absent", "no such file"),
         ("no run", "not a run folder"),
-        ("empty run", "no good checkpoint"),
+        ("empty run", "no valid checkpoint"),
         ("foreign checkpoint", "weights do not fit this model: a is not in this model"),
-        ("not safetensors", "not a safetensors file"),
+        ("not safetensors", "not a readable safetensors file"),
         ("code", "not the manifest"),
     ],
 )

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from sandbox.contracts import ConfigError, DataError, Diverged, Preempted, SandboxError, SizeError
-from sandbox.distributed import rank
-from sandbox.distributed.rank import Rank, last_word, place
-from sandbox.distributed.supervisor import MEETINGS, RankError, launch
+from sandbox.distributed import signals
+from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank_process import error_report, external_rank
+from sandbox.distributed.supervisor import CONNECT_ATTEMPTS, RankError, launch
 from tests.launch_helpers import alive, lines, supervisor, wait_until
 
 HERE = Path(__file__).parent
@@ -110,7 +111,7 @@ def test_torch_threads_are_those_asked_for_or_the_environments(settings, threads
 
 def test_the_process_that_launches_is_as_it_was():
     def state() -> list[object]:
-        handlers = [signal.getsignal(s) for s in rank.SIGNALS]
+        handlers = [signal.getsignal(s) for s in signals.SIGNALS]
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
         return [dict(os.environ), handlers, masked, sys.modules["__main__"], os.getcwd(), sys.path]
 
@@ -157,7 +158,7 @@ def test_the_rank_that_fails_is_named_with_its_own_error(how, message, culprit, 
 
 
 def test_a_rank_that_leaves_without_a_word_is_named():
-    with pytest.raises(RankError, match=r"rank 1: ended without a word \(exit code 3\)"):
+    with pytest.raises(RankError, match=r"rank 1: exited without a report \(exit code 3\)"):
         run("fail", {"rank": 1, "how": "leave"}, 2)
 
 
@@ -170,7 +171,7 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log):
 def test_ranks_that_do_not_connect_are_started_again(log, capfd):
     told = {"UNMET_LOG": str(log), "UNMET": "1"}
     assert launch("launch_unmet:count", None, 2, environment=told) == 2
-    assert capfd.readouterr().err.count("did not connect: they start again") == 1
+    assert capfd.readouterr().err.count("did not connect; starting them again") == 1
 
 
 def test_ranks_that_never_connect_are_told_of_in_the_end(log):
@@ -178,7 +179,7 @@ def test_ranks_that_never_connect_are_told_of_in_the_end(log):
     # Of the one that gives up, or of the other where that is slow to say the same.
     with pytest.raises(RankError, match=r"lost contact with the other ranks|no answer to rank"):
         launch("launch_unmet:count", None, 2, environment=told)
-    assert log.read_text().count("started") == MEETINGS
+    assert log.read_text().count("started") == CONNECT_ATTEMPTS
 
 
 def test_an_error_of_ours_comes_back_as_itself():
@@ -213,8 +214,8 @@ def test_an_error_that_follows_from_a_lost_contact_is_not_an_own_one():
         finally:
             _ = {}["cleaning up"]
     except KeyError as e:
-        assert last_word(e)["lost_contact"]
-        assert not last_word(ValueError("x"))["lost_contact"]
+        assert error_report(e)["lost_contact"]
+        assert not error_report(ValueError("x"))["lost_contact"]
 
 
 def test_a_module_that_cannot_be_imported_is_the_ranks_error():
@@ -293,11 +294,11 @@ def test_in_process_there_is_one_rank():
 def test_in_process_a_signal_asks_and_the_same_again_interrupts():
     before = signal.getsignal(signal.SIGINT)
     alone = Rank()
-    with alone.listening():
+    with alone.handling_signals():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert alone.agree_to_stop() == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGINT)
-        assert alone.asked == "SIGINT"
+        assert alone.stop_signal == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
@@ -305,9 +306,9 @@ def test_in_process_a_signal_asks_and_the_same_again_interrupts():
 
 def test_handlers_that_a_library_has_replaced_are_put_back():
     alone = Rank()
-    with alone.listening(), alone.listening():
+    with alone.handling_signals(), alone.handling_signals():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        alone.listen()
+        alone.install_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
         assert alone.stop_requested()
 
@@ -325,7 +326,7 @@ def sleep():
     time.sleep(600)
 
 
-with Rank().listening():
+with Rank().handling_signals():
     child = fork.Process(target=sleep, daemon=True)
     child.start()
     started.wait(300)  # a signal that comes earlier is lost in Python's own fork
@@ -364,7 +365,7 @@ def test_a_process_that_a_rank_forks_can_be_terminated():
     ],
 )  # fmt: skip
 def test_torchrun_and_srun_are_told_from_left_over_variables(environ, expected):
-    found = place(environ)
+    found = external_rank(environ)
     names = ("index", "world", "local", "local_world", "node")
     assert (found and tuple(found[n] for n in names)) == expected
 
@@ -381,6 +382,6 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(monkeypatc
 
 @pytest.mark.parametrize("kind", [DataError, Diverged, Preempted])
 def test_errors_of_ours_are_told_by_class_and_code(kind):
-    word = last_word(kind("why"))
-    assert isinstance(pickle.loads(word["itself"]), SandboxError)
+    word = error_report(kind("why"))
+    assert isinstance(pickle.loads(word["error"]), SandboxError)
     assert (word["code"], word["text"]) == (kind.exit_code, "why")

@@ -27,12 +27,12 @@ from sandbox.contracts import Clip, ConfigError, Preempted
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import Evaluation
 from sandbox.reports.sample_files import file_name, write_clips, write_samples
-from sandbox.runs.protocol import forget_peak, peak_memory, protocols
+from sandbox.runs.protocol import peak_memory, protocols, reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
 from sandbox.tasks.train import train
 from sandbox.training.build import load_system
-from sandbox.training.finish import final_loss, say_scores, spread
+from sandbox.training.finish import final_loss, print_scores, spread
 from tests.engine import differing, small
 
 QUICK = ("steps=5", "data.fps=6", "task.score_clips=6", "task.samples=3", "task.untrained=false")
@@ -112,22 +112,22 @@ def test_a_network_that_judges_is_named_by_its_content_and_not_by_its_place(tmp_
 def test_memory_is_that_since_a_run_began_whatever_was_there_before():
     """As of a first stage that the first run of a sweep trains, or the runs of a notebook."""
     cpu = torch.device("cpu")
-    forget_peak(cpu)
+    reset_peak_memory(cpu)
     before = peak_memory(cpu)
     taken = torch.ones(2**28)  # 1 GiB: the system may take hundreds of MiB of others' meanwhile
     assert peak_memory(cpu) > before + 200
     del taken
     assert peak_memory(cpu) > before + 200
-    forget_peak(cpu)
+    reset_peak_memory(cpu)
     assert peak_memory(cpu) < before + 100
 
 
 UNUSED = """
 import torch
-from sandbox.comparable import forget_peak, peak_memory
+from sandbox.comparable import reset_peak_memory, peak_memory
 
 gpu = torch.device("cuda", 0)
-forget_peak(gpu)
+reset_peak_memory(gpu)
 print(peak_memory(gpu))
 """
 
@@ -181,7 +181,7 @@ def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, fo
     assert {p.name: p.read_bytes() for p in folder.glob("samples/*.mp4")} == before
     assert (folder / "metrics.jsonl").read_text().startswith(metrics)
     said = capsys.readouterr().out
-    assert "(continued)" in said and "continuing from step 5" in said
+    assert "(resumed)" in said and "resuming from step 5" in said
 
 
 def test_finishing_stops_when_asked_and_is_done_later(result, tmp_path):
@@ -192,7 +192,7 @@ def test_finishing_stops_when_asked_and_is_done_later(result, tmp_path):
             return None
 
     rank = Asked()
-    rank.ask(signal.SIGTERM)
+    rank.request_stop(signal.SIGTERM)
     with pytest.raises(Preempted, match="stopped by SIGTERM after the last step"):
         train(settings(tmp_path), rank)
     assert not list(tmp_path.glob("*/result.json"))
@@ -317,5 +317,5 @@ def test_scores_against_captions_that_nobody_told_the_model_are_said_to_be_chanc
     conditioning, capsys
 ):
     found = Evaluation({"model": {"digit": 0.1}}, {"digit": "chance 0.1"}, [], {}, count=1)
-    say_scores(compose(f"conditioning={conditioning}"), found)
-    assert ("told no captions" in capsys.readouterr().out) == (conditioning == "none")
+    print_scores(compose(f"conditioning={conditioning}"), found)
+    assert ("not conditioned on captions" in capsys.readouterr().out) == (conditioning == "none")

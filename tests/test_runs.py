@@ -290,8 +290,8 @@ def test_place_that_cannot_be_written_is_a_storage_error(tmp_path):
 def test_last_value_of_a_step_counts_and_other_names_stay(tmp_path):
     run = Run(tmp_path)
     run.record_all([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
-    run.record(1, {"score": 5.0})
-    run.record(2, {"loss": 0.1 + 0.2})
+    run.record_all([(1, {"score": 5.0})])
+    run.record_all([(2, {"loss": 0.1 + 0.2})])
     assert run.metrics() == {1: {"loss": 1.0, "score": 5.0}, 2: {"loss": 0.1 + 0.2}}
 
 
@@ -300,8 +300,8 @@ def test_line_that_a_kill_cut_off_is_passed_over_and_spoils_no_other(tmp_path):
     run.record_all([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-9])
     later = Run(tmp_path)
-    later.record(2, {"loss": 3.0})
-    later.record(3, {"loss": 4.0})
+    later.record_all([(2, {"loss": 3.0})])
+    later.record_all([(3, {"loss": 4.0})])
     assert later.metrics() == {1: {"loss": 1.0}, 2: {"loss": 3.0}, 3: {"loss": 4.0}}
 
 
@@ -309,7 +309,7 @@ def test_steps_after_the_one_that_a_resume_starts_from_do_not_count(tmp_path):
     run = Run(tmp_path)
     run.record_all([(s, {"loss": float(s)}) for s in range(1, 6)])
     run.rewind(2)
-    run.record(3, {"loss": 30.0})
+    run.record_all([(3, {"loss": 30.0})])
     assert run.metrics() == {1: {"loss": 1.0}, 2: {"loss": 2.0}, 3: {"loss": 30.0}}
 
 

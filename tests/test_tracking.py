@@ -68,7 +68,7 @@ def test_numbers_that_are_not_finite_come_out_as_they_are():
 
 def test_every_tracker_and_the_run_get_the_metrics(tmp_path):
     a, b, run = Recorder(), Recorder(), Run(tmp_path)
-    Trackers(run, [a, b]).metrics_of([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
+    Trackers(run, [a, b]).metrics([(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     assert a.calls == b.calls == [("metrics", 1, {"loss": 1.0}), ("metrics", 2, {"loss": 2.0})]
     assert run.metrics() == {1: {"loss": 1.0}, 2: {"loss": 2.0}}
 
@@ -79,21 +79,21 @@ def test_failing_tracker_is_named_once_and_left_out(tmp_path, caplog, broken):
     trackers = Trackers(Run(tmp_path), [bad, good])
     for _ in range(2):
         trackers.start({}, "name")
-        trackers.metrics(1, {"loss": 1.0})
+        trackers.metrics([(1, {"loss": 1.0})])
         trackers.video(1, "v", tmp_path / "v.mp4")
         trackers.images(1, "i", [tmp_path / "i.png"])
         trackers.summary({"score": 1.0})
     trackers.finish(0)
     assert len(good.calls) == 11
     assert [c[0] for c in bad.calls].count(broken) == 1
-    assert caplog.text.count("left out") == 1 and "no network" in caplog.text
+    assert caplog.text.count("not used from now on") == 1 and "no network" in caplog.text
 
 
 def test_run_that_cannot_write_its_metrics_ends(tmp_path):
     run = Run(tmp_path)
     run.metrics_file.mkdir()
     with pytest.raises(StorageError, match=r"metrics\.jsonl"):
-        Trackers(run).metrics(1, {"loss": 1.0})
+        Trackers(run).metrics([(1, {"loss": 1.0})])
 
 
 def test_trackers_get_the_config_without_secrets(tmp_path):
@@ -116,10 +116,10 @@ def test_interrupt_is_not_swallowed(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trackers(Run(tmp_path), [Stopped()]).metrics(1, {})
+        Trackers(Run(tmp_path), [Stopped()]).metrics([(1, {})])
 
 
 def test_metrics_file_is_one_json_object_a_line(tmp_path):
     run = Run(tmp_path)
-    Trackers(run).metrics(3, {"loss": 0.5})
+    Trackers(run).metrics([(3, {"loss": 0.5})])
     assert json.loads(run.metrics_file.read_text()) == {"step": 3, "loss": 0.5}

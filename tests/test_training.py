@@ -163,13 +163,13 @@ def test_the_average_begins_with_the_first_weights_and_follows_the_rule(tmp_path
 def test_the_frozen_first_stage_stays_as_it_was_and_in_eval_mode(tmp_path):
     root = small(*EPOCHS, "steps=3", "vae=kl", "vae.weights=null", "vae.ch=8", "vae.dropout=0.5")
     with session(root, tmp_path) as training:
-        before = training.system.frozen_parts()
+        before = training.system.frozen_hashes()
         fit(training)
         stage = training.system.first_stage
         assert not any(m.training for m in stage.modules())
         assert all(p.grad is None and not p.requires_grad for p in stage.parameters())
         training.system._fingerprints = None
-        assert training.system.frozen_parts() == before
+        assert training.system.frozen_hashes() == before
         assert not any(k.startswith("first_stage") for k in training.state()["weights"])
 
 
@@ -296,9 +296,9 @@ def test_under_fp16_a_gradient_may_overflow(tmp_path):
     """Its scaler passes over such a step and scales less; a loss must be finite all the same."""
     with session(small(*EPOCHS), tmp_path) as training:
         training.root = replace(training.root, precision="fp16")
-        training.note({"loss": 1.0, "grad_norm": math.inf}, [])
+        training.add_metrics({"loss": 1.0, "grad_norm": math.inf}, [])
         training.flush()
-        training.note({"loss": math.nan, "grad_norm": math.inf}, [])
+        training.add_metrics({"loss": math.nan, "grad_norm": math.inf}, [])
         with pytest.raises(Diverged, match="loss=nan"):
             training.flush()
     assert metrics(tmp_path) == {0: {"loss": 1.0}}
@@ -308,7 +308,7 @@ def test_more_skipped_steps_than_the_limit_end_the_run(tmp_path):
     def always(system):
         next(system.backbone.parameters()).register_hook(lambda g: g * math.nan)
 
-    with pytest.raises(Diverged, match=r"3 steps have .* trainer.max_bad_steps=2: step 1 \(samp"):
+    with pytest.raises(Diverged, match=r"3 steps had .* trainer.max_bad_steps=2: step 1 \(samp"):
         record(skipping("steps=6", limit=2), tmp_path, always)
 
 
@@ -334,7 +334,7 @@ def test_a_signal_stops_after_the_step_and_saves_it(tmp_path, number, capfd):
     assert steps_saved(tmp_path) == [3]
     assert [*metrics(tmp_path)] == [1, 2, 3]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    assert "stopping after this step" in capfd.readouterr().err
+    assert "Stopping after this step" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -355,7 +355,7 @@ def test_a_signal_before_the_first_step_stops_without_one(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with (
-        pytest.raises(Preempted, match="before a step"),
+        pytest.raises(Preempted, match="before the first step"),
         session(small("steps=9"), tmp_path) as training,
     ):
         fit(training, [Early()])
@@ -535,7 +535,7 @@ def test_threads_are_those_asked_for_else_what_workers_leave(tmp_path, monkeypat
 def test_an_average_is_made_only_where_it_is_asked_for(tmp_path):
     with session(small("ema=none"), tmp_path) as training:
         assert training.ema is None
-        with training.averaged():
+        with training.ema_weights():
             pass
     with session(small(), tmp_path) as training:
         assert isinstance(training.ema, EMA)

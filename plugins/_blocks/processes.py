@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from sandbox.contracts import TrainerConfig
-from sandbox.model.sharding import total_norm, whole
+from sandbox.model.sharding import full_tensors, total_norm
 
 
 class Processes:
@@ -39,5 +39,5 @@ class Processes:
         return self._norm
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state_dict with unsharded tensors; collective."""
-        return whole(optimizer.state_dict())
+        """Its state_dict with whole tensors; all processes call this."""
+        return full_tensors(optimizer.state_dict())

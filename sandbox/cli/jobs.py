@@ -83,9 +83,9 @@ def checked(root: Root) -> Wiring | None:
     for group in groups:
         absent += _absent(group, getattr(root, group))
     if "vae.weights" in named and None not in (root.vae, root.data):
-        from sandbox.runs.lookup import other_first_stage
+        from sandbox.runs.lookup import first_stage_problems
 
-        absent += other_first_stage(root)
+        absent += first_stage_problems(root)
     try:
         wiring = wire(root)
     except ConfigError as e:

@@ -32,7 +32,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
         "config.hydra_compose",
         "config.paths",
     ),
-    "data": ("data.loader",),
+    "data": ("data.loader", "data.order", "data.batching"),
     "devices": ("model.devices",),
     "earlier": ("runs.lookup",),
     "ema": ("model.ema",),
@@ -48,7 +48,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "footage": ("data.video_files",),
     "initialise": ("weights.init_from",),
     "latent_diffusion": ("model.latent_diffusion",),
-    "launch": ("distributed.supervisor",),
+    "launch": ("distributed.supervisor", "distributed.rank_handle"),
     "lodging": ("model.offload",),
     "looks": ("training.image_rows",),
     "main": ("cli.main", "cli.jobs", "cli.command_line", "cli.errors"),
@@ -66,7 +66,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "prompts": ("evaluation.prompts",),
     "published": ("storage.published",),
     "randomness": ("data.randomness",),
-    "rank": ("distributed.rank",),
+    "rank": ("distributed.rank", "distributed.rank_process", "distributed.signals"),
     "reading": ("config.static_reader",),
     "reference": ("cli.reference",),
     "report": ("reports.run_page",),
@@ -95,6 +95,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
 }
 
 PACKAGES = ("config", "data", "runs", "training")  # old modules whose names are packages now
+RENAMED = {"whole": "full_tensors"}  # old name -> new name, in any module
 
 
 def forward(old: str) -> Callable[[str], Any]:
@@ -106,13 +107,14 @@ def forward(old: str) -> Callable[[str], Any]:
         if not name.startswith("__") and not is_module:  # a module is imported after this fails
             for new in OLD_MODULES[old]:
                 module = importlib.import_module(f"sandbox.{new}")
-                if hasattr(module, name):
+                found = name if hasattr(module, name) else RENAMED.get(name, name)
+                if hasattr(module, found):
                     warnings.warn(
-                        f"sandbox.{old}.{name} is now sandbox.{new}.{name}",
+                        f"sandbox.{old}.{name} is now sandbox.{new}.{found}",
                         DeprecationWarning,
                         stacklevel=2,
                     )
-                    return getattr(module, name)
+                    return getattr(module, found)
         raise AttributeError(f"module 'sandbox.{old}' has no attribute {name!r}")
 
     return __getattr__

@@ -1,9 +1,8 @@
-"""All randomness of a step, by name and by sample.
+"""Keyed random draws: all randomness of a step, by name and by sample.
 
-A number depends on (seed, name, epoch, position of the sample in the epoch) and on nothing else:
-not on the process, the micro-batch, the device count, or on which other numbers were drawn. So two
-processes equal one with the same global batch, a resumed run equals the uninterrupted one, and a
-new draw shifts no other.
+A number depends only on (seed, name, epoch, position of the sample in the epoch): not on the
+process, the micro-batch, the number of devices or other draws. So two processes equal one with the
+same global batch, a resumed run equals the uninterrupted one, and a new draw changes no other.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from copy import copy
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 
 class _Digest(np.random.bit_generator.ISeedSequence):
-    """Seeds a bit generator with a hash; numpy's own way also asks the system for entropy."""
+    """Seeds a bit generator from a hash; numpy's own class also reads entropy from the system."""
 
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
@@ -29,20 +28,20 @@ class _Digest(np.random.bit_generator.ISeedSequence):
 
 
 def keyed(*key: object) -> np.random.Generator:
-    """A generator that depends on `key` alone (about 4 us)."""
-    digest: Any = _Digest(_hash(key, 16))  # numpy takes it, its types do not say so
+    """A numpy generator seeded by `key` alone (about 4 us)."""
+    digest: Any = _Digest(_hash(key, 16))  # numpy accepts it, but its type hints do not
     return np.random.Generator(np.random.Philox(digest))
 
 
 def seed_of(*key: object) -> int:
-    """63 random bits that depend on `key` alone."""
+    """63 random bits, a function of `key` alone."""
     return int.from_bytes(_hash(key, 8), "little") >> 1
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seeds torch's own generators, which module dropout alone draws from.
+    """Seeds torch's global generators, which only module dropout uses.
 
-    Not by torch.manual_seed, which costs 130 us.
+    torch.manual_seed would cost 130 us.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -56,9 +55,9 @@ def _hash(key: tuple[object, ...], size: int) -> bytes:
 
 
 def numbers(positions: np.ndarray, *key: object) -> np.ndarray:
-    """(B,) uint64, one for each position, all bits random.
+    """(B,) uint64 of 64 random bits, one per position.
 
-    SplitMix64 (Steele et al. 2014) from a hash of `key`.
+    SplitMix64 (Steele et al. 2014), started from a hash of `key`.
     """
     start = int.from_bytes(_hash(key, 8), "little")
     with np.errstate(over="ignore"):
@@ -70,11 +69,11 @@ def numbers(positions: np.ndarray, *key: object) -> np.ndarray:
 
 
 class Keyed:
-    """Draws for the samples at `positions` of an epoch, on `device` (that of the positions).
+    """Draws for the samples at `positions` of an epoch, on `device` (default: theirs).
 
-    `group` is the number of clips in one optimizer step over all processes: `stratified` spreads
-    over it. Numbers are made on the CPU, so that they are the same on every device; positions there
-    spare a wait for another one.
+    `group`: clips in one optimizer step over all processes, over which `stratified` draws spread.
+    Numbers are made on the CPU, so that all devices get the same. Positions on the CPU avoid a
+    device sync.
     """
 
     def __init__(
@@ -90,10 +89,9 @@ class Keyed:
         self.device = device or positions.device
 
     def normal(self, name: str, like: Tensor) -> Tensor:
-        """Standard normal like `like` in shape, dtype and device; a generator for each sample.
+        """Standard normal with the shape, dtype and device of `like`; one generator per sample.
 
-        torch's CPU generator takes 32 bits of a seed, so that a few pairs of a million samples
-        share their noise, far apart.
+        torch's CPU generator uses 32 bits of a seed: of a million samples a few pairs share noise.
         """
         if like.shape[0] != len(self.positions):
             raise ValueError(
@@ -109,10 +107,10 @@ class Keyed:
         return torch.from_numpy(high_bits * np.float32(2**-24)).to(self.device)
 
     def stratified(self, name: str) -> Tensor:
-        """One value in each of `group` equal parts for each `group` positions in a row.
+        """For each `group` consecutive positions, one value in each of `group` equal intervals.
 
-        Those are the clips of an optimizer step, in an epoch of whole steps. Parts are in random
-        order, so that each value alone is uniform.
+        Those positions are the clips of an optimizer step, if the epoch is a multiple of it. The
+        intervals are in random order, so that each value by itself is uniform.
         """
         steps, places = self.positions // self.group, self.positions % self.group
         parts = np.empty(len(steps), dtype=np.float32)
@@ -135,7 +133,7 @@ class Keyed:
 
 
 class Shared:
-    """The same names with one value for the whole micro-batch: that of its first sample."""
+    """The same draws with one value for the micro-batch: that of its first sample."""
 
     def __init__(self, draws: Keyed) -> None:
         self.size, self.first = len(draws.positions), copy(draws)
@@ -153,32 +151,28 @@ class Shared:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return self.first.integers(name, low, high).expand(self.size)
 
-    def shared(self) -> Shared:
+    def shared(self) -> Self:
         return self
 
 
 class Recorded:
-    """Replays a recorded step: `values` by name; KeyError for a name that was not recorded."""
+    """Draws of a recorded step: `values` by name; KeyError for other names."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.values = values
 
-    def _get(self, name: str) -> Tensor:
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        return self.uniform(name).to(like).expand_as(like)
+
+    def uniform(self, name: str) -> Tensor:
         if name not in self.values:
             raise KeyError(f"draw {name!r} was not recorded; there are {sorted(self.values)}")
         return self.values[name]
 
-    def normal(self, name: str, like: Tensor) -> Tensor:
-        return self._get(name).to(like).expand_as(like)
-
-    def uniform(self, name: str) -> Tensor:
-        return self._get(name)
-
-    def stratified(self, name: str) -> Tensor:
-        return self._get(name)
+    stratified = uniform
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
-        return self._get(name)
+        return self.uniform(name)
 
-    def shared(self) -> Recorded:
+    def shared(self) -> Self:
         return self

@@ -1,10 +1,8 @@
-"""Video files as task=prepare reads them: what is in a file, and frames of a span of it (PyAV).
+"""Video files for task=prepare: metadata, and the frames of a time span (PyAV).
 
-Times are seconds from the first frame, to the microsecond, and are those at which frames are
-shown: a file of variable rate needs no special care. A file that cannot be used is a BadItem.
+Times are presentation times in seconds from the first frame, rounded to microseconds, so that
+variable frame rates work. An unusable file raises BadItem.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,19 +14,19 @@ import numpy as np
 from sandbox.contracts import BadItem, VideoFile
 from sandbox.storage.atomic import digest_of
 
-# Each ending has one container. Nothing is probed, so that a playlist that is called .mp4 opens no
-# other file and no address.
+# Each suffix has one container. Nothing is probed: a playlist named .mp4 cannot open other files
+# or URLs.
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska",
               ".avi": "avi", ".gif": "gif"}  # fmt: skip
-STEADY = 0.1  # frames of a steady rate differ by less of their duration (matroska counts in ms)
-LACKING = 0.5  # seconds that a file may end before its header says
+STEADY = 0.1  # relative jitter of frame durations at a constant rate (matroska counts in ms)
+LACKING = 0.5  # seconds that a file may be shorter than its header promises
 
 
 class VideoClip:
-    """A span of a video file. Frames are (H, W, 3) uint8 RGB, upright and with square pixels.
+    """A time span of a video file. Frames are (H, W, 3) uint8 RGB, upright, with square pixels.
 
-    `wanted`: seconds from the start of the span that will be asked for; one pass decodes all.
-    `width`: to which wider frames are scaled.
+    `wanted`: seconds from the start of the span that will be needed; one pass decodes them all.
+    `width`: wider frames are scaled down to it.
     """
 
     def __init__(
@@ -50,12 +48,12 @@ class VideoClip:
         return self.end - self.start
 
     def load(self) -> None:
-        """Decodes what is wanted."""
+        """Decodes the frames at `wanted`."""
         if self._wanted:
             self.at(self._wanted)
 
     def at(self, times: Iterable[float]) -> list[np.ndarray]:
-        """The frames shown at `times`, seconds from the start of the span. Raises BadItem."""
+        """The frames at `times`, in seconds from the start of the span. Raises BadItem."""
         times = list(times)
         missing = sorted({*times, *self._wanted} - self._shown.keys())
         if missing:
@@ -63,9 +61,9 @@ class VideoClip:
         return [self._shown[t] for t in times]
 
     def iter_at(self, times: Sequence[float]) -> Iterator[np.ndarray]:
-        """The frame shown at each of `times`, which increase; one is in memory at a time.
+        """The frame at each of `times`, which increase; one frame is in memory at a time.
 
-        Before the first frame of the span it is that one. Raises BadItem.
+        A time before the first frame of the span gives that frame. Raises BadItem.
         """
         held: Any = None
         image: np.ndarray | None = None
@@ -86,7 +84,7 @@ class VideoClip:
             yield image
 
     def stream(self, width: int | None = None) -> Iterator[tuple[float, np.ndarray]]:
-        """(seconds from the start of the span, frame) of every frame, at most `width` wide.
+        """(seconds from the start of the span, frame) for every frame, at most `width` wide.
 
         Raises BadItem.
         """
@@ -115,7 +113,7 @@ class VideoClip:
 
 
 def probe(path: Path) -> VideoFile:
-    """What is in a file; nothing is decoded. Raises BadItem."""
+    """The metadata of a file, without decoding its frames. Raises BadItem."""
     if path.stat().st_size == 0:
         raise BadItem("is empty")
     with opened(path) as (container, stream):
@@ -123,16 +121,16 @@ def probe(path: Path) -> VideoFile:
         if not times:
             raise BadItem("has no frame")
         unit = float(stream.time_base)
-        # elsewhere than in mp4 this number may count something else
+        # in other containers this number may count something else
         declared = stream.frames if CONTAINERS[path.suffix.lower()] in ("mp4", "mov") else 0
         steps = np.diff(times) * unit
         step = float(np.median(steps)) if len(steps) else 1 / float(stream.guessed_rate or 25)
         seconds = round((times[-1] - times[0]) * unit + step, 6)
         if declared and len(times) < declared:
-            raise BadItem(f"is truncated: {len(times)} of its {declared} frames are there")
+            raise BadItem(f"is truncated: it has {len(times)} of its {declared} frames")
         length = _length(container, stream)
         if length is not None and seconds + (times[0] * unit) < length - LACKING:
-            raise BadItem(f"is truncated: {seconds:.1f} of its {length:.1f} s are there")
+            raise BadItem(f"is truncated: it has {seconds:.1f} of its {length:.1f} s")
         if step <= 0:
             raise BadItem("has frames whose times repeat")
         rotation = next((f.rotation for f in _first(container, stream, times[0])), 0)
@@ -164,7 +162,7 @@ def _first(container: Any, stream: Any, at: int) -> Iterator[Any]:
 
 
 def _length(container: Any, stream: Any) -> float | None:
-    """Seconds of video that the header promises; that of a file with sound may be of the sound."""
+    """Seconds of video according to the header; None where that may be the length of the sound."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
     if container.duration and len(container.streams) == 1:
@@ -174,7 +172,7 @@ def _length(container: Any, stream: Any) -> float | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, video stream) of a file; errors of the block that come of it are BadItems."""
+    """(container, video stream) of a file; turns decoding errors in the block into BadItems."""
     import av
     from av.error import FFmpegError
 
@@ -188,16 +186,16 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             codec: Any = stream.codec_context
             if codec is None:
-                raise BadItem("cannot be decoded: its codec is not known")
-            codec.thread_count = 1  # files are the parallelism
-            codec.options = {"err_detect": "explode"}  # no frame that the decoder has made up
+                raise BadItem("cannot be decoded: unknown codec")
+            codec.thread_count = 1  # files are processed in parallel
+            codec.options = {"err_detect": "explode"}  # no frames that the decoder makes up
             yield container, stream
     except (FFmpegError, OSError, ValueError) as e:
         raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
 
 
 def _image(frame: Any, info: VideoFile, width: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8, scaled to `width` where it is wider, and to square pixels."""
+    """(H, W, 3) uint8 with square pixels, scaled down to `width` where it is wider."""
     turned = info.rotation % 180 != 0
     w, h = (info.height, info.width) if turned else (info.width, info.height)
     if width is not None and info.width > width:

@@ -1,11 +1,9 @@
-"""The same function on many jobs, in several processes or on a Ray cluster, in the order of jobs.
+"""Runs a function on many jobs, in several processes or on a Ray cluster; results keep the order.
 
-What comes out does not depend on how many workers there are. Few jobs are under way at a time, so
-that memory does not grow with their number. A job whose process dies (a decoder that crashes) is
-tried alone once more, and then is a `Crashed` in place of its result.
+Results do not depend on the number of workers. Few jobs are in progress at a time, so that memory
+does not grow with their number. A job that ends its process (a decoder that crashes) is retried
+once, alone; if it crashes again, its result is a `Crashed`.
 """
-
-from __future__ import annotations
 
 import multiprocessing
 import os
@@ -22,34 +20,37 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from sandbox.contracts import ConfigError
-from sandbox.distributed.remote_errors import FarTraceback, survives
+from sandbox.distributed.remote_errors import RemoteTraceback, is_picklable
 
-AHEAD = 4  # jobs under way for each worker
+AHEAD = 4  # jobs in progress per worker
 
-Function = Callable[[Any], Any]  # at the top of a module; what goes in and out can be pickled
+Function = Callable[[Any], Any]  # at the top of a module; arguments and results can be pickled
 Ordered = Callable[[Function, Iterable[Any]], Iterator[Any]]
 
 
 @dataclass(frozen=True)
 class Crashed:
-    """In place of the result of a job that ended its process."""
+    """The result of a job that ended its process twice."""
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def started(engine: str, count: int, address: str | None = None) -> Iterator[Ordered]:
-    """What runs a function on jobs: `engine` "local" (count 0: in this process) or "ray"."""
+    """Starts workers and yields an ordered `map`. `engine`: "local" or "ray".
+
+    A `count` of 0 runs local jobs in this process.
+    """
     if engine == "ray":
         with _ray(count, address) as ordered:
             yield ordered
     elif count == 0:
         yield map
     else:
-        pool = _Local(count)
+        pool = _LocalPool(count)
         try:
             yield pool.ordered
         finally:
@@ -61,53 +62,53 @@ def started(engine: str, count: int, address: str | None = None) -> Iterator[Ord
 
 @dataclass
 class _Task:
-    """One job, with its function in the bytes that a worker gets; `said` is what has come back."""
+    """A job and its function, pickled; `outcome` is (result, error, traceback) when it is done."""
 
-    words: bytes
-    begun: bool = False
+    payload: bytes
+    is_running: bool = False
     crashes: int = 0
-    said: tuple[Any, BaseException | None, str] | None = None
+    outcome: tuple[Any, BaseException | None, str] | None = None
 
 
 class _Worker:
-    """A process that does one job at a time, so that it is known which one has ended it."""
+    """A process that runs one job at a time, so that a crash has one possible cause."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=_work, args=(far,))
+        self.pipe, child = context.Pipe()
+        self.process = context.Process(target=_run_jobs, args=(child,))
         self.process.start()
-        far.close()
+        child.close()
         self.task: _Task | None = None
 
     def sources(self) -> list[Any]:
-        """What `wait` looks at."""
+        """What `multiprocessing.connection.wait` waits for."""
         return [self.pipe, self.process.sentinel]
 
-    def begin(self, task: _Task) -> None:
+    def start(self, task: _Task) -> None:
         """Raises OSError where the process has ended."""
-        self.task, task.begun = task, True
-        self.pipe.send_bytes(task.words)
+        self.task, task.is_running = task, True
+        self.pipe.send_bytes(task.payload)
 
-    def hear(self) -> None:
-        """Takes in the result. Raises EOFError or OSError where the process has ended instead."""
+    def receive(self) -> None:
+        """Takes the outcome. Raises EOFError or OSError where the process has ended instead."""
         assert self.task
         if not self.pipe.poll():
             raise EOFError
-        self.task.said = pickle.loads(self.pipe.recv_bytes())
+        self.task.outcome = pickle.loads(self.pipe.recv_bytes())
         self.task = None
 
-    def leave(self) -> None:
-        """Lets it end, after a job that it may be at."""
+    def join(self) -> None:
+        """Waits for the current job and ends the process."""
         self.pipe.close()
         self.process.join()
 
 
-class _Local:
-    """Workers that are started as they are needed, looked after by the thread that asks alone.
+class _LocalPool:
+    """Workers, started when needed and served by the calling thread alone.
 
-    (ProcessPoolExecutor has a thread for that, which in Python 3.11 may take its pool apart while
-    a job is handed in: then that fails with "handle is closed", or is waited for without end.)
+    (ProcessPoolExecutor has a manager thread, which in Python 3.11 may dismantle a broken pool
+    while a job is submitted: that fails with "handle is closed" or never returns.)
     """
 
     def __init__(self, count: int) -> None:
@@ -116,48 +117,48 @@ class _Local:
 
     def stop(self) -> None:
         for worker in self.workers:
-            worker.pipe.close()  # of all before it waits for one
+            worker.pipe.close()  # all of them before the first wait
         while self.workers:
-            self.workers.pop().leave()
+            self.workers.pop().join()
 
     def ordered(self, function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
         tasks: deque[_Task] = deque()
         for job in jobs:
             tasks.append(_Task(pickle.dumps((function, job))))
-            self.look_after(tasks, 0)
+            self.update(tasks, 0)
             if len(tasks) >= AHEAD * self.count:
                 yield self.first(tasks)
         while tasks:
             yield self.first(tasks)
 
     def first(self, tasks: deque[_Task]) -> Any:
-        """The result of the first task, when it is there; raises its error."""
-        self.look_after(tasks, 0)
-        while tasks[0].said is None:
-            self.look_after(tasks, None)
-        result, error, trace = tasks.popleft().said or (None, None, "")
+        """Waits for the result of the first task; raises its error."""
+        self.update(tasks, 0)
+        while tasks[0].outcome is None:
+            self.update(tasks, None)
+        result, error, trace = tasks.popleft().outcome or (None, None, "")
         if error is not None:
-            raise error from FarTraceback(trace)
+            raise error from RemoteTraceback(trace)
         return result
 
-    def look_after(self, tasks: Iterable[_Task], patience: float | None) -> None:
-        """Takes in what is done, for which it waits up to `patience` seconds, and begins others."""
+    def update(self, tasks: Iterable[_Task], timeout: float | None) -> None:
+        """Receives outcomes, waiting up to `timeout` seconds, and starts tasks."""
         busy = [w for w in self.workers if w.task]
-        ready = wait([s for w in busy for s in w.sources()], patience) if busy else []
+        ready = wait([s for w in busy for s in w.sources()], timeout) if busy else []
         for worker in busy:
             if not {*worker.sources()}.isdisjoint(ready):
                 try:
-                    worker.hear()
+                    worker.receive()
                 except (EOFError, OSError):
-                    self.lose(worker)
+                    self.remove(worker)
         for task in tasks:
-            if not task.begun and not self.give(task):
+            if not task.is_running and not self.start(task):
                 return
 
-    def give(self, task: _Task) -> bool:
-        """Begins it, where there is a worker for it: whether there was one.
+    def start(self, task: _Task) -> bool:
+        """Starts a task if a worker is free; returns whether one was.
 
-        A job that has ended a process is alone in its second try: it may be for want of memory.
+        The retry of a task that crashed runs alone: it may need the memory of all workers.
         """
         running = [w.task for w in self.workers if w.task]
         is_alone = any(t.crashes for t in (*running, task))
@@ -167,48 +168,47 @@ class _Local:
         if worker is None:
             self.workers.append(worker := _Worker())
         try:
-            worker.begin(task)
+            worker.start(task)
         except OSError:
-            self.lose(worker)
+            self.remove(worker)
         return True
 
-    def lose(self, worker: _Worker) -> None:
-        """Its process has ended, and its task begins once more, or is given up."""
+    def remove(self, worker: _Worker) -> None:
+        """Removes a worker that has ended; its task is retried once."""
         self.workers.remove(worker)
-        worker.leave()
+        worker.join()
         task = worker.task
         assert task
         task.crashes += 1
+        task.is_running = task.crashes == 2
         if task.crashes == 2:
-            task.said = Crashed(), None, ""
-        else:
-            task.begun = False
+            task.outcome = Crashed(), None, ""
 
 
-def _work(pipe: Connection) -> None:
-    """A worker: Ctrl-C is for the command, and where that is gone, so is the worker."""
+def _run_jobs(pipe: Connection) -> None:
+    """The main function of a worker. It ignores Ctrl-C and ends with its parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent
 
-    def leave() -> None:
+    def exit_with_parent() -> None:
         wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=leave, daemon=True).start()
-    with suppress(EOFError, OSError):  # there are no more jobs, or nobody waits for this one's end
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):  # there are no more jobs
         while True:
-            pipe.send_bytes(_answer(pipe.recv_bytes()))
+            pipe.send_bytes(_outcome(pipe.recv_bytes()))
 
 
-def _answer(words: bytes) -> bytes:
-    """The result of a job, its error and that error's traceback."""
+def _outcome(payload: bytes) -> bytes:
+    """Runs a job; returns its pickled (result, error, traceback)."""
     try:
-        function, job = pickle.loads(words)
+        function, job = pickle.loads(payload)
         return pickle.dumps((function(job), None, ""))
-    except Exception as e:  # whatever it is, the command raises it
-        told = e if survives(e) else RuntimeError(f"{type(e).__name__}: {e}")
-        return pickle.dumps((None, told, traceback.format_exc()))
+    except Exception as e:  # raised again in the parent process
+        error = e if is_picklable(e) else RuntimeError(f"{type(e).__name__}: {e}")
+        return pickle.dumps((None, error, traceback.format_exc()))
 
 
 # --- Ray ------------------------------------------------------------------------------------------
@@ -216,32 +216,40 @@ def _answer(words: bytes) -> bytes:
 
 @contextmanager
 def _ray(count: int, address: str | None) -> Iterator[Ordered]:
-    """`address`: of a cluster that is there, "auto" for the one of this machine; null begins one.
+    """`address`: of a running cluster, "auto" for the one on this machine; None starts a new one.
 
-    On other machines of a cluster the checkout and the folders must be at the same places.
+    On other machines of a cluster the checkout and the folders must have the same paths.
     """
     try:
         import ray
+        from ray.exceptions import RayTaskError, WorkerCrashedError
     except ImportError as e:
         raise ConfigError("task.engine=ray: ray is not installed; use the extra sweep") from e
     own = {} if address else {"num_cpus": max(count, 1), "include_dashboard": False}
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-    # None would be another's cluster, where "ray start" has begun one on this machine.
+    # None would connect to a cluster that "ray start" has started on this machine.
     ray.init(address or "local", log_to_driver=False, runtime_env=environment, **own)
+    # Ray restarts a process that ends; a job that ends three of them is given up
+    remote = ray.remote(max_retries=2, num_cpus=1)(_call)
+
+    def result(reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except WorkerCrashedError:
+            return Crashed()
+        except RayTaskError as e:
+            raise e.cause from e
+
+    def ordered(function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
+        waiting: deque[Any] = deque()
+        for job in jobs:
+            waiting.append(remote.remote(function, job))
+            if len(waiting) >= AHEAD * max(count, 1):
+                yield result(waiting.popleft())
+        while waiting:
+            yield result(waiting.popleft())
+
     try:
-        ahead = AHEAD * max(count, 1)
-        # a process that ends is Ray's to start again; a job that ends three of them is given up
-        remote = ray.remote(max_retries=2, num_cpus=1)(_call)
-
-        def ordered(function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
-            waiting: deque[Any] = deque()
-            for job in jobs:
-                waiting.append(remote.remote(function, job))
-                if len(waiting) >= ahead:
-                    yield _got(waiting.popleft())
-            while waiting:
-                yield _got(waiting.popleft())
-
         yield ordered
     finally:
         ray.shutdown()
@@ -249,15 +257,3 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
 
 def _call(function: Function, job: Any) -> Any:
     return function(job)
-
-
-def _got(reference: Any) -> Any:
-    import ray
-    from ray.exceptions import RayTaskError, WorkerCrashedError
-
-    try:
-        return ray.get(reference)
-    except WorkerCrashedError:
-        return Crashed()
-    except RayTaskError as e:
-        raise e.cause from e

@@ -1,14 +1,14 @@
-"""Imported once by the server that ranks are forked from, so that each rank finds it done.
+"""Imported once by the fork server, so that ranks start with their imports done.
 
-Plugin files are read, and those are imported that `distributed.supervisor` names in a variable. An
-error is left to the rank that needs the plugin, which meets it again and says it.
+Reads the plugin files and imports the plugins that the supervisor names in a variable. Errors are
+ignored: the rank that needs a broken plugin raises them.
 """
 
 import os
 from contextlib import suppress
 
 from sandbox.config import discovery, registry
-from sandbox.distributed.supervisor import WARM
+from sandbox.distributed.rank_handle import WARM
 
 with suppress(Exception):
     discovery.setup()

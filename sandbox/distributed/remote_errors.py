@@ -1,21 +1,19 @@
-"""Errors of another process, as this one raises them."""
-
-from __future__ import annotations
+"""Errors that are raised again in another process."""
 
 import pickle
 
 
-class FarTraceback(Exception):
-    """The cause of an error that came from another process: the traceback that it has there."""
+class RemoteTraceback(Exception):
+    """The cause of an error from another process: its traceback there, as text."""
 
     def __str__(self) -> str:
         return self.args[0]
 
 
-def survives(error: BaseException) -> bool:
-    """Whether it can be sent whole, as pickle does."""
+def is_picklable(error: BaseException) -> bool:
+    """Whether pickling and unpickling `error` works."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # of a class that does not survive it, for reasons of its own
+    except Exception:  # whatever the class of the error raises
         return False
     return True

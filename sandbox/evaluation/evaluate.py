@@ -18,7 +18,7 @@ from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip, PairedMetric, PerClipMetric
 from sandbox.data.loader import Loader, batches, usual_size
-from sandbox.model.autoencoding import psnr, through
+from sandbox.model.autoencoding import psnr, reconstruct_clips
 from sandbox.model.components import build_parts
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports.progress import Progress
@@ -225,14 +225,15 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
 def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
     """Reconstructs clips (N, 3, T, H, W) on the CPU with a first stage on `device`; in [-1, 1]."""
     parts = video.split(_at_once(Clip(*video.shape[1:]), THROUGH))
-    return torch.cat([through(first_stage, x.to(device)).cpu() for x in parts]).clamp(-1, 1)
+    made = torch.cat([reconstruct_clips(first_stage, x.to(device)).cpu() for x in parts])
+    return made.clamp(-1, 1)
 
 
 @torch.no_grad()
 def _reconstructed(system: LatentDiffusion, real: Batch) -> Tensor:
     """First-stage reconstructions of real clips, from pixels or cached latents."""
     first_stage, parts = system.first_stage, []
-    with system.at_work(first_stage):
+    with system.on_device(first_stage):
         if real.video is not None:
             return reconstructed(first_stage, real.video, system.device)
         assert real.stored is not None  # data provide one of them

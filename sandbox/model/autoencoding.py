@@ -1,6 +1,4 @@
-"""The LightningModule that trains a first stage: reconstruct, compare, regularise."""
-
-from __future__ import annotations
+"""The LightningModule that trains a first stage with a reconstruction loss."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -15,28 +13,28 @@ from sandbox.model.trainable import Trainable
 
 
 class Reconstructed(Protocol):
-    """What a training pass gives; a loss may read more of it, such as the posterior."""
+    """Output of a training pass; a loss may read more of it, such as the posterior."""
 
     target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be less than the batch has
-    video: Tensor  # what became of it
+    video: Tensor  # the reconstruction of `target`, of the same shape
 
 
 class TrainableFirstStage(FirstStage, Protocol):
-    """A first stage that can be trained: samples its posterior with the draw "posterior"."""
+    """A trainable first stage; it samples its posterior with the draw "posterior"."""
 
     def reconstruct(self, x: Tensor, draws: Draws) -> Reconstructed: ...
 
 
-# (Reconstructed, finished optimizer steps) -> the loss: a plugin of group `reconstruction`
+# (Reconstructed, finished optimizer steps) -> loss: a plugin of group `reconstruction`
 Reconstruct = Callable[[Any, int], Terms]
 
 
 @runtime_checkable
 class Adversarial(Protocol):
-    """A reconstruction loss that trains networks of its own, in turn with the first stage.
+    """A reconstruction loss with a discriminator, trained in turn with the first stage.
 
-    Their parameters ask for no gradient outside of that turn, so that the first stage's optimizer,
-    average and clipping pass over them.
+    Its parameters require gradients only during their own update, so that the first stage's
+    optimizer, EMA and clipping skip them.
     """
 
     discriminator: nn.Module
@@ -45,8 +43,8 @@ class Adversarial(Protocol):
     def discriminate(self, out: Any, step: int) -> Terms: ...
 
 
-class Opponent:
-    """A discriminator with the optimizer that the engine builds for it; both are in checkpoints."""
+class DiscriminatorUpdate:
+    """A discriminator and its optimizer; checkpoints contain the state of both."""
 
     optimizer: torch.optim.Optimizer
     rank: Rank
@@ -55,34 +53,30 @@ class Opponent:
         self.module = module
 
     def build(self, plugin: Any, lr: float, rank: Rank) -> None:
-        """Builds its optimizer: of the same plugin and learning rate as the first stage's.
+        """Builds its optimizer, of the same plugin and learning rate as the first stage's.
 
-        `rank` says with whom it trains: a first stage may be made by one process of several.
+        Gradients are averaged over the ranks of `rank`.
         """
         self.rank = rank
         self.module.requires_grad_(True)
         self.optimizer = plugin.build(self.module.named_parameters(), lr)
         self.module.requires_grad_(False)
 
-    def turn(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
-        """Gathers `share` of the gradient, and makes a step where one is due."""
+    def step(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
+        """Accumulates `share` of the gradient; updates the weights if `is_update`."""
         self.module.requires_grad_(True)
         terms = loss()
         (terms.total * share).backward()
         self.module.requires_grad_(False)
         if is_update:
-            self._average()
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.rank.mean(parameter.grad)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             self.optimizer.step()
             self.optimizer.zero_grad()
         return terms
-
-    def _average(self) -> None:
-        """The mean of the gradients over all processes."""
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad = self.rank.mean(parameter.grad)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
@@ -100,13 +94,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def through(first_stage: FirstStage, x: Tensor) -> Tensor:
-    """x (B, 3, T, H, W) encoded to the posterior mean and decoded: the ceiling of samples."""
+def reconstruct_clips(first_stage: FirstStage, x: Tensor) -> Tensor:
+    """x (B, 3, T, H, W) encoded to the posterior mean and decoded."""
     return first_stage.decode(first_stage.scaled(first_stage.encode(x).mean))
 
 
 class Autoencoding(Trainable):
-    """Trains `first_stage` on batches of video with a loss of group `reconstruction`."""
+    """Trains `first_stage` on video batches with a loss of group `reconstruction`."""
 
     def __init__(
         self, root: Root, first_stage: TrainableFirstStage, reconstruction: Reconstruct, group: int
@@ -115,13 +109,14 @@ class Autoencoding(Trainable):
         self.first_stage = first_stage
         self.reconstruction = reconstruction
         is_adversarial = isinstance(reconstruction, Adversarial)
-        self.opponent = Opponent(reconstruction.discriminator) if is_adversarial else None
-        self.hold_still()
+        self.discriminator_update = (
+            DiscriminatorUpdate(reconstruction.discriminator) if is_adversarial else None
+        )
+        self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms, decibels = self.reconstruct(batch, self.draws(batch))
-        self.metrics = {"loss": terms.total.detach(), "psnr": decibels.mean(), **terms.log}
-        self.logged = frozenset(terms.log)
+        self.record(terms, psnr=decibels.mean())
         return terms.total
 
     def step(self, batch: Batch, draws: Draws) -> Terms:
@@ -133,9 +128,11 @@ class Autoencoding(Trainable):
         out = self.first_stage.reconstruct(_pixels(batch), draws)
         return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
 
-    def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
-        """The discriminator's turn, as published on what the first stage makes after its step."""
-        if self.opponent is None:
+    def update_discriminator(
+        self, batch: Batch, share: float, rate: float, is_update: bool
+    ) -> None:
+        """As published, the discriminator sees what the first stage makes after its own update."""
+        if self.discriminator_update is None:
             return
         with torch.no_grad():
             out = self.first_stage.reconstruct(_pixels(batch), self.draws(batch))
@@ -144,9 +141,10 @@ class Autoencoding(Trainable):
             assert isinstance(self.reconstruction, Adversarial)
             return self.reconstruction.discriminate(out, self.finished_steps)
 
-        self.metrics = self.metrics | self.opponent.turn(loss, share, rate, is_update).log
+        terms = self.discriminator_update.step(loss, share, rate, is_update)
+        self.metrics = self.metrics | terms.log
 
 
 def _pixels(batch: Batch) -> Tensor:
-    assert batch.video is not None  # data without pixels are refused before
+    assert batch.video is not None  # wiring refuses data without pixels
     return batch.video

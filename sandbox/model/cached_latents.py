@@ -1,10 +1,8 @@
-"""Training on stored latents: what takes the place of the first stage, and whose latents they are.
+"""Training on cached latents: the module that takes the place of the first stage.
 
-task=encode leaves an index.json with the settings of the first stage and the file of its weights,
-the only ones that the latents of that folder mean anything with.
+task=encode writes an index.json with the first stage's settings, and its weights. Cached latents
+are valid with those alone.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -16,25 +14,32 @@ from torch import Tensor, nn
 from sandbox.config import registry
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
+from sandbox.model.offload import moved
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.storage.first_stage_files import load_weights
+from sandbox.storage.weight_files import safetensors_errors
 
-LARGE = ("encoder.", "decoder.")  # what only pixels need
+LARGE = ("encoder.", "decoder.")  # only pixels need these
 
 
 def settings_of(root: Root) -> dict[str, Any]:
-    """What of a first stage decides what its latents are, besides the weights."""
+    """The first stage settings that determine its latents, apart from the weights."""
     return to_container(root.vae) | {"weights": None}
 
 
-def needs_no_pixels(root: Root) -> bool:
-    """Whether a training step reads stored latents alone, of the first stage that comes along."""
-    comes_along = root.vae.weights in (None, "auto")
-    return root.data.stored() is not None and comes_along and not root.conditioning.encodes()
+def has_own_first_stage(root: Root) -> bool:
+    """Whether the cached latents' first stage is used, not one that `vae.weights` names."""
+    return root.vae.weights in (None, "auto")
+
+
+def reads_only_cached_latents(root: Root) -> bool:
+    """Whether a training step needs neither pixels nor another first stage."""
+    is_cached = root.data.stored() is not None
+    return is_cached and has_own_first_stage(root) and not root.conditioning.encodes()
 
 
 def source(root: Root) -> tuple[Path, str]:
-    """File and SHA-256 of the first stage that made the stored latents.
+    """File and SHA-256 of the first stage that made the cached latents.
 
     Raises ConfigError where `vae` has other settings, StorageError where there is no index.
     """
@@ -44,38 +49,36 @@ def source(root: Root) -> tuple[Path, str]:
         made_with, weights = index["vae"], index["first_stage"]
     except (OSError, ValueError, KeyError) as e:
         raise StorageError(
-            f"data.root={folder}: it has no index.json that can be read ({e!r}); task=encode "
-            "task.to=FOLDER writes it when all clips are stored"
+            f"data.root={folder}: it has no readable index.json ({e!r}); task=encode "
+            "task.to=FOLDER writes it when all clips are encoded"
         ) from e
     own = settings_of(root)
-    if made_with != own:
-        names = [k for k in (*own, *made_with) if own.get(k) != made_with.get(k)]
+    names = [k for k in {**own, **made_with} if own.get(k) != made_with.get(k)]
+    if names:
         raise ConfigError(
             *(
                 f"vae.{name}={own.get(name)}: the latents in {folder} were made with "
-                f"{made_with.get(name)}; use that, or task=encode with this one"
-                for name in dict.fromkeys(names)
+                f"{made_with.get(name)}; use that value, or encode again with task=encode"
+                for name in names
             )
         )
     if index["precision"] != root.precision:
         raise ConfigError(
             f"precision={root.precision}: the latents in {folder} were made with precision="
-            f"{index['precision']}, and others are made with this one; use that, or encode again"
+            f"{index['precision']}; use that value, or encode again with task=encode"
         )
     return folder / weights["file"], weights["sha256"]
 
 
-def prepare_stored(root: Root, first_stage: Any) -> None:
-    """Gives a whole first stage, which conditioning asks for, the weights that made the latents.
+def load_matching_weights(root: Root, first_stage: Any) -> None:
+    """Loads the weights that made the cached latents into a first stage with all its parts.
 
     Raises StorageError where `vae.weights` names others.
     """
-    if isinstance(first_stage, StoredLatents):
+    if isinstance(first_stage, CachedLatents):
         return
     path, digest = source(root)
-    load_weights(
-        first_stage, path if root.vae.weights in (None, "auto") else Path(root.vae.weights)
-    )
+    load_weights(first_stage, path if has_own_first_stage(root) else Path(root.vae.weights))
     if fingerprint(first_stage) != digest:
         raise StorageError(
             f"vae.weights={root.vae.weights}: not the weights that made the latents in "
@@ -83,11 +86,11 @@ def prepare_stored(root: Root, first_stage: Any) -> None:
         )
 
 
-class StoredLatents(nn.Module):
-    """In place of a first stage: reads latents with a few of its numbers, and no network.
+class CachedLatents(nn.Module):
+    """Replaces a first stage: scales cached latents without loading encoder and decoder.
 
-    The first stage is loaded when pixels are asked for (samples, scores). Its state is the SHA-256
-    of the whole one, so that a run is not continued on latents of another.
+    Those are loaded when pixels are needed (samples, scores). Its state is the SHA-256 of the full
+    first stage, so that a run cannot continue on latents of another.
     """
 
     digest: Tensor  # (32,) uint8
@@ -97,17 +100,24 @@ class StoredLatents(nn.Module):
         self.root = root
         self.path, digest = source(root)
         self.register_buffer("digest", torch.tensor([*bytes.fromhex(digest)], dtype=torch.uint8))
-        self._held: list[Any] = []  # hidden: it is no part of the state
-        self._is_whole = True
+        self._network: list[Any] = []  # in a list, so that it is no submodule
+        self._is_loaded = True
         self.release()
 
     def release(self) -> None:
-        """Gives back the memory of the network, until pixels are asked for again."""
-        if self._is_whole:
-            with torch.device("meta"):
-                self._held = [freeze(registry.create(self.root.vae))]
-            self._is_whole = False
-            self._put(self._read())
+        """Frees the memory of encoder and decoder until pixels are needed again."""
+        if not self._is_loaded:
+            return
+        with torch.device("meta"):
+            self._network = [freeze(registry.create(self.root.vae))]
+        self._is_loaded = False
+        with safetensors_errors(self.path):
+            from safetensors import safe_open
+
+            with safe_open(self.path, "pt") as file:
+                names = [name for name in file.keys() if not name.startswith(LARGE)]  # noqa: SIM118
+                state = {name: file.get_tensor(name) for name in names}
+        self._network[0].load_state_dict(state, strict=False, assign=True)
 
     def posterior(self, stored: Tensor) -> Posterior:
         return self._on(stored.device).posterior(stored)
@@ -116,57 +126,31 @@ class StoredLatents(nn.Module):
         return self._on(z.device).scaled(z)
 
     def encode(self, x: Tensor) -> Posterior:
-        self.whole()
+        self.full()
         return self._on(x.device).encode(x)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        self.whole()
+        self.full()
         return self._on(z.device).decode(z, draws)
 
-    def whole(self) -> Any:
-        """The first stage with all its weights. Raises StorageError where they are others."""
-        if not self._is_whole:
-            whole = registry.create(self.root.vae)
-            load_weights(whole, self.path)
-            if fingerprint(whole) != bytes(self.digest.tolist()).hex():
-                raise StorageError(f"{self.path}: not what task=encode has written; encode again")
-            self._held, self._is_whole = [freeze(whole)], True
-        return self._held[0]
+    def full(self) -> Any:
+        """The first stage with all its weights. Raises StorageError where the file has changed."""
+        if not self._is_loaded:
+            full = registry.create(self.root.vae)
+            load_weights(full, self.path)
+            if fingerprint(full) != bytes(self.digest.tolist()).hex():
+                raise StorageError(
+                    f"{self.path}: not the file that task=encode wrote; encode again"
+                )
+            self._network, self._is_loaded = [freeze(full)], True
+        return self._network[0]
 
     def _on(self, device: torch.device) -> Any:
-        """The first stage with all that is loaded of it on `device`."""
-        (held,) = self._held
-        for module in held.modules():
+        """The first stage, with its loaded tensors on `device`."""
+        (network,) = self._network
+        for module in network.modules():
             for own in (module._parameters, module._buffers):
                 for name, tensor in own.items():
                     if tensor is not None and tensor.device != device and not tensor.is_meta:
-                        own[name] = _moved(tensor, device)
-        return held
-
-    def _put(self, state: dict[str, Tensor]) -> None:
-        """Puts some weights in their places."""
-        for name, tensor in state.items():
-            place, _, last = name.rpartition(".")
-            module = self._held[0].get_submodule(place)
-            own = module._parameters if last in module._parameters else module._buffers
-            own[last] = _like(own[last], tensor)
-
-    def _read(self) -> dict[str, Tensor]:
-        """Tensors of the file but the large ones, which are not read."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as file:
-                names = [name for name in file.keys() if not name.startswith(LARGE)]  # noqa: SIM118
-                return {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"{self.path}: not a file of weights that can be read ({e})") from e
-
-
-def _like(own: Tensor | None, tensor: Tensor) -> Tensor:
-    is_parameter = isinstance(own, nn.Parameter)
-    return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    return _like(tensor, tensor.detach().to(device))
+                        own[name] = moved(tensor, device)
+        return network

@@ -1,7 +1,5 @@
 """The components of a wired system, built from their complete Configs."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from sandbox.contracts import (
     Sampler,
     Schedule,
 )
-from sandbox.model.cached_latents import StoredLatents, needs_no_pixels
+from sandbox.model.cached_latents import CachedLatents, reads_only_cached_latents
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,10 +39,10 @@ class Parts:
 
 
 def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
-    """Builds every component, and says which kernels they use.
+    """Builds every component and sets the kernels.
 
-    `empty`: the backbone's weights, those of an adapter apart, hold anything; all are put in place
-    afterwards. Then they are made once, in the dtype that they stay in.
+    `empty`: leaves the backbone's weights uninitialised (not an adapter's), in the dtype they keep.
+    The caller loads all of them.
     """
     root = wiring.root
     use_kernels(root)
@@ -60,18 +58,18 @@ def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
 
 
 def use_kernels(root: Root) -> None:
-    """Sets which implementation runs each hot operation. Raises ConfigError where it cannot."""
+    """Selects the implementation of each hot operation. ConfigError where it cannot run here."""
     registry.create(root.kernels).apply()
 
 
 def _first_stage(group: str, root: Root) -> Any:
-    return StoredLatents(root) if needs_no_pixels(root) else build(group, root)
+    return CachedLatents(root) if reads_only_cached_latents(root) else build(group, root)
 
 
 def _empty(group: str, root: Root) -> Any:
-    """A component without a first pass over its memory: numbers are written when they are known.
+    """A component with uninitialised memory, since its weights are loaded next.
 
-    Built as usual where it has tensors that no file of weights holds.
+    A component with tensors outside its state dict, or with additions, is built as usual.
     """
     with torch.device("meta"):
         module = registry.create(getattr(root, group))
@@ -85,9 +83,9 @@ def _empty(group: str, root: Root) -> Any:
 
 
 def build(group: str, root: Root) -> Any:
-    """One component; its initial weights depend on (seed, its group) alone.
+    """One component. Its initial weights depend only on the seed and its group.
 
-    So a run with another first stage starts its backbone from the same weights.
+    So runs that differ in another component start from the same weights here.
     """
     with seeded(root, group):
         return registry.create(getattr(root, group))
@@ -95,13 +93,8 @@ def build(group: str, root: Root) -> Any:
 
 @contextmanager
 def seeded(root: Root, group: str) -> Iterator[None]:
-    """The global generator inside the block depends on (seed, group) alone."""
+    """Seeds the global generator inside the block from (seed, group) alone."""
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(_mix(root.seed, group))
+        digest = hashlib.blake2b(f"{root.seed}/{group}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest, "little"))
         yield
-
-
-def _mix(seed: int, group: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed}/{group}".encode(), digest_size=7).digest(), "little"
-    )

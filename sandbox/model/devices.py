@@ -1,6 +1,4 @@
-"""Where a system computes: its device, and how many threads."""
-
-from __future__ import annotations
+"""The device of a system, and the number of torch threads."""
 
 import os
 
@@ -12,31 +10,30 @@ from sandbox.distributed.pool import cores
 
 
 def device_of(root: Root, index: int = 0) -> torch.device:
-    """The device of `trainer.accelerator`; auto is the best there is. Raises ConfigError."""
-    there = {
+    """The device of `trainer.accelerator`; auto takes CUDA, then MPS, then CPU. ConfigError."""
+    is_available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    wanted = root.trainer.accelerator
-    if wanted == "auto":
-        wanted = next(name for name, is_there in there.items() if is_there)
-    if not there[wanted]:
-        choices = " or ".join(name for name, is_there in there.items() if is_there)
+    available = [name for name, is_there in is_available.items() if is_there]
+    chosen = root.trainer.accelerator
+    chosen = available[0] if chosen == "auto" else chosen
+    if chosen not in available:
         raise ConfigError(
-            f"trainer.accelerator={wanted}: this machine has no such device (or torch was "
-            f"installed without it); use auto or {choices}"
+            f"trainer.accelerator={chosen}: this machine has no such device (or torch was "
+            f"installed without it); use auto or {' or '.join(available)}"
         )
-    return torch.device(wanted, index) if wanted == "cuda" else torch.device(wanted)
+    return torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
 
 
 def use_threads(root: Root, threads: int | None = None) -> None:
-    """Torch threads of this process: those asked for (also by OMP_NUM_THREADS), else its share.
+    """Sets the torch threads: `threads`, else trainer.threads, OMP_NUM_THREADS, or a fair share.
 
-    That is what the loader's workers leave of its part of the cores. Sampling uses as many as
-    training did, which sums in the same order.
+    The share is the process's part of the cores without its data workers. Sampling uses the same
+    number as training, so that sums are in the same order.
     """
     share = max(1, cores() // root.trainer.processes - root.data.num_workers)
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    asked = threads or root.trainer.threads or (int(said) if said.isdigit() else 0)
-    torch.set_num_threads(asked or share)
+    variable = os.environ.get("OMP_NUM_THREADS", "")
+    chosen = threads or root.trainer.threads or (int(variable) if variable.isdigit() else 0)
+    torch.set_num_threads(chosen or share)

@@ -1,11 +1,10 @@
-"""Latent diffusion: one training step and one sampling call for every system. THE page to read.
+"""Latent diffusion: the training step and the sampling loop of every system in this project.
 
-Rombach et al. 2022, section 3: a first stage maps pixels to latents, a backbone learns to remove
-noise from them, told by conditions. What differs between systems is in the plugins; nothing here
-branches on a name.
+A first stage encodes a clip to latents z0. A schedule adds noise, z_t = alpha(t) z0 + sigma(t) eps.
+A backbone learns to undo it from z_t, the time t and the conditions; sampling starts from noise,
+removes it step by step and decodes the result (Rombach et al. 2022, section 3).
+All choices are in the plugins; nothing here branches on a plugin's name.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,9 +29,9 @@ from sandbox.contracts import (
     Sampler,
     Terms,
 )
-from sandbox.data.loader import told
+from sandbox.data.batching import size_scalars
 from sandbox.model.components import DTYPES, Parts
-from sandbox.model.offload import absent, frozen_in, present
+from sandbox.model.offload import frozen_in, weights_on, without_weights
 from sandbox.model.sampling import denoise
 from sandbox.model.trainable import Trainable, freeze
 
@@ -40,10 +39,7 @@ pytree.register_dataclass(Conditions)
 
 
 class LatentDiffusion(Trainable):
-    """A wired system: components as attributes, `training_step`, `sample`.
-
-    Pixels and latents are (B, C, T, H, W).
-    """
+    """A system built from wired components. Pixels and latents are (B, C, T, H, W)."""
 
     first_stage: FirstStage  # these three are modules
     conditioner: Conditioner
@@ -53,88 +49,40 @@ class LatentDiffusion(Trainable):
         super().__init__(wiring.root, group)
         self.wiring = wiring
         self.first_stage = freeze(parts.first_stage)
-        self.conditioner = parts.conditioner
-        self.backbone = parts.backbone
+        self.conditioner, self.backbone = parts.conditioner, parts.backbone
         self.schedule, self.loss = parts.schedule, parts.loss
         self.sampler, self.guidance = parts.sampler, parts.guidance
         self.adapter = parts.adapter
-        self.hold_still()
-
-    def base_state(self) -> dict[str, Tensor]:
-        """The backbone's own weights by their own names, also below an adapter."""
-        state, adapter = self.backbone.state_dict(), self.adapter  # type: ignore[attr-defined]
-        if adapter is None:
-            return state
-        return {own: x for name, x in state.items() if (own := adapter.published_name(name))}
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual; with trainer.low_vram what is frozen stays on the CPU."""
-        with absent(self.lodgers(self.first_stage, self.conditioner)):
-            return super().to(*args, **kwargs)
-
-    def at_work(self, part: Any) -> AbstractContextManager[Any]:
-        """With all of `part` on the device, where trainer.low_vram leaves some on the CPU."""
-        return present(self.lodgers(part), self.device)
-
-    def lodgers(self, *parts: Any) -> list[Any]:
-        """What waits on the CPU until it is needed."""
-        is_tight = self.root.trainer.low_vram
-        return [module for part in parts for module in frozen_in(part)] if is_tight else []
-
-    def narrow(self) -> AbstractContextManager[Any]:
-        """Computes in the dtype of a frozen backbone, also where the trainer's autocast is not."""
-        dtype = DTYPES[self.root.precision]
-        if self.adapter is None or dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype)
+        self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
         terms = self.step(batch, self.draws(batch))
-        self.note(terms)
+        self.record(terms)
         return terms.total
 
     def step(self, batch: Batch, draws: Draws) -> Terms:
-        """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
+        """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
         z0 = self.latents(batch, draws)  # (B, C, T, H, W), scaled
         drop, encode = self.conditioner.drop(draws), self.encoder(draws)
-        with self.at_work(self.conditioner):
+        with self.on_device(self.conditioner):
             cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
         t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
-        with self.narrow():
-            out = self.backbone(*self.schedule.inputs(self.schedule.noised(z0, eps, t), t), cond)
+        with self.autocast():
+            z_t = self.schedule.noised(z0, eps, t)
+            out = self.backbone(*self.schedule.inputs(z_t, t), cond)
         return self.loss(self.schedule, out, z0, eps, t)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
-        """Scaled latents (B, C, T, H, W) on the backbone's grid, from pixels or from a cache."""
-        with torch.no_grad(), self.at_work(self.first_stage):
+        """Scaled latents (B, C, T, H, W), encoded or cached, padded to the backbone's grid."""
+        with torch.no_grad(), self.on_device(self.first_stage):
             posterior = (
-                self.encoded(batch.video)
+                self.encode_pixels(batch.video)
                 if batch.video is not None
                 else self.first_stage.posterior(batch.stored)  # type: ignore[arg-type]
             )
-            z = self.first_stage.scaled(sampled(posterior, draws, "posterior"))
+            z = self.first_stage.scaled(sample_posterior(posterior, draws, "posterior"))
         padding = self.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
-
-    def encoded(self, pixels: Tensor) -> Posterior:
-        """What the first stage says of (B, 3, T, H, W), all at once or one by one."""
-        if not self.root.vae.one_by_one:
-            return self.first_stage.encode(pixels)
-        stored = [self.first_stage.encode(one).stored for one in pixels.split(1)]
-        return self.first_stage.posterior(torch.cat(stored))
-
-    def encoder(self, draws: Draws) -> Callable[[Tensor, str], Tensor]:
-        """What conditioning may ask of the first stage: (pixels, name of the draw) -> latents."""
-
-        @torch.no_grad()
-        def encode(pixels: Tensor, name: str) -> Tensor:
-            with self.at_work(self.first_stage):
-                return self.first_stage.scaled(sampled(self.encoded(pixels), draws, name))
-
-        return encode
-
-    def grid(self, z: Clip) -> Clip:
-        return self.root.backbone.grid(z)
 
     @torch.no_grad()
     def sample(
@@ -148,36 +96,87 @@ class LatentDiffusion(Trainable):
     ) -> Tensor:
         """Clips (B, 3, T, H, W) in [-1, 1] for the captions, images and scalars of `batch`.
 
-        `clip` is the size in pixels (default: the first of the data), `sampler` another than the
-        system's; randomness is that of the batch's positions. The caller has set eval mode.
+        `clip` is the size in pixels (default: the first size of the data); `sampler` replaces that
+        of the system. The batch's positions key the noise. The caller sets eval mode.
         """
         batch = self.transfer_batch_to_device(replace(batch), self.device)
         clip = clip or self.wiring.clips[0]
-        batch.scalars = batch.scalars | told(clip, batch.size, self.device)
+        batch.scalars = batch.scalars | size_scalars(clip, batch.size, self.device)
         z_clip = self.root.vae.latents(clip)
         grid, draws = self.grid(z_clip), self.draws(batch)
         signals, encode = self.root.conditioning.signals(), self.encoder(draws)
 
-        def conditions_of(dropped: frozenset[str]) -> Conditions:
+        def conditions(dropped: frozenset[str]) -> Conditions:
             drop = {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals}
             return self.conditioner(batch, grid, drop, draws, encode, None)
 
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
-        with self.at_work(self.conditioner):
-            conditions = [conditions_of(dropped) for dropped in self.guidance.passes(signals)]
-        with self.narrow():
+        with self.on_device(self.conditioner):
+            passes = [conditions(dropped) for dropped in self.guidance.passes(signals)]
+        with self.autocast():
             z = denoise(
-                self.backbone, self.schedule, self.guidance, conditions, sampler or self.sampler,
+                self.backbone, self.schedule, self.guidance, passes, sampler or self.sampler,
                 draws.normal("start", torch.empty(size, device=self.device)),
                 steps or self.root.sampler.steps, draws, hooks, progress,
             )  # fmt: skip
-        with self.at_work(self.first_stage):
+        with self.on_device(self.first_stage):
             video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
 
+    def encode_pixels(self, pixels: Tensor) -> Posterior:
+        """The posterior of (B, 3, T, H, W); clips are encoded one at a time with vae.one_by_one."""
+        if not self.root.vae.one_by_one:
+            return self.first_stage.encode(pixels)
+        stored = [self.first_stage.encode(one).stored for one in pixels.split(1)]
+        return self.first_stage.posterior(torch.cat(stored))
 
-def sampled(posterior: Posterior, draws: Draws, name: str) -> Tensor:
-    """Unscaled latents of a posterior; a draw only where it needs one."""
+    def encoder(self, draws: Draws) -> Callable[[Tensor, str], Tensor]:
+        """The function with which conditioning encodes images: (pixels, draw name) -> latents."""
+
+        @torch.no_grad()
+        def encode(pixels: Tensor, name: str) -> Tensor:
+            with self.on_device(self.first_stage):
+                posterior = self.encode_pixels(pixels)
+                return self.first_stage.scaled(sample_posterior(posterior, draws, name))
+
+        return encode
+
+    def grid(self, z: Clip) -> Clip:
+        return self.root.backbone.grid(z)
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The backbone's own weights under their own names, without those of an adapter."""
+        state, adapter = self.backbone.state_dict(), self.adapter  # type: ignore[attr-defined]
+        if adapter is None:
+            return state
+        return {own: x for name, x in state.items() if (own := adapter.published_name(name))}
+
+    # devices and precision
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch, but with trainer.low_vram frozen modules stay on the CPU."""
+        with without_weights(self.offloaded_modules(self.first_stage, self.conditioner)):
+            return super().to(*args, **kwargs)
+
+    def on_device(self, part: Any) -> AbstractContextManager[Any]:
+        """Copies the offloaded modules of `part` to the device inside the block."""
+        return weights_on(self.device, self.offloaded_modules(part))
+
+    def offloaded_modules(self, *parts: Any) -> list[Any]:
+        """The frozen modules of `parts`, which trainer.low_vram keeps on the CPU."""
+        is_on = self.root.trainer.low_vram
+        return [module for part in parts for module in frozen_in(part)] if is_on else []
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast to the dtype of a frozen backbone, for calls outside the trainer's autocast."""
+        dtype = DTYPES[self.root.precision]
+        if self.adapter is None or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
+
+
+def sample_posterior(posterior: Posterior, draws: Draws, name: str) -> Tensor:
+    """Unscaled latents (B, C, T, H, W) of a posterior; noise is drawn only where it is used."""
     if not posterior.is_random:
         return posterior.mean
     return posterior.sample(draws.normal(name, posterior.mean))
@@ -190,6 +189,6 @@ def clip_of(z: Tensor) -> Clip:
 def prompts_batch(
     captions: list[str], device: Any = "cpu", epoch: int = 0, start: int = 0, **fields: Any
 ) -> Batch:
-    """A batch to sample from: caption i has position start + i, which keys its noise."""
+    """A batch for sampling: caption i has position start + i, which keys its noise."""
     position = torch.arange(start, start + len(captions), device=device)
     return replace(Batch(captions=captions, ids=captions, epoch=epoch, position=position), **fields)

@@ -1,6 +1,4 @@
-"""From noise to latents: a backbone with its conditions, a guidance and a sampler, put together."""
-
-from __future__ import annotations
+"""Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -33,22 +31,22 @@ def denoise(
     hooks: Hooks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Latents (B, C, T, H, W) from standard normal `z` of that shape.
+    """Latents (B, C, T, H, W) from standard normal noise `z` of that shape.
 
-    conditions: one for each of `guidance.passes(signals)`, in that order. Passes whose tensors all
-    have the same shapes run as one batch, others one after another. progress(step, steps) is called
-    after each call of the model; a solver of second order calls twice in a step. The caller has set
-    the backbone to eval mode.
+    conditions: one per entry of `guidance.passes(signals)`, in that order. Passes whose tensors
+    all have the same shapes run as one batch, others one after another. progress(step, steps) is
+    called after each model call; a second-order solver makes two per step. The caller sets eval
+    mode.
     """
-    together = joined(conditions)
+    batched = concatenated(conditions)
 
     def model(z_t: Tensor, t: Tensor, step: int) -> Tensor:
         z_in, t_in = schedule.inputs(z_t, t)
-        if together is None:
+        if batched is None:
             outs = [backbone(z_in, t_in, cond) for cond in conditions]
         else:
             n = len(conditions)
-            outs = list(backbone(z_in.repeat(n, 1, 1, 1, 1), t_in.repeat(n), together).chunk(n))
+            outs = list(backbone(z_in.repeat(n, 1, 1, 1, 1), t_in.repeat(n), batched).chunk(n))
         if progress:
             progress(step, steps)
         return guidance.combine(outs, t, step, steps)
@@ -56,8 +54,8 @@ def denoise(
     return sampler(model, schedule, z, steps, draws, hooks)
 
 
-def joined(conditions: list[Conditions]) -> Conditions | None:
-    """Several passes along the batch; None where their tensors differ in name, shape or dtype."""
+def concatenated(conditions: list[Conditions]) -> Conditions | None:
+    """The passes along the batch axis; None where their tensors differ in name, shape or dtype."""
     first, *others = [
         {name: (x.shape, x.dtype) for name, x in cond.tensors()} for cond in conditions
     ]
@@ -74,7 +72,7 @@ def joined(conditions: list[Conditions]) -> Conditions | None:
 
 
 class PlainHooks:
-    """Hooks that change nothing: a base for those that change one thing."""
+    """Hooks that change nothing: the base class of the others."""
 
     def before(self, z_t: Tensor, t: Tensor) -> Tensor:
         return z_t
@@ -84,9 +82,9 @@ class PlainHooks:
 
 
 class KnownRegion(PlainHooks):
-    """Inpainting: before each call z_t is the noised known latents where `mask` is 1.
+    """Inpainting: sets z_t to the noised known latents where `mask` is 1, before each model call.
 
-    z0 (B, C, T, H, W); mask in [0, 1], of a shape that broadcasts to it.
+    z0 (B, C, T, H, W); mask in [0, 1], broadcastable to z0.
     """
 
     def __init__(self, schedule: Schedule, z0: Tensor, mask: Tensor, draws: Draws) -> None:
@@ -98,9 +96,9 @@ class KnownRegion(PlainHooks):
 
 
 class Quantised(PlainHooks):
-    """Snaps clean estimates by `quantise`: (B, C, T, H, W) -> the same shape.
+    """Quantises clean estimates with `quantise`: (B, C, T, H, W) -> the same shape.
 
-    As published (LDM): the noise estimate is left as it was.
+    As published (LDM): the noise estimate is not recomputed.
     """
 
     def __init__(self, quantise: Callable[[Tensor], Tensor]) -> None:

@@ -1,13 +1,9 @@
-"""Tensors that are cut over processes, and whole ones, as checkpoints hold.
+"""Sharded tensors (FSDP2, DeepSpeed stage 3), and full ones as checkpoints hold them.
 
-Cut are FSDP2's DTensors, and the parameters of DeepSpeed's stage 3: empty, with a flat part beside
-them and methods that gather and cut.
-
-Functions that gather are collective: all ranks call them, in the same order. A tensor that is whole
-passes through each of them.
+FSDP2's are DTensors. A parameter of DeepSpeed's stage 3 is empty, has its flat part as `ds_tensor`,
+and methods that gather and partition it. Functions that gather are collective: all ranks call them
+in the same order. Each function passes an unsharded tensor through.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,38 +16,38 @@ from sandbox.contracts import StorageError
 
 
 def is_sharded(value: Any) -> bool:
-    return hasattr(value, "full_tensor") or _has_part(value)
+    return hasattr(value, "full_tensor") or _is_deepspeed(value)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
-    """The shape of the whole."""
-    return tensor.ds_shape if _has_part(tensor) else tensor.shape  # type: ignore[attr-defined]
+    """The shape of the full tensor."""
+    return tensor.ds_shape if _is_deepspeed(tensor) else tensor.shape  # type: ignore[attr-defined]
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """Without its graph, and cut as it is."""
-    return tensor if _has_part(tensor) else tensor.detach()
+    """Without its graph; still sharded."""
+    return tensor if _is_deepspeed(tensor) else tensor.detach()
 
 
-def whole(value: Any) -> Any:
-    """`value` with all tensors in its dicts and lists whole; sharded ones come to the CPU."""
+def full_tensors(value: Any) -> Any:
+    """`value` with the tensors of its dicts and lists gathered; those come to the CPU."""
     if isinstance(value, dict):
-        return {k: whole(v) for k, v in value.items()}
+        return {k: full_tensors(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [whole(v) for v in value]
-    if _has_part(value):
+        return [full_tensors(v) for v in value]
+    if _is_deepspeed(value):
         value.all_gather()
-        found = value.detach().cpu().clone()
+        full = value.detach().cpu().clone()
         value.partition()
-        return found
+        return full
     return value.full_tensor().cpu() if is_sharded(value) else value
 
 
 def like(full: Tensor, target: Tensor) -> Tensor:
-    """`full` cut as `target` is; each rank takes its part of what it has."""
+    """`full` sharded like `target`; each rank takes its part of the tensor it has."""
     if not is_sharded(target) or is_sharded(full):
         return full
-    if _has_part(target):
+    if _is_deepspeed(target):
         part = nn.Parameter(full.detach(), requires_grad=False)
         target.convert_to_zero_parameters(param_list=[part])  # type: ignore[attr-defined]
         return part
@@ -62,20 +58,20 @@ def like(full: Tensor, target: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part; what is written into it is written into `tensor`."""
-    if _has_part(tensor):
-        if tensor.numel():  # else it would be stale
+    """This rank's part of `tensor`, sharing its memory."""
+    if _is_deepspeed(tensor):
+        if tensor.numel():  # gathered now: its part would be stale
             tensor.partition()  # type: ignore[attr-defined]
         return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _has_part(value: Any) -> bool:
+def _is_deepspeed(value: Any) -> bool:
     return hasattr(value, "ds_tensor")
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """() L2 norm of all gradients together: all whole, or all cut over all ranks."""
+    """() L2 norm over all gradients: none sharded, or all sharded over all ranks."""
     norm = get_total_norm([local(g) for g in gradients])
     if not any(map(is_sharded, gradients)):
         return norm
@@ -87,22 +83,23 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole state; moments are cut as their parameters are.
+    """Loads a full state; shards its moments like their parameters.
 
-    Raises StorageError where it is that of other parameters.
+    Raises StorageError for the state of other parameter groups.
     """
     sizes = [[len(g["params"]) for g in groups] for groups in
              (state["param_groups"], optimizer.param_groups)]  # fmt: skip
     if sizes[0] != sizes[1]:
         raise StorageError(
-            f"the optimizer's state is of {sizes[0]} weights a group, here are {sizes[1]}: another "
-            "`trainable`, optimizer or network; start from the weights alone with init_from=FOLDER"
+            f"the optimizer state has groups of {sizes[0]} parameters, the optimizer has "
+            f"{sizes[1]}: `trainable`, optimizer or network differ; to load the weights alone, "
+            "use init_from=FOLDER"
         )
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
-    def cut(key: int, value: Any) -> Any:
-        fits = isinstance(value, Tensor) and value.shape == parameters[key].shape
-        return like(value, parameters[key]) if fits else value
+    def shard(key: int, value: Any) -> Any:
+        is_moment = isinstance(value, Tensor) and value.shape == parameters[key].shape
+        return like(value, parameters[key]) if is_moment else value
 
-    moments = {k: {n: cut(k, v) for n, v in s.items()} for k, s in state["state"].items()}
+    moments = {k: {n: shard(k, v) for n, v in s.items()} for k, s in state["state"].items()}
     optimizer.load_state_dict({**state, "state": moments})

@@ -1,6 +1,4 @@
-"""What both trainable systems share: keyed randomness, metrics of the last step, frozen parts."""
-
-from __future__ import annotations
+"""The base class of both trainable systems: keyed randomness, metrics, frozen parts, state."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -16,17 +14,17 @@ from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
 from sandbox.model.sharding import detached, like
+from sandbox.storage.weight_files import mismatches
 
 
 class Trainable(LightningModule, ABC):
     """A system that `sandbox.training.loop.fit` trains.
 
-    `group`: clips in one optimizer step over all processes, over which stratified draws spread.
-    `metrics` holds the detached tensors of the last micro-batch by name, `per_sample` its losses
-    (B,) where they are told; the engine gathers them. `logged`: names of those that are the loss's,
-    which validation measures, too. `optimizer` and `finished_steps`, the number
-    of optimizer steps so far, are set by the engine. `opponent` is what trains in turn with it.
-    `rates`: factor of the learning rate by weight, where `trainable` chooses some; 0 is held still.
+    `group`: clips in one optimizer step over all processes; stratified draws spread over them.
+    `metrics`: detached tensors of the last micro-batch by name; `per_sample`: its losses (B,).
+    `logged`: names of the metrics that the loss logs, which validation measures, too.
+    `lr_factors`: learning rate factor of each weight, where `trainable` is set; 0 freezes it.
+    The engine sets `optimizer` and `finished_steps`, the number of optimizer steps so far.
     """
 
     def __init__(self, root: Root, group: int) -> None:
@@ -36,46 +34,48 @@ class Trainable(LightningModule, ABC):
         self.logged: frozenset[str] = frozenset()
         self.per_sample: Tensor | None = None
         self.optimizer: Any = None
-        self.opponent: Any = None  # a sandbox.model.autoencoding.Opponent
+        self.discriminator_update: Any = None  # sandbox.model.autoencoding.DiscriminatorUpdate
         self.finished_steps = 0
-        self.rates: dict[str, float] = {}
-        self._fingerprints: dict[str, str] | None = None
+        self.lr_factors: dict[str, float] = {}
+        self._frozen_hashes: dict[str, str] | None = None
 
-    def hold_still(self) -> None:
-        """Once all parts are there: no gradient for what `trainable` leaves out.
+    def freeze_untrained(self) -> None:
+        """Freezes the weights that `trainable` leaves out; call it once all parts are set.
 
         Raises ConfigError with every entry that matches nothing.
         """
         if self.root.trainable is None:
             return
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        self.rates = lr_factors(trained, self.root.trainable)
+        self.lr_factors = lr_factors(trained, self.root.trainable)
         for name, parameter in trained.items():
-            parameter.requires_grad_(self.rates[name] > 0)
-        held = {id(p) for name, p in trained.items() if not self.rates[name]}
+            parameter.requires_grad_(self.lr_factors[name] > 0)
+        untrained = {id(p) for name, p in trained.items() if not self.lr_factors[name]}
         for module in self.modules():
             own = [*module.parameters()]
-            module._is_still = bool(own) and all(id(p) in held for p in own)  # type: ignore[assignment]
+            module._is_untrained = bool(own) and all(id(p) in untrained for p in own)  # type: ignore[assignment]
 
     def draws(self, batch: Batch) -> Keyed:
-        """All randomness of a batch, keyed by the position of each of its clips."""
-        assert batch.position is not None  # the loader writes it
+        """All randomness of a batch, keyed by the position of each clip."""
+        assert batch.position is not None  # the loader sets it
         return Keyed(self.root.seed, batch.epoch, batch.position, self.group, self.device)
 
     @abstractmethod
     def step(self, batch: Batch, draws: Draws) -> Terms:
-        """The loss of one micro-batch; `draws` holds all randomness, so a recorded step replays."""
+        """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
 
-    def opponent_turn(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
-        """What else trains on a micro-batch, once its own gradients are used; nothing here.
+    def update_discriminator(
+        self, batch: Batch, share: float, rate: float, is_update: bool
+    ) -> None:
+        """Trains a discriminator on a micro-batch, after the system's own update; none here.
 
-        `share`: part of an optimizer step; `rate`: factor of the learning rate.
+        `share`: weight of the micro-batch in an optimizer step; `rate`: learning rate factor.
         """
 
-    def note(self, terms: Terms, **others: Tensor) -> None:
-        """Keeps what the engine asks for after a training step; nothing is copied or waited for."""
-        numbers = {"loss": terms.total, **terms.log, **others}
-        self.metrics = {name: value.detach() for name, value in numbers.items()}
+    def record(self, terms: Terms, **others: Tensor) -> None:
+        """Stores the metrics of a training step for the engine, without a device sync."""
+        metrics = {"loss": terms.total, **terms.log, **others}
+        self.metrics = {name: value.detach() for name, value in metrics.items()}
         self.logged, self.per_sample = frozenset(terms.log), terms.per_sample.detach()
 
     def configure_optimizers(self) -> Any:
@@ -84,7 +84,7 @@ class Trainable(LightningModule, ABC):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int = 0
     ) -> Batch:
-        """Moves the tensors of a batch in place; positions stay, which are keys of randomness."""
+        """Moves a batch in place; positions stay on the CPU, where they key the randomness."""
         if device.type == "cpu":
             return batch
         for f in fields(batch):
@@ -95,76 +95,78 @@ class Trainable(LightningModule, ABC):
         return batch
 
     def train(self, mode: bool = True) -> Any:
-        """As usual, but parts that are frozen or wholly held still stay in eval mode."""
+        """As in torch, but frozen and untrained modules stay in eval mode."""
         super().train(mode)
         for module in self.modules():
-            if getattr(module, "_frozen", False) or getattr(module, "_is_still", False):
+            if getattr(module, "_frozen", False) or getattr(module, "_is_untrained", False):
                 module.eval()
         return self
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """By name what is no frozen part's: what training changes, and what it holds still."""
-        parts = [m for m in self.modules() if getattr(m, "_frozen", False)]
-        frozen = {id(m) for part in parts for m in part.modules()}
+        """All tensors outside frozen parts: trained weights, untrained ones, buffers."""
+        frozen = {id(m) for part in self._frozen_parts().values() for m in part.modules()}
         return {
-            f"{prefix}.{name}" if prefix else name: detached(tensor)
+            name: detached(tensor)
             for prefix, module in self.named_modules()
             if id(module) not in frozen
-            for name, tensor in (*module._parameters.items(), *_persistent(module))
+            for key, tensor in (*module._parameters.items(), *_persistent(module))
             if tensor is not None
-            and (
-                tensor.requires_grad
-                or not isinstance(tensor, nn.Parameter)
-                or (f"{prefix}.{name}" if prefix else name) in self.rates
-            )
+            for name in [f"{prefix}.{key}" if prefix else key]
+            if tensor.requires_grad
+            or not isinstance(tensor, nn.Parameter)
+            or name in self.lr_factors
         }
 
-    def frozen_parts(self) -> dict[str, str]:
-        """SHA-256 of each frozen part's state, by its name."""
-        if self._fingerprints is None:
-            named = [(n, m) for n, m in self.named_modules() if getattr(m, "_frozen", False)]
-            self._fingerprints = {name: fingerprint(module) for name, module in named}
-        return self._fingerprints
+    def _frozen_parts(self) -> dict[str, nn.Module]:
+        return {n: m for n, m in self.named_modules() if getattr(m, "_frozen", False)}
 
-    def made_with(self) -> dict[str, str]:
-        """Header of exported weights: the first stage whose latents they are of."""
-        return {k: v for k, v in self.frozen_parts().items() if k == "first_stage"}
+    def frozen_hashes(self) -> dict[str, str]:
+        """SHA-256 of the state of each frozen part, by name."""
+        if self._frozen_hashes is None:
+            self._frozen_hashes = {n: fingerprint(m) for n, m in self._frozen_parts().items()}
+        return self._frozen_hashes
 
-    def forget_fingerprints(self) -> None:
-        """After frozen parts were given other weights."""
-        self._fingerprints = None
+    def first_stage_hash(self) -> dict[str, str]:
+        """Metadata of exported weights: the hash of the first stage that they were trained on."""
+        return {k: v for k, v in self.frozen_hashes().items() if k == "first_stage"}
+
+    def forget_hashes(self) -> None:
+        """Call this after the weights of frozen parts have changed."""
+        self._frozen_hashes = None
 
     def check_frozen(self, recorded: dict[str, str], but: str | None = None) -> None:
-        """Raises StorageError where a frozen part is not the one that `recorded` says.
+        """Raises StorageError where the hash of a frozen part differs from `recorded`.
 
-        The part named `but` and those inside it are passed over.
+        The part `but` and parts inside it are skipped.
         """
-        for name, digest in self.frozen_parts().items():
+        for name, digest in self.frozen_hashes().items():
             if but and f"{name}.".startswith(f"{but}."):
                 continue
             if recorded.get(name) != digest:
+                setting = FILE_SETTINGS.get(name.partition(".")[0], "its weights")
                 raise StorageError(
-                    f"{name}: its weights are not those that this run was trained with (SHA-256 "
-                    f"{digest[:12]}, the checkpoint says {recorded.get(name, 'nothing')[:12]}); "
-                    "bring back the file that was used"
+                    f"{name}: its weights (SHA-256 {digest[:12]}) are not those that this run was "
+                    f"trained with ({recorded.get(name, 'none')[:12]}); set {setting} to those of "
+                    "the run"
                 )
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
-        """The opposite of `trainable_state`; strict. Raises StorageError with names that differ."""
+        """Loads a `trainable_state`. Raises StorageError for other names or shapes."""
         own = self.trainable_state()
-        strange = sorted(set(own) ^ set(state))
-        strange += [k for k in own if k in state and own[k].shape != state[k].shape]
-        if strange:
+        if found := mismatches(own, state):
             raise StorageError(
-                f"the weights do not fit this model; {len(strange)} names or shapes differ: "
-                f"{', '.join(strange[:10])}"
+                f"the weights do not fit this model; {len(found)} names or shapes differ: "
+                f"{', '.join(found[:10])}"
             )
         for name, tensor in own.items():
             tensor.copy_(like(state[name], tensor))
 
 
+FILE_SETTINGS = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}
+
+
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of a module's state: names, shapes, types and numbers."""
+    """SHA-256 of a module's state: names, shapes, dtypes and values."""
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -64,7 +64,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     use_kernels(root)
     use_threads(root)
-    with rank.first():  # creates the first stage if needed; other ranks load it
+    with rank.rank0_first():  # it makes the first stage, where there is none; the others load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
     source = registry.create(root.data)
@@ -76,7 +76,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None
         prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
-    rank.meet()
+    rank.wait_for_all()
     parts = rank.gather_plain([shares, writer.made, writer.bad])
     bad = {k: v for _, _, found in parts for k, v in found.items()}
     made = sum(number for _, number, _ in parts)
@@ -247,8 +247,8 @@ class Writer:
             for done, index in enumerate(mine, 1):
                 if self.rank.stop_requested():
                     raise Preempted(
-                        f"stopped by {self.rank.asked}; finished clips are cached; run the same "
-                        "command to resume"
+                        f"stopped by {self.rank.stop_signal}; what is made is stored, and the same "
+                        "command goes on"
                     )
                 try:
                     found.append([index, self.row(items, index)])

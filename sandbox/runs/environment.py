@@ -1,6 +1,4 @@
-"""What a run records of its surroundings: code, versions, machine, command line."""
-
-from __future__ import annotations
+"""The environment that a run records: code, versions, machine, command line."""
 
 import hashlib
 import importlib.metadata
@@ -10,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """When, where and with what a command was started; secrets masked."""
+    """Time, place, command and machine of this process; secrets are masked."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "argv": [mask_text(a) for a in sys.argv],
@@ -50,22 +49,21 @@ def environment() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def code() -> dict[str, Any]:
-    """Commit of the checkout, whether files differ from it, and a hash of what does, plugins
-    elsewhere included; empty outside a git checkout.
+    """Commit of the checkout, whether files differ from it, and a hash of the changes.
+
+    The hash includes plugins outside the checkout. Empty outside a git checkout.
     """
     from sandbox.config.registry import sources_beside
 
     if not (CHECKOUT / ".git").exists():
         return {}
-    own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git need not know the rest, as in .venv
+    own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git may not know others, such as in .venv
     try:
         found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
         changes = [*(_changes() if found["dirty"] else ()), *sources_beside(*own)]
@@ -76,7 +74,7 @@ def code() -> dict[str, Any]:
 
 
 def _changes() -> Iterator[bytes]:
-    """What differs from the commit: of files that git knows, and new ones of code and settings."""
+    """Differences from the commit in tracked files, and new files of code and settings."""
     yield _git("diff", "HEAD", "--no-ext-diff", "--binary").encode()
     new = _git("ls-files", "-z", "--others", "--exclude-standard", "--", "*.py", "*.yaml")
     for name in filter(None, new.split("\0")):
@@ -85,7 +83,7 @@ def _changes() -> Iterator[bytes]:
 
 
 def _git(*words: str) -> str:
-    # Without locks: `git status` would take that of the index, and a commit meanwhile would fail.
+    # Without locks: `git status` would lock the index, and a commit at that moment would fail.
     done = subprocess.run(
         ["git", "--no-optional-locks", "-C", str(CHECKOUT), *words],
         capture_output=True, timeout=60, check=True,
@@ -104,7 +102,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str) -> str:
-    """Value of the first `name : value` line of a file of the system; empty where there is none."""
+    """The value of the first line `name : value` of a system file; empty where there is none."""
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:

@@ -1,6 +1,4 @@
-"""Runs that are there already: which one a task works on, and its configuration."""
-
-from __future__ import annotations
+"""Finds earlier runs: the one that a task works on, and its configuration."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,29 +10,23 @@ from sandbox.config import discovery, registry
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, OF_THE_COMMAND, Root, from_container, placed
 from sandbox.contracts import ConfigError, SandboxError, SizeError, StorageError
-from sandbox.runs.run import Run
+from sandbox.runs.run import Run, existing_run
 
-# What a run's weights are made for: with another one they do not fit, or mean something else.
-MADE_FOR = ("vae", "conditioning", "backbone", "schedule")
-TRAINED_BY = "task/train"  # runs of other tasks hold no system: task=train_vae leaves a first stage
+# The groups that a run's weights depend on: another plugin or setting there makes them wrong.
+DETERMINES_WEIGHTS = ("vae", "conditioning", "backbone", "schedule")
+TRAINED_BY = "task/train"  # runs of other tasks have no system (task=train_vae: a first stage)
 
 
 def find_run(out: str, named: str | None) -> Path:
-    """The run folder `named`, else the newest finished one below `out`.
-
-    Raises ConfigError with what there is.
-    """
+    """The run folder `named`, else the newest finished one in `out`. Raises ConfigError."""
     if named is not None:
-        folder = Path(named)
-        if not Run(folder).config_file.is_file():
-            raise ConfigError(
-                f"task.run={named}: no run there (it has no config.yaml); there is "
-                + _some(Path(out))
-            )
+        existing = sorted(str(p.parent) for p in Path(out).glob("*/config.yaml"))
+        hint = f"there is {', '.join(existing[-3:]) or f'no run in out={out}'}"
+        folder = existing_run(Path(named), "task.run", hint).folder
         task = task_of(folder)
         if task != TRAINED_BY:
             raise ConfigError(
-                f"task.run={named}: a run of {task.replace('/', '=')}, which leaves no system to "
+                f"task.run={named}: a run of {task.replace('/', '=')}, which has no system to "
                 "sample from; want a run of task=train"
             )
         return folder
@@ -50,7 +42,7 @@ def find_run(out: str, named: str | None) -> Path:
 
 
 def read_root(folder: Path) -> Root:
-    """The configuration of a run folder, whose files are found from any folder.
+    """The configuration of a run folder, with file paths that are valid in the current folder.
 
     Raises ConfigError, PluginError, StorageError.
     """
@@ -64,27 +56,26 @@ def read_root(folder: Path) -> Root:
 
 
 def check_same_system(folder: Path, own: Root, root: Root) -> None:
-    """Raises ConfigError where `root` is of another system than the run in `folder`, `own`.
+    """Raises ConfigError where `root` is not the system of `own`, the run in `folder`.
 
-    A network that was trained with another schedule, target or number of heads fits, and its
-    samples are wrong.
+    Weights may fit a system with another schedule, target or number of heads, but its samples
+    would be wrong.
     """
     problems = []
-    for group in MADE_FOR:
-        apart = _apart(group, getattr(own, group), getattr(root, group))
-        if apart:
+    for group in DETERMINES_WEIGHTS:
+        if apart := _differing(group, getattr(own, group), getattr(root, group)):
             was, now = (", ".join(f"{k}={v[i]}" for k, v in apart.items()) for i in (0, 1))
             problems.append(
-                f"{now}: the weights of {folder} are made for {was}; leave it out, or train "
-                "another run"
+                f"{now}: the weights of {folder} were trained with {was}; leave this setting out, "
+                "or train another run"
             )
     if problems:
         raise ConfigError(*problems)
 
 
-def _apart(group: str, own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> both values of what must be equal and is not; null is what wiring will fill in."""
-    if other is None:  # emptied, which wiring refuses
+def _differing(group: str, own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> both values of settings that must be equal; null is filled in by wiring."""
+    if other is None:  # wiring refuses that
         return {}
     if own.plugin != other.plugin:
         return {group: (own.plugin.rpartition("/")[2], other.plugin.rpartition("/")[2])}
@@ -93,25 +84,25 @@ def _apart(group: str, own: Any, other: Any) -> dict[str, tuple[Any, Any]]:
     return {name: pair for name, pair in pairs.items() if pair[1] not in (None, pair[0])}
 
 
-def other_first_stage(root: Root) -> Iterator[str]:
-    """Problems with a run folder as vae.weights, as far as its settings tell."""
+def first_stage_problems(root: Root) -> Iterator[str]:
+    """Problems with a run folder as vae.weights, from its settings alone."""
     here, run = root.vae, Run(root.vae.weights or "")
     if "weights" not in here.files() or not run.config_file.is_file():
         return
     try:
-        made = registry.typed(run.config().get("vae"))
+        there = registry.typed(run.config().get("vae"))
     except SandboxError:
-        return  # of another version of the program: its names and shapes are compared
-    if made is None or any(here.problems()) or any(root.data.problems()):
+        return  # of another version of the program: names and shapes are compared later
+    if there is None or any(here.problems()) or any(root.data.problems()):
         return
     where, name = f"vae.weights={root.vae.weights}", here.plugin.rpartition("/")[2]
-    if made.plugin != here.plugin:
-        yield f"{where}: a run of vae={made.plugin.rpartition('/')[2]}, not of vae={name}"
+    if there.plugin != here.plugin:
+        yield f"{where}: a run of vae={there.plugin.rpartition('/')[2]}, not of vae={name}"
         return
     clip = root.data.clips()[0]
-    with suppress(SizeError):  # said by the wiring
-        sizes = made.latents(clip), here.latents(clip)
-        theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames: of windows, too
+    with suppress(SizeError):  # wiring reports it
+        sizes = there.latents(clip), here.latents(clip)
+        theirs, ours = ((z.channels, z.height, z.width) for z in sizes)  # frames may be windowed
         if theirs != ours:
             yield (
                 f"{where}: its first stage makes latents of {sizes[0]}, vae={name} has settings "
@@ -120,27 +111,27 @@ def other_first_stage(root: Root) -> Iterator[str]:
 
 
 def choices(overrides: Sequence[str]) -> list[str]:
-    """Overrides that choose what an earlier run has, where the task of `overrides` works on one.
+    """Overrides for the options of an earlier run, where the task of `overrides` works on one.
 
-    With them in front, `task=sample sampler.eta=0` is composed with the sampler of that run.
-    Groups that `overrides` choose themselves, and runs that are swept over, are left alone.
+    Put in front of `overrides`, they let `task=sample sampler.eta=0` compose with the sampler of
+    that run. Groups that `overrides` choose are left out; so is everything in a sweep over runs.
     """
-    said = {o.partition("=")[0].lstrip("+~"): o.partition("=")[2] for o in overrides}
-    plugin = discovery.chosen_plugin("task", said.get("task", "train"))
+    given = {o.partition("=")[0].lstrip("+~"): o.partition("=")[2] for o in overrides}
+    plugin = discovery.chosen_plugin("task", given.get("task", "train"))
     if plugin is None or plugin.config is None or not plugin.config().uses_run():  # type: ignore[attr-defined]
         return []
-    if "task.run" not in said and said.keys() & {"init_from", "experiment"}:
-        return []  # weights stand for a run
+    if "task.run" not in given and given.keys() & {"init_from", "experiment"}:
+        return []  # the weights do not come from a run
     named, out = (
-        said.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out))
+        given.get(k, d).strip("'\"") for k, d in (("task.run", "null"), ("out", Root().out))
     )
     try:
         root = read_root(find_run(out, None if named == "null" else named))
     except (ConfigError, StorageError):
-        return []  # a sweep over runs, or no run: said when the task asks for it
+        return []  # a sweep over runs, or no run, which the task reports
     found = []
     for group in GROUPS:
-        if group in said or group in OF_THE_COMMAND:
+        if group in given or group in OF_THE_COMMAND:
             continue
         value = getattr(root, group)
         if group in SEVERAL:
@@ -151,10 +142,5 @@ def choices(overrides: Sequence[str]) -> list[str]:
 
 
 def task_of(folder: Path) -> str:
-    """The task that made a run folder, such as "task/train"; empty where it does not say."""
+    """The task of a run folder, such as "task/train"; empty where it is not recorded."""
     return (Run(folder).config().get("task") or {}).get("plugin", "")
-
-
-def _some(out: Path) -> str:
-    found = sorted(str(p.parent) for p in out.glob("*/config.yaml"))
-    return ", ".join(found[-3:]) or f"no run in out={out}"

@@ -1,10 +1,8 @@
-"""What a run writes down so that its numbers can be compared: protocols, costs, and its data.
+"""What a run records so that its numbers can be compared: protocols, costs, data.
 
-A score says little without how it was computed. Each carries its protocol, plain settings; reports
-compare numbers of equal protocols only.
+A score means little without the way it was computed. Each score has its protocol, a dict of plain
+settings; reports compare scores of equal protocols only.
 """
-
-from __future__ import annotations
 
 import hashlib
 import resource
@@ -23,11 +21,12 @@ HASHED = 256  # clips whose content is hashed, spread over a split
 def protocols(
     root: Root, clip: Clip, clips: int, weights: str, scores: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """By name of a number, how it was computed. `clip`: size that was judged; `weights`: of what.
+    """The protocol of each score, by name. `clip`: size that was scored; `weights`: ema or live.
 
-    Losses are those of the live weights on training clips; what they are a loss of belongs to them.
+    Losses are those of the live weights on training clips; settings that define the loss belong to
+    its protocol.
     """
-    judged = {
+    scored = {
         "data": root.data.plugin,
         "split": "val",
         "clips": clips,
@@ -35,20 +34,20 @@ def protocols(
         "height": clip.height,
         "width": clip.width,
     }
-    found = {name: {**judged, "weights": weights, "metric": _contents(root.metric)}
+    found = {name: {**scored, "weights": weights, "metric": _contents(root.metric)}
              for name in scores}  # fmt: skip
     loss = {
-        "data": judged | {"split": "train", "clips": "last tenth of the steps"},
+        "data": scored | {"split": "train", "clips": "last tenth of the steps"},
         "weights": "live",
         "loss": to_container(root.loss),
         "schedule": to_container(root.schedule),
         "latents": _contents(root.vae),
     }
-    return found | {"loss": loss, "first_stage_psnr_db": judged}
+    return found | {"loss": loss, "first_stage_psnr_db": scored}
 
 
 def _contents(cfg: Any) -> Any:
-    """Its settings; of a file what is in it, wherever it lies."""
+    """Settings, with the hash of a file's contents instead of its path."""
     found = to_container(cfg)
     for name, path in cfg.files().items() if cfg else ():
         if path and Path(path).is_file():
@@ -57,9 +56,9 @@ def _contents(cfg: Any) -> Any:
 
 
 def cost(system: Any, seconds: dict[str, float]) -> dict[str, Any]:
-    """Parameters of the parts that sample, trained ones, seconds, and peak memory in MiB.
+    """Parameters (all and trained), seconds, and peak memory in MiB since `reset_peak_memory`.
 
-    Memory is that of the GPU, else of this process with all its libraries, since `forget_peak`.
+    Memory is that of the GPU, or of this process with all its libraries.
     """
     parameters = list(system.parameters())
     device = system.device
@@ -74,7 +73,7 @@ def cost(system: Any, seconds: dict[str, float]) -> dict[str, Any]:
 
 
 def peak_memory(device: Any) -> float:
-    """MiB of a GPU, else of this process."""
+    """MiB of the GPU, or of this process on other devices."""
     if device.type == "cuda":
         import torch
 
@@ -83,14 +82,15 @@ def peak_memory(device: Any) -> float:
     return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def forget_peak(device: Any) -> None:
-    """Begins anew: a first stage that was made before, or an earlier run of a notebook, may have
-    taken more. Of a process only Linux can do it, where that is allowed; else both count.
+def reset_peak_memory(device: Any) -> None:
+    """Resets the peak, which an earlier run or a first stage of this process may have set.
+
+    For the memory of a process this works on Linux only, where it is allowed.
     """
     if device.type == "cuda":
         import torch
 
-        if torch.cuda.is_initialized():  # else there is none, and torch refuses to forget it
+        if torch.cuda.is_initialized():  # else torch raises
             torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
@@ -98,9 +98,9 @@ def forget_peak(device: Any) -> None:
 
 
 def fingerprint(items: Items) -> dict[str, Any]:
-    """Number of clips of a split, a hash of all their ids, and one of what some are made from.
+    """The number of clips of a split, a hash of all ids, and one of the contents of some clips.
 
-    The latter is left out where items do not know it (`contracts.Hashed`).
+    Items that are not `contracts.Hashed` have no content hash.
     """
     ids = hashlib.sha256("\n".join(items.id(i) for i in range(len(items))).encode())
     found = {"clips": len(items), "ids": ids.hexdigest()[:16]}

@@ -1,19 +1,19 @@
-"""The run folder: which one a command continues, who may write in it, and what lies there.
+"""The run folder: its name, its lock, resuming, and the files in it.
 
 The name is the recipe and a hash of the resolved config, so the same command finds its run again:
 
     outputs/default-1a2b3c4d/   the first run of this configuration; -2, -3 ... are further ones
-      lock                        held by the running process; freed by the system when that dies
+      lock                        held by the running process; the system frees it when that dies
       config.yaml                 resolved, secrets masked
-      environment.json            versions, code, machine, command line and the folder that it was
-                                  given in; earlier starts in "earlier"
-      metrics.jsonl               the truth about metrics: a line a step, the last one counts
+      environment.json            versions, code, machine, command line and its folder; earlier
+                                  starts in "earlier"
+      metrics.jsonl               metrics, a line per step; the last line of a step counts
       checkpoints/ samples/
       result.json                 written last: the run is finished
 
-`steps` belongs to the identity: schedules depend on it, and a sweep over it must not share one
-folder. To train a finished run for longer, name its folder: `resume.run=outputs/default-1a2b3c4d
-steps=2400`.
+`steps` belongs to the hash: schedules depend on it, and the runs of a sweep over it need folders of
+their own. To train a finished run for longer, name its folder:
+`resume.run=outputs/default-1a2b3c4d steps=2400`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from sandbox.config.root import to_container
 from sandbox.config.secrets import mask
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.runs.environment import environment
 from sandbox.storage.atomic import storing, write_atomic
 
-# Settings that do not change a result, with all that is below them. They are no part of a run's
-# identity and may differ when it is resumed.
+# Settings that do not change a result, and all below them. They are not part of a run's identity
+# and may differ when it is resumed.
 IGNORED = (
     "out",
     "cache",
@@ -55,8 +56,8 @@ IGNORED = (
     "trainer.timeout",
     "hydra",
 )
-PATIENCE = 2.0  # seconds for the ranks of a command that was just killed to be gone
-# Groups and settings that decide the operations of an optimizer step.
+LOCK_SECONDS = 2.0  # wait for the ranks of a command that was just killed
+# Groups and settings that determine the operations of an optimizer step.
 WORK = ("data", "vae", "backbone", "conditioning", "adapter", "trainable", "precision", "trainer")
 
 log = logging.getLogger(__name__)
@@ -66,35 +67,37 @@ log = logging.getLogger(__name__)
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Eight hex digits that depend on every setting that may change the result."""
-    settings = {k: v for k, v in leaves(mask(config)).items() if not matches(k, IGNORED)}
-    return hashlib.sha256(json.dumps(sorted(settings.items())).encode()).hexdigest()[:8]
+    """Eight hex digits, a hash of every setting that may change the result."""
+    return _hash(leaves(mask(config)))
 
 
 def identity_of_work(settings: Mapping[str, str]) -> str:
-    """Eight hex digits that depend on every setting that changes the operations of a step.
+    """Eight hex digits, a hash of every setting that changes the operations of a step.
 
-    `settings` are those of `leaves`.
+    `settings` come from `leaves`.
     """
-    kept = {k: v for k, v in settings.items() if k.partition(".")[0] in WORK}
-    kept = {k: v for k, v in kept.items() if not matches(k, IGNORED)}
-    return hashlib.sha256(json.dumps(sorted(kept.items())).encode()).hexdigest()[:8]
+    return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
+
+
+def _hash(settings: Mapping[str, str]) -> str:
+    counted = sorted((k, v) for k, v in settings.items() if not matches(k, IGNORED))
+    return hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:8]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
+    """A line per setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
     return [f"{name}: {a} -> {b}" for name, (a, b) in changes(old, new).items()]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Name -> both values of settings that differ."""
     a, b = leaves(mask(old)), leaves(mask(new))
-    names = [*a, *(k for k in b if k not in a)]
-    pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in names}
+    pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in {**a, **b}}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def leaves(node: Any, name: str = "") -> dict[str, str]:
-    """Dotted name -> value as JSON: compared as written, also NaN."""
+    """Dotted name -> value as JSON text, so that also NaN equals itself."""
     if isinstance(node, Mapping) and node:
         found: dict[str, str] = {}
         for key, value in node.items():
@@ -103,13 +106,8 @@ def leaves(node: Any, name: str = "") -> dict[str, str]:
     return {name: json.dumps(node, default=str)} if name else {}
 
 
-def _number(text: str) -> float:
-    return (
-        float(text) if re.fullmatch(r"\d+", text) else float("nan")
-    )  # NaN is no more than anything
-
-
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a setting, or one that it is part of, matches a pattern."""
     return any(
         fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
     )
@@ -125,18 +123,18 @@ def open_run(
     resume: str = "auto",
     allow: Sequence[str] = (),
 ) -> Run:
-    """The locked folder in which this configuration runs.
+    """The folder in which this configuration runs, locked.
 
     resume: "auto" continues the newest folder of this identity that is neither finished nor in use,
-    else starts the next one; "never" always starts one; a folder continues that run, also a
-    finished one, also with a larger `steps`. `allow`: names of settings that may change the result
-    and may differ then. Raises StorageError where nothing can be written, ConfigError for a folder
-    that cannot be continued.
+    else creates the next one; "never" always creates one; a folder name continues that run, even if
+    it is finished, with an equal or larger `steps`. `allow`: settings that may then differ although
+    they may change the result. Raises StorageError where nothing can be written, ConfigError for a
+    folder that cannot be continued.
     """
     if resume not in ("auto", "never"):
-        run = _reopened(Path(resume), config, allow)
+        run = _reopen(Path(resume), config, allow)
     else:
-        run = _own(Path(out), _stem(name, config), resume == "auto")
+        run = _resume_or_create(Path(out), _stem(name, config), resume == "auto")
     try:
         run._begin(config)
     except BaseException:
@@ -152,49 +150,41 @@ def _stem(name: str, config: Mapping[str, Any]) -> str:
 
 def finished_run(root: Any) -> Path | None:
     """The newest finished run folder of a typed, wired Root; None where there is none."""
-    from sandbox.config.root import to_container
-
-    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
-    return next((path for path in found if Run(path).finished), None)
+    return next((path for path in _folders_of(root) if Run(path).finished), None)
 
 
 def open_root(root: Any) -> Run:
     """`open_run` for a typed Root (`sandbox.config.composition`), named for its recipe."""
-    from sandbox.config.root import to_container
-
     which = root.resume.run or root.resume.mode
     return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
 
 
 def continues(root: Any) -> bool:
-    """Whether `open_root` finds a run to go on with, which has weights of its own."""
-    from sandbox.config.root import to_container
-
+    """Whether `open_root` resumes a run, which has weights of its own."""
     if root.resume.run is not None:
         return True
-    found = _folders(Path(root.out), _stem(root.recipe, to_container(root)))
-    return root.resume.mode == "auto" and any(not Run(path).finished for path in found)
+    return root.resume.mode == "auto" and any(not Run(p).finished for p in _folders_of(root))
 
 
 @contextmanager
 def opened(root: Any, rank: Rank) -> Iterator[Run]:
-    """`open_root` in rank 0, which alone writes there; the others get the folder to read from."""
-    mine: Run | None = None
-    with rank.first():
+    """`open_root` in rank 0, the only one that writes; other ranks get the folder to read from."""
+    own: Run | None = None
+    with rank.rank0_first():
         if rank.index == 0:
-            mine = open_root(root)
-    folder = rank.broadcast_plain(str(mine.folder) if mine else None)
-    with mine or Run(folder) as run:
+            own = open_root(root)
+    folder = rank.broadcast_plain(str(own.folder) if own else None)
+    with own or Run(folder) as run:
         yield run
 
 
-def _own(out: Path, stem: str, resume: bool) -> Run:
+def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
     for n, folder in enumerate(_folders(out, stem) if resume else ()):
         run = Run(folder)
-        if not run.finished and run._lock(0 if n else PATIENCE):
-            if not run.finished:  # it may have ended between the two looks
+        if not run.finished and run._lock(0 if n else LOCK_SECONDS):
+            if not run.finished:  # it may have finished before the lock was taken
                 return run
             run.close()
     for n in itertools.count(1):
@@ -204,9 +194,13 @@ def _own(out: Path, stem: str, resume: bool) -> Run:
                 run.folder.mkdir()
             except FileExistsError:
                 continue
-        if run._lock():  # else another start found it empty and took it
+        if run._lock():  # else another process has taken the empty folder
             return run
     raise AssertionError("count is endless")
+
+
+def _folders_of(root: Any) -> list[Path]:
+    return _folders(Path(root.out), _stem(root.recipe, to_container(root)))
 
 
 def _folders(out: Path, stem: str) -> list[Path]:
@@ -219,12 +213,16 @@ def _folders(out: Path, stem: str) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
-    run = Run(folder)
+def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:
+    """The run in `folder`. Raises ConfigError, which names `setting` and ends with `hint`."""
+    run, where = Run(folder), f"{setting}={folder}" if setting else folder
     if not run.config_file.is_file():
-        raise ConfigError(
-            f"resume.run={folder}: no run there (it has no config.yaml); want the folder of a run"
-        )
+        raise ConfigError(f"{where}: no run there (it has no config.yaml); {hint}")
+    return run
+
+
+def _reopen(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
+    run = existing_run(folder, "resume.run")
     if not run._lock():
         raise ConfigError(
             f"resume.run={folder}: a process is running in it; wait for it or stop it"
@@ -237,20 +235,20 @@ def _reopened(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> 
         f"to allow it: resume.allow=[{k}]"
         for k, (a, b) in changed.items()
         if not matches(k, (*IGNORED, *allow))
-        and not (k == "steps" and _number(b) >= _number(a))
-        and not _same_file(start, a, b)
+        and not (k == "steps" and a.isdecimal() and b.isdecimal() and int(b) >= int(a))
+        and not _is_same_file(start, a, b)
     ]
     if refused:
         run.close()
         raise ConfigError(*refused)
-    if run.finished:  # its result is that of fewer steps
+    if run.finished:  # with fewer steps
         with storing(run.result):
             run.result.replace(run.folder / "result.earlier.json")
     return run
 
 
-def _same_file(start: Path, a: str, b: str) -> bool:
-    """Whether two values (JSON) name one file or folder, `a` seen from the folder `start`."""
+def _is_same_file(start: Path, a: str, b: str) -> bool:
+    """Whether two values (JSON) name one file or folder; `a` is relative to `start`."""
     if not a[:1] == b[:1] == '"' or "/" not in a + b:
         return False
     one, other = start / json.loads(a), Path(json.loads(b))
@@ -261,11 +259,11 @@ def _same_file(start: Path, a: str, b: str) -> bool:
 
 
 class Run:
-    """A run folder. `open_run` gives one with its lock; helpers and readers use `Run(folder)`."""
+    """A run folder. `open_run` gives one with its lock; readers use `Run(folder)`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.resumed = False  # whether an earlier process began this run
+        self.resumed = False  # whether an earlier process started this run
         self.config_file = self.folder / "config.yaml"
         self.environment = self.folder / "environment.json"
         self.metrics_file = self.folder / "metrics.jsonl"
@@ -273,7 +271,7 @@ class Run:
         self.samples = self.folder / "samples"
         self.result = self.folder / "result.json"
         self._handle: int | None = None
-        self._tail_is_whole = False
+        self._last_line_is_complete = False
 
     def __enter__(self) -> Self:
         return self
@@ -296,24 +294,23 @@ class Run:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
 
     def started_in(self) -> Path:
-        """The folder that its relative paths are of: that of its last start, where it is there."""
+        """The folder that its relative paths refer to: that of its last start, if it exists."""
         folder = Path(read_json(self.environment).get("folder", ""))
         return folder if folder.is_absolute() and folder.is_dir() else Path.cwd()
 
-    def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics of an optimizer step; of a step's equal names the last one counts."""
-        self.record_all([(step, metrics)])
-
     def record_all(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
-        """The same for several steps with one write. Raises StorageError."""
+        """Appends metrics of optimizer steps, in one write; a later value of a step counts.
+
+        Raises StorageError.
+        """
         self._append("".join(json.dumps({"step": s, **m}) + "\n" for s, m in rows))
 
     def rewind(self, step: int) -> None:
-        """Says that the run goes on from `step`: what was recorded after it counts no more."""
+        """Records that the run continues from `step`: metrics of later steps are void."""
         self._append(json.dumps({"rewind": step}) + "\n")
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Step -> metrics, in the order of steps. A line that a kill cut off is passed over."""
+        """Step -> metrics, in step order. Skips a line that a kill has cut off."""
         found: dict[int, dict[str, float]] = {}
         if not self.metrics_file.is_file():
             return found
@@ -330,24 +327,24 @@ class Run:
         return dict(sorted(found.items()))
 
     def describe(self, **facts: Any) -> None:
-        """Adds what is known later (device, chosen kernels) to environment.json."""
+        """Adds facts that are known later (device, kernels) to environment.json."""
         self._write_json(self.environment, {**read_json(self.environment), **mask(facts)})
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json, atomically and last: from now on the run is finished."""
+        """Writes result.json atomically, which marks the run as finished."""
         self._write_json(self.result, mask(result))
 
     def close(self) -> None:
-        """Gives the lock back."""
-        if self._handle in _held:  # not so in a forked child, which has dropped it
-            del _held[self._handle]
+        """Releases the lock."""
+        if self._handle in _locks:  # a forked child has dropped it
+            del _locks[self._handle]
             os.close(self._handle)
         self._handle = None
 
-    def _lock(self, patience: float = 0) -> bool:
+    def _lock(self, seconds: float = 0) -> bool:
         """Takes the lock, which the system frees when this process dies.
 
-        False: it is taken, and another process that has it keeps it for `patience` seconds.
+        False if another process holds it, also after `seconds`.
         """
         path = self.folder / "lock"
         with storing(path):
@@ -357,14 +354,14 @@ class Run:
         except OSError as e:
             os.close(handle)
             if isinstance(e, BlockingIOError):
-                if patience <= 0 or path in _held.values():
+                if seconds <= 0 or path in _locks.values():
                     return False
                 time.sleep(0.05)
-                return self._lock(patience - 0.05)
+                return self._lock(seconds - 0.05)
             raise StorageError(
                 f"{path}: this file system has no locks ({e.strerror or e}); choose another out="
             ) from e
-        _held[handle] = path
+        _locks[handle] = path
         self._handle = handle
         return True
 
@@ -372,15 +369,10 @@ class Run:
         import yaml
 
         self.resumed = self.config_file.is_file()
-        earlier = read_json(self.environment)
-        now = environment()
-        if self.resumed and earlier.get("code") != now["code"]:
-            log.warning(
-                "%s is continued with other code: %s -> %s",
-                self.folder,
-                earlier.get("code"),
-                now["code"],
-            )
+        earlier, now = read_json(self.environment), environment()
+        was, code = earlier.get("code"), now["code"]
+        if self.resumed and was != code:
+            log.warning("%s is resumed with other code: %s -> %s", self.folder, was, code)
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
         with storing(self.folder):
@@ -391,31 +383,32 @@ class Run:
 
     def _append(self, text: str) -> None:
         with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
-            if not self._tail_is_whole and file.tell():
+            if not self._last_line_is_complete and file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill cut the last line off
+                if file.read(1) != b"\n":  # a kill has cut it off
                     text = "\n" + text
             file.write(text.encode())
-        self._tail_is_whole = True
+        self._last_line_is_complete = True
 
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         with storing(path):
             write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-_held: dict[int, Path] = {}  # the locks of this process, by their handles
+_locks: dict[int, Path] = {}  # the locks of this process, by file descriptor
 
 
 def _drop_locks_in_child() -> None:
-    """A forked child (a loader's worker) would keep the lock alive after a kill of its parent."""
-    while _held:
-        os.close(_held.popitem()[0])
+    """A forked child (a data worker) would otherwise keep the lock after its parent was killed."""
+    while _locks:
+        os.close(_locks.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The dict in a JSON file; empty where it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,13 +1,11 @@
-"""Durable small files: a reader sees the old one or the new one, whenever the writer is killed."""
-
-from __future__ import annotations
+"""Atomic writes: a reader sees the old file or the new one, whenever the writer is killed."""
 
 import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sandbox.contracts import ConfigError, StorageError
@@ -24,9 +22,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of this writer alone, whose file takes its place after the block.
+    """A temporary path in the same folder; its file replaces `path` after the block.
 
-    A block that fails leaves `path` as it was, and no temporary file. Raises OSError.
+    A block that fails leaves `path` unchanged and no temporary file. Raises OSError.
     """
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -40,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """The text in place of what `path` held, whole or not at all. Raises OSError."""
+    """Writes the text atomically. Raises OSError."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -58,20 +56,16 @@ def storing(path: Path) -> Iterator[None]:
 
 
 def claimed(paths: Iterable[Path]) -> Path:
-    """The first of `paths` that is not there, now an empty file: jobs that come at once have one
-    each. Raises StorageError.
+    """Creates the first of `paths` that does not exist, as an empty file. Raises StorageError.
+
+    Jobs that start together get one each.
     """
-    return next(path for path in paths if _made(path))
-
-
-def _made(path: Path) -> bool:
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+    for path in paths:
+        with storing(path), suppress(FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
-        except FileExistsError:
-            return False
-    return True
+            return path
+    raise ValueError("all paths exist")
 
 
 def digest_of(path: Path) -> str:
@@ -82,7 +76,7 @@ def digest_of(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path, setting: str = "cache") -> Iterator[None]:
-    """One process at a time works on `path`; the others wait, and say so."""
+    """Lets one process at a time into the block; the others log that they wait."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
@@ -94,7 +88,7 @@ def locked(path: Path, setting: str = "cache") -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another run that makes {path.name}", flush=True)
+            print(f"waiting for another run that writes {path.name}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,15 +1,14 @@
-"""Checkpoints that are either whole or not there.
+"""Atomic, verified checkpoints.
 
 A checkpoint is a file `step_00001200.ckpt` and its manifest `step_00001200.json`. The file is
-written under another name, hashed on the way, synced and renamed; the manifest (SHA-256, size,
-step, format) comes last. So a kill at any moment leaves the older checkpoints as they were. No file
-is ever written over: the same step saved again is `step_00001200-2`. Reading checks size and hash
-and loads tensors and plain containers only.
+written under a temporary name, hashed while it is written, synced and renamed; the manifest
+(SHA-256, size, step, format) comes last. So a kill at any moment leaves the older checkpoints
+intact. No file is overwritten: saving the same step again gives `step_00001200-2`. Loading verifies
+size and hash, and accepts only tensors and plain containers.
 """
 
-from __future__ import annotations
-
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -30,7 +30,7 @@ from sandbox.storage.weight_files import check_savable, load_plain, opened
 FORMAT = 1  # of file and manifest; a program reads its own format and older ones
 NAME = re.compile(r"step_(\d+)(?:-(\d+))?")
 CHUNK = 1 << 22
-LARGE = 1 << 18  # bytes that are worth a hand-over to another thread
+LARGE = 1 << 18  # bytes; smaller pieces are hashed on the writing thread
 
 log = logging.getLogger(__name__)
 
@@ -51,24 +51,23 @@ def save(
 ) -> Path:
     """Writes `state` (plain containers and tensors) as the checkpoint of optimizer step `step`.
 
-    `notes` go into the manifest (JSON). A write that fails is tried `attempts` times, `wait`
-    seconds apart. Raises Diverged where a tensor is not finite, TypeError for what could not be
-    loaded again, StorageError when it cannot be written; earlier checkpoints stay as they are.
+    `notes` are stored in the manifest (JSON). A failed write is retried, up to `attempts` times in
+    all, `wait` seconds apart. Raises Diverged for a tensor that is not finite, TypeError for a type
+    that cannot be loaded again, StorageError for a failed write. Earlier checkpoints stay intact.
     """
     check_savable(dict(state))
     for left in reversed(range(attempts)):
         try:
             return _write(folder, dict(state), step, dict(notes or {}))
         except OSError as e:
+            reason = e.strerror or e
             if not left:
                 raise StorageError(
-                    f"{folder}: the checkpoint of step {step} cannot be written "
-                    f"({e.strerror or e}, {attempts} attempts); earlier ones are untouched; "
+                    f"{folder}: the checkpoint of step {step} cannot be written ({reason}, "
+                    f"{attempts} attempts); earlier ones are intact; "
                     "free some space and run the same command again"
                 ) from e
-            log.warning(
-                "checkpoint of step %d: %s; trying again in %g s", step, e.strerror or e, wait
-            )
+            log.warning("checkpoint of step %d: %s; trying again in %g s", step, reason, wait)
             time.sleep(wait)
     raise ValueError(f"attempts={attempts}: want >= 1")
 
@@ -80,7 +79,7 @@ def save_and_prune(
     policy: Any,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """`save`, then `prune`, as the Config of a `checkpoint` plugin says."""
+    """`save`, then `prune`, with the settings of a `checkpoint` plugin's Config."""
     path = save(folder, state, step, notes=notes, attempts=policy.attempts, wait=policy.wait)
     prune(folder, policy.keep, policy.milestones, policy.best, policy.best_of)
     return path
@@ -88,16 +87,17 @@ def save_and_prune(
 
 def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(
-        ".*.part"
-    ):  # of a writer that was killed; a run folder has one writer
-        left_over.unlink(missing_ok=True)
-    path = _free(folder, step)
+    for orphan in folder.glob(".*.part"):  # of a killed writer; a run folder has one writer
+        orphan.unlink(missing_ok=True)
+    path = _unused(folder, step)
     part = folder / f".{path.name}.part"
     try:
         with part.open("wb") as file, ThreadPoolExecutor(1) as pool:
-            hashed = _Hashed(file, pool)
-            _serialise(state, hashed)
+            hashed = _HashedFile(file, pool)
+            try:
+                torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
+            except RuntimeError as e:  # torch's writer replaces the file's own error
+                raise hashed.error or e from None
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
@@ -111,21 +111,22 @@ def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]
             "notes": notes,
         }
         write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
-    except BaseException:  # also a KeyboardInterrupt: what is not whole goes
+    except BaseException:  # also a KeyboardInterrupt
         part.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise
     return path
 
 
-class _Hashed:
-    """A file that hashes what passes through it, so that no second copy is made or read.
+class _HashedFile:
+    """A file that hashes what is written, so that no second copy is made or read.
 
-    Large pieces are hashed on another thread while they are written.
+    Large pieces are hashed on another thread during the write.
     """
 
     def __init__(self, file: BinaryIO, pool: Executor) -> None:
         self.file, self.pool, self.sha256, self.size = file, pool, hashlib.sha256(), 0
+        self.flush = file.flush
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -144,46 +145,34 @@ class _Hashed:
         self.size += size
         return size
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def _serialise(state: dict[str, Any], file: _Hashed) -> None:
-    try:
-        torch.save(state, file)  # pyright: ignore[reportArgumentType]
-    except RuntimeError as e:  # torch's writer hides the error of the file behind its own
-        raise file.error or e from None
-
-
-def _free(folder: Path, step: int) -> Path:
+def _unused(folder: Path, step: int) -> Path:
     taken = {p.stem for p in folder.glob(f"step_{step:08d}*")}
-    stem, n = f"step_{step:08d}", 1
-    while stem in taken:
-        n += 1
-        stem = f"step_{step:08d}-{n}"
-    return folder / f"{stem}.ckpt"
+    suffixes = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    stems = (f"step_{step:08d}{suffix}" for suffix in suffixes)
+    return folder / f"{next(stem for stem in stems if stem not in taken)}.ckpt"
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 class NewerFormat(StorageError):
-    """From a later version of this program; never passed over, as that would lose work."""
+    """A checkpoint of a later version of this program; never skipped, as that would lose work."""
 
 
 def manifest(path: Path) -> dict[str, Any]:
-    """What the manifest of a checkpoint says. Raises StorageError."""
+    """The manifest of a checkpoint. Raises StorageError."""
     try:
         found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if isinstance(found["format"], int) and found["format"] > FORMAT:
             raise NewerFormat(
-                f"{path}: format {found['format']}, but this program knows up to {FORMAT}; "
+                f"{path}: format {found['format']}, but this program reads up to {FORMAT}; "
                 "use the version that wrote it, or resume=never"
             )
         return {k: found[k] for k in ("format", "step", "file", "size", "sha256", "notes")}
     except FileNotFoundError:
         raise StorageError(
-            f"{path}: no manifest beside it: no checkpoint, or not written to its end"
+            f"{path}: it has no manifest: not a checkpoint, or its write was interrupted"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StorageError(
@@ -191,26 +180,40 @@ def manifest(path: Path) -> dict[str, Any]:
         ) from e
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest, once size and SHA-256 of the file are found right. Raises StorageError."""
-    said = manifest(path)
+@contextmanager
+def _verified(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
+    """The file and its manifest, whose size and SHA-256 match. Raises StorageError."""
+    recorded = manifest(path)
     with opened(path) as file:
-        _compare(path, file, said)
-    return said
+        size = os.fstat(file.fileno()).st_size
+        if size != recorded["size"]:
+            raise StorageError(
+                f"{path}: broken: {size} bytes, its manifest says {recorded['size']}"
+            )
+        sha256 = hashlib.sha256()
+        while chunk := file.read(CHUNK):
+            sha256.update(chunk)
+        if sha256.hexdigest() != recorded["sha256"]:
+            raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
+        yield file, recorded
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, after a check of the file's size and SHA-256. Raises StorageError."""
+    with _verified(path) as (_, recorded):
+        return recorded
 
 
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """The state that was saved. Raises StorageError where file and manifest do not agree."""
-    said = manifest(path)
-    with opened(path) as file:
-        _compare(path, file, said)
+    """The saved state. Raises StorageError where file and manifest do not match."""
+    with _verified(path) as (file, _):
         return load_plain(path, file, device)
 
 
-def skim(path: Path) -> dict[str, Any]:
-    """The state with numbers that are mapped, not read: for names and shapes. Raises StorageError.
+def load_mapped(path: Path) -> dict[str, Any]:
+    """The state with memory-mapped tensors, for names and shapes; the hash is not verified.
 
-    The hash is not looked at.
+    Raises StorageError.
     """
     manifest(path)
     with opened(path) as file:
@@ -218,20 +221,20 @@ def skim(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The last good checkpoint; broken ones are named in the log. Raises NewerFormat."""
-    return next((path for path, _ in _good_ones(folder, verify)), None)
+    """The newest valid checkpoint; logs broken ones. Raises NewerFormat."""
+    return next((path for path, _ in _valid(folder, verify)), None)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The state of the last good checkpoint, also where a run prunes them meanwhile.
+    """The state of the newest valid checkpoint, also while a run prunes them.
 
-    Broken ones are named in the log. Raises NewerFormat.
+    Logs broken ones. Raises NewerFormat.
     """
-    return next((state for _, state in _good_ones(folder, load)), None)
+    return next((state for _, state in _valid(folder, load)), None)
 
 
-def _good_ones(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
-    """Checkpoints that can be read, newest first of those that are there by then."""
+def _valid(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
+    """Readable checkpoints, newest first; the folder is listed again for each."""
     seen: set[Path] = set()
     while left := [path for path in checkpoints(folder) if path not in seen]:
         seen.add(left[0])
@@ -240,25 +243,25 @@ def _good_ones(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, 
         except NewerFormat:
             raise
         except StorageError as e:
-            log.warning("passed over: %s", e)
+            log.warning("skipped checkpoint: %s", e)
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """The checkpoint of a step. Raises ConfigError with the steps that there are."""
-    for path in checkpoints(folder):
-        if _step(path) == step:
-            return path
-    steps = ", ".join(map(str, steps_in(folder))) or "none"
-    raise ConfigError(f"task.step={step}: {folder} has no such checkpoint; there is {steps}")
+    """The checkpoint of a step. Raises ConfigError, which lists the steps that exist."""
+    path = next((path for path in checkpoints(folder) if _step(path) == step), None)
+    if path is None:
+        steps = ", ".join(map(str, steps_in(folder))) or "none"
+        raise ConfigError(f"task.step={step}: {folder} has no such checkpoint; want {steps}")
+    return path
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints of a folder, newest first."""
+    """Steps of the checkpoints in a folder, newest first."""
     return list(dict.fromkeys(_step(path) for path in checkpoints(folder)))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Every checkpoint of a folder, newest first, good or broken."""
+    """Every checkpoint in a folder, newest first, valid or broken."""
     found = {}
     for path in folder.glob("step_*"):
         match = NAME.fullmatch(path.stem)
@@ -268,11 +271,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, milestones: int = 0, best: int = 0, best_of: str = "") -> None:
-    """Deletes all but the `keep` newest checkpoints, those of each `milestones`-th step (or 0), and
-    the `best` whose notes have the lowest `best_of`.
+    """Keeps the `keep` newest checkpoints, those of each `milestones`-th step (0: none), and the
+    `best` ones with the lowest `best_of` in their notes; deletes the others.
 
-    Nothing older is deleted before one of the kept is read and found good, so the last good one
-    stays.
+    Deletes nothing before it has verified a newer checkpoint, so the last valid one stays.
     """
     kept: list[Path] = []
     chosen = _lowest(folder, best, best_of)
@@ -281,30 +283,30 @@ def prune(folder: Path, keep: int, milestones: int = 0, best: int = 0, best_of: 
             is_milestone = milestones and _step(path) % milestones == 0
             if not is_milestone and path not in chosen:
                 _delete(path)
-        elif _good(path, in_full=not kept):
+        elif _is_valid(path, in_full=not kept):
             kept.append(path)
         elif kept:
-            _delete(path)  # broken, and older than a good one
+            _delete(path)  # broken, and older than a valid one
 
 
 def _lowest(folder: Path, count: int, name: str) -> list[Path]:
-    """The `count` checkpoints with the lowest number `name` in their notes, newer ones first."""
+    """The `count` checkpoints with the lowest `name` in their notes, the newest first if equal."""
     found = []
     for path in checkpoints(folder) if count else ():
-        if _good(path, in_full=False):
+        if _is_valid(path, in_full=False):
             try:
                 value = manifest(path)["notes"].get(name)
-            except NewerFormat:  # kept for the program that knows it
+            except NewerFormat:  # kept for the program that reads it
                 continue
             if isinstance(value, float) and math.isfinite(value):
                 found.append((value, path))
     return [path for _, path in sorted(found, key=lambda pair: pair[0])[:count]]
 
 
-def _good(path: Path, in_full: bool) -> bool:
+def _is_valid(path: Path, in_full: bool) -> bool:
     try:
-        said = verify(path) if in_full else manifest(path)
-        return path.stat().st_size == said["size"]
+        recorded = verify(path) if in_full else manifest(path)
+        return path.stat().st_size == recorded["size"]
     except NewerFormat:
         return True
     except (StorageError, OSError):
@@ -313,21 +315,10 @@ def _good(path: Path, in_full: bool) -> bool:
 
 def _delete(path: Path) -> None:
     with storing(path):
-        path.with_suffix(".json").unlink(missing_ok=True)  # first, so that no manifest stands alone
+        path.with_suffix(".json").unlink(missing_ok=True)  # first: no manifest without its file
         path.unlink(missing_ok=True)
 
 
 def _step(path: Path) -> int:
     match = NAME.fullmatch(path.stem)
     return int(match[1]) if match else 0
-
-
-def _compare(path: Path, file: BinaryIO, said: Mapping[str, Any]) -> None:
-    size = os.fstat(file.fileno()).st_size
-    if size != said["size"]:
-        raise StorageError(f"{path}: broken: {size} bytes, its manifest says {said['size']}")
-    sha256 = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        sha256.update(chunk)
-    if sha256.hexdigest() != said["sha256"]:
-        raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")

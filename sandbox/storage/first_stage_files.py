@@ -1,6 +1,4 @@
-"""Weights of first stages in files: reading those of any origin, and their place in the cache."""
-
-from __future__ import annotations
+"""Weight files of first stages: reading them, and their paths in the cache."""
 
 import hashlib
 import json
@@ -18,39 +16,38 @@ from sandbox.config.static_reader import code_alone
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.published import compare, parts_of, read_model, read_parts
+from sandbox.storage.weight_files import mismatches
 
-KEPT = "first_stage.safetensors"  # in a run folder
-OURS = "first_stage."  # before its names in a system
+FIRST_STAGE_FILE = "first_stage.safetensors"  # in a run folder
+PREFIX = "first_stage."  # of its names in a system
 
 
 def load_weights(first_stage: nn.Module, path: Path) -> None:
-    """Strictly loads a file of any origin. Raises StorageError with names that differ."""
-    first_stage.load_state_dict(fitting_weights(first_stage, path))
+    """Loads a file of any format, strictly. Raises StorageError for names that differ."""
+    first_stage.load_state_dict(matching_weights(first_stage, path))
 
 
-def fitting_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -> State:
-    """The weights at `path`, whose names and shapes are those of `first_stage`, meta or not.
+def matching_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -> State:
+    """The weights at `path`, with the names and shapes of `first_stage`, which may be on meta.
 
-    `mapped`: numbers are read when they are looked at. Raises StorageError with what differs.
+    `mapped`: memory-maps the tensors. Raises StorageError for names and shapes that differ.
     """
     own = first_stage.state_dict()
     state = read_weights(path, "vae.weights", own.keys(), mapped)
-    strange = sorted(set(own) ^ set(state))
-    strange += [k for k in own if k in state and own[k].shape != state[k].shape]
-    if strange:
+    if found := mismatches(own, state):
         raise StorageError(
-            f"vae.weights={path}: {len(strange)} names or shapes differ from this configuration: "
-            f"{', '.join(strange[:10])}; choose the vae settings it was made with, or weights=auto"
+            f"vae.weights={path}: {len(found)} names or shapes differ from this configuration: "
+            f"{', '.join(found[:10])}; choose the vae settings it was made with, or weights=auto"
         )
     return state
 
 
 def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = False) -> State:
-    """A first stage's weights at `path`; where its names are not `own`, those in a whole system.
+    """First stage weights from a file, a run folder, or the folder of a published model or system.
 
-    `path`: a file of any origin, a run folder, or that of a published system or first stage. What
-    only its training needed (loss.*) is left out. `what` names the setting. `mapped`: numbers are
-    read when they are looked at. Raises StorageError.
+    Those of a system are its first stage's, unless the names are already `own`. Weights that only
+    training needs (loss.*) are left out. `what` names the setting in errors; `mapped` memory-maps
+    the tensors. Raises StorageError.
     """
     if not path.exists():
         also = ", or use vae.weights=auto" if what == "vae.weights" else ""
@@ -60,44 +57,44 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
     if own == state.keys():
         return state
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
-    if any(name.startswith(OURS) for name in state):  # with what else trained beside it
-        state = {k.removeprefix(OURS): v for k, v in state.items() if k.startswith(OURS)}
+    if any(name.startswith(PREFIX) for name in state):  # a training checkpoint
+        state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     return {name: x for name, x in state.items() if not name.startswith("loss.")}
 
 
 def _of_folder(folder: Path, what: str, mapped: bool) -> State:
-    """The first stage of a run, finished or not, of a published system, or of that model alone."""
-    if (folder / KEPT).is_file():
-        return weight_files.read(folder / KEPT)
+    """The first stage in the folder of a run, a published system or a published first stage."""
+    if (folder / FIRST_STAGE_FILE).is_file():
+        return weight_files.read(folder / FIRST_STAGE_FILE)
     if newest := checkpoint.newest(folder / "checkpoints"):
-        state = checkpoint.skim(newest) if mapped else checkpoint.load(newest)
+        state = checkpoint.load_mapped(newest) if mapped else checkpoint.load(newest)
         return state["weights"] | ((state["ema"] or {}).get("average") or {})
     parts = read_parts(folder, what)
     return parts["vae"] if parts and "vae" in parts else read_model(folder, what)
 
 
 def init_first_stage(first_stage: Any, path: Path) -> None:
-    """Weights to train a first stage from (init_from), also of a related network.
+    """Loads initial weights for training a first stage (init_from), also from a related network.
 
-    Those are translated by its `from_published`. Strict; but numbers that it measures itself may be
-    absent. Raises StorageError with the first ten names and shapes that differ.
+    Its `from_published` translates them. Strict, but buffers may be missing. Raises StorageError
+    with the first ten names and shapes that differ.
     """
     own = first_stage.state_dict()
     state = read_weights(path, "init_from", own.keys())
     if hasattr(first_stage, "from_published"):
         state = first_stage.from_published(state)
-    measured = {name for name, _ in first_stage.named_buffers()} - state.keys()
-    own = {name: x for name, x in own.items() if name not in measured}
+    buffers = {name for name, _ in first_stage.named_buffers()} - state.keys()
+    own = {name: x for name, x in own.items() if name not in buffers}
     compare(own, state, path)
     for name, tensor in own.items():
         tensor.copy_(state[name])
 
 
-def cached(root: Root) -> Path:
-    """Where the first stage of this configuration is kept.
+def cache_path(root: Root) -> Path:
+    """The path in the cache of this configuration's first stage.
 
-    The name holds a hash of all that shapes it: settings, data, seed, and code without comments
-    and docstrings. Files in `data.root` are not read.
+    The name has a hash of everything that affects it: settings, data, seed, and code without
+    comments and docstrings. Files in `data.root` are not read.
     """
     vae, parts = to_container(root.vae) | {"weights": None}, [root.vae.plugin, root.data.plugin]
     if root.vae.fitted() == "trained":
@@ -113,6 +110,6 @@ def cached(root: Root) -> Path:
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
-    """What of a data configuration decides what clips are."""
+    """The data settings that determine the clips."""
     names = [f.name for f in fields(data) if f.name not in LOADING]
     return {name: to_container(getattr(data, name)) for name in names}

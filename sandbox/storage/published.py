@@ -1,28 +1,25 @@
-"""Weights of published systems: folders of safetensors files, and the layouts that name them.
+"""Weights of published systems: folders of safetensors files, and layouts that map their names.
 
-A folder holds one model (model*.safetensors, diffusion_pytorch_model*.safetensors, with an index
-where it is in several files), or a folder for each of a system's models, as diffusers keeps them.
+A folder has one model (model*.safetensors, diffusion_pytorch_model*.safetensors, with an index if
+it is split), or one subfolder per model of a system, as in diffusers.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from sandbox.config import registry
 from sandbox.contracts import PluginConfig, State, StorageError
+from sandbox.storage.weight_files import mismatches, read
 
 STEMS = ("diffusion_pytorch_model", "model")
 
 
-def read_parts(folder: Path, what: str) -> dict[str, dict[str, Tensor]] | None:
-    """The parts of a published system, such as "backbone", by their names here.
+def read_parts(folder: Path, what: str) -> dict[str, State] | None:
+    """The parts of a published system by their names here, such as "backbone".
 
-    None where no layout knows the folder. `what` names the setting in messages. Tensors are mapped
-    files: they take memory where they are used. Raises StorageError for files that are broken.
+    None where no layout matches the folder. `what` names the setting in errors. Tensors are
+    memory-mapped. Raises StorageError for broken files.
     """
     models = [f for f in sorted(folder.iterdir()) if f.is_dir() and list(files_of(f))]
     if layout_of(frozenset(f"{f.name}/" for f in models)) is None:
@@ -32,15 +29,15 @@ def read_parts(folder: Path, what: str) -> dict[str, dict[str, Tensor]] | None:
 
 
 def layout_of(names: frozenset[str]) -> PluginConfig | None:
-    """The layout whose names these are, if any."""
+    """The layout that matches these names; None where there is none."""
     layouts = (registry.default("layout", p.name) for p in registry.plugins("layout"))
     return next((x for x in layouts if x.recognises(names)), None)  # type: ignore[attr-defined]
 
 
 def parts_of(state: State, where: str) -> dict[str, State] | None:
-    """The parts of a published state, None where no layout has its names.
+    """The parts of a published state; None where no layout matches its names.
 
-    `where` names setting and file in messages. Raises StorageError.
+    `where` names setting and file in errors. Raises StorageError.
     """
     layout = layout_of(frozenset(state))
     if layout is None:
@@ -52,7 +49,7 @@ def parts_of(state: State, where: str) -> dict[str, State] | None:
 
 
 def files_of(folder: Path) -> Iterator[Path]:
-    """The safetensors files of a model; those of other precisions (`.fp16.`) are passed over."""
+    """The safetensors files of a model, without those of other precisions (`.fp16.`)."""
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -67,40 +64,25 @@ def files_of(folder: Path) -> Iterator[Path]:
             return
 
 
-def read_model(folder: Path, what: str) -> dict[str, Tensor]:
+def read_model(folder: Path, what: str) -> State:
     """Tensors by name of the model in `folder`. Raises StorageError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    state: dict[str, Tensor] = {}
+    state: State = {}
     files = list(files_of(folder))
     if not files:
         stems = " or ".join(f"{s}.safetensors" for s in STEMS)
         raise StorageError(f"{what}={folder}: no {stems} there, in one file or with an index")
     for file in files:
-        try:
-            found = load_file(file)
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"{file}: not a safetensors file that can be read ({e})") from e
+        found = read(file)
         if twice := sorted(state.keys() & found.keys()):
-            raise StorageError(f"{file}: {twice[0]} is in another file of this model, too")
+            raise StorageError(f"{file}: {twice[0]} is also in another file of this model")
         state |= found
     return state
 
 
-def compare(own: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
+def compare(own: State, weights: State, path: Path) -> None:
     """Raises StorageError with the first ten names and shapes that differ."""
-    differing = [f"{k} is missing" for k in own if k not in weights]
-    differing += [f"{k} is not in this model" for k in weights if k not in own]
-    for name in own.keys() & weights.keys():
-        if own[name].shape != weights[name].shape:
-            differing.append(f"{name} is {_shape(weights[name])} and {_shape(own[name])} here")
-    if differing:
+    if found := mismatches(own, weights):
         raise StorageError(
-            f"init_from={path}: {len(differing)} of its weights do not fit this model: "
-            f"{', '.join(sorted(differing)[:10])}; choose the components and sizes it was made with"
+            f"init_from={path}: {len(found)} of its weights do not fit this model: "
+            f"{', '.join(found[:10])}; choose the components and sizes it was made with"
         )
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a number"

@@ -1,8 +1,8 @@
-"""Tensors by key in tar files that grow; what the journal names is whole, whatever ends a writer.
+"""Tensors by key in tar files that can be appended to after a kill.
 
-`STEM-00000.tar`, ... are shards as webdataset reads them, with a member KEY.safetensors for each
-key; STEM.jsonl has a line for each: key, file, place of its bytes, their number and CRC-32. A
-member is on the disk before its line is, so that a kill loses at most the one in work.
+`STEM-00000.tar`, ... are webdataset shards with a member KEY.safetensors per key. STEM.jsonl has a
+line per member: key, file, offset, size and CRC-32. A member is synced to disk before its line is
+written, so a kill loses at most the member in progress.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ END = bytes(1024)  # of a tar file
 
 
 class Journal:
-    """Lines of JSON that are appended; one that a kill has torn is cut off at the next opening."""
+    """An append-only file of JSON lines; opening it drops a line that a kill has cut off."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, [*read_journal(path)]
@@ -35,7 +35,7 @@ class Journal:
             self._file.truncate(sum(len(_line(row)) for row in self.rows))
 
     def add(self, row: Any) -> None:
-        """On the disk when it returns."""
+        """Appends a row and syncs it to disk."""
         with storing(self.path):
             _write(self._file, _line(row))
         self.rows.append(row)
@@ -45,7 +45,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[Any]:
-    """The rows of a journal up to the first that is not whole; none where there is no file."""
+    """The rows of a journal up to the first incomplete one; none where there is no file."""
     if not path.is_file():
         return
     with path.open("rb") as lines:
@@ -60,9 +60,9 @@ def read_journal(path: Path) -> Iterator[Any]:
 
 
 class Shards:
-    """The one writer of the shards `stem` in `folder`; `places` are those of all keys so far.
+    """The only writer of the shards `stem` in `folder`; `places` has the place of every key so far.
 
-    A shard takes members up to `shard_bytes`, and at least one.
+    A shard has at least one member, and no more than `shard_bytes` of them.
     """
 
     def __init__(self, folder: Path, stem: str, shard_bytes: int) -> None:
@@ -89,16 +89,16 @@ class Shards:
         self.journal.close()
 
     def add(self, key: str, tensors: Mapping[str, Tensor]) -> Place:
-        """Stores tensors under a key that is a file name; on the disk when it returns.
+        """Stores tensors under `key`, a valid file name, and syncs them to disk.
 
-        Raises StorageError where it cannot be written.
+        Raises StorageError for a failed write.
         """
         from safetensors.torch import save
 
         return self.put(key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def put(self, key: str, payload: bytes) -> Place:
-        """Stores the bytes of a member."""
+        """Stores the bytes of a member as `add` does."""
         member = tarfile.TarInfo(f"{key}.safetensors")
         member.size = len(payload)
         head = member.tobuf(tarfile.USTAR_FORMAT)
@@ -113,7 +113,7 @@ class Shards:
         return place
 
     def begin_shard(self) -> None:
-        """What follows goes to another file."""
+        """Starts the next file."""
         self._finish()
         self._number += 1
         self._begin(0)
@@ -122,7 +122,7 @@ class Shards:
         return f"{self.stem}-{self._number:05}.tar"
 
     def _begin(self, at: int) -> None:
-        """Goes on behind the last whole member of the shard."""
+        """Opens the shard and drops what follows its last complete member, which ends at `at`."""
         self._at = at
         with storing(self.folder / self._name()):
             self._file = (self.folder / self._name()).open("ab")
@@ -135,7 +135,7 @@ class Shards:
 
 
 def present(folder: Path, rows: list[Any]) -> dict[str, Place]:
-    """Places by key of a journal's rows, of those that lie inside a file that is there."""
+    """Places by key of a journal's rows, without members that are not fully on disk."""
     sizes = {
         file: (folder / file).stat().st_size if (folder / file).is_file() else 0
         for file in {row[1] for row in rows}
@@ -144,7 +144,7 @@ def present(folder: Path, rows: list[Any]) -> dict[str, Place]:
 
 
 def _end(place: Place) -> int:
-    """Where the next member begins."""
+    """The offset of the next member."""
     return -(-(place[1] + place[2]) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 

@@ -1,10 +1,8 @@
-"""Files of weights, ours and others': written whole or not at all, read without running them.
+"""Weight files, ours and others': written atomically, read without executing them.
 
-Safetensors hold names and numbers. Pickled files (.ckpt, .pt, .pth, .bin) may hold anything: only
-tensors and plain containers are taken from them, and no code of theirs runs.
+Pickled files (.ckpt, .pt, .pth, .bin) may contain code: only tensors and plain containers are
+read, and nothing is executed.
 """
-
-from __future__ import annotations
 
 import json
 import pickle
@@ -12,7 +10,8 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +23,8 @@ from sandbox.storage.atomic import replacing, storing
 
 LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
 PLAIN = (str, int, float, bool, bytes, type(None))
-STATE_KEYS = ("state_dict", "module", "model")  # where foreign checkpoints keep their weights
-# What torch.load was seen to raise on damaged files, besides UnpicklingError.
+STATE_KEYS = ("state_dict", "module", "model")  # the weights in checkpoints of other programs
+# What torch.load raises on damaged files, besides UnpicklingError.
 TORN = (
     ArithmeticError,
     AssertionError,
@@ -47,9 +46,9 @@ TORN = (
 def write(
     state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes weights as safetensors, atomically. `metadata` is text, in the header of the file.
+    """Writes weights as safetensors, atomically; `metadata` goes into the header.
 
-    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
+    Raises StorageError for a failed write, Diverged for a tensor that is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -59,16 +58,15 @@ def write(
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = (
-            tensor.clone() if storage in seen else tensor
-        )  # the format has no shared storage
+        # the format has no shared storage
+        tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             try:
                 save_file(tensors, part, {"format": "pt", **(metadata or {})})
-            except SafetensorError as e:  # its way to say a full disk
+            except SafetensorError as e:  # raised for a full disk
                 raise OSError(str(e)) from e
             with part.open("r+b") as file:
                 _sort_header(file)
@@ -76,7 +74,7 @@ def write(
 
 
 def _sort_header(file: BinaryIO) -> None:
-    """The same texts in the same order: the library writes them in a random one."""
+    """Sorts the metadata in the header: the library writes it in a random order."""
     length = int.from_bytes(file.read(8), "little")
     found = json.loads(file.read(length))
     found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
@@ -87,40 +85,37 @@ def _sort_header(file: BinaryIO) -> None:
 
 
 def write_pickled(content: Mapping[str, Any], path: Path) -> Path:
-    """Writes tensors and plain containers as others' code unpickles them, atomically.
+    """Writes tensors and plain containers for other programs' `torch.load`, atomically.
 
-    Raises StorageError when it cannot be written, Diverged where a tensor is not finite.
+    Raises StorageError for a failed write, Diverged for a tensor that is not finite.
     """
     check_savable(dict(content))
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part, part.open("wb") as file:
-            torch.save(dict(content), file)  # by its name, the file would hold that name
+            torch.save(dict(content), file)  # given a path, torch would store its name
     return path
 
 
 def check_savable(state: Mapping[str, Any]) -> None:
-    """Raises TypeError for what is not plain, Diverged for tensors that are not finite."""
-    floating = {}
-    for name, tensor in _tensors(state, "state"):
-        if tensor.is_floating_point() and tensor.numel():
-            floating[name] = tensor.detach()
-    if not floating:
+    """Raises TypeError for a type other than plain ones, Diverged for a tensor not finite."""
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in _tensors(state, "state")
+        if tensor.is_floating_point() and tensor.numel()
+    }
+    # A sum is much faster than a check of each number, which only an overflow makes necessary.
+    sums = [t.sum(dtype=torch.float32).cpu() for t in tensors.values()]
+    if not sums or torch.stack(sums).isfinite().all():
         return
-    # A sum is much faster than a look at each number; only where it overflows are they looked at.
-    sums = torch.stack([t.sum(dtype=torch.float32).cpu() for t in floating.values()])
-    if sums.isfinite().all():
-        return
-    bad = [name for name, tensor in floating.items() if not tensor.isfinite().all()]
-    if not bad:
-        return
-    raise Diverged(
-        f"not saved: {len(bad)} of {len(floating)} tensors are not finite: {', '.join(bad[:10])}"
-    )
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise Diverged(
+            f"not saved: {len(bad)} of {len(tensors)} tensors are not finite: {', '.join(bad[:10])}"
+        )
 
 
 def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor below `node` with its path. Raises TypeError for what is not plain."""
+    """Every tensor inside `node` with its path. Raises TypeError for other types."""
     if type(node) in (dict, OrderedDict):
         for key, value in node.items():
             if type(key) not in PLAIN:
@@ -142,20 +137,17 @@ def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file of any origin, on the CPU.
+    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file, on the CPU.
 
-    Of a training checkpoint only its weights are returned (`state_dict`, `module` or `model`).
-    Nothing in the file is run. `mapped`: numbers are read when they are looked at, where the file
-    allows it (safetensors always do). Raises StorageError.
+    Of a training checkpoint only the weights are returned (`state_dict`, `module` or `model`).
+    `mapped` memory-maps the tensors where the format allows it; safetensors always are.
+    Raises StorageError.
     """
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with safetensors_errors(path):
             return load_file(path)
-        except (SafetensorError, OSError) as e:
-            raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
     if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
         raise StorageError(f"{path}: want a .safetensors, .ckpt, .pt, .pth or .bin file")
     with opened(path) as file:
@@ -167,25 +159,33 @@ def read(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     tensors = found.items() if isinstance(found, Mapping) else ()
     weights = {str(name): value.detach() for name, value in tensors if isinstance(value, Tensor)}
     if not weights:
-        raise StorageError(f"{path}: holds no named tensors")
+        raise StorageError(f"{path}: it has no named tensors")
     return weights
 
 
 def header(path: Path) -> dict[str, str]:
-    """The text in the header of exported weights; empty for files of another kind."""
-    from safetensors import SafetensorError, safe_open
+    """The metadata in the header of exported weights; empty for other files."""
+    from safetensors import safe_open
 
     if path.suffix != ".safetensors":
         return {}
+    with safetensors_errors(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the safetensors library into StorageErrors."""
+    from safetensors import SafetensorError
+
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
+        yield
     except (SafetensorError, OSError) as e:
-        raise StorageError(f"{path}: not a safetensors file that can be read ({e})") from e
+        raise StorageError(f"{path}: not a readable safetensors file ({e})") from e
 
 
 def opened(path: Path) -> BinaryIO:
-    """The file, to be read. Raises StorageError."""
+    """The file opened for reading. Raises StorageError."""
     try:
         return path.open("rb")
     except OSError as e:
@@ -193,10 +193,9 @@ def opened(path: Path) -> BinaryIO:
 
 
 def load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) -> Any:
-    """torch.load of tensors and plain containers; anything else in the file is refused, not run.
+    """torch.load of tensors and plain containers; refuses everything else without running it.
 
-    `mapped`: numbers are read when they are looked at, where the file is of a kind that allows it.
-    Raises StorageError.
+    `mapped` memory-maps the tensors where the format allows it. Raises StorageError.
     """
     try:
         if mapped and zipfile.is_zipfile(file):
@@ -207,8 +206,25 @@ def load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) ->
         refused = re.search(r"(?:GLOBAL|Unsupported \w+) ([\w.]+)", str(e))
         named = f" ({refused[1]})" if refused else ""
         raise StorageError(
-            f"{path}: holds more than tensors and plain containers{named}; nothing of it was run. "
-            "Convert it to .safetensors where you trust it"
+            f"{path}: has more than tensors and plain containers{named}; none of it was run. "
+            "Convert it to .safetensors if you trust it"
         ) from e
     except TORN as e:
         raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
+
+
+def mismatches(
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    shape: Callable[[Tensor], Sequence[int]] = lambda tensor: tensor.shape,
+    place: str = "this model",
+) -> list[str]:
+    """Names missing in `given`, unknown to `own`, or of another shape; sorted."""
+    found = [f"{k} is missing" for k in own if k not in given]
+    found += [f"{k} is not in {place}" for k in given if k not in own]
+    for name in own.keys() & given.keys():
+        here, there = (tuple(shape(state[name])) for state in (own, given))
+        if here != there:
+            sizes = ("x".join(map(str, size)) or "a number" for size in (there, here))
+            found.append(f"{name} is {' and '.join(sizes)} here")
+    return sorted(found)

@@ -32,8 +32,8 @@ class Diff:
     def __call__(self, root: Any) -> dict[str, Any]:
         from pathlib import Path
 
-        from sandbox.runs.diff import compared, told
+        from sandbox.runs.diff import compare_runs
 
-        twins = compared(*map(Path, self.cfg.runs))
-        print(told(twins))
-        return {"same_result": twins.same_result}
+        run_diff = compare_runs(*map(Path, self.cfg.runs))
+        print(run_diff)
+        return {"same_result": run_diff.same_result}

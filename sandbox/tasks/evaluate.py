@@ -50,7 +50,7 @@ class Evaluate:
         from sandbox.runs.protocol import protocols
         from sandbox.storage.atomic import claimed, storing, write_atomic
         from sandbox.training.build import load_system
-        from sandbox.training.finish import say_scores, spread, write_sheet
+        from sandbox.training.finish import print_scores, spread, write_sheet
 
         folder = Path(self.cfg.run or "")
         weights = self.cfg.weights if wiring.root.ema.keeps_ema() else "live"
@@ -72,6 +72,6 @@ class Evaluate:
         with storing(to):
             write_sheet(sheet, found, spread(found.captions, self.cfg.samples) or [0])
             write_atomic(record, json.dumps(scores, indent=1) + "\n")
-        say_scores(wiring.root, found)
+        print_scores(wiring.root, found)
         print(f"scores  {record}\nsheet   {sheet}")
         return {"folder": str(folder), "scores": found.scores.get("model", {})}

@@ -1,4 +1,4 @@
-"""task=export: the weights of a run, as a file or as the folder of a pipeline."""
+"""task=export: writes the weights of a run as a file or pipeline folder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @register("task", "export")
 class Export:
-    """Writes a run's weights (task.run, else the newest) as a file or folder of a known format."""
+    """Writes a run's weights (task.run, else the newest run) as a file or pipeline folder."""
 
     @dataclass
     class Config(TaskConfig):
-        """format: original is a file that the code of layout=NAME loads; diffusers is the folder of
-        a pipeline, with its adapter merged, which from_pretrained opens (and what original is for
-        layout=diffusers); safetensors is one file with our names.
+        """format: "original" is a file for the code of layout=NAME (with layout=diffusers a
+        folder); "diffusers" is a pipeline folder for from_pretrained, with the adapter merged;
+        "safetensors" is one file with our names.
 
-        weights: "ema" or "live" ones as the model's, or "both": the live ones with the average
-        beside them, as originals with an average save it (without an average the live ones; in a
-        folder of diffusers, which has one set, the average where there is one). dtype: of the
-        numbers in such a folder, null as they are here; shard_mb: size that a file of it does not
-        exceed. to: the file or folder; null is "export" in the run folder.
+        weights: "ema", "live", or "both": the live weights with the EMA next to them, as original
+        checkpoints have it (without an EMA the live ones; a diffusers folder has one set, the EMA
+        if there is one). dtype and shard_mb: of the numbers and files in such a folder; dtype null
+        keeps theirs. to: the file or folder; null is "export" in the run folder.
         """
 
         format: str = "original"
@@ -63,7 +62,7 @@ class Export:
         from sandbox.storage import weight_files
         from sandbox.training.build import load_state, restored_system
         from sandbox.weights.export import write_folder
-        from sandbox.weights.system_files import taken_apart
+        from sandbox.weights.system_files import split
 
         cfg, folder = self.cfg, Path(self.cfg.run or "")
         chosen = wiring.root.layout
@@ -71,16 +70,12 @@ class Export:
             chosen = registry.default("layout", "diffusers")
         elif cfg.format == "original" and chosen is None:
             known = " or ".join(f"layout={p.name}" for p in registry.plugins("layout"))
-            raise ConfigError(f"layout=null: task=export task.format=original wants one, {known}")
+            raise ConfigError(f"layout=null: task=export task.format=original needs one: {known}")
         layout = registry.create(chosen) if cfg.format != "safetensors" else None
         is_folder = hasattr(layout, "described")
-        one = (
-            "live"
-            if cfg.weights == "live" or (cfg.weights, is_folder) == ("both", False)
-            else "ema"
-        )
+        use_live = cfg.weights == "live" or (cfg.weights == "both" and not is_folder)
         state = load_state(folder)
-        system = restored_system(folder, state, one, wiring).cpu()
+        system = restored_system(folder, state, "live" if use_live else "ema", wiring).cpu()
         step, ema = state["step"], state["ema"] if cfg.weights == "both" else None
         del state  # its optimizer is as large as two models
         ending = "" if is_folder else ".ckpt" if layout else ".safetensors"
@@ -88,11 +83,11 @@ class Export:
         if is_folder:
             dtype = DTYPES[cfg.dtype] if cfg.dtype else None
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
-                print(f"{name}/ is not in it (none is here): from_pretrained(..., {name}=None)")
+                print(f"{name}/ is missing here: use from_pretrained(..., {name}=None)")
         elif layout is None:
-            weight_files.write(system.trainable_state(), to, system.made_with())
+            weight_files.write(system.trainable_state(), to, system.first_stage_hash())
         else:
-            whole = layout.join(taken_apart(system, ema))
-            weight_files.write_pickled(layout.file(whole, step), to)
+            weights = layout.join(split(system, ema))
+            weight_files.write_pickled(layout.file(weights, step), to)
         print(f"{cfg.format} weights in {to}")
         return {"folder": str(folder), "file": str(to)}

@@ -1,4 +1,4 @@
-"""task=replay: a finished run once more, from its recorded settings, and whether it is equal."""
+"""task=replay: repeats a finished run and checks that the result is bit-identical."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sandbox.contracts import ConfigError, SandboxError, TaskConfig
 
 @register("task", "replay")
 class Replay:
-    """Runs a finished run again (run=FOLDER) and says whether it came out equal bit for bit."""
+    """Repeats a finished run (run=FOLDER); an unequal result is an error."""
 
     @dataclass
     class Config(TaskConfig):
-        """The new run lies below out= of this command; settings are those of the run. An unequal
-        outcome is an error (exit code 1).
+        """The new run is in out= of this command, with the settings of the run. Exit code 1 where
+        the results differ.
         """
 
         needs_torch: ClassVar[bool] = False
@@ -36,20 +36,19 @@ class Replay:
 
         from sandbox.cli.jobs import perform
         from sandbox.config import registry
-        from sandbox.runs.diff import compared, told
+        from sandbox.runs.diff import compare_runs
         from sandbox.runs.lookup import read_root
-        from sandbox.runs.run import Run
+        from sandbox.runs.run import existing_run
 
         folder = Path(self.cfg.run or "")
-        if not Run(folder).config_file.is_file():
-            raise ConfigError(f"task.run={folder}: no run there (it has no config.yaml)")
-        if not Run(folder).finished:
-            raise ConfigError(f"task.run={folder}: it is not finished; the same command goes on")
-        start, here, run = Run(folder).started_in(), Path.cwd(), folder.absolute()
+        recorded = existing_run(folder, "task.run")
+        if not recorded.finished:
+            raise ConfigError(f"task.run={folder}: not finished; its own command continues it")
+        start, here, run = recorded.started_in(), Path.cwd(), folder.absolute()
         places = {"out": root.out, "cache": root.cache}
         if start != here:
             places = {name: str(here / place) for name, place in places.items()}
-        with chdir(start):  # so that its files are recorded, and are a part of scores, as they were
+        with chdir(start):  # file paths are recorded as before, and belong to the protocols
             again = replace(
                 read_root(run),
                 **places,
@@ -57,9 +56,9 @@ class Replay:
                 resume=replace(registry.default("resume", "auto"), mode="never"),
             )
             result = perform(again)
-        twins = compared(folder, Path(result["folder"]))
-        print(told(twins))
-        if not twins.same_result:
+        run_diff = compare_runs(folder, Path(result["folder"]))
+        print(run_diff)
+        if not run_diff.same_result:
             raise SandboxError(f"{folder}: the replay in {result['folder']} is not equal to it")
-        print(f"{result['folder']} is equal to {folder} bit for bit: every step, score and weight")
+        print(f"{result['folder']} equals {folder} bit for bit: every step, score and weight")
         return {"folder": result["folder"], "same_result": True}

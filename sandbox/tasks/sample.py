@@ -85,12 +85,12 @@ class Sample:
         from sandbox.evaluation.evaluate import generate
         from sandbox.evaluation.prompts import given
         from sandbox.reports.sample_files import write_samples
-        from sandbox.training.build import begun_system, load_system
+        from sandbox.training.build import initialised_system, load_system
 
         batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
         if cfg.run is None:
-            system, to = begun_system(wiring), Path(root.out) / "samples" / root.recipe
+            system, to = initialised_system(wiring), Path(root.out) / "samples" / root.recipe
         else:
             system = load_system(Path(cfg.run), cfg.weights, wiring, cfg.step)
             to = Path(cfg.run) / "samples" / "prompts"

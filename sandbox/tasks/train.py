@@ -1,4 +1,4 @@
-"""task=train: first stage, training, scores, samples and a page."""
+"""task=train: first stage, training, samples, scores and a page."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Train:
 
     @dataclass
     class Config(TaskConfig):
-        """score_clips: clips that are scored; samples: clips written as videos.
+        """score_clips: clips to score; samples: clips to write as videos.
 
-        untrained: also score an untrained model; objective: what a sweeper gets of the run, a score
-        or "loss" (mean over the last tenth of the steps); null takes the metric's first score.
+        untrained: also score an untrained model; objective: the value for sweepers, a score or
+        "loss" (mean over the last tenth of the steps); null takes the metric's first score.
         """
 
         score_clips: int = 192
@@ -47,9 +47,9 @@ class Train:
 
 
 def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """All of the work of one rank; the result is that of rank 0, which alone writes and scores.
+    """The work of one rank. Returns the result of rank 0, the only one that writes and scores.
 
-    `settings`: as `launch_run` hands them over.
+    `settings` are those of `launch_run`.
     """
     from sandbox.config.composition import received
     from sandbox.config.wiring import wire
@@ -67,8 +67,8 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     check_best(wiring)
     check_weights(wiring, begins=not continues(root))
     with opened(root, rank) as run:
-        print(f"run folder: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
-        with rank.first():  # it makes the first stage, where there is none; the others load it
+        print(f"run folder: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
+        with rank.rank0_first():  # it trains the first stage if needed; the others load it
             is_given = root.init_from is not None
             system = build_system(wiring, run.folder, rank, empty=is_given)
         ready = time.monotonic()
@@ -79,10 +79,10 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
         with start(system, run, settings["group"], rank, initialise) as training:
             fit(training)
-            training.unshard(lambda: build_system(wiring, run.folder, rank.alone(), True))
+            training.unshard(lambda: build_system(wiring, run.folder, rank.as_single(), True))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}
             result: dict[str, Any] = {}
-            with rank.first():
+            with rank.rank0_first():
                 if rank.index == 0:
                     result = finish_run(training, root.task, settings["overrides"], seconds)
             return result

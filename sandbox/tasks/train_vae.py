@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @register("task", "train_vae")
 class TrainVAE:
-    """Trains a first stage alone: reconstructions, PSNR, weights that vae.weights=FILE takes."""
+    """Trains a first stage alone; vae.weights=FILE takes its weights."""
 
     @dataclass
     class Config(TaskConfig):
-        """batch_size: null takes the first stage's own; clips: measured, held out; shown: on the
-        sheet.
+        """batch_size: null takes the first stage's own; clips: held-out clips to measure;
+        shown: clips on the sheet.
         """
 
         trains_first_stage: ClassVar[bool] = True
@@ -51,7 +51,7 @@ class TrainVAE:
 
 
 def train_vae(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
-    """All of the work of one rank; `settings`: as `launch_run` hands them over."""
+    """The work of one rank; `settings` are those of `launch_run`."""
     from sandbox.config.composition import received
     from sandbox.training.first_stage import train_first_stage
 

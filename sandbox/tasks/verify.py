@@ -1,6 +1,6 @@
-"""task=verify: compares a recipe with its published system.
+"""task=verify: compares a recipe with records of its published system.
 
-Reference values: `tests/golden/*/published/<recipe>.json` (format: tests/golden/PUBLISHED.md).
+The records are `tests/golden/*/published/<recipe>.json` (format: tests/golden/PUBLISHED.md).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from sandbox.config.wiring import Wiring
 
 GOLDEN = CHECKOUT / "tests" / "golden"
-SHOWN = 3  # parameter names listed in a row
+SHOWN = 3  # names that a row lists
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: its subject, the value here, and the published value."""
+    """One row of the table: what is compared, its value here, the published value, the source."""
 
     what: str
     here: Any
@@ -73,19 +73,19 @@ class Verify:
 
 
 def read_evidence(recipe: str) -> dict[str, Any]:
-    """Reference values of the published system, with those of its `base` as defaults.
+    """The record of the published system, completed from that of its `base`.
 
-    Raises ConfigError if a recipe has none.
+    Raises ConfigError for a recipe without a record.
     """
     known = {path.stem: path for path in sorted(GOLDEN.glob("*/published/*.json"))}
     if recipe not in known:
-        choices = " or ".join(f"experiment={name}" for name in known) or "none here"
-        raise ConfigError(f"recipe={recipe}: nothing published to compare with; want {choices}")
+        there = " or ".join(f"experiment={name}" for name in known) or "none here"
+        raise ConfigError(f"recipe={recipe}: nothing published to compare with; want {there}")
     found = json.loads(known[recipe].read_text(encoding="utf-8"))
     if base := found.get("base"):
         of_base = read_evidence(base)
-        both = {"settings": of_base["settings"] | found.get("settings", {})}
-        found = of_base | found | both
+        settings = of_base["settings"] | found.get("settings", {})
+        found = of_base | found | {"settings": settings}
     return found
 
 
@@ -93,7 +93,7 @@ def read_evidence(recipe: str) -> dict[str, Any]:
 
 
 def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
-    """Compares parameter names, shapes and counts, built on the meta device, with a manifest."""
+    """Compares the system on the meta device with a manifest, in the names of its layout."""
     if not (evidence.get("manifest") or evidence.get("parameters")):
         return
     parts = on_meta(wiring)
@@ -106,7 +106,8 @@ def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
 def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> Iterator[Row]:
     from sandbox.config import registry
 
-    want, layout = read_manifest(GOLDEN / evidence["manifest"]), wiring.root.layout
+    want = json.loads((GOLDEN / evidence["manifest"]).read_text(encoding="utf-8"))
+    layout = wiring.root.layout
     if layout is None:
         yield Row("layout", None, "that of the manifest")
         return
@@ -127,37 +128,33 @@ def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> It
     yield Row("numbers", here, published)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def some(names: set[str]) -> str:
-    """Their number, and the first few."""
-    return ": ".join(filter(None, (str(len(names)), ", ".join(sorted(names)[:SHOWN]))))
+def some(found: set[str]) -> str:
+    """How many names, and the first of them."""
+    return ": ".join(filter(None, (str(len(found)), ", ".join(sorted(found)[:SHOWN]))))
 
 
 def on_meta(wiring: Wiring) -> dict[str, Any]:
-    """State dicts of the system's components, on the meta device, as task=export splits them."""
+    """The parts of the system, as task=export splits it, on the meta device."""
     import torch
 
     from sandbox.model.components import build_parts
     from sandbox.model.latent_diffusion import LatentDiffusion
-    from sandbox.weights.system_files import taken_apart
+    from sandbox.weights.system_files import split
 
-    # `trainable` is irrelevant here, and may name first-stage parameters
+    # `trainable` does not matter here, and may be that of a first stage
     wiring = replace(wiring, root=replace(wiring.root, trainable=None))
     with torch.device("meta"):
         system = LatentDiffusion(wiring, build_parts(wiring), 1)
     trained = {k: p for k, p in system.named_parameters() if p.requires_grad}
-    has_average = wiring.root.ema.plugin != "ema/none"
-    return taken_apart(system, {"updates": 0, "average": trained} if has_average else None)
+    has_ema = wiring.root.ema.plugin != "ema/none"
+    return split(system, {"updates": 0, "average": trained} if has_ema else None)
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
 def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
-    """Compares resolved settings, by their dotted paths, with the published values."""
+    """Compares resolved settings with the published values."""
     from sandbox.config.root import to_container
 
     resolved = to_container(root)
@@ -166,7 +163,7 @@ def settings(root: Any, evidence: dict[str, Any]) -> Iterator[Row]:
 
 
 def at(node: Any, path: str) -> Any:
-    """The value at a dotted path; an explanation if there is none."""
+    """The value at a dotted path, or a text that it is missing."""
     for key in path.split("."):
         if not isinstance(node, dict) or key not in node:
             return f"no such setting: {key}"
@@ -189,7 +186,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def outputs(tests: Sequence[str]) -> Iterator[Row]:
-    """Runs the tests against recorded outputs; a row per test file."""
+    """Runs the tests against recorded outputs; a row per file."""
     import subprocess
     import sys
     import tempfile
@@ -199,18 +196,18 @@ def outputs(tests: Sequence[str]) -> Iterator[Row]:
     print(f"running {len(tests)} test files ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        args = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
         done = subprocess.run(
-            [sys.executable, *words], cwd=home, capture_output=True, text=True,
+            [sys.executable, *args], cwd=home, capture_output=True, text=True,
             env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
         )  # fmt: skip
         if not report.is_file():
             last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            yield Row("tests", " ".join(last), "pytest (in the dependency group dev)")
+            yield Row("tests", " ".join(last), "run by pytest (dependency group dev)")
             return
         cases = list(ElementTree.parse(report).iter("testcase"))
-    if done.returncode not in (0, 1):  # 1: tests failed, reported below
-        yield Row("tests", f"pytest exited with {done.returncode}", "0 or 1")
+    if done.returncode not in (0, 1):  # 1: some tests failed, which the rows show
+        yield Row("tests", f"pytest ended with {done.returncode}", "0 or 1")
     for file in tests:
         module = file.removesuffix(".py").replace("/", ".")
         own = [c for c in cases if (c.get("classname") or c.get("name") or "").startswith(module)]
@@ -222,7 +219,7 @@ def outputs(tests: Sequence[str]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Columns: ok or NOT, subject, value here, published value (if different), source."""
+    """Columns: ok or NOT, what, value here, published value (where it differs), source."""
     cells = [
         ("ok" if r.is_same else "NOT", r.what, text(r.here),
          "" if r.is_same else f"published: {text(r.published)}", r.source)
@@ -237,7 +234,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def text(value: Any) -> str:
-    """In the syntax of the command line."""
+    """A value as it is typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):

@@ -1,6 +1,4 @@
-"""From a Wiring, or from a run folder, to a system that can train and sample."""
-
-from __future__ import annotations
+"""Builds a system from a Wiring or a run folder, for training or sampling."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +6,21 @@ from typing import Any
 
 import torch
 
-from sandbox.config.root import Root, clips_per_step
+from sandbox.config.root import clips_per_step
 from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import StorageError
 from sandbox.distributed.rank import Rank
-from sandbox.model.cached_latents import prepare_stored
+from sandbox.model.cached_latents import load_matching_weights
 from sandbox.model.components import build, build_parts
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint
-from sandbox.storage.first_stage_files import fitting_weights
+from sandbox.storage.first_stage_files import matching_weights
 from sandbox.training.first_stage import prepare_first_stage
 from sandbox.weights.init_from import (
     check_first_stage,
-    check_first_stage_is_there,
+    check_first_stage_is_given,
     check_fits,
     init_from,
 )
@@ -36,68 +34,68 @@ def build_system(
     empty: bool = False,
     seed: int | None = None,
 ) -> LatentDiffusion:
-    """Fresh weights on the CPU, but a ready first stage.
+    """A system on the CPU with initial weights and a loaded first stage.
 
-    That of the run `folder`, else from the cache, from a file, or trained now, by `rank` alone.
-    Below an adapter the backbone has the weights of `init_from`. `empty`: what is trained gets
-    weights next, and has none of its own. seed: of weights; None is that of the configuration.
+    The first stage is that of the run `folder`, a file, the cache, or trained now by `rank` alone.
+    A backbone below an adapter has the weights of `init_from`. `empty`: trained weights are not
+    initialised, as the caller loads them. `seed` replaces that of the configuration for them.
     """
     root = wiring.root if seed is None else replace(wiring.root, seed=seed)
     start = root.init_from if root.adapter is not None else None
     parts = build_parts(replace(wiring, root=root), empty or start is not None)
     if root.data.stored() is not None:
-        prepare_stored(root, parts.first_stage)
+        load_matching_weights(root, parts.first_stage)
     else:
         prepare_first_stage(root, parts.first_stage, folder, rank)  # type: ignore[arg-type]
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
     if start is not None:
-        init_from(system, start)  # no checkpoint holds a frozen backbone
+        init_from(system, start)  # no checkpoint has the frozen backbone
     return system
 
 
 def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False) -> None:
-    """Raises ConfigError where `trainable` names no weights that are there, or a first stage would
-    be trained that is not that of `init_from`; StorageError where the weights of `init_from` or
-    `vae.weights` have other names, shapes or tables. Makes none.
+    """Checks weight files against the system on the meta device, before anything expensive.
 
-    `begins`: whether the run has no weights of its own yet, so that it looks at `init_from`;
-    `is_sampled`: whether it is not trained, either.
+    Raises ConfigError where an entry of `trainable` matches no weights, or where a first stage
+    would be trained although `init_from` has one; StorageError where the weights of `init_from` or
+    `vae.weights` have other names, shapes or tables. `begins`: whether the run loads `init_from`,
+    having no checkpoint of its own; `is_sampled`: whether it is sampled without training.
     """
     root = wiring.root
     start = root.init_from if begins or root.adapter is not None else None
-    if root.vae.fitted() != "none" and "weights" in root.vae.files():
-        with torch.device("meta"):
-            fitting_weights(build("vae", root), Path(root.vae.weights), mapped=True)
-    if start is not None or root.trainable is not None:
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if root.vae.fitted() != "none" and "weights" in root.vae.files():
+            matching_weights(build("vae", root), Path(root.vae.weights), mapped=True)
+        planned = None
+        if start is not None or root.trainable is not None:
             planned = LatentDiffusion(wiring, build_parts(wiring), 1)
-        if start is not None:
-            check_fits(planned, start)
-    if start is not None and begins:
+    if start is None or planned is None:
+        return
+    check_fits(planned, start)
+    if begins:
         check_sources(root)
-        check_first_stage_is_there(root, Path(start), is_sampled)
+        check_first_stage_is_given(root, Path(start), is_sampled)
 
 
 def load_system(
     folder: Path, weights: str = "ema", wiring: Wiring | None = None, step: int | None = None
 ) -> LatentDiffusion:
-    """The system of a run folder with the weights of a checkpoint, as `restored_system`.
+    """`restored_system` with the checkpoint of `step`, by default the newest valid one.
 
-    step: that of the checkpoint; None is the newest good one. Raises StorageError where there is
-    no checkpoint, ConfigError for a `step` of none.
+    Raises StorageError where there is no checkpoint, ConfigError where none is of this step.
     """
     return restored_system(folder, load_state(folder, step), weights, wiring)
 
 
 def load_state(folder: Path, step: int | None = None) -> dict[str, Any]:
-    """What a checkpoint of a run folder holds; raises as `load_system`."""
-    kept = folder / "checkpoints"
+    """The state of a checkpoint in a run folder; raises as `load_system`."""
+    checkpoints = folder / "checkpoints"
     if step is not None:
-        return checkpoint.load(checkpoint.of_step(kept, step))
-    state = checkpoint.load_newest(kept)
+        return checkpoint.load(checkpoint.of_step(checkpoints, step))
+    state = checkpoint.load_newest(checkpoints)
     if state is None:
         raise StorageError(
-            f"{folder}: it has no good checkpoint; train it first, or name another task.run=FOLDER"
+            f"{folder}: it has no valid checkpoint; train it first, or name another task.run=FOLDER"
         )
     return state
 
@@ -105,45 +103,35 @@ def load_state(folder: Path, step: int | None = None) -> dict[str, Any]:
 def restored_system(
     folder: Path, state: dict[str, Any], weights: str = "ema", wiring: Wiring | None = None
 ) -> LatentDiffusion:
-    """The system of a run folder with the weights of `state`, to sample from.
+    """The system of a run folder with the weights of `state`, on its device in eval mode.
 
-    `weights`: "ema" or "live"; the live ones where the run has no average. It is on its device, in
-    eval mode, with the threads of training.
+    `weights`: "ema", which means the live ones in a run without EMA, or "live". Sets the number of
+    threads.
     """
     own = read_root(folder)
     wiring = wiring or wire(own)
-    device = _device(wiring.root)
-    # random weights that are not trained are those of its seed, whatever samples are drawn with
+    use_threads(wiring.root)
+    device = device_of(wiring.root)
+    # weights that are random and untrained come from the run's seed, not from that of the samples
     system = build_system(wiring, folder, empty=True, seed=own.seed)
-    restore_weights(system, state, weights)
+    # the run may have been trained on text embeddings, in place of this text encoder
+    new = {k: v for k, v in system.frozen_hashes().items() if k.startswith("conditioner")}
+    system.check_frozen(new | state["frozen"])
+    average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
+    system.load_trainable(state["weights"] | average)
+    system.finished_steps = state["step"]
     return system.to(device).eval()
 
 
-def begun_system(wiring: Wiring) -> LatentDiffusion:
-    """The system of a configuration with the weights of its `init_from`, to sample from."""
+def initialised_system(wiring: Wiring) -> LatentDiffusion:
+    """The system of a configuration with the weights of `init_from`, for sampling."""
     root = wiring.root
-    assert root.init_from is not None  # else there would be a run
+    assert root.init_from is not None  # else there is a run
     check_weights(wiring, is_sampled=True)
-    device = _device(root)
+    use_threads(root)
+    device = device_of(root)
     system = build_system(wiring, empty=True)
     if system.adapter is None:
         init_from(system, root.init_from)
         check_first_stage(system, root.init_from)
     return system.to(device).eval()
-
-
-def _device(root: Root) -> torch.device:
-    """Where samples are made, with the threads of training."""
-    use_threads(root)
-    return device_of(root)
-
-
-def restore_weights(system: LatentDiffusion, state: dict[str, Any], weights: str = "ema") -> None:
-    """Puts the weights of a checkpoint, or their average where there is one, into a system."""
-    known = state["frozen"]
-    # a text encoder in the place of the embeddings that the run was trained on
-    new = {k: v for k, v in system.frozen_parts().items() if k.startswith("conditioner")}
-    system.check_frozen(new | known)
-    average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
-    system.load_trainable(state["weights"] | average)
-    system.finished_steps = state["step"]

@@ -1,4 +1,4 @@
-"""What a finished run leaves: weights, scores, videos, a sheet, a page; the result file last."""
+"""Finishes a run: weights, scores, samples, a page, and the result file last."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sandbox.evaluation.evaluate import Evaluation, evaluate
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports import media
 from sandbox.reports.run_page import Report, ScoreRow, read_curves, terminal_table, write_report
+from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
@@ -22,45 +23,36 @@ from sandbox.storage.atomic import storing, write_atomic
 
 if TYPE_CHECKING:
     from sandbox.training.state import Training
-from sandbox.reports.sample_files import FPS, write_clips
 
 BY_CLIP = "scores_by_clip.json"  # of the model
-UNTOLD = "This model is told no captions: its scores against captions are those of chance."
+UNCONDITIONED = (
+    "This model is not conditioned on captions: its scores against captions are chance level."
+)
 SHEET_COLUMNS = ("real clips", "model", "untrained model")
-STORED_COLUMNS = ("real through first stage", "model", "untrained model")
+CACHED_COLUMNS = ("real through first stage", "model", "untrained model")
 
 
 def finish_run(
     training: Training, cfg: Any, overrides: list[str], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Exports weights, scores the averaged ones, writes everything, marks the run as finished.
+    """Exports weights, scores the EMA weights, writes all files and marks the run as finished.
 
-    All of it comes from what the last checkpoint holds, so that it can be done again after a kill.
+    It needs only what the last checkpoint has, so that it can be repeated after a kill.
     """
     system, run, root = training.system, training.run, training.root
-    assert isinstance(system, LatentDiffusion)
     began = time.monotonic()
-    origin = system.made_with()
-    weight_files.write(system.trainable_state(), run.folder / weight_files.LIVE, origin)
-    with training.averaged():
-        if training.ema:
-            path = run.folder / weight_files.AVERAGED
-            weight_files.write(system.trainable_state(), path, origin)
-        if system.adapter is not None:
-            name, weights, header = system.adapter.exported(system.backbone)
-            weight_files.write(weights, run.folder / name, header)
-        found = evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.leave_if_asked)
+    found = _export_and_evaluate(training, cfg)
     seconds["scoring"] = time.monotonic() - began
     picked = spread(found.captions, cfg.samples)
-    if not root.conditioning.needs() & {"captions", "text"}:
-        found.captions = [""] * found.count  # those of real clips, which nobody told the model
+    if not _is_conditioned_on_captions(root):
+        found.captions = [""] * found.count  # they are those of real clips
     captions = [found.captions[i] for i in picked]
     made, fps = found.clips["model"][picked], found.fps or FPS
     paths = write_clips(run.samples, captions, made, fps) if picked else []
-    shown = list(zip(captions, paths, strict=False))
+    samples = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])
-    weights = "ema" if training.ema else "live"
+    weights, bad = "ema" if training.ema else "live", training.loader.bad
     clip = Clip(*found.clips["model"].shape[1:])
     metrics = {
         "overrides": [mask_text(o) for o in overrides],
@@ -70,7 +62,7 @@ def finish_run(
         "first_stage_psnr_db": found.first_stage_psnr,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "steps": training.step,
-        "skipped": training.loader.bad,
+        "skipped": bad,
         "skipped_steps": training.skipped,
         "protocols": protocols(root, clip, found.count, weights, [*found.meaning]),
         "cost": cost(system, seconds),
@@ -80,26 +72,37 @@ def finish_run(
             each = {"captions": found.captions, "scores": found.each}
             write_atomic(run.folder / BY_CLIP, json.dumps(each) + "\n")
         write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    bad = training.loader.bad
-    page = write_report(run.folder, report(root, run, found, overrides, seconds, bad, sheet, shown))
+    page = write_report(
+        run.folder, report(root, run, found, overrides, seconds, bad, sheet, samples)
+    )
     scores = found.scores.get("model", {})
+    training.trackers.summary({f"score/{k}": v for k, v in scores.items()})
+    for caption, path in samples[:4]:
+        training.trackers.video(training.step, f"samples/{path.stem}", path, caption)
     loss = final_loss(run)
     objective = {**scores, "loss": loss}.get(cfg.objective or next(iter(found.meaning), "loss"))
-    training.trackers.summary({f"score/{k}": v for k, v in scores.items()})
-    for caption, path in shown[:4]:
-        training.trackers.video(training.step, f"samples/{path.stem}", path, caption)
-    result = {
-        "folder": str(run.folder),
-        "steps": training.step,
-        "scores": scores,
-        "loss": loss,
-        "objective": objective,
-    }
+    result = {"folder": str(run.folder), "steps": training.step, "scores": scores, "loss": loss,
+              "objective": objective}  # fmt: skip
     run.finish(result)
-    say_scores(root, found)
-    where = f"videos  {run.samples}\nsheet   {sheet}\npage    {page}"
-    print(f"{where}\nscores  {run.folder / 'metrics.json'}", flush=True)
+    print_scores(root, found)
+    print(f"videos  {run.samples}\nsheet   {sheet}\npage    {page}")
+    print(f"scores  {run.folder / 'metrics.json'}", flush=True)
     return result
+
+
+def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
+    """Writes the weight files, and scores the EMA weights where there are some."""
+    system, folder = training.system, training.run.folder
+    assert isinstance(system, LatentDiffusion)
+    metadata = system.first_stage_hash()
+    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata)
+    with training.ema_weights():
+        if training.ema:
+            weight_files.write(system.trainable_state(), folder / weight_files.AVERAGED, metadata)
+        if system.adapter is not None:
+            name, weights, header = system.adapter.exported(system.backbone)
+            weight_files.write(weights, folder / name, header)
+        return evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.check_stop)
 
 
 def final_loss(run: Run) -> float:
@@ -110,14 +113,14 @@ def final_loss(run: Run) -> float:
 
 
 def check_objective(root: Root, name: str | None) -> None:
-    """Raises ConfigError for an objective that no run of this configuration has."""
+    """Raises ConfigError for an objective that runs of this configuration do not have."""
     scores = registry.create(root.metric).meaning() if root.metric is not None else {}
     if name is not None and name not in (*scores, "loss"):
         raise ConfigError(f"task.objective={name!r}: want one of {[*scores, 'loss']}")
 
 
 def spread(captions: list[str], count: int) -> list[int]:
-    """Places of at most `count` clips with different captions, spread evenly over them."""
+    """Indices of at most `count` clips, evenly spaced, with different captions if they differ."""
     first = sorted({caption: i for i, caption in reversed([*enumerate(captions)])}.values())
     places = first if len(first) > 1 else list(range(len(captions)))
     count = min(count, len(places))
@@ -125,8 +128,8 @@ def spread(captions: list[str], count: int) -> list[int]:
 
 
 def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
-    """Real clips, the model's and an untrained model's side by side, a caption a row."""
-    wanted = SHEET_COLUMNS if "real clips" in found.clips else STORED_COLUMNS
+    """A contact sheet with a row per caption: real clips, the model, an untrained model."""
+    wanted = SHEET_COLUMNS if "real clips" in found.clips else CACHED_COLUMNS
     columns = [c for c in wanted if c in found.clips]
     rows = [
         media.SheetRow(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places
@@ -138,20 +141,20 @@ def report(
     root: Root, run: Run, found: Evaluation, overrides: list[str], seconds: dict[str, float],
     skipped: dict[str, str], sheet: Path, samples: list[tuple[str, Path]],
 ) -> Report:  # fmt: skip
-    """The page's contents."""
-    reached = found.first_stage_psnr
-    notes = ["Training was on stored latents: real clips are shown through the first stage."]
-    if reached is not None:
+    """The contents of the run's page."""
+    notes = ["Trained on cached latents: real clips are shown through the first stage."]
+    if found.first_stage_psnr is not None:
         notes = [
-            f"The first stage reaches {reached:.1f} dB on held-out clips: "
-            "no sample can look better."
+            f"First-stage reconstruction: {found.first_stage_psnr:.1f} dB PSNR on held-out clips "
+            "(an upper bound for samples)."
         ]
-    if found.scores and _scores_untold(root):
-        notes.append(UNTOLD)
-    told = f"told by {_name(root.conditioning)}" if root.conditioning.needs() else "told nothing"
+    if found.scores and _ignores_scored_captions(root):
+        notes.append(UNCONDITIONED)
+    is_conditional = bool(root.conditioning.needs())
+    condition = f"conditioned on {_name(root.conditioning)}" if is_conditional else "unconditional"
     return Report(
         title=root.recipe,
-        summary=f"{_name(root.backbone)} on latents of {_name(root.vae)}, {told}, trained with "
+        summary=f"{_name(root.backbone)} on {_name(root.vae)} latents, {condition}, trained with "
         f"{_name(root.schedule)} on {_name(root.data)}",
         command=" ".join(["python run.py", *overrides]),
         facts={
@@ -163,7 +166,7 @@ def report(
             "time": f"{sum(seconds.values()):.0f} s",
         },
         settings=to_container(root),
-        scores=[ScoreRow(name, values, found.count) for name, values in found.scores.items()],
+        scores=_score_rows(found),
         meanings=found.meaning,
         rates=found.rates,
         samples=[(caption, path.resolve()) for caption, path in samples],
@@ -176,22 +179,29 @@ def report(
     )
 
 
-def _scores_untold(root: Root) -> bool:
-    """Whether a score compares clips with captions that the model is never told."""
-    told = root.conditioning.needs() & {"captions", "text"}
-    return not told and root.metric is not None and "captions" in root.metric.needs()
+def _score_rows(found: Evaluation) -> list[ScoreRow]:
+    return [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
+
+
+def _is_conditioned_on_captions(root: Root) -> bool:
+    return bool(root.conditioning.needs() & {"captions", "text"})
+
+
+def _ignores_scored_captions(root: Root) -> bool:
+    """Whether a score compares clips with captions that the model is not conditioned on."""
+    is_scored = root.metric is not None and "captions" in root.metric.needs()
+    return is_scored and not _is_conditioned_on_captions(root)
 
 
 def _name(cfg: PluginConfig) -> str:
     return cfg.plugin.rpartition("/")[2]
 
 
-def say_scores(root: Root, found: Evaluation) -> None:
-    """The score table with what each score means, on the terminal."""
+def print_scores(root: Root, found: Evaluation) -> None:
+    """Prints the score table and the meaning of each score."""
     if found.scores:
-        rows = [ScoreRow(name, values, found.count) for name, values in found.scores.items()]
-        print("\n" + terminal_table(rows, found.meaning, found.rates) + "\n")
-        if _scores_untold(root):
-            print(UNTOLD + "\n")
+        print("\n" + terminal_table(_score_rows(found), found.meaning, found.rates) + "\n")
+        if _ignores_scored_captions(root):
+            print(UNCONDITIONED + "\n")
     if found.first_stage_psnr is not None:
         print(f"first stage {_name(root.vae)}: {found.first_stage_psnr:.1f} dB on held-out clips")

@@ -1,11 +1,9 @@
-"""Where a first stage gets its weights: a file, the cache, or training it now (`vae.weights`).
+"""The weights of a first stage: from a file, from the cache, or trained now (`vae.weights`).
 
-With weights=auto a first stage is fitted or trained once for its exact (configuration, data, seed,
-code) and kept in the cache; later runs and the other jobs of a sweep use it, whatever optimizer or
-schedule they compare. A lock keeps jobs that start together from training it twice.
+With weights=auto a first stage is trained once for its (configuration, data, seed, code) and stored
+in the cache. Later runs and the other jobs of a sweep use it, whatever optimizer or schedule they
+compare. A lock keeps concurrent jobs from training it twice.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -31,7 +29,12 @@ from sandbox.reports import media
 from sandbox.runs.run import continues, opened
 from sandbox.storage import weight_files
 from sandbox.storage.atomic import locked, replacing, storing
-from sandbox.storage.first_stage_files import KEPT, cached, init_first_stage, load_weights
+from sandbox.storage.first_stage_files import (
+    FIRST_STAGE_FILE,
+    cache_path,
+    init_first_stage,
+    load_weights,
+)
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 
@@ -42,55 +45,55 @@ TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "wa
 def prepare_first_stage(
     root: Root, first_stage: nn.Module, folder: Path | None = None, rank: Rank | None = None
 ) -> None:
-    """Gives `first_stage` its weights. Raises StorageError for a file that does not fit.
+    """Loads the weights of `first_stage`. Raises StorageError for a file that does not fit.
 
-    A run keeps the first stage that it trains on in its `folder`, and goes on with that one
-    whatever becomes of the cache: latents of another first stage would mean something else.
+    A run stores a copy of its first stage in its `folder` and always uses that: latents of another
+    first stage would be incompatible.
     """
-    cfg, kept = root.vae, folder / KEPT if folder else None
+    cfg, own = root.vae, folder / FIRST_STAGE_FILE if folder else None
     if cfg.weights is None or cfg.fitted() == "none":
         return
-    if kept and kept.is_file():
-        load_weights(first_stage, kept)
+    if own and own.is_file():
+        load_weights(first_stage, own)
         return
     if cfg.weights != "auto":
         load_weights(first_stage, Path(cfg.weights))
         return
-    path = cached(root)
+    path = cache_path(root)
     with locked(path):
         if not path.is_file():
-            how = "fitting" if cfg.fitted() == "closed_form" else "training"
-            print(f"{how} the first stage {cfg.plugin} once; it is kept in {path}", flush=True)
-            make(root, first_stage, rank)
+            how = "Fitting" if cfg.fitted() == "closed_form" else "Training"
+            print(f"{how} first stage {cfg.plugin} (cached in {path})", flush=True)
+            fit_or_train(root, first_stage, rank)
             weight_files.write(first_stage.state_dict(), path)
-        if kept:
-            _keep(path, kept)
+        if own:
+            _link(path, own)
     try:
-        load_weights(first_stage, kept or path)
+        load_weights(first_stage, own or path)
     except StorageError as e:
-        raise StorageError(f"{e}; it is only kept to save time: delete {path}") from e
+        raise StorageError(f"{e}; it is only a cache: delete {path}") from e
 
 
-def _keep(path: Path, kept: Path) -> None:
-    """The same file under another name, or a copy where the file system cannot; whole, or not."""
-    with storing(kept), replacing(kept) as part:
+def _link(path: Path, target: Path) -> None:
+    """Hard-links a file, or copies it where the file system cannot; atomic."""
+    with storing(target), replacing(target) as part:
         try:
             os.link(path, part)
         except OSError:
             shutil.copyfile(path, part)
 
 
-def make(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
+def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
     """Fits or trains `first_stage` on the training split, in this process alone."""
     if root.vae.fitted() == "closed_form":
         train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
-    load_weights(first_stage, train_in_cache(_plain(root), (rank or Rank()).alone()))
+    load_weights(first_stage, train_in_cache(_shared(root), (rank or Rank()).as_single()))
 
 
-def _plain(root: Root) -> Root:
-    """`root` without settings of the run that a shared first stage must not depend on."""
+def _shared(root: Root) -> Root:
+    """`root` without the settings that a shared first stage must not depend on."""
     fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
     machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
     trainer = replace(registry.default("trainer", "single"), **machine)
@@ -98,9 +101,9 @@ def _plain(root: Root) -> Root:
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
-    """Measures the scale of the latents on training clips, where it is left to the data.
+    """Measures the latent scale on training clips, for a first stage that takes it from the data.
 
-    `device`: where the first stage is.
+    `device`: that of the first stage.
     """
     train = registry.create(root.data.all_clips()).split("train")
 
@@ -115,9 +118,7 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:
-    """The weights of the first stage of `root`, trained with this task's own settings in a run
-    folder of the cache.
-    """
+    """Trains the first stage of `root` in a run folder in the cache; returns its weight file."""
     task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
     own = replace(
         root,
@@ -142,11 +143,11 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
 
 
 def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
-    """Trains a wired `root`, measures, and writes a run folder; returns its result."""
+    """Trains the first stage of a wired `root` in a run folder; returns the result."""
     check_weights(root, begins=not continues(root))
-    by_pairs(root)  # weights that it lacks are missed now
+    by_pairs(root)  # raises now where the metric's weights are missing
     with opened(root, rank) as run:
-        print(f"first stage: {run.folder}" + (" (continued)" if run.resumed else ""), flush=True)
+        print(f"first stage: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
 
         def initialise() -> None:
@@ -156,15 +157,17 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
         with start(system, run, group, rank, initialise) as training:
             fit(training)
             result: dict[str, Any] = {}
-            with rank.first():
+            with rank.rank0_first():
                 if rank.index == 0:
                     result = _finish(training)
             return result
 
 
 def check_weights(root: Root, begins: bool = True) -> None:
-    """Raises ConfigError where `trainable` names no weights that are there, and StorageError where
-    those of `init_from`, where it `begins`, have other names or shapes; makes none.
+    """Checks `trainable` and, where the run `begins`, `init_from` on the meta device.
+
+    Raises ConfigError for an entry that matches no weights, StorageError for names or shapes that
+    differ.
     """
     with torch.device("meta"):
         planned = build("vae", root)
@@ -176,7 +179,7 @@ def check_weights(root: Root, begins: bool = True) -> None:
 
 
 def build_autoencoding(root: Root) -> Autoencoding:
-    """A first stage with its loss, of a complete `root`, with fresh weights."""
+    """A first stage and its loss with initial weights, of a wired `root`."""
     use_kernels(root)
     return Autoencoding(
         root, build("vae", root), build("reconstruction", root), clips_per_step(root)
@@ -184,10 +187,10 @@ def build_autoencoding(root: Root) -> Autoencoding:
 
 
 def _finish(training: Any) -> dict[str, Any]:
-    """Writes weights and reconstructions of held-out clips; the result file last."""
+    """Writes weights, then reconstructions and metrics of held-out clips; the result file last."""
     root, run, system = training.root, training.run, training.system
     task, first_stage = root.task, system.first_stage
-    with training.averaged(), torch.no_grad():
+    with training.ema_weights(), torch.no_grad():
         system.eval()
         calibrate(root, first_stage, system.device)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
@@ -208,7 +211,7 @@ def _finish(training: Any) -> dict[str, Any]:
     result["objective"] = decibels
     result |= {"scores": scores} if scores else {}
     run.finish(result)
-    said = "".join(f", {name} {value:.4g}" for name, value in scores.items())
-    measured = f"{decibels:.1f} dB{said} on {val.size} held-out clips"
+    shown_scores = "".join(f", {name} {value:.4g}" for name, value in scores.items())
+    measured = f"{decibels:.1f} dB{shown_scores} on {val.size} held-out clips"
     print(f"first stage: {measured}; sheet {sheet}", flush=True)
     return result

@@ -1,12 +1,11 @@
-"""What an image logger shows of a system besides its samples (latent-diffusion, log_images).
+"""Rows of images of a system besides its samples (latent-diffusion, log_images).
 
-Each row is clips (N, 3, T, H, W) in [-1, 1] by column. Callers have set eval mode.
+Each row has clips (N, 3, T, H, W) in [-1, 1] by column. Callers set eval mode.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,42 +13,43 @@ from torch import Tensor
 from sandbox.config import registry
 from sandbox.contracts import Batch, Denoised, Hooks, SamplerConfig
 from sandbox.evaluation.evaluate import gather
-from sandbox.model.autoencoding import through
+from sandbox.model.autoencoding import reconstruct_clips
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.sampling import KnownRegion, PlainHooks, Quantised
 from sandbox.reports.progress import Progress
 
-NOISE_LEVELS = 6  # of a diffusion or progressive row, first and last included
-TIMES = 1000  # of which those are taken
+NOISE_LEVELS = 6  # shown in a diffusion or progressive row, first and last included
+TIMES = 1000  # steps that they are chosen from
 Row = dict[str, Tensor]
 Chain = SamplerConfig | None
 
 
 @torch.no_grad()
-def looks(
+def image_rows(
     system: LatentDiffusion, rows: tuple[str, ...], count: int, chain: Chain = None
 ) -> dict[str, Row]:
-    """The asked-for `rows` (names of LOOKS) of `count` held-out clips.
+    """The requested `rows` (names of ROWS) of `count` held-out clips.
 
-    Those that the system has not are left out: without a codebook nothing is quantised. `chain` is
-    the sampler of the progressive row, in at most as many steps as the schedule has times; else it
-    is that of the system.
+    Rows that the system does not have are left out: without a codebook nothing is quantised.
+    `chain` is the sampler of the progressive row (default: the system's); it makes at most as many
+    steps as the schedule has.
     """
     batch = gather(registry.create(system.root.data).split("val"), count, system.root.seed)
     batch = system.transfer_batch_to_device(batch, system.device)
-    with system.at_work(system.first_stage):
-        found = {name: LOOKS[name](system, batch, chain) for name in rows if name in LOOKS}
+    with system.on_device(system.first_stage):
+        found = {name: ROWS[name](system, batch, chain) for name in rows if name in ROWS}
     shown = {name: row for name, row in found.items() if row}
     return {k: {c: x.clamp(-1, 1).cpu() for c, x in row.items()} for k, row in shown.items()}
 
 
 def reconstruction(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     assert batch.video is not None  # gathered
-    return {"input": batch.video, "reconstruction": through(system.first_stage, batch.video)}
+    made = reconstruct_clips(system.first_stage, batch.video)
+    return {"input": batch.video, "reconstruction": made}
 
 
 def diffusion_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """Latents with more and more noise, decoded."""
+    """Latents with increasing noise, decoded."""
     draws = system.draws(batch)
     z0, schedule = system.latents(batch, draws), system.schedule
     eps = draws.normal("noise", z0)
@@ -62,42 +62,42 @@ def diffusion_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
 
 
 def _most(system: LatentDiffusion, steps: int) -> int:
-    """`steps`, or as many as the schedule has."""
+    """`steps`, at most those of the schedule."""
     return min(steps, getattr(system.root.schedule, "timesteps", steps))
 
 
 def _spread(count: int) -> list[int]:
-    """NOISE_LEVELS of the places 0 to count - 1, ends included; all of fewer."""
+    """At most NOISE_LEVELS of the indices 0 to count - 1, evenly spaced, ends included."""
     places = torch.linspace(0, count - 1, NOISE_LEVELS, dtype=torch.float64)
     return sorted({round(x) for x in places.tolist()})
 
 
 class Estimates(PlainHooks):
-    """Keeps the clean estimates of some calls, by number."""
+    """Stores the clean estimates of the calls with these numbers."""
 
     def __init__(self, calls: set[int]) -> None:
         self.calls, self.count = calls, 0
-        self.kept: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
 
     def denoised(self, d: Denoised, t: Tensor) -> Denoised:
         if self.count in self.calls:
-            self.kept[f"t = {t[0].item():.3g}"] = d.z0
+            self.found[f"t = {t[0].item():.3g}"] = d.z0
         self.count += 1
         return d
 
 
 def progressive_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """What the model takes the samples to be on the way from noise, and the samples."""
+    """The model's estimates of the clean sample during sampling, and the samples."""
     sampler = chain or system.root.sampler
     sampler = replace(sampler, steps=_most(system, sampler.steps))
     hooks = Estimates(set(_spread(sampler.steps)))
     made = _sampled(system, batch, hooks, "sampling step by step", sampler)
     decode, draws = system.first_stage.decode, system.draws(batch)
-    return {name: decode(z, draws) for name, z in hooks.kept.items()} | {"sample": made}
+    return {name: decode(z, draws) for name, z in hooks.found.items()} | {"sample": made}
 
 
 def samples_x0_quantized(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """Samples whose clean estimates are snapped to the codebook in every step."""
+    """Samples with the clean estimate quantised to the codebook in every step."""
     first_stage = system.first_stage
     if not hasattr(first_stage, "quantize"):
         return {}
@@ -108,23 +108,15 @@ def samples_x0_quantized(system: LatentDiffusion, batch: Batch, chain: Chain) ->
     return {"sample": _sampled(system, batch, Quantised(quantise), "sampling, quantised")}
 
 
-def samples_inpainting(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """The middle is made anew."""
-    return _filled(system, batch, lambda middle: 1 - middle)
-
-
-def samples_outpainting(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    """All but the middle is made anew. (The published logger shows inpainting twice.)"""
-    return _filled(system, batch, lambda middle: middle)
-
-
-def _filled(system: LatentDiffusion, batch: Batch, known: Callable[[Tensor], Tensor]) -> Row:
+def _filled(inside: bool, system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
+    """Samples only the middle (`inside`), or everything but the middle, of held-out clips."""
     draws = system.draws(batch)
     z0 = system.latents(batch, draws)
     height, width = z0.shape[-2:]
     middle = z0.new_zeros(1, 1, 1, height, width)
     middle[..., height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-    hooks = KnownRegion(system.schedule, z0, known(middle), draws)
+    known = 1 - middle if inside else middle
+    hooks = KnownRegion(system.schedule, z0, known, draws)
     return {"input": batch.video, "filled": _sampled(system, batch, hooks, "filling in")}  # type: ignore[dict-item]
 
 
@@ -142,11 +134,11 @@ def _sampled(
         )
 
 
-LOOKS: dict[str, Callable[[LatentDiffusion, Batch, Chain], Row]] = {
+ROWS: dict[str, Callable[[LatentDiffusion, Batch, Chain], Row]] = {
     "reconstruction": reconstruction,
     "diffusion_row": diffusion_row,
     "progressive_row": progressive_row,
     "samples_x0_quantized": samples_x0_quantized,
-    "samples_inpainting": samples_inpainting,
-    "samples_outpainting": samples_outpainting,
+    "samples_inpainting": partial(_filled, True),
+    "samples_outpainting": partial(_filled, False),  # the published logger shows inpainting twice
 }

@@ -1,6 +1,4 @@
-"""The training loop: Lightning turns the crank; two callbacks do what each step asks for."""
-
-from __future__ import annotations
+"""The training loop: a Lightning Trainer with two callbacks."""
 
 import logging
 import os
@@ -17,20 +15,20 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.param_groups import parse_entry
-from sandbox.config.root import Root
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
 from sandbox.model.devices import use_threads
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
-from sandbox.training.state import Seen, Training, blamed, check_best_of
+from sandbox.training.state import Training, check_best_of
+from sandbox.training.tracking import TrainedOn, suspects
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
 def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
-    """Trains from `training.step` to `root.steps`; `callbacks` come after those of the settings.
+    """Trains from `training.step` to `root.steps`. `callbacks` run after the configured ones.
 
     Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
     """
@@ -48,7 +46,7 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     devices = rank.local_world if is_parallel else 1
     if device.type == "cuda" and not is_parallel:
         devices = [device.index or 0]
-    _quiet()
+    _silence_lightning()
     with Progress("training", training.steps, first=training.step) as progress:
         trainer = Trainer(
             accelerator="gpu" if device.type == "cuda" else device.type,
@@ -61,10 +59,10 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
             max_epochs=-1,
             accumulate_grad_batches=cfg.accumulate,
             callbacks=[
-                Stepping(training),
+                OptimizerStep(training),
                 *training.callbacks.values(),
                 *callbacks,
-                Keeping(training, progress),
+                Checkpointing(training, progress),
             ],
             logger=False,
             enable_checkpointing=False,
@@ -74,28 +72,24 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
             num_sanity_val_steps=0,
         )
         try:
-            with rank.listening():
+            with rank.handling_signals():
                 trainer.fit(system, train_dataloaders=stream)
-        except SystemExit as e:  # Lightning's answer to a KeyboardInterrupt
+        except SystemExit as e:  # Lightning turns a KeyboardInterrupt into it
             raise KeyboardInterrupt from e
         finally:
             training.loader.close()
     training.optimizer.zero_grad()
-    system.to(device)  # Lightning has put it on the CPU
-    if training.leads:
-        training.run.describe(kernels=registry.create(root.kernels).report(), data=_data_of(root))
+    system.to(device)  # Lightning has moved it to the CPU
+    if training.is_first:
+        source = registry.create(root.data)
+        data = {name: fingerprint(source.split(name)) for name in ("train", "val")}
+        training.run.describe(kernels=registry.create(root.kernels).report(), data=data)
 
 
-def _data_of(root: Root) -> dict[str, Any]:
-    """What a later run is compared with to see whether it had the same data."""
-    source = registry.create(root.data)
-    return {name: fingerprint(source.split(name)) for name in ("train", "val")}
-
-
-def _quiet() -> None:
-    """Without Lightning's advice on devices, and on modules that are frozen on purpose."""
+def _silence_lightning() -> None:
+    """Silences Lightning's advice on devices and on modules that are frozen on purpose."""
     if not torch.cuda.is_available():
-        # Set by Lightning; an optimizer then looks for a driver in every step (0.1 ms).
+        # Set by Lightning: an optimizer then looks for a driver in every step (0.1 ms).
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for text in (
@@ -108,20 +102,17 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", text)
 
 
-class Stepping(Callback):
-    """First in line: what belongs to an optimizer step.
-
-    Learning rate, dropout seed, clipping, the check of the gradient, average, metrics.
-    """
+class OptimizerStep(Callback):
+    """The first callback: learning rate, dropout seed, clipping, gradient check, EMA, metrics."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.root, self.cfg = training, training.root, training.root.trainer
         self.each_micro_batch = getattr(self.root.ema, "every", "step") == "micro_batch"
-        every, watching = self.root.checkpoint.every, filter(None, self.root.callbacks.values())
-        # what a first stage that goes to the cache trains with has no callback that measures
-        self.is_measured = any(c.measures(every) for c in watching)
+        every, callbacks = self.root.checkpoint.every, filter(None, self.root.callbacks.values())
+        # a first stage that is trained for the cache has no callback that measures
+        self.is_measured = any(c.measures(every) for c in callbacks)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
-        self.seen: list[Seen] = []
+        self.trained_on: list[TrainedOn] = []
         self.rates: dict[str, float] = {}
         self.is_bad = False
 
@@ -129,7 +120,7 @@ class Stepping(Callback):
         if self.training.scaler:
             trainer.precision_plugin.load_state_dict(self.training.scaler)
         if self.training.ema:
-            self.training.ema.cut()  # by now its trainer has cut the weights
+            self.training.ema.shard()  # the strategy has sharded the weights
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int
@@ -147,13 +138,13 @@ class Stepping(Callback):
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.training.processes.clip(parameters, self.cfg.clip)
         self.rates = self.learning_rates(rate)
-        # Waits for the device. The norm is that of all ranks together: they agree.
+        # A device sync. The norm is over all ranks, so they agree.
         if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
             self.is_bad = True
-            optimizer.zero_grad()  # an optimizer leaves parameters without gradients as they are
+            optimizer.zero_grad()  # optimizers skip parameters without gradients
 
     def learning_rates(self, factor: float) -> dict[str, float]:
-        """`lr`, and that of each entry of `trainable` where one has another, at this step."""
+        """`lr`, and that of each entry of `trainable` with another learning rate, at this step."""
         lr, entries = (self.root.lr or 0.0) * factor, map(parse_entry, self.root.trainable or ())
         others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
         return {"lr": lr, **others}
@@ -163,14 +154,16 @@ class Stepping(Callback):
     ) -> None:
         training = self.training
         training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
-        if pl_module.opponent:
+        if pl_module.discriminator_update:
             rate = self.root.lr_schedule.factor(training.step, training.steps)
             with trainer.precision_plugin.forward_context():
-                pl_module.opponent_turn(batch, 1 / self.cfg.accumulate, rate, training.just_stepped)
+                pl_module.update_discriminator(
+                    batch, 1 / self.cfg.accumulate, rate, training.just_stepped
+                )
         if not training.step and self.is_measured:
             check_best_of(self.root, sorted(pl_module.logged))
         self.metrics.append(pl_module.metrics)
-        self.seen.append(Seen(batch.ids, pl_module.per_sample))
+        self.trained_on.append(TrainedOn(batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
             training.ema.update()
@@ -183,30 +176,30 @@ class Stepping(Callback):
         of_step = {"grad_norm": training.processes.norm(), **self.rates}
         metrics = {**_mean(self.metrics), **of_step}
         if self.is_bad:
-            samples = blamed(self.seen, training.rank)
+            samples = suspects(self.trained_on, training.rank)
             training.skipped.append({"step": training.step, "samples": samples})
             metrics["skipped"] = len(training.skipped)
-        training.note(metrics, self.seen)
-        self.metrics, self.seen, self.is_bad = [], [], False
+        training.add_metrics(metrics, self.trained_on)
+        self.metrics, self.trained_on, self.is_bad = [], [], False
         if len(training.skipped) > self.cfg.max_bad_steps:
             raise Diverged(
-                f"{len(training.skipped)} steps have gradients that are not finite, more than "
+                f"{len(training.skipped)} steps had gradients that are not finite, more than "
                 f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
                 + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
             )
 
 
-class Keeping(Callback):
-    """Last in line: writes metrics and checkpoints, shows progress, and stops when asked to."""
+class Checkpointing(Callback):
+    """The last callback: writes metrics and checkpoints, shows progress, stops on request."""
 
     def __init__(self, training: Training, progress: Progress) -> None:
         self.training, self.progress = training, progress
         self.policy = registry.create(training.root.checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self.training.rank.listen()
+        self.training.rank.install_handlers()
         if why := self.training.rank.agree_to_stop():
-            raise Preempted(f"stopped by {why} before a step was made; run it again to go on")
+            raise Preempted(f"stopped by {why} before the first step; run it again to continue")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -229,7 +222,7 @@ class Keeping(Callback):
         if why is not None:
             raise Preempted(
                 f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "
-                "the same command goes on from there"
+                "the same command continues from there"
             )
 
 
@@ -242,14 +235,14 @@ def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class Stream:
     """The loader's micro-batches without end: an optimizer step may span two epochs.
 
-    With `repeat` it is the first so many of epoch 0 again and again, from number `first` on.
+    With `repeat` it cycles through that many of epoch 0, starting from number `first`.
     """
 
     def __init__(self, loader: Loader, repeat: int = 0, first: int = 0) -> None:
         self.loader, self.repeat, self.first = loader, repeat, first
 
     def __len__(self) -> int:
-        """So many that there is no last one; without a length Lightning takes one ahead."""
+        """So long that there is no last one; without a length Lightning prefetches one."""
         return 1 << 40
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,9 +1,8 @@
-"""The training engine: all that changes in a run, what is kept of it, and where it begins.
+"""The state of a training run: everything that changes in it, checkpoints, metrics, validation.
 
-`training.loop` is the loop. Everything that changes while a system trains is in `Training`, and a
-run continues from `Training.state()` bit for bit: noise, timesteps, dropping, sample order and
-augmentation are keyed by position (`data.randomness`), module dropout is re-seeded for every
-micro-batch, and nothing else is random.
+`training.loop` has the loop. A run continues from `Training.state()` bit for bit: noise, timesteps,
+dropping, sample order and augmentation are keyed by position (`data.randomness`), module dropout is
+re-seeded for every micro-batch, and nothing else is random.
 """
 
 from __future__ import annotations
@@ -29,33 +28,31 @@ from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import fps_of, gather, generate
 from sandbox.evaluation.prompts import of_data
-from sandbox.model.autoencoding import through
-from sandbox.model.cached_latents import StoredLatents
+from sandbox.model.autoencoding import reconstruct_clips
+from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.ema import EMA
 from sandbox.model.latent_diffusion import LatentDiffusion
-from sandbox.model.sharding import is_sharded, load_optimizer, whole
+from sandbox.model.sharding import full_tensors, is_sharded, load_optimizer
 from sandbox.model.trainable import Trainable
 from sandbox.reports import media
 from sandbox.reports.sample_files import FPS, write_clips
-from sandbox.runs.protocol import forget_peak
+from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
-from sandbox.training.image_rows import looks
-from sandbox.training.tracking import MetricBuffer, Trackers
-
-NAMED = 8  # samples that an error names
+from sandbox.training.image_rows import image_rows
+from sandbox.training.tracking import MetricBuffer, Trackers, TrainedOn, suspects
 
 
 @dataclass
 class Training:
-    """A system with all that changes while it trains. `step` counts finished optimizer steps.
+    """A system and everything that changes in training. `step` counts finished optimizer steps.
 
-    `just_stepped`: whether the last micro-batch ended one. `skipped`: bad steps that were left out,
-    with their samples. `scaler`: that of fp16, as its state. `processes` is the `trainer` plugin.
+    `just_stepped`: whether the last micro-batch completed one; `skipped`: bad steps with their
+    samples; `scaler`: state of the fp16 loss scaler; `processes`: the `trainer` plugin.
 
-    Each rank has one, in the same state. What computes is called on all ranks, as weights may be
-    cut over them; the first rank alone writes.
+    Each rank has one, in the same state. Methods that compute are collective, as weights may be
+    sharded; only the first rank writes files.
     """
 
     system: Any  # a Trainable
@@ -73,60 +70,60 @@ class Training:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
-    measured: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the last validation
+    measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
-    waiting: dict[int, list[Seen]] = field(default_factory=dict)  # of the steps in the buffer
+    pending: dict[int, list[TrainedOn]] = field(default_factory=dict)  # of steps in the buffer
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the full run."""
         return self.root.steps or 0
 
     @property
-    def leads(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the rank that writes."""
         return self.rank.index == 0
 
-    # what a run continues from
+    # checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Plain containers and whole tensors: what a checkpoint holds, the same on all ranks."""
-        loader = self.loader.state_dict()
+        """What a checkpoint contains: plain containers and full tensors, the same on all ranks."""
+        loader, discriminator = self.loader.state_dict(), self.system.discriminator_update
         bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
         return {
             "step": self.step,
-            "weights": whole(self.system.trainable_state()),
+            "weights": full_tensors(self.system.trainable_state()),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.processes.optimizer_state(self.optimizer),
-            "opponent": self.system.opponent.state_dict() if self.system.opponent else None,
+            "opponent": discriminator.state_dict() if discriminator else None,
             "loader": loader | {"bad": bad},
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
             "scaler": self.scaler,
             "skipped": self.skipped,
-            "frozen": self.system.frozen_parts(),
+            "frozen": self.system.frozen_hashes(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`, before training starts."""
+        """Loads `state`, before training starts."""
         self.system.check_frozen(state["frozen"])
         self.step = state["step"]
         self.system.load_trainable(state["weights"])
         self.ema = EMA.of(self.system, registry.create(self.root.ema))
-        if self.ema and state["ema"]:  # a run continued with an average that it had not starts one
+        if self.ema and state["ema"]:  # an EMA may be new in a resumed run
             self.ema.load_state_dict(state["ema"])
         load_optimizer(self.optimizer, state["optimizer"])
-        if self.system.opponent:
-            self.system.opponent.load_state_dict(state["opponent"])
+        if self.system.discriminator_update:
+            self.system.discriminator_update.load_state_dict(state["opponent"])
         self.loader.load_state_dict(state["loader"])
         for name, callback in self.callbacks.items():
             callback.load_state_dict(state["callbacks"].get(name, {}))
         self.scaler, self.skipped = state["scaler"], state["skipped"]
 
     def save(self) -> None:
-        """Writes a checkpoint; metrics first, as a resumed run does not repeat their steps."""
+        """Writes a checkpoint, after the metrics: a resumed run does not repeat their steps."""
         self.flush()
         state, policy = self.state(), self.root.checkpoint
-        if not self.leads:
+        if not self.is_first:
             return
         try:
             notes = self.measured[1] if self.measured[0] == self.step else {}
@@ -135,98 +132,101 @@ class Training:
             raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
 
     def save_weights(self) -> None:
-        """Writes the weights of this step alone, live and averaged ones."""
+        """Writes the weights of this step alone, live and EMA."""
         self.flush()
         self._export(weight_files.LIVE)
         if self.ema:
-            with self.averaged():
+            with self.ema_weights():
                 self._export(weight_files.AVERAGED)
 
     def _export(self, name: str) -> None:
-        state = whole(self.system.trainable_state())
-        if self.leads:
+        state = full_tensors(self.system.trainable_state())
+        if self.is_first:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            weight_files.write(state, path, self.system.made_with())
+            weight_files.write(state, path, self.system.first_stage_hash())
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
-        """After training: the first rank goes on by itself, with a whole system from `build`."""
-        is_whole = not any(map(is_sharded, self.system.parameters()))
-        if not self.root.trainer.shards or (self.rank.world == 1 and is_whole):
+        """After training: the first rank continues alone, with an unsharded system from `build`."""
+        is_sharded_now = any(map(is_sharded, self.system.parameters()))
+        if not self.root.trainer.shards or (self.rank.world == 1 and not is_sharded_now):
             return
         state = self.state()
-        if self.leads:
+        if self.is_first:
             self.system = build().to(self.system.device)
             self.system.load_trainable(state["weights"])
             self.ema = EMA.of(self.system, registry.create(self.root.ema))
             if self.ema:
                 self.ema.load_state_dict(state["ema"])
 
-    def leave_if_asked(self) -> None:
-        """For long work after the last step, which can be done again. Raises Preempted."""
+    def check_stop(self) -> None:
+        """Raises Preempted at a stop request, in long work after the last step."""
         if self.rank.stop_requested():
             raise Preempted(
-                f"stopped by {self.rank.asked} after the last step; all weights are saved in "
+                f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
+                f"{self.run.folder}, and the same command finishes the run"
+            )
+            raise Preempted(
+                f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
                 f"{self.run.folder}, and the same command finishes the run"
             )
 
     # metrics
 
-    def note(self, metrics: Mapping[str, Tensor | float], seen: list[Seen]) -> None:
-        """Takes in the metrics of step `step` and the micro-batches that made it."""
+    def add_metrics(
+        self, metrics: Mapping[str, Tensor | float], trained_on: list[TrainedOn]
+    ) -> None:
+        """Buffers the metrics of step `step` and the samples of its micro-batches."""
         self.buffer.add(self.step, metrics)
-        self.waiting[self.step] = seen
+        self.pending[self.step] = trained_on
 
     def flush(self) -> None:
-        """Writes the metrics since the last time, up to a step that is not finite: Diverged."""
+        """Writes the buffered metrics; raises Diverged at the first step that is not finite."""
         good: list[tuple[int, dict[str, float]]] = []
-        bad: tuple[int, dict[str, float]] | None = None
+        bad: tuple[int, str] | None = None
         for step, metrics in self.buffer.flush(self.rank.mean if self.rank.world > 1 else None):
-            if "skipped" not in metrics and not all(map(math.isfinite, self._checked(metrics))):
-                bad = step, metrics
+            if "skipped" not in metrics and (wrong := self._not_finite(metrics)):
+                bad = step, wrong
                 break
             good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
         if good:
             self._record(good)
             self.latest = good[-1][1]
         if bad:
-            raise Diverged(self._diverged(*bad))
-        self.waiting.clear()
+            step, wrong = bad
+            raise Diverged(
+                f"step {step}: {wrong} is not finite; {suspects(self.pending[step], self.rank)}; "
+                f"lower lr={self.root.lr}, or look at these samples"
+            )
+        self.pending.clear()
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        if self.leads:
-            self.trackers.metrics_of(rows)
+        if self.is_first:
+            self.trackers.metrics(rows)
 
-    def _checked(self, metrics: dict[str, float]) -> list[float]:
-        """What must be finite: under fp16 a gradient need not be, its scaler passes over it."""
+    def _not_finite(self, metrics: dict[str, float]) -> str:
+        """Metrics that are not finite; under fp16 not the gradient alone, which is skipped."""
         ignored = "grad_norm" if self.root.precision == "fp16" else ""
-        return [v for k, v in metrics.items() if k != ignored]
-
-    def _diverged(self, step: int, metrics: dict[str, float]) -> str:
-        wrong = ", ".join(f"{k}={v}" for k, v in metrics.items() if not math.isfinite(v))
-        return (
-            f"step {step}: {wrong} is not finite; {blamed(self.waiting[step], self.rank)}; "
-            f"lower lr={self.root.lr}, or look at these samples"
-        )
+        found = {k: v for k, v in metrics.items() if not math.isfinite(v)}
+        return ", ".join(f"{k}={v}" for k, v in found.items()) if found.keys() - {ignored} else ""
 
     @cached_property
     def fps(self) -> float:
-        """Of sample videos: that of the first validation clip, where the data tell it."""
+        """The frame rate of sample videos: that of the first validation clip, if it has one."""
         val = registry.create(self.root.data).split("val")
         return fps_of(gather(val, 1, self.root.seed)) or FPS
 
-    # what callbacks may call
+    # for callbacks
 
     def sample(self, prompts: Sequence[str], count: int) -> None:
-        """Videos and a sheet of `prompts`, else of the data's first `count`.
+        """Writes videos and a sheet of `prompts`, or of the data's first `count` captions.
 
-        Images that the conditioning wants are those of validation clips. The clips are those that
-        task=sample makes of this step.
+        Images for the conditioning come from validation clips. task=sample makes the same clips.
         """
         self.flush()
         batch = of_data(self.root, prompts, count)
-        with self.averaged(), self.evaluating():
+        with self.ema_weights(), self.eval_mode():
             video = generate(self.system, batch)
-        if not self.leads:
+        if not self.is_first:
             return
         captions = batch.captions or []
         folder = self.run.samples / f"step_{self.step:08}"
@@ -236,10 +236,10 @@ class Training:
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
 
     def show(self, rows: Sequence[str], count: int, chain: SamplerConfig | None = None) -> None:
-        """Sheets of what the system makes: `rows` of `image_rows`, "samples" as `sample` writes.
+        """Writes sheets of the image `rows`; "samples" are those of `sample`.
 
-        `chain` is the sampler of the progressive row. Of a first stage: reconstructions of held-out
-        clips.
+        `chain` is the sampler of the progressive row. For a first stage: reconstructions of
+        held-out clips.
         """
         if not isinstance(self.system, LatentDiffusion):
             self._show_reconstructions(count)
@@ -247,9 +247,9 @@ class Training:
         if "samples" in rows:
             self.sample((), count)
         self.flush()
-        with self.averaged(), self.evaluating():
-            found = looks(self.system, tuple(rows), count, chain)
-        for name, columns in found.items() if self.leads else ():
+        with self.ema_weights(), self.eval_mode():
+            found = image_rows(self.system, tuple(rows), count, chain)
+        for name, columns in found.items() if self.is_first else ():
             path = self.run.samples / f"step_{self.step:08}" / f"{name}.png"
             clips = [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
@@ -263,23 +263,23 @@ class Training:
         items = registry.create(self.root.data).split("val")
         video = gather(items, count, self.root.seed).video
         assert video is not None  # gathered
-        with self.averaged(), self.evaluating():
-            made = through(self.system.first_stage, video.to(self.system.device))
-        if self.leads:
+        with self.ema_weights(), self.eval_mode():
+            made = reconstruct_clips(self.system.first_stage, video.to(self.system.device))
+        if self.is_first:
             path = self.run.samples / f"step_{self.step:08}" / "reconstruction.png"
             media.reconstruction_sheet(path, [*video], [*made.clamp(-1, 1).cpu()])
             self.trackers.images(self.step, "reconstruction", [path])
 
     def validate(self, count: int) -> None:
-        """Loss on `count` held-out clips, live and averaged weights, always on the same noise.
+        """Loss on `count` held-out clips, of live and EMA weights, with the same noise every time.
 
-        Under val/ with the names that the loss logs.
+        The metrics are val/ and the names that the loss logs.
         """
         self.flush()
         val = registry.create(self.root.data).split("val")
         found = {f"val/{name}": value for name, value in self._losses(val, count).items()}
         if self.ema:
-            with self.averaged():
+            with self.ema_weights():
                 averaged = self._losses(val, count)
             found |= {f"val/{name}_ema": value for name, value in averaged.items()}
         self.measured = self.step, found
@@ -287,9 +287,9 @@ class Training:
 
     @torch.no_grad()
     def _losses(self, items: Any, count: int) -> dict[str, float]:
-        """Mean loss of `count` clips; what else the loss logs, over the batches that hold them."""
+        """Mean loss of `count` clips; other metrics of the loss, over the batches with them."""
         losses, logs, system = [], [], self.system
-        with self.evaluating():
+        with self.eval_mode():
             for batch in batches(items, min(count, 64), self.root.seed):
                 batch = system.transfer_batch_to_device(batch, system.device, 0)
                 terms = system.step(batch, system.draws(batch))
@@ -302,51 +302,27 @@ class Training:
         return means | {"loss": torch.cat(losses)[:count].mean().item()}
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside the block; a first stage that it loads for pixels is gone afterwards."""
+    def eval_mode(self) -> Iterator[None]:
+        """Eval mode inside the block; afterwards frees a first stage that was loaded for pixels."""
         was = self.system.training
         self.system.eval()
         yield
         self.system.train(was)
-        if isinstance(stage := getattr(self.system, "first_stage", None), StoredLatents):
+        if isinstance(stage := getattr(self.system, "first_stage", None), CachedLatents):
             stage.release()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The averaged weights are the system's inside the block, where there is an average."""
+    def ema_weights(self) -> Iterator[None]:
+        """The system has the EMA weights inside the block, if there are some."""
         with self.ema.applied(self.system) if self.ema else nullcontext():
             yield
 
 
-@dataclass
-class Seen:
-    """What one micro-batch trained on."""
-
-    ids: list[str]
-    losses: Tensor | None  # (B,), where the system tells them
-
-    def bad(self) -> list[str]:
-        """Those whose loss is not finite."""
-        losses = [] if self.losses is None else self.losses.tolist()
-        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
-
-
-def blamed(seen: list[Seen], rank: Rank) -> str:
-    """The samples of all ranks whose loss is not finite; where none is to blame all of the step."""
-    bad = [i for s in seen for i in s.bad()]
-    of_ranks = rank.gather_plain([bad, [i for s in seen for i in s.ids]])
-    bad = [i for part, _ in of_ranks for i in part]
-    ids = bad or [i for _, part in of_ranks for i in part]
-    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
-    what = "samples with such a loss" if bad else "samples of this step"
-    return f"{what}: {', '.join(ids[:NAMED])}{more}"
-
-
-# --- beginning ------------------------------------------------------------------------------------
+# --- starting -------------------------------------------------------------------------------------
 
 
 def check_best(wiring: Wiring) -> None:
-    """Raises ConfigError where checkpoint.best_of is no number of the loss, which is asked once."""
+    """Raises ConfigError where checkpoint.best_of is not a metric of the loss."""
     root, grid = wiring.root, wiring.grids[0]
     if root.checkpoint.best:
         schedule = registry.create(root.schedule)
@@ -357,7 +333,7 @@ def check_best(wiring: Wiring) -> None:
 
 
 def check_best_of(root: Root, names: Iterable[str]) -> None:
-    """`names`: of the numbers that the loss logs."""
+    """The same, for the `names` of the metrics that the loss logs."""
     policy, found = root.checkpoint, {f"val/{name}" for name in (*names, "loss")}
     if root.ema.keeps_ema():
         found |= {f"{name}_ema" for name in found}
@@ -376,22 +352,19 @@ def start(
     rank: Rank | None = None,
     initialise: Callable[[], None] = lambda: None,
 ) -> Iterator[Training]:
-    """Everything that a run trains with, at step 0 or where its newest good checkpoint stands.
+    """The Training of a run, at step 0 or restored from its newest valid checkpoint.
 
-    `initialise` gives the system the weights of step 0; a run that continues has its own. Trackers
-    are told the end when the block is left. Raises DataError, StorageError, ConfigError.
+    `initialise` loads the weights of step 0, in a run without a checkpoint. Leaving the block
+    finishes the trackers. Raises DataError, StorageError, ConfigError.
     """
     root, rank = system.root, rank or Rank()
     device, cfg = device_of(root, rank.local), root.data
-    if root.precision == "fp16" and device.type != "cuda":
-        raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
-    if root.trainer.shards and root.precision == "fp16" and rank.world > 1:
-        raise ConfigError("precision=fp16: its scaler does not know cut gradients; use bf16")
+    _check_fp16(system, device, rank)
     use_threads(root)
     newest = rank.broadcast_plain(_newest(run) if rank.index == 0 else None)
     if newest is None:
         initialise()
-    forget_peak(device)
+    reset_peak_memory(device)
     processes = registry.create(root.trainer)
     processes.prepare(system, device, rank.world)
     system.to(device)
@@ -399,13 +372,9 @@ def start(
     optimizer = registry.create(root.optimizer).build(trained, root.lr)
     for g in optimizer.param_groups:
         g.setdefault("initial_lr", g["lr"])
-    split_groups(optimizer, {id(p): system.rates.get(name, 1.0) for name, p in trained})
-    if system.opponent:
-        if root.precision == "fp16":
-            raise ConfigError(
-                "precision=fp16: a discriminator trains without a loss scale: use bf16 or fp32"
-            )
-        system.opponent.build(registry.create(root.optimizer), root.lr, rank)
+    split_groups(optimizer, {id(p): system.lr_factors.get(name, 1.0) for name, p in trained})
+    if system.discriminator_update:
+        system.discriminator_update.build(registry.create(root.optimizer), root.lr, rank)
     training = Training(
         system=system,
         root=root,
@@ -429,14 +398,28 @@ def start(
         training.trackers.start(to_container(root), run.folder.name, group)
         if newest is not None:
             training.restore(checkpoint.load(run.checkpoints / newest))
-            print(f"continuing from step {training.step} ({newest})", flush=True)
-        if run.resumed and training.leads:
+            print(f"resuming from step {training.step} ({newest})", flush=True)
+        if run.resumed and training.is_first:
             run.rewind(training.step)
         yield training
     except BaseException as e:
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise
     training.trackers.finish(0)
+
+
+def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:
+    """Raises ConfigError where fp16 and its loss scaler do not work."""
+    if system.root.precision != "fp16":
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
+    if system.root.trainer.shards and rank.world > 1:
+        raise ConfigError("precision=fp16: its loss scaler does not work with shards; use bf16")
+    if system.discriminator_update:
+        raise ConfigError(
+            "precision=fp16: a discriminator trains without a loss scaler: use bf16 or fp32"
+        )
 
 
 def _newest(run: Run) -> str | None:

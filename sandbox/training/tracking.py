@@ -1,18 +1,20 @@
-"""Where metrics, videos and images go: the run's own metrics.jsonl and the chosen tracker.
+"""Writes metrics, videos and images to the run folder and to a tracker.
 
-A tracker is a convenience and never ends a run: one that fails is named once and left out from then
-on. The run's own metrics.jsonl is the truth, and a run that cannot write it ends with a
-StorageError.
+A tracker never ends a run: one that fails is reported once and removed. The run's own metrics.jsonl
+is authoritative, and a run that cannot write it raises a StorageError.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sandbox.config.secrets import mask
+from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 
 if TYPE_CHECKING:
@@ -20,38 +22,36 @@ if TYPE_CHECKING:
 
     Mean = Callable[[Tensor], Tensor]
 
+NAMED = 8  # samples that an error lists
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """What a `logger` plugin is. Steps are optimizer steps and may repeat after a resume."""
+    """A `logger` plugin. Steps are optimizer steps and may repeat after a resume."""
 
     def start(self, folder: Path, config: dict[str, Any], name: str, group: str | None) -> None:
-        """Once, first: the run folder, plain containers without secrets, a multirun's name."""
-        ...
+        """Called first: the run folder, its config without secrets, the name of a multirun."""
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of a step."""
+
     def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
         """An encoded file (.mp4)."""
-        ...
 
     def images(
         self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
     ) -> None:
         """Image files, with a caption each or none at all."""
-        ...
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Final numbers of the run."""
-        ...
+        """Final metrics of the run."""
 
     def finish(self, exit_code: int) -> None:
-        """Once, last; also after a failure, with the code the program will end with."""
-        ...
+        """Called last, also after a failure, with the exit code of the program."""
 
 
 class PageTracker(Tracker, Protocol):
-    """One that takes a report as well (task.send)."""
+    """A tracker that also takes a report (task.send)."""
 
     def start(
         self,
@@ -61,20 +61,17 @@ class PageTracker(Tracker, Protocol):
         group: str | None,
         sweep: str | None = None,
     ) -> None:
-        """`sweep`: id of the one that it stands in, where that is not the agent's own."""
-        ...
+        """`sweep`: the id of its sweep, where that is not the agent's own."""
 
     def page(self, name: str, path: Path) -> None:
         """A self-contained HTML page."""
-        ...
 
     def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
-        """Rows of text, the first one the header."""
-        ...
+        """Rows of text; the first is the header."""
 
 
 class Trackers:
-    """The run's metrics file and any number of trackers as one."""
+    """The run's metrics file and its trackers."""
 
     def __init__(self, run: Run, trackers: Iterable[Tracker] = ()) -> None:
         self.run, self.trackers = run, list(trackers)
@@ -83,17 +80,14 @@ class Trackers:
         shown = mask(config)
         self._each(lambda t: t.start(self.run.folder, shown, name, group))
 
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.metrics_of([(step, metrics)])
-
-    def metrics_of(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Metrics of several steps, one write to the run folder. Raises StorageError."""
+    def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Metrics of several steps, in one write. Raises StorageError."""
         self.run.record_all(rows)
         for step, metrics in rows:
             self._each(lambda t, s=step, m=metrics: t.metrics(s, m))
 
     def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
-        """A clip as a file: .mp4, or .png of a clip of one frame."""
+        """A clip as a file: .mp4, or .png for a single frame."""
         if path.suffix == ".png":
             self.images(step, name, [path], [caption])
         else:
@@ -116,10 +110,10 @@ class Trackers:
         for tracker in list(self.trackers):
             try:
                 call(tracker)
-            except Exception as e:  # third-party code and networks: whatever it is, the run goes on
+            except Exception as e:  # third-party code and networks: the run continues anyway
                 self.trackers.remove(tracker)
                 log.warning(
-                    "%s failed and is left out from now on (%s: %s); all metrics are in %s",
+                    "%s failed and is not used from now on (%s: %s); all metrics are in %s",
                     type(tracker).__name__,
                     type(e).__name__,
                     e,
@@ -128,10 +122,9 @@ class Trackers:
 
 
 class MetricBuffer:
-    """Keeps metrics on their device until they go out together, with one wait for the device.
+    """Buffers metrics on their device, to transfer them together with one device sync.
 
-    Flush before a checkpoint is saved: steps that a resumed run does not repeat must be on disk by
-    then.
+    Flush it before a checkpoint is saved: a resumed run does not repeat earlier steps.
     """
 
     def __init__(self) -> None:
@@ -141,7 +134,7 @@ class MetricBuffer:
         return len(self._rows)
 
     def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Tensors are () and not changed in place later. Raises ValueError for other shapes."""
+        """Tensors are () and not modified later. Raises ValueError for other shapes."""
         row: dict[str, Tensor | float] = {}
         for name, value in metrics.items():
             if getattr(value, "ndim", 0):
@@ -150,25 +143,43 @@ class MetricBuffer:
         self._rows.append((step, row))
 
     def flush(self, mean: Mean | None = None) -> list[tuple[int, dict[str, float]]]:
-        """What was added since the last time, as numbers, in order.
+        """The metrics since the last flush, as numbers, in order.
 
-        `mean` makes of the tensors of this process, stacked, the means over all processes.
+        `mean` averages the stacked tensors of this process over all processes.
         """
         rows, self._rows = self._rows, []
-        waiting = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
-        numbers = iter(_numbers(waiting, mean))
+        tensors = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
+        numbers: Iterator[float] = iter(())
+        if tensors:  # one transfer for all; float32 and float64 arrive exactly
+            import torch
+
+            stacked = torch.stack([t.to(tensors[0].device) for t in tensors])
+            numbers = iter((mean(stacked) if mean else stacked).tolist())
         return [
             (step, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()})
             for step, row in rows
         ]
 
 
-def _numbers(tensors: list[Tensor], mean: Mean | None) -> list[float]:
-    """One transfer for all; float32 and float64 arrive exactly."""
-    if not tensors:
-        return []
-    import torch
+@dataclass
+class TrainedOn:
+    """The samples of one micro-batch, and their losses (B,) if the system reports them."""
 
-    where = tensors[0].device
-    stacked = torch.stack([t if t.device == where else t.to(where) for t in tensors])
-    return (mean(stacked) if mean else stacked).tolist()
+    ids: list[str]
+    losses: Tensor | None
+
+    def bad(self) -> list[str]:
+        """Samples with a loss that is not finite."""
+        losses = [] if self.losses is None else self.losses.tolist()
+        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
+
+
+def suspects(trained_on: list[TrainedOn], rank: Rank) -> str:
+    """The samples of all ranks whose loss is not finite; if there are none, all of the step."""
+    bad = [i for batch in trained_on for i in batch.bad()]
+    of_ranks = rank.gather_plain([bad, [i for batch in trained_on for i in batch.ids]])
+    bad = [i for part, _ in of_ranks for i in part]
+    ids = bad or [i for _, part in of_ranks for i in part]
+    more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+    what = "samples with such a loss" if bad else "samples of this step"
+    return f"{what}: {', '.join(ids[:NAMED])}{more}"

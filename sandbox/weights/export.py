@@ -1,6 +1,4 @@
-"""The folder of a whole published system, as its original's code opens it (group `layout`)."""
-
-from __future__ import annotations
+"""Exports a system to a folder in the format of its original code (group `layout`)."""
 
 import json
 import shutil
@@ -16,9 +14,9 @@ from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.storage import weight_files
 from sandbox.storage.atomic import storing, write_atomic
 from sandbox.storage.published import STEMS
-from sandbox.weights.system_files import taken_apart
+from sandbox.weights.system_files import split
 
-TEXT = ("text_encoder", "tokenizer")  # folders that are copied as they are, where there are any
+TEXT = ("text_encoder", "tokenizer")  # folders that are copied unchanged
 INDEX = "model_index.json"
 
 
@@ -27,8 +25,8 @@ def write_folder(
 ) -> list[str]:
     """Writes backbone (with its adapter merged), first stage, schedule and text encoder.
 
-    Its index is written last. Returns folders that are absent, as this machine has them not.
-    Raises ConfigError before anything is written, for what the layout cannot say.
+    The index is written last. Returns the text folders that this machine does not have. Raises
+    ConfigError before writing where the layout cannot represent the system.
     """
     root = system.root
     configs = {name: getattr(root, name) for name in ("backbone", "vae", "schedule", "sampler")}
@@ -37,10 +35,10 @@ def write_folder(
     copied = {name: known.get(name) for name in TEXT} if text else {}
     files = layout.described(configs | {"conditioning": root.conditioning}, copied)
     if (to / INDEX).exists():
-        raise ConfigError(f"task.to={to}: a system is there already; name a new folder")
+        raise ConfigError(f"task.to={to}: the folder has a system already; name a new folder")
     if system.adapter is not None:
         system.adapter.merge(system.backbone)
-    parts = taken_apart(system)
+    parts = split(system)
     state = layout.join({name: parts[name] for name in ("backbone", "vae")})
     for name in sorted({key.partition("/")[0] for key in state}):
         own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/")}
@@ -57,9 +55,9 @@ def write_folder(
 
 
 def text_folder(root: Root) -> Path | None:
-    """The system with a text encoder and a tokenizer that the conditioning, or the run, began with.
+    """The folder with the text encoder and tokenizer of the conditioning or of `init_from`.
 
-    None where there is none on this machine.
+    None where this machine has none.
     """
     places = (getattr(root.conditioning, "weights", None), root.init_from)
     found = (Path(p) for p in places if p and all((Path(p) / name).is_dir() for name in TEXT))
@@ -67,18 +65,18 @@ def text_folder(root: Root) -> Path | None:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    """What a system says of its parts; nothing where it says nothing."""
+    """The index of a system's parts; empty where there is none."""
     path = folder / INDEX
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_model(folder: Path, state: State, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    """One model as safetensors; in several files with an index where they would be larger."""
+    """Writes one model as safetensors; above `shard_bytes` as several files with an index."""
 
-    def kept(x: Tensor) -> torch.dtype:
+    def target(x: Tensor) -> torch.dtype:
         return dtype if dtype and x.is_floating_point() else x.dtype
 
-    sizes = {name: x.numel() * kept(x).itemsize for name, x in state.items()}
+    sizes = {name: x.numel() * target(x).itemsize for name, x in state.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[k] for k in shards[-1]) + size > shard_bytes:
@@ -88,7 +86,7 @@ def write_model(folder: Path, state: State, dtype: torch.dtype | None, shard_byt
     for number, names in enumerate(shards, 1):
         part = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         file = f"{stem}{part}.safetensors"
-        own = {name: state[name].to(kept(state[name])) for name in names}
+        own = {name: state[name].to(target(state[name])) for name in names}
         weight_files.write(own, folder / file)
         places |= dict.fromkeys(names, file)
     if len(shards) > 1:

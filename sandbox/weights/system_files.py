@@ -1,11 +1,9 @@
-"""Whole systems in one published file: into our parts, and out of them (group `layout`).
+"""Published systems in one file: reading and writing their parts (group `layout`).
 
-Reading takes tensors only and runs nothing; every name and shape must fit. Frozen parts come from
-settings of their own (`vae.weights=FILE`, `conditioning.weights=FILE`, the same file), so that a
-resumed run finds them again; here they are only compared.
+Reading takes tensors only and executes nothing; every name and shape must match. Frozen parts are
+loaded by settings of their own (`vae.weights=FILE`, `conditioning.weights=FILE`, the same file), so
+that a resumed run finds them again; here they are only compared.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
@@ -16,28 +14,27 @@ from torch import Tensor
 
 from sandbox.config.root import Root
 from sandbox.contracts import ConfigError, State, StorageError
-from sandbox.model.cached_latents import StoredLatents
+from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.latent_diffusion import LatentDiffusion
-from sandbox.model.trainable import Trainable
+from sandbox.model.trainable import FILE_SETTINGS, Trainable
 from sandbox.storage import weight_files
 from sandbox.storage.published import parts_of
 
-PLACES = {  # part of a layout -> attribute of a system
+ATTRIBUTES = {  # part of a layout -> attribute of a system
     "backbone": "backbone",
     "vae": "first_stage",
     "conditioning": "conditioner",
     "loss": "loss",
 }
-OURS = ("backbone.", "conditioner.", "loss.")  # names of exported weights of this program
-OTHERS = ("first_stage.", "conditioner.", "loss.")  # names of all but the network
-CURES = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}
-TABLE_ERROR = 1e-5  # of float32 tables that were computed in another order
+OURS = ("backbone.", "conditioner.", "loss.")  # prefixes in exported weights of this program
+OTHERS = ("first_stage.", "conditioner.", "loss.")  # prefixes of all parts but the backbone
+TOLERANCE = 1e-5  # of float32 tables that were computed in another order
 
 
 def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
-    """The parts of the published file at `path`; None where it is no file, ours, or of no layout.
+    """The parts of the published file at `path`; None for other files and folders.
 
-    `mapped`: numbers are read when they are looked at. Raises StorageError.
+    `mapped` memory-maps the tensors. Raises StorageError.
     """
     if not path.is_file() or path.with_suffix(".json").is_file():
         return None
@@ -48,11 +45,11 @@ def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
 
 
 def check_sources(root: Root) -> None:
-    """Raises ConfigError where a first stage would be trained only to differ from the file's."""
+    """Raises ConfigError where a first stage would be trained although `init_from` has one."""
     if root.init_from is None or root.vae.weights != "auto" or root.vae.fitted() == "none":
         return
     if root.data.stored() is not None:
-        return  # latents are those of the first stage that comes with them
+        return  # the first stage is that of the cached latents
     parts = read(Path(root.init_from), mapped=True)
     if parts and parts["vae"]:
         raise ConfigError(
@@ -61,114 +58,103 @@ def check_sources(root: Root) -> None:
         )
 
 
-def put(system: Trainable, parts: dict[str, State], path: Path) -> str:
-    """Puts the parts of the published file `path` into `system`; says which: averaged or live.
+def load_parts(system: Trainable, parts: dict[str, State], path: Path) -> str:
+    """Loads the parts of the published file `path`; returns "EMA" or "live".
 
-    Strict. Raises StorageError with the first ten names that differ, where the schedule is another,
-    or where a frozen part is not the file's, which a system on the meta device cannot tell.
+    Strict. Raises StorageError with the first ten names that differ, for another schedule, and,
+    unless the system is on the meta device, where a frozen part differs from the file's.
     """
     assert isinstance(system, LatentDiffusion)
     average = {k: v for k, v in parts["ema"].items() if k not in ("decay", "num_updates")}
     parts = parts | {"backbone": parts["backbone"] | average}
     own = {k: v for k, v in system.state_dict().items() if k.startswith(OTHERS)}
-    if isinstance(system.first_stage, StoredLatents):
+    if isinstance(system.first_stage, CachedLatents):
         parts |= {"vae": {}}
         own = {k: v for k, v in own.items() if not k.startswith("first_stage.")}
     given = {
-        f"{place}.{name}": tensor
-        for part, place in PLACES.items()
+        f"{attribute}.{name}": tensor
+        for part, attribute in ATTRIBUTES.items()
         for name, tensor in parts[part].items()
     }
-    network = {f"backbone.{k}": v for k, v in system.base_state().items()}
-    own |= network
-    _same_names(given, own, path, system.root)
-    _same_tables(parts["schedule"], tables(system), path)
-    begun = {k: own[k] for k in own.keys() & system.trainable_state().keys()} | network
-    for name in own.keys() - begun.keys():
+    backbone = {f"backbone.{k}": v for k, v in system.base_state().items()}
+    own |= backbone
+    _check_names(given, own, path, system.root)
+    _check_tables(parts["schedule"], tables(system), path)
+    loaded = {k: own[k] for k in own.keys() & system.trainable_state().keys()} | backbone
+    for name in own.keys() - loaded.keys():
         if not own[name].is_meta and not torch.equal(own[name].cpu().float(), given[name].float()):
-            place = name.partition(".")[0]
-            setting = CURES.get(place, place)
+            part = name.partition(".")[0]
             raise StorageError(
-                f"init_from={path}: {name} is frozen and not that of the file; use {setting}={path}"
+                f"init_from={path}: {name} is frozen and differs from the file; use "
+                f"{FILE_SETTINGS.get(part, part)}={path}"
             )
-    for name, tensor in begun.items():
+    for name, tensor in loaded.items():
         tensor.detach().copy_(given[name])
-    system.forget_fingerprints()
-    return "averaged" if average else "live"
+    system.forget_hashes()
+    return "EMA" if average else "live"
 
 
-def _same_names(given: State, own: State, path: Path, root: Root) -> None:
-    differing = {k: f"{k} is missing" for k in own if k not in given}
-    differing |= {k: f"{k} is not in this system" for k in given if k not in own}
-    differing |= {
-        k: f"{k} is {list(given[k].shape)} and {list(own[k].shape)} here"
-        for k in own.keys() & given.keys()
-        if given[k].shape != own[k].shape
-    }
-    if not differing:
+def _check_names(given: State, own: State, path: Path, root: Root) -> None:
+    found = weight_files.mismatches(own, given, place="this system")
+    if not found:
         return
-    counts = Counter(name.partition(".")[0] for name in differing)
-    groups = {place: group for group, place in PLACES.items()}
+    counts = Counter(line.partition(".")[0] for line in found)
+    groups = {attribute: group for group, attribute in ATTRIBUTES.items()}
     of = ", ".join(
-        f"{count} of {groups[place]}={getattr(root, groups[place]).plugin.rpartition('/')[2]}"
-        for place, count in counts.most_common()
+        f"{count} of {groups[part]}={getattr(root, groups[part]).plugin.rpartition('/')[2]}"
+        for part, count in counts.most_common()
     )
     raise StorageError(
-        f"init_from={path}: {len(differing)} names or shapes differ from this system ({of}): "
-        f"{', '.join(sorted(differing.values())[:10])}; choose the components and sizes of the "
-        "recipe that the file is of"
+        f"init_from={path}: {len(found)} names or shapes differ from this system ({of}): "
+        f"{', '.join(found[:10])}; choose the components and sizes of the recipe that the file is "
+        "of"
     )
 
 
-def _same_tables(given: State, own: State, path: Path) -> None:
-    """A file without tables is taken; one with others was trained with another schedule."""
+def _check_tables(given: State, own: State, path: Path) -> None:
+    """A file may lack the schedule's tables, but those that it has must be equal."""
     for name in sorted(given):
         if name not in own:
-            raise StorageError(f"init_from={path}: has the table {name}, this schedule has not")
-        same = given[name].shape == own[name].shape and torch.allclose(
-            given[name].float(), own[name], rtol=TABLE_ERROR, atol=TABLE_ERROR
-        )
-        if not same:
             raise StorageError(
-                f"init_from={path}: its table {name} is not that of this schedule; choose the "
-                "schedule that it was trained with"
+                f"init_from={path}: it has the table {name}, which this schedule lacks"
+            )
+        if given[name].shape != own[name].shape or not torch.allclose(
+            given[name].float(), own[name], rtol=TOLERANCE, atol=TOLERANCE
+        ):
+            raise StorageError(
+                f"init_from={path}: its table {name} differs from that of this schedule; choose "
+                "the schedule that it was trained with"
             )
 
 
 def tables(system: LatentDiffusion) -> State:
-    """Constants of the schedule that published files hold; empty where it has none."""
+    """Constants of the schedule that published files contain; empty where it has none."""
     found = getattr(system.schedule, "tables", None)
     return found() if found else {}
 
 
-def taken_apart(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> dict[str, State]:
-    """The parts of a system, for `Layout.join`; `ema` is the state of its average, if any.
+def split(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> dict[str, State]:
+    """The parts of a system, for `Layout.join`; `ema` is the state of its EMA, if any.
 
-    As published the average is that of the network alone.
+    As published, the EMA has the backbone's weights alone.
     """
-    parts = {part: _state(getattr(system, place)) for part, place in PLACES.items()}
+    parts = {part: _state(getattr(system, name)) for part, name in ATTRIBUTES.items()}
     parts["backbone"] = {k: v.detach() for k, v in system.base_state().items()}
-    if isinstance(system.first_stage, StoredLatents):
-        parts["vae"] = _state(system.first_stage.whole())
+    if isinstance(system.first_stage, CachedLatents):
+        parts["vae"] = _state(system.first_stage.full())
     parts["schedule"], parts["ema"] = tables(system), {}
     if ema:
-        decay = float(getattr(system.root.ema, "decay", 0.0))
-        own = {
+        parts["ema"] = {
+            "decay": torch.tensor(float(getattr(system.root.ema, "decay", 0.0))),
+            "num_updates": torch.tensor(ema["updates"], dtype=torch.int32),
+        } | {
             k.removeprefix("backbone."): v
             for k, v in ema["average"].items()
             if k.startswith("backbone.")
         }
-        counters = {
-            "decay": torch.tensor(decay),
-            "num_updates": torch.tensor(ema["updates"], dtype=torch.int32),
-        }
-        parts["ema"] = counters | own
     return parts
 
 
 def _state(part: Any) -> dict[str, Tensor]:
-    return (
-        {k: v.detach() for k, v in part.state_dict().items()}
-        if callable(getattr(part, "state_dict", None))
-        else {}
-    )
+    has_state = callable(getattr(part, "state_dict", None))
+    return {k: v.detach() for k, v in part.state_dict().items()} if has_state else {}

@@ -48,7 +48,7 @@ def test_kills_at_random_change_nothing(one, tmp_path):
         kills += run_until(tmp_path, target, signal.SIGKILL, *words) == -signal.SIGKILL
     assert kills == 3
     assert run_until(tmp_path, None, signal.SIGKILL, f"steps={STEPS}") == 0, said(tmp_path)
-    assert said(tmp_path).count("(continued)") == 3
+    assert said(tmp_path).count("(resumed)") == 3
     assert_equal_runs(one, folder_of(tmp_path))
 
 

@@ -126,7 +126,7 @@ def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
     assert len({p.tobytes() for p in pictures}) == 3
     assert "sampling" in capsys.readouterr().out
     words = ["task=sample", f"task.run={run}", "task.prompts=[a face]"]
-    with pytest.raises(ConfigError, match="conditioning=none is told none"):
+    with pytest.raises(ConfigError, match="conditioning=none uses no captions"):
         perform(settled(composed(*words), words))
 
 

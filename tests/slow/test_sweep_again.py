@@ -10,7 +10,7 @@ import pytest
 from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.supervisor import in_this_process
-from sandbox.runs.diff import compared, told
+from sandbox.runs.diff import compare_runs
 from tests.command import SMALL
 
 pytestmark = pytest.mark.slow
@@ -105,12 +105,12 @@ def test_with_resume_never_a_job_is_repeated(out, tmp_path):
 def test_runs_are_compared_by_settings_steps_and_weights(out):
     by_seed = {p: json.loads((p / "result.json").read_text())["loss"] for p in folders(out)}
     a, b = [*by_seed][:2]
-    twins = compared(a, b)
-    assert twins.config and not twins.data
-    assert twins.numbers[0].startswith("step 1 is the first that differs: ")
-    assert "weights.safetensors: differ" in twins.weights
-    assert "settings\n" in told(twins) and "the same: " in told(twins)
-    assert compared(a, a).same_result
+    run_diff = compare_runs(a, b)
+    assert run_diff.differences["settings"] and not run_diff.differences["data"]
+    assert run_diff.differences["numbers"][0].startswith("step 1 is the first that differs: ")
+    assert "weights.safetensors: differ" in run_diff.differences["weights"]
+    assert "settings\n" in str(run_diff) and "the same: " in str(run_diff)
+    assert compare_runs(a, a).same_result
 
 
 def test_a_replay_is_equal_bit_for_bit_and_says_so(out, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_a_replay_is_equal_bit_for_bit_and_says_so(out, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "bit for bit" in said
     (again,) = folders(tmp_path)
-    assert compared(run, again).same_result
+    assert compare_runs(run, again).same_result
 
     text = (run / "metrics.jsonl").read_text()
     copy = tmp_path / "other" / run.name

@@ -48,9 +48,9 @@ def test_the_count_continues_after_a_resume():
     assert sampled(second, range(5, 9)) == [5]
 
 
-def test_unknown_rows_are_named():
-    from sandbox.training.image_rows import LOOKS
+def test_rows_that_nobody_draws_are_named():
+    from sandbox.training.image_rows import ROWS
 
     (problem,) = Images.Config(rows=("samples", "faces")).problems()
     assert problem.startswith("rows='faces'")
-    assert not list(Images.Config(rows=("samples", *LOOKS)).problems())
+    assert not list(Images.Config(rows=("samples", *ROWS)).problems())

@@ -21,9 +21,9 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.model.components import build as build_part
 from sandbox.storage import weight_files
 from sandbox.storage.first_stage_files import load_weights
-from sandbox.training.build import begun_system, check_weights
+from sandbox.training.build import check_weights, initialised_system
 from sandbox.weights.init_from import init_from
-from sandbox.weights.system_files import check_sources, taken_apart
+from sandbox.weights.system_files import check_sources, split
 from tests.helpers import preset, recipe, tiny, words
 
 MANIFESTS = Path(__file__).parents[2] / "golden/systems"
@@ -62,7 +62,7 @@ def written(of, folder: Path, with_ema: bool = False, **settings) -> Path:
         "average": {k: p.detach() + 1 for k, p in of.named_parameters() if p.requires_grad},
     }
     format = layout(**settings)
-    state = format.join(taken_apart(of, ema if with_ema else None))
+    state = format.join(split(of, ema if with_ema else None))
     return weight_files.write_pickled(format.file(state, 7), folder / "model.ckpt")
 
 
@@ -192,7 +192,7 @@ def test_an_exported_file_equals_the_original(original, tmp_path):
     path = written(original, tmp_path)
     fresh = from_file(path)
     init_from(fresh, path)
-    assert same(layout().join(taken_apart(fresh)), weight_files.read(path))
+    assert same(layout().join(split(fresh)), weight_files.read(path))
 
 
 def test_the_file_has_the_structure_that_the_original_unpickles(original, tmp_path):
@@ -216,7 +216,7 @@ def test_a_file_can_be_sampled_without_a_run(original, tmp_path):
         f"conditioning.weights={path}", "prompts=[a bear]", f"images=[{image}]", "sampler.steps=2",
         "recipe=crafter",
     )  # fmt: skip
-    assert same(begun_system(wire(root)).state_dict(), original.state_dict())
+    assert same(initialised_system(wire(root)).state_dict(), original.state_dict())
     perform(root)
     names = sorted(p.name for p in (tmp_path / "samples" / "crafter").iterdir())
     assert names == ["000-a-bear.mp4", "samples.json", "sheet.png"]
@@ -228,9 +228,9 @@ def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_pa
     words = (*SMALL, f"init_from={path}", f"vae.weights={path}", f"conditioning.weights={path}")
     check_weights(wire(compose(*words)))
     with pytest.raises(StorageError, match="names or shapes differ"):
-        begun_system(wire(compose(*words, "backbone.model_channels=64")))
+        initialised_system(wire(compose(*words, "backbone.model_channels=64")))
     with pytest.raises(StorageError, match="table scale_arr is not that of this schedule"):
-        begun_system(wire(compose(*words, "schedule.base_scale=0.3")))
+        initialised_system(wire(compose(*words, "schedule.base_scale=0.3")))
 
 
 def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):

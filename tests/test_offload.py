@@ -39,11 +39,11 @@ def test_frozen_networks_wait_on_the_cpu_and_are_copied_for_their_work():
     assert places(system.backbone) == {"meta"}
     assert places(system.first_stage) == places(system.conditioner.encoder) == {"cpu"}
     clips = video(wiring.clips[0]).to(META)
-    with system.at_work(system.first_stage):
+    with system.on_device(system.first_stage):
         assert places(system.first_stage) == {"meta"}
         assert places(system.conditioner.encoder) == {"cpu"}  # one at a time
         assert system.first_stage.encode(clips).mean.device == META
-    with system.at_work(system.conditioner):
+    with system.on_device(system.conditioner):
         tied = system.conditioner.encoder
         assert places(tied) == {"meta"} and tied.encoder.embed_tokens is tied.shared
     for name, parameter in system.named_parameters():  # its own weights, not copies of copies
@@ -56,7 +56,7 @@ def test_without_it_all_of_a_system_moves():
     system = build_system(wire(coded()))
     system.to(META)
     assert places(system) == {"meta"}
-    with system.at_work(system.first_stage):
+    with system.on_device(system.first_stage):
         assert places(system.first_stage) == {"meta"}
 
 

@@ -8,7 +8,7 @@ import torch
 from sandbox import build, compose
 from sandbox.config import registry
 from sandbox.evaluation.evaluate import gather
-from sandbox.training.image_rows import LOOKS, NOISE_LEVELS, looks
+from sandbox.training.image_rows import NOISE_LEVELS, ROWS, image_rows
 from tests.helpers import TINY
 
 CLIPS = 3
@@ -25,11 +25,11 @@ def system(*overrides: str):
 @pytest.fixture(scope="module")
 def found():
     made = system(*VQ)
-    return looks(made, tuple(LOOKS), CLIPS)
+    return image_rows(made, tuple(ROWS), CLIPS)
 
 
 def test_every_row_has_a_picture_of_every_clip(found):
-    assert set(found) == set(LOOKS)
+    assert set(found) == set(ROWS)
     for row in found.values():
         assert all(x.shape == (CLIPS, 3, 1, 16, 16) for x in row.values())
         assert all(x.abs().max() <= 1 for x in row.values())
@@ -41,7 +41,7 @@ def test_noise_grows_along_the_diffusion_row():
     """With the identity for a first stage a decoded latent is the latent."""
     made = system("vae=identity", "backbone.patch=4", "data.frames=1", "schedule=ddpm",
                   "sampler=ddim")  # fmt: skip
-    first, *noisy = looks(made, ("diffusion_row",), CLIPS)["diffusion_row"].values()
+    first, *noisy = image_rows(made, ("diffusion_row",), CLIPS)["diffusion_row"].values()
     errors = [(x - first).square().mean().item() for x in noisy]
     assert errors == sorted(errors)
 
@@ -51,7 +51,7 @@ def test_the_progressive_row_ends_in_the_sample():
     made = system("vae=identity", "backbone.patch=4", "data.frames=1", "schedule=ddpm",
                   "sampler=ddim")  # fmt: skip
     chain = replace(registry.default("sampler", "ddpm"), steps=7)
-    row = looks(made, ("progressive_row",), CLIPS, chain)["progressive_row"]
+    row = image_rows(made, ("progressive_row",), CLIPS, chain)["progressive_row"]
     assert len(row) == NOISE_LEVELS + 1
     assert not torch.equal(next(iter(row.values())), row["sample"])
     assert torch.equal([*row.values()][-2], row["sample"])
@@ -61,7 +61,7 @@ def test_filling_in_keeps_what_is_known_and_no_more():
     """With the identity for a first stage known pixels come back, up to the last step's noise."""
     made = system("vae=identity", "backbone.patch=4", "data.frames=1", "sampler.steps=20")
     real = gather(registry.create(made.root.data).split("val"), CLIPS, 0).video
-    rows = looks(made, ("samples_inpainting", "samples_outpainting"), CLIPS)
+    rows = image_rows(made, ("samples_inpainting", "samples_outpainting"), CLIPS)
     middle = torch.zeros(16, 16, dtype=torch.bool)
     middle[4:12, 4:12] = True
     for name, known in (("samples_inpainting", ~middle), ("samples_outpainting", middle)):
@@ -71,11 +71,12 @@ def test_filling_in_keeps_what_is_known_and_no_more():
 
 def test_without_a_codebook_nothing_is_quantised():
     made = system()
-    assert set(looks(made, ("samples_x0_quantized", "reconstruction"), 2)) == {"reconstruction"}
+    rows = image_rows(made, ("samples_x0_quantized", "reconstruction"), 2)
+    assert set(rows) == {"reconstruction"}
 
 
 def test_weights_stay_as_they_are(found):
     made = system(*VQ)
     before = {k: v.clone() for k, v in made.state_dict().items()}
-    looks(made, ("samples_inpainting",), 2)
+    image_rows(made, ("samples_inpainting",), 2)
     assert all(torch.equal(before[k], v) for k, v in made.state_dict().items())
