@@ -157,8 +157,8 @@ def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
     root = with_t5(folder, tmp_path, "task.prompts=[a blue 7]")
     encode_all(root, Rank())
     cached = replace(from_cache(root, text=True), steps=2)
-    told = replace(cached.conditioning, weights="cached", drop_text=0.0)
-    cached = wire(replace(cached, conditioning=told)).root
+    conditioning = replace(cached.conditioning, weights="cached", drop_text=0.0)
+    cached = wire(replace(cached, conditioning=conditioning)).root
     watching = replace(registry.default("callbacks", "samples"), every=1, count=2)
     plain = train(wire(cached), tmp_path / "a")
     watched = train(wire(replace(cached, callbacks={"samples": watching})), tmp_path / "b")
@@ -174,7 +174,8 @@ def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
     system = load_system(watched.folder)
     stored = system.sample(of_data(cached, ["a blue 7"], 1))
     # a text encoder in the place of what is stored: any prompt, and the same clip for this one
-    sampling = wire(replace(cached, conditioning=replace(told, weights=str(tmp_path / "t5"))))
+    with_encoder = replace(conditioning, weights=str(tmp_path / "t5"))
+    sampling = wire(replace(cached, conditioning=with_encoder))
     system = load_system(watched.folder, wiring=sampling)
     assert torch.equal(system.sample(given(sampling.root, ["a blue 7"])), stored)
     assert system.sample(given(sampling.root, ["unheard of"])).isfinite().all()
@@ -188,7 +189,7 @@ def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_pat
     assert not isinstance(build_system(wire(cached)).first_stage, CachedLatents)
     assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
     pictures = gather(registry.create(root.data).split("val"), 2, 0).video[:, :, :1]
-    assert torch.equal(of_data(cached, (), 2).image, pictures)  # what validation is told
+    assert torch.equal(of_data(cached, (), 2).image, pictures)  # conditions of validation
 
 
 def test_pictures_have_to_be_asked_for_where_conditioning_encodes_them(folder):
@@ -421,6 +422,6 @@ def test_training_on_latents_continues_bit_for_bit(folder, tmp_path):
     encoded(folder)
     root = replace(wire(from_cache(settings(folder))).root, steps=6)
     root = replace(root, task=registry.default("task", "train"))
-    whole = train_until(None, root, tmp_path / "whole")
+    uninterrupted = train_until(None, root, tmp_path / "uninterrupted")
     train_until(3, root, tmp_path / "cut")  # in the middle of an epoch
-    assert differing(train_until(None, root, tmp_path / "cut"), whole) == []
+    assert differing(train_until(None, root, tmp_path / "cut"), uninterrupted) == []

@@ -1,4 +1,4 @@
-"""task=prepare as a whole: what is kept and why, layouts that are read again, restart, workers."""
+"""task=prepare end to end: kept and dropped clips, layouts, restarts, workers."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def raw(tmp_path_factory) -> Path:
     write_strange(folder / "turned.mp4", turned, rotation=90)
     write(folder / "copied.mp4", scene(8, 1.5, (1, 0), **size))
     shutil.copy(folder / "copied.mp4", folder / "sub" / "the_copy.mp4")
-    whole = (folder / "joined.mp4").read_bytes()
-    (folder / "truncated.mp4").write_bytes(whole[: len(whole) * 6 // 10])
+    content = (folder / "joined.mp4").read_bytes()
+    (folder / "truncated.mp4").write_bytes(content[: len(content) * 6 // 10])
     (folder / "empty.mp4").write_bytes(b"")
     for path in folder.rglob("*.mp4"):
         if path.stem in CAPTIONS:
@@ -64,10 +64,10 @@ def raw(tmp_path_factory) -> Path:
 
 
 def run(raw: Path, to: Path, *words: str) -> dict:
-    told = (f"data_root={raw}", f"to={to}", "workers=0", "sheet=2", *WORDS, *words)
+    overrides = (f"data_root={raw}", f"to={to}", "workers=0", "sheet=2", *WORDS, *words)
     named = {w.partition("=")[0] for w in words}
-    told = [w for w in told if w in words or w.partition("=")[0] not in named]
-    root = composed("task=prepare", *told)
+    overrides = [w for w in overrides if w in words or w.partition("=")[0] not in named]
+    root = composed("task=prepare", *overrides)
     assert check_and_wire(root) is None
     return prepare(root)
 
@@ -195,14 +195,14 @@ def test_the_data_plugin_of_a_layout_reads_each_clip_with_its_caption(
 ):
     to = tmp_path / "out"
     shutil.copytree(prepared, to)
-    if form != "webdataset":  # which is there
+    if form != "webdataset":  # a webdataset already exists
         run(raw, to, f"format={form}")
     plugin, settings = READERS[form]
     cfg = replace(registry.default("data", plugin), frames=9, height=64, width=96)
     if form == "easyanimate":
         cfg = replace(cfg, enable_bucket=False)
-    told = {name: text.format(to / form) for name, text in settings.items()}
-    source, found = registry.create(replace(cfg, **told)), {}
+    settings_of_form = {name: text.format(to / form) for name, text in settings.items()}
+    source, found = registry.create(replace(cfg, **settings_of_form)), {}
     for split in ("train", "val"):
         items = source.split(split)
         for i in range(len(items)):
@@ -314,7 +314,7 @@ def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp
 
 
 def test_stages_run_in_the_order_in_which_they_are_named(raw, tmp_path):
-    """Cutting last: whole files are scored."""
+    """With scenes last, earlier stages score complete files."""
     to = tmp_path / "out"
     words = ("stage=[motion,scenes]", "stage.scenes.min_seconds=1", "format=null", "workers=0")
     prepare(composed("task=prepare", f"data_root={raw}", f"to={to}", *words))
@@ -334,13 +334,13 @@ def test_files_that_cannot_be_used_are_found_and_strange_ones_that_can_are_not(t
     """
     raw, draw = tmp_path / "raw", np.random.default_rng(0)
     for i in range(8):
-        whole = write(raw / f"good-{i}.mp4", scene(i, 1.5)).read_bytes()
+        content = write(raw / f"good-{i}.mp4", scene(i, 1.5)).read_bytes()
         if i < 5:
-            changed = np.frombuffer(whole, np.uint8).copy()
-            places = draw.integers(len(whole) // 3, len(whole), 20)
+            changed = np.frombuffer(content, np.uint8).copy()
+            places = draw.integers(len(content) // 3, len(content), 20)
             changed[places] = draw.integers(0, 256, 20)
             (raw / f"bad-changed-{i}.mp4").write_bytes(changed.tobytes())
-            (raw / f"bad-short-{i}.mp4").write_bytes(whole[: len(whole) * (i + 3) // 10])
+            (raw / f"bad-short-{i}.mp4").write_bytes(content[: len(content) * (i + 3) // 10])
     (raw / "bad-empty.mp4").write_bytes(b"")
     (raw / "bad-text.mp4").write_text("#EXTM3U\nhttp://example.org/a.mp4\n")
     write_sound(raw / "bad-sound.mp4")
@@ -416,10 +416,10 @@ def test_more_workers_write_the_same_bytes(engine, raw, prepared, tmp_path, monk
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(raw, prepared, tmp_path):
     to = tmp_path / "out"
-    told = ["task=prepare", f"data_root={raw}", f"to={to}", "workers=1", "sheet=2", *WORDS]
+    overrides = ["task=prepare", f"data_root={raw}", f"to={to}", "workers=1", "sheet=2", *WORDS]
     for rows in (4, 10, 16, None):
         process = subprocess.Popen(
-            [sys.executable, "run.py", *told], cwd=HOME, stdout=subprocess.DEVNULL,
+            [sys.executable, "run.py", *overrides], cwd=HOME, stdout=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         while rows is not None and process.poll() is None:

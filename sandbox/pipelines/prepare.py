@@ -1,10 +1,10 @@
 """task=prepare: runs the configured stages in order over a folder of videos.
 
-Stages up to one that cuts form a leg. In a leg each clip is decoded once for all stages that score
-it; then the stages filter in order, from the scores of all remaining clips. Scores are journaled
-before filtering, keyed by the file's bytes, the span, and the stage settings that determine them.
-So a changed limit recomputes nothing, and a killed run resumes. Results keep the order of the
-clips: outputs depend neither on the number of workers nor on restarts.
+Stages are split into phases, each of which ends with a cutting stage. A phase decodes each clip
+once for all its scoring stages; then its stages filter in order, from the scores of all remaining
+clips. Scores are journaled before filtering, keyed by the file's bytes, the span, and the stage
+settings that determine them: a changed limit recomputes nothing, and a killed run resumes. Results
+keep the order of the clips: outputs depend neither on the number of workers nor on restarts.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def prepare(root: Root) -> dict[str, Any]:
     with locked(to / "prepare", "task.to"), started(cfg.engine, count, cfg.ray_address) as ordered:
         work = Work(to, stages, ordered)
         try:
-            rows = work.legs(work.sources(source))
+            rows = work.phases(work.sources(source))
             kept = [row for row in rows if "dropped" not in row]
             if cfg.format is not None:
                 check_captions(kept, cfg.format)
@@ -112,15 +112,15 @@ class Stages:
         )
         self.digests = {name: self._digest(cfg) for name, cfg in self.configs.items()}
 
-    def legs(self) -> Iterator[list[str]]:
+    def phases(self) -> Iterator[list[str]]:
         """Stage names, split after each stage that cuts."""
-        leg: list[str] = []
+        phase: list[str] = []
         for name, stage in self.built.items():
-            leg.append(name)
+            phase.append(name)
             if isinstance(stage, CuttingStage):
-                yield leg
-                leg = []
-        yield leg
+                yield phase
+                phase = []
+        yield phase
 
     def shared(self, names: Sequence[str]) -> str:
         """JSON from which a worker builds stages; hashable, so that it can cache them."""
@@ -183,14 +183,14 @@ def scored(job: Job) -> Found:
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
     clip = VideoClip(job.path, job.info, job.start, job.end, wanted)
 
-    def look(found: Found) -> None:
+    def score(found: Found) -> None:
         with spending(found, "decoding"):
             clip.load()
         for name in job.names:
             with spending(found, name):
                 found.values[name] = stages[name].score(clip)
 
-    return timed(look)
+    return timed(score)
 
 
 def rendered(job: Job) -> Found:
@@ -262,9 +262,9 @@ class Work:
                 row |= {"start": 0.0, "end": row["info"].seconds, "scores": {}}
         return rows
 
-    def legs(self, rows: list[Row]) -> list[Row]:
+    def phases(self, rows: list[Row]) -> list[Row]:
         """Clips with their scores; dropped ones with the reason."""
-        for names in self.stages.legs():
+        for names in self.stages.phases():
             self.score(rows, names)
             rows = self.filter(rows, names)
         for row in rows:

@@ -143,8 +143,8 @@ def parts(rows: list[Row], most: int) -> Iterator[list[Row]]:
 
 
 def write_shard(path: Path, rows: list[Row]) -> dict[str, Any]:
-    samples, digest, at = [], hashlib.sha256(), 0
-    with path.open("wb") as file:
+    samples = []
+    with path.open("w+b") as file:
         for row in rows:
             about = {k: row[k] for k in ("source", "start", "end", "scores")} | row["clip"]
             texts = {"txt": row.get("caption", ""), "json": json.dumps(about)}
@@ -152,21 +152,20 @@ def write_shard(path: Path, rows: list[Row]) -> dict[str, Any]:
             members |= {ending: text.encode() for ending, text in texts.items()}
             places = {}
             for ending, payload in members.items():
-                head = tarfile.TarInfo(f"{row['id']}.{ending}")
-                head.size = len(payload)
-                block = head.tobuf(tarfile.USTAR_FORMAT) + payload
-                block += bytes(-len(payload) % tarfile.BLOCKSIZE)
-                places[ending] = [at + tarfile.BLOCKSIZE, len(payload)]
-                file.write(block)
-                digest.update(block)
-                at += len(block)
+                header = tarfile.TarInfo(f"{row['id']}.{ending}")
+                header.size = len(payload)
+                file.write(header.tobuf(tarfile.USTAR_FORMAT))
+                places[ending] = [file.tell(), len(payload)]
+                file.write(payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
             sizes = {k: row["clip"][k] for k in ("frames", "height", "width", "fps")}
             samples.append({"key": row["id"]} | sizes | {"members": places})
         file.write(END)
-        digest.update(END)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": at + len(END), "sha256": digest.hexdigest(), "samples": samples}
+        size = file.tell()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": size, "sha256": digest, "samples": samples}
 
 
 # --- sheets and summary ---------------------------------------------------------------------------

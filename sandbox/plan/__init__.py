@@ -1,1 +1,1 @@
-"""What a configuration is and costs, before it runs: full size, without memory for its weights."""
+"""task=plan: shapes, operations and memory of a configuration, without allocating it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sandbox.plan import text
 from sandbox.plan.plan import Plan
-from sandbox.plan.strategies import CARDS
+from sandbox.plan.strategies import GPU_SIZES
 from sandbox.plan.wires import Box, Diagram
 from sandbox.reports.charts import inline_svg
 from sandbox.reports.pages import render
@@ -36,8 +36,8 @@ def page(plan: Plan, overrides: Sequence[str] = ()) -> str:
             "operations per micro-batch": text.flops(plan.cost.total),
             f"memory, {text.LABELS[row.strategy]}": text.bytes_of(row.total, plan),
             "smallest GPU": next(
-                (f"{card} GB" for card, verdict in row.verdicts().items() if verdict == "fits"),
-                f"more than {CARDS[-1]} GB",
+                (f"{gpu} GB" for gpu, verdict in row.verdicts().items() if verdict == "fits"),
+                f"more than {GPU_SIZES[-1]} GB",
             ),
         },
         notes=(),
@@ -75,7 +75,7 @@ def memory_bars(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def verdict_rows(plan: Plan) -> list[list[str]]:
     """A row for each strategy: whether it fits each GPU."""
-    rows = [["strategy", "devices", "activations", *(f"{card} GB" for card in CARDS)]]
+    rows = [["strategy", "devices", "activations", *(f"{gpu} GB" for gpu in GPU_SIZES)]]
     for memory, row in zip(plan.memory, text.memory_rows(plan)[1:], strict=True):
         rows.append([*row[:3], *memory.verdicts().values()])
     return rows
@@ -142,7 +142,7 @@ def _route(source: Box, target: Box) -> tuple[Sequence[tuple[float, float]], tup
 
 
 def _lines(label: str, source: Box, target: Box) -> list[str]:
-    """A label in one line where there is space, else a line per word."""
+    """Breaks a label into lines: between words on short arrows, at commas on long ones."""
     if target.column - source.column > 1 or source.row != target.row:
         return label.split(", ") if len(label) > 36 else [label]
     return label.split(" ")

@@ -191,11 +191,11 @@ def steps(
 
 
 def need_of(root: Root, table: Sequence[Count], parts: dict[str, Any]) -> Need:
-    here = [row for row in table if row.is_resident]
+    resident = [row for row in table if row.is_resident]
     return Need(
-        trained=sum(row.trained for row in here),
-        trained_bytes=sum(row.bytes_trained for row in here),
-        fixed=sum(row.bytes_fixed for row in here),
+        trained=sum(row.trained for row in resident),
+        trained_bytes=sum(row.bytes_trained for row in resident),
+        fixed=sum(row.bytes_fixed for row in resident),
         optimizer=optimizer_bytes(root, parts),
         average=ema_bytes(root, parts),
         unit=largest_unit(parts),

@@ -52,7 +52,7 @@ def _send(work: Callable[[Item], Found], item: Item, pipe: Connection) -> None:
     torch.set_num_threads(1)  # thread pools do not survive a fork
     try:
         pipe.send(work(item))
-    except Exception:  # the parent runs into it again and raises it
+    except Exception:  # the parent repeats the work and raises it
         pipe.close()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from sandbox.plan.measure import Measured
 
 GIB = 2**30
-CARDS = (16, 24, 40, 48, 80, 141)  # GiB of common GPUs
+GPU_SIZES = (16, 24, 40, 48, 80, 141)  # GiB of common GPUs
 # Published peaks are reserved memory, which exceeds the memory in use: the median ratio of
 # published to computed values over CogVideoX's rows for LoRA and DDP, except one
 # (benchmarks/results/memory.md). DeepSpeed rows are not part of the fit.
@@ -75,7 +75,7 @@ class Memory:
 
     def verdicts(self) -> dict[int, str]:
         """GiB of a GPU -> "fits", "tight" (fits with little allocator slack), or "no"."""
-        return {card: self._verdict(card * GIB) for card in CARDS}
+        return {gpu: self._verdict(gpu * GIB) for gpu in GPU_SIZES}
 
     def _verdict(self, size: int) -> str:
         if self.reserved <= size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from sandbox.plan.plan import Plan
-from sandbox.plan.strategies import CARDS, GIB, Memory
+from sandbox.plan.strategies import GIB, GPU_SIZES, Memory
 from sandbox.reports.tables import text_table
 
 LABELS = {
@@ -38,7 +38,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _titled("Components", _table(component_rows(plan)))
     yield from _titled("Operations per micro-batch and device", _table(cost_rows(plan)))
     yield from _titled(f"Memory per device, {unit(plan)}", _table(memory_rows(plan)))
-    yield f"  * as configured. reserved: as in nvidia-smi. fits: GPUs of {_cards()} GiB:"
+    yield f"  * as configured. reserved: as in nvidia-smi. fits: GPUs of {_gpu_sizes()} GiB:"
     yield "  + fits, ~ fits only with little allocator slack, . does not fit"
     yield from _titled("Objective", objective_lines(plan))
     yield from _titled("Not modelled", [f"- {note}" for note in plan.notes])
@@ -69,8 +69,8 @@ def _table(rows: list[list[str]]) -> list[str]:
     return text_table(rows).splitlines()
 
 
-def _cards() -> str:
-    return ", ".join(map(str, CARDS))
+def _gpu_sizes() -> str:
+    return ", ".join(map(str, GPU_SIZES))
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -117,8 +117,8 @@ def component_rows(plan: Plan) -> list[list[str]]:
         size_shown = bytes_of(c.bytes_trained + c.bytes_fixed, plan) if c.is_resident else "no"
         rows.append([c.group, c.plugin, *_numbers(c.trained, c.frozen, c.buffers), size_shown])
     total = [sum(getattr(c, k) for c in plan.counts) for k in ("trained", "frozen", "buffers")]
-    here = sum(c.bytes_trained + c.bytes_fixed for c in plan.counts if c.is_resident)
-    return [*rows, ["all", "", *_numbers(*total), bytes_of(here, plan)]]
+    resident = sum(c.bytes_trained + c.bytes_fixed for c in plan.counts if c.is_resident)
+    return [*rows, ["all", "", *_numbers(*total), bytes_of(resident, plan)]]
 
 
 def _numbers(*values: int) -> list[str]:

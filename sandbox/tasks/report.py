@@ -74,7 +74,7 @@ class Report:
 
 
 def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
-    """Uploads page, tables and images as a run of the same group, and of the sweep if there is one.
+    """Uploads page, tables and images as a run of the same group (and sweep, if any).
 
     Raises StorageError; the local files are kept.
     """

@@ -13,7 +13,7 @@ from tests.helpers import composed
 
 pytestmark = pytest.mark.slow
 RECIPES = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-FEWER = {  # their layers repeat; dynamicrafter_512 is planned whole
+FEWER = {  # their layers repeat; dynamicrafter_512 is measured at full depth
     "cogvideox": ("backbone.num_layers=2",),
     "dynamicrafter_1024": ("backbone.num_res_blocks=1",),
     "dynamicrafter_512_interp": ("backbone.num_res_blocks=1",),

@@ -98,9 +98,9 @@ def test_a_step_without_numbers_holds_and_frees_what_a_real_one_does(name):
     found = measured(root, sizes, is_cuda=False)
     parts = real_parts(root)
     modules = [p for p in parts.values() if isinstance(p, nn.Module)]
-    told = conditions(sizes, any(p.requires_grad for p in parts["conditioning"].parameters()))
-    step, inputs = training_step(root, parts, sizes, told)
-    held = [*inputs, *(x for _, x in told.tensors())]
+    cond = conditions(sizes, any(p.requires_grad for p in parts["conditioning"].parameters()))
+    step, inputs = training_step(root, parts, sizes, cond)
+    held = [*inputs, *(x for _, x in cond.tensors())]
     narrow = torch.bfloat16 if root.precision == "bf16" else None
     real = measure(step, modules, held, narrow, is_cuda=False)
     assert (found.forward, found.backward, found.repeated) == (
@@ -142,7 +142,7 @@ def of_depth(layers: int) -> Measured:
     return Measured(7 * layers, 14 * layers, 0, most, most, forward + backward, layers)
 
 
-def test_what_the_third_depth_does_not_bear_out_is_not_foretold():
+def test_no_extrapolation_if_the_third_depth_disagrees():
     assert deeper([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
     assert deeper([of_depth(n) for n in (2, 3, 5)], 8) is None
     more = replace(of_depth(4), forward=29)
@@ -154,11 +154,11 @@ def test_what_is_kept_is_what_autograd_saves():
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = real_parts(root)
     modules = [p for p in parts.values() if isinstance(p, nn.Module)]
-    told = conditions(sizes, requires_grad=True)
-    step, inputs = training_step(root, parts, sizes, told)
-    there = [x for m in modules for x in (*m.parameters(), *m.buffers())]
-    there += [*inputs, *(x for _, x in told.tensors())]
-    known = {x.untyped_storage()._cdata for x in there}
+    cond = conditions(sizes, requires_grad=True)
+    step, inputs = training_step(root, parts, sizes, cond)
+    inputs_and_weights = [x for m in modules for x in (*m.parameters(), *m.buffers())]
+    inputs_and_weights += [*inputs, *(x for _, x in cond.tensors())]
+    known = {x.untyped_storage()._cdata for x in inputs_and_weights}
     saved: dict[int, tuple[int, torch.Tensor]] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -243,13 +243,13 @@ STEP = Measured(held=300, peak=500, moments=[(500, 0), (200, 3000)])
 def test_one_device_holds_everything_and_sharding_a_part_of_what_is_trained():
     one, ddp, sharded = (plain(n, NEED, 4, False, STEP) for n in ("single", "ddp", "fsdp2"))
     static = 4000 + 100 + 8000 + 4000
-    assert one.total - one.communication == static + 4000  # the whole gradient, no activations
+    assert one.total - one.communication == static + 4000  # the full gradient, no activations
     assert ddp.total == ddp.communication + static + 4000 == 4000 + static + 4000
     assert (sharded.weights, sharded.gradients) == (1100, 1000)
     assert (sharded.optimizer, sharded.average) == (2000, 1000)
 
 
-def test_accumulation_keeps_the_gradient_beside_the_activations():
+def test_accumulation_adds_the_gradient_to_the_activations():
     gathers = replace(NEED, accumulates=True)
     before, after = (plain("single", n, 1, False, STEP).total for n in (NEED, gathers))
     assert after == before + 500
@@ -304,9 +304,9 @@ def test_published_rows_of_cogvideox_are_met_or_explained():
 )  # fmt: skip
 def test_checks_hold_and_the_weight_per_error_of_z0_is_that_of_random_predictions(overrides):
     root = wired(*TINY, *overrides).root
-    told = objective(root)
-    assert [c.what for c in told.checks if not c.holds] == []
-    assert any("SNR(T) = 0" in c.what for c in told.checks) == root.schedule.ends_in_noise()
+    result = objective(root)
+    assert [c.what for c in result.checks if not c.holds] == []
+    assert any("SNR(T) = 0" in c.what for c in result.checks) == root.schedule.ends_in_noise()
     schedule = registry.create(root.schedule)
     t = times(root.schedule, schedule)[1:-1]
     z0, eps, error = (torch.randn(len(t), 4, 1, 4, 4) for _ in range(3))
