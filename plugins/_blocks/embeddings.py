@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 def sinusoids(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """(B,) numbers -> (B, dim) float32: cosines, then sines.
+    """(B,) numbers -> (B, dim) float32: cosines, then sines, then a zero if `dim` is odd.
 
-    The dim / 2 angular frequencies fall geometrically from 1 towards 1 / max_period.
+    The dim // 2 angular frequencies fall geometrically from 1 towards 1 / max_period.
     """
     half = dim // 2
     steps = torch.arange(half, device=x.device, dtype=torch.float32)
     angles = x.float()[:, None] * torch.exp(steps * (-math.log(max_period) / half))
-    return torch.cat((angles.cos(), angles.sin()), -1)
+    return _cos_sin(angles, dim)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -26,8 +26,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """
     steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
     frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), -1)
+    return _cos_sin(t.float()[:, None] * frequencies, dim)
+
+
+def _cos_sin(angles: Tensor, dim: int) -> Tensor:
+    """As published, an odd `dim` ends with a column of zeros."""
+    both = torch.cat((angles.cos(), angles.sin()), -1)
+    return nn.functional.pad(both, (0, 1)) if dim % 2 else both
 
 
 class NumberEmbedding(nn.Module):

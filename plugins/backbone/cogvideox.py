@@ -133,12 +133,9 @@ class CogVideoX(nn.Module):
                 )
             if self.time_embed_dim < 1:
                 yield f"time_embed_dim={self.time_embed_dim}: want >= 1"
-            if self.ofs_embed_dim is not None:
-                if self.ofs_embed_dim != self.time_embed_dim:
-                    want = f"time_embed_dim={self.time_embed_dim} (the embeddings are added)"
-                    yield f"ofs_embed_dim={self.ofs_embed_dim}: want {want}"
-                elif self.ofs_embed_dim % 2:
-                    yield f"ofs_embed_dim={self.ofs_embed_dim}: want an even number"
+            if self.ofs_embed_dim not in (None, self.time_embed_dim):
+                want = f"time_embed_dim={self.time_embed_dim} (the embeddings are added)"
+                yield f"ofs_embed_dim={self.ofs_embed_dim}: want {want}"
             learned = self.use_learned_positional_embeddings
             if learned and (self.patch_size_t or 1) > 1:
                 yield "use_learned_positional_embeddings=True: want patch_size_t=null"

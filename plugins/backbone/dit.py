@@ -116,8 +116,7 @@ class DiT(nn.Module):
                 yield from in_range(name, getattr(self, name), 0)
             if self.num_heads > 0 and self.width % self.num_heads:
                 yield f"width={self.width}: want a multiple of num_heads={self.num_heads}"
-            if self.time_features < 2 or self.time_features % 2:
-                yield f"time_features={self.time_features}: want an even number >= 2"
+            yield from in_range("time_features", self.time_features, 2)
             for name in self.scalars:
                 yield from one_of("scalars", name, sorted(SCALARS))
             if len(set(self.scalars)) < len(self.scalars):

@@ -14,7 +14,7 @@ from plugins._blocks.video_io import read_frames
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
-TRANSFORMS = ("resize_center_crop", "center_crop")
+TRANSFORMS = ("resize_center_crop", "center_crop", "resize")
 COLUMNS = ("videoid", "page_dir", "name")
 
 Row = dict[str, str]
@@ -209,13 +209,15 @@ class Clips:
 def transformed(images: list[np.ndarray], cfg: WebVid.Config) -> Tensor:
     """(H, W, 3) uint8 each -> (3, T, height, width) float32 in [-1, 1].
 
-    As published: resizes the short side to the smaller of height and width, then crops the centre;
-    narrower frames get black bars.
+    As published: `resize` ignores the aspect ratio; `resize_center_crop` resizes the short side to
+    the smaller of height and width, then crops the centre; narrower frames get black bars.
     """
     from torchvision.transforms.v2.functional import center_crop, resize
 
     frames = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()  # (T, 3, H, W)
-    if cfg.spatial_transform == "resize_center_crop":
-        frames = resize(frames, [min(cfg.height, cfg.width)], antialias=cfg.antialias)
-    frames = center_crop(frames, [cfg.height, cfg.width])
+    size = [cfg.height, cfg.width]
+    if cfg.spatial_transform != "center_crop":
+        scaled = size if cfg.spatial_transform == "resize" else [min(size)]
+        frames = resize(frames, scaled, antialias=cfg.antialias)
+    frames = center_crop(frames, size)
     return ((frames / 255 - 0.5) * 2).transpose(0, 1).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from plugins._blocks.attention import CrossAttention
-from plugins._blocks.embeddings import GridPositions, sinusoids
+from plugins._blocks.embeddings import GridPositions, sinusoids, timestep_embedding
 from plugins.backbone.dit import DiT
 from sandbox.contracts import Clip, Conditions, ConfigError, SizeError, Slots, Tokens
 
@@ -305,6 +305,17 @@ def test_adapter_targets_are_linear_layers_of_every_block():
     assert small().adapter_targets() == ("to_qkv", "to_out")
 
 
+@pytest.mark.parametrize("dim", [2, 3, 7, 33])
+@pytest.mark.parametrize("embed", [sinusoids, timestep_embedding])
+def test_embeddings_of_odd_width_equal_diffusers(embed, dim):
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.tensor([0, 1, 500, 999])
+    want = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    torch.testing.assert_close(embed(t, dim), want, rtol=0, atol=1e-4)
+    assert dim % 2 == 0 or not embed(t, dim)[:, -1].any()
+
+
 def test_sinusoids_start_at_one_radian_per_unit():
     features = sinusoids(torch.tensor([0.0, 2.0]), 4, max_period=100.0)
     want = [[1, 1, 0, 0], [math.cos(2), math.cos(0.2), math.sin(2), math.sin(0.2)]]
@@ -379,7 +390,7 @@ def test_scalars_are_needed_where_they_are_named():
         ({"motion_block_size": 0}, "motion_block_size=0: want >= 1"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio=nan: want > 0 and <= 64"),
         ({"mlp_ratio": 0.01}, "mlp_ratio=0.01: want at least 1 / width, 0.016"),
-        ({"time_features": 7}, "time_features=7: want an even number >= 2"),
+        ({"time_features": 1}, "time_features=1: want >= 2"),
         ({"context_dim": -1}, "context_dim=-1: want >= 0"),
         ({"scalars": ("fps", "fps")}, "scalars=['fps', 'fps']: want each name once"),
         (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugins.data.webvid import Clips, Picker, WebVid, read_rows, video_path
+from plugins.data.webvid import Clips, Picker, WebVid, read_rows, transformed, video_path
 from sandbox.contracts import BadItem, DataError
 from sandbox.data.randomness import keyed
 from tests.plugins.data.test_video_folder import write_video
@@ -74,6 +74,19 @@ def test_clips_equal_the_original(rows, case):
         key = f"out/{case['variant']}/{case['index']}/{name}"
         if key in recorded:
             torch.testing.assert_close(video[:, frame], recorded[key], **tolerance)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (40, 8)])
+def test_resize_ignores_the_aspect_ratio(height, width):
+    """The published transform: torchvision's Resize to (height, width) of float frames."""
+    from torchvision.transforms import Resize
+
+    images = [np.random.default_rng(i).integers(0, 256, (24, 32, 3), np.uint8) for i in range(3)]
+    cfg = WebVid.Config(frames=3, height=height, width=width, spatial_transform="resize")
+    assert not [p for p in cfg.problems() if p.startswith("spatial_transform")]
+    frames = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2).float()
+    want = (Resize([height, width])(frames) / 255 - 0.5) * 2
+    torch.testing.assert_close(transformed(images, cfg), want)
 
 
 def test_rows_with_an_empty_field_are_dropped(rows):
