@@ -109,6 +109,21 @@ def i32(values: np.ndarray) -> bytes:
     return encoded(Image.fromarray(values.astype(np.int32)), "TIFF")
 
 
+def plain_tiff(data: bytes, bits: int, signed: bool = False) -> bytes:
+    """16x16 grey pixels of a kind that Pillow does not write."""
+    tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, 1), (273, 134), (277, 1),
+            (278, 16), (279, len(data)), *([(339, 2)] if signed else [])]  # fmt: skip
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    directory += bytes(4)
+    return (b"II*\0" + struct.pack("<I", 8) + directory)[:134].ljust(134, b"\0") + data
+
+
+def twelve_bits() -> bytes:
+    levels = np.rint(RAMP * (4095 / 255)).astype(int).reshape(-1, 2)
+    return b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in levels.tolist())
+
+
 DEEP_RGB = np.dstack([WIDE, WIDE[::-1], np.full_like(WIDE, 32896)])
 HALVES = WIDE.astype(float) / 65535
 KEYED = np.where(RAMP == 7, 255, RAMP)  # level 7 is transparent
@@ -140,6 +155,11 @@ KINDS: list[tuple[str, Callable[[], bytes], np.ndarray, int]] = [
     ("int32_of_16_bits.tif", lambda: i32(WIDE), grey(RAMP), 0),
     ("int32.tif", lambda: i32(RAMP * (2**31 - 1.0) // 255), grey(RAMP), 0),
     ("int32_of_8_bits.tif", lambda: i32(RAMP), grey(RAMP), 0),
+    ("uint32.tif", lambda: plain_tiff((RAMP * np.uint32(2**24 + 2**16 + 257)).tobytes(), 32),
+     grey(RAMP), 0),
+    ("int16.tif", lambda: plain_tiff((RAMP.astype(np.int16) * 128).tobytes(), 16, signed=True),
+     grey(np.rint(RAMP * (128.0 * 255 / 32767))), 0),
+    ("grey12.tif", lambda: plain_tiff(twelve_bits(), 12), grey(RAMP), 0),
     ("signed.tif", lambda: i32(RAMP.astype(int) * 100 - 9000), grey(RAMP), 0),
     ("float_unit.tif", lambda: f32(HALVES), grey(RAMP), 0),
     ("float_dark.tif", lambda: f32(HALVES / 5), grey(np.rint(HALVES * 51)), 0),
@@ -249,13 +269,13 @@ def test_compositing_and_profiles_equal_those_of_pillow(tmp_path):
         (b"", "(it is empty)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "(it is a Git LFS pointer; download"),
         (b"<!DOCTYPE html><html>", "(it is a web page)"),
-        (b"text", f"(it is damaged, or not one of {', '.join(FORMATS)})"),
+        (b"text", f"(it is damaged, or no {', '.join(FORMATS)} that Pillow reads)"),
         (encoded(Image.fromarray(NOISE), "JPEG", quality=100)[:-200], "is truncated"),
         (encoded(Image.fromarray(NOISE), "PNG")[:200], "cannot be read as an image ("),
         (encoded(Image.fromarray(NOISE), "WEBP")[:100], "cannot be read as an image ("),
         (encoded(Image.fromarray(NOISE), "TIFF")[:300], "cannot be read as an image ("),
         (f32(np.where(RAMP == 7, np.nan, RAMP)), "(some values are not finite)"),
-        (encoded(Image.fromarray(NOISE), "PPM"), "not one of JPEG, PNG"),
+        (encoded(Image.fromarray(NOISE), "PPM"), "or no JPEG, PNG"),
     ],
 )
 def test_unreadable_files_are_bad_items_with_a_reason(tmp_path, payload, reason):

@@ -3,8 +3,8 @@
 Ordinary 8-bit RGB images keep their bytes. Everything else is converted as follows:
 
 - Bit depth: integers are scaled by the range of their type. Floats, and 32-bit integers, by the
-  smallest of 1 (floats only), 255, 65535 and 2^31 - 1 (integers only) that covers them; otherwise,
-  or with negative values, from their minimum to their maximum.
+  smallest of 1 (floats only), 255, 65535, and 2^31 - 1 and 2^32 - 1 (integers only) that covers
+  them; otherwise, or with negative values, from their minimum to their maximum.
 - Transparency, of any kind, is composited on white.
 - An EXIF orientation is applied; of animations and multi-page files the first image is read.
 - An ICC profile is converted to sRGB (perceptual); profiles that are damaged, or of another kind of
@@ -33,7 +33,8 @@ IMAGES = (
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION = 274
-TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339
+WHITE_IS_ZERO, UNSIGNED = 0, 1  # of TIFF_PHOTOMETRIC, of TIFF_SAMPLES
 
 
 class Media(Protocol):
@@ -103,7 +104,7 @@ def _kind(start: bytes) -> str:
         return "it is a Git LFS pointer; download the file with `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page"
-    return f"it is damaged, or not one of {', '.join(FORMATS)}"
+    return f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
 
 
 def _unreadable(e: Exception) -> BadItem:
@@ -142,6 +143,8 @@ def _eight_bits(image: Image) -> Image:
         return image
     values = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(TIFF_BITS) == (32,) and tags.get(TIFF_SAMPLES, (1,)) == (UNSIGNED,):
+        values = values.view(np.uint32) if image.mode == "I" else values  # Pillow's are signed
     low, high = _range(values, image, tags)
     # Doubles: 2^31 - 1 is no float32.
     levels = np.rint((values.astype(np.float64) - low) * (255 / ((high - low) or 1)))
@@ -161,12 +164,14 @@ def _range(values: np.ndarray, image: Image, tags: Any) -> tuple[float, float]:
     if not np.isfinite(values).all():
         raise _bad("some values are not finite")
     low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        bits = tags.get(TIFF_BITS, (16,))[0]  # 12 bits are read as I;16, too
+    bits = tags.get(TIFF_BITS, (16,))[0]
+    if image.mode.startswith("I;16"):  # of 12 bits, too
         return 0, 2**bits - 1
+    if image.mode == "I" and bits == 16 and image.format == "TIFF" and low >= 0:  # signed
+        return 0, 2**15 - 1
     if image.mode == "I" and image.format != "TIFF":
         return 0, 65535  # Pillow's mode for 16-bit PNG in some versions
-    limits = (1, 255, 65535) if image.mode == "F" else (255, 65535, 2**31 - 1)
+    limits = (1, 255, 65535) if image.mode == "F" else (255, 65535, 2**31 - 1, 2**32 - 1)
     fitting = [limit for limit in limits if low >= 0 and high <= limit]
     return (0, fitting[0]) if fitting else (low, high)
 
