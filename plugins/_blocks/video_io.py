@@ -1,16 +1,17 @@
-"""Reads clips from videos (PyAV) and images (Pillow), cropped and resized; errors are BadItem."""
+"""Reads clips from videos (PyAV) and images, cropped and resized; errors are BadItem."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sandbox.contracts import BadItem
+from sandbox.data.image_files import IMAGES, Media, image_size, read_rgb
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # One container per extension. Formats are not probed: a playlist named .mp4 must not open other
 # files or URLs.
 CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
-IMAGES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 
 Size = tuple[int, int, int]  # frames, height, width
 Choose = Callable[[int], int]  # room -> offset in [0, room]
@@ -32,14 +32,6 @@ Resize = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
 def chooser(is_random: bool, rng: np.random.Generator) -> Choose:
     """Offsets drawn from `rng`, or the middle."""
     return (lambda room: int(rng.integers(room + 1))) if is_random else (lambda room: room // 2)
-
-
-class Media(Protocol):
-    """A path, or a range of bytes in another file."""
-
-    @property
-    def suffix(self) -> str: ...
-    def open(self, mode: Literal["rb"], /) -> IO[bytes]: ...
 
 
 class Fit:
@@ -76,14 +68,7 @@ def to_video(images: list[np.ndarray]) -> Tensor:
 
 def read_image(path: Media, resize: Resize) -> Tensor:
     """(3, 1, H, W) in [-1, 1]. Raises BadItem."""
-    from PIL import Image, ImageOps
-
-    try:
-        formats = [IMAGES[path.suffix.lower()]]
-        with path.open("rb") as file, Image.open(file, formats=formats) as image:
-            return to_video([resize(ImageOps.exif_transpose(image).convert("RGB"))])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadItem(f"cannot be read: {e}") from e
+    return to_video([resize(read_rgb(path))])
 
 
 def media_size(path: Media) -> Size:
@@ -120,19 +105,6 @@ def media_sizes(paths: list[Path]) -> list[Size | BadItem]:
 
     with ThreadPoolExecutor() as pool:
         return [*pool.map(size, paths)]
-
-
-def image_size(path: Media) -> tuple[int, int]:
-    """Height and width after the EXIF rotation. Raises BadItem."""
-    from PIL import ExifTags, Image
-
-    try:
-        formats = [IMAGES[path.suffix.lower()]]
-        with path.open("rb") as file, Image.open(file, formats=formats) as image:
-            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if is_rotated else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadItem(f"cannot be read: {e}") from e
 
 
 def read_video(

@@ -1,4 +1,4 @@
-"""Images prepared as CelebA-HQ in CompVis latent-diffusion: npy, jpg or png, short side resized."""
+"""Images prepared as CelebA-HQ in CompVis latent-diffusion: short side resized, centre crop."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from plugins._blocks.folders import (
     printable,
     split_by_hash,
 )
+from plugins._blocks.video_io import IMAGES, read_rgb
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, one_of
 from sandbox.registry import register
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
+USABLE = (".npy", *IMAGES)
 
 
 @register("data", "celebahq")
 class CelebAHQ:
-    """Images of a folder (npy as published, jpg or png), without captions."""
+    """Images of a folder (.npy as published, or any of the image formats), without captions."""
 
     @dataclass
     class Config(DataConfig):
@@ -60,8 +61,8 @@ class CelebAHQ:
         names = self._listed(name) if self.cfg.train_list else self._found(root, name)
         if not names:
             raise DataError(
-                f"data.root={self.cfg.root}: no image for {name!r}; want .npy, .jpg or .png "
-                "files, in folders train/ and val/ or at least two"
+                f"data.root={self.cfg.root}: no image for {name!r}; want files "
+                f"({', '.join(USABLE)}) in folders train/ and val/ or at least two"
             )
         return Images(root, names, self.cfg.height, self.cfg.width)
 
@@ -78,8 +79,7 @@ class CelebAHQ:
         return train if split == "train" else val
 
     def _found(self, root: Path, split: str) -> list[str]:
-        usable = {".npy", *FORMATS}
-        names = sorted(n for n in files_below(root) if PurePosixPath(n).suffix.lower() in usable)
+        names = sorted(n for n in files_below(root) if PurePosixPath(n).suffix.lower() in USABLE)
         sides = {s: [n for n in names if n.startswith(f"{s}/")] for s in ("train", "val")}
         if all(sides.values()):
             return sides[split]
@@ -117,17 +117,14 @@ class Images:
 
 def read(path: Path) -> np.ndarray:
     """(3, H, W) uint8 from an image or a .npy of (3, H, W) or (1, 3, H, W). Raises BadItem."""
-    from PIL import Image
-
+    suffix = path.suffix.lower()
+    if suffix not in USABLE:
+        raise BadItem(f"ends in {suffix!r}: want one of {', '.join(USABLE)}")
+    if suffix in IMAGES:
+        return np.asarray(read_rgb(path)).transpose(2, 0, 1)
     try:
-        if path.suffix.lower() == ".npy":
-            array = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path, formats=[FORMATS[path.suffix.lower()]]) as image:
-                array = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except KeyError as e:
-        raise BadItem(f"ends in {e}: want .npy, .jpg or .png") from e
-    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as e:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as e:
         raise BadItem(f"cannot be read: {e}") from e
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandbox.config.root import Root
-from sandbox.contracts import ConfigError
+from sandbox.contracts import BadItem, ConfigError
 
 SETTINGS = {"start": "images", "end": "end_images"}  # conditioning image -> task.SETTING
 Files = Sequence[Path | str]
@@ -67,12 +67,13 @@ def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> 
 
 
 def _unreadable(files: dict[str, Files]) -> Iterator[str]:
-    from PIL import Image
+    if not any(files.values()):
+        return
+    from sandbox.data.image_files import image_size
 
     for setting, of in files.items():
         for i, file in enumerate(of):
             try:
-                Image.open(Path(file).expanduser()).close()
-            except OSError as e:
-                why = str(e).partition(": ")[0] if isinstance(e, FileNotFoundError) else e
-                yield f"task.{setting}[{i}]={file}: cannot be read as an image ({why})"
+                image_size(Path(file).expanduser())
+            except BadItem as e:
+                yield f"task.{setting}[{i}]={file}: {e}"

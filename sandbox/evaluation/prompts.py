@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.root import Root
-from sandbox.contracts import SCALARS, SIZES, Batch, Clip, ConfigError
+from sandbox.contracts import SCALARS, SIZES, BadItem, Batch, Clip, ConfigError
+from sandbox.data.image_files import read_rgb
 from sandbox.evaluation.evaluate import gather
 from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions
 from sandbox.model.latent_diffusion import prompts_batch
@@ -106,13 +107,10 @@ def load_image(file: Path | str, clip: Clip) -> Tensor:
     the clip, which fill its width; the original adds black bars. Raises ConfigError for files that
     are not images.
     """
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(Path(file).expanduser()) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError as e:
-        raise ConfigError(f"{file}: cannot be read as an image ({e})") from e
+        image = read_rgb(Path(file).expanduser())
+    except BadItem as e:
+        raise ConfigError(f"{file}: {e}") from e
     pixels = torch.from_numpy(np.asarray(_covering(image, clip.height, clip.width)).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
