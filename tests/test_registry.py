@@ -346,7 +346,8 @@ def test_every_config_survives_pickle_into_another_process(plugin_folder, tmp_pa
     cheap = [c for c in every_config() if c.plugin in ("vae/mine", "task/train", "ema/none")]
     file.write_bytes(pickle.dumps(cheap))
     code = (
-        "import pickle, sys; from sandbox import registry; from sandbox.config import discovery; discovery.setup();"
+        "import pickle, sys; from sandbox import registry;"
+        "from sandbox.config import discovery; discovery.setup();"
         f"found = pickle.load(open({str(file)!r}, 'rb'));"
         "assert found == [registry.default(*c.plugin.split('/')) for c in found], found;"
         "print(len(found))"
