@@ -42,7 +42,7 @@ def test_settings_have_type_default_and_the_comment_beside_or_above_them():
         "| `lr` | `float \\| None` | `null` | peak learning rate; null: that of"
         in (made()["README.md"])
     )
-    above = "| `run` | `str \\| None` | `null` | Folder of an earlier run that this task works on;"
+    above = "| `run` | `str \\| None` | `null` | Folder of an earlier run to use, with its"
     assert above in made()["task.md"]
 
 

@@ -12,7 +12,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -149,10 +149,11 @@ def _markdown(config: type) -> str:
 
 
 def _table(config: type, names: Sequence[str], path: Path | None, module: str) -> str:
-    notes, defaults, rows = field_notes(config, path, module), vars(config()), []
-    for name in (f.name for f in fields(config) if f.name in names):
-        annotation, note = notes[name]
-        cells = (f"`{name}`", f"`{annotation}`", f"`{format_value(defaults[name])}`", note)
+    notes, rows = field_notes(config, path, module), []
+    for f in (f for f in fields(config) if f.name in names):
+        value = f.default_factory() if f.default_factory is not MISSING else f.default
+        annotation, note = notes[f.name]
+        cells = (f"`{f.name}`", f"`{annotation}`", f"`{format_value(value)}`", note)
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join([TABLE, *rows]) if rows else ""
 

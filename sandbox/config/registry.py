@@ -128,8 +128,7 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
             module = ".".join((prefix, *parts))
             reading = read(path, module, full_group, parts[-1])
             plugin = Plugin(full_group, parts[-1], module, path, **vars(reading), stamp=stamp)
-            if _classes.pop(plugin.key, None):  # imported from an earlier version of the file
-                sys.modules.pop(module, None)
+            _forget(plugin)
             _add(plugin)
 
 
@@ -140,6 +139,12 @@ def _package_of(folder: Path) -> str:
         sys.modules[name] = package = ModuleType(name)
         package.__path__ = [str(folder)]
     return name
+
+
+def _forget(plugin: Plugin) -> None:
+    """Removes the class and module imported from an earlier version of the file."""
+    if _classes.pop(plugin.key, None):
+        sys.modules.pop(plugin.module, None)
 
 
 def discover_entry_points() -> None:

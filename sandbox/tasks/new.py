@@ -64,10 +64,13 @@ class New:
         self.check()
         outside = Path(root.plugins_path).expanduser().resolve() if root.plugins_path else None
         files = rendered(group, name, outside)
-        existing = [relative(path) for path in files if path.exists()]
+        existing = [
+            f"{relative(path)}: it exists already; choose another name, or remove it"
+            for path in files
+            if path.exists()
+        ]
         if existing:
-            reason = "it exists already; choose another name, or remove it"
-            raise ConfigError(*(f"{path}: {reason}" for path in existing))
+            raise ConfigError(*existing)
         for path, text in files.items():
             with storing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
