@@ -24,6 +24,7 @@ from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range,
 from sandbox.registry import register
 
 MEDIA = tuple(suffix[1:] for suffix in (*CONTAINERS, *IMAGES))
+DEFAULT_MEDIA = ("mp4", "webm", "gif", "jpg", "jpeg", "png", "webp")  # part of a run's identity
 SPLITS = ("auto", "shard", "key")
 MISSING = ("skip", "empty")
 PLACES = ("random", "centre")
@@ -53,7 +54,7 @@ class WebDataset:
         one frame.
         """
 
-        media: tuple[str, ...] = MEDIA
+        media: tuple[str, ...] = DEFAULT_MEDIA
         caption: str | None = "txt"
         caption_field: str = "caption"
         missing_caption: str = "skip"

@@ -95,7 +95,11 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
 }
 
 PACKAGES = ("config", "data", "runs", "training")  # old modules that are packages now
-RENAMED = {"whole": "full_tensors"}  # old name -> new name, in any module
+RENAMED = {  # old name -> new name, in any module
+    "whole": "full_tensors",
+    "settled": "resolve_run",
+    "checked": "check_and_wire",
+}
 
 
 def forward(old: str) -> Callable[[str], Any]:
