@@ -60,7 +60,7 @@ def main() -> None:
 
 def measured_recipe(name: str, kinds: set[bool]) -> tuple[Any, dict[bool, Any]]:
     """The needs of a recipe, and its steps for weights in half precision (True) or not."""
-    from sandbox.cli.jobs import checked
+    from sandbox.cli.jobs import check_and_wire
     from sandbox.config import composition, discovery
     from sandbox.config.root import to_root
     from sandbox.plan.build import Sizes, counts, measured, parts_of
@@ -68,7 +68,7 @@ def measured_recipe(name: str, kinds: set[bool]) -> tuple[Any, dict[bool, Any]]:
 
     words = [f"experiment={name}", "task=plan", "data.batch_size=1"]
     discovery.setup(words)
-    wiring = checked(to_root(composition.compose(composition.expand(words))))
+    wiring = check_and_wire(to_root(composition.compose(composition.expand(words))))
     assert wiring is not None  # task=plan builds a system
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = parts_of(root)

@@ -1,5 +1,6 @@
-"""A research sandbox for latent diffusion of images and video: `from sandbox import compose, build,
-train, sample`; `sandbox.api` has the rest.
+"""A research sandbox for latent diffusion of images and video.
+
+`from sandbox import compose, build, train, sample`; `sandbox.api` documents all functions.
 """
 
 from typing import Any

@@ -1,17 +1,17 @@
-"""The same configuration and the same results as the command, for notebooks and tests.
+"""The notebook API: the same configurations and results as the command.
 
-A notebook begins with
+A notebook starts with
 
     from sandbox import compose, build, train, sample
 
     cfg = compose("backbone=dit", "vae=pca", "steps=200")
-    run = train(cfg)  # a finished run folder, as the command makes it
+    run = train(cfg)  # the folder of the finished run
     video = sample(run, ["a red 3 moving left"])  # (B, 3, T, H, W) in [-1, 1]
-    runs = sweep("backbone=dit,unet3d", "seeds=3")  # as `python run.py -m` does
-    compare(runs)  # the report: a table with intervals
+    runs = sweep("backbone=dit,unet3d", "seeds=3")  # like `python run.py -m`
+    compare(runs)  # tables with confidence intervals
 
-`clips` has the data's own, `curve` and `results` what a run recorded; `sheet` and `movie` show
-clips.
+`clips` returns clips of the data, `curve` and `results` the metrics of a run; `sheet` and `movie`
+display clips.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ if TYPE_CHECKING:
 
 
 def compose(*overrides: str) -> Root:
-    """Typed and complete configuration of a command line; a task that works on an earlier run has
-    that run's. Raises ConfigError with all problems.
+    """The typed, complete configuration of a command line.
+
+    A task on an earlier run gets that run's configuration. Raises ConfigError with all problems.
     """
-    from sandbox.cli.jobs import settled
+    from sandbox.cli.jobs import resolve_run
     from sandbox.runs.lookup import choices
 
     discovery.setup(overrides)
     expanded = composition.expand(overrides)
     cfg = composition.compose([*choices(expanded), *expanded])
-    return wire(settled(to_root(cfg), expanded)).root
+    return wire(resolve_run(to_root(cfg), expanded)).root
 
 
 def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffusion:
-    """The system of a configuration, with fresh weights, or of a run folder, with trained ones.
+    """The system of a configuration, with fresh weights, or of a run folder, with trained weights.
 
-    `weights` of a run folder: "ema" or "live" of its newest checkpoint; the live ones where the run
-    has no average.
+    `weights`: "ema" or "live", of the newest checkpoint of a run; "live" if the run has no EMA.
     """
     from sandbox.training.build import build_system, load_system
 
@@ -68,9 +68,9 @@ def build(cfg: Root | Wiring | Path | str, weights: str = "ema") -> LatentDiffus
 
 
 def build_parts(cfg: Root | Wiring) -> Parts:
-    """The components of a configuration with fresh weights, before they are joined to a system.
+    """The components of a configuration, with fresh weights.
 
-    Under `torch.device("meta")` they take no memory.
+    They take no memory under `torch.device("meta")`.
     """
     from sandbox.model import components
 
@@ -78,9 +78,9 @@ def build_parts(cfg: Root | Wiring) -> Parts:
 
 
 def train(cfg: Root) -> Path:
-    """Runs the task of `cfg` as the command does, and returns the run folder.
+    """Runs the task of `cfg` like the command, and returns the run folder.
 
-    One process is this one (`trainer.processes`); several are started beside it.
+    Runs in this process, or in worker processes for trainer.processes > 1.
     """
     from sandbox.cli.jobs import perform
     from sandbox.distributed.supervisor import in_this_process
@@ -97,40 +97,40 @@ def sample(
     end_images: Sequence[Path | str] = (),
     **scalars: float,
 ) -> Tensor:
-    """Clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`.
+    """Generates clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`.
 
-    captions: or how many clips, of the data's own captions where the conditioning is told any.
-    images, end_images: files, one for all captions or one for each; scalars: such as fps=24. Raises
-    ConfigError where the conditioning wants others.
+    captions: the prompts, or a number of clips with captions of the data. images, end_images: one
+    file, or one per caption. scalars: such as fps=24. Raises ConfigError for conditions that the
+    conditioning does not support.
     """
     from sandbox.evaluation.evaluate import generate
     from sandbox.evaluation.prompts import given
 
     system = build(run) if isinstance(run, Path | str) else run
-    count, words = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
-    batch = given(system.root, words, images, end_images, count=count, **scalars)
+    count, texts = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
+    batch = given(system.root, texts, images, end_images, count=count, **scalars)
     return generate(system.eval(), batch, steps=steps)
 
 
 def sweep(*overrides: str) -> list[Path]:
-    """The run folders of a command line with `-m`, made here one after the other.
+    """Runs a multirun (`-m`) sequentially in this process; returns the run folders.
 
-    `a=1,2` is a job for each value, `seeds=3` one for each seed. All are checked before the first
-    starts, which raises ConfigError with every problem; what has finished before is not repeated.
-    A line is printed for each job, and what it prints itself is not.
+    `a=1,2` is one job per value, `seeds=3` one per seed. All jobs are checked first; raises
+    ConfigError with every problem. Finished runs are not repeated. Prints one line per job, and
+    hides the output of the jobs.
     """
-    from sandbox.cli.multirun import in_turn
+    from sandbox.cli.multirun import local_jobs
     from sandbox.distributed.supervisor import in_this_process
 
-    jobs, runs = in_turn(overrides), []
-    for number, (words, run) in enumerate(jobs, 1):
-        began = time.monotonic()
+    jobs, runs = local_jobs(overrides), []
+    for number, (own, run) in enumerate(jobs, 1):
+        start = time.monotonic()
         with in_this_process(), redirect_stdout(io.StringIO()):
-            result, was_there = run()
+            result, note = run()
         runs.append(Path(result["folder"]))
-        own = " ".join(w for w in words if not all(w in other for other, _ in jobs)) or "the job"
-        spent = was_there or f"{time.monotonic() - began:.0f} s"
-        print(f"{number} of {len(jobs)}: {own}, {spent}", flush=True)
+        varied = " ".join(o for o in own if not all(o in other for other, _ in jobs)) or "the job"
+        note = note or f"{time.monotonic() - start:.0f} s"
+        print(f"{number} of {len(jobs)}: {varied}, {note}", flush=True)
     return runs
 
 
@@ -139,10 +139,10 @@ def compare(
     baseline: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> Ablation:
-    """Finished runs, or all in a folder, as one comparison, which a notebook shows as its tables.
+    """Compares finished runs, or all runs in a folder; a notebook displays the tables.
 
-    baseline, metrics: as of `task=report`, which writes it as a page and for a paper. Raises
-    ConfigError as that does.
+    baseline, metrics: see `task=report`, which writes the comparison as a page and for a paper.
+    Raises ConfigError like that task.
     """
     from sandbox.reports import ablation
     from sandbox.reports.ablation_runs import Found, add, read
@@ -150,17 +150,17 @@ def compare(
     is_folder = isinstance(runs, Path | str)
     found = read(Path(runs)) if is_folder else add(Found([]), map(Path, runs))
     if not found.entries:
-        raise ConfigError("compare: none of these runs is a finished one of task=train")
+        raise ConfigError("compare: none of these is a finished run of task=train")
     return ablation.compare(found, baseline, metrics)
 
 
-# --- what a run recorded --------------------------------------------------------------------------
+# --- metrics of a run -----------------------------------------------------------------------------
 
 
 def curve(run: Path | str, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a number that training recorded, such as "loss" or "lr".
+    """Steps and values of a training metric, such as "loss" or "lr".
 
-    Raises ConfigError with the names that there are.
+    Raises ConfigError with the available names.
     """
     import numpy as np
 
@@ -169,16 +169,16 @@ def curve(run: Path | str, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
     recorded = Run(run).metrics()
     points = [(step, row[name]) for step, row in recorded.items() if name in row]
     if not points:
-        there = sorted({k for row in recorded.values() for k in row})
-        raise ConfigError(f"{run}: it recorded no {name!r}; want one of {there}")
+        names = sorted({k for row in recorded.values() for k in row})
+        raise ConfigError(f"{run}: it recorded no {name!r}; want one of {names}")
     steps, values = np.array(points).T
     return steps, values
 
 
 def results(run: Path | str) -> dict[str, dict[str, float]]:
-    """Row -> score -> number of a finished run, or of a file of its `evaluations/`.
+    """Row -> score -> value, of a finished run or of a file in its `evaluations/`.
 
-    Rows are "model" and what it is compared with, such as "real clips". Raises ConfigError.
+    Rows are "model" and its baselines, such as "real clips". Raises ConfigError without scores.
     """
     from sandbox.runs.run import read_json
 
@@ -193,9 +193,9 @@ def results(run: Path | str) -> dict[str, dict[str, float]]:
 
 
 def clips(of: Root | LatentDiffusion, count: int, split: str = "val") -> Batch:
-    """The data's own clips, in `.video` (B, 3, T, H, W) in [-1, 1], with `.captions`.
+    """Clips of the data, with `.captions`; `.video` is (B, 3, T, H, W) in [-1, 1].
 
-    `split`: "train", or "val", which training never sees.
+    `split`: "train", or "val", which is never trained on.
     """
     from sandbox.evaluation.evaluate import gather
 
@@ -204,9 +204,9 @@ def clips(of: Root | LatentDiffusion, count: int, split: str = "val") -> Batch:
 
 
 def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
-    """Filmstrips as a picture: a row for each caption, a column for each kind of clips.
+    """Filmstrips in one image: a row per caption, a column per keyword.
 
-    Clips are (B, 3, T, H, W) in [-1, 1]; a name's underscores show as spaces.
+    Clips are (B, 3, T, H, W) in [-1, 1]; underscores in a keyword become spaces.
     """
     from sandbox.reports import media
 
@@ -217,7 +217,7 @@ def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
 
 @dataclass
 class Movie:
-    """A moving picture that a notebook shows; `gif` is the file."""
+    """An animation that a notebook displays; `gif` has the bytes of the file."""
 
     gif: bytes
 
@@ -228,7 +228,7 @@ class Movie:
 
 
 def movie(captions: Sequence[str], video: Tensor, fps: float = 8.0, columns: int = 6) -> Movie:
-    """Clips (B, 3, T, H, W) in [-1, 1] side by side, moving, each with its caption."""
+    """An animation of clips (B, 3, T, H, W) in [-1, 1] in a grid, each with its caption."""
     from tempfile import TemporaryDirectory
 
     from sandbox.reports import media

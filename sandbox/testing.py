@@ -1,7 +1,7 @@
-"""Public: what tests of plugins use besides `sandbox`, `sandbox.contracts` and `sandbox.registry`.
+"""Public helpers for tests of plugins, in addition to `sandbox`, `.contracts` and `.registry`.
 
-Keyed: random draws that depend on seed, name and position alone; open_run, open_root: run folders;
-start, fit: a training run in this process; perform: the task of a configuration.
+Keyed: random draws that depend only on seed, name and position. open_run, open_root: open a run
+folder. start, fit: train in this process. perform: run the task of a configuration.
 """
 
 from sandbox.cli.jobs import perform

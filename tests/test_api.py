@@ -145,7 +145,7 @@ def test_a_run_has_its_curves_and_its_scores(run):
 
 def test_runs_that_never_finished_are_not_compared(tmp_path, run):
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    with pytest.raises(ConfigError, match="none of these runs"):
+    with pytest.raises(ConfigError, match="none of these is"):
         compare([tmp_path])
 
 

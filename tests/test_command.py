@@ -110,7 +110,7 @@ def test_flags_and_their_values_may_come_in_any_order():
         (["--multirum"], "--multirum: no such flag; did you mean '--multirun'?"),
         (["-x"], "-x: no such flag; --help lists them"),
         (["--experimental-rerun", "x.pickle"], "--experimental-rerun: no such flag"),
-        (["-cd"], "-cd: a value must follow"),
+        (["-cd"], "-cd: needs a value"),
         (["--cfg", "jobb"], "--cfg jobb: want one of job, hydra, all"),
         (["lr=1", "-m", "lr=2"], "lr=1 lr=2: lr is given twice; keep one"),
         (["logger.mode=a", "+logger.mode=b"], "logger.mode is given twice"),
@@ -290,7 +290,7 @@ def test_a_sweep_leaves_an_outcome_for_each_job(here):
 def test_a_job_that_exits_takes_no_other_along(here, capsys):
     assert _main(["-m", "task=probe", "code=-2,0", "lr=1"]) == 1
     assert notes(here) == ["1.0-dit--2", "1.0-dit-0"]
-    assert "left with exit code 9" in capsys.readouterr().out
+    assert "exited with code 9" in capsys.readouterr().out
 
 
 def test_a_bug_in_a_job_is_shown_and_the_others_run(here, capsys):

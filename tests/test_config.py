@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from sandbox import compose
 from sandbox.cli.command_line import Line, parse
-from sandbox.cli.jobs import check, settled
+from sandbox.cli.jobs import check, resolve_run
 from sandbox.cli.main import _main
 from sandbox.config import composition, discovery, registry
 from sandbox.config.paths import CONF
@@ -337,7 +337,7 @@ def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
 
 def on_top(*words: str) -> Root:
     words = composition.expand(words)
-    return settled(to_root(composition.compose([*choices(words), *words])), words)
+    return resolve_run(to_root(composition.compose([*choices(words), *words])), words)
 
 
 def test_a_task_on_a_run_takes_its_configuration_and_what_the_line_names(here):
@@ -383,7 +383,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample"], "task.run=null: no finished run in out=outputs"),
         (["task=sample", "run=nowhere"], "task.run=nowhere: no run there"),
         (["task=sample", "run=first"], "a run of task=train_vae, which leaves no system"),
-        (["task=sample", "run=mine", "experiment=digits_long"], "a configuration of its own"),
+        (["task=sample", "run=mine", "experiment=digits_long"], "configuration of an earlier run"),
         (["task=sample", "run=mine", "sampler.eta=1"], "sampler=euler has no such setting"),
         (["task=sample", "run=mine", "sampler=ddim", "schedule.timesteps=3"], "schedule=flow has"),
         (["task=sample", "run=broken"], "broken: vae.pach: vae/pca has no such setting"),

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from sandbox.cli.command_line import parse
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.cli.multirun import jobs
 from sandbox.config import discovery
 from sandbox.config.paths import CHECKOUT, CONF
@@ -72,7 +72,7 @@ def test_its_jobs_fit_together(name):
     """Its last one; the others differ from it in what is swept."""
     root = composed(*planned(name)[-1])
     assert root.recipe == f"effects_{name}"
-    assert checked(root) is not None
+    assert check_and_wire(root) is not None
 
 
 @each_effect

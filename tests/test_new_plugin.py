@@ -133,8 +133,8 @@ MISTAKES = {
     "a word of Python": (["group=vae", "name=class"], ["task.name='class'", "name=my_class"]),
     "a word of YAML": (["group=vae", "name='true'"], ["task.name='true'", "name=my_true"]),
     "capitals": (["group=vae", "name=Mine"], ["task.name='Mine'", "name=mine"]),
-    "taken by a plugin": (["group=vae", "name=pca"], ["vae=pca is there", "vae/pca.py"]),
-    "taken by a preset": (["group=vae", "name=kl_f8"], ["vae=kl_f8 is there", "a preset"]),
+    "taken by a plugin": (["group=vae", "name=pca"], ["vae=pca exists", "vae/pca.py"]),
+    "taken by a preset": (["group=vae", "name=kl_f8"], ["vae=kl_f8 exists", "a preset"]),
     "misspelt setting": (["group=vae", "nam=mine"], ["nam"]),
 }  # fmt: skip
 
@@ -153,7 +153,7 @@ def test_a_file_that_is_there_is_never_written_over(plugin_folder, capsys):
     there.parent.mkdir(parents=True)
     there.write_text("precious")
     assert new("group=vae", "name=mine", f"plugins_path={plugin_folder}") == 2
-    assert "test_mine.py: it is there already" in capsys.readouterr().err
+    assert "test_mine.py: it exists already" in capsys.readouterr().err
     assert there.read_text() == "precious"
     assert [p.name for p in plugin_folder.rglob("*.py")] == ["test_mine.py"]
 

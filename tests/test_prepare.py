@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.config import registry
 from sandbox.contracts import ConfigError, DataError
 from sandbox.distributed.pool import Crashed, started
@@ -68,7 +68,7 @@ def run(raw: Path, to: Path, *words: str) -> dict:
     named = {w.partition("=")[0] for w in words}
     told = [w for w in told if w in words or w.partition("=")[0] not in named]
     root = composed("task=prepare", *told)
-    assert checked(root) is None
+    assert check_and_wire(root) is None
     return prepare(root)
 
 
@@ -280,7 +280,7 @@ def test_a_stage_of_ones_own_captions_clips_by_what_it_sees(plugin_folder, tmp_p
 def test_settings_that_cannot_be_are_said_together_before_anything_starts(tmp_path):
     words = ("data_root=/nowhere", "engine=rya", "format=mp3", STAGES, "stage.motion.fps=0")
     with pytest.raises(ConfigError) as e:
-        checked(composed("task=prepare", *words))
+        check_and_wire(composed("task=prepare", *words))
     said = str(e.value)
     assert all(x in said for x in ("data_root=/nowhere", "engine='rya'", "'mp3'", "motion.fps=0"))
 

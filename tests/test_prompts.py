@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.config import registry
 from sandbox.contracts import Clip, ConfigError
 from sandbox.data.loader import batches
@@ -173,5 +173,5 @@ def test_all_problems_of_a_request_are_reported_at_once(tmp_path):
 def test_absent_weights_of_the_conditioning_are_found_before_a_run_folder_is_made(name):
     """A name on the hub is left to the hub."""
     with pytest.raises(ConfigError, match=r"conditioning\.weights=\./none\.ckpt: no such file"):
-        checked(composed(f"conditioning={name}", "conditioning.weights=./none.ckpt"))
+        check_and_wire(composed(f"conditioning={name}", "conditioning.weights=./none.ckpt"))
     assert not composed(f"conditioning={name}", "conditioning.weights=a/b").conditioning.files()

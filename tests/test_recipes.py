@@ -120,7 +120,7 @@ def test_settings_of_a_swapped_option_are_left_out_and_named(words, folder, line
     got = facts(composed(folder, *f"experiment={words}".split()))
     assert got == KEPT | differs
     recipe = words.split()[0]
-    expected = f"experiment={recipe}: its settings of {named} are left out"
+    expected = f"experiment={recipe}: its settings of {named} are omitted"
     assert [line.partition(", because")[0] for line in lines()] == ([expected] if named else [])
 
 
@@ -212,7 +212,7 @@ def test_the_command_swaps_an_option():
     done = subprocess.run([sys.executable, "run.py", *words], cwd=CHECKOUT, capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert "plugin: backbone/dit" in done.stdout and "model_channels" not in done.stdout
-    assert done.stderr.count("its settings of backbone are left out") == 1
+    assert done.stderr.count("its settings of backbone are omitted") == 1
 
 
 # --- old presets ----------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_a_distribution_without_its_folder_harms_nobody(
 
 def test_two_plugins_of_one_name_are_an_error_with_both_files(plugin_folder):
     path = write(plugin_folder, GOOD.replace("mine", "pca"), "vae/pca.py")
-    with pytest.raises(PluginError, match="vae/pca is there twice") as e:
+    with pytest.raises(PluginError, match="vae/pca exists twice") as e:
         compose()
     assert str(path) in str(e.value) and str(HOME / "plugins/vae/pca.py") in str(e.value)
     assert e.value.exit_code == 2
@@ -266,7 +266,7 @@ def test_a_preset_with_the_name_of_a_plugin_is_an_error(plugin_folder):
 
 def test_two_presets_of_one_name_are_an_error_with_both_files(plugin_folder):
     path = write(plugin_folder, "defaults: [kl]\n", "conf/vae/kl_f8.yaml")
-    with pytest.raises(PluginError, match="vae/kl_f8 is there twice") as e:
+    with pytest.raises(PluginError, match="vae/kl_f8 exists twice") as e:
         compose()
     assert str(path) in str(e.value) and str(HOME / "conf/vae/kl_f8.yaml") in str(e.value)
 
@@ -312,7 +312,7 @@ def test_the_code_of_a_cell_is_all_of_it(plugin_folder, monkeypatch, tmp_path):
 
 def test_a_notebook_cannot_take_the_name_of_a_plugin(plugin_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "a_notebook", ModuleType("a_notebook"))
-    with pytest.raises(PluginError, match=r"vae/pca is there twice.*a_notebook"):
+    with pytest.raises(PluginError, match=r"vae/pca exists twice.*a_notebook"):
         notebook(GOOD.replace("mine", "pca"))
 
 
@@ -394,12 +394,15 @@ class Shapes(PluginConfig):
     [
         ({"pair": (1.0,)}, "pair=[1.0]: want 2 entries"),
         ({"maybe": (1, 2, 3)}, "maybe=[1, 2, 3]: want 2 entries"),
-        ({"word": "None"}, "word='None': that is only a word here; an empty value is written null"),
+        (
+            {"word": "None"},
+            "word='None': want null for an empty value; None is a plain string here",
+        ),
         ({"many": (1, 2, 3), "maybe": (1, 2)}, None),
     ],
 )
 def test_what_types_let_pass_is_found(changes, words):
-    assert list(registry.misshapen(Shapes(**changes))) == ([words] if words else [])
+    assert list(registry.type_problems(Shapes(**changes))) == ([words] if words else [])
 
 
 def test_the_names_of_a_message_are_few():

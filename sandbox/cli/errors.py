@@ -1,4 +1,4 @@
-"""Errors on the terminal."""
+"""Prints errors on the terminal."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ BUG = "this is a bug of the sandbox and not of your settings; please report it w
 
 
 def report(error: SandboxError, before: str = "") -> None:
-    """One message on stderr, without secrets."""
+    """Prints an error on stderr, with secrets masked."""
     problems = error.problems if isinstance(error, ConfigError) else (str(error),)
     if len(problems) == 1:
         text = f"{before}error: {problems[0]}"
     else:
         text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
     text = "\n".join([text, *getattr(error, "__notes__", [])])
-    if trace := getattr(error, "traceback", ""):  # of a rank, where nobody foresaw it
+    if trace := getattr(error, "traceback", ""):  # of a bug in a worker process
         text = f"{trace}{text}\n{BUG}"
     print(mask_text(text), file=sys.stderr, flush=True)

@@ -1,28 +1,33 @@
-"""One job: its configuration resolved, checked, and handed to its task."""
+"""One job: resolves and checks its configuration, and runs its task."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sandbox.config import discovery, registry
-from sandbox.config.root import Root, overridden, to_root
+from sandbox.config.root import Root, override_run, to_root
 from sandbox.config.wiring import Wiring, wire
-from sandbox.contracts import ConfigError, PluginConfig
+from sandbox.contracts import ConfigError
 
 
 def run(cfg: Any, overrides: Sequence[str] = (), group: str | None = None) -> Any:
-    """One job: typed, wired, and handed to its task; returns what the task returns."""
-    return perform(settled(to_root(cfg), overrides), overrides, group)
+    """Runs the task of a composed configuration; returns the task's result."""
+    return perform(resolve_run(to_root(cfg), overrides), overrides, group)
 
 
-def settled(root: Root, overrides: Sequence[str]) -> Root:
-    """`root`; where its task works on an earlier run, that run's configuration with `overrides`.
+def check(cfg: Any, overrides: Sequence[str]) -> None:
+    """Raises ConfigError with every problem of a job, without starting it."""
+    check_and_wire(resolve_run(to_root(cfg), overrides))
 
-    Raises ConfigError where a run is named and weights that it would not use.
+
+def resolve_run(root: Root, overrides: Sequence[str]) -> Root:
+    """For a task on an earlier run, that run's configuration with `overrides`; otherwise `root`.
+
+    Raises ConfigError if the command names both a run and unrelated weights.
     """
     if root.task is None or not root.task.uses_run():
         return root
@@ -37,75 +42,70 @@ def settled(root: Root, overrides: Sequence[str]) -> Root:
             f"init_from={root.init_from} and task.run={root.task.run}: a run has weights of its "
             "own; give one of them"
         )
-    root = overridden(own, root, overrides)
+    root = override_run(own, root, overrides)
     check_same_system(folder, own, root)
     return replace(root, task=replace(root.task, run=str(folder)))
 
 
 def perform(root: Root, overrides: Sequence[str] = (), group: str | None = None) -> Any:
-    """Hands a configuration to its task, wired where the task works on a system."""
-    wiring = checked(root)
-    # Read by OpenMP when torch is imported. Threads that spin while they wait take 3 to 15 times
-    # as long on busy cores.
+    """Checks a configuration and runs its task; returns the task's result."""
+    wiring = check_and_wire(root)
+    # OpenMP reads it when torch is imported. Spinning threads are 3 to 15 times slower on busy
+    # cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     task = registry.create(root.task)
     return task(root) if wiring is None else task(wiring, list(overrides), group)
 
 
-def checked(root: Root) -> Wiring | None:
-    """`root`, wired where its task works on a system; the files that it names are there.
+def check_and_wire(root: Root) -> Wiring | None:
+    """The wiring of `root`; None for a task that needs no system.
 
-    Raises ConfigError with every problem.
+    Raises ConfigError with every problem, missing files included.
     """
     if root.task is None:
         raise ConfigError(f"task=null: want one of {', '.join(discovery.options('task'))}")
     if not root.task.needs_torch:
         parts = [x for x in root.parts() if x[0].partition(".")[0] in root.task.checks]
         problems = [f"{path}.{p}" for path, cfg in parts for p in cfg.problems()]
-        problems += [p for path, cfg in parts for p in _absent(path, cfg)]
+        problems += [p for path, cfg in parts for p in _missing_files(path, cfg.files())]
         if problems:
             raise ConfigError(*problems)
         return None
-    named, reads_data = {}, root.task.reads_data()
-    groups = ["task"]
-    if reads_data or root.task.uses_run():
-        named["init_from"] = root.init_from
-        groups += ["conditioning", "adapter"]
-    if reads_data or (root.task.accepts_init_from() and root.task.run is None):
-        named["vae.weights"] = getattr(root.vae, "weights", None)
-    if reads_data:
-        groups += ["data", "reconstruction", "metric"]
-    absent = [
-        f"{name}={file}: no such file or folder"
-        for name, file in named.items()
-        if file not in (None, "auto", "None") and not Path(file).exists()
-    ]
-    for group in groups:
-        absent += _absent(group, getattr(root, group))
-    if "vae.weights" in named and None not in (root.vae, root.data):
-        from sandbox.runs.lookup import first_stage_problems
-
-        absent += first_stage_problems(root)
+    missing = list(_missing_inputs(root))
     try:
         wiring = wire(root)
     except ConfigError as e:
-        raise ConfigError(*e.problems, *absent) from e
-    if absent:
-        raise ConfigError(*absent)
+        raise ConfigError(*e.problems, *missing) from e
+    if missing:
+        raise ConfigError(*missing)
     return wiring
 
 
-def _absent(group: str, cfg: PluginConfig | None) -> list[str]:
-    """Files and folders of a component that are not there, a line each."""
-    return [
-        f"{group}.{name}=null: name the file or folder of the {group}"
-        if file is None
-        else f"{group}.{name}={file}: no such file or folder"
-        for name, file in (cfg.files() if cfg is not None else {}).items()
-        if file is None or not Path(file).expanduser().exists()
-    ]
+def _missing_inputs(root: Root) -> Iterator[str]:
+    """One line per file that the task of `root` reads and that does not exist."""
+    named, groups, reads_data = {}, ["task"], root.task.reads_data()
+    if reads_data or root.task.uses_run():
+        named["init_from"] = root.init_from
+        groups += ["conditioning", "adapter"]
+    if reads_first_stage := reads_data or (root.task.accepts_init_from() and root.task.run is None):
+        named["vae.weights"] = getattr(root.vae, "weights", None)
+    if reads_data:
+        groups += ["data", "reconstruction", "metric"]
+    for name, file in named.items():
+        if file not in (None, "auto", "None") and not Path(file).exists():
+            yield f"{name}={file}: no such file or folder"
+    for group in groups:
+        if (cfg := getattr(root, group)) is not None:
+            yield from _missing_files(group, cfg.files())
+    if reads_first_stage and None not in (root.vae, root.data):
+        from sandbox.runs.lookup import first_stage_problems
+
+        yield from first_stage_problems(root)
 
 
-def check(cfg: Any, overrides: Sequence[str]) -> None:
-    """Raises every configuration error of a job, as starting it would."""
-    checked(settled(to_root(cfg), overrides))
+def _missing_files(path: str, files: dict[str, str | None]) -> Iterator[str]:
+    for name, file in files.items():
+        if file is None:
+            yield f"{path}.{name}=null: name the file or folder of the {path}"
+        elif not Path(file).expanduser().exists():
+            yield f"{path}.{name}={file}: no such file or folder"

@@ -1,8 +1,8 @@
-"""What happens between a command line and a run. Nothing here imports torch.
+"""The command `python run.py`: parses, composes, checks and runs jobs, without importing torch.
 
-A single run is composed, wired and handed to its task. A multirun is composed and wired job by job
-first: one bad job and nothing starts. Exit codes: 0 done, 2 wrong input, 3 data, 4 diverged,
-5 storage, 75 preempted, 130 interrupted, 1 our bug, which alone shows a traceback unasked.
+A multirun starts only if every job passes its checks. Exit codes: 0 finished, 1 bug (the only one
+with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage, 75 preempted,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sandbox.contracts import ConfigError, SandboxError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line and leaves with its exit code."""
+    """Runs a command line and exits with its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _main(argv)
@@ -33,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "--traceback" in argv:
             traceback.print_exception(e)
         code = e.exit_code
-    except BrokenPipeError:  # the reader of a pipe left: `python run.py --help | head`
+    except BrokenPipeError:  # closed pipe: `python run.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
-    except Exception as e:  # not foreseen: shown whole, so that it can be mended
+    except Exception as e:  # a bug
         traceback.print_exception(e)
         print(f"error: {BUG}", file=sys.stderr)
         code = 1
@@ -58,28 +58,23 @@ def _main(argv: list[str]) -> int:
         print(usage(line.overrides, line.config_dir))
         return 0
     if line.flags.keys() & {*SHOW, "--shell-completion", "--version"}:
-        return _hydra_shows(line)
+        return _hydra_output(line)
     from sandbox.runs.lookup import choices
 
-    earlier = choices(line.overrides)
-    if seeds is not None and "--multirun" not in line.flags and "WANDB_SWEEP_ID" in os.environ:
-        from sandbox.cli.multirun import trial
-
-        trial(line, earlier, seeds)
+    run_options = choices(line.overrides)
+    if "--multirun" not in line.flags and seeds is None:
+        run(line.compose([*run_options, *line.overrides]), line.overrides)
         return 0
-    if "--multirun" in line.flags or seeds is not None:
-        from sandbox.cli.multirun import multirun
+    from sandbox.cli import multirun
 
-        return multirun(line, earlier, seeds)
-    run(line.compose([*earlier, *line.overrides]), line.overrides)
+    if seeds is None or "--multirun" in line.flags or "WANDB_SWEEP_ID" not in os.environ:
+        return multirun.multirun(line, run_options, seeds)
+    multirun.trial(line, run_options, seeds)
     return 0
 
 
-# --- showing --------------------------------------------------------------------------------------
-
-
-def _hydra_shows(line: Line) -> int:
-    """--cfg, --info, shell completion: Hydra answers, once the configuration is found sound."""
+def _hydra_output(line: Line) -> int:
+    """--cfg, --info, --version and shell completion: Hydra prints, after our checks."""
     from omegaconf import OmegaConf
 
     from sandbox.config import recipes
@@ -106,7 +101,7 @@ def _hydra_shows(line: Line) -> int:
 
 
 def _check_completion(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for what Hydra's shell completion does not know."""
+    """Raises ConfigError for an invalid request to Hydra's shell completion."""
     verb, _, shell = overrides[0].partition("=") if len(overrides) == 1 else ("", "", "")
     if verb not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
         raise ConfigError("--shell-completion: want install=bash, or zsh or fish")

@@ -1,8 +1,8 @@
-"""Multiruns: every job is checked before the first starts, and each leaves word of its outcome.
+"""Multiruns: checks every job before the first starts, and records the outcome of each.
 
-Hydra's sweeper makes the jobs and its launcher runs them, here or elsewhere. A job raises and never
-exits; the jobs after one that failed still run; the first failure decides the exit code. A job
-whose run is finished already is not repeated, so the same command again does what is missing.
+Hydra's sweeper creates the jobs and its launcher runs them, locally or on a cluster. Later jobs run
+after a failed one, and the first failure decides the exit code. A finished run is not repeated, so
+the same command again runs only what is missing.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from typing import Any
 
 from sandbox.cli.command_line import Line, parse, take_seeds
 from sandbox.cli.errors import report
-from sandbox.cli.jobs import check, checked, perform, settled
+from sandbox.cli.jobs import check, check_and_wire, perform, resolve_run
 from sandbox.config import composition, discovery, hydra_compose, registry
+from sandbox.config.overrides import parse as parse_override
+from sandbox.config.overrides import value
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, Root, to_root
 from sandbox.config.secrets import mask_text
@@ -33,50 +35,51 @@ from sandbox.runs.environment import code
 from sandbox.runs.run import Run, finished_run, read_json
 from sandbox.storage.atomic import storing, write_atomic
 
-# Launchers send the Configs of plugins by value; cloudpickle before 3 (hydra-ray-launcher asks for
-# it) copies what marks the fields of a dataclass, and such a copy has no fields.
+# Launchers pickle Configs by value. cloudpickle before 3, which hydra-ray-launcher requires, copies
+# the sentinel that marks dataclass fields, and such a copy has no fields.
 copyreg.pickle(type(dataclasses._FIELD), lambda kind: kind.name)  # type: ignore[attr-defined]
 
 SWEEP_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
-def multirun(line: Line, earlier: list[str], seeds: int | None = None) -> int:
-    """Checks every job, then has Hydra's launcher run them; the exit code of the first failure.
+def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> int:
+    """Checks every job, then runs them with Hydra's launcher; the exit code of the first failure.
 
-    `seeds`: how many runs each job is, with seeds 0, 1, ...; jobs of their own, but where a sweeper
-    searches, which wants one number for them all.
+    `run_options`: the options of the earlier run that the task works on (`runs.lookup.choices`).
+    `seeds`: runs per job, with seeds 0, 1, ...; each is its own job, except with a searching
+    sweeper, which gets the mean objective of all seeds.
     """
     planned = jobs(line.overrides, seeds)
-    known = planned or [[o for o in line.overrides if not _sweeps(o)]]
-    _check_all(line, earlier, known)
-    folder = Path(line.compose([*earlier, *known[0]]).hydra.sweep.dir)
+    known = planned or [[o for o in line.overrides if not parse_override(o).is_sweep_override()]]
+    _check_all(line, run_options, known)
+    folder = Path(line.compose([*run_options, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     own = seeds if planned is None else None
-    job = Job(folder, tuple(earlier), "--traceback" in line.flags, seeds=own)
-    place = hydra_compose.search_path(line.overrides, line.config_dir)
-    place.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
+    job = Job(folder, tuple(run_options), "--traceback" in line.flags, seeds=own)
+    paths = hydra_compose.search_path(line.overrides, line.config_dir)
+    paths.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     try:
         if planned is None:
-            _swept(line, [*earlier, *line.overrides, *place], job)
+            _sweep(line, [*run_options, *line.overrides, *paths], job)
         else:
-            _launched(line, [[*earlier, *words] for words in planned], place, job)
+            _launch(line, [[*run_options, *overrides] for overrides in planned], paths, job)
     except KeyboardInterrupt:
-        _sum_up(folder, len(planned or ()))
+        _summarise(folder, len(planned or ()))
         raise
-    except Exception as e:  # the launcher's own; errors of jobs are said below, job by job
+    except Exception as e:  # raised by the launcher; the summary reports errors of jobs
         if not list(folder.glob("job-*.json")):
             raise
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
-    code = _sum_up(folder, len(planned or ()))
+    code = _summarise(folder, len(planned or ()))
     _compare(folder)
     return code
 
 
-def in_turn(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tuple[Any, str]]]]:
-    """A multirun's jobs, all checked: their overrides, and what runs each without Hydra's launcher.
+def local_jobs(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tuple[Any, str]]]]:
+    """A multirun's checked jobs: the overrides of each and a function that runs it here.
 
-    That returns the result, and words where it was there already. Raises ConfigError as `multirun`.
+    The function returns the result of `_run_once`. Raises ConfigError like `multirun`.
     """
     from sandbox.runs.lookup import choices
 
@@ -86,20 +89,21 @@ def in_turn(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], tupl
     seeds = take_seeds(line)
     planned = jobs(line.overrides, seeds)
     if planned is None:
-        raise ConfigError("hydra/sweeper: one that searches wants the command, python run.py -m")
-    earlier = choices(line.overrides)
-    _check_all(line, earlier, planned)
+        raise ConfigError("hydra/sweeper: a searching sweeper needs the command, python run.py -m")
+    run_options = choices(line.overrides)
+    _check_all(line, run_options, planned)
     return [
-        (words, partial(_once, line.compose([*earlier, *words]), words, None)) for words in planned
+        (own, partial(_run_once, line.compose([*run_options, *own]), own, None)) for own in planned
     ]
 
 
-def trial(line: Line, earlier: list[str], seeds: int) -> None:
-    """A trial of a W&B sweep with several seeds: the agent's own run has seed 0, the others are
-    runs beside it. Its summary gets the mean scores in the end.
+def trial(line: Line, run_options: list[str], seeds: int) -> None:
+    """Runs a trial of a W&B sweep with several seeds, and adds their mean scores to its summary.
+
+    The agent's run has seed 0; the other seeds are runs outside the sweep.
     """
-    cfg = line.compose([*earlier, *line.overrides])
-    result = over_seeds(cfg, line.overrides, os.environ.get("WANDB_RUN_ID"), seeds)
+    cfg = line.compose([*run_options, *line.overrides])
+    result = run_seeds(cfg, line.overrides, os.environ.get("WANDB_RUN_ID"), seeds)
     root = to_root(cfg)
     if root.logger is None or not result["folders"]:
         return
@@ -110,31 +114,31 @@ def trial(line: Line, earlier: list[str], seeds: int) -> None:
     tracker.finish(0)
 
 
-def over_seeds(cfg: Any, overrides: Sequence[str], group: str | None, seeds: int) -> dict[str, Any]:
-    """One run for each seed, one after the other; the objective is the mean of theirs.
+def run_seeds(cfg: Any, overrides: Sequence[str], group: str | None, seeds: int) -> dict[str, Any]:
+    """Runs a job once per seed, sequentially: run folders, mean scores and mean objective.
 
-    Only the first one is a run of a W&B sweep, if there is one.
+    Only the first run belongs to the W&B sweep, if there is one.
     """
     results = []
     for seed in range(seeds):
-        one = cfg.copy()
-        one.seed = seed
-        with _beside_the_sweep() if seed else nullcontext():
-            results.append(_once(one, [*overrides, f"seed={seed}"], group)[0])
-    told = [r for r in results if isinstance(r, dict)]
-    numbers = [r["objective"] for r in told if r.get("objective") is not None]
-    scores = [r.get("scores", {}) for r in told]
+        own = cfg.copy()
+        own.seed = seed
+        with _outside_sweep() if seed else nullcontext():
+            result, _ = _run_once(own, [*overrides, f"seed={seed}"], group)
+        results += [result] if isinstance(result, dict) else []
+    objectives = [r["objective"] for r in results if r.get("objective") is not None]
+    scores = [r.get("scores", {}) for r in results]
     common = [k for k in scores[0] if all(k in s for s in scores)] if scores else []
     return {
-        "folders": [r["folder"] for r in told if "folder" in r],
+        "folders": [r["folder"] for r in results if "folder" in r],
         "scores": {k: math.fsum(s[k] for s in scores) / len(scores) for k in common},
-        "objective": math.fsum(numbers) / seeds if len(numbers) == seeds else None,
+        "objective": math.fsum(objectives) / seeds if len(objectives) == seeds else None,
     }
 
 
 @contextmanager
-def _beside_the_sweep() -> Iterator[None]:
-    """Inside the block a run belongs to no W&B sweep."""
+def _outside_sweep() -> Iterator[None]:
+    """Hides the W&B sweep from the runs in the block."""
     kept = {k: os.environ.pop(k) for k in SWEEP_VARIABLES if k in os.environ}
     try:
         yield
@@ -142,27 +146,27 @@ def _beside_the_sweep() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def _once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, str]:
-    """The result of a job, and in words that it was there already; empty where it was not."""
-    root = settled(to_root(cfg), overrides)
-    kept = _finished(root)
-    if kept is None:
+def _run_once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, str]:
+    """A job's result, and a note if an earlier run provides it (else "")."""
+    root = resolve_run(to_root(cfg), overrides)
+    folder = _finished(root)
+    if folder is None:
         return perform(root, overrides, group), ""
-    other = " by other code" if read_json(kept / "environment.json").get("code") != code() else ""
-    print(f"done before{other}, in {kept} (resume=never repeats it)", flush=True)
-    return read_json(kept / "result.json"), f"done before{other}"
+    other = " by other code" if read_json(folder / "environment.json").get("code") != code() else ""
+    print(f"done before{other}, in {folder} (resume=never repeats it)", flush=True)
+    return read_json(folder / "result.json"), f"done before{other}"
 
 
 def _finished(root: Root) -> Path | None:
-    """The newest finished run of exactly this configuration, where the job may take it."""
+    """The newest finished run of this very configuration, if `resume` allows to reuse it."""
     if root.resume is None or root.resume.run is not None or root.resume.mode != "auto":
         return None
-    wiring = checked(root)
+    wiring = check_and_wire(root)
     return None if wiring is None else finished_run(wiring.root)
 
 
 def _compare(folder: Path) -> None:
-    """Writes a report where several runs have finished."""
+    """Writes a report if several runs have finished."""
     results = [read_json(p).get("result") or {} for p in folder.glob("job-*.json")]
     if len({*(f for r in results for f in r.get("folders") or [r.get("folder")] if f)}) < 2:
         return
@@ -172,7 +176,7 @@ def _compare(folder: Path) -> None:
 
     try:
         print(f"report    {write_ablation(folder / 'report', compare(read(folder)))}", flush=True)
-    except ConfigError as e:  # such as jobs of a task that leaves no runs to compare
+    except ConfigError as e:  # such as a task whose results cannot be compared
         print(f"no report: {e}", flush=True)
 
 
@@ -187,37 +191,37 @@ def _hydra() -> Any:
     return hydra
 
 
-def _launched(line: Line, planned: list[list[str]], place: list[str], job: Job) -> None:
-    """What Hydra's basic sweeper does once it knows the jobs.
+def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) -> None:
+    """Runs jobs with Hydra's launcher, in place of Hydra's basic sweeper.
 
-    It would first compose what all jobs share, and so refuse a setting of a component that is swept
-    over (`sampler=ddim,euler_a sampler.eta=1`), and write the whole command line down, secrets
-    included.
+    The basic sweeper first composes what all jobs share. So it would reject a setting of a swept
+    component (`sampler=ddim,euler_a sampler.eta=1`), and write secrets of the command line to disk.
     """
     from hydra._internal.callbacks import Callbacks
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
     hydra = _hydra()
-    words = [o for o in (*planned[0], *place) if not o.startswith("hydra.sweep.dir=")] + place[-1:]
-    shared = hydra.compose_config(line.config_name, words, RunMode.MULTIRUN)
+    first = [o for o in (*planned[0], *paths) if not o.startswith("hydra.sweep.dir=")]
+    shared = hydra.compose_config(line.config_name, [*first, paths[-1]], RunMode.MULTIRUN)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, job, shared)
-    own = [[o for o in words if not _is_hydras(o)] for words in planned]
+    of_hydra = ("hydra.", "hydra/")
+    own = [[o for o in job_ if not o.lstrip("+~").startswith(of_hydra)] for job_ in planned]
     size = shared.hydra.sweeper.max_batch_size or len(own)
-    for first in range(0, len(own), size):
-        launcher.launch(own[first : first + size], first)
+    for start in range(0, len(own), size):
+        launcher.launch(own[start : start + size], start)
 
 
-def _swept(line: Line, overrides: list[str], job: Job) -> None:
-    """The jobs of a sweeper that finds them as it goes, such as hydra/sweeper=optuna."""
+def _sweep(line: Line, overrides: list[str], job: Job) -> None:
+    """Runs a searching sweeper, such as hydra/sweeper=optuna."""
     with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
         _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
-    (job.folder / "multirun.yaml").unlink(missing_ok=True)  # it may hold secrets
+    (job.folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
 
 
 class _WithoutOverrides:
-    """stderr without Hydra's line that repeats the overrides of a failed job, secrets included."""
+    """stderr without Hydra's line about a failed job, whose overrides may contain secrets."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -231,12 +235,12 @@ class _WithoutOverrides:
         return getattr(self.stream, name)
 
 
-def _check_all(line: Line, earlier: list[str], planned: list[list[str]]) -> None:
-    """Raises ConfigError with the problems of all jobs, each with the jobs that have it."""
+def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:
+    """Raises ConfigError with the problems of all jobs, each with its job numbers."""
     found: dict[str, list[int]] = {}
     for i, job in enumerate(planned):
         try:
-            check(line.compose([*earlier, *job]), job)
+            check(line.compose([*run_options, *job]), job)
         except (ConfigError, PluginError) as e:
             for problem in e.problems if isinstance(e, ConfigError) else e.args:
                 found.setdefault(problem, []).append(i)
@@ -250,77 +254,59 @@ def _check_all(line: Line, earlier: list[str], planned: list[list[str]]) -> None
 
 
 def _numbers(jobs: list[int]) -> str:
-    """In words: job 3, or jobs 0, 2, 3, 4, 5 and 7 more."""
+    """job 3, or jobs 0, 2, 3, 4, 5 and 7 more"""
     shown = ", ".join(map(str, jobs[:5]))
     more = f" and {len(jobs) - 5} more" if len(jobs) > 5 else ""
     return f"job{'s' * (len(jobs) > 1)} {shown}{more}"
 
 
 def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] | None:
-    """The overrides of a multirun's jobs, each with `seeds` seeds; None where the sweeper decides
-    them as it goes.
-    """
+    """The overrides of a multirun's jobs, each with `seeds` seeds; None for a searching sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    sweeper = next(
-        (o.partition("=")[2] for o in overrides if o.startswith("hydra/sweeper=")), "basic"
-    )
-    if sweeper != "basic":
+    sweepers = [value(o) for o in overrides if o.startswith("hydra/sweeper=")]
+    if sweepers and sweepers[0] != "basic":
         return None
     try:
-        parsed = OverridesParser.create().parse_overrides([*overrides])
-        batches = BasicSweeper.split_arguments(parsed, None)
+        batches = BasicSweeper.split_arguments([parse_override(o) for o in overrides], None)
         found = [composition.expand(job) for batch in batches for job in batch]
     except HydraException as e:
-        from sandbox.config.explain import explain_words
+        from sandbox.config.explain import explain_multirun
 
-        raise explain_words(e, overrides) from e
+        raise explain_multirun(e, overrides) from e
     return found if seeds is None else [[*j, f"seed={n}"] for j in found for n in range(seeds)]
-
-
-def _is_hydras(override: str) -> bool:
-    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
-
-
-def _sweeps(override: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 @dataclass
 class Job:
-    """The task function of a multirun: runs a job, notes its outcome in the sweep's folder, and
-    raises its error. It never exits: that would take the other jobs along.
+    """Hydra's task function: runs a job, records its outcome, and raises its error.
 
-    `earlier`: overrides that were put in front and are not the user's; `seeds`: how many runs a job
-    is, where it is several.
+    The outcome goes to the sweep's folder. A job never exits, because that would end the others.
     """
 
     folder: Path
-    earlier: tuple[str, ...] = ()
+    run_options: tuple[str, ...] = ()  # overrides that the user did not give
     traceback: bool = False
     preempted: bool = False
-    seeds: int | None = None
+    seeds: int | None = None  # runs of each job; null: one
 
     def __call__(self, cfg: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
 
         hydra = HydraConfig.get()
-        overrides = [o for o in hydra.overrides.task if o not in self.earlier]
-        said = mask_text(" ".join(overrides))
-        outcome: dict[str, Any] = {"number": int(hydra.job.num), "overrides": said, "exit_code": 1}
+        overrides = [o for o in hydra.overrides.task if o not in self.run_options]
+        text = mask_text(" ".join(overrides))
+        outcome: dict[str, Any] = {"number": int(hydra.job.num), "overrides": text, "exit_code": 1}
         try:
             if self.preempted:
                 raise Preempted("not started: the multirun was asked to stop")
             discovery.setup(overrides)
-            print(f"job {hydra.job.num}: {said}", flush=True)
+            print(f"job {hydra.job.num}: {text}", flush=True)
             if self.seeds is None:
-                result, outcome["done_before"] = _once(cfg, overrides, self.folder.name)
+                result, outcome["done_before"] = _run_once(cfg, overrides, self.folder.name)
             else:
-                result = over_seeds(cfg, overrides, self.folder.name, self.seeds)
+                result = run_seeds(cfg, overrides, self.folder.name, self.seeds)
             outcome |= {"exit_code": 0, "result": result if isinstance(result, dict) else None}
             return result.get("objective") if isinstance(result, dict) else None
         except SandboxError as e:
@@ -331,9 +317,9 @@ class Job:
                 traceback.print_exception(e)
             raise
         except SystemExit as e:
-            outcome |= {"error": f"it left with exit code {e.code}"}
-            raise RuntimeError(f"a job tried to leave with exit code {e.code}") from e
-        except Exception as e:  # a bug: shown whole, noted and raised again
+            outcome |= {"error": f"it exited with code {e.code}"}
+            raise RuntimeError(f"a job exited with code {e.code}") from e
+        except Exception as e:  # a bug
             outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
             traceback.print_exception(e)
             raise
@@ -342,17 +328,16 @@ class Job:
             write_atomic(path, json.dumps(outcome, indent=2, default=str))
 
 
-def _sum_up(folder: Path, planned: int) -> int:
-    """Prints one line a job; the exit code is that of the first job that failed."""
-    outcomes = {
-        o["number"]: o for p in folder.glob("job-*.json") if (o := json.loads(p.read_text()))
-    }
+def _summarise(folder: Path, planned: int) -> int:
+    """Prints one line per job; returns the exit code of the first failed job, else 0."""
+    found = [json.loads(p.read_text()) for p in folder.glob("job-*.json")]
+    outcomes = {o["number"]: o for o in found}
     print()
     for i in range(max([planned, *(n + 1 for n in outcomes)])):
-        o = outcomes.setdefault(i, {"overrides": "", "exit_code": 1, "error": "it left no word"})
-        text = str(o.get("error", "")).partition("\n")[0]
-        done = o.get("done_before") or "done"
-        said = done if o["exit_code"] == 0 else f"failed (exit code {o['exit_code']}): {text}"
-        print(f"job {i} ({o['overrides']}): {said}")
+        o = outcomes.setdefault(i, {"overrides": "", "exit_code": 1, "error": "no outcome file"})
+        error = str(o.get("error", "")).partition("\n")[0]
+        failed = f"failed (exit code {o['exit_code']}): {error}"
+        status = failed if o["exit_code"] else o.get("done_before") or "done"
+        print(f"job {i} ({o['overrides']}): {status}")
     print(f"multirun  {folder}", flush=True)
     return next((o["exit_code"] for _, o in sorted(outcomes.items()) if o["exit_code"]), 0)

@@ -1,20 +1,18 @@
-"""The reference of every group, option and setting, as Markdown made of the Configs themselves.
+"""Generates the reference of every group, option and setting, as Markdown.
 
-`python run.py task=plugins to=docs/reference` writes it. What stands there is what the program
-reads: fields with their types and defaults, docstrings, the comments beside fields, and the values
-that presets change. Imports nothing heavy.
+`python run.py task=plugins to=docs/reference` writes it from the Configs: fields with types,
+defaults and comments, docstrings, and the settings of presets. Imports no plugin.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
 import sys
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import fields
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -24,15 +22,11 @@ from sandbox import contracts
 from sandbox.config import registry
 from sandbox.config.paths import CHECKOUT, CONF
 from sandbox.config.registry import SEVERAL, Plugin
-from sandbox.config.root import GROUPS, Root
+from sandbox.config.root import GROUPS, YAML_GROUPS, Root
 
 OURS = (CHECKOUT / "plugins", CHECKOUT / "sandbox" / "tasks")
-OTHERS = {
-    "experiment": "recipes: what a published system, or a run of this project, consists of",
-    "debug": "quick checks of any recipe",
-    "sweep": "sweeps for agents of W&B: `wandb sweep conf/sweep/NAME.yaml`",
-}
-MOST = 80  # characters of a value; of a longer one, the file has the rest
+OTHERS = {**YAML_GROUPS, "sweep": "sweeps for W&B agents: `wandb sweep conf/sweep/NAME.yaml`"}
+MAX_LENGTH = 80  # characters of a value
 TABLE = "| setting | type | default | |\n|---|---|---|---|"
 MADE = "<!-- made by: python run.py task=plugins to=docs/reference -->"
 
@@ -42,17 +36,16 @@ def pages(folders: Sequence[Path] = ()) -> dict[str, str]:
 
     Raises PluginError for a plugin that cannot be read.
     """
-    homes = (*OURS, *folders)
-    known = [registry.find(p.key) for p in registry.plugins() if _in(p.path, homes)]
+    known = [
+        registry.find(p.key)
+        for p in registry.plugins()
+        if p.path and any(map(p.path.is_relative_to, (*OURS, *folders)))
+    ]
     groups = {g: [p for p in known if p.group.partition("/")[0] == g] for g in GROUPS}
     confs = [CONF, *(f / "conf" for f in folders)]
     made = {f"{g}.md": _group_page(g, found, confs) for g, found in groups.items() if found}
-    made |= {f"{g}.md": _files_page(g, what, confs) for g, what in OTHERS.items()}
+    made |= {f"{g}.md": _files_page(g, title, confs) for g, title in OTHERS.items()}
     return {"README.md": _index(groups)} | made
-
-
-def _in(path: Path | None, folders: Sequence[Path]) -> bool:
-    return path is not None and any(path.is_relative_to(f) for f in folders)
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -60,18 +53,18 @@ def _in(path: Path | None, folders: Sequence[Path]) -> bool:
 
 def _index(groups: dict[str, list[Plugin]]) -> str:
     rows = [
-        f"| [{g}]({g}.md) | {what} | {', '.join(f'`{p.name}`' for p in groups[g])} |"
-        for g, what in GROUPS.items()
+        f"| [{g}]({g}.md) | {title} | {', '.join(f'`{p.name}`' for p in groups.get(g, ()))} |"
+        for g, title in (GROUPS | OTHERS).items()
     ]
-    rows += [f"| [{g}]({g}.md) | {what} | |" for g, what in OTHERS.items()]
-    own = [n for n in (f.name for f in fields(Root)) if n not in GROUPS]
+    own = [f.name for f in fields(Root) if f.name not in GROUPS]
     return _text(
         MADE,
         "# Reference",
-        "Every group, option and setting, made of the `Config` classes that the program reads. "
-        "`GROUP=OPTION` chooses, `GROUP.SETTING=VALUE` sets; an option of "
-        f"{' and '.join(f'`{g}`' for g in SEVERAL)} is set by its name: `callbacks.samples.every`. "
-        "`null` is an empty value; a number that is null by default is filled in by wiring.",
+        "Every group, option and setting, generated from the `Config` classes. `GROUP=OPTION` "
+        "chooses an option, `GROUP.SETTING=VALUE` sets a value; settings of "
+        f"{' and '.join(f'`{g}`' for g in SEVERAL)} include the name of the option: "
+        "`callbacks.samples.every`. `null` is an empty value; wiring fills in numbers with the "
+        "default null.",
         "## Groups",
         "\n".join(["| group | | options without presets |", "|---|---|---|", *rows]),
         "## Settings of the run",
@@ -83,9 +76,9 @@ def _group_page(group: str, plugins: list[Plugin], confs: Sequence[Path]) -> str
     several = f" `{group}=[A,B]`" if group in SEVERAL else ""
     base = _base(plugins)
     shared = [f.name for f in fields(base) if f.name != "plugin"] if base else []
-    parts = [MADE, f"# {group}", f"{GROUPS[group][:1].upper()}{GROUPS[group][1:]}.{several}"]
+    parts = [MADE, f"# {group}", f"{_sentence(GROUPS[group])}{several}"]
     if base and shared:
-        parts += ["## Every option", _prose(base), _table(base, shared, None, base.__module__)]
+        parts += ["## Every option", _markdown(base), _table(base, shared, None, base.__module__)]
     presets = list(_presets(group, confs))
     for plugin in plugins:
         parts += _option(plugin, base, [p for p in presets if p[1] == plugin.name])
@@ -96,35 +89,39 @@ def _option(
     plugin: Plugin, base: type | None, presets: list[tuple[Path, str, dict[str, Any]]]
 ) -> Iterator[str]:
     config = plugin.config
-    assert config and plugin.path  # pages() takes readable files alone
+    assert config and plugin.path  # pages() passes only readable files
     yield f"## {plugin.name}"
     yield f"{plugin.doc} ({_link(plugin.path)})"
-    yield _prose(config)
+    yield _markdown(config)
     yield _table(config, list(_own(config, base)), plugin.path, plugin.module)
     yield "\n".join(_preset(path, plain, config) for path, _, plain in presets)
 
 
-def _files_page(group: str, what: str, confs: Sequence[Path]) -> str:
-    parts = [MADE, f"# {group}", f"{what[:1].upper()}{what[1:]}."]
+def _files_page(group: str, title: str, confs: Sequence[Path]) -> str:
+    parts = [MADE, f"# {group}", _sentence(title)]
     for path in (p for conf in confs for p in sorted((conf / group).rglob("*.yaml"))):
         plain = _yaml(path)
         defaults = plain.pop("defaults", ())
-        chosen = [f"{_last(k)}={shown_value(v)}" for d in defaults
-                  if isinstance(d, dict) for k, v in d.items()]  # fmt: skip
+        chosen = [
+            f"{str(k).removeprefix('override ').lstrip('/')}={format_value(v)}"
+            for d in defaults
+            if isinstance(d, dict)
+            for k, v in d.items()
+        ]
         nested = [d for d in defaults if isinstance(d, str) and d != "_self_"]
-        parts += [f"## {_place(path, group)}", f"{_about(path)} ({_link(path)})"]
+        parts += [f"## {_option_name(path, group)}", f"{about(path)} ({_link(path)})"]
         if nested:
             parts.append(f"Extends `{' '.join(nested)}`")
         if chosen:
             parts.append(f"Chooses `{' '.join(chosen)}`")
-        own = {k: v for k, v in plain.items() if k not in GROUPS}  # the rest is in the file
+        own = {k: v for k, v in plain.items() if k not in GROUPS}  # the file shows the rest
         if own and group != "sweep":
             parts.append(f"Sets `{' '.join(_flat(own))}`")
     return _text(*parts)
 
 
-def _place(path: Path, group: str) -> str:
-    """The name by which a file of `group` is chosen: cogvideox_2b_lora, effects/zero_snr."""
+def _option_name(path: Path, group: str) -> str:
+    """The option name of a file of `group`: cogvideox_2b_lora, effects/zero_snr."""
     parts = path.with_suffix("").parts
     return "/".join(parts[len(parts) - parts[::-1].index(group) :])
 
@@ -136,44 +133,43 @@ def _text(*parts: str) -> str:
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _link(path: Path) -> str:
     if not path.is_relative_to(CHECKOUT):
         return f"`{path}`"
-    place = path.relative_to(CHECKOUT).as_posix()
-    return f"[{place}](../../{place})"
+    name = path.relative_to(CHECKOUT).as_posix()
+    return f"[{name}](../../{name})"
 
 
-def _prose(config: type) -> str:
-    """The docstring of a Config; empty where it has none of its own."""
-    doc = inspect.cleandoc(config.__doc__ or "")
-    return "" if doc.startswith(f"{config.__name__}(") else doc.replace("*", "\\*")
+def _markdown(config: type) -> str:
+    return docstring(config).replace("*", "\\*")
 
 
 def _table(config: type, names: Sequence[str], path: Path | None, module: str) -> str:
-    said = sayings(config, path, module)
-    rows = []
-    for f in (f for f in fields(config) if f.name in names):
-        value = f.default_factory() if f.default_factory is not MISSING else f.default
-        kind, note = said[f.name]
-        cells = (f"`{f.name}`", f"`{kind}`", f"`{shown_value(value)}`", note)
+    notes, defaults, rows = field_notes(config, path, module), vars(config()), []
+    for name in (f.name for f in fields(config) if f.name in names):
+        annotation, note = notes[name]
+        cells = (f"`{name}`", f"`{annotation}`", f"`{format_value(defaults[name])}`", note)
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join([TABLE, *rows]) if rows else ""
 
 
 def _preset(path: Path, plain: dict[str, Any], config: type) -> str:
-    """A line: its name, what it is, and the settings that are not those of the plugin alone."""
-    usual = {*_flat(vars(config()))}
-    changes = " ".join(c for c in _flat(plain) if c not in usual)
-    return f"- `{path.stem}`: {_about(path)}" + (f" `{changes}`" if changes else "")
+    """A list item: the preset's name, its description, and the settings that it changes."""
+    defaults = {*_flat(vars(config()))}
+    changes = " ".join(c for c in _flat(plain) if c not in defaults)
+    return f"- `{path.stem}`: {about(path)}" + (f" `{changes}`" if changes else "")
 
 
-def _about(path: Path) -> str:
-    """The first sentence of the comment on top of a YAML file."""
+def about(path: Path) -> str:
+    """The first sentence of the comment at the top of a YAML file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    top = takewhile(lambda line: line.startswith("#"), lines)
-    words = " ".join(line.lstrip("# ") for line in top if "@package" not in line)
-    first = re.split(r"(?<=[^.]\.) +(?=[A-Z])", words)[0]
-    return first if first.endswith(".") else f"{first}."
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.lstrip("# ") for line in comment if "@package" not in line)
+    return re.split(r"(?<=[^.]\.) +(?=[A-Z])", text)[0].removesuffix(".") + "."
 
 
 def _flat(plain: dict[str, Any], path: str = "") -> Iterator[str]:
@@ -182,26 +178,27 @@ def _flat(plain: dict[str, Any], path: str = "") -> Iterator[str]:
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{path}{key}.")
         else:
-            text = shown_value(value)
-            yield f"{path}{key}={text if len(text) <= MOST else text[:MOST] + '...'}"
+            text = format_value(value)
+            yield f"{path}{key}={text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + '...'}"
 
 
-def _last(key: Any) -> str:
-    return str(key).removeprefix("override ").lstrip("/")
+# --- reading Configs and presets ------------------------------------------------------------------
 
 
-# --- what Configs and presets say -----------------------------------------------------------------
+def docstring(config: type) -> str:
+    """The docstring of a Config; empty where @dataclass generated it."""
+    doc = inspect.getdoc(config) or ""
+    return "" if doc.startswith(f"{config.__name__}(") else doc
 
 
 def _base(plugins: list[Plugin]) -> type | None:
-    """The Config of `sandbox.contracts` that the Configs of a group are derived from."""
-    made = plugins[0].config
-    assert made
-    return next((c for c in made.__mro__ if c.__module__.startswith(contracts.__name__)), None)
+    """The class of `sandbox.contracts` from which the Configs of a group derive."""
+    classes = plugins[0].config.__mro__ if plugins[0].config else ()
+    return next((c for c in classes if c.__module__.startswith(contracts.__name__)), None)
 
 
 def _own(config: type, base: type | None) -> Iterator[str]:
-    """Fields that the base has not, or has with another default."""
+    """Fields that the base lacks, or has with another default."""
     shared = {f.name: f.default for f in fields(base)} if base else {}
     for f in fields(config):
         if f.name != "plugin" and (f.name not in shared or f.default != shared[f.name]):
@@ -209,83 +206,71 @@ def _own(config: type, base: type | None) -> Iterator[str]:
 
 
 def _presets(group: str, confs: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:
-    """(file, name of its plugin, what it changes with all that it is derived from)."""
+    """(file, plugin, settings including those of parent presets) of each preset."""
     for conf in confs:
         for path in sorted((conf / group).glob("*.yaml")):
             plain = _yaml(path)
-            below = [d for d in plain.pop("defaults", ()) if isinstance(d, str) and d != "_self_"]
-            while below and (parent := conf / group / f"{below[0]}.yaml").is_file():
-                under = _yaml(parent)
-                below = [d for d in under.pop("defaults", ()) if d != "_self_"]
-                plain = {**under, **plain}
-            name = below[0] if below else ""
+            parents = [d for d in plain.pop("defaults", ()) if isinstance(d, str) and d != "_self_"]
+            while parents and (file := conf / group / f"{parents[0]}.yaml").is_file():
+                parent = _yaml(file)
+                parents = [d for d in parent.pop("defaults", ()) if d != "_self_"]
+                plain = {**parent, **plain}
+            name = parents[0] if parents else ""
             yield path, name, plain.get(name, {}) if group in SEVERAL else plain
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    quick = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C, where PyYAML was built with it
-    return yaml.load(path.read_text(encoding="utf-8"), quick)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the faster one, if PyYAML has it
+    return yaml.load(path.read_text(encoding="utf-8"), loader)
 
 
-def sayings(config: type, path: Path | None, module: str) -> dict[str, tuple[str, str]]:
-    """Field -> its type as it is written, and the comment beside or above it."""
+def field_notes(config: type, path: Path | None, module: str) -> dict[str, tuple[str, str]]:
+    """Field -> its annotation as in the source, and its comment (at the line's end or above)."""
     found: dict[str, tuple[str, str]] = {}
     for cls in reversed(config.__mro__[:-1]):
         own = path is not None and cls.__module__ == module
-        file = path if own else sys.modules[cls.__module__].__file__
-        found |= _fields_of(Path(str(file)), cls.__qualname__)
+        file = Path(str(path if own else sys.modules[cls.__module__].__file__))
+        tree, comments, full_line = _source(file, file.stat().st_mtime_ns)
+        node: Any = tree
+        for name in cls.__qualname__.split("."):
+            node = next(n for n in node.body if isinstance(n, ast.ClassDef) and n.name == name)
+        for n in node.body:
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name):
+                first, last = n.lineno, n.end_lineno or n.lineno
+                while first - 1 in full_line:
+                    first -= 1
+                note = " ".join(comments[i] for i in range(first, last + 1) if i in comments)
+                found[n.target.id] = (ast.unparse(n.annotation), note)
     return found
 
 
-@dataclass
-class _Source:
-    tree: ast.Module
-    comments: dict[int, str]  # line -> text
-    alone: frozenset[int]  # lines of nothing else
-
-
 @cache
-def _source(path: Path, stamp: int) -> _Source:
+def _source(path: Path, mtime: int) -> tuple[ast.Module, dict[int, str], frozenset[int]]:
+    """Syntax tree of a file, its comments by line, and the lines with nothing but a comment."""
     with tokenize.open(path) as file:
-        text = file.read()
-    lines = text.splitlines()
+        lines = file.read().splitlines(True)
     comments = {
         t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(iter(text.splitlines(True)).__next__)
+        for t in tokenize.generate_tokens(iter(lines).__next__)
         if t.type == tokenize.COMMENT and "fmt:" not in t.string and "type:" not in t.string
     }
-    alone = frozenset(n for n in comments if lines[n - 1].lstrip().startswith("#"))
-    return _Source(ast.parse(text), comments, alone)
+    full_line = frozenset(n for n in comments if lines[n - 1].lstrip().startswith("#"))
+    return ast.parse("".join(lines)), comments, full_line
 
 
-def _fields_of(path: Path, qualname: str) -> dict[str, tuple[str, str]]:
-    source = _source(path, os.stat(path).st_mtime_ns)
-    node: Any = source.tree
-    for name in qualname.split("."):
-        node = next(n for n in node.body if isinstance(n, ast.ClassDef) and n.name == name)
-    return {
-        n.target.id: (ast.unparse(n.annotation), _note(source, n))
-        for n in node.body
-        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-    }
+def settings(config: Any) -> Iterator[str]:
+    """The settings of a Config as users type them: name=value."""
+    for f in fields(config):
+        if f.name != "plugin":
+            yield f"{f.name}={format_value(getattr(config, f.name))}"
 
 
-def _note(source: _Source, node: ast.AnnAssign) -> str:
-    end = node.end_lineno or node.lineno
-    beside = [source.comments[n] for n in range(node.lineno, end + 1) if n in source.comments]
-    line, above = node.lineno - 1, []
-    while line in source.alone:
-        above.insert(0, source.comments[line])
-        line -= 1
-    return " ".join([*above, *beside])
-
-
-def shown_value(value: Any) -> str:
-    """As one would type it."""
+def format_value(value: Any) -> str:
+    """A value as users type it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):
-        return f"[{','.join(map(shown_value, value))}]"
+        return f"[{','.join(map(format_value, value))}]"
     return str(value)

@@ -33,7 +33,7 @@ def translate_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _parameters() -> dict[str, Any]:
-    """Parameters of this trial by name; empty without an agent."""
+    """Parameter name -> value of this trial; empty without an agent."""
     path = os.environ.get(PARAMETERS)
     if not path or not Path(path).is_file():
         return {}

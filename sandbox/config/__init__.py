@@ -2,4 +2,4 @@
 
 from sandbox.config.moved_modules import forward
 
-__getattr__ = forward("config")  # names of version 0.1
+__getattr__ = forward("config")  # names of the module of version 0.1

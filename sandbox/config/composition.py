@@ -1,7 +1,7 @@
-"""From a command line to one composed configuration.
+"""Composes one configuration from a command line.
 
-Hydra composes and instantiates nothing (`sandbox.config.safety`). Its errors are explained by
-`sandbox.config.explain`.
+Hydra composes and instantiates nothing (`sandbox.config.safety`). `sandbox.config.explain`
+translates its errors.
 """
 
 from __future__ import annotations
@@ -13,37 +13,35 @@ from dataclasses import fields
 from typing import Any
 
 from sandbox.config.discovery import chosen_plugin, setup
-from sandbox.config.hydra_compose import is_list, raw
+from sandbox.config.hydra_compose import compose_raw, errors, is_option_list
+from sandbox.config.overrides import value
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, Root, from_container
 
-AT_HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # of an override: where a value starts with ~/
+HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # the ~ of a value that starts with ~/
 
 
 def expand(overrides: Sequence[str]) -> list[str]:
-    """Shorthands of ours, in Hydra's words.
+    """Translates our shorthands into Hydra overrides.
 
-    A setting of the chosen task may be given without `task.`: `task=new group=vae` is
-    `task=new task.group=vae`. `logger=null` leaves a group empty, which Hydra writes `~logger`. A
-    task that brings options of a group brings them where the line names none. A value that starts
-    with `~/` is below the home folder, which a shell says of `name=~/file` only in an assignment.
+    - A setting of the chosen task needs no `task.`: `task=new group=vae`, for `task.group=vae`.
+    - `logger=null` leaves a group empty, in Hydra `~logger`.
+    - A task adds its `default_options` for groups that the command line does not choose.
+    - `~/` at the start of a value is the home folder; shells do not expand it in `name=~/file`.
     """
-    overrides = [AT_HOME.sub(lambda _: os.path.expanduser("~"), o) for o in overrides]
+    overrides = [HOME.sub(lambda _: os.path.expanduser("~"), o) for o in overrides]
     empty = {f"{group}=null": f"~{group}" for group in GROUPS}
     for group in SEVERAL:
         empty |= dict.fromkeys((f"{group}=null", f"~{group}"), f"{group}=[]")
     overrides = [empty.get(o, o) for o in overrides]
-    chosen = next((o.partition("=")[2] for o in overrides if o.startswith("task=")), "train")
-    plugin = chosen_plugin("task", chosen)
+    task = next((value(o) for o in overrides if o.startswith("task=")), "train")
+    plugin = chosen_plugin("task", task)
     if plugin is None or plugin.config is None:
         return overrides
     own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)}
-    named = {o.partition("=")[0] for o in overrides}
-    brought = [b for b in plugin.config.default_options if b.partition("=")[0] not in named]  # type: ignore[attr-defined]
-    return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides] + brought
-
-
-# --- composition ----------------------------------------------------------------------------------
+    given = {o.partition("=")[0] for o in overrides}
+    options = [o for o in plugin.config.default_options if o.partition("=")[0] not in given]  # type: ignore[attr-defined]
+    return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides] + options
 
 
 def compose(
@@ -51,21 +49,16 @@ def compose(
 ) -> Any:
     """The composed DictConfig of one job, checked for safety.
 
-    Raises ConfigError or PluginError; where Hydra cannot compose, with every problem that can be
-    found without it, those of the wiring included.
+    Raises PluginError, or ConfigError with every problem that can be found, wiring included.
     """
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     from sandbox.config import safety
 
     safety.refuse_code(overrides)
     try:
-        if any(is_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
-            raise ValueError("a list of options")  # Hydra would merge them into one
-        cfg = raw(overrides, config, config_dir, report=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
+        if any(is_option_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
+            raise ValueError("a list of options")  # Hydra would merge them
+        cfg = compose_raw(overrides, config, config_dir, report=True)
+    except errors() as e:
         from sandbox.config.explain import explain
 
         raise explain(e, overrides, config, config_dir) from e
@@ -74,7 +67,7 @@ def compose(
 
 
 def received(node: dict[str, Any]) -> Root:
-    """A Root from another process; plugins, also those of its `plugins_path`, are read first."""
+    """A Root from another process; reads plugins first, including those of its `plugins_path`."""
     folder = node.get("plugins_path")
     setup([f"plugins_path={folder}"] if folder else ())
     return from_container(node)

@@ -1,4 +1,4 @@
-"""Finds plugins and presets: the project's, those of plugin folders and of entry points."""
+"""Finds plugins and presets: those of the project, of plugin folders and of entry points."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config import registry
+from sandbox.config.overrides import value
 from sandbox.config.paths import CHECKOUT, CONF, PLUGINS
 from sandbox.config.root import Root
 from sandbox.contracts import ConfigError, PluginError
-
-# --- set-up ---------------------------------------------------------------------------------------
 
 
 def setup(overrides: Sequence[str] = ()) -> None:
     """Reads all plugins: the project's, those of entry points, `plugins_path=` and SANDBOX_PLUGINS.
 
-    Cheap, and repeatable. Raises PluginError for two plugins or presets of one name.
+    Fast, and repeatable. Raises PluginError for two plugins or presets with the same name.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -32,24 +31,21 @@ def setup(overrides: Sequence[str] = ()) -> None:
 
 
 def plugin_folders(overrides: Sequence[str]) -> list[Path]:
-    """Folders of plugins outside the project: `plugins_path=DIR`, SANDBOX_PLUGINS (A:B)."""
-    said = [o.partition("=")[2].strip("'\"") for o in overrides if o.startswith("plugins_path=")]
-    named = [("plugins_path", v) for v in said if v and v != "null"]
+    """Plugin folders outside the project: `plugins_path=DIR`, SANDBOX_PLUGINS (A:B)."""
+    given = [value(o).strip("'\"") for o in overrides if o.startswith("plugins_path=")]
+    named = [("plugins_path", v) for v in given if v and v != "null"]
     listed = os.environ.get("SANDBOX_PLUGINS", "").split(os.pathsep)
     named += [("SANDBOX_PLUGINS", v) for v in listed if v]
-    for name, value in named:
-        if not Path(value).expanduser().is_dir():
+    for name, folder in named:
+        if not Path(folder).expanduser().is_dir():
             raise ConfigError(
-                f"{name}={value}: no such folder; name one that holds GROUP/NAME.py files"
+                f"{name}={folder}: no such folder; name one that holds GROUP/NAME.py files"
             )
     return list(dict.fromkeys(Path(v).expanduser().resolve() for _, v in named))
 
 
 def conf_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[Path]:
-    """Where YAML files are looked for.
-
-    The project's conf/, those of plugin folders, --config-dir.
-    """
+    """Folders of YAML files: the project's conf/, those of plugin folders, --config-dir."""
     found = [CONF, *(f / "conf" for f in plugin_folders(overrides) if (f / "conf").is_dir())]
     if config_dir and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir}: no such folder")
@@ -57,24 +53,24 @@ def conf_folders(overrides: Sequence[str], config_dir: str | None = None) -> lis
 
 
 def _check_presets(folders: Sequence[Path]) -> None:
-    """Raises PluginError for a preset that would hide a plugin, or another preset."""
+    """Raises PluginError for a preset that hides a plugin or another preset."""
     seen: dict[Path, Path] = {}
-    keys = {plugin.key for plugin in registry.plugins()}
-    for path in (p for folder in folders for p in sorted(folder.glob("*/**/*.yaml"))):
-        folder = next(f for f in folders if path.is_relative_to(f))
-        key = path.relative_to(folder)
-        if key.with_suffix("").as_posix() in keys:
-            raise PluginError(f"{path}: has the name of a plugin and would hide it; rename it")
-        if key in seen:
-            raise PluginError(
-                f"preset {key.with_suffix('')} is there twice: in {seen[key]} and in {path}; "
-                "rename or remove one"
-            )
-        seen[key] = path
+    plugins = {plugin.key for plugin in registry.plugins()}
+    for folder in folders:
+        for path in sorted(folder.glob("*/**/*.yaml")):
+            name = path.relative_to(folder)
+            if name.with_suffix("").as_posix() in plugins:
+                raise PluginError(f"{path}: has the name of a plugin and would hide it; rename it")
+            if name in seen:
+                raise PluginError(
+                    f"preset {name.with_suffix('')} exists twice: in {seen[name]} and in {path}; "
+                    "rename or remove one"
+                )
+            seen[name] = path
 
 
 def options(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
-    """Names that `group=` takes: plugins, and presets of `folders` and of Hydra itself."""
+    """Names that `group=` accepts: plugins, presets below `folders`, and options of Hydra."""
     from hydra.core.config_store import ConfigStore
 
     node: Any = ConfigStore.instance().repo
@@ -85,7 +81,7 @@ def options(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
 
 
 def chosen_plugin(group: str, name: str) -> registry.Plugin | None:
-    """The plugin that `group=name` stands for, through presets of the project."""
+    """The plugin behind `group=name`, which may be a preset of the project."""
     import yaml
 
     preset = CONF / group / f"{name}.yaml"

@@ -1,78 +1,73 @@
-"""What is wrong with a command line that Hydra cannot compose, in our words and all of it.
+"""Explains every problem of a command line that Hydra cannot compose.
 
-Hydra stops at the first problem. Here each override is looked at on its own, and what is left is
-composed and wired, so that a user sees every problem at once.
+Hydra stops at the first problem. This module checks each override separately, then composes and
+wires the valid rest, so that users see every problem at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from sandbox.config import discovery, hydra_compose, registry
 from sandbox.config.moved_names import OLD_PRESETS
+from sandbox.config.overrides import key, parse, top, value
 from sandbox.config.paths import CONF
-from sandbox.config.root import GROUPS, to_root
+from sandbox.config.root import GROUPS, YAML_GROUPS, to_root
 from sandbox.config.static_reader import first_line
 from sandbox.config.wiring import REQUIRED, wire
 from sandbox.contracts import ConfigError, PluginError
 
-PRESETS = ("experiment", "debug")  # groups that hold YAML files only
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def explain(
     error: Exception, overrides: Sequence[str], name: str, config_dir: str | None
 ) -> ConfigError:
-    """Every problem of a command line that Hydra refused with `error`."""
-    import yaml
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
+    """Every problem of a command line for which Hydra raised `error`."""
     folders = discovery.conf_folders(overrides, config_dir)
     if not (CONF / f"{name}.yaml").is_file():
-        there = [p.stem for p in CONF.glob("*.yaml")]
-        return ConfigError(f"--config-name {name}: no such file{registry.nearest(name, there)}")
-    problems, groups, values = [], [], []
-    for words, problem in _readable(overrides):
-        problem = problem or _group_problem(words, folders)
+        near = registry.nearest(name, [p.stem for p in CONF.glob("*.yaml")])
+        return ConfigError(f"--config-name {name}: no such file{near}")
+    problems, groups, settings = [], [], []
+    for override, problem in _parsed(overrides):
+        problem = problem or _group_problem(override, folders)
         if problem:
-            problems.append((_top(words), problem))
-        elif _is_group(words, folders) or _top(words) == "plugins_path":
-            groups.append(words)
+            problems.append((top(override), problem))
+        elif _is_group(override, folders) or top(override) == "plugins_path":
+            groups.append(override)
         else:
-            values.append(words)
-    wrong = {top for top, _ in problems}
+            settings.append(override)
+    invalid = {name for name, _ in problems}
     try:
-        cfg = hydra_compose.raw(groups, name, config_dir)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
-        # a preset or recipe is at fault
-        return ConfigError(*(p for _, p in problems), _in_file(e, groups, folders))
-    for override in values:
-        if _top(override) not in wrong and (problem := _value_problem(override, cfg)):
-            problems.append((_top(override), problem))
+        cfg = hydra_compose.compose_raw(groups, name, config_dir)
+    except hydra_compose.errors() as e:  # a preset or recipe is invalid
+        return ConfigError(*(p for _, p in problems), _file_problem(e, groups, folders))
+    for override in settings:
+        if top(override) not in invalid and (problem := _setting_problem(override, cfg)):
+            problems.append((top(override), problem))
     if not problems:
         return ConfigError(first_line(str(error)))
-    return ConfigError(*(p for _, p in problems), *_further(cfg, {top for top, _ in problems}))
+    return ConfigError(*(p for _, p in problems), *_wiring_problems(cfg, {t for t, _ in problems}))
 
 
-def explain_words(error: Exception, overrides: Sequence[str]) -> ConfigError:
-    """Every override of a multirun that cannot be read."""
-    problems = [p for _, p in _readable(overrides, multirun=True) if p]
+def explain_multirun(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Every syntax error in the overrides of a multirun."""
+    problems = [p for _, p in _parsed(overrides, multirun=True) if p]
     if "does not support sweep type" in str(error):
         problems.append("-m: the basic sweeper takes lists (1,2), choice(...) and range(...) only")
     return ConfigError(*(problems or [first_line(str(error))]))
 
 
-def _further(cfg: Any, wrong: set[str]) -> Sequence[str]:
-    """Problems of what is left; nothing is asked of the groups in `wrong`."""
+def _wiring_problems(cfg: Any, invalid: set[str]) -> Sequence[str]:
+    """Further problems of a configuration, without those of the `invalid` groups."""
     try:
         root = to_root(cfg)
         if root.task is not None and not root.task.uses_run():
-            wire(root, frozenset(wrong))
+            wire(root, frozenset(invalid))
     except ConfigError as e:
         return e.problems
     except PluginError as e:
@@ -80,84 +75,64 @@ def _further(cfg: Any, wrong: set[str]) -> Sequence[str]:
     return ()
 
 
-# --- the words of the command line ----------------------------------------------------------------
+# --- syntax ---------------------------------------------------------------------------------------
 
 
-def _top(override: str) -> str:
-    """The group or setting that an override is about: "backbone" for `+backbone.width=3`."""
-    return re.split(r"[=.@/]", override.lstrip("+~"))[0]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
-def _value(override: str) -> str:
-    return override.partition("=")[2]
-
-
-def _readable(overrides: Sequence[str], multirun: bool = False) -> list[tuple[str, str | None]]:
-    """Each override with what is wrong with its spelling; words that a shell split are joined."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def _parsed(overrides: Sequence[str], multirun: bool = False) -> Iterator[tuple[str, str | None]]:
+    """Each override with its syntax error; words that the shell split are joined again."""
     from hydra.errors import HydraException
 
-    found: list[tuple[str, str | None]] = []
-    for words in _joined(overrides):
+    for text in _joined(overrides):
         problem = None
         try:
-            parsed = OverridesParser.create().parse_override(words)
+            is_sweep = parse(text).is_sweep_override()
         except HydraException:
-            problem = _spelling(words)
+            problem = _syntax_problem(text)
         else:
-            if words not in overrides or not _key(words):
-                problem = _spelling(words)
-            elif parsed.is_sweep_override() and not multirun:
-                quoted = f"'{_key(words)}=\"{_value(words)}\"'"
+            if text not in overrides or not key(text):
+                problem = _syntax_problem(text)
+            elif is_sweep and not multirun:
                 problem = (
-                    f"{words}: several values need -m (a multirun); a text with a comma goes in "
-                    f"quotes: {quoted}"
+                    f"{text}: several values need -m (a multirun); quote a string that contains "
+                    f"a comma: '{key(text)}=\"{value(text)}\"'"
                 )
-        found.append((words, problem))
-    return found
+        yield text, problem
 
 
 def _joined(overrides: Sequence[str]) -> list[str]:
     """`a=[b`, `c]` -> `a=[b c]`, and `lr`, `=`, `3` -> `lr = 3`."""
     found: list[str] = []
     for word in overrides:
-        if found and (word.startswith("=") or ("=" not in word and _goes_on(found[-1]))):
+        is_open = bool(found) and (_is_open(found[-1]) or found[-1].endswith("="))
+        if found and (word.startswith("=") or ("=" not in word and is_open)):
             found[-1] += f" {word}"
         else:
             found.append(word)
     return found
 
 
-def _goes_on(word: str) -> bool:
-    return _open(word) or word.endswith("=")
-
-
-def _open(text: str) -> bool:
-    """Whether a bracket or a quote is left open."""
+def _is_open(text: str) -> bool:
+    """Whether `text` has an unclosed bracket or quote."""
     text = re.sub(r"\"[^\"]*\"|'[^']*'", "", text)
     pairs = any(text.count(a) > text.count(b) for a, b in ("[]", "{}", "()"))
     return pairs or text.count('"') % 2 == 1 or text.count("'") % 2 == 1
 
 
-def _spelling(words: str) -> str:
-    key, equals, value = words.partition("=")
-    if key != key.strip() or value != value.strip():
-        return f"{words}: no spaces around '=': {key.strip()}={value.strip()}"
-    if not equals or not key:
-        return f"{words}: want NAME=VALUE; a value with spaces goes in quotes: 'NAME=a b'"
-    if _open(words):
-        return f"{words}: a bracket or quote is left open; close it"
-    if value[:1] in ("[", "{"):
-        return f"{words}: quote it, so that the shell leaves it in one piece: '{words}'"
-    if value[:1] == "(":
-        return f"{words}: lists are written in brackets: '{key}=[{value.strip('()')}]'"
+def _syntax_problem(text: str) -> str:
+    name, equals, given = text.partition("=")
+    if name != name.strip() or given != given.strip():
+        return f"{text}: no spaces around '=': {name.strip()}={given.strip()}"
+    if not equals or not name:
+        return f"{text}: want NAME=VALUE; quote a value that contains spaces: 'NAME=a b'"
+    if _is_open(text):
+        return f"{text}: unclosed bracket or quote; close it"
+    if given[:1] in ("[", "{"):
+        return f"{text}: quote it for the shell: '{text}'"
+    if given[:1] == "(":
+        return f"{text}: want a list in brackets: '{name}=[{given.strip('()')}]'"
     return (
-        f"{words}: cannot be read; a text with special characters goes in quotes twice: "
-        f"'{key}=\"{value}\"'"
+        f"{text}: cannot be parsed; quote a string with special characters twice: "
+        f"'{name}=\"{given}\"'"
     )
 
 
@@ -165,64 +140,63 @@ def _spelling(words: str) -> str:
 
 
 def _is_group(override: str, folders: Sequence[Path]) -> bool:
-    key = _key(override).partition("@")[0]
-    if _value(override).startswith("{"):  # sets several of its numbers at once
+    group = key(override).partition("@")[0]
+    if value(override).startswith("{"):  # sets several settings of the group
         return False
-    return key in (*GROUPS, *PRESETS) or ("/" in key and bool(discovery.options(key, folders)))
+    return group in GROUPS | YAML_GROUPS or (
+        "/" in group and bool(discovery.options(group, folders))
+    )
 
 
 def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
-    """What is wrong with the choice of an option; None where nothing is, or this is no choice."""
-    key, value = _key(override), _value(override)
-    if "@" in key:
-        return f"{override}: groups have one place each; write {key.partition('@')[0]}=NAME"
+    """Why a choice of an option is invalid; None for a valid choice and for other overrides."""
+    group, given = key(override), value(override)
+    if "@" in group:
+        return f"{override}: a group cannot be moved; write {group.partition('@')[0]}=NAME"
     if not _is_group(override, folders):
-        names = [*GROUPS, *PRESETS] if "/" not in key else ["hydra/launcher", "hydra/sweeper"]
-        return f"{override}: no such group{registry.nearest(key, names)}" if "/" in key else None
+        near = registry.nearest(group, ["hydra/launcher", "hydra/sweeper"])
+        return f"{override}: no such group{near}" if "/" in group else None
     if override.startswith("+"):
         return f"{override}: write it without +: {override.lstrip('+')}"
     if override.startswith("~"):
         return None
-    known = discovery.options(key, folders)
-    if value == "null":
-        return f"{override}: in a multirun a group cannot be emptied; want {', '.join(known)}"
-    if hydra_compose.is_list(override) and key not in registry.SEVERAL:
+    known = discovery.options(group, folders)
+    if given == "null":
+        return f"{override}: a multirun cannot leave a group empty; want {', '.join(known)}"
+    if hydra_compose.is_option_list(override) and group not in registry.SEVERAL:
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
-    names = [n.strip(" '\"") for n in value.strip("[]").split(",")] if value != "[]" else []
-    return next((p for n in names if (p := _option_problem(key, n, known))), None)
+    names = [n.strip(" '\"") for n in given.strip("[]").split(",")] if given != "[]" else []
+    return next((p for n in names if (p := _option_problem(group, n, known))), None)
 
 
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:
     if name in known:
         return None
-    if now := OLD_PRESETS.get(f"{group}/{name}"):
-        return f"{group}={name}: this preset is gone; write {now}"
+    if new := OLD_PRESETS.get(f"{group}/{name}"):
+        return f"{group}={name}: this preset was removed; write {new}"
     broken = next((p for p in registry.plugins(group) if p.name == name and p.error), None)
     if broken:
         return f"{group}={name} is broken: {broken.error}"
-    null = ""
-    if name.lower() in ("none", "null", "") and group not in REQUIRED:
-        null = f"; for none at all write {group}=null"
+    is_empty = name.lower() in ("none", "null", "") and group not in REQUIRED
+    null = f"; write {group}=null to leave the group empty" if is_empty else ""
     return f"{group}={name}: no such option{registry.nearest(name, known)}{null}"
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
-def _value_problem(override: str, cfg: Any) -> str | None:
-    """What is wrong with a setting, found by setting it in `cfg`; None where nothing is."""
+def _setting_problem(override: str, cfg: Any) -> str | None:
+    """Why `cfg` rejects a setting; sets it where it does not."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    parsed = OverridesParser.create().parse_override(override)
+    parsed = parse(override)
     if parsed.is_delete():
-        if _top(override) == "hydra":
+        if top(override) == "hydra":
             return None
-        return f"{override}: a setting cannot be taken away; leave it out, or give it another value"
-    problem = _path_problem(override, cfg)
-    if problem:
+        return f"{override}: a setting cannot be removed; omit it, or give it another value"
+    if problem := _path_problem(override, cfg):
         return problem
     OmegaConf.set_readonly(cfg.hydra, False)
     try:
@@ -233,18 +207,19 @@ def _value_problem(override: str, cfg: Any) -> str | None:
 
 
 def _path_problem(override: str, cfg: Any) -> str | None:
-    """Where the path of a setting leaves what there is; None where it does not."""
+    """Why the path of a setting does not exist in `cfg`; None where it does."""
     from omegaconf import OmegaConf
 
-    node, *parts = cfg, *_key(override).split(".")
+    node, *parts = cfg, *key(override).split(".")
     if parts[0] == "hydra":
         return None
     for i, name in enumerate(parts):
         path, kind = ".".join(parts[:i]), OmegaConf.get_type(node)
         if node is None:
-            return f"{override}: {_empty(path)}"
+            known = "|".join(discovery.options(path))
+            return f"{override}: {path}=null has no settings; choose one: {path}={known}"
         if not OmegaConf.is_dict(node):
-            return f"{override}: {path} has no settings of its own"
+            return f"{override}: {path} is a value and has no settings"
         if is_dataclass(kind) and name not in node:
             names = [f.name for f in fields(kind) if f.name != "plugin"]
             if path:
@@ -253,76 +228,66 @@ def _path_problem(override: str, cfg: Any) -> str | None:
                 return f"{path}.{name}: {chosen} has no such setting{near}"
             if len(parts) > 1:
                 return f"{override}: no such group{registry.nearest(name, GROUPS)}"
-            return f"{name}: no such setting{_elsewhere(name, cfg, names)}"
+            return f"{name}: no such setting{_suggestion(name, cfg, names)}"
         if path in registry.SEVERAL and name not in node:
-            known = discovery.options(path)
-            return _option_problem(path, name, known) or (
+            return _option_problem(path, name, discovery.options(path)) or (
                 f"{override}: {path}.{name} is not chosen; add '{path}=[{name}]'"
             )
         node = node.get(name)
     return None
 
 
-def _empty(path: str) -> str:
-    known = discovery.options(path)
-    return f"{path}=null has no settings; choose one: {path}={'|'.join(known)}"
-
-
 def _type_problem(override: str, cfg: Any, reason: str) -> str:
-    """Why a value cannot be that of its setting."""
+    """Why a setting cannot hold a value."""
     from omegaconf import OmegaConf
 
-    path, _, name = _key(override).rpartition(".")
-    if _top(override) == "hydra":
+    path, _, name = key(override).rpartition(".")
+    if top(override) == "hydra":
         return f"{override}: Hydra has no such setting with these options ({reason})"
     if override.startswith("+"):
-        return f"{override}: it is a setting already; write it without +"
+        return f"{override}: this setting exists; write it without +"
     kind = OmegaConf.get_type(OmegaConf.select(cfg, path) if path else cfg)
-    chosen = OmegaConf.get_type(OmegaConf.select(cfg, _key(override)))
-    if is_dataclass(kind) and name in registry.kinds(kind) and name not in GROUPS:
-        return f"{override}: want {_wanted(kind, name, override)}{_none(override)}"
+    chosen = OmegaConf.get_type(OmegaConf.select(cfg, key(override)))
+    if is_dataclass(kind) and name in registry.field_types(kind) and name not in GROUPS:
+        null = "; write null for an empty value" if value(override) == "None" else ""
+        return f"{override}: want {_type_names(kind, name, override)}{null}"
     if is_dataclass(chosen) and (m := re.search(r"Key '(\w+)' not in", reason)):
         names = [f.name for f in fields(chosen) if f.name != "plugin"]
-        return f"{override}: it has no setting {m[1]!r}{registry.nearest(m[1], names)}"
+        return f"{override}: no such setting {m[1]!r}{registry.nearest(m[1], names)}"
     return f"{override}: {reason}"
 
 
-def _elsewhere(name: str, cfg: Any, names: list[str]) -> str:
-    """The groups in which a setting of this name is, else the nearest name, also of the task's
-    settings, which need no `task.` before them.
-    """
+def _suggestion(name: str, cfg: Any, names: list[str]) -> str:
+    """The groups that have a setting of this name, else the nearest setting of run or task."""
     known = [g for g in GROUPS if cfg.get(g) is not None and name in cfg[g]]
     if known:
         return f" of the run; did you mean {' or '.join(f'{g}.{name}' for g in known[:4])}?"
-    near = registry.nearest(name, [*names, *PRESETS, *(cfg.get("task") or ())])
+    near = registry.nearest(name, [*names, *YAML_GROUPS, *(cfg.get("task") or ())])
     return near if "did you mean" in near else registry.nearest(name, set(names) - set(GROUPS))
 
 
-def _wanted(config_class: type, name: str, override: str) -> str:
-    """A field's type in words."""
-    key, value = _key(override), _value(override)
-    said = []
-    for k in registry.kinds(config_class)[name]:
-        if k is type(None):
-            said.append("null")
-        elif k in WORDS:
-            said.append(WORDS[k])
-        elif "dict" in str(k):
-            said.append(f"a dict, such as '{key}={{a: 1}}'")
+def _type_names(config_class: type, name: str, override: str) -> str:
+    """The types that a field accepts, in words."""
+    given, accepted = value(override), []
+    for kind in registry.field_types(config_class)[name]:
+        if kind is type(None):
+            accepted.append("null")
+        elif kind in TYPE_NAMES:
+            accepted.append(TYPE_NAMES[kind])
+        elif "dict" in str(kind):
+            accepted.append(f"a dict, such as '{key(override)}={{a: 1}}'")
+        elif given[:1] in ("[", "{"):
+            accepted.append("a list")
         else:
-            said.append(f"a list: '{key}=[{value}]'" if value[:1] not in ("[", "{") else "a list")
-    return " or ".join(said)
-
-
-def _none(override: str) -> str:
-    return "; an empty value is written null" if _value(override) == "None" else ""
+            accepted.append(f"a list: '{key(override)}=[{given}]'")
+    return " or ".join(accepted)
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def _in_file(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -> str:
-    """What is wrong in a preset or recipe that `groups` choose, with its file."""
+def _file_problem(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -> str:
+    """What is wrong in a preset or recipe that `groups` choose, with its path."""
     import yaml
     from hydra.errors import MissingConfigException
 
@@ -332,23 +297,22 @@ def _in_file(error: Exception, groups: Sequence[str], folders: Sequence[Path]) -
         return f"{mark.name}:{mark.line + 1}: not YAML: {error.problem}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        said = _option_problem(group, name, discovery.options(group, folders)) or first_line(text)
-        return f"{_chosen_file(name, groups, folders)}{said}"
+        problem = _option_problem(group, name, discovery.options(group, folders))
+        return f"{_file_with(name, groups, folders)}{problem or first_line(text)}"
     if m := re.search(r"In '([^']+)': .*?\n(.+)", text):
-        key = re.search(r"full_key: (\S+)", text)
+        full_key = re.search(r"full_key: (\S+)", text)
         path = next((p for f in folders if (p := f / f"{m[1]}.yaml").is_file()), m[1])
-        return f"{path}: {key[1] + ': ' if key else ''}{m[2].strip()}"
+        return f"{path}: {full_key[1] + ': ' if full_key else ''}{m[2].strip()}"
     if m := re.search(r"Could not override '([^']+)'", text):
         group = m[1].lstrip("/")
-        near = registry.nearest(group, [*GROUPS, *PRESETS])
-        return f"{_chosen_file(group, groups, folders)}{group}: no such group{near}"
+        near = registry.nearest(group, [*GROUPS, *YAML_GROUPS])
+        return f"{_file_with(group, groups, folders)}{group}: no such group{near}"
     return first_line(text)
 
 
-def _chosen_file(word: str, groups: Sequence[str], folders: Sequence[Path]) -> str:
-    """The chosen file in which `word` is, and a colon; empty where it is in none."""
-    for override in groups:
-        for path in (f / _key(override) / f"{_value(override)}.yaml" for f in folders):
-            if path.is_file() and word in path.read_text(encoding="utf-8"):
-                return f"{path}: "
-    return ""
+def _file_with(word: str, groups: Sequence[str], folders: Sequence[Path]) -> str:
+    """The chosen YAML file that contains `word`, and a colon; empty where none does."""
+    paths = (f / key(o) / f"{value(o)}.yaml" for o in groups for f in folders)
+    return next(
+        (f"{p}: " for p in paths if p.is_file() and word in p.read_text(encoding="utf-8")), ""
+    )

@@ -1,4 +1,4 @@
-"""The calls of Hydra's compose API, with its own errors."""
+"""Hydra's compose API; its exceptions are not translated here."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from sandbox.config.discovery import conf_folders
+from sandbox.config.overrides import value
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS
 
 
-def is_list(override: str) -> bool:
-    """Whether it gives a group a list of options."""
-    group, _, value = override.partition("=")
-    return group in GROUPS and value.startswith("[")
+def is_option_list(override: str) -> bool:
+    """Whether an override gives a group a list of options."""
+    return override.partition("=")[0] in GROUPS and value(override).startswith("[")
 
 
-def raw(
+def errors() -> tuple[type[Exception], ...]:
+    """What `compose_raw` raises for an invalid command line, preset or recipe."""
+    import yaml
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError
+
+
+def compose_raw(
     overrides: Sequence[str],
     config: str = "config",
     config_dir: str | None = None,
     report: bool = False,
 ) -> Any:
-    """What Hydra composes, with its own errors; with `report`, logs what a recipe leaves out."""
+    """The DictConfig that Hydra composes; `report` logs the settings omitted from a recipe."""
     from hydra.types import RunMode
 
     from sandbox.config import recipes
@@ -36,6 +45,6 @@ def raw(
 
 
 def search_path(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """The override that adds further folders of YAML files to Hydra's search path."""
+    """The override that adds further YAML folders to Hydra's search path; empty without any."""
     found = conf_folders(overrides, config_dir)[1:]
     return ["hydra.searchpath=[" + ",".join(f"'file://{p}'" for p in found) + "]"] if found else []

@@ -1,7 +1,7 @@
-"""Import paths of version 0.1, when every module lay at the top of `sandbox/`: they still work.
+"""Keeps the import paths of version 0.1 working: there, all modules were at the top of `sandbox/`.
 
-`OLD_MODULES` maps each old module to the new ones, below `sandbox`. Code outside the project may
-still import the old paths; a DeprecationWarning names the new path.
+`OLD_MODULES` maps each old module to its new ones below `sandbox`. Imports of the old paths warn
+with the new path (DeprecationWarning).
 """
 
 from __future__ import annotations
@@ -94,17 +94,17 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "workers": ("distributed.pool",),
 }
 
-PACKAGES = ("config", "data", "runs", "training")  # old modules whose names are packages now
+PACKAGES = ("config", "data", "runs", "training")  # old modules that are packages now
 RENAMED = {"whole": "full_tensors"}  # old name -> new name, in any module
 
 
 def forward(old: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` that finds names of the old module `sandbox.<old>`."""
+    """A module `__getattr__` that resolves names of the old module `sandbox.<old>`."""
 
     def __getattr__(name: str) -> Any:
         full = f"sandbox.{old}.{name}"
         is_module = full in sys.modules or (old in PACKAGES and find_spec(full))
-        if not name.startswith("__") and not is_module:  # a module is imported after this fails
+        if not name.startswith("__") and not is_module:  # the import system loads modules
             for new in OLD_MODULES[old]:
                 module = importlib.import_module(f"sandbox.{new}")
                 found = name if hasattr(module, name) else RENAMED.get(name, name)
@@ -121,7 +121,7 @@ def forward(old: str) -> Callable[[str], Any]:
 
 
 class OldPaths(MetaPathFinder):
-    """Makes `import sandbox.<old>` give a module that forwards to the new ones."""
+    """Makes `import sandbox.<old>` return a module that forwards to the new ones."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         old = fullname.removeprefix("sandbox.")
@@ -135,10 +135,10 @@ class OldPaths(MetaPathFinder):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run: names are found when they are used."""
+        """Does nothing: names are resolved on access."""
 
 
 def install() -> None:
-    """Appends the finder once: a path that exists is never looked up in the table."""
+    """Appends the finder once, after all others: existing modules take precedence."""
     if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(OldPaths())

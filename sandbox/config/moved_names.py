@@ -1,7 +1,7 @@
 # ruff: noqa: E501
-"""What to write in place of a preset that is now part of a recipe, or of settings.
+"""Replacements of removed presets and renamed plugin methods.
 
-Shown by the error for an unknown option and by docs/migration.md.
+The error about an unknown option and docs/migration.md show them.
 """
 
 OLD_PRESETS = {
@@ -189,7 +189,7 @@ OLD_PRESETS = {
     "vae/vq_f4_celebahq": "vae=vq_f4 vae.weights=models/first_stage_models/vq-f4/model.ckpt",
 }
 
-# group -> former name of a method -> its name now; a plugin that still defines the former is refused.
+# Group -> old method name -> new one; plugins with an old name are rejected.
 OLD_METHODS = {
     "data": {"whole": "all_clips", "takes_turns": "alternates_sizes"},
     "ema": {"averages": "keeps_ema"},

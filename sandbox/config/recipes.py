@@ -1,12 +1,12 @@
-"""Recipes: the settings that a recipe gives for a group belong to the option that it chose.
+"""Recipes: the settings in a recipe apply only to the options that the recipe chooses.
 
-`conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. Where
-another option is chosen in the end (`experiment=NAME backbone=dit`), the loader leaves out the
-settings that the recipe gives for that group, so that numbers of two components never mix.
+`conf/experiment/NAME.yaml` chooses the option of each group and gives its settings inline. If the
+command line chooses another option (`experiment=NAME backbone=dit`), the loader omits the recipe's
+settings of that group, so that settings of two components never mix.
 
 A config source cannot do this: Hydra does not pass it the overrides, and launchers such as joblib
-and submitit compose in their own processes. The loader has the overrides of each composition,
-keeps no state between compositions, and is pickled with the context of a launcher.
+and submitit compose in their own processes. The loader receives the overrides of each composition,
+keeps no state between compositions, and is pickled with a launcher's context.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ConfigDefault, GroupDefault
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
+from sandbox.config.overrides import parse
 from sandbox.config.registry import SEVERAL
 
-RECIPE = "config_path=experiment/"  # key of a recipe in the cache of Hydra's repository
+RECIPE = "config_path=experiment/"  # prefix of recipes in the cache of Hydra's repository
 
 log = logging.getLogger(__name__)
 
 
 def hydra(conf: Path, groups: Collection[str]) -> Hydra:
-    """Hydra with the configuration files below `conf`; `groups` are those that a recipe chooses."""
+    """Hydra for the YAML files below `conf`; `groups`: the config groups of a recipe."""
     from hydra import version
 
     version.setbase("1.3")
@@ -44,13 +44,13 @@ def hydra(conf: Path, groups: Collection[str]) -> Hydra:
 
 
 class RecipeLoader(ConfigLoaderImpl):
-    """Hydra's loader, which leaves out a recipe's settings of groups with another final option."""
+    """Hydra's loader without a recipe's settings of groups whose option was swapped."""
 
-    def __init__(self, place: ConfigSearchPath, groups: Collection[str]) -> None:
-        super().__init__(place)
+    def __init__(self, search_path: ConfigSearchPath, groups: Collection[str]) -> None:
+        super().__init__(search_path)
         self.groups = tuple(groups)
         self.recipe: str | None = None
-        self.left_out: list[str] = []  # what the last command line took from its recipe
+        self.omitted: list[str] = []  # groups that the last command line swapped
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -63,14 +63,14 @@ class RecipeLoader(ConfigLoaderImpl):
             self.recipe = final.known_choices.get("experiment")
             dropped += _drop(repo, config_name, final, self.groups) if self.recipe else ()
         named = {override.key_or_group for override in parsed}
-        self.left_out = [name for name in dropped if name.partition(".")[0] in named]
+        self.omitted = [name for name in dropped if name.partition(".")[0] in named]
         return parsed, repo
 
     def report(self) -> None:
-        """Logs one line with the groups that the command line took from its recipe."""
-        if self.left_out:
-            groups = ", ".join(dict.fromkeys(self.left_out))
-            _log_once(f"experiment={self.recipe}: its settings of {groups} are left out, because "
+        """Logs one line with the groups whose settings were omitted from the recipe."""
+        if self.omitted:
+            groups = ", ".join(dict.fromkeys(self.omitted))
+            _log_once(f"experiment={self.recipe}: its settings of {groups} are omitted, because "
                       "another option is chosen")  # fmt: skip
 
 
@@ -80,50 +80,49 @@ def _log_once(text: str) -> None:
 
 
 def _may_have_recipe(
-    repo: CachingConfigRepository, config_name: str | None, words: list[Override]
+    repo: CachingConfigRepository, config_name: str | None, overrides: list[Override]
 ) -> bool:
-    """False where the command line names none and the primary configuration chooses none."""
+    """Whether the command line or the primary configuration chooses a recipe."""
     primary = repo.load_config(config_name) if config_name else None
     defaults = (primary and primary.defaults_list) or ()
-    return any(w.key_or_group == "experiment" for w in words) or any(
+    return any(o.key_or_group == "experiment" for o in overrides) or any(
         isinstance(d, GroupDefault) and d.group == "experiment" and d.value for d in defaults
     )
 
 
 def _choices(
-    repo: CachingConfigRepository, config_name: str | None, words: list[Override]
+    repo: CachingConfigRepository, config_name: str | None, overrides: list[Override]
 ) -> Overrides:
-    return create_defaults_list(repo, config_name, words, True, skip_missing=True).overrides
+    return create_defaults_list(repo, config_name, overrides, True, skip_missing=True).overrides
 
 
 def _drop(
     repo: CachingConfigRepository, config_name: str | None, final: Overrides, all_: Sequence[str]
 ) -> Iterator[str]:
-    """Removes settings of swapped options from the loaded recipes, nested ones too; their names."""
+    """Removes settings of swapped options from the loaded recipes, and yields their groups."""
     for key in [k for k, v in repo.cache.items() if k.startswith(RECIPE) and v is not None]:
         recipe, config = key.removeprefix(RECIPE), repo.cache[key].config  # type: ignore[union-attr]
         groups = [g for g in all_ if isinstance(config, DictConfig) and config.get(g)]
         if not groups:
             continue
-        word = OverridesParser.create().parse_override(f"experiment='{recipe}'")
-        own = _choices(repo, config_name, [word])
+        own = _choices(repo, config_name, [parse(f"experiment='{recipe}'")])
         for group in groups:
-            chosen, now = _option(own, group), _option(final, group)
+            chosen, new = _option(own, group), _option(final, group)
             if group in SEVERAL:
-                chosen, now = (_by_plugin(repo, group, names) for names in (chosen, now))
-                swapped = [n for n in config[group] if chosen.get(n) != now.get(n)]
+                chosen, new = (_by_plugin(repo, group, names) for names in (chosen, new))
+                swapped = [n for n in config[group] if chosen.get(n) != new.get(n)]
                 with open_dict(config):
                     for name in swapped:
                         del config[group][name]
                 yield from (f"{group}.{name}" for name in swapped)
-            elif chosen != now:
+            elif chosen != new:
                 with open_dict(config):
                     del config[group]
                 yield group
 
 
 def _option(overrides: Overrides, group: str) -> Any:
-    """The option of a group, a list where several may be chosen, None where there is none."""
+    """The option of a group, a list for groups with several, None for an empty group."""
     if group in overrides.deletions:
         return None
     return overrides.override_choices.get(group, overrides.known_choices.get(group))
@@ -132,7 +131,7 @@ def _option(overrides: Overrides, group: str) -> Any:
 def _by_plugin(
     repo: CachingConfigRepository, group: str, options: Sequence[str] | None
 ) -> dict[str, str]:
-    """Plugin -> the option that has it, which is the plugin itself or a preset of it."""
+    """Plugin -> its chosen option: the plugin itself or a preset of it."""
     return {_plugin(repo, group, option): option for option in options or ()}
 
 

@@ -1,11 +1,9 @@
-"""The plugin registry: one file, one decorator, a `Config` that is read without importing the
-file.
+"""The plugin registry: one file and one decorator per plugin, and a `Config` read without import.
 
 `discover` parses plugin files (ast), takes the nested `Config` class and the module-level names
-that it uses, and stores it in Hydra's ConfigStore. Nothing heavy is imported until `create` is
-asked for a plugin; a broken plugin breaks only itself. When the plugin is imported later,
-`register` puts the classes that were read in place of the module's own, so that there is one class
-for each Config.
+that it uses, and stores it in Hydra's ConfigStore. A plugin is imported when it is created, so a
+broken plugin affects only itself. On import, `register` replaces the module's Config by the class
+that was read, so that each Config is one class.
 """
 
 from __future__ import annotations
@@ -31,9 +29,9 @@ from sandbox.config.static_reader import first_line, line_in, read
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
 
 ENTRY_POINTS = "sandbox.plugins"
-NOT_GROUPS = ("conf", "tests")  # what a folder of plugins may hold besides them
-SEVERAL = ("callbacks", "stage")  # groups of which several options may be named
-SHOWN = 12  # names in a message; of more, --help has the list
+NOT_GROUPS = ("conf", "tests")  # subfolders of a plugin folder that hold no plugins
+SEVERAL = ("callbacks", "stage")  # groups that accept several options
+MAX_NAMES = 12  # in a message; --help has the full list
 
 T = TypeVar("T", bound=type)
 
@@ -42,19 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Plugin:
-    """One registered plugin: where it is, what its Config is, or why it cannot be read."""
+    """One registered plugin: its source, and its Config or the reason why it cannot be read."""
 
     group: str  # "vae", "conditioning/text"
     name: str
     module: str  # import name
-    path: Path | None  # None: registered by live code, such as a notebook cell
+    path: Path | None  # None: registered by running code, such as a notebook cell
     doc: str = ""  # first line of the class docstring
     config: type[PluginConfig] | None = None
     error: str | None = None
-    helpers: tuple[type, ...] = ()  # other classes that were read with the Config
-    stamp: tuple[int, int] | None = (
-        None  # (time, size) of the file when it was read; None: registered by live code
-    )
+    helpers: tuple[type, ...] = ()  # further classes that the Config uses
+    stamp: tuple[int, int] | None = None  # (mtime, size) of the file that was read
 
     @property
     def key(self) -> str:
@@ -73,9 +69,9 @@ _classes: dict[str, type] = {}
 
 
 def register(group: str, name: str) -> Callable[[T], T]:
-    """Files a class under `group=name`. Raises PluginError where another place has that name."""
+    """Registers a class as `group=name`. Raises PluginError if another file has that name."""
 
-    def file(cls: T) -> T:
+    def add(cls: T) -> T:
         key, module = f"{group}/{name}", sys.modules.get(cls.__module__)
         _refuse_old_methods(key, cls)
         source = getattr(module, "__file__", None)
@@ -84,8 +80,8 @@ def register(group: str, name: str) -> Callable[[T], T]:
         if known and known.path and path != known.path:
             raise PluginError(_twice(key, known.place, str(path or f"module {cls.__module__}")))
         if known and known.stamp and known.config:
-            for read in known.helpers:
-                setattr(module, read.__name__, read)
+            for helper in known.helpers:
+                setattr(module, helper.__name__, helper)
             cls.Config = known.config  # type: ignore[attr-defined]
         else:
             if not is_dataclass(getattr(cls, "Config", None)):
@@ -94,11 +90,11 @@ def register(group: str, name: str) -> Callable[[T], T]:
         _classes[key] = cls
         return cls
 
-    return file
+    return add
 
 
 def _refuse_old_methods(key: str, cls: type) -> None:
-    """Raises PluginError for methods under names of version 0.1, which nothing would call."""
+    """Raises PluginError for methods with names of version 0.1, which are no longer called."""
     renamed = OLD_METHODS.get(key.partition("/")[0], {}) | OLD_METHODS[""]
     own = {*vars(cls), *vars(getattr(cls, "Config", object))}
     found = [f"{old} is now called {new}" for old, new in renamed.items() if old in own]
@@ -110,39 +106,35 @@ def _refuse_old_methods(key: str, cls: type) -> None:
 
 
 def discover(folder: Path, package: str | None, group: str = "") -> None:
-    """Reads every plugin file below `folder` without importing it; again only where a file has
-    changed.
+    """Reads new and changed plugin files below `folder` without importing them.
 
-    `package` is the import name of the folder, None for a folder outside the import path; `group`
-    is put in front of the subfolder's name. Files and folders whose names start with "_" or "."
-    hold helpers and are passed over, as are `conf` and `tests`. Raises PluginError where a name is
-    taken by another file.
+    `package` is the import name of the folder, None for a folder outside the import path. `group`
+    is the parent of the subfolders' groups. Skips `conf`, `tests` and names that start with "_" or
+    "." (helpers). Raises PluginError if another file has the same plugin name.
     """
     prefix = package or _package_of(folder)
     for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).with_suffix("").parts
-        if (
-            any(p[0] in "_." for p in parts)
-            or parts[0] in NOT_GROUPS
-            or not (group or len(parts) > 1)
-        ):
+        parts = list(path.relative_to(folder).with_suffix("").parts)
+        is_plugin = (group or len(parts) > 1) and parts[0] not in NOT_GROUPS
+        if not is_plugin or any(p[0] in "_." for p in parts):
             continue
-        where = "/".join((*([group] if group else []), *parts[:-1]))
-        known, path = _plugins.get(f"{where}/{parts[-1]}"), path.resolve()
+        full_group = "/".join((*([group] if group else []), *parts[:-1]))
+        known, path = _plugins.get(f"{full_group}/{parts[-1]}"), path.resolve()
         if known and known.path != path:
             raise PluginError(_twice(known.key, known.place, str(path)))
         stat = path.stat()
         stamp = (stat.st_mtime_ns, stat.st_size)
         if known is None or known.stamp not in (None, stamp):
             module = ".".join((prefix, *parts))
-            said = read(path, module, where, parts[-1])
-            plugin = Plugin(where, parts[-1], module, path, **vars(said), stamp=stamp)
-            _forget(plugin)
+            reading = read(path, module, full_group, parts[-1])
+            plugin = Plugin(full_group, parts[-1], module, path, **vars(reading), stamp=stamp)
+            if _classes.pop(plugin.key, None):  # imported from an earlier version of the file
+                sys.modules.pop(module, None)
             _add(plugin)
 
 
 def _package_of(folder: Path) -> str:
-    """The import name of a folder outside the import path; its files import like any module."""
+    """Creates a package for a folder outside the import path, and returns its import name."""
     name = "plugin_" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     if name not in sys.modules:
         sys.modules[name] = package = ModuleType(name)
@@ -150,33 +142,21 @@ def _package_of(folder: Path) -> str:
     return name
 
 
-def _forget(plugin: Plugin) -> None:
-    """What an earlier state of its file left behind."""
-    if _classes.pop(plugin.key, None):
-        sys.modules.pop(plugin.module, None)
-
-
 def discover_entry_points() -> None:
-    """Reads the plugin folders that installed distributions name in the entry-point group
-    `sandbox.plugins`.
+    """Reads the plugin folders in the entry-point group `sandbox.plugins`.
 
-    A distribution whose folder is not there is passed over with a warning: nothing can have been
-    chosen from it.
+    Warns about and skips an entry point whose folder does not exist.
     """
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
         top, *rest = point.value.split(".")
-        spec = importlib.util.find_spec(top)  # the top package alone: nothing is imported
-        folder = (
-            Path(spec.submodule_search_locations[0], *rest)
-            if spec and spec.submodule_search_locations
-            else None
-        )
+        spec = importlib.util.find_spec(top)  # of a top-level package: imports nothing
+        homes = (spec and spec.submodule_search_locations) or ()
+        folder = next((Path(home, *rest) for home in homes), None)
         if folder and folder.is_dir():
             discover(folder, point.value)
         else:
             log.warning(
-                "entry point %s=%s of %s: there is no such folder; reinstall or remove its "
-                "distribution",
+                "entry point %s=%s of %s: no such folder; reinstall or remove its distribution",
                 point.name, point.value, ENTRY_POINTS,
             )  # fmt: skip
 
@@ -196,7 +176,7 @@ def _add(plugin: Plugin) -> None:
 
 
 def _unstore(plugin: Plugin) -> None:
-    """Takes away what an earlier, readable state of a file that is broken now had stored."""
+    """Removes from the ConfigStore what an earlier version of a now broken file stored."""
     from hydra.core.config_store import ConfigStore
 
     node: Any = ConfigStore.instance().repo
@@ -206,25 +186,25 @@ def _unstore(plugin: Plugin) -> None:
 
 
 def _twice(key: str, first: str, second: str) -> str:
-    return f"plugin {key} is there twice: in {first} and in {second}; rename or remove one"
+    return f"plugin {key} exists twice: in {first} and in {second}; rename or remove one"
 
 
 # --- looking up -----------------------------------------------------------------------------------
 
 
 def plugins(group: str | None = None) -> list[Plugin]:
-    """Every plugin, or those of a group, by name."""
+    """All plugins, or those of a group, sorted by name."""
     return [p for _, p in sorted(_plugins.items()) if group in (None, p.group)]
 
 
 def source(plugin: Plugin) -> bytes:
-    """Its code: that of its file, or of the cells of a notebook; empty where it is in neither.
+    """The code of its file or notebook cells; empty for code typed at a prompt.
 
-    Raises OSError where the file is gone.
+    Raises OSError if the file does not exist.
     """
     if plugin.path is not None:
         return plugin.path.read_bytes()
-    cells: dict[str, None] = {}  # of what stands in one `inspect` finds functions alone
+    cells: dict[str, None] = {}  # `inspect` finds only functions in cells
     for method in filter(inspect.isfunction, vars(_classes[plugin.key]).values()):
         with suppress(OSError):  # typed at a prompt
             cells["".join(inspect.findsource(inspect.unwrap(method))[0])] = None
@@ -232,10 +212,10 @@ def source(plugin: Plugin) -> bytes:
 
 
 def sources_beside(*folders: Path) -> Iterator[bytes]:
-    """The code of plugins that are not in files below one of `folders`."""
+    """The code of all plugins except those in files below `folders`."""
     for plugin in plugins():
         if plugin.path is None or not any(map(plugin.path.is_relative_to, folders)):
-            with suppress(OSError):  # a file that is gone
+            with suppress(OSError):  # a deleted file
                 yield source(plugin)
 
 
@@ -246,14 +226,14 @@ def groups() -> list[str]:
 def find(key: str) -> Plugin:
     """The plugin `group/name`.
 
-    Raises PluginError with the nearest name, or with why it cannot be read.
+    Raises PluginError with the nearest name, or with the reason why it cannot be read.
     """
     plugin = _plugins.get(key)
     if plugin is None:
         group, _, name = key.rpartition("/")
-        there = [p.name for p in plugins(group)]
+        names = [p.name for p in plugins(group)]
         raise PluginError(
-            f"{group}={name}: no such plugin{nearest(name, there)}" if there
+            f"{group}={name}: no such plugin{nearest(name, names)}" if names
             else f"{key}: no such plugin{nearest(key, list(_plugins))}"
         )  # fmt: skip
     if plugin.error:
@@ -262,30 +242,26 @@ def find(key: str) -> Plugin:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """What to say after an unknown name: the nearest one, or those that there are."""
+    """The end of an error about an unknown name: the nearest of `words`, or a list of them."""
     words = sorted(words)
     close = difflib.get_close_matches(word, words, 1, 0.65)
     if close:
         return f"; did you mean {close[0]!r}?"
-    more = f" and {len(words) - SHOWN} more (--help)" if len(words) > SHOWN else ""
-    shown = sorted(sorted(words, key=len)[:SHOWN])  # a preset's name is longer than its plugin's
+    more = f" and {len(words) - MAX_NAMES} more (--help)" if len(words) > MAX_NAMES else ""
+    # Shortest first: names of presets are longer than those of their plugins.
+    shown = sorted(sorted(words, key=len)[:MAX_NAMES])
     return f"; there is {', '.join(shown) or 'none'}{more}"
 
 
 def plugin_class(key: str) -> type:
-    """The class of the plugin `group/name`, imported now.
-
-    Raises PluginError with the plugin's own error.
-    """
+    """Imports the class of the plugin `group/name`. Raises PluginError with the import error."""
     if key not in _classes:
         plugin = find(key)
         try:
             importlib.import_module(plugin.module)
         except PluginError:
             raise
-        except (
-            Exception
-        ) as e:  # third-party code at import: any error is that plugin's, and is said
+        except Exception as e:  # the plugin's own code may raise anything
             raise PluginError(
                 f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: "
                 f"{type(e).__name__}: {e}"
@@ -294,7 +270,7 @@ def plugin_class(key: str) -> type:
 
 
 def _where(error: BaseException, plugin: Plugin) -> str:
-    """file:line of the plugin where its import failed."""
+    """file:line of the plugin at which its import failed."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}"
     line = line_in(plugin.path, error)
@@ -302,11 +278,11 @@ def _where(error: BaseException, plugin: Plugin) -> str:
 
 
 def create(cfg: PluginConfig) -> Any:
-    """Builds the plugin of a complete Config."""
+    """Builds a plugin from its complete Config."""
     return plugin_class(cfg.plugin)(cfg)
 
 
-# --- Configs out of plain containers --------------------------------------------------------------
+# --- Configs from plain containers ----------------------------------------------------------------
 
 
 def default(group: str, name: str) -> PluginConfig:
@@ -317,10 +293,9 @@ def default(group: str, name: str) -> PluginConfig:
 
 
 def typed(node: Any) -> Any:
-    """Plain containers (a resolved YAML) -> Config objects; a dict with a `plugin` entry becomes
-    that plugin's Config.
+    """Config objects from plain containers; a dict with `plugin` becomes that plugin's Config.
 
-    Raises PluginError for unknown plugins, ConfigError for fields that the Config does not have.
+    Raises PluginError for unknown plugins, ConfigError for unknown fields and wrong types.
     """
     if isinstance(node, list):
         return [typed(v) for v in node]
@@ -333,19 +308,15 @@ def typed(node: Any) -> Any:
     names = [f.name for f in fields(plugin.config)]
     unknown = [k for k in node if k not in names and k != "defaults"]
     if unknown:
-        raise ConfigError(
-            *(
-                f"{plugin.group}.{k}: {plugin.key} has no such setting{nearest(k, names)}"
-                for k in unknown
-            )
-        )
-    made = tuples(plugin.config(**{k: typed(v) for k, v in node.items()}))
-    check_types(made, f"{plugin.group}.")
-    return made
+        no_such = f"{plugin.key} has no such setting"
+        raise ConfigError(*(f"{plugin.group}.{k}: {no_such}{nearest(k, names)}" for k in unknown))
+    config = tuples(plugin.config(**{k: typed(v) for k, v in node.items()}))
+    check_types(config, f"{plugin.group}.")
+    return config
 
 
 def check_types(config: Any, path: str = "") -> None:
-    """Raises ConfigError for a value that is not of its field's type."""
+    """Raises ConfigError for a value that does not have its field's type."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -356,15 +327,14 @@ def check_types(config: Any, path: str = "") -> None:
 
 
 def tuples(config: Any) -> Any:
-    """A Config whose fields annotated as tuples hold tuples (OmegaConf makes lists of them)."""
+    """Converts lists to tuples in fields annotated as tuples (OmegaConf makes lists of them)."""
     if not is_dataclass(config) or isinstance(config, type):
         return config
     changes = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, list) and any(
-            get_origin(t) is tuple for t in kinds(type(config))[f.name]
-        ):
+        types = field_types(type(config))[f.name]
+        if isinstance(value, list) and any(get_origin(t) is tuple for t in types):
             changes[f.name] = _tuple(value)
         elif is_dataclass(value):
             changes[f.name] = tuples(value)
@@ -378,25 +348,21 @@ def _tuple(value: Any) -> Any:
 
 
 @cache
-def kinds(config: type) -> dict[str, tuple[Any, ...]]:
-    """Field -> the types that it may have: `int | None` is (int, NoneType)."""
-    hints = get_type_hints(config)
+def field_types(config: type) -> dict[str, tuple[Any, ...]]:
+    """Field -> its possible types: (int, NoneType) for `int | None`."""
     return {
         k: get_args(v) if isinstance(v, UnionType) or get_origin(v) is Union else (v,)
-        for k, v in hints.items()
+        for k, v in get_type_hints(config).items()
     }
 
 
-def misshapen(config: Any) -> Iterator[str]:
-    """What OmegaConf's types let pass.
-
-    Tuples of a wrong length, and the word None, which is only a text there.
-    """
+def type_problems(config: Any) -> Iterator[str]:
+    """What OmegaConf's type check misses: tuples of a wrong length, and the string "None"."""
     for f in fields(config):
         value = getattr(config, f.name)
-        for kind in kinds(type(config))[f.name]:
+        for kind in field_types(type(config))[f.name]:
             entries = get_args(kind) if get_origin(kind) is tuple else (...,)
             if isinstance(value, tuple) and ... not in entries and len(value) != len(entries):
                 yield f"{f.name}={list(value)}: want {len(entries)} entries"
         if value == "None":
-            yield f"{f.name}='None': that is only a word here; an empty value is written null"
+            yield f"{f.name}='None': want null for an empty value; None is a plain string here"

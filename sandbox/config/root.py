@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config import param_groups, registry
+from sandbox.config.overrides import key
 from sandbox.config.registry import SEVERAL
 from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, PluginConfig, above, in_range, one_of
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-# Settings that are always those of the command, also where it works on an earlier run.
+# A task on an earlier run takes these settings from the command, not from the run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
-# Settings that training or task=prepare alone reads: on top of a run they would do nothing.
+# Only training and task=prepare read these settings: tasks on an earlier run ignore them.
 OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
                "reconstruction", "checkpoint", "callbacks", "stage")  # fmt: skip
 GROUPS = {  # every config group with its description, in the order of --help
@@ -45,30 +46,31 @@ GROUPS = {  # every config group with its description, in the order of --help
     "kernels": "implementations of the most expensive operations",
     "stage": "steps of task=prepare, in this order; several may be chosen",
 }
+YAML_GROUPS = {  # groups without plugins
+    "experiment": "recipes, one page each",
+    "debug": "quick checks of any recipe",
+}
 
 
 @dataclass
 class Root:
-    """The whole configuration of a run.
+    """The configuration of a run: groups with the Configs of plugins, and settings of the run."""
 
-    Groups hold Configs of plugins; the rest belongs to the run.
-    """
-
-    recipe: str = "default"  # its name; part of the run folder's name
+    recipe: str = "default"  # name of the recipe; part of the run folder's name
     lr: float | None = None  # peak learning rate; null: that of the task
     # lr for one clip: lr = base_lr x trainer.accumulate x trainer.processes x data.batch_size, as
-    # CompVis latent-diffusion scales it (scale_lr); null: lr is what it says
+    # CompVis latent-diffusion scales it (scale_lr); null: lr is not scaled
     base_lr: float | None = None
     seed: int = 0
     steps: int | None = None  # optimizer steps; null: those of the task
     precision: str = "fp32"
-    out: str = "outputs"  # where run folders go
-    cache: str = "outputs/cache"  # where trained first stages are kept
+    out: str = "outputs"  # folder of run folders
+    cache: str = "outputs/cache"  # folder of trained first stages
     init_from: str | None = None  # weights to start from; the run itself starts at step 0
-    # names of weights, with factors of lr: [transformer_blocks, pos_embed@0.1] (`selection`); null:
+    # patterns of parameter names, with factors of lr: [transformer_blocks, pos_embed@0.1]; null:
     # all that are not frozen
     trainable: tuple[str, ...] | None = None
-    plugins_path: str | None = None  # a folder of plugins of your own
+    plugins_path: str | None = None  # a folder with your own plugins
     task: Any = None
     data: Any = None
     vae: Any = None
@@ -94,7 +96,7 @@ class Root:
     stage: dict[str, Any] = field(default_factory=dict)
 
     def problems(self) -> Iterator[str]:
-        """Every bad top-level setting, one line each."""
+        """One line per invalid top-level setting."""
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             yield f"lr={self.lr}: want a number >= 0 (0 trains nothing)"
         yield from above("base_lr", self.base_lr, 0)
@@ -104,14 +106,14 @@ class Root:
         yield from param_groups.problems(self.trainable)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
-        yield from registry.misshapen(self)
+        yield from registry.type_problems(self)
 
     def files(self) -> dict[str, str | None]:
-        """As `PluginConfig.files`."""
+        """Like `PluginConfig.files`."""
         return {} if self.init_from is None else {"init_from": self.init_from}
 
     def parts(self) -> Iterator[tuple[str, PluginConfig]]:
-        """Every chosen plugin's Config with its path, those inside others too: ("vae", ...)."""
+        """(path, Config) of every chosen plugin, nested ones included: ("vae", ...)."""
         for group in GROUPS:
             yield from _parts(group, getattr(self, group))
 
@@ -127,7 +129,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, PluginConfig]]:
 
 
 def to_root(cfg: Any) -> Root:
-    """Typed Configs of a composed DictConfig; interpolations and the `~` of files are resolved.
+    """A Root from a composed DictConfig; resolves interpolations and the `~` of files.
 
     Raises ConfigError.
     """
@@ -140,50 +142,48 @@ def to_root(cfg: Any) -> Root:
             del cfg["hydra"]
     if OmegaConf.get_type(cfg) is not Root:
         raise ConfigError(
-            "the configuration does not start from ours: let its defaults list begin with '- root'"
+            "the configuration lacks the root schema: its defaults list must begin with '- root'"
         )
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
-        made = OmegaConf.to_object(cfg)
+        root = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
         raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(e.msg or str(e))}") from e
-    assert isinstance(made, Root)
-    added = [*_added(plain, made), *_shapeless(made)]
-    if added:
-        raise ConfigError(*added)
-    return _with_files(registry.tuples(made), os.path.expanduser)
+    assert isinstance(root, Root)
+    if problems := [*_unknown_settings(plain, root), *_not_configs(root)]:
+        raise ConfigError(*problems)
+    return _with_files(registry.tuples(root), os.path.expanduser)
 
 
-def _added(plain: Any, made: Any, path: str = "") -> Iterator[str]:
-    """Settings that `+name=value` added although nothing reads them."""
-    if isinstance(made, dict):
-        for key, value in made.items():
-            yield from _added(plain[key], value, f"{path}{key}.")
-    elif is_dataclass(made):
-        names = [f.name for f in fields(made)]
-        for key in plain:
-            if key in names:
-                yield from _added(plain[key], getattr(made, key), f"{path}{key}.")
-            else:
-                here = [n for n in names if n not in (*GROUPS, "plugin")]
-                yield f"{path}{key}: no such setting{registry.nearest(key, here)}"
+def _unknown_settings(plain: Any, typed: Any, path: str = "") -> Iterator[str]:
+    """Settings that `+name=value` added and nothing reads."""
+    if not isinstance(typed, dict) and not is_dataclass(typed):
+        return
+    known = typed if isinstance(typed, dict) else {f.name: f for f in fields(typed)}
+    for name, value in plain.items():
+        if name in known:
+            child = typed[name] if isinstance(typed, dict) else getattr(typed, name)
+            yield from _unknown_settings(value, child, f"{path}{name}.")
+        else:
+            names = [n for n in known if n not in (*GROUPS, "plugin")]
+            yield f"{path}{name}: no such setting{registry.nearest(name, names)}"
 
 
-def _shapeless(root: Root) -> Iterator[str]:
-    """Groups that hold something else than the Config of a plugin."""
+def _not_configs(root: Root) -> Iterator[str]:
+    """Groups with a value other than the Config of a plugin."""
     for group in GROUPS:
         value = getattr(root, group)
-        places = value if isinstance(value, dict) and group in SEVERAL else {"": value}
-        for name, part in places.items():
-            if part is not None and not isinstance(part, PluginConfig):
-                where = f"{group}.{name}" if name else group
-                yield f"{where}={part}: want the name of an option of {group}"
+        is_several = isinstance(value, dict) and group in SEVERAL
+        options = {f"{group}.{k}": v for k, v in value.items()} if is_several else {group: value}
+        for path, option in options.items():
+            if option is not None and not isinstance(option, PluginConfig):
+                yield f"{path}={option}: want the name of an option of {group}"
 
 
 def from_container(node: dict[str, Any]) -> Root:
     """A Root from plain containers (a run folder's config.yaml).
 
-    Raises ConfigError for what it does not know.
+    Raises ConfigError for unknown settings and wrong types.
     """
     known = [f.name for f in fields(Root)]
     unknown = [k for k in node if k not in known]
@@ -195,12 +195,12 @@ def from_container(node: dict[str, Any]) -> Root:
 
 
 def placed(root: Root, folder: Path) -> Root:
-    """A Root where files that it names by relative paths are those below `folder`, if there."""
+    """Resolves the relative paths in a Root that exist below `folder`."""
     return _with_files(root, lambda name: str(folder / name) if (folder / name).exists() else name)
 
 
 def _with_files(part: Any, change: Callable[[str], str]) -> Any:
-    """A Root or a part of it where `change` was made to the names of files."""
+    """A copy of a Root, or of a part of it, with `change` applied to the names of files."""
     if isinstance(part, dict):
         return {name: _with_files(value, change) for name, value in part.items()}
     if not isinstance(part, Root | PluginConfig):
@@ -213,7 +213,7 @@ def _with_files(part: Any, change: Callable[[str], str]) -> Any:
 
 
 def to_container(root: Any) -> Any:
-    """Plain containers of a Root (tuples become lists): what is saved, hashed and handed over."""
+    """Plain containers of a Root (tuples become lists), for files, hashes and other processes."""
     if is_dataclass(root):
         return {f.name: to_container(getattr(root, f.name)) for f in fields(root)}
     if isinstance(root, dict):
@@ -223,48 +223,47 @@ def to_container(root: Any) -> Any:
     return root
 
 
-# --- on top of an earlier run ---------------------------------------------------------------------
+# --- tasks on an earlier run ----------------------------------------------------------------------
 
 
-def overridden(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
-    """An earlier run's configuration with what this command line names: groups, or settings.
+def override_run(saved: Root, composed: Root, overrides: Sequence[str]) -> Root:
+    """An earlier run's configuration with the groups and settings that `overrides` name.
 
-    The task, where things go and how they are watched are always those of this command. Raises
-    ConfigError for what cannot be put on top of a run.
+    `composed` is the command's own configuration; OF_THE_COMMAND always comes from it. Raises
+    ConfigError for overrides that do not apply to a run.
     """
     result = replace(saved, **{name: getattr(composed, name) for name in OF_THE_COMMAND})
     problems = []
     for override in overrides:
-        path = override.partition("=")[0].lstrip("+~")
-        top, _, rest = path.partition(".")
-        if top in ("experiment", "debug"):
+        top, _, path = key(override).partition(".")
+        if top in YAML_GROUPS:
             problems.append(
-                f"{override}: this task works on a run with a configuration of its own; "
-                "name the settings that shall differ"
+                f"{override}: this task uses the configuration of an earlier run; "
+                "override single settings instead"
             )
         elif top in OF_TRAINING:
-            other = ", or give sampler.steps" if path == "steps" else ""
+            other = ", or give sampler.steps" if top == "steps" else ""
             task = composed.task.plugin.partition("/")[2]
             problems.append(f"{override}: has no effect on task={task}; leave it out{other}")
         elif top not in OF_THE_COMMAND and not top.startswith("hydra"):
-            was, now = getattr(result, top), getattr(composed, top)
-            if rest and type(was) is not type(now):
-                chosen = was.plugin.partition("/")[2] if was else "null"
+            old, new = getattr(result, top), getattr(composed, top)
+            if path and type(old) is not type(new):
+                chosen = old.plugin.partition("/")[2] if old else "null"
                 problems.append(
                     f"{override}: the run has {top}={chosen}, which has no such setting"
                 )
             else:
-                result = replace(result, **{top: _with(was, now, rest.split(".")) if rest else now})
+                result = _copy_setting(result, composed, [top, *filter(None, path.split("."))])
     if problems:
         raise ConfigError(*problems)
     return result
 
 
-def _with(was: Any, now: Any, path: list[str]) -> Any:
-    """`was` with the setting at `path` taken from `now`."""
+def _copy_setting(old: Any, new: Any, path: list[str]) -> Any:
+    """`old` with the setting at `path` taken from `new`."""
     name, *rest = path
-    value = _with(getattr(was, name), getattr(now, name), rest) if rest else getattr(now, name)
-    return replace(was, **{name: value})
+    value = getattr(new, name)
+    return replace(old, **{name: _copy_setting(getattr(old, name), value, rest) if rest else value})
 
 
 def clips_per_step(root: Root) -> int:

@@ -1,9 +1,8 @@
 """Reads a plugin's Config without importing its file.
 
-The file is parsed (ast); the nested `Config` class is executed with the module-level statements
-that define the names it uses, transitively, and nothing else. Those may come from the standard
-library, `sandbox.contracts` and `plugins._configs` (which holds to the same rule), so reading is
-fast and runs nothing heavy.
+The reader parses the file (ast) and executes only the nested `Config` class and the module-level
+statements that define the names it uses, transitively. A Config may import from the standard
+library, `sandbox.contracts` and `plugins._configs` (which obeys the same rule), so reading is fast.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from typing import Any
 from sandbox.contracts import PluginConfig
 
 LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
-LIGHT_PACKAGE = "plugins._configs."  # what several Configs share
+LIGHT_PACKAGE = "plugins._configs."  # code that several Configs share
 
 
 @dataclass
 class Reading:
-    """What a plugin file says: first line of its docstring, its Config, or why it has none."""
+    """The content of a plugin file: its Config, or the reason why it cannot be read."""
 
-    doc: str = ""
+    doc: str = ""  # first line of the docstring
     config: type[PluginConfig] | None = None
-    helpers: tuple[type, ...] = ()  # other classes that were read with the Config
+    helpers: tuple[type, ...] = ()  # further classes that the Config uses
     error: str | None = None
 
 
 def read(path: Path, module: str, group: str, name: str) -> Reading:
-    """Reads the plugin `group/name` in a file whose import name will be `module`. Never raises."""
+    """Reads the plugin `group/name` from a file with the import name `module`. Never raises."""
     found = Reading()
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -56,10 +55,10 @@ def _registered_class(tree: ast.Module, group: str, name: str) -> ast.ClassDef:
     for node in tree.body:
         for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
             if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith("register"):
-                said = tuple(a.value for a in decorator.args if isinstance(a, ast.Constant))
-                if said != (group, name):
+                given = tuple(a.value for a in decorator.args if isinstance(a, ast.Constant))
+                if given != (group, name):
                     raise _Unreadable(
-                        f"registers {said}, but its place says @register({group!r}, {name!r})",
+                        f"registers {given}, but its path requires @register({group!r}, {name!r})",
                         node.lineno,
                     )
                 return node  # type: ignore[return-value]
@@ -69,7 +68,7 @@ def _registered_class(tree: ast.Module, group: str, name: str) -> ast.ClassDef:
 def _config_class(
     tree: ast.Module, cls: ast.ClassDef, module: str, path: Path
 ) -> tuple[type[PluginConfig], tuple[type, ...]]:
-    """Executes the Config class with the module-level statements that it needs, nothing else."""
+    """Executes the Config class and the module-level statements that it needs."""
     config = next((n for n in cls.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
     if config is None:
         raise _Unreadable(f"{cls.name} needs a nested dataclass named Config", cls.lineno)
@@ -78,25 +77,22 @@ def _config_class(
     space: dict[str, Any] = {"__name__": module, "__file__": str(path)}
     try:
         exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
-    except Exception as e:  # the plugin's own code: whatever it raises disables this plugin alone
+    except Exception as e:  # the plugin's own code may raise anything
         line = line_in(path, e) or config.lineno
         raise _Unreadable(f"Config cannot be read: {type(e).__name__}: {e}", line) from e
-    made = space["Config"]
-    if not (isinstance(made, type) and is_dataclass(made) and issubclass(made, PluginConfig)):
+    cfg = space["Config"]
+    if not (isinstance(cfg, type) and is_dataclass(cfg) and issubclass(cfg, PluginConfig)):
         raise _Unreadable(
             "Config must be a dataclass derived from a Config of sandbox.contracts", config.lineno
         )
-    made.__qualname__ = f"{cls.name}.Config"
-    _check_defaults(made, config.lineno)
+    cfg.__qualname__ = f"{cls.name}.Config"
+    _check_defaults(cfg, config.lineno)
     helpers = tuple(space[n.name] for n in body if isinstance(n, ast.ClassDef) and n is not config)
-    return made, helpers
+    return cfg, helpers
 
 
 def _check_defaults(config: type[PluginConfig], line: int) -> None:
-    """Raises _Unreadable for a Config that Hydra cannot hold.
-
-    A field without a default, or of a type it does not know.
-    """
+    """Raises _Unreadable for a field without a default or of a type that OmegaConf lacks."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -107,10 +103,7 @@ def _check_defaults(config: type[PluginConfig], line: int) -> None:
 
 
 def _closure(tree: ast.Module, config: ast.ClassDef) -> set[ast.stmt]:
-    """Module-level statements that define the names that `config` uses, transitively.
-
-    All of a name, in their order.
-    """
+    """All module-level statements that define names that `config` uses, transitively."""
     defined: dict[str, list[ast.stmt]] = {}
     for node in tree.body:
         for name in _defines(node):
@@ -129,15 +122,10 @@ def _closure(tree: ast.Module, config: ast.ClassDef) -> set[ast.stmt]:
 
 
 def _check_light(node: ast.Import | ast.ImportFrom, name: str) -> None:
-    if isinstance(node, ast.ImportFrom):
-        sources = ["." * node.level + (node.module or "")]
-    else:
-        sources = [a.name for a in node.names]
-    heavy = [
-        s
-        for s in sources
-        if not {s, s.partition(".")[0]} & LIGHT_IMPORTS and not s.startswith(LIGHT_PACKAGE)
-    ]
+    is_from = isinstance(node, ast.ImportFrom)
+    sources = ["." * node.level + (node.module or "")] if is_from else [a.name for a in node.names]
+    light = [s for s in sources if {s, s.partition(".")[0]} & LIGHT_IMPORTS]
+    heavy = [s for s in sources if s not in light and not s.startswith(LIGHT_PACKAGE)]
     if heavy:
         raise _Unreadable(
             f"Config uses {name}, which comes from {', '.join(heavy)}; a Config may use the "
@@ -169,7 +157,7 @@ def first_line(text: str | None) -> str:
 
 
 def line_in(path: Path | None, error: BaseException) -> int:
-    """The last line of the file `path` on the way to an error; 0 where it was not there."""
+    """The innermost line of the file `path` in an error's traceback; 0 if it is not in it."""
     line, trace = 0, error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == str(path):
@@ -179,9 +167,9 @@ def line_in(path: Path | None, error: BaseException) -> int:
 
 
 def code_alone(source: bytes) -> bytes:
-    """Python code without comments, docstrings and layout.
+    """Python code without comments, docstrings and formatting.
 
-    Code that does not parse, such as cells of a notebook, is returned as it is.
+    Returns code that does not parse, such as notebook cells, unchanged.
     """
     try:
         tree = ast.parse(source)

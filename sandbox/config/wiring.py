@@ -13,9 +13,7 @@ from dataclasses import replace
 from sandbox.config import registry
 from sandbox.config.compatibility import Compatibility, Wiring, field_of
 from sandbox.config.root import Root
-from sandbox.contracts import (
-    ConfigError,
-)
+from sandbox.contracts import ConfigError
 
 
 def wire(root: Root, reported: frozenset[str] = frozenset()) -> Wiring:
@@ -37,7 +35,7 @@ def wire(root: Root, reported: frozenset[str] = frozenset()) -> Wiring:
         group = path.partition(".")[0]
         own = [f"{path}.{p}" for p in cfg.problems()]
         seen = {field_of(p) for p in own}
-        own += [q for p in registry.misshapen(cfg) if field_of(q := f"{path}.{p}") not in seen]
+        own += [q for p in registry.type_problems(cfg) if field_of(q := f"{path}.{p}") not in seen]
         if group not in reported:
             found += own
         if own:

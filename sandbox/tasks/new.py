@@ -1,4 +1,4 @@
-"""task=new: a component of your own, as one file that works, with a preset and a test."""
+"""task=new: creates a working plugin with a preset and a test."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sandbox.config.paths import CHECKOUT
+from sandbox.config import discovery, registry
+from sandbox.config.paths import CHECKOUT, CONF, relative
 from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, TaskConfig
 
 TEMPLATES = CHECKOUT / "sandbox" / "templates"
-STAND_IN, STAND_IN_CLASS = "mine", "Mine"  # what the templates call themselves
-VALUES = ("null", "true", "false", "nan", "inf")  # words that mean something else on a command line
+NAME, CLASS = "mine", "Mine"  # the names in the templates
+VALUES = ("null", "true", "false", "nan", "inf")  # not strings on a command line
 OPTIONS = {
     "adapter": "adapter={name} init_from=FOLDER",
     "callbacks": "'callbacks=[{name}]'",
     "reconstruction": "task=train_vae vae=kl reconstruction={name}",
     "stage": "task=prepare data_root=FOLDER 'stage=[{name},normalise]'",
 }
-ELSEWHERE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test that a folder outside needs
+OUTSIDE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test outside the checkout
 
 
 @register("task", "new")
 class New:
-    """Writes a plugin that works, with a preset and a test: task=new group=backbone name=mine."""
+    """Creates a working plugin, a preset and a test: task=new group=backbone name=mine."""
 
     @dataclass
     class Config(TaskConfig):
-        """group: kind of component; name: a word. With plugins_path=DIR the files go there."""
+        """group, name: of the new plugin. With plugins_path=DIR the files go there."""
 
         needs_torch: ClassVar[bool] = False
         group: str | None = None
@@ -40,139 +41,121 @@ class New:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             if self.group is None:
-                yield "group=null: say what to write, such as group=backbone name=mine"
+                yield "group=null: want a group, such as group=backbone name=mine"
             if self.name is None:
-                yield "name=null: want a name of your own, such as name=mine"
-            elif (
-                not re.fullmatch(r"[a-z][a-z0-9_]*", self.name)
-                or iskeyword(self.name)
-                or self.name in VALUES
-            ):
-                word = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_0123456789")
-                known = not word or iskeyword(word) or word in VALUES
+                yield "name=null: want a name, such as name=mine"
+            elif not _is_valid(self.name):
+                name = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_0123456789")
+                name = name if _is_valid(name) else f"my_{name}".rstrip("_")
                 yield (
                     f"name={self.name!r}: want lower-case letters, digits and '_', a letter first, "
-                    "and no word of Python or YAML, such as name="
-                    + (f"my_{word}".rstrip("_") if known else word)
+                    f"and no keyword of Python or YAML, such as name={name}"
                 )
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        """Writes all files or none. Raises ConfigError where one is there, StorageError."""
+        """Writes all files or none. Raises ConfigError for an existing file, and StorageError."""
         from sandbox.storage.atomic import storing
 
         group, name = self.cfg.group, self.cfg.name
-        assert group and name  # problems() asks for both
+        assert group and name  # problems() requires both
         self.check()
         outside = Path(root.plugins_path).expanduser().resolve() if root.plugins_path else None
         files = rendered(group, name, outside)
-        there = [
-            f"{shown(path)}: it is there already; choose another name, or remove it"
-            for path in files
-            if path.exists()
-        ]
-        if there:
-            raise ConfigError(*there)
+        existing = [relative(path) for path in files if path.exists()]
+        if existing:
+            reason = "it exists already; choose another name, or remove it"
+            raise ConfigError(*(f"{path}: {reason}" for path in existing))
         for path, text in files.items():
             with storing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
-        print(report(group, name, list(files), outside))
+        print(summary(group, name, list(files), outside))
         return {"files": [str(path) for path in files]}
 
     def check(self) -> None:
-        """Raises ConfigError for an unknown group and for a name that is taken."""
-        from sandbox.config import registry
-        from sandbox.config.discovery import options
-
+        """Raises ConfigError for an unknown group and for a name in use."""
         group, name, known = self.cfg.group or "", self.cfg.name or "", templates()
         if group not in known:
             raise ConfigError(f"task.group={group!r}: no such group; want {', '.join(known)}")
-        taken = dict.fromkeys(options(group), f"a preset of {group}")
-        taken |= {p.name: shown(p.path) if p.path else "live code" for p in registry.plugins(group)}
-        for word in (name, *(f"{name}_{size}" for size in presets(group))):
-            if word in taken:
+        used = dict.fromkeys(discovery.options(group), f"a preset of {group}")
+        used |= {p.name: relative(p.path or Path(p.place)) for p in registry.plugins(group)}
+        for option in (name, *(f"{name}_{size}" for size in presets(group))):
+            if option in used:
                 raise ConfigError(
-                    f"task.name={name!r}: {group}={word} is there already ({taken[word]}); "
+                    f"task.name={name!r}: {group}={option} exists already ({used[option]}); "
                     f"want another name, such as name=my_{name}"
                 )
 
 
+def _is_valid(name: str) -> bool:
+    is_identifier = re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
+    return is_identifier and not iskeyword(name) and name not in VALUES
+
+
 def templates() -> list[str]:
-    """Groups that have one, by name."""
+    """Groups with a template, sorted."""
     return sorted(p.name for p in TEMPLATES.iterdir() if (p / "plugin.py.txt").is_file())
 
 
 def presets(group: str) -> list[str]:
-    """What the presets of a group's template add to the plugin's name: ["large"]."""
+    """Suffixes of the presets in a group's template: ["large"]."""
     return sorted(p.stem.removeprefix("preset_") for p in (TEMPLATES / group).glob("preset_*.yaml"))
 
 
 def rendered(group: str, name: str, outside: Path | None = None) -> dict[Path, str]:
-    """Path -> text of every file, plugin first and test last; in the checkout or in `outside`."""
-    from sandbox.config.paths import CHECKOUT, CONF
-
+    """Path -> text of every file, plugin first and test last; below the checkout or `outside`."""
     folder = TEMPLATES / group
     if outside:
         home, conf, tests = outside / group, outside / "conf", outside / "tests"
     else:
         home, conf, tests = CHECKOUT / "plugins" / group, CONF, CHECKOUT / "tests" / "plugins"
     if group == "task" and not outside:
-        home = CHECKOUT / "sandbox" / "tasks"  # tasks may use the frame, plugins may not
+        home = CHECKOUT / "sandbox" / "tasks"  # tasks may import sandbox, plugins may not
     source = (folder / "plugin.py.txt").read_text(encoding="utf-8")
     test = (folder / "test.py.txt").read_text(encoding="utf-8")
     cls = class_name(name, source + test)
-    found = {home / f"{name}.py": named(source, name, cls)}
+    found = {home / f"{name}.py": renamed(source, name, cls)}
     for size in presets(group):
         text = (folder / f"preset_{size}.yaml").read_text(encoding="utf-8")
-        found[conf / group / f"{name}_{size}.yaml"] = named(text, name, cls)
-    found[tests / group / f"test_{name}.py"] = named(placed(test, outside is not None), name, cls)
+        found[conf / group / f"{name}_{size}.yaml"] = renamed(text, name, cls)
+    test = OUTSIDE.sub(r"\1" if outside else "", test)
+    if outside:  # compositions must know the plugin folder
+        test = test.replace("compose(", "compose(HERE, ")
+    found[tests / group / f"test_{name}.py"] = renamed(test, name, cls)
     return found
 
 
 def class_name(name: str, text: str) -> str:
-    """my_net -> MyNet, or MyNetPlugin where the template has that word for something else."""
+    """my_net -> MyNet, or MyNetPlugin if the template uses that word otherwise."""
     cls = "".join(part.capitalize() for part in name.split("_"))
-    return f"{cls}Plugin" if cls != STAND_IN_CLASS and re.search(rf"\b{cls}\b", text) else cls
+    return f"{cls}Plugin" if cls != CLASS and re.search(rf"\b{cls}\b", text) else cls
 
 
-def named(text: str, name: str, cls: str) -> str:
-    text = re.sub(rf"\b{STAND_IN}(?=\b|_)", name, text)
-    return re.sub(rf"\b{STAND_IN_CLASS}\b", cls, text)
+def renamed(text: str, name: str, cls: str) -> str:
+    return re.sub(rf"\b{CLASS}\b", cls, re.sub(rf"\b{NAME}(?=\b|_)", name, text))
 
 
-def placed(test: str, outside: bool) -> str:
-    """A test for the checkout, or for a folder outside it, of which each composition must know."""
-    if not outside:
-        return ELSEWHERE.sub("", test)
-    return ELSEWHERE.sub(r"\1", test).replace("compose(", "compose(HERE, ")
-
-
-def report(group: str, name: str, files: list[Path], outside: Path | None) -> str:
-    """What was written and what to do next."""
+def summary(group: str, name: str, files: list[Path], outside: Path | None) -> str:
+    """The created files and the next commands."""
     plugin, *presets, test = files
     choice = OPTIONS.get(group, f"{group}={{name}}")
     run = choice.format(name=name) + ("" if group in ("task", "stage") else " debug=fast")
-    there = f"SANDBOX_PLUGINS={shown(outside)} " if outside else ""
+    variable = f"SANDBOX_PLUGINS={relative(outside)} " if outside else ""
+    setting = f" plugins_path={relative(outside)}" if outside else ""
     rows = [
-        ("wrote", shown(plugin), "the component: it works as it is; its top says what it promises"),
-        *(("", shown(p), f"a preset: {choice.format(name=p.stem)}") for p in presets),
-        ("", shown(test), "its test"),
+        ("wrote", relative(plugin), "the plugin; it works, and its docstring has the interface"),
+        *(("", relative(p), f"a preset: {choice.format(name=p.stem)}") for p in presets),
+        ("", relative(test), "its test"),
     ]
     width = max(len(path) for _, path, _ in rows)
     return "\n".join(
         [
-            *(f"{what:<6} {path:<{width}}  {why}" for what, path, why in rows),
-            f"try    python run.py {run}" + (f" plugins_path={shown(outside)}" if outside else ""),
-            f"test   python -m pytest {shown(test)}",
-            f"       {there}python -m pytest tests/contract -k {group}/{name}",
+            *(f"{label:<6} {path:<{width}}  {note}" for label, path, note in rows),
+            f"try    python run.py {run}{setting}",
+            f"test   python -m pytest {relative(test)}",
+            f"       {variable}python -m pytest tests/contract -k {group}/{name}",
         ]
     )
-
-
-def shown(path: Path | None) -> str:
-    """A path as one would type it here."""
-    path = path or Path()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

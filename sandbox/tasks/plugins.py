@@ -1,16 +1,19 @@
-"""task=plugins: what is there, from which file, and what each component promises."""
+"""task=plugins: lists all plugins with file, contract and settings."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sandbox.cli.reference import shown_value
+from sandbox.cli.reference import MADE, pages, settings
 from sandbox.config import registry
+from sandbox.config.discovery import plugin_folders
+from sandbox.config.paths import relative
 from sandbox.config.registry import register
+from sandbox.config.root import GROUPS
 from sandbox.contracts import (
     BackboneConfig,
     Clip,
@@ -29,7 +32,7 @@ from sandbox.contracts import (
 )
 
 INDENT = 4
-SHOWN = 4  # sizes of clips
+MAX_SIZES = 4  # clip sizes per plugin
 BROKEN = "BROKEN: "
 
 
@@ -39,9 +42,7 @@ class Plugins:
 
     @dataclass
     class Config(TaskConfig):
-        """only: a group, for that one alone; to: a folder, which gets the reference of all groups
-        as Markdown (docs/reference is made so).
-        """
+        """only: list one group; to: write the reference of all groups to this folder (Markdown)."""
 
         needs_torch: ClassVar[bool] = False
         only: str | None = None
@@ -50,14 +51,12 @@ class Plugins:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             if self.only is not None and self.to is not None:
-                yield f"only={self.only}: to= takes the reference of all groups; keep one"
+                yield f"only={self.only}: to= writes the reference of all groups; keep one"
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        from sandbox.config.root import GROUPS
-
         if self.cfg.to is not None:
             return self.write(Path(self.cfg.to), root.plugins_path)
         groups = [
@@ -74,7 +73,7 @@ class Plugins:
             if plugin.group != group:
                 group = plugin.group
                 print(f"\n{group}: {GROUPS[group]}" if group in GROUPS else f"\n{group}")
-            lines = list(described(plugin, clip))
+            lines = list(_description(plugin, clip))
             print("\n".join(lines))
             if any(line.lstrip().startswith(BROKEN) for line in lines):
                 broken.append(plugin.key)
@@ -83,9 +82,7 @@ class Plugins:
         return {"plugins": len(found), "broken": broken}
 
     def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
-        """The reference as files, in place of those of an earlier one."""
-        from sandbox.cli.reference import MADE, pages
-        from sandbox.config.discovery import plugin_folders
+        """Writes the reference pages and removes outdated ones."""
         from sandbox.storage.atomic import storing
 
         made = pages(plugin_folders([f"plugins_path={plugins_path}"] if plugins_path else []))
@@ -100,22 +97,21 @@ class Plugins:
         return {"files": [str(folder / name) for name in made]}
 
 
-def described(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
-    """Name, file, what it is, its contract and its settings; or why it cannot be read."""
-    yield f"  {plugin.name}  ({_short(plugin.path)})"
+def _description(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
+    """Name, file, description, contract and settings, or the reason why it cannot be read."""
+    yield f"  {plugin.name}  ({relative(plugin.path) if plugin.path else 'registered by code'})"
     if plugin.config is None:
         yield from _wrapped(f"{BROKEN}{plugin.error}")
         return
     yield from _wrapped(plugin.doc)
     try:
-        said = list(_contract(plugin.config(plugin=plugin.key), clip))
-    except Exception as e:  # a plugin's own code: whatever it raises is that plugin's, and is said
-        said = [f"{BROKEN}its Config raises {type(e).__name__}: {e}"]
-    if said:
-        yield from _wrapped("; ".join(said))
-    settings = ", ".join(_settings(plugin.config))
-    if settings:
-        yield from _wrapped(f"settings: {settings}")
+        contract = list(_contract(plugin.config(plugin=plugin.key), clip))
+    except Exception as e:  # the plugin's own code may raise anything
+        contract = [f"{BROKEN}its Config raises {type(e).__name__}: {e}"]
+    if contract:
+        yield from _wrapped("; ".join(contract))
+    if names := ", ".join(settings(plugin.config())):
+        yield from _wrapped(f"settings: {names}")
 
 
 def _wrapped(text: str) -> list[str]:
@@ -128,21 +124,7 @@ def _wrapped(text: str) -> list[str]:
     )
 
 
-def _short(path: Path | None) -> str:
-    if path is None:
-        return "registered by live code"
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _settings(config: type[PluginConfig]) -> Iterator[str]:
-    for f in fields(config):
-        if f.name != "plugin":
-            value = f.default_factory() if f.default_factory is not MISSING else f.default
-            yield f"{f.name}={shown_value(value)}"
-
-
-# --- contracts: what a Config with its defaults answers, by kind ---------------------------------
+# --- contracts: what the default Config promises, by kind -----------------------------------------
 
 
 def _contract(cfg: PluginConfig, clip: Clip) -> Iterator[str]:
@@ -152,17 +134,17 @@ def _contract(cfg: PluginConfig, clip: Clip) -> Iterator[str]:
 
 
 def _task(cfg: TaskConfig, clip: Clip) -> Iterator[str]:
-    yield "works on an earlier run" if cfg.uses_run() else "works on the configuration"
+    yield "uses an earlier run" if cfg.uses_run() else "uses the configuration"
     if not cfg.needs_torch:
-        yield "answers at once"
+        yield "does not import torch"
 
 
 def _data(cfg: DataConfig, clip: Clip) -> Iterator[str]:
     sizes = [*map(str, cfg.clips())]
-    more = f" and {len(sizes) - SHOWN} other sizes" if len(sizes) > SHOWN else ""
-    yield f"clips of {', '.join(sizes[:SHOWN])}{more}"
+    more = f" and {len(sizes) - MAX_SIZES} other sizes" if len(sizes) > MAX_SIZES else ""
+    yield f"clips of {', '.join(sizes[:MAX_SIZES])}{more}"
     yield f"provides {_list(cfg.provides())}"
-    yield f"scored by metric={cfg.metric() or 'null'}"
+    yield f"metric={cfg.metric() or 'null'}"
 
 
 FITTED = {"none": "has no weights", "closed_form": "is fitted in closed form"}
@@ -172,14 +154,14 @@ def _first_stage(cfg: FirstStageConfig, clip: Clip) -> Iterator[str]:
     try:
         yield f"clips of {clip} become latents of {cfg.latents(clip)}"
     except ConfigError as e:
-        yield f"clips of {clip} do not fit ({e})"
+        yield f"clips of {clip} are not supported ({e})"
     yield FITTED.get(cfg.fitted(), f"is trained with reconstruction={cfg.regularizer()}")
 
 
 def _backbone(cfg: BackboneConfig, clip: Clip) -> Iterator[str]:
     yield f"takes {_list(cfg.takes())}"
     if cfg.needs():
-        yield f"cannot do without {_list(cfg.needs())}"
+        yield f"requires {_list(cfg.needs())}"
 
 
 def _conditioning(cfg: ConditioningConfig, clip: Clip) -> Iterator[str]:
@@ -187,29 +169,29 @@ def _conditioning(cfg: ConditioningConfig, clip: Clip) -> Iterator[str]:
     yield f"offers {_list(cfg.offers(clip, clip).names())}"
     yield f"can drop {_list(cfg.signals())}"
     if cfg.encodes():
-        yield "uses the first stage while training"
+        yield "uses the first stage in training"
 
 
 def _schedule(cfg: ScheduleConfig, clip: Clip) -> Iterator[str]:
     yield f"{cfg.kind} times"
     yield f"predicts {cfg.predicts()}"
-    yield "ends in pure noise" if cfg.ends_in_noise() else "a trace of the signal stays at the end"
+    yield "zero terminal SNR" if cfg.ends_in_noise() else "nonzero terminal SNR"
 
 
 def _with_schedule(cfg: Any, clip: Clip) -> Iterator[str]:
     known = [p for p in registry.plugins("schedule") if p.config]
-    works = [p.name for p in known if not list(cfg.accepts(registry.default("schedule", p.name)))]
-    yield f"works with schedule={' or '.join(works) or 'none of these defaults'}"
+    names = [p.name for p in known if not list(cfg.accepts(registry.default("schedule", p.name)))]
+    yield f"works with schedule={' or '.join(names) or 'none with default settings'}"
 
 
 def _guidance(cfg: GuidanceConfig, clip: Clip) -> Iterator[str]:
     passes = len(cfg.passes(("text",)))
-    yield "one pass of the model" if passes == 1 else f"{passes} passes where text can be dropped"
+    yield "one forward pass" if passes == 1 else f"{passes} forward passes if text can be dropped"
 
 
 def _lr_schedule(cfg: LRScheduleConfig, clip: Clip) -> Iterator[str]:
     first, middle, last = (cfg.factor(step, 1000) for step in (0, 500, 999))
-    yield f"of a run of 1000 steps the factors are {first:.2g}, {middle:.2g} and {last:.2g}"
+    yield f"factors at steps 0, 500 and 999 of 1000: {first:.2g}, {middle:.2g}, {last:.2g}"
 
 
 def _metric(cfg: MetricConfig, clip: Clip) -> Iterator[str]:

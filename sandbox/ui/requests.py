@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox.cli.jobs import checked, settled
+from sandbox.cli.jobs import check_and_wire, resolve_run
 from sandbox.config import composition, discovery, registry
 from sandbox.config.root import to_root
 from sandbox.contracts import ConfigError
@@ -142,12 +142,12 @@ class Runs:
         if self.plugins_path is not None:
             words.append(f"plugins_path={quoted(self.plugins_path)}")
         discovery.setup(words)
-        root = settled(to_root(composition.compose([*choices(words), *words])), words)
+        root = resolve_run(to_root(composition.compose([*choices(words), *words])), words)
         fields = {
             name: getattr(request, name) for name in ("weights", "prompts", "images", "end_images")
         }
         task = replace(root.task, to=str(to), step=step, count=1, **fields)
-        wiring = checked(replace(root, task=task))
+        wiring = check_and_wire(replace(root, task=task))
         try:
             return registry.create(task).make(wiring, watch)[0][:-1]
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS
 from sandbox.contracts import PluginConfig
@@ -75,7 +75,7 @@ def test_absent_data_and_weights_are_named_before_a_run(name):
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError) as raised:
-        checked(recipe(name))
+        check_and_wire(recipe(name))
     assert all(p.startswith(("data.", "vae.weights", "init_from")) for p in raised.value.problems)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sandbox.cli.jobs import perform, settled
+from sandbox.cli.jobs import perform, resolve_run
 from sandbox.config import registry
 from sandbox.storage import checkpoint
 from tests.helpers import composed
@@ -118,7 +118,7 @@ def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
     from sandbox.contracts import ConfigError
 
     words = ["task=sample", f"task.run={run}", "task.count=3", f"task.to={tmp_path}"]
-    perform(settled(composed(*words), words))
+    perform(resolve_run(composed(*words), words))
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["000-clip.png", "001-clip.png", "002-clip.png", "samples.json", "sheet.png"]
     pictures = [Image.open(tmp_path / name) for name in names[:3]]
@@ -126,14 +126,14 @@ def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
     assert len({p.tobytes() for p in pictures}) == 3
     assert "sampling" in capsys.readouterr().out
     words = ["task=sample", f"task.run={run}", "task.prompts=[a face]"]
-    with pytest.raises(ConfigError, match="conditioning=none is told none"):
-        perform(settled(composed(*words), words))
+    with pytest.raises(ConfigError, match="conditioning=none uses no captions"):
+        perform(resolve_run(composed(*words), words))
 
 
 def test_a_run_is_scored(run, tmp_path):
     """Without captions there is the loss and the first stage's PSNR."""
     words = ["task=evaluate", f"task.run={run}", "task.clips=8", "task.untrained=false"]
-    perform(settled(composed(*words), words))
+    perform(resolve_run(composed(*words), words))
     found = json.loads(next((run / "evaluations").glob("*.json")).read_text())
     assert found["clips"] == 8
     assert found["protocols"]["first_stage_psnr_db"]["clips"] == 8
@@ -143,7 +143,7 @@ def test_a_run_is_scored(run, tmp_path):
 def test_a_run_is_exported_as_the_original_reads_it(run, tmp_path):
     to = tmp_path / "model.ckpt"
     words = ["task=export", f"task.run={run}", f"task.to={to}"]
-    perform(settled(composed(*words), words))
+    perform(resolve_run(composed(*words), words))
     state = torch.load(to, weights_only=True)["state_dict"]
     layout = registry.default("layout", "compvis")
     assert layout.recognises(frozenset(state))

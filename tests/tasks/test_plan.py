@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import sdpa_flop_count
 
-from sandbox.cli.jobs import checked, perform
+from sandbox.cli.jobs import check_and_wire, perform
 from sandbox.config import registry
 from sandbox.config.root import to_container
 from sandbox.contracts import ConfigError
@@ -51,7 +51,7 @@ SYSTEMS = {
 
 
 def wired(*overrides: str):
-    return checked(composed(*overrides, "task=plan", "trainer.accelerator=cpu"))
+    return check_and_wire(composed(*overrides, "task=plan", "trainer.accelerator=cpu"))
 
 
 def real_parts(root):
@@ -340,7 +340,7 @@ def test_the_plan_of_a_system_is_printed_and_written(tmp_path, capsys):
 
 def test_a_configuration_that_does_not_wire_is_refused_with_every_problem():
     with pytest.raises(ConfigError, match=r"data\.height=18.*") as raised:
-        checked(composed(*TINY, "task=plan", "data.height=18", "task.devices=1"))
+        check_and_wire(composed(*TINY, "task=plan", "data.height=18", "task.devices=1"))
     assert any("task.devices=1" in p for p in raised.value.problems)
 
 
@@ -352,12 +352,12 @@ def test_an_adapter_is_planned_without_weights_to_begin_from():
     assert {m.strategy for m in made.memory} == {"single", "ddp", "fsdp2"}
     assert "lora" in plan_text(made) and "lora" in page(made)
     with pytest.raises(ConfigError, match="init_from"):
-        checked(composed(*TINY, "adapter=lora"))
+        check_and_wire(composed(*TINY, "adapter=lora"))
 
 
 def test_a_report_finds_the_operations_of_a_run_by_its_settings():
-    trained = checked(composed(*TINY, "task=train", "steps=7")).root
-    other = checked(composed(*TINY, "backbone.num_heads=1", "task=train")).root
+    trained = check_and_wire(composed(*TINY, "task=train", "steps=7")).root
+    other = check_and_wire(composed(*TINY, "backbone.num_heads=1", "task=train")).root
     planned = plan(wired(*TINY, "lr=1e-3"), 2).as_dict()
     assert planned["work"] == identity_of_work(leaves(to_container(trained)))
     assert planned["work"] != identity_of_work(leaves(to_container(other)))

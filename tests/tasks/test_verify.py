@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sandbox import compose
-from sandbox.cli.jobs import checked, perform
+from sandbox.cli.jobs import check_and_wire, perform
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.tasks import verify
 from sandbox.tasks.verify import GOLDEN, Row, outputs, read_evidence, same
@@ -55,7 +55,7 @@ def test_missing_and_unexpected_names_are_counted(tmp_path, monkeypatch):
     del whole["betas"]
     (tmp_path / "less.json").write_text(json.dumps(whole | {"strange": [[1], "float32"]}))
     monkeypatch.setattr(verify, "GOLDEN", tmp_path)
-    wiring = checked(composed("task=verify", "experiment=ldm_celebahq_vq4"))
+    wiring = check_and_wire(composed("task=verify", "experiment=ldm_celebahq_vq4"))
     rows = {row.what: row for row in verify.weights(wiring, {"manifest": "less.json"})}
     assert rows["names: missing"].here == "1: strange"
     assert rows["names: unexpected"].here == "1: betas"

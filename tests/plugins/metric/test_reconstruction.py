@@ -5,7 +5,7 @@ import torch
 from skimage.metrics import structural_similarity
 
 from plugins.metric.reconstruction import Reconstruction, psnr, ssim
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.config.wiring import wire
 from sandbox.contracts import Clip, ConfigError, StorageError
 from sandbox.distributed.rank import Rank
@@ -75,7 +75,7 @@ def test_train_vae_measures_the_first_stage(tmp_path):
 def test_a_missing_lpips_file_is_an_error_before_training():
     line = ("task=train_vae", "vae=kl", "metric=reconstruction", "metric.lpips=/no/where")
     with pytest.raises(ConfigError, match=r"metric\.lpips=/no/where: no such file or folder"):
-        checked(composed(*line))
+        check_and_wire(composed(*line))
 
 
 def test_clips_of_another_size_are_an_error():

@@ -14,7 +14,7 @@ from plugins._blocks.lpips import LPIPS, from_torchvision
 from plugins._blocks.patchgan import NLayerDiscriminator
 from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
 from plugins.reconstruction.lpips_gan import LPIPSWithDiscriminator
-from sandbox.cli.jobs import checked
+from sandbox.cli.jobs import check_and_wire
 from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Preempted, StorageError
 from sandbox.model.autoencoding import Autoencoding
@@ -257,6 +257,6 @@ def test_a_failed_download_of_lpips_names_size_and_fix(monkeypatch, tmp_path):
 
 def test_a_missing_lpips_folder_is_reported_before_a_run():
     words = ("experiment=ldm_celebahq_vq4_first_stage_tiny", "reconstruction.lpips=./none")
-    checked(composed(*words))  # perceptual_weight is 0 in the tiny recipe
+    check_and_wire(composed(*words))  # perceptual_weight is 0 in the tiny recipe
     with pytest.raises(ConfigError, match=r"reconstruction\.lpips=\./none: no such file"):
-        checked(composed(*words, "reconstruction.perceptual_weight=1"))
+        check_and_wire(composed(*words, "reconstruction.perceptual_weight=1"))
