@@ -17,7 +17,8 @@ from sandbox.cli.main import _main
 from sandbox.cli.multirun import jobs
 from sandbox.cli.wandb_agent import PARAMETERS
 from sandbox.config import composition, discovery, hydra_compose, recipes
-from sandbox.config.moved_names import OLD_PRESETS
+from sandbox.config.moved_modules import OLD_MODULES
+from sandbox.config.moved_names import OLD_METHODS, OLD_PRESETS
 from sandbox.config.paths import CHECKOUT, CONF
 from sandbox.config.root import GROUPS, Root, to_root
 from sandbox.contracts import ConfigError
@@ -249,3 +250,13 @@ def test_at_most_110_files():
 def test_the_migration_page_has_the_table():
     page = (CHECKOUT / "docs/migration.md").read_text(encoding="utf-8")
     assert [k for k, v in OLD_PRESETS.items() if f"| `{k}` | `{v}` |" not in page] == []
+
+
+def test_the_migration_page_has_every_old_module_and_method():
+    page = (CHECKOUT / "docs/migration.md").read_text(encoding="utf-8")
+    rows = {
+        f"| `sandbox.{old}` | {', '.join(f'`sandbox.{x}`' for x in new)} |"
+        for old, new in OLD_MODULES.items()
+    }
+    names = {f"`{x}`" for methods in OLD_METHODS.values() for y in methods.items() for x in y}
+    assert {x for x in rows | names if x not in page} == set()
