@@ -18,13 +18,13 @@ from plugins._blocks.buckets import nearest
 from plugins._blocks.captions import first_captions, one_line
 from plugins._blocks.folders import check_split, folder_of, held_out, printable
 from plugins._blocks.tar_shards import Entry, Shard, first_of, read_shards
-from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, chooser, read_image, read_video
+from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
-MEDIA = tuple(suffix[1:] for suffix in (*CONTAINERS, *IMAGES))
 DEFAULT_MEDIA = ("mp4", "webm", "gif", "jpg", "jpeg", "png", "webp")  # part of a run's identity
+MEDIA = (*DEFAULT_MEDIA, "avif", "bmp", "jfif", "tif", "tiff")  # all that can be read
 SPLITS = ("auto", "shard", "key")
 MISSING = ("skip", "empty")
 PLACES = ("random", "centre")

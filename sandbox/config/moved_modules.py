@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 OLD_MODULES: dict[str, tuple[str, ...]] = {
+    "contracts.footage": ("contracts.video",),
     "ablation": ("reports.ablation",),
     "ablation_page": ("reports.ablation_page",),
     "ablation_runs": ("reports.ablation_runs",),

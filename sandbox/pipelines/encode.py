@@ -64,7 +64,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     use_kernels(root)
     use_threads(root)
-    with rank.rank0_first():  # it makes the first stage, where there is none; the others load it
+    with rank.rank0_first():  # creates the first stage if needed; other ranks load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
     source = registry.create(root.data)
@@ -247,8 +247,8 @@ class Writer:
             for done, index in enumerate(mine, 1):
                 if self.rank.stop_requested():
                     raise Preempted(
-                        f"stopped by {self.rank.stop_signal}; what is made is stored, and the same "
-                        "command goes on"
+                        f"stopped by {self.rank.stop_signal}; finished clips are cached; run the same "
+                        "command to resume"
                     )
                 try:
                     found.append([index, self.row(items, index)])
