@@ -104,7 +104,7 @@ class DeepSpeed(Processes):
         """Raises ConfigError where stage 3 cannot cut `system`."""
         if self.cfg.stage < 3:
             return
-        if getattr(system, "opponent", None):
+        if getattr(system, "discriminator_update", None):
             raise ConfigError(
                 "trainer.stage=3: a discriminator looks at weights between the engine's turns; "
                 "want trainer.stage=2 or trainer=ddp"
