@@ -1,4 +1,4 @@
-"""Sessions of the real engine, stopped and continued, and exact comparison of what they leave."""
+"""Sessions of the real engine, stopped and resumed, and exact comparison of their states."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def session(
 
 
 class StopAfter(Rank):
-    """A process that is asked to stop when `step` is done."""
+    """A process that gets a stop request after `step`."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class StopAfter(Rank):
 def train_until(
     step: int | None, root: Root, out: Path, prepare: Prepare | None = None
 ) -> dict[str, Any]:
-    """The state after a session that stops after `step`, or goes on to the end."""
+    """The state after a session that stops after `step`, or runs to the end."""
     rank = StopAfter(-1 if step is None else step)
     kept: dict[str, Any] = {}
     try:

@@ -1,4 +1,4 @@
-"""Jobs for `tests/several.py`, and what they leave."""
+"""Jobs for `tests/several.py`, and their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 5
 COMMON = ("data.clips_per_epoch=24", f"steps={STEPS}", "checkpoint.every=2", "trainer.clip=0.1")
 TWO = ("data.batch_size=2", "trainer.timeout=60")
 ONE = ("data.batch_size=4",)
-# From where a stopped run may go on in another shape.
+# Where a stopped run is moved, to resume with other processes.
 MOVES = ("trainer", "data.batch_size")
 
 
@@ -39,7 +39,7 @@ def moved(name, out, source, *overrides):
 
 
 def done(out, jobs):
-    """`out`, where all `jobs` have left what they leave."""
+    """`out`, with the results of all `jobs`."""
     (out / "jobs").write_text(json.dumps(jobs))
     words = [sys.executable, str(HERE / "several.py"), str(out / "jobs"), str(out)]
     ended = subprocess.run(words, cwd=HERE.parent, capture_output=True, text=True)

@@ -31,7 +31,7 @@ def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 
 def greet(settings: dict[str, Any], rank: Rank) -> list[Any]:
-    """A word of each rank on stdout and stderr; returns what rank 0 told rank 1."""
+    """Each rank writes a line to stdout and stderr; returns what rank 1 gets from rank 0."""
     print(f"stdout of {rank.index}")
     print(f"stderr of {rank.index}", file=sys.stderr)
     rank.gather_plain(None)
@@ -45,7 +45,7 @@ def unplain(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
 
 def fail(settings: dict[str, Any], rank: Rank) -> None:
-    """Rank `settings["rank"]` ends as `settings["how"]` says, the others wait for it for ever."""
+    """Rank `settings["rank"]` ends as `settings["how"]`, while the others wait for it."""
     rank.gather_plain(None)
     note(settings, "working")
     if rank.index == settings["rank"]:
@@ -89,7 +89,7 @@ FAILURES = {
 
 
 def count(settings: dict[str, Any], rank: Rank) -> None:
-    """Steps until any rank is asked to stop."""
+    """Steps until any rank gets a stop request."""
     for step in range(100_000):
         if step == 2:
             note(settings, "working")

@@ -1,4 +1,4 @@
-"""A target whose import keeps a rank from meeting the others, in as many starts as it is told."""
+"""A target whose import keeps a rank from connecting, in the first UNMET starts."""
 
 from __future__ import annotations
 

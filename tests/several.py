@@ -21,7 +21,7 @@ HOME = Path(__file__).resolve().parent.parent
 
 
 def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
-    """A rank: trains as the task does, without scores, and leaves its states by step."""
+    """A rank: trains as the task does, without scores, and saves its states by step."""
     import torch
 
     from sandbox.config.composition import received

@@ -93,7 +93,7 @@ def test_a_number_of_samples_is_of_the_datas_own_captions(run):
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, run):
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    with pytest.raises(StorageError, match="no good checkpoint"):
+    with pytest.raises(StorageError, match="no valid checkpoint"):
         build(tmp_path)
 
 

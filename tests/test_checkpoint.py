@@ -41,7 +41,7 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-# --- whole ----------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def test_what_is_loaded_equals_what_was_saved(tmp_path):
@@ -56,10 +56,10 @@ def test_what_is_loaded_equals_what_was_saved(tmp_path):
 
 def test_manifest_says_step_size_hash_and_notes(tmp_path):
     path = checkpoint.save(tmp_path, state(), 12, notes={"vae": "abc"})
-    said = json.loads(path.with_suffix(".json").read_text())
-    assert (said["step"], said["format"], said["notes"]) == (12, 1, {"vae": "abc"})
-    assert said["size"] == path.stat().st_size
-    assert said["sha256"] == checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+    recorded = json.loads(path.with_suffix(".json").read_text())
+    assert (recorded["step"], recorded["format"], recorded["notes"]) == (12, 1, {"vae": "abc"})
+    assert recorded["size"] == path.stat().st_size
+    assert recorded["sha256"] == checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_same_step_saved_again_writes_over_nothing(tmp_path):
@@ -341,10 +341,10 @@ def test_prune_leaves_foreign_files_alone(tmp_path):
 def test_payload_under_a_matching_manifest_is_not_run(tmp_path, write):
     path, marker = checkpoint.save(tmp_path, state(), 1), tmp_path / "owned"
     write(path, marker)
-    said = json.loads(path.with_suffix(".json").read_text())
-    said["size"] = path.stat().st_size
-    said["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_text(json.dumps(said))
+    recorded = json.loads(path.with_suffix(".json").read_text())
+    recorded["size"] = path.stat().st_size
+    recorded["sha256"] = checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_suffix(".json").write_text(json.dumps(recorded))
     with pytest.raises(StorageError, match="none of it was run"):
         checkpoint.load(path)
     assert not marker.exists()

@@ -10,7 +10,7 @@ from sandbox.data.loader import Loader, batches, usual_size
 
 
 class Numbers:
-    """Clip i shows i, with a caption that says so and noise from `rng`; some cannot be loaded."""
+    """Clip i shows i, with a caption of that number and noise from `rng`; some cannot be loaded."""
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
@@ -108,7 +108,7 @@ def test_workers_change_nothing(workers):
 
 
 @pytest.mark.parametrize("taken", range(8))
-def test_a_loader_goes_on_from_a_saved_state(taken):
+def test_a_loader_resumes_from_a_saved_state(taken):
     reference, stopped = epochs(loader(10, bad=(3,)), 3), loader(10, bad=(3,))
     done: list[tuple] = []
     while len(done) < taken:
@@ -129,7 +129,7 @@ def test_state_counts_what_was_handed_out_not_what_workers_prepared():
         assert (state["epoch"], state["taken"]) == divmod(taken, 5)
 
 
-def test_a_new_iterator_goes_on_where_the_last_one_was_left():
+def test_a_new_iterator_continues_where_the_last_one_stopped():
     one = loader(num_workers=1)
     parts = []
     for _ in range(3):
@@ -218,7 +218,7 @@ def test_validation_without_a_usable_clip_is_an_error():
 
 
 class Sized(Numbers):
-    """As Numbers, of three widths; with `random` a clip's width is drawn anew in each epoch."""
+    """As Numbers, of three widths; with `random` a clip's width is drawn again in each epoch."""
 
     WIDTHS = (2, 2, 4, 2, 6)
 
@@ -272,7 +272,7 @@ def test_sizes_that_take_turns_have_a_batch_of_each_in_every_round():
         assert len({*captions}) == len(captions)
 
 
-def test_incomplete_batches_of_each_size_are_dropped_where_that_is_asked_for():
+def test_incomplete_batches_of_each_size_are_dropped_on_request():
     one = sized(43, drop_incomplete=True)
     assert [b.size for b in one if b.size != batch_of(Clip(*b.video.shape[1:]))] == []
     assert len(one) == 26 // 4 + 9 // 4 + 8 // 2
@@ -295,7 +295,7 @@ def test_two_ranks_together_see_the_sizes_that_one_process_sees(random):
 
 @pytest.mark.parametrize("taken", [1, 7, 15])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_of_several_sizes_goes_on_from_a_saved_state(taken, workers):
+def test_a_loader_of_several_sizes_resumes_from_a_saved_state(taken, workers):
     def some(loader: Loader, count: int) -> list[tuple]:
         found: list[tuple] = []
         while len(found) < count:
@@ -355,7 +355,7 @@ def test_validation_takes_items_of_several_sizes_once_and_keeps_their_positions(
     assert usual_size(Sized(10), 0) == Clip(3, 1, 2, 2)
 
 
-def test_the_size_of_a_clip_is_told():
+def test_a_batch_has_the_size_of_its_clips():
     scalars = next(iter(sized(40))).scalars
     video = next(iter(sized(40))).video
     assert scalars["height"].tolist() == [2.0] * len(video)

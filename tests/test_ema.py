@@ -172,11 +172,11 @@ def test_state_of_other_shapes_is_refused_by_name():
         average(nn.Linear(3, 4)).load_state_dict(average(nn.Linear(2, 4)).state_dict())
 
 
-def test_no_average_where_none_is_asked_for():
+def test_no_ema_by_the_rule_none():
     assert EMA.of(trained(), NoAverage(NoAverage.Config())) is None
 
 
-def test_sharded_averages_are_saved_whole_and_come_back(tmp_path):
+def test_sharded_averages_are_saved_in_full_and_restored(tmp_path):
     """FSDP2 in one process: parameters are DTensors, the state holds plain tensors."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard

@@ -23,7 +23,7 @@ def test_code_tells_one_change_beside_the_commit_from_another(tmp_path, monkeypa
                        (checkout / "new.py", "1\n"), (checkout / "new.py", "2\n")]:  # fmt: skip
         path.write_text(text)
         found.append(environment.code())
-    installed = checkout / ".venv"  # a folder that git is told to pass over
+    installed = checkout / ".venv"  # a folder that git ignores
     (installed / "guidance").mkdir(parents=True)
     (installed / ".gitignore").write_text("*\n")
     for folder in (elsewhere, installed):

@@ -191,7 +191,7 @@ WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
     ("out=file/below", StorageError, ("file/below: cannot be written",)),
     ("vae.weights=foreign.safetensors", StorageError,
      ("vae.weights=foreign.safetensors", "names or shapes differ", "first.basis")),
-    ("vae.weights=payload.ckpt", StorageError, ("payload.ckpt", "nothing of it was run", ".safetensors")),
+    ("vae.weights=payload.ckpt", StorageError, ("payload.ckpt", "none of it was run", ".safetensors")),
     ("vae.weights=notes.txt", StorageError, ("notes.txt: want a .safetensors",)),
     ("cache=file vae.weights=auto", ConfigError, ("cache=file: cannot be written",)),
     ("resume.run=lost", ConfigError, ("resume.run=lost: no run there",)),

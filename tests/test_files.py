@@ -1,4 +1,4 @@
-"""Files that are replaced whole, whoever else writes them at the same time."""
+"""Atomic writes, also by concurrent writers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from sandbox.storage.atomic import replacing, write_atomic
 
 
-def test_writers_that_come_at_once_each_write_the_whole_file(tmp_path):
+def test_concurrent_writers_each_write_a_complete_file(tmp_path):
     path = tmp_path / "plan.json"
     with replacing(path) as first:
         first.write_text("the first")

@@ -1,4 +1,4 @@
-"""Rows of an image logger: what is known stays, and what a system has not is left out."""
+"""Rows of an image logger: known regions are kept, and missing rows are left out."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def found():
     return image_rows(made, tuple(ROWS), CLIPS)
 
 
-def test_every_row_has_a_picture_of_every_clip(found):
+def test_every_row_has_every_clip(found):
     assert set(found) == set(ROWS)
     for row in found.values():
         assert all(x.shape == (CLIPS, 3, 1, 16, 16) for x in row.values())

@@ -1,4 +1,4 @@
-"""init_from: weights only, strict, from every place where this program leaves them."""
+"""init_from: weights only, strict, from every kind of file and folder."""
 
 import logging
 import pickle
@@ -139,7 +139,7 @@ def test_of_many_names_that_differ_ten_are_shown(trained, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a run", "a checkpoint", "a file", "a first stage"])
-def test_what_does_not_fit_is_said_before_anything_is_made(trained, tmp_path, kind):
+def test_weights_that_do_not_fit_are_refused_before_anything_is_built(trained, tmp_path, kind):
     """No run folder, and no first stage that vae.weights=auto would fit before."""
     folder = save(trained, tmp_path / "run")
     start = {
@@ -181,7 +181,7 @@ def test_no_first_stage_is_trained_for_weights_that_have_one(trained, tmp_path, 
     with pytest.raises(ConfigError, match=cure):
         train({"root": to_container(wiring.root), "group": None, "overrides": []}, Rank())
     assert not out.exists()
-    check_weights(wiring, begins=False)  # a run that goes on has its first stage
+    check_weights(wiring, begins=False)  # a resumed run has its first stage
     cache_path(wiring.root).parent.mkdir()
     cache_path(wiring.root).touch()
     return check_weights(wiring)  # what is there is compared when it is read
@@ -225,7 +225,7 @@ class Evil:
         ("code", "not the manifest"),
     ],
 )
-def test_what_is_no_start_is_refused_and_nothing_in_it_runs(trained, tmp_path, kind, words):
+def test_other_files_are_refused_and_not_executed(trained, tmp_path, kind, words):
     with pytest.raises(SandboxError, match=words) as e:
         init_from(trained, make_foreign(kind, tmp_path))
     assert e.value.exit_code == 5
@@ -246,7 +246,7 @@ def test_a_network_of_clips_begins_with_the_weights_of_one_of_pictures(tmp_path)
     assert added and same(found, weights(pictures) | added)
 
 
-def test_additions_are_absent_as_a_whole_or_not_at_all(tmp_path):
+def test_an_addition_is_missing_completely_or_not_at_all(tmp_path):
     clips = system(*MOVING, *ADDED, seed=1)
     file = tmp_path / "weights.safetensors"
     known = {k: v.contiguous() for k, v in weights(clips).items()}

@@ -1,4 +1,4 @@
-"""The supervisor: what ranks get, how failures are told, how they stop, and that none is left."""
+"""The supervisor: settings, error reports, stop requests, and no processes left over."""
 
 import multiprocessing
 import os
@@ -65,7 +65,7 @@ def test_settings_arrive_and_rank_0_returns_its_result():
     assert result["pid"] != os.getpid()
 
 
-def test_two_ranks_meet_and_only_the_first_one_writes_to_stdout(log, capfd):
+def test_two_ranks_connect_and_only_the_first_writes_to_stdout(log, capfd):
     assert run("greet", {"log": str(log)}, 2) == [0, {"from": 0}]
     assert lines(log, "heard") == ["heard 0", "heard 0"]
     said = capfd.readouterr()
@@ -104,7 +104,7 @@ def test_ranks_work_in_the_present_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("settings, threads", [({"threads": 3}, 3), ({}, 2)])
-def test_torch_threads_are_those_asked_for_or_the_environments(settings, threads, monkeypatch):
+def test_torch_threads_come_from_the_argument_or_the_environment(settings, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert run("facts", **settings)["threads"] == threads
 
@@ -157,7 +157,7 @@ def test_the_rank_that_fails_is_named_with_its_own_error(how, message, culprit, 
     assert not alive(log)
 
 
-def test_a_rank_that_leaves_without_a_word_is_named():
+def test_a_rank_that_exits_without_a_report_is_named():
     with pytest.raises(RankError, match=r"rank 1: exited without a report \(exit code 3\)"):
         run("fail", {"rank": 1, "how": "leave"}, 2)
 
@@ -169,16 +169,16 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log):
 
 
 def test_ranks_that_do_not_connect_are_started_again(log, capfd):
-    told = {"UNMET_LOG": str(log), "UNMET": "1"}
-    assert launch("launch_unmet:count", None, 2, environment=told) == 2
+    variables = {"UNMET_LOG": str(log), "UNMET": "1"}
+    assert launch("launch_unmet:count", None, 2, environment=variables) == 2
     assert capfd.readouterr().err.count("did not connect; starting them again") == 1
 
 
-def test_ranks_that_never_connect_are_told_of_in_the_end(log):
-    told = {"UNMET_LOG": str(log), "UNMET": "9"}
-    # Of the one that gives up, or of the other where that is slow to say the same.
+def test_ranks_that_never_connect_are_an_error(log):
+    variables = {"UNMET_LOG": str(log), "UNMET": "9"}
+    # The error of the rank that gives up first.
     with pytest.raises(RankError, match=r"lost contact with the other ranks|no answer to rank"):
-        launch("launch_unmet:count", None, 2, environment=told)
+        launch("launch_unmet:count", None, 2, environment=variables)
     assert log.read_text().count("started") == CONNECT_ATTEMPTS
 
 
@@ -196,7 +196,7 @@ def test_every_error_has_the_traceback_of_its_rank():
     assert "in _diverged" in str(caught.value.__cause__)
 
 
-def test_an_error_that_does_not_survive_pickling_is_told_all_the_same():
+def test_an_error_that_cannot_be_pickled_is_still_reported():
     with pytest.raises(RankError, match="rank 0: Stranger: a failure of size 4") as caught:
         run("fail", {"rank": 0, "how": "strange error"}, 1)
     assert "in _strange" in caught.value.traceback
@@ -236,7 +236,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(number, log):
     assert not alive(log)
 
 
-def test_the_third_signal_ends_ranks_that_do_not_listen(log):
+def test_the_third_signal_ends_ranks_that_ignore_requests(log):
     send_when_working(log, 1, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     with pytest.raises(KeyboardInterrupt):
         run("deaf", {"log": str(log)})
@@ -291,7 +291,7 @@ def test_in_process_there_is_one_rank():
         run("facts", None, 2, in_process=True)
 
 
-def test_in_process_a_signal_asks_and_the_same_again_interrupts():
+def test_in_process_a_signal_requests_a_stop_and_a_second_one_interrupts():
     before = signal.getsignal(signal.SIGINT)
     alone = Rank()
     with alone.handling_signals():
@@ -364,7 +364,7 @@ def test_a_process_that_a_rank_forks_can_be_terminated():
         ),
     ],
 )  # fmt: skip
-def test_torchrun_and_srun_are_told_from_left_over_variables(environ, expected):
+def test_torchrun_and_srun_are_distinguished_from_leftover_variables(environ, expected):
     found = external_rank(environ)
     names = ("index", "world", "local", "local_world", "node")
     assert (found and tuple(found[n] for n in names)) == expected
@@ -381,7 +381,7 @@ def test_another_number_of_processes_than_torchrun_started_is_refused(monkeypatc
 
 
 @pytest.mark.parametrize("kind", [DataError, Diverged, Preempted])
-def test_errors_of_ours_are_told_by_class_and_code(kind):
-    word = error_report(kind("why"))
-    assert isinstance(pickle.loads(word["error"]), SandboxError)
-    assert (word["code"], word["text"]) == (kind.exit_code, "why")
+def test_sandbox_errors_are_reported_with_class_and_code(kind):
+    report = error_report(kind("why"))
+    assert isinstance(pickle.loads(report["error"]), SandboxError)
+    assert (report["code"], report["text"]) == (kind.exit_code, "why")

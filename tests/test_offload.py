@@ -1,4 +1,4 @@
-"""trainer.low_vram: frozen networks are on the device for their work alone; numbers stay."""
+"""trainer.low_vram: frozen modules are on the device only while used; results are equal."""
 
 from __future__ import annotations
 
@@ -66,4 +66,4 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
     assert not differing(plain, tight)
     assert {p.parent.name for p in tmp_path.glob("*/*/config.yaml")} == {
         p.parent.name for p in (tmp_path / "plain").glob("*/config.yaml")
-    }  # one identity: a run may go on with the other setting
+    }  # one identity: a run may resume with the other setting

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind, and that finishing can be done again."""
+"""The files of a finished run, and repeating its finish after a kill."""
 
 from __future__ import annotations
 
@@ -184,9 +184,9 @@ def test_a_run_killed_before_its_result_finishes_with_the_same_scores(result, fo
     assert "(resumed)" in said and "resuming from step 5" in said
 
 
-def test_finishing_stops_when_asked_and_is_done_later(result, tmp_path):
+def test_finishing_stops_on_request_and_is_completed_later(result, tmp_path):
     class Asked(Rank):
-        """A process that is asked to stop during the scoring."""
+        """A process with a stop request during the scoring."""
 
         def agree_to_stop(self):
             return None
@@ -249,8 +249,8 @@ def test_clips_of_one_frame_are_pictures(tmp_path):
     video = torch.rand(2, 3, 1, 5, 7) * 2 - 1
     paths = write_clips(tmp_path, ["", "a b"], video)
     assert [p.name for p in paths] == ["000-clip.png", "001-a-b.png", "sheet.png"]
-    with Image.open(paths[1]) as picture:
-        pixels = torch.from_numpy(np.asarray(picture).copy())
+    with Image.open(paths[1]) as image:
+        pixels = torch.from_numpy(np.asarray(image).copy())
     want = ((video[1, :, 0] + 1) * 127.5).round().to(torch.uint8)
     assert torch.equal(pixels.permute(2, 0, 1), want)
 
@@ -313,7 +313,7 @@ def test_the_sheet_shows_the_images_that_the_model_was_given_before_its_clips(tm
 
 
 @pytest.mark.parametrize("conditioning", ["words", "none"])
-def test_scores_against_captions_that_nobody_told_the_model_are_said_to_be_chance(
+def test_caption_scores_of_an_unconditional_model_are_marked_as_chance(
     conditioning, capsys
 ):
     found = Evaluation({"model": {"digit": 0.1}}, {"digit": "chance 0.1"}, [], {}, count=1)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The folder where all jobs have left what they leave."""
+    """The folder with the results of all jobs."""
     out = tmp_path_factory.mktemp("several")
     ddp, fsdp = ("trainer=ddp", *TWO), ("trainer=fsdp2", *TWO)
     chosen = ("trainable=[attn,patch_out@0.1]", "steps=3")
@@ -75,11 +75,11 @@ def test_they_do_so_with_accumulated_gradients(out, name):
 
 
 @pytest.mark.parametrize("name", ["ddp chosen", "fsdp chosen"])
-def test_they_do_so_with_weights_that_are_held_still(out, name):
+def test_they_do_so_with_frozen_weights(out, name):
     one, two = states(out, "one chosen"), states(out, name)
     assert_close(one, two)
-    held = {k for k in two[3]["weights"] if k not in two[3]["ema"]["average"]}
-    assert held and all(torch.equal(two[3]["weights"][k], one[1]["weights"][k]) for k in held)
+    frozen = {k for k in two[3]["weights"] if k not in two[3]["ema"]["average"]}
+    assert frozen and all(torch.equal(two[3]["weights"][k], one[1]["weights"][k]) for k in frozen)
     assert len(two[3]["optimizer"]["state"]) == len(two[3]["ema"]["average"])
 
 
@@ -107,7 +107,7 @@ def test_metrics_are_those_of_all_processes(out, name):
     assert all(row["grad_norm"] > 0.1 for row in one.values())
 
 
-def test_after_training_the_first_rank_has_whole_weights(out):
+def test_after_training_the_first_rank_has_full_weights(out):
     assert result(out, "fsdp")["whole"]
 
 
@@ -115,7 +115,7 @@ def test_after_training_the_first_rank_has_whole_weights(out):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_a_signal_to_any_rank_stops_all_after_the_step_and_the_run_goes_on(out, name):
+def test_a_signal_to_any_rank_stops_all_after_the_step_and_the_run_resumes(out, name):
     stopped = result(out, f"{name} stopped")
     assert stopped["code"] == 75
     assert "stopped by SIGTERM after step 3, which is saved" in stopped["error"]
@@ -126,14 +126,14 @@ def test_a_signal_to_any_rank_stops_all_after_the_step_and_the_run_goes_on(out, 
     assert metrics(out, name) == metrics(out, f"{name} resumed")
 
 
-def test_a_checkpoint_holds_whole_tensors(out):
+def test_a_checkpoint_has_full_tensors(out):
     (folder,) = (out / "fsdp").glob("*/checkpoints")
     saved = checkpoint.load(checkpoint.newest(folder))
     assert not differing(saved, states(out, "fsdp")[STEPS])
 
 
 @pytest.mark.parametrize("name", ["fsdp to one", "fsdp to ddp"])
-def test_a_run_goes_on_with_another_number_or_kind_of_processes(out, name):
+def test_a_run_resumes_with_another_number_or_kind_of_processes(out, name):
     found = states(out, name)
     assert sorted(found) == [4, 5]
     assert_close(states(out, "one"), found)

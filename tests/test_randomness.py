@@ -84,7 +84,7 @@ def test_numbers_are_the_same_in_another_process():
     assert whole == [104, 4207620368297011618]
 
 
-def test_a_generator_depends_on_its_whole_key():
+def test_a_generator_depends_on_every_part_of_its_key():
     keys = [(0, "a"), (0, "b"), (1, "a"), (0, "a", 0), ("0", "a")]
     found = {keyed(*key).integers(2**62) for key in keys}
     assert len(found) == len({seed_of(*key) for key in keys}) == len(keys)

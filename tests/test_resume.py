@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and goes on equals one that is not, bit for bit."""
+"""A resumed run equals the uninterrupted one bit for bit, wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_another_number_of_workers_changes_nothing(tmp_path):
     assert_equal_runs(one, other, tmp_path)
 
 
-def test_module_dropout_goes_on_as_it_would_have(tmp_path):
+def test_module_dropout_resumes_exactly(tmp_path):
     root = small(*SETTINGS, "trainer.accumulate=2")
     one = record(root, tmp_path / "a", with_dropout)
     other = chain(root, tmp_path / "b", [1, 4, 10], with_dropout)
@@ -93,7 +93,7 @@ def test_module_dropout_goes_on_as_it_would_have(tmp_path):
     assert differing(plain.states[STEPS]["weights"], one.states[STEPS]["weights"])
 
 
-def test_an_average_of_every_micro_batch_goes_on_as_it_would_have(tmp_path):
+def test_an_ema_of_every_micro_batch_resumes_exactly(tmp_path):
     root = small(*SETTINGS, "trainer.accumulate=3", "ema.every=micro_batch")
     one = record(root, tmp_path / "a")
     assert one.states[STEPS]["ema"]["updates"] == 3 * STEPS
@@ -101,13 +101,13 @@ def test_an_average_of_every_micro_batch_goes_on_as_it_would_have(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_repeated_batches_go_on_where_they_were(tmp_path, optimizer):
+def test_repeated_batches_resume_exactly(tmp_path, optimizer):
     root = small(*SETTINGS, "trainer=overfit", "trainer.repeat=3", f"optimizer={optimizer}")
     one = record(root, tmp_path / "a")
     assert_equal_runs(one, chain(root, tmp_path / "b", [2, 7]), tmp_path)
 
 
-def test_a_run_without_an_average_goes_on(tmp_path):
+def test_a_run_without_ema_resumes(tmp_path):
     root = small(*SETTINGS, "ema=none")
     one = record(root, tmp_path / "a")
     assert one.states[STEPS]["ema"] is None
@@ -128,7 +128,7 @@ def test_steps_after_the_last_checkpoint_are_made_again(tmp_path):
     assert {"rewind": 5} in rewound
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path):
     root = small(*SETTINGS)
     one = record(root, tmp_path / "a")
     train_until(3, root, tmp_path / "b")
@@ -150,7 +150,7 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, caplog):
     assert newest.name in caplog.text
 
 
-def test_a_finished_training_is_loaded_whole(tmp_path):
+def test_a_finished_training_is_loaded_completely(tmp_path):
     """As after a kill between the last checkpoint and the result: `fit` has nothing to do."""
     root = small(*SETTINGS)
     one = record(root, tmp_path / "a")
@@ -164,7 +164,7 @@ def test_a_finished_training_is_loaded_whole(tmp_path):
             assert not differing(one.states[STEPS]["ema"]["average"], {**average})
 
 
-def test_a_larger_number_of_steps_goes_on_from_the_end(tmp_path):
+def test_a_larger_number_of_steps_resumes_from_the_end(tmp_path):
     first = small(*SETTINGS, "lr_schedule=constant")
     train_until(None, first, tmp_path / "b")
     folder = run_folder(tmp_path / "b")
@@ -173,7 +173,7 @@ def test_a_larger_number_of_steps_goes_on_from_the_end(tmp_path):
     assert_equal_runs(one, {STEPS + 3: train_until(None, longer, tmp_path / "b")}, tmp_path)
 
 
-def test_the_state_of_a_callback_goes_on(tmp_path):
+def test_the_state_of_a_callback_is_restored(tmp_path):
     root = small(*SETTINGS, "callbacks=[val_loss]")
     train_until(4, root, tmp_path)
 
@@ -189,7 +189,7 @@ def test_the_state_of_a_callback_goes_on(tmp_path):
     assert seen == [{"seen": 7}]
 
 
-def test_a_run_does_not_go_on_with_another_first_stage(tmp_path):
+def test_a_run_does_not_resume_with_another_first_stage(tmp_path):
     root = small(*SETTINGS)
     train_until(4, root, tmp_path)
 
@@ -200,7 +200,7 @@ def test_a_run_does_not_go_on_with_another_first_stage(tmp_path):
         train_until(None, root, tmp_path, other)
 
 
-def test_a_stopped_run_says_where_it_goes_on(tmp_path):
+def test_a_stopped_run_reports_where_it_resumes(tmp_path):
     root = small(*SETTINGS)
     with (
         pytest.raises(Preempted, match="after step 4, which is saved in") as e,
@@ -228,7 +228,7 @@ def test_global_generators_have_no_say(tmp_path):
     assert_equal_runs(one, record(root, tmp_path / "b", with_dropout).states, tmp_path)
 
 
-def test_the_command_killed_in_the_middle_goes_on(tmp_path):
+def test_the_command_resumes_after_a_kill(tmp_path):
     """kill -9 of the real command; then the same settings in this process."""
     words = ("steps=24",)
     assert run_until(tmp_path, 10, signal.SIGKILL, *words) == -signal.SIGKILL, said(tmp_path)

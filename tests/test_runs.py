@@ -356,7 +356,7 @@ def test_files_of_a_run_are_found_from_another_folder(tmp_path, monkeypatch):
     assert lookup.read_root(tmp_path / "moved" / folder.relative_to(started)) == root
 
 
-def test_a_run_goes_on_from_another_folder_with_its_files_named_from_there(tmp_path, monkeypatch):
+def test_a_run_resumes_from_another_folder_with_paths_relative_to_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "first.safetensors").touch()
     monkeypatch.chdir(tmp_path / "here")

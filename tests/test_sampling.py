@@ -86,16 +86,16 @@ def test_the_backbone_sees_times_of_a_thousand(schedule):
     assert 950 < backbone.times[0] < 1000 and backbone.times == sorted(backbone.times)[::-1]
 
 
-def test_progress_is_told_after_every_call():
-    told = []
+def test_progress_is_reported_after_every_call():
+    calls = []
     heun = Heun(Heun.Config())
-    progress = lambda step, steps: told.append((step, steps))  # noqa: E731
+    progress = lambda step, steps: calls.append((step, steps))  # noqa: E731
     denoise(Backbone(), FLOW, CFG, conditions(4, 4), heun, start(), 2, draws(), progress=progress)
-    assert told == [(0, 2), (0, 2), (1, 2)]
+    assert calls == [(0, 2), (0, 2), (1, 2)]
 
 
 def test_known_regions_are_kept():
-    """Where the mask is 1 the last call looks at the known latents, and Euler goes on from them."""
+    """Where the mask is 1 the last call sees the known latents, and Euler continues from them."""
     known, mask = torch.full((2, 3, 2, 4, 4), 5.0), torch.zeros(1, 1, 1, 4, 4)
     mask[..., :2] = 1
     hooks = KnownRegion(FLOW, known, mask, draws())

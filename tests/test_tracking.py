@@ -74,7 +74,7 @@ def test_every_tracker_and_the_run_get_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["start", "metrics", "video", "images", "summary", "finish"])
-def test_failing_tracker_is_named_once_and_left_out(tmp_path, caplog, broken):
+def test_a_failing_tracker_is_reported_once_and_removed(tmp_path, caplog, broken):
     bad, good = Recorder(broken), Recorder()
     trackers = Trackers(Run(tmp_path), [bad, good])
     for _ in range(2):
@@ -102,7 +102,7 @@ def test_trackers_get_the_config_without_secrets(tmp_path):
     assert seen.calls == [("start", tmp_path, {"lr": 1, "password": "***"}, "name", "group")]
 
 
-def test_finished_trackers_hear_no_more(tmp_path):
+def test_finished_trackers_get_no_more_calls(tmp_path):
     seen = Recorder()
     trackers = Trackers(Run(tmp_path), [seen])
     trackers.finish(4)

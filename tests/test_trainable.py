@@ -1,4 +1,4 @@
-"""trainable=: chosen weights train, at rates of their own; the others are held, and kept."""
+"""trainable=: chosen weights train at their own rates; the others are frozen, and saved."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_only_chosen_weights_move_and_all_are_in_checkpoints(trained):
     assert chosen < end.keys()
 
 
-def test_what_is_held_has_no_average_and_no_optimizer_state(trained):
+def test_frozen_weights_have_no_ema_and_no_optimizer_state(trained):
     _, _, recorder, _ = trained
     state = recorder.states[2]
     chosen = [k for k in state["weights"] if "blocks" in k or "patch_out" in k]
@@ -96,7 +96,7 @@ def test_what_is_held_has_no_average_and_no_optimizer_state(trained):
     assert len(state["optimizer"]["state"]) == len(chosen)
 
 
-def test_groups_have_rates_of_their_own_which_are_logged(trained):
+def test_groups_have_their_own_learning_rates_which_are_logged(trained):
     root, _, recorder, out = trained
     optimizer, lr = recorder.training.optimizer, root.lr
     named = {id(p): n for n, p in recorder.training.system.named_parameters()}
@@ -109,7 +109,7 @@ def test_groups_have_rates_of_their_own_which_are_logged(trained):
     assert (row["lr"], row["lr/patch_out"]) == (pytest.approx(lr), pytest.approx(lr / 10))
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(trained, tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit(trained, tmp_path):
     root, _, recorder, _ = trained
     train_until(1, root, tmp_path)
     assert not differing(train_until(None, root, tmp_path), recorder.states[2])
@@ -122,7 +122,7 @@ def test_a_run_is_sampled_from_with_all_its_weights(trained):
     assert not differing({**own}, recorder.states[2]["weights"])
 
 
-def test_a_next_stage_begins_with_all_weights_and_trains_others(trained):
+def test_a_next_stage_starts_from_all_weights_and_trains_others(trained):
     _, _, recorder, out = trained
     (folder,) = (p.parent for p in out.glob("*/config.yaml"))
     root = small("trainable=[modulation]")
@@ -162,7 +162,7 @@ def test_a_decoder_trains_alone(tmp_path):
         train_first_stage(wire(composed(*words, "trainable=[backbone]")).root, None, Rank())
 
 
-def test_parts_that_are_held_whole_stay_in_eval_mode():
+def test_completely_frozen_modules_stay_in_eval_mode():
     system = build_system(wire(small("trainable=[backbone.blocks]")))
     system.train()
     assert system.backbone.training and system.backbone.blocks[0].training

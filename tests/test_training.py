@@ -384,7 +384,7 @@ def test_validation_uses_the_same_noise_each_time_and_both_weights(tmp_path):
     assert all(m["val/loss_ema"] == m["val/loss"] for m in found.values())
 
 
-def test_validation_takes_as_many_clips_as_asked_for(tmp_path):
+def test_validation_takes_the_requested_number_of_clips(tmp_path):
     with session(small(*EPOCHS), tmp_path) as training:
         system, items = training.system, registry.create(training.root.data).split("val")
         batch = next(batches(items, 5, training.root.seed))
@@ -447,7 +447,7 @@ def test_the_best_and_the_last_checkpoint_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("task", "name"), [("train", "val/x"), ("train_vae", "val/x"), ("train_vae", "val/psnr")]
 )
-def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path, task, name):
+def test_a_metric_that_is_not_measured_is_an_error_which_lists_those_that_are(tmp_path, task, name):
     """Before a run folder is made; of a first stage, whose loss wants its output, at once.
 
     A first stage logs its psnr in training alone, where the lowest would not be the best.
@@ -466,7 +466,7 @@ def test_a_metric_that_nobody_measures_is_an_error_with_those_that_are(tmp_path,
     assert not [*tmp_path.glob("*/*/metrics.jsonl")]
 
 
-def test_a_first_stage_that_is_trained_on_the_way_is_not_asked_for_the_systems_metric(tmp_path):
+def test_a_first_stage_that_is_trained_for_a_run_needs_no_metric_of_the_system(tmp_path):
     root = small(*EPOCHS, "steps=2", "callbacks=[val_loss]", "callbacks.val_loss.every=2",
                  "loss=ldm", "schedule=ddpm", "checkpoint.every=2", "checkpoint.best=1",
                  "checkpoint.best_of=val/loss_simple", "vae=kl", "vae.ch=8",
@@ -517,7 +517,7 @@ def test_bf16_keeps_weights_and_average_in_float32(tmp_path):
     assert all(math.isfinite(row["loss"]) for row in metrics(tmp_path).values())
 
 
-def test_threads_are_those_asked_for_else_what_workers_leave(tmp_path, monkeypatch):
+def test_threads_come_from_the_settings_else_from_the_free_cores(tmp_path, monkeypatch):
     before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
     found = []
     for said, overrides in (
@@ -532,7 +532,7 @@ def test_threads_are_those_asked_for_else_what_workers_leave(tmp_path, monkeypat
     assert found == [2, 3, max(1, cores - 1)]
 
 
-def test_an_average_is_made_only_where_it_is_asked_for(tmp_path):
+def test_there_is_an_ema_only_if_it_is_configured(tmp_path):
     with session(small("ema=none"), tmp_path) as training:
         assert training.ema is None
         with training.ema_weights():

@@ -1,4 +1,4 @@
-"""Files of weights of any origin: whole, the same bytes, and never run."""
+"""Weight files of any format: atomic, with reproducible bytes, never executed."""
 
 import zipfile
 from collections import OrderedDict

@@ -229,7 +229,7 @@ def test_names_and_tables_are_compared_before_anything_is_built(original, tmp_pa
     check_weights(wire(compose(*words)))
     with pytest.raises(StorageError, match="names or shapes differ"):
         initialised_system(wire(compose(*words, "backbone.model_channels=64")))
-    with pytest.raises(StorageError, match="table scale_arr is not that of this schedule"):
+    with pytest.raises(StorageError, match="table scale_arr differs from that of this schedule"):
         initialised_system(wire(compose(*words, "schedule.base_scale=0.3")))
 
 
@@ -246,7 +246,7 @@ def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
 def test_another_schedule_is_an_error_that_names_the_table(original, tmp_path):
     path = written(original, tmp_path)
     fresh = small(f"vae.weights={path}", f"conditioning.weights={path}", "schedule.base_scale=0.3")
-    with pytest.raises(StorageError, match="table scale_arr is not that of this schedule"):
+    with pytest.raises(StorageError, match="table scale_arr differs from that of this schedule"):
         init_from(fresh, path)
 
 
@@ -281,7 +281,7 @@ def test_no_code_in_a_pickle_runs(original, tmp_path):
 
     torch.save({"state_dict": OrderedDict(), "hyper_parameters": Evil()}, path)
     assert pickle.dumps(Evil())
-    with pytest.raises(StorageError, match="nothing of it was run"):
+    with pytest.raises(StorageError, match="none of it was run"):
         init_from(original, path)
     assert not marker.exists()
 

@@ -118,7 +118,7 @@ def test_broken_and_missing_files_are_named(tmp_path) -> None:
     with pytest.raises(StorageError, match=missing.name):
         read_parts(tmp_path, "init_from")
     missing.write_bytes(b"no weights")
-    with pytest.raises(StorageError, match="not a safetensors file"):
+    with pytest.raises(StorageError, match="not a readable safetensors file"):
         read_model(tmp_path / "transformer", "init_from")
 
 
@@ -128,5 +128,5 @@ def test_files_of_an_index_must_be_in_its_folder(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(StorageError, match="not a safetensors file"):
+    with pytest.raises(StorageError, match="not a readable safetensors file"):
         read_model(folder, "init_from")
