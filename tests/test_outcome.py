@@ -313,9 +313,7 @@ def test_the_sheet_shows_the_images_that_the_model_was_given_before_its_clips(tm
 
 
 @pytest.mark.parametrize("conditioning", ["words", "none"])
-def test_caption_scores_of_an_unconditional_model_are_marked_as_chance(
-    conditioning, capsys
-):
+def test_caption_scores_of_an_unconditional_model_are_marked_as_chance(conditioning, capsys):
     found = Evaluation({"model": {"digit": 0.1}}, {"digit": "chance 0.1"}, [], {}, count=1)
     print_scores(compose(f"conditioning={conditioning}"), found)
     assert ("not conditioned on captions" in capsys.readouterr().out) == (conditioning == "none")
