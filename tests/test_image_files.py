@@ -16,7 +16,7 @@ from plugins.data.celebahq import CelebAHQ
 from plugins.data.cogvideox_folder import CogVideoXFolder
 from plugins.data.easyanimate_json import EasyAnimateJSON
 from plugins.data.video_folder import VideoFolder
-from plugins.data.webdataset import WebDataset
+from plugins.data.webdataset import MEDIA, WebDataset
 from sandbox.contracts import BadItem, Clip, ConfigError
 from sandbox.data.image_files import FORMATS, IMAGES, image_size, read_rgb
 from sandbox.data.randomness import keyed
@@ -334,7 +334,8 @@ def webdataset(root: Path, names: list[str]):
             for i, name in enumerate(names):
                 tar.add(root / "train" / name, f"{i:03}.{name.rpartition('.')[2]}")
     cfg = WebDataset.Config(root=str(root / "shards"), index=str(root / "index"), caption=None,
-                            val_fraction=0.5, frames=1, height=16, width=16)  # fmt: skip
+                            val_fraction=0.5, frames=1, height=16, width=16,
+                            media=MEDIA)  # fmt: skip
     return WebDataset(cfg), "video"
 
 

@@ -247,8 +247,8 @@ class Writer:
             for done, index in enumerate(mine, 1):
                 if self.rank.stop_requested():
                     raise Preempted(
-                        f"stopped by {self.rank.stop_signal}; finished clips are cached; run the same "
-                        "command to resume"
+                        f"stopped by {self.rank.stop_signal}; finished clips are cached; run the "
+                        "same command to resume"
                     )
                 try:
                     found.append([index, self.row(items, index)])
