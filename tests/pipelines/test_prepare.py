@@ -28,7 +28,7 @@ from tests.crashing import double
 from tests.footage import precision_recall, scene, write, write_strange
 from tests.helpers import composed
 
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 STAGES = "stage=[scenes,motion,duplicates,captions,split,normalise]"
 WORDS = (
     STAGES,

@@ -24,7 +24,7 @@ from sandbox.registry import register
 from sandbox.runs.lookup import read_root
 from sandbox.runs.run import Run
 
-HERE = Path(__file__).with_name("runs_of_0_1")
+HERE = Path(__file__).parents[1] / "runs_of_0_1"
 RECORDED = json.loads((HERE / "recorded.json").read_text())
 NAME = "default-57ed29db"  # the recipe and the hash of its configuration
 OLD_IMPORTS = {  # what templates of `task=new` wrote into plugins and their tests, and trainers use

@@ -9,7 +9,7 @@ import yaml
 
 from sandbox import compose
 
-FILES = sorted((Path(__file__).parents[1] / "conf" / "sweep").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "conf" / "sweep").glob("*.yaml"))
 
 
 def ends(parameter: dict) -> list[object]:
