@@ -382,7 +382,7 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
     [
         (["task=sample"], "task.run=null: no finished run in out=outputs"),
         (["task=sample", "run=nowhere"], "task.run=nowhere: no run there"),
-        (["task=sample", "run=first"], "a run of task=train_vae, which leaves no system"),
+        (["task=sample", "run=first"], "a run of task=train_vae, which has no system to sample from"),
         (["task=sample", "run=mine", "experiment=digits_long"], "configuration of an earlier run"),
         (["task=sample", "run=mine", "sampler.eta=1"], "sampler=euler has no such setting"),
         (["task=sample", "run=mine", "sampler=ddim", "schedule.timesteps=3"], "schedule=flow has"),
@@ -391,25 +391,25 @@ def test_the_newest_run_that_has_a_system_is_taken(here):
         (["task=sample", "run=mine", "data.frames=8"], "data.frames=8 does not fit vae=pca"),
         (
             ["task=sample", "run=mine", "backbone=unet3d"],
-            "backbone=unet3d: the weights of mine are made for backbone=dit; leave it out",
+            "backbone=unet3d: the weights of mine were trained with backbone=dit; leave this setting out",
         ),
         (
             ["task=evaluate", "run=mine", "schedule=ddpm", "sampler=ddim"],
-            "schedule=ddpm: the weights of mine are made for schedule=flow",
+            "schedule=ddpm: the weights of mine were trained with schedule=flow",
         ),
         (
             ["task=sample", "run=eps", "schedule.prediction=v"],
-            "schedule.prediction=v: the weights of eps are made for schedule.prediction=eps",
+            "schedule.prediction=v: the weights of eps were trained with schedule.prediction=eps",
         ),
         (["task=sample", "run=mine", "schedule=null"], "schedule=null: want one of"),
         (
             ["task=sample", "run=mine", "backbone.width=16", "backbone.num_heads=1"],
-            "backbone.width=16, backbone.num_heads=1: the weights of mine are made for "
-            "backbone.width=64, backbone.num_heads=2; leave it out",
+            "backbone.width=16, backbone.num_heads=1: the weights of mine were trained with "
+            "backbone.width=64, backbone.num_heads=2; leave this setting out",
         ),
         (
             ["task=sample", "run=mine", "vae=pca", "vae.patch=2"],
-            "vae.patch=2: the weights of mine are made for vae.patch=4",
+            "vae.patch=2: the weights of mine were trained with vae.patch=4",
         ),
         (["task=sample", "run=mine", "lr=0.1"], "lr=0.1: has no effect on task=sample; leave"),
         (
