@@ -380,9 +380,8 @@ def start(
         root=root,
         loader=Loader(
             registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
-            num_workers=cfg.num_workers, max_bad=cfg.max_bad,
-            batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete,
-            turns=cfg.alternates_sizes(),
+            num_workers=cfg.num_workers, max_bad=cfg.max_bad, batch_of=cfg.batch_of,
+            drop_incomplete=cfg.drop_incomplete, turns=cfg.alternates_sizes(),
         ),
         run=run,
         rank=rank,
