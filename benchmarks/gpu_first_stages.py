@@ -72,7 +72,7 @@ def configured(case: Case) -> Root:
     limits = "backbone.max_frames=64", "backbone.max_height=64", "backbone.max_width=96"
     discovery.setup()
     vae = to_root(composition.compose([*case.words, "vae.weights=null"])).vae
-    root = to_root(composition.compose(["logger=null", "data.speed=1", *limits, *size]))
+    root = to_root(composition.compose(["~logger", "data.speed=1", *limits, *size]))
     return wire(replace(root, vae=vae)).root
 
 
