@@ -18,7 +18,7 @@ from sandbox.distributed.rank_process import error_report, external_rank
 from sandbox.distributed.supervisor import CONNECT_ATTEMPTS, RankError, launch
 from tests.launch_helpers import alive, lines, supervisor, wait_until
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from plugins.ema.warmup import Warmup
 from sandbox.contracts import StorageError
 from sandbox.model.ema import EMA
 
-GOLDEN = Path(__file__).parent / "golden" / "ldm"
+GOLDEN = Path(__file__).parents[1] / "golden" / "ldm"
 
 
 class Net(nn.Module):
