@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sandbox.contracts import GuidanceConfig
+from sandbox.contracts import GuidanceConfig, Pass
 from sandbox.registry import register
 
 
@@ -19,7 +19,7 @@ class NoGuidance:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
         return self.cfg.passes(signals)
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:

@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # A task on an earlier run takes these settings from the command, not from the run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
 # Only training and task=prepare read these settings: tasks on an earlier run ignore them.
-OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
+OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss", "method",
                "reconstruction", "checkpoint", "callbacks", "stage")  # fmt: skip
 GROUPS = {  # every config group with its description, in the order of --help
     "task": "what a run does",
@@ -30,6 +30,7 @@ GROUPS = {  # every config group with its description, in the order of --help
     "adapter": "a few weights trained instead of the backbone's; null trains all",
     "schedule": "noise schedule and prediction target",
     "loss": "training loss of the denoiser",
+    "method": "training method: the model calls of a training step",
     "sampler": "from noise to latents",
     "guidance": "how sampling combines conditional and unconditional predictions",
     "optimizer": "how gradients update parameters",
@@ -79,6 +80,7 @@ class Root:
     adapter: Any = None
     schedule: Any = None
     loss: Any = None
+    method: Any = None
     sampler: Any = None
     guidance: Any = None
     optimizer: Any = None

@@ -12,8 +12,11 @@ from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_
 from sandbox.contracts.configs.base import PluginConfig
 from sandbox.contracts.configs.data import LOADING, DataConfig, MetricConfig, StageConfig
 from sandbox.contracts.configs.diffusion import (
+    FULL,
     GuidanceConfig,
     LossConfig,
+    MethodConfig,
+    Pass,
     SamplerConfig,
     ScheduleConfig,
 )
@@ -58,6 +61,7 @@ from sandbox.contracts.tensors import (
     Denoised,
     Draws,
     Encode,
+    Example,
     FirstStage,
     Guidance,
     Hashed,
@@ -65,7 +69,10 @@ from sandbox.contracts.tensors import (
     Items,
     Layout,
     Loss,
+    Method,
     Metric,
+    Model,
+    Output,
     PairedMetric,
     PerClipMetric,
     Posterior,

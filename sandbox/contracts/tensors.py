@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pass
+
 
 # Keys of a sample that become the Batch fields of the same name (without the batch axis).
 SAMPLE_TENSORS = ("video", "stored", "image", "text", "text_mask", "no_text", "no_text_mask")
@@ -146,7 +148,10 @@ class FirstStage(Protocol):
 
 
 class Backbone(Protocol):
-    """Denoiser: t (B,) in [0, 1000), integer or float; returns (B, outputs * C, T, H, W)."""
+    """Denoiser: t (B,) in [0, 1000), integer or float; returns (B, outputs * C, T, H, W).
+
+    t is (B, T), one time for each frame, where the Config's `takes_frame_times` allows it.
+    """
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor: ...
 
@@ -176,7 +181,8 @@ class Conditioner(Protocol):
 class Schedule(Protocol):
     """z_t = alpha(t) z0 + sigma(t) eps.
 
-    t is in the unit of the schedule: (B,) int64, or (B,) float32 in [0, 1].
+    t is in the unit of the schedule: int64, or float32 in [0, 1]. It is (B,), or (B, T) with one
+    time for each frame: alpha, sigma and snr are then (B, 1, T, 1, 1) and weight is (B, T).
     """
 
     def draw_t(self, draws: Draws) -> Tensor: ...
@@ -197,14 +203,67 @@ class Loss(Protocol):
     ) -> Terms: ...
 
 
+@dataclass
+class Output:
+    """What a network returns: its raw output and the hidden features that were requested."""
+
+    raw: Tensor  # (B, outputs * C, T, H, W)
+    features: dict[str, Tensor] = field(default_factory=dict)  # by module name
+
+
+class Example(Protocol):
+    """One micro-batch in a training step; everything is computed when it is first read."""
+
+    z0: Tensor  # (B, C, T, H, W) scaled latents
+    video: Tensor | None  # (B, 3, T, H, W) in [-1, 1]; None with cached latents
+
+    def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
+        """The conditions of the micro-batch.
+
+        drop: signals to drop in every clip; None drops them at random, as the conditioning does in
+        training.
+        """
+        ...
+
+
+class Model(Protocol):
+    """The networks, schedule and loss that a training method works with."""
+
+    schedule: Schedule
+    loss: Loss
+
+    def __call__(
+        self, z_t: Tensor, t: Tensor, cond: Conditions, features: tuple[str, ...] = ()
+    ) -> Output:
+        """One call of the denoiser. t: (B,), or (B, T) where the backbone takes frame times.
+
+        features: names of backbone modules whose outputs are returned.
+        """
+        ...
+
+
+class Method(Protocol):
+    """A training method: all model calls of a training step, and the loss that they make."""
+
+    cfg: MethodConfig
+
+    def __call__(self, model: Model, example: Example, draws: Draws) -> Terms: ...
+
+
 class Guidance(Protocol):
     """The model passes of a sampling step and how their raw outputs are combined.
 
-    Raw outputs include variance channels.
+    Raw outputs include variance channels. `passes` is called before each sampling run, so state
+    that is kept between steps starts there.
     """
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]: ...
-    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor: ...
+    cfg: GuidanceConfig
+
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]: ...
+
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
+        """One raw output from those of the passes that `cfg.active` returns, in their order."""
+        ...
 
 
 class Hooks(Protocol):

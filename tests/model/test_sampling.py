@@ -10,7 +10,7 @@ from plugins.sampler.euler import Euler
 from plugins.sampler.heun import Heun
 from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
-from sandbox.contracts import Conditions
+from sandbox.contracts import Conditions, Pass
 from sandbox.data.randomness import Keyed
 from sandbox.model.sampling import KnownRegion, concatenated, denoise
 
@@ -42,11 +42,12 @@ class Backbone:
         return z_t - cond.context.mean((1, 2)).view(-1, 1, 1, 1, 1)
 
 
-def conditions(*lengths: int) -> list[Conditions]:
+def conditions(*lengths: int) -> list[tuple[Pass, Conditions]]:
+    """The full pass and one without text, with contexts of these lengths."""
+    passes = (Pass(), Pass(frozenset({"text"})))
+    scalars = {"fps": torch.full((2,), 8.0)}
     return [
-        Conditions(
-            context=torch.full((2, length, 5), float(i)), scalars={"fps": torch.full((2,), 8.0)}
-        )
+        (passes[i], Conditions(torch.full((2, length, 5), float(i)), scalars=scalars))
         for i, length in enumerate(lengths)
     ]
 

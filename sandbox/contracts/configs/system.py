@@ -80,6 +80,10 @@ class BackboneConfig(PluginConfig, ABC):
         `outputs`: output channels per latent channel.
         """
 
+    def takes_frame_times(self) -> bool:
+        """Whether it accepts a time for each frame, t (B, T), with these settings."""
+        return False
+
     def layers(self) -> tuple[str | None, int]:
         """The setting with the number of identical layers (or None), and their repeat period.
 
