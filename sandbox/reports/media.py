@@ -8,9 +8,8 @@ PyAV and Pillow do the encoding. The sheet layout is our own: matplotlib would r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from math import ceil
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
     from torch import Tensor
+
+    SheetRow = tuple[str, Mapping[str, Tensor | np.ndarray]]  # caption, column label -> clip
 
 BACKGROUND, FRAME, INK = (20, 20, 22), (58, 58, 62), (236, 236, 238)
 NAN = (255, 0, 255)  # magenta, which is easier to notice than black
@@ -291,14 +292,6 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
 # --- contact sheets -------------------------------------------------------------------------------
 
 
-@dataclass
-class SheetRow:
-    """A row of a contact sheet: a caption, and column label -> clip (3, T, H, W)."""
-
-    caption: str
-    strips: dict[str, Tensor | np.ndarray] = field(default_factory=dict)
-
-
 def contact_sheet(path: str | Path, rows: Sequence[SheetRow]) -> None:
     """Writes `sheet` as a PNG."""
     image = sheet(rows)
@@ -312,13 +305,13 @@ def sheet(rows: Sequence[SheetRow]) -> Image:
     Columns keep the order in which labels first appear; missing clips stay blank. Strips show at
     most 9 evenly spaced frames. If every clip is an image, rows become cells of a grid.
     """
-    labels = list(dict.fromkeys(label for row in rows for label in row.strips))
+    labels = list(dict.fromkeys(label for _, strips in rows for label in strips))
     if not labels:
         raise ValueError("sheet: want at least one row with a clip")
-    clips = [{k: frames_uint8(v) for k, v in row.strips.items()} for row in rows]
+    clips = [{k: frames_uint8(v) for k, v in strips.items()} for _, strips in rows]
     images = all(len(clip) == 1 for strips in clips for clip in strips.values())
     draw = _grid if images else _film
-    return draw([row.caption for row in rows], clips, labels)
+    return draw([caption for caption, _ in rows], clips, labels)
 
 
 def reconstruction_sheet(
@@ -343,7 +336,7 @@ def reconstruction_sheet(
         caption = captions[i] if i < len(captions) else ""
         difference = np.rint(error * gain).clip(0, 255).astype(np.uint8)
         strips = {"original": a, "reconstruction": b, f"difference x{gain:g}": difference}
-        rows.append(SheetRow(f"{caption}\n{_psnr(error):.1f} dB".strip(), strips))
+        rows.append((f"{caption}\n{_psnr(error):.1f} dB".strip(), strips))
     contact_sheet(path, rows)
 
 
