@@ -22,7 +22,7 @@ def page(plan: Plan, overrides: Sequence[str] = ()) -> str:
     memory = text.memory_rows(plan)
     fits = memory[0].index("fits")
     return render(
-        "plan",
+        "plan.html",
         kind="Plan",
         title=plan.root.recipe,
         summary=f"{text.headline(plan)}. Computed from one training step on fake tensors: nothing "

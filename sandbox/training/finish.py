@@ -131,9 +131,7 @@ def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
     """A contact sheet with a row per caption: real clips, the model, an untrained model."""
     wanted = SHEET_COLUMNS if "real clips" in found.clips else CACHED_COLUMNS
     columns = [c for c in wanted if c in found.clips]
-    rows = [
-        media.SheetRow(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places
-    ]
+    rows = [(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places]
     media.contact_sheet(path, rows)
 
 
@@ -171,7 +169,7 @@ def report(
         rates=found.rates,
         samples=[(caption, path.resolve()) for caption, path in samples],
         sheet=sheet.resolve(),
-        curves={**read_curves(run.metrics_file)},
+        curves={**read_curves(run.folder)},
         notes=notes,
         environment=json.loads(run.environment.read_text()),
         skipped=skipped,

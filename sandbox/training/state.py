@@ -254,7 +254,7 @@ class Training:
             clips = [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ]
-            media.contact_sheet(path, [media.SheetRow("", strips) for strips in clips])
+            media.contact_sheet(path, [("", strips) for strips in clips])
             self.trackers.images(self.step, name, [path])
 
     @torch.no_grad()
