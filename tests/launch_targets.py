@@ -17,13 +17,10 @@ def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """What a rank finds around it, and what it was given."""
     import multiprocessing
 
-    import torch
-
     return {
         "settings": settings,
         "numbers": [rank.index, rank.world, rank.local, rank.local_world],
         "environment": dict(os.environ),
-        "threads": torch.get_num_threads(),
         "folder": os.getcwd(),
         "pid": os.getpid(),
         "start_method": multiprocessing.get_start_method(),

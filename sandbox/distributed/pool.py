@@ -180,7 +180,7 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
     # None would connect to a cluster that "ray start" has started on this machine.
     ray.init(address or "local", log_to_driver=False, runtime_env=environment, **own)
     # Ray restarts a process that ends; a job that ends three of them is given up
-    remote = ray.remote(max_retries=2, num_cpus=1)(lambda function, job: function(job))
+    remote = ray.remote(max_retries=2, num_cpus=1)(_call)
 
     def result(reference: Any) -> Any:
         try:
@@ -194,3 +194,7 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
         yield _ahead(max(count, 1), remote.remote, result)
     finally:
         ray.shutdown()
+
+
+def _call(function: Function, job: Any) -> Any:
+    return function(job)

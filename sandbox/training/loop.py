@@ -18,7 +18,6 @@ from sandbox.config.param_groups import parse_entry
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
-from sandbox.model.devices import use_threads
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
 from sandbox.training.state import Training, check_best_of
@@ -27,7 +26,7 @@ from sandbox.training.tracking import TrainedOn, suspects
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
-def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
+def fit(training: Training, callbacks: Sequence[Callback] = ()) -> None:
     """Trains from `training.step` to `root.steps`. `callbacks` run after the configured ones.
 
     Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
@@ -35,7 +34,6 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     root, system, cfg = training.root, training.system, training.root.trainer
     if training.step >= training.steps:
         return
-    use_threads(root, threads)
     system.optimizer = training.optimizer
     for callback in training.callbacks.values():
         callback.training = training  # type: ignore[attr-defined]
