@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import Diverged, Preempted, SizeError
-from sandbox.distributed.rank import Rank, ignore_signals
+from sandbox.distributed.rank import Rank
+from sandbox.distributed.signals import ignore_signals
 
 
 def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:

@@ -15,17 +15,10 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Self
 
 from sandbox.contracts import Preempted
-from sandbox.distributed.signals import (
-    current_handlers,
-    ignore_signals,
-    set_handlers,
-    write_stderr,
-)
+from sandbox.distributed.signals import current_handlers, set_handlers, write_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["FirstRankFailed", "Rank", "check_plain", "ignore_signals"]
 
 POLL_SECONDS = 0.02  # between two checks of the store
 

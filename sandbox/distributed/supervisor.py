@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -78,10 +78,8 @@ def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | N
     `target` gets the settings "root" (the full configuration), "overrides" as typed, and "group",
     the name of a multirun or None.
     """
-
     trainer = root.trainer
-    parts = [cfg for _, cfg in root.parts()]
-    imports = [name for cfg in parts for name in (*cfg.imports, cfg.plugin)]
+    imports = [name for _, cfg in root.parts() for name in (*cfg.imports, cfg.plugin)]
     return launch(
         target,
         {"root": to_container(root), "overrides": [*overrides], "group": group},
@@ -89,7 +87,7 @@ def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | N
         device=trainer.accelerator,
         timeout=trainer.timeout,
         preload=[*dict.fromkeys((*PRELOAD, *imports))],
-        in_process=_in_process.get() and trainer.processes == 1,
+        in_process=_in_process.get(),
     )
 
 
@@ -100,7 +98,6 @@ def launch(
     *,
     device: str = "cpu",
     timeout: float = 600.0,
-    environment: Mapping[str, str] | None = None,
     preload: Sequence[str] = PRELOAD,
     in_process: bool = False,
 ) -> Any:
@@ -108,9 +105,8 @@ def launch(
 
     `settings` and the result, that of rank 0, are plain containers. `device`: "cpu", "cuda", where
     rank r has the r-th GPU, or "auto"; `timeout`: seconds that a rank waits for the others;
-    `environment`: extra variables; `preload`: modules and plugins that the first call imports once
-    for all ranks of this process. The only rank is this process with `in_process`, and where
-    torchrun or srun started it.
+    `preload`: modules and plugins that the first call imports once for all ranks of this process.
+    The only rank is this process with `in_process`, and where torchrun or srun started it.
 
     Raises a rank's SandboxError unchanged (Preempted after a stop request), RankError for other
     errors, and KeyboardInterrupt at the third signal. The cause of an error is a RemoteTraceback.
@@ -125,12 +121,9 @@ def launch(
                 f"torchrun or srun started; want {rank.world}"
             )
         return run_external(RankSpec(target, settings, device, timeout, method), rank)
-    if in_process:
-        if processes != 1:
-            raise ConfigError(f"trainer.processes={processes}: want 1 in process")
+    if in_process and processes == 1:
         return run_target(RankSpec(target, settings, device, timeout), Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environ |= environment or {}
     if sys.platform == "linux":
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     spec = RankSpec(target, settings, device, timeout, environment=environ)
