@@ -294,7 +294,7 @@ class Training:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The system has the EMA weights inside the block, if there are some."""
-        with self.ema.applied(self.system) if self.ema else nullcontext():
+        with self.ema.applied() if self.ema else nullcontext():
             yield
 
 
