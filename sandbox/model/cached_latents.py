@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sandbox.config import registry
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
-from sandbox.model.offload import moved
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.storage.first_stage_files import load_weights
 from sandbox.storage.weight_files import safetensors_errors
@@ -148,9 +147,4 @@ class CachedLatents(nn.Module):
     def _on(self, device: torch.device) -> Any:
         """The first stage, with its loaded tensors on `device`."""
         (network,) = self._network
-        for module in network.modules():
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None and tensor.device != device and not tensor.is_meta:
-                        own[name] = moved(tensor, device)
-        return network
+        return network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

@@ -39,7 +39,13 @@ from sandbox.training.loop import fit
 from sandbox.training.state import start
 
 CALIBRATION_CLIPS = 512
-TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
+TRAINED_WITH = {
+    "task": "train_vae",
+    "optimizer": "adamw",
+    "lr_schedule": "warmup_cosine",
+    "ema": "warmup",
+    "resume": "auto",
+}
 
 
 def prepare_first_stage(
@@ -89,15 +95,7 @@ def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None
         train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
-    load_weights(first_stage, train_in_cache(_shared(root), (rank or Rank()).as_single()))
-
-
-def _shared(root: Root) -> Root:
-    """`root` without the settings that a shared first stage must not depend on."""
-    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
-    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
-    trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, data=root.data.all_clips(), precision="fp32", trainer=trainer, **fixed)
+    load_weights(first_stage, train_in_cache(root, (rank or Rank()).as_single()))
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
@@ -118,11 +116,19 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:
-    """Trains the first stage of `root` in a run folder in the cache; returns its weight file."""
-    task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
+    """Trains the first stage of `root` in a run folder in the cache; returns its weight file.
+
+    Settings that a shared first stage must not depend on have their defaults.
+    """
+    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
+    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
+    recipe = root.vae.recipe()
     own = replace(
         root,
-        task=task,
+        **fixed,
+        trainer=replace(registry.default("trainer", "single"), **machine),
+        data=root.data.all_clips(),
+        precision="fp32",
         lr=recipe.lr,
         base_lr=None,
         steps=recipe.steps,
@@ -136,7 +142,6 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         reconstruction=None,
         callbacks={},
         logger=None,
-        resume=registry.default("resume", "auto"),
     )
     done = train_first_stage(first_stage_alone(own), None, rank)
     return Path(done["folder"]) / "first_stage.safetensors"
