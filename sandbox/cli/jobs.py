@@ -1,7 +1,5 @@
 """One job: resolves and checks its configuration, and runs its task."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage, 75 p
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

@@ -1,7 +1,5 @@
 """Errors by who can fix them; each ends the program with its own exit code."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 

@@ -7,8 +7,6 @@ settings that determine them: a changed limit recomputes nothing, and a killed r
 keep the order of the clips: outputs depend neither on the number of workers nor on restarts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 Each layout is a folder that is written atomically and deterministically.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io

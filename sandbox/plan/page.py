@@ -1,7 +1,5 @@
 """The page of a plan (`templates/plan.html.j2`), with a diagram of the data flow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The base class of every plugin's Config."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
