@@ -24,6 +24,7 @@ from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank, check_plain
 from sandbox.distributed.rank_handle import RankError, RankHandle
 from sandbox.distributed.rank_process import RankSpec, external_rank, run_external, run_target
+from sandbox.storage.locks import COMMAND
 
 PRELOAD = (
     "torch",
@@ -130,7 +131,7 @@ def launch(
             raise ConfigError(f"trainer.processes={processes}: want 1 in process")
         return run_target(RankSpec(target, settings, **shared), Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environ |= environment or {}
+    environ |= {COMMAND: str(os.getpid()), **(environment or {})}
     if sys.platform == "linux":
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     shared |= {"threads": threads or _threads(environ, processes), "environment": environ}

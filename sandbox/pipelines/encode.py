@@ -40,8 +40,9 @@ from sandbox.model.devices import device_of, use_threads
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.atomic import storing, write_atomic
 from sandbox.storage.first_stage_files import data_identity
+from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal
 from sandbox.training.first_stage import prepare_first_stage
 

@@ -28,13 +28,14 @@ from sandbox.model.components import build, use_kernels
 from sandbox.reports import media
 from sandbox.runs.run import continues, opened
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import locked, replacing, storing
+from sandbox.storage.atomic import replacing, storing
 from sandbox.storage.first_stage_files import (
     FIRST_STAGE_FILE,
     cache_path,
     init_first_stage,
     load_weights,
 )
+from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 

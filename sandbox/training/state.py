@@ -165,10 +165,6 @@ class Training:
                 f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
                 f"{self.run.folder}, and the same command finishes the run"
             )
-            raise Preempted(
-                f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
-                f"{self.run.folder}, and the same command finishes the run"
-            )
 
     # metrics
 
@@ -393,11 +389,12 @@ def start(
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
         processes=processes,
     )  # fmt: skip
+    if newest is not None:
+        training.restore(checkpoint.load(run.checkpoints / newest))
+        print(f"resuming from step {training.step} ({newest})", flush=True)
+    run.accept()
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
-        if newest is not None:
-            training.restore(checkpoint.load(run.checkpoints / newest))
-            print(f"resuming from step {training.step} ({newest})", flush=True)
         if run.resumed and training.is_first:
             run.rewind(training.step)
         yield training
