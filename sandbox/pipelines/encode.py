@@ -72,7 +72,8 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
         if rank.index == 0 and not (folder / weights).is_file():
-            weight_files.write(networks.first_stage.state_dict(), folder / weights)
+            state = networks.first_stage.state_dict()
+            weight_files.write(state, folder / weights, hashed=True)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None

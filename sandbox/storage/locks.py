@@ -39,7 +39,7 @@ class FileLock:
         self.path = path
         self.left = ""  # the earlier holder on another host, if it has not released the lock
         self._handle: int | None = None
-        self._before: tuple[bytes, os.stat_result] | None = None
+        self._before: tuple[bytes, os.stat_result]  # content and times when it was taken
 
     @property
     def is_own(self) -> bool:
@@ -76,14 +76,16 @@ class FileLock:
         return "another process"
 
     def release(self, unused: bool = False) -> None:
-        """Frees the lock; `unused`: the file gets its earlier content and time of change."""
+        """Frees the lock, and removes the holder from the file, whose time of change stays.
+
+        `unused`: the file gets its earlier content.
+        """
         if self._handle in _held:  # a forked child has dropped it
             del _held[self._handle]
             with suppress(OSError):
-                content, stat = self._before if unused and self._before else (b"", None)
-                _write(self._handle, content)
-                if stat:
-                    os.utime(self._handle, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                content, stat = self._before
+                _write(self._handle, content if unused else b"")
+                os.utime(self._handle, ns=(stat.st_atime_ns, stat.st_mtime_ns))
             os.close(self._handle)
         self._handle = None
 

@@ -143,7 +143,7 @@ class Training:
         state = full_tensors(self.system.trainable_state())
         if self.is_first:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            weight_files.write(state, path, self.system.first_stage_hash())
+            weight_files.write(state, path, self.system.first_stage_hash(), hashed=True)
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank continues alone, with an unsharded system from `build`."""
