@@ -25,6 +25,7 @@ from sandbox.distributed.rank import Rank, check_plain
 from sandbox.distributed.rank_handle import RankHandle
 from sandbox.distributed.rank_process import RankSpec, external_rank, run_external, run_target
 from sandbox.distributed.remote_errors import RankError
+from sandbox.storage.locks import COMMAND
 
 PRELOAD = (
     "torch",
@@ -124,6 +125,7 @@ def launch(
     if in_process and processes == 1:
         return run_target(RankSpec(target, settings, device, timeout), Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environ |= {COMMAND: str(os.getpid())}
     if sys.platform == "linux":
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     spec = RankSpec(target, settings, device, timeout, environment=environ)

@@ -16,7 +16,7 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.storage.first_stage_files import load_weights
-from sandbox.storage.weight_files import safetensors_errors
+from sandbox.storage.weight_files import safetensors_errors, verify
 
 LARGE = ("encoder.", "decoder.")  # only pixels need these
 
@@ -98,6 +98,7 @@ class CachedLatents(nn.Module):
         super().__init__()
         self.root = root
         self.path, digest = source(root)
+        verify(self.path)
         self.register_buffer("digest", torch.tensor([*bytes.fromhex(digest)], dtype=torch.uint8))
         self._network: list[Any] = []  # in a list, so that it is no submodule
         self._is_loaded = True

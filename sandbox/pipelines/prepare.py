@@ -38,7 +38,8 @@ from sandbox.data.video_files import CONTAINERS, VideoClip, probe
 from sandbox.distributed.pool import Crashed, Ordered, cores, started
 from sandbox.reports.media import write_frames
 from sandbox.reports.progress import Progress
-from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
 FORMAT = 1  # version of the score keys; bump when decoding changes

@@ -95,10 +95,12 @@ def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
     system, folder = training.system, training.run.folder
     assert isinstance(system, LatentDiffusion)
     metadata = system.first_stage_hash()
-    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata)
+    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata, hashed=True)
     with training.ema_weights():
         if training.ema:
-            weight_files.write(system.trainable_state(), folder / weight_files.AVERAGED, metadata)
+            weight_files.write(
+                system.trainable_state(), folder / weight_files.AVERAGED, metadata, hashed=True
+            )
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)

@@ -139,7 +139,7 @@ class Training:
         state = full_tensors(self.system.trainable_state())
         if self.is_first:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            weight_files.write(state, path, self.system.first_stage_hash())
+            weight_files.write(state, path, self.system.first_stage_hash(), hashed=True)
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank continues alone, with an unsharded system from `build`."""
@@ -373,11 +373,12 @@ def start(
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
         processes=processes,
     )  # fmt: skip
+    if newest is not None:
+        training.restore(checkpoint.load(run.checkpoints / newest))
+        print(f"resuming from step {training.step} ({newest})", flush=True)
+    run.accept()
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
-        if newest is not None:
-            training.restore(checkpoint.load(run.checkpoints / newest))
-            print(f"resuming from step {training.step} ({newest})", flush=True)
         if run.resumed and training.is_first:
             run.rewind(training.step)
         yield training
