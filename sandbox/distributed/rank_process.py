@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
 from sandbox.distributed.remote_errors import is_picklable
@@ -229,8 +230,9 @@ def _follow_requests(requests: Connection, rank: Rank, folder: str) -> None:
 
 def error_report(error: BaseException) -> dict[str, Any]:
     """An error as plain data, with the pickled error if it is a SandboxError."""
+    lost = not isinstance(error, SandboxError) and _lost_contact(error)
+    error = error if lost else plugin_fault(error) or error
     is_ours, text = isinstance(error, SandboxError), str(error)
-    lost = not is_ours and _lost_contact(error)
     if lost:
         text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
     elif not is_ours:
