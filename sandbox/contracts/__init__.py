@@ -40,6 +40,7 @@ from sandbox.contracts.errors import (
     DataError,
     Diverged,
     PluginError,
+    PluginFault,
     Preempted,
     SandboxError,
     SizeError,

@@ -64,6 +64,20 @@ class PluginError(SandboxError):
     exit_code = 2
 
 
+class PluginFault(SandboxError):
+    """The code of a plugin raised an unexpected error (exit code 1); `traceback`: where."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message, traceback)
+
+    @property
+    def traceback(self) -> str:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 class DataError(SandboxError):
     """The data are missing, empty, or have more bad items than allowed (exit code 3)."""
 

@@ -17,6 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
 from sandbox.distributed.remote_errors import RankError
@@ -202,8 +203,10 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
 
     An error of `sandbox.contracts` stays as it is.
     """
-    trace, text = "".join(traceback.format_exception(error)), str(error)
+    trace = "".join(traceback.format_exception(error))
     lost = not isinstance(error, SandboxError) and _lost_contact(error)
+    error = error if lost else plugin_fault(error) or error
+    text = str(error)
     if isinstance(error, SandboxError):
         kind = next(c for c in type(error).__mro__ if c.__module__ == SandboxError.__module__)
         found = error if kind is type(error) else kind(text)

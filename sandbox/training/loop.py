@@ -72,8 +72,10 @@ def fit(training: Training, callbacks: Sequence[Callback] = ()) -> None:
         try:
             with rank.handling_signals():
                 trainer.fit(system, train_dataloaders=stream)
-        except SystemExit as e:  # Lightning turns a KeyboardInterrupt into it
-            raise KeyboardInterrupt from e
+        except SystemExit as e:
+            if isinstance(e.__context__, KeyboardInterrupt):  # Lightning turns it into this
+                raise KeyboardInterrupt from e
+            raise
         finally:
             training.loader.close()
     training.optimizer.zero_grad()
