@@ -118,9 +118,8 @@ def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | No
             continue
         result, environment = read_json(run.result), read_json(run.environment)
         metrics = _with_evaluations(path)
-        settings = leaves(config)
-        flops = planned.get(identity_of_work(settings)) if planned else None
-        found.entries.append(Entry(path, settings, metrics, result, environment, flops))
+        flops = planned.get(identity_of_work(config)) if planned else None
+        found.entries.append(Entry(path, leaves(config), metrics, result, environment, flops))
     return found
 
 

@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from sandbox.config.added_settings import with_added, without_added
 from sandbox.config.root import to_container
 from sandbox.config.secrets import mask
 from sandbox.contracts import ConfigError, StorageError
@@ -68,14 +69,12 @@ log = logging.getLogger(__name__)
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits, a hash of every setting that may change the result."""
-    return _hash(leaves(mask(config)))
+    return _hash(leaves(mask(without_added(config))))
 
 
-def identity_of_work(settings: Mapping[str, str]) -> str:
-    """Eight hex digits, a hash of every setting that changes the operations of a step.
-
-    `settings` come from `leaves`.
-    """
+def identity_of_work(config: Mapping[str, Any]) -> str:
+    """Eight hex digits, a hash of every setting that changes the operations of a step."""
+    settings = leaves(without_added(config))
     return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
 
 
@@ -284,14 +283,15 @@ class Run:
         return self.result.is_file()
 
     def config(self) -> dict[str, Any]:
-        """The recorded config. Raises StorageError."""
+        """The recorded config, with settings that were added later. Raises StorageError."""
         import yaml
 
         try:
             text = self.config_file.read_text(encoding="utf-8")
-            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+            found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (OSError, yaml.YAMLError) as e:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+        return with_added(found)
 
     def started_in(self) -> Path:
         """The folder that its relative paths refer to: that of its last start, if it exists."""

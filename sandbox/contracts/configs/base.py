@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from sandbox.contracts.errors import ConfigError
+
+ADDED = "added"  # key in the metadata of a field
+
+
+def added(default: Any) -> Any:
+    """The default of a setting that joins a Config after runs were made with it.
+
+    At this default the setting is left out of hashes and counts as recorded in older runs, so it
+    must mean what the plugin did before: `v_posterior: float = added(0.0)`.
+    """
+    return field(default=default, metadata={ADDED: True})
 
 
 @dataclass
