@@ -133,7 +133,7 @@ def open_run(
     if resume not in ("auto", "never"):
         run = _reopen(Path(resume), config, allow)
     else:
-        run = _resume_or_create(Path(out), _stem(name, config), resume == "auto")
+        run = _resume_or_create(Path(out), _stem(name, config), config, resume == "auto")
     try:
         run._begin(config)
     except BaseException:
@@ -177,10 +177,10 @@ def opened(root: Any, rank: Rank) -> Iterator[Run]:
         yield run
 
 
-def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
+def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for n, folder in enumerate(_folders(out, stem) if resume else ()):
+    for n, folder in enumerate(_folders(out, stem, config) if resume else ()):
         run = Run(folder)
         if not run.finished and run._lock(0 if n else LOCK_SECONDS):
             if not run.finished:  # it may have finished before the lock was taken
@@ -199,17 +199,29 @@ def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
 
 
 def _folders_of(root: Any) -> list[Path]:
-    return _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    config = to_container(root)
+    return _folders(Path(root.out), _stem(root.recipe, config), config)
 
 
-def _folders(out: Path, stem: str) -> list[Path]:
-    """Folders of this identity, newest first."""
+def _folders(out: Path, stem: str, config: Mapping[str, Any]) -> list[Path]:
+    """Folders of this identity whose recorded settings count as these, newest first."""
     found = []
     for path in out.glob(f"{stem}*"):
         match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
-        if match and path.is_dir():
+        if match and path.is_dir() and not _behaved_otherwise(Run(path), config):
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _behaved_otherwise(run: Run, config: Mapping[str, Any]) -> bool:
+    """Whether an older version made this run with another value of a setting added since."""
+    if not run.config_file.is_file():
+        return False
+    try:
+        recorded = run.config()
+    except StorageError:  # broken; resuming reports it
+        return False
+    return any(not matches(name, IGNORED) for name in changes(recorded, config))
 
 
 def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sandbox.config import discovery
 from sandbox.config.added_settings import with_added, without_added
@@ -12,8 +13,16 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.model.cached_latents import settings_of
 from sandbox.runs.diff import compare_runs
+from sandbox.runs.lookup import read_root
 from sandbox.runs.protocol import protocols
-from sandbox.runs.run import differences, identity, identity_of_work, open_run
+from sandbox.runs.run import (
+    continues,
+    differences,
+    identity,
+    identity_of_work,
+    open_root,
+    open_run,
+)
 from tests.helpers import composed, recipe
 
 RECORDED = json.loads(Path(__file__).with_name("identities.json").read_text())
@@ -97,6 +106,29 @@ def test_an_older_run_is_continued_at_the_default_only(field, other, plugin_fold
 def test_a_setting_that_is_not_marked_counts_always(plugin_folder):
     old = hashed(before(plugin_folder))
     assert hashed(after(plugin_folder, "slope: float = 0.0")) != old
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "was_rescaled"), [(1000, False), (500, True), (2000, True), (None, False)]
+)
+def test_an_older_run_keeps_its_times_and_is_not_continued_with_others(
+    timesteps, was_rescaled, tmp_path
+):
+    """Version 0.1 rescaled the times of a schedule of other than 1000 times."""
+    words = ["schedule=ddpm", *([f"schedule.timesteps={timesteps}"] if timesteps else [])]
+    root = composed(*words, f"out={tmp_path}")
+    old = to_container(root)
+    del old["schedule"]["rescale_timesteps"], old["schedule"]["v_posterior"]
+    with open_run(tmp_path, root.recipe, old) as run:
+        folder = run.folder
+    run.config_file.write_text(yaml.safe_dump(old))
+    assert read_root(folder).schedule.rescale_timesteps is was_rescaled
+    assert continues(root) is not was_rescaled
+    with open_root(root) as run:
+        assert (run.folder != folder) is was_rescaled
+    same = composed(*words, f"schedule.rescale_timesteps={was_rescaled}", f"out={tmp_path}")
+    with open_run(tmp_path, "r", to_container(same), str(folder)) as run:
+        assert run.resumed
 
 
 def test_settings_of_the_run_and_of_nested_plugins_are_found(plugin_folder):
