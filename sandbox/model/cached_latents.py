@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
 from sandbox.model.trainable import fingerprint, freeze
@@ -23,7 +24,7 @@ LARGE = ("encoder.", "decoder.")  # only pixels need these
 
 def settings_of(root: Root) -> dict[str, Any]:
     """The first stage settings that determine its latents, apart from the weights."""
-    return to_container(root.vae) | {"weights": None}
+    return without_added(to_container(root.vae)) | {"weights": None}
 
 
 def has_own_first_stage(root: Root) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import (
     SCALARS,
@@ -195,7 +196,8 @@ class Networks:
         self.of_text = ""
         if root.conditioning.embeds():
             conditioner: Any = freeze(build("conditioning", root))
-            self.of_text = _hash(to_container(root.conditioning), fingerprint(conditioner))
+            settings = without_added(to_container(root.conditioning))
+            self.of_text = _hash(settings, fingerprint(conditioner))
             self.conditioner = conditioner.to(self.device)
         self.first_stage.to(self.device)
 

@@ -116,10 +116,9 @@ def add(
         if not run.finished:
             runs.left_out.append(f"{path.name} is not finished")
             continue
-        settings = leaves(config)
-        flops = planned.get(identity_of_work(settings)) if planned else None
+        flops = planned.get(identity_of_work(config)) if planned else None
         records = with_evaluations(path), read_json(run.result), read_json(run.environment)
-        runs.entries.append(Entry(path, settings, *records, flops))
+        runs.entries.append(Entry(path, leaves(config), *records, flops))
     return runs
 
 

@@ -18,7 +18,7 @@ from sandbox.reports.ablation import Ablation, compare, varying
 from sandbox.reports.ablation_page import write_ablation
 from sandbox.reports.ablation_runs import read
 from sandbox.reports.figures import draw_curves
-from sandbox.runs.run import identity_of_work
+from sandbox.runs.run import Run, identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 
@@ -277,12 +277,11 @@ def test_the_jobs_of_a_multirun_are_found_also_where_the_folder_was_moved(tmp_pa
 
 
 def test_operations_are_those_that_a_plan_counted_for_such_a_run(runs):
-    settings = next(
-        e.settings for e in read(runs).entries if "dit" in e.settings["backbone.plugin"]
-    )
+    folder = next(e.folder for e in read(runs).entries if "dit" in e.settings["backbone.plugin"])
     plan = runs / "plans" / "default-0" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"work": identity_of_work(settings), "flops_per_step": 10**9}))
+    work = identity_of_work(Run(folder).config())
+    plan.write_text(json.dumps({"work": work, "flops_per_step": 10**9}))
     flops = {
         e.settings["backbone.plugin"]: e.costs.get("flops_per_step") for e in read(runs).entries
     }
