@@ -48,3 +48,34 @@ def torch_zip(path: Path, marker: Path) -> None:
 
 def torch_legacy(path: Path, marker: Path) -> None:
     torch.save({"x": Payload(marker)}, path, _use_new_zipfile_serialization=False)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Content and time of change of every file below `folder`."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def fill_with_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def fill_with_text(path: Path) -> None:
+    path.write_bytes(b"<!DOCTYPE html>\n" * 20)
+
+
+DAMAGES = (flip_a_byte, cut_in_half, empty, fill_with_zeros, fill_with_text)

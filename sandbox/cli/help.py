@@ -3,8 +3,6 @@
 Descriptions come from docstrings and comments in YAML files, so no plugin is imported.
 """
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence

@@ -5,8 +5,6 @@ with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage, 75 p
 130 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
@@ -19,6 +17,7 @@ from sandbox.cli.jobs import run
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
+from sandbox.config.plugin_faults import naming_plugins
 from sandbox.config.root import GROUPS
 from sandbox.contracts import ConfigError, SandboxError
 
@@ -27,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line and exits with its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _main(argv)
+        with naming_plugins():
+            code = _main(argv)
     except SandboxError as e:
         report(e)
         if "--traceback" in argv:

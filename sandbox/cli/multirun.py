@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -215,24 +215,8 @@ def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) ->
 
 def _sweep(line: Line, overrides: list[str], job: Job) -> None:
     """Runs a searching sweeper, such as hydra/sweeper=optuna."""
-    with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
-        _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
+    _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
     (job.folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
-
-
-class _WithoutOverrides:
-    """stderr without Hydra's line about a failed job, whose overrides may contain secrets."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        if text.startswith("Error executing job with overrides"):
-            return len(text)
-        return self.stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:
@@ -280,9 +264,10 @@ def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] 
 
 @dataclass
 class Job:
-    """Hydra's task function: runs a job, records its outcome, and raises its error.
+    """Hydra's task function: runs a job and records its outcome in the sweep's folder.
 
-    The outcome goes to the sweep's folder. A job never exits, because that would end the others.
+    A failed job has no result for a searching sweeper. It raises no error, since Hydra would print
+    overrides, which may have secrets; and never exits, because that would end the other jobs.
     """
 
     folder: Path
@@ -315,14 +300,11 @@ class Job:
             report(e, f"job {hydra.job.num}: ")
             if self.traceback:
                 traceback.print_exception(e)
-            raise
         except SystemExit as e:
             outcome |= {"error": f"it exited with code {e.code}"}
-            raise RuntimeError(f"a job exited with code {e.code}") from e
         except Exception as e:  # a bug
             outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
             traceback.print_exception(e)
-            raise
         finally:
             path = self.folder / f"job-{hydra.job.num}.json"
             write_atomic(path, json.dumps(outcome, indent=2, default=str))

@@ -4,8 +4,6 @@
 defaults and comments, docstrings, and the settings of presets. Imports no plugin.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

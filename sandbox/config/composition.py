@@ -14,7 +14,7 @@ from typing import Any
 
 from sandbox.config.discovery import chosen_plugin, setup
 from sandbox.config.hydra_compose import compose_raw, errors, is_option_list
-from sandbox.config.overrides import value
+from sandbox.config.overrides import key, value, with_quotes
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, Root, from_container
 
@@ -27,9 +27,10 @@ def expand(overrides: Sequence[str]) -> list[str]:
     - A setting of the chosen task needs no `task.`: `task=new group=vae`, for `task.group=vae`.
     - `logger=null` leaves a group empty, in Hydra `~logger`.
     - A task adds its `default_options` for groups that the command line does not choose.
+    - A list that Hydra's grammar refuses is quoted: `prompts=[a (red) cat]`.
     - `~/` at the start of a value is the home folder; shells do not expand it in `name=~/file`.
     """
-    overrides = [HOME.sub(lambda _: os.path.expanduser("~"), o) for o in overrides]
+    overrides = [with_quotes(HOME.sub(_home, o)) for o in overrides]
     empty = {f"{group}=null": f"~{group}" for group in GROUPS}
     for group in SEVERAL:
         empty |= dict.fromkeys((f"{group}=null", f"~{group}"), f"{group}=[]")
@@ -41,7 +42,13 @@ def expand(overrides: Sequence[str]) -> list[str]:
     own = {f.name for f in fields(plugin.config)} - {f.name for f in fields(Root)}
     given = {o.partition("=")[0] for o in overrides}
     options = [o for o in plugin.config.default_options if o.partition("=")[0] not in given]  # type: ignore[attr-defined]
-    return [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides] + options
+    overrides = [f"task.{o}" if o.partition("=")[0] in own else o for o in overrides]
+    texts = {f"task.{f.name}" for f in fields(plugin.config) if "tuple[str" in str(f.type)}
+    return [with_quotes(o, is_text=True) if key(o) in texts else o for o in overrides] + options
+
+
+def _home(found: re.Match[str]) -> str:
+    return os.path.expanduser("~")
 
 
 def compose(

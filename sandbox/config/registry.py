@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sandbox.config.conformance import check_plugin
 from sandbox.config.moved_names import OLD_METHODS
 from sandbox.config.static_reader import first_line, line_in, read
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
@@ -87,6 +88,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
             if not is_dataclass(getattr(cls, "Config", None)):
                 raise PluginError(f"{key}: {cls.__name__} needs a nested dataclass named Config")
             _add(Plugin(group, name, cls.__module__, path, first_line(cls.__doc__), cls.Config))  # type: ignore[attr-defined]
+        check_plugin(cls, group, name, _plugins[key].place)
         _classes[key] = cls
         return cls
 
@@ -224,6 +226,11 @@ def sources_beside(*folders: Path) -> Iterator[bytes]:
                 yield source(plugin)
 
 
+def classes() -> dict[str, type]:
+    """The classes that have been imported, by "group/name"."""
+    return dict(_classes)
+
+
 def groups() -> list[str]:
     return sorted({p.group for p in _plugins.values()})
 
@@ -266,7 +273,7 @@ def plugin_class(key: str) -> type:
             importlib.import_module(plugin.module)
         except PluginError:
             raise
-        except Exception as e:  # the plugin's own code may raise anything
+        except (Exception, SystemExit) as e:  # the plugin's own code may raise anything
             raise PluginError(
                 f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: "
                 f"{type(e).__name__}: {e}"

@@ -47,6 +47,7 @@ GROUPS = {  # every config group with its description, in the order of --help
     "kernels": "implementations of the most expensive operations",
     "stage": "steps of task=prepare, in this order; several may be chosen",
 }
+ADDED_GROUPS = {"method": "denoising"}  # option of groups that older runs do not record
 YAML_GROUPS = {  # groups without plugins
     "experiment": "recipes, one page each",
     "debug": "quick checks of any recipe",
@@ -150,7 +151,9 @@ def to_root(cfg: Any) -> Root:
         plain = OmegaConf.to_container(cfg, resolve=True)
         root = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(e.msg or str(e))}") from e
+        text = first_line(e.msg or str(e))
+        escape = "; write \\${...} for the text itself" if "nterpolation" in text else ""
+        raise ConfigError(f"{e.full_key or 'configuration'}: {text}{escape}") from e
     assert isinstance(root, Root)
     if problems := [*_unknown_settings(plain, root), *_not_configs(root)]:
         raise ConfigError(*problems)

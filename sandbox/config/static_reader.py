@@ -14,6 +14,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.conformance import check_config
 from sandbox.contracts import PluginConfig
 
 LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
@@ -38,6 +39,7 @@ def read(path: Path, module: str, group: str, name: str) -> Reading:
         cls = _registered_class(tree, group, name)
         found.doc = first_line(ast.get_docstring(cls)) or first_line(ast.get_docstring(tree))
         found.config, found.helpers = _config_class(tree, cls, module, path)
+        check_config(found.config, group, name, str(path))
     except SyntaxError as e:
         found.error = f"{path}:{e.lineno}: {e.msg}"
     except (OSError, ValueError) as e:  # no access, not UTF-8, a null byte

@@ -15,17 +15,10 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, Self
 
 from sandbox.contracts import Preempted
-from sandbox.distributed.signals import (
-    current_handlers,
-    ignore_signals,
-    set_handlers,
-    write_stderr,
-)
+from sandbox.distributed.signals import current_handlers, set_handlers, write_stderr
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["FirstRankFailed", "Rank", "check_plain", "ignore_signals"]
 
 POLL_SECONDS = 0.02  # between two checks of the store
 
@@ -35,7 +28,7 @@ class FirstRankFailed(RuntimeError):
 
 
 class Rank:
-    """Process number `index` of `world`, and number `local` of `local_world` on its machine.
+    """Process number `index` of `world`, and number `local` of `local_world` on machine `node`.
 
     A signal only sets a flag, which training checks after an optimizer step, so that a saved state
     is complete. Without a supervisor, a second signal has its previous effect: Ctrl-C raises
@@ -46,18 +39,28 @@ class Rank:
         self,
         index: int = 0,
         world: int = 1,
-        local: int | None = None,
-        local_world: int | None = None,
+        local: int = 0,
+        local_world: int = 1,
+        node: int = 0,
         supervised: bool = False,
     ) -> None:
         self.index, self.world = index, world
-        self.local = index if local is None else local
-        self.local_world = world if local_world is None else local_world
+        self.local, self.local_world, self.node = local, local_world, node
         self.supervised = supervised
         self._signal = [0]  # the stop signal; a list, which `as_single` shares
         self._keys = 0  # store keys used so far
         self._previous: dict[int, Any] = {}
-        self._process = os.getpid()
+        self._process = 0  # that handles the signals
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables in which Lightning and others look for the rank's place."""
+        return {
+            "RANK": str(self.index),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "NODE_RANK": str(self.node),
+        }
 
     # stop requests
 
@@ -96,7 +99,7 @@ class Rank:
             self.install_handlers()
             yield
             return
-        self._previous = current_handlers()
+        self._previous, self._process = current_handlers(), os.getpid()
         self.install_handlers()
         try:
             yield

@@ -2,6 +2,12 @@
 
 import pickle
 
+from sandbox.contracts import SandboxError
+
+
+class RankError(SandboxError):
+    """An unexpected error in a rank. Its cause is the traceback there, if there is one."""
+
 
 class RemoteTraceback(Exception):
     """The cause of an error from another process: its traceback there, as text."""

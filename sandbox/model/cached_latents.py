@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
-from sandbox.model.offload import moved
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.storage.first_stage_files import load_weights
-from sandbox.storage.weight_files import safetensors_errors
+from sandbox.storage.weight_files import safetensors_errors, verify
 
 LARGE = ("encoder.", "decoder.")  # only pixels need these
 
 
 def settings_of(root: Root) -> dict[str, Any]:
     """The first stage settings that determine its latents, apart from the weights."""
-    return to_container(root.vae) | {"weights": None}
+    return without_added(to_container(root.vae)) | {"weights": None}
 
 
 def has_own_first_stage(root: Root) -> bool:
@@ -99,6 +99,7 @@ class CachedLatents(nn.Module):
         super().__init__()
         self.root = root
         self.path, digest = source(root)
+        verify(self.path)
         self.register_buffer("digest", torch.tensor([*bytes.fromhex(digest)], dtype=torch.uint8))
         self._network: list[Any] = []  # in a list, so that it is no submodule
         self._is_loaded = True
@@ -148,9 +149,4 @@ class CachedLatents(nn.Module):
     def _on(self, device: torch.device) -> Any:
         """The first stage, with its loaded tensors on `device`."""
         (network,) = self._network
-        for module in network.modules():
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None and tensor.device != device and not tensor.is_meta:
-                        own[name] = moved(tensor, device)
-        return network
+        return network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

@@ -22,7 +22,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
         """Starts from the current trainable parameters of `module`, on their devices."""
         self.decay, self.updates = decay, 0
-        self.live = _trainable(module)
+        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: _wide(p).clone() for name, p in self.live.items()}
         self._is_applied = False
 
@@ -49,11 +49,11 @@ class EMA:
         torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """The parameters of `module` are the averages inside the block."""
-        live = [*_trainable(module).values()]
+    def applied(self) -> Iterator[None]:
+        """The trainable parameters are the averages inside the block."""
+        live = [*self.live.values()]
         saved = [local(detached(p)).clone() for p in live]
-        _copy(self.average, _trainable(module))
+        _copy(self.average, self.live)
         self._is_applied = True
         try:
             yield
@@ -76,10 +76,6 @@ class EMA:
         """Loads a `state_dict`. Raises StorageError for other names or shapes."""
         _copy(state["average"], self.average)
         self.updates = int(state["updates"])
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _wide(parameter: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sandbox.contracts import (
     Backbone,
@@ -19,6 +19,8 @@ from sandbox.contracts import (
     Schedule,
 )
 from sandbox.model.networks import skipped
+
+pytree.register_dataclass(Conditions)
 
 
 @torch.no_grad()
@@ -89,14 +91,7 @@ def concatenated(conditions: list[Conditions]) -> Conditions | None:
     ]
     if any(other != first for other in others):
         return None
-    values = {}
-    for f in fields(Conditions):
-        parts = [getattr(cond, f.name) for cond in conditions]
-        if isinstance(parts[0], dict):
-            values[f.name] = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        elif parts[0] is not None:
-            values[f.name] = torch.cat(parts)
-    return Conditions(**values)
+    return pytree.tree_map(lambda *xs: None if xs[0] is None else torch.cat(xs), *conditions)
 
 
 class PlainHooks:
@@ -119,7 +114,7 @@ class KnownRegion(PlainHooks):
         self.schedule, self.z0, self.mask, self.draws = schedule, z0, mask, draws
 
     def before(self, z_t: Tensor, t: Tensor) -> Tensor:
-        eps = self.draws.normal(f"known_region_{t[0].item()}", self.z0)
+        eps = self.draws.normal(f"known_region_{t[0].tolist()}", self.z0)
         return self.schedule.noised(self.z0, eps, t) * self.mask + (1 - self.mask) * z_t
 
 

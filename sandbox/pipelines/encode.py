@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import (
     SCALARS,
@@ -40,8 +41,9 @@ from sandbox.model.devices import device_of, use_threads
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.atomic import storing, write_atomic
 from sandbox.storage.first_stage_files import data_identity
+from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal
 from sandbox.training.first_stage import prepare_first_stage
 
@@ -71,7 +73,8 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
         if rank.index == 0 and not (folder / weights).is_file():
-            weight_files.write(networks.first_stage.state_dict(), folder / weights)
+            state = networks.first_stage.state_dict()
+            weight_files.write(state, folder / weights, hashed=True)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None
@@ -193,7 +196,8 @@ class Networks:
         self.of_text = ""
         if root.conditioning.embeds():
             conditioner: Any = freeze(build("conditioning", root))
-            self.of_text = _hash(to_container(root.conditioning), fingerprint(conditioner))
+            settings = without_added(to_container(root.conditioning))
+            self.of_text = _hash(settings, fingerprint(conditioner))
             self.conditioner = conditioner.to(self.device)
         self.first_stage.to(self.device)
 

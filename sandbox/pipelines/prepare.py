@@ -7,8 +7,6 @@ settings that determine them: a changed limit recomputes nothing, and a killed r
 keep the order of the clips: outputs depend neither on the number of workers nor on restarts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -40,7 +38,8 @@ from sandbox.data.video_files import CONTAINERS, VideoClip, probe
 from sandbox.distributed.pool import Crashed, Ordered, cores, started
 from sandbox.reports.media import write_frames
 from sandbox.reports.progress import Progress
-from sandbox.storage.atomic import locked, storing, write_atomic
+from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
 FORMAT = 1  # version of the score keys; bump when decoding changes

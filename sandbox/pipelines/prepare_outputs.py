@@ -3,8 +3,6 @@
 Each layout is a folder that is written atomically and deterministically.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import io
@@ -19,7 +17,7 @@ from typing import Any
 
 from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
-from sandbox.reports.media import SheetRow, contact_sheet, replacing
+from sandbox.reports.media import contact_sheet, replacing
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
@@ -182,7 +180,7 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> SheetRow | None:
+def shown(row: Row) -> tuple[str, dict[str, Any]] | None:
     """A few frames with source and reason; None if they cannot be decoded."""
     import numpy as np
 
@@ -192,7 +190,7 @@ def shown(row: Row) -> SheetRow | None:
     except BadItem:
         return None
     where = f"{printable(row['source'])} {row['start']:.1f}-{row['end']:.1f} s"
-    return SheetRow(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
+    return f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)}
 
 
 def write_summary(

@@ -1,7 +1,5 @@
 """The training objective as formulas with the configured numbers, and numerical checks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """The page of a plan (`templates/plan.html.j2`), with a diagram of the data flow."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +20,7 @@ def page(plan: Plan, overrides: Sequence[str] = ()) -> str:
     memory = text.memory_rows(plan)
     fits = memory[0].index("fits")
     return render(
-        "plan",
+        "plan.html",
         kind="Plan",
         title=plan.root.recipe,
         summary=f"{text.headline(plan)}. Computed from one training step on fake tensors: nothing "

@@ -97,12 +97,12 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The contents of plan.json."""
         from sandbox.config.root import to_container
-        from sandbox.runs.run import identity_of_work, leaves
+        from sandbox.runs.run import identity_of_work
 
         config, trainer = to_container(self.root), self.root.trainer
         return {
             "recipe": self.root.recipe,
-            "work": identity_of_work(leaves(config)),  # equal for runs with equal operations
+            "work": identity_of_work(config),  # equal for runs with equal operations
             "flops_per_step": self.cost.total * trainer.accumulate * trainer.processes,
             "sizes": asdict(self.sizes) | {"slots": sorted(self.sizes.slots.names())},
             "components": [asdict(row) for row in self.counts],

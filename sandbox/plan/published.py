@@ -4,8 +4,6 @@ From the official repository (finetune/README): reserved GPU memory in GB, one c
 of 5b and 1.5 hold for text- and image-to-video.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from sandbox.plan.strategies import DDP, ZERO2, ZERO2_OFFLOAD, ZERO3, ZERO3_OFFLOAD

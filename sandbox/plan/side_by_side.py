@@ -3,8 +3,6 @@
 Not concurrent.futures: `work` is a closure, which a forked process inherits without pickling.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence

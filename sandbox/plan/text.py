@@ -1,7 +1,5 @@
 """A plan as text for a terminal, and its table rows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from sandbox.plan.plan import Plan

@@ -1,7 +1,5 @@
 """Data flow of one micro-batch, with shapes, as boxes and arrows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sandbox.reports.tables import number
+
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.figure import Figure
@@ -107,13 +109,6 @@ def value_range(title: str, series: list[np.ndarray]) -> tuple[float, float, boo
         low = 0.0
     margin = 0.05 * (high - low) or abs(high) or 1.0
     return low and low - margin, high + margin, False
-
-
-def number(value: float) -> str:
-    """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
-    if 1000 <= abs(value) < 1e6:
-        return f"{value / 1000:.3g}k"
-    return f"{value:.3g}"
 
 
 def _finite(points: Points) -> np.ndarray:

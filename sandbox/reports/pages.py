@@ -16,10 +16,15 @@ CHARS = 300  # of one setting
 MEDIA = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg",
          ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}  # fmt: skip
 
+TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": "$<$", ">": "$>$",
+})  # fmt: skip
 
-def render(template: str, **context: Any) -> str:
-    """The page `templates/NAME.html.j2`."""
-    return _environment().get_template(f"{template}.html.j2").render(context)
+
+def render(name: str, **context: Any) -> str:
+    """The page `templates/NAME.j2`, such as "run.html"."""
+    return _environment().get_template(f"{name}.j2").render(context)
 
 
 @cache
@@ -28,11 +33,11 @@ def _environment() -> Any:
 
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=lambda name: ".html" in (name or ""), trim_blocks=True,
+        lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
     environment.filters |= {"setting": setting, "size": byte_size, "percent": percent,
-                            "unquote": unquote}  # fmt: skip
+                            "unquote": unquote, "tex": tex}  # fmt: skip
     return environment
 
 
@@ -54,6 +59,11 @@ def byte_size(size: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
+
+
+def tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return text.translate(TEX)
 
 
 def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

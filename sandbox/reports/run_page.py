@@ -6,7 +6,6 @@ A Content-Security-Policy allows inline styles and data URIs only. The layout is
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from sandbox.reports.scores import (
     rates_of,
     terminal_table,
 )
+from sandbox.runs.run import Run
 from sandbox.storage.atomic import storing, write_atomic
 
 __all__ = ["Report", "ScoreRow", "charts_of", "duration", "read_curves", "terminal_table",
@@ -68,7 +68,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
     sheet = media.item(Path(report.sheet), "contact sheet") if report.sheet is not None else None
     charts = charts_of(report.curves)
     page = render(
-        "run",
+        "run.html",
         report=report,
         scores=score_table(report),
         samples=samples,
@@ -89,27 +89,13 @@ def write_report(folder: str | Path, report: Report) -> Path:
     return path
 
 
-def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl, one {"step": 3, "loss": 0.9, ...} per line -> name -> [(step, value), ...].
-
-    The later line counts where a resumed run wrote a step twice. Lines that a kill truncated and
-    values that are no numbers are ignored. A missing file gives no curves.
-    """
-    path = Path(path)
-    found: dict[str, dict[int, float]] = {}
-    if not path.exists():
-        return {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, {})[entry["step"]] = float(value)
-    return {name: sorted(points.items()) for name, points in found.items()}
+def read_curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> [(step, value), ...] of a run folder; empty where it recorded none."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, row in Run(run).metrics().items():
+        for name, value in row.items():
+            curves.setdefault(name, []).append((step, float(value)))
+    return curves
 
 
 def score_table(report: Report) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def write_clips(
     sheet = folder / "sheet.png"
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
     rows = [
-        media.SheetRow(caption, {name: clips[i] for name, clips in columns.items()})
+        (caption, {name: clips[i] for name, clips in columns.items()})
         for i, caption in enumerate(captions)
     ]
     media.contact_sheet(sheet, rows)

@@ -7,8 +7,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sandbox.reports.charts import number
-from sandbox.reports.tables import text_table
+from sandbox.reports.tables import number, text_table
 
 
 @dataclass

@@ -28,3 +28,10 @@ def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
 
 def is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("-", "inf", "nan", "no")
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{value / 1000:.3g}k"
+    return f"{value:.3g}"

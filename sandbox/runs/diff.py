@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.runs.run import IGNORED, Run, changes, existing_run, leaves, matches, read_json
-from sandbox.storage.atomic import digest_of
 
 # Timings and memory, which differ between equal runs.
 MEASURED = ("*seconds*", "*per_second*", "*_ms", "time*", "*memory*")
@@ -108,10 +107,12 @@ def _scores(one: Run, other: Run) -> list[str]:
 
 
 def _weights(one: Path, other: Path) -> Iterator[str]:
-    """Exported weights whose bytes differ, or that one run lacks."""
+    """Exported weights that differ, or that one run lacks."""
+    from sandbox.storage.weight_files import content_hash
+
     for name in WEIGHTS:
         files = [path for path in (one / name, other / name) if path.is_file()]
         if len(files) == 1:
             yield f"{name}: only in the {'first' if files[0].parent == one else 'second'} run"
-        elif len({*map(digest_of, files)}) > 1:
+        elif len({*map(content_hash, files)}) > 1:
             yield f"{name}: differ"

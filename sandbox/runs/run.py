@@ -3,7 +3,7 @@
 The name is the recipe and a hash of the resolved config, so the same command finds its run again:
 
     outputs/default-1a2b3c4d/   the first run of this configuration; -2, -3 ... are further ones
-      lock                        held by the running process; the system frees it when that dies
+      lock                        names the running process; the system frees it when that dies
       config.yaml                 resolved, secrets masked
       environment.json            versions, code, machine, command line and its folder; earlier
                                   starts in "earlier"
@@ -18,7 +18,7 @@ their own. To train a finished run for longer, name its folder:
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import fnmatch
 import hashlib
 import itertools
@@ -26,18 +26,19 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from sandbox.config.added_settings import with_added, without_added
 from sandbox.config.root import to_container
 from sandbox.config.secrets import mask
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.runs.environment import environment
 from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.locks import FileLock
 
 # Settings that do not change a result, and all below them. They are not part of a run's identity
 # and may differ when it is resumed.
@@ -68,14 +69,12 @@ log = logging.getLogger(__name__)
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits, a hash of every setting that may change the result."""
-    return _hash(leaves(mask(config)))
+    return _hash(leaves(mask(without_added(config))))
 
 
-def identity_of_work(settings: Mapping[str, str]) -> str:
-    """Eight hex digits, a hash of every setting that changes the operations of a step.
-
-    `settings` come from `leaves`.
-    """
+def identity_of_work(config: Mapping[str, Any]) -> str:
+    """Eight hex digits, a hash of every setting that changes the operations of a step."""
+    settings = leaves(without_added(config))
     return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
 
 
@@ -128,15 +127,17 @@ def open_run(
     resume: "auto" continues the newest folder of this identity that is neither finished nor in use,
     else creates the next one; "never" always creates one; a folder name continues that run, even if
     it is finished, with an equal or larger `steps`. `allow`: settings that may then differ although
-    they may change the result. Raises StorageError where nothing can be written, ConfigError for a
-    folder that cannot be continued.
+    they may change the result. No file of a resumed run changes before `Run.accept`. Raises
+    StorageError where nothing can be written, ConfigError for a folder that cannot be continued.
     """
     if resume not in ("auto", "never"):
         run = _reopen(Path(resume), config, allow)
     else:
-        run = _resume_or_create(Path(out), _stem(name, config), resume == "auto")
+        run = _resume_or_create(Path(out), _stem(name, config), config, resume == "auto")
+    run.resumed, run._config = run.config_file.is_file(), config
     try:
-        run._begin(config)
+        if not run.resumed:
+            run.accept()
     except BaseException:
         run.close()
         raise
@@ -178,14 +179,18 @@ def opened(root: Any, rank: Rank) -> Iterator[Run]:
         yield run
 
 
-def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
+def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for n, folder in enumerate(_folders(out, stem) if resume else ()):
+    for n, folder in enumerate(_folders(out, stem, config) if resume else ()):
         run = Run(folder)
-        if not run.finished and run._lock(0 if n else LOCK_SECONDS):
-            if not run.finished:  # it may have finished before the lock was taken
-                return run
+        if run.finished:
+            continue
+        if not run._lock(0 if n else LOCK_SECONDS):
+            log.warning("%s: %s is running in it; this is a further run", folder, run.holder())
+        elif not run.finished:  # it may have finished before the lock was taken
+            return run
+        else:
             run.close()
     for n in itertools.count(1):
         run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
@@ -200,17 +205,29 @@ def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
 
 
 def _folders_of(root: Any) -> list[Path]:
-    return _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    config = to_container(root)
+    return _folders(Path(root.out), _stem(root.recipe, config), config)
 
 
-def _folders(out: Path, stem: str) -> list[Path]:
-    """Folders of this identity, newest first."""
+def _folders(out: Path, stem: str, config: Mapping[str, Any]) -> list[Path]:
+    """Folders of this identity whose recorded settings count as these, newest first."""
     found = []
     for path in out.glob(f"{stem}*"):
         match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
-        if match and path.is_dir():
+        if match and path.is_dir() and not _behaved_otherwise(Run(path), config):
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _behaved_otherwise(run: Run, config: Mapping[str, Any]) -> bool:
+    """Whether an older version made this run with another value of a setting added since."""
+    if not run.config_file.is_file():
+        return False
+    try:
+        recorded = run.config()
+    except StorageError:  # broken; resuming reports it
+        return False
+    return any(not matches(name, IGNORED) for name in changes(recorded, config))
 
 
 def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:
@@ -225,26 +242,31 @@ def _reopen(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Ru
     run = existing_run(folder, "resume.run")
     if not run._lock():
         raise ConfigError(
-            f"resume.run={folder}: a process is running in it; wait for it or stop it"
+            f"resume.run={folder}: {run.holder()} is running in it; wait for it or stop it"
         )
-    changed, start = changes(run.config(), config), run.started_in()
-    for line in differences(run.config(), config):
+    try:
+        _check_changes(run, config, allow)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _check_changes(run: Run, config: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Raises ConfigError for a setting that may change the result and that is not in `allow`."""
+    folder, recorded, start = run.folder, run.config(), run.started_in()
+    for line in differences(recorded, config):
         log.info("resume: %s", line)
     refused = [
         f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
         f"to allow it: resume.allow=[{k}]"
-        for k, (a, b) in changed.items()
+        for k, (a, b) in changes(recorded, config).items()
         if not matches(k, (*IGNORED, *allow))
         and not (k == "steps" and a.isdecimal() and b.isdecimal() and int(b) >= int(a))
         and not _is_same_file(start, a, b)
     ]
     if refused:
-        run.close()
         raise ConfigError(*refused)
-    if run.finished:  # with fewer steps
-        with storing(run.result):
-            run.result.replace(run.folder / "result.earlier.json")
-    return run
 
 
 def _is_same_file(start: Path, a: str, b: str) -> bool:
@@ -270,7 +292,9 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.samples = self.folder / "samples"
         self.result = self.folder / "result.json"
-        self._handle: int | None = None
+        self._config: Mapping[str, Any] | None = None  # of this start, until it is accepted
+        self._accepted = False
+        self._own_lock = FileLock(self.folder / "lock")
         self._last_line_is_complete = False
 
     def __enter__(self) -> Self:
@@ -284,14 +308,15 @@ class Run:
         return self.result.is_file()
 
     def config(self) -> dict[str, Any]:
-        """The recorded config. Raises StorageError."""
+        """The recorded config, with settings that were added later. Raises StorageError."""
         import yaml
 
         try:
             text = self.config_file.read_text(encoding="utf-8")
-            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+            found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (OSError, yaml.YAMLError) as e:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+        return with_added(found)
 
     def started_in(self) -> Path:
         """The folder that its relative paths refer to: that of its last start, if it exists."""
@@ -334,52 +359,60 @@ class Run:
         """Writes result.json atomically, which marks the run as finished."""
         self._write_json(self.result, mask(result))
 
+    def holder(self) -> str:
+        """The process that runs in the folder, such as "process 12 on host a (since ...)"."""
+        return self._own_lock.holder()
+
     def close(self) -> None:
-        """Releases the lock."""
-        if self._handle in _locks:  # a forked child has dropped it
-            del _locks[self._handle]
-            os.close(self._handle)
-        self._handle = None
+        """Releases the lock; a folder whose start was not accepted is as it was."""
+        self._own_lock.release(unused=not self._accepted)
 
-    def _lock(self, seconds: float = 0) -> bool:
-        """Takes the lock, which the system frees when this process dies.
+    def accept(self) -> None:
+        """Records this start: its config and environment. A later call does nothing.
 
-        False if another process holds it, also after `seconds`.
+        Called when all that the run continues from is loaded. Raises StorageError.
         """
-        path = self.folder / "lock"
-        with storing(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            os.close(handle)
-            if isinstance(e, BlockingIOError):
-                if seconds <= 0 or path in _locks.values():
-                    return False
-                time.sleep(0.05)
-                return self._lock(seconds - 0.05)
-            raise StorageError(
-                f"{path}: this file system has no locks ({e.strerror or e}); choose another out="
-            ) from e
-        _locks[handle] = path
-        self._handle = handle
-        return True
-
-    def _begin(self, config: Mapping[str, Any]) -> None:
         import yaml
 
-        self.resumed = self.config_file.is_file()
+        config, self._config = self._config, None
+        if config is None:
+            return
+        self._accepted = True
         earlier, now = read_json(self.environment), environment()
         was, code = earlier.get("code"), now["code"]
         if self.resumed and was != code:
             log.warning("%s is resumed with other code: %s -> %s", self.folder, was, code)
+        if self._own_lock.left:
+            log.warning(
+                "%s: %s was running in it and may still be; make sure that it is not",
+                self.folder,
+                self._own_lock.left,
+            )
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
         with storing(self.folder):
             self.checkpoints.mkdir(exist_ok=True)
             self.samples.mkdir(exist_ok=True)
             write_atomic(self.config_file, yaml.safe_dump(mask(config), sort_keys=False, width=100))
+            if self.finished:  # with fewer steps
+                self.result.replace(self.folder / "result.earlier.json")
         self._write_json(self.environment, now)
+
+    def _lock(self, seconds: float = 0) -> bool:
+        """Takes the lock, which the system frees when this process dies.
+
+        False if another process holds it, also after `seconds`.
+        """
+        path = self._own_lock.path
+        try:
+            return self._own_lock.take(0 if self._own_lock.is_own else seconds)
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+                raise StorageError(
+                    f"{path}: this file system has no locks ({e.strerror}); choose another out="
+                ) from e
+            with storing(path):
+                raise
 
     def _append(self, text: str) -> None:
         with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
@@ -393,18 +426,6 @@ class Run:
     def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         with storing(path):
             write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
-
-
-_locks: dict[int, Path] = {}  # the locks of this process, by file descriptor
-
-
-def _drop_locks_in_child() -> None:
-    """A forked child (a data worker) would otherwise keep the lock after its parent was killed."""
-    while _locks:
-        os.close(_locks.popitem()[0])
-
-
-os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
 def read_json(path: Path) -> dict[str, Any]:

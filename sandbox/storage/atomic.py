@@ -1,6 +1,5 @@
 """Atomic writes: a reader sees the old file or the new one, whenever the writer is killed."""
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sandbox.contracts import ConfigError, StorageError
+from sandbox.contracts import StorageError
 
 
 def sync_folder(folder: Path) -> None:
@@ -72,24 +71,3 @@ def digest_of(path: Path) -> str:
     """SHA-256 of a file. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path, setting: str = "cache") -> Iterator[None]:
-    """Lets one process at a time into the block; the others log that they wait."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
-    except OSError as e:
-        raise ConfigError(
-            f"{setting}={path.parent}: cannot be written ({e.strerror}); choose another folder"
-        ) from e
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that writes {path.name}", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

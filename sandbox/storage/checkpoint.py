@@ -1,10 +1,11 @@
 """Atomic, verified checkpoints.
 
 A checkpoint is a file `step_00001200.ckpt` and its manifest `step_00001200.json`. The file is
-written under a temporary name, hashed while it is written, synced and renamed; the manifest
-(SHA-256, size, step, format) comes last. So a kill at any moment leaves the older checkpoints
-intact. No file is overwritten: saving the same step again gives `step_00001200-2`. Loading verifies
-size and hash, and accepts only tensors and plain containers.
+written under a temporary name, hashed while it is written, and synced; then the manifest (SHA-256,
+size, step, format) is written, and the file gets its name last. So a kill at any moment leaves the
+older checkpoints intact, and a file without a manifest is damage. No file is overwritten: saving
+the same step again gives `step_00001200-2`. Loading verifies size and hash, and accepts only
+tensors and plain containers.
 """
 
 import hashlib
@@ -88,9 +89,12 @@ def save_and_prune(
 def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for orphan in folder.glob(".*.part"):  # of a killed writer; a run folder has one writer
+        unfinished = orphan.with_name(orphan.name[1:]).with_suffix("")
+        if unfinished.suffix == ".ckpt" and not unfinished.exists():
+            unfinished.with_suffix(".json").unlink(missing_ok=True)
         orphan.unlink(missing_ok=True)
     path = _unused(folder, step)
-    part = folder / f".{path.name}.part"
+    part = _part(path)
     try:
         with part.open("wb") as file, ThreadPoolExecutor(1) as pool:
             hashed = _HashedFile(file, pool)
@@ -100,8 +104,6 @@ def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]
                 raise hashed.error or e from None
             file.flush()
             os.fsync(file.fileno())
-        part.rename(path)
-        sync_folder(folder)
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -111,11 +113,19 @@ def _write(folder: Path, state: dict[str, Any], step: int, notes: dict[str, Any]
             "notes": notes,
         }
         write_atomic(path.with_suffix(".json"), json.dumps(manifest, indent=1) + "\n")
+        part.rename(path)
+        sync_folder(folder)
     except BaseException:  # also a KeyboardInterrupt
+        path.with_suffix(".json").unlink(missing_ok=True)
         part.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def _part(path: Path) -> Path:
+    """The temporary name of a checkpoint."""
+    return path.with_name(f".{path.name}.part")
 
 
 class _HashedFile:
@@ -169,12 +179,12 @@ def manifest(path: Path) -> dict[str, Any]:
                 f"{path}: format {found['format']}, but this program reads up to {FORMAT}; "
                 "use the version that wrote it, or resume=never"
             )
+        if not isinstance(found["notes"], dict):
+            raise TypeError("its notes")
         return {k: found[k] for k in ("format", "step", "file", "size", "sha256", "notes")}
     except FileNotFoundError:
-        raise StorageError(
-            f"{path}: it has no manifest: not a checkpoint, or its write was interrupted"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise StorageError(f"{path}: it has no manifest; copy it again, or remove it") from None
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as e:
         raise StorageError(
             f"{path.with_suffix('.json')}: not the manifest of a checkpoint ({e!r})"
         ) from e
@@ -221,29 +231,42 @@ def load_mapped(path: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest valid checkpoint; logs broken ones. Raises NewerFormat."""
-    return next((path for path, _ in _valid(folder, verify)), None)
+    """The newest valid checkpoint; None in a folder without checkpoints.
+
+    Logs broken ones. Raises NewerFormat, and StorageError where all are broken.
+    """
+    return _newest(folder, lambda path: (verify(path), path)[1])
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest valid checkpoint, also while a run prunes them.
-
-    Logs broken ones. Raises NewerFormat.
-    """
-    return next((state for _, state in _valid(folder, load)), None)
+    """The state of the newest valid checkpoint, also while a run prunes them; else as `newest`."""
+    return _newest(folder, load)
 
 
-def _valid(folder: Path, read: Callable[[Path], T]) -> Iterator[tuple[Path, T]]:
-    """Readable checkpoints, newest first; the folder is listed again for each."""
-    seen: set[Path] = set()
-    while left := [path for path in checkpoints(folder) if path not in seen]:
-        seen.add(left[0])
+def _newest(folder: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of the newest checkpoint that it accepts; raises as `newest`."""
+    broken: dict[Path, str] = {}
+    unfinished: set[Path] = set()
+    # The folder is listed again for each: a run may prune it.
+    while left := [p for p in checkpoints(folder) if p not in broken and p not in unfinished]:
+        path = left[0]
+        if not path.exists() and _part(path).exists():  # its write was interrupted
+            unfinished.add(path)
+            continue
         try:
-            yield left[0], read(left[0])
+            return read(path)
         except NewerFormat:
             raise
         except StorageError as e:
             log.warning("skipped checkpoint: %s", e)
+            broken[path] = str(e)
+    if broken:
+        raise StorageError(
+            f"{folder}: all checkpoints of this run are broken, {len(broken)} in all "
+            f"({next(iter(broken.values()))}); nothing was changed. Copy them from a backup, or "
+            "start a new run with resume=never"
+        )
+    return None
 
 
 def of_step(folder: Path, step: int) -> Path:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.paths import PLUGINS
 from sandbox.config.root import Root, to_container
 from sandbox.config.static_reader import code_alone
@@ -96,7 +96,8 @@ def cache_path(root: Root) -> Path:
     The name has a hash of everything that affects it: settings, data, seed, and code without
     comments and docstrings. Files in `data.root` are not read.
     """
-    vae, parts = to_container(root.vae) | {"weights": None}, [root.vae.plugin, root.data.plugin]
+    vae = without_added(to_container(root.vae)) | {"weights": None}
+    parts = [root.vae.plugin, root.data.plugin]
     if root.vae.fitted() == "trained":
         parts.append(f"reconstruction/{root.vae.regularizer()}")
     sources = [registry.source(registry.find(part)) for part in parts]
@@ -111,5 +112,4 @@ def cache_path(root: Root) -> Path:
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
     """The data settings that determine the clips."""
-    names = [f.name for f in fields(data) if f.name not in LOADING]
-    return {name: to_container(getattr(data, name)) for name in names}
+    return {k: v for k, v in without_added(to_container(data)).items() if k not in LOADING}

@@ -1,9 +1,12 @@
 """Weight files, ours and others': written atomically, read without executing them.
 
+Ours have the SHA-256 of their content in the header, which is verified at every load.
+
 Pickled files (.ckpt, .pt, .pth, .bin) may contain code: only tensors and plain containers are
 read, and nothing is executed.
 """
 
+import hashlib
 import json
 import pickle
 import re
@@ -23,6 +26,9 @@ from sandbox.storage.atomic import replacing, storing
 
 LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
 PLAIN = (str, int, float, bool, bytes, type(None))
+SHA256 = "sha256"  # in the header of our files
+CHUNK = 1 << 22
+MOST_HEADER = 100_000_000  # bytes; the limit of the library
 STATE_KEYS = ("state_dict", "module", "model")  # the weights in checkpoints of other programs
 # What torch.load raises on damaged files, besides UnpicklingError.
 TORN = (
@@ -44,11 +50,15 @@ TORN = (
 
 
 def write(
-    state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    hashed: bool = False,
 ) -> Path:
     """Writes weights as safetensors, atomically; `metadata` goes into the header.
 
-    Raises StorageError for a failed write, Diverged for a tensor that is not finite.
+    `hashed`: also the SHA-256 of the content, which `read` verifies. Raises StorageError for a
+    failed write, Diverged for a tensor that is not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -65,23 +75,48 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             try:
-                save_file(tensors, part, {"format": "pt", **(metadata or {})})
+                own = {"format": "pt", **({SHA256: "0" * 64} if hashed else {})}
+                save_file(tensors, part, own | dict(metadata or {}))
             except SafetensorError as e:  # raised for a full disk
                 raise OSError(str(e)) from e
             with part.open("r+b") as file:
-                _sort_header(file)
+                _finish_header(file)
     return path
 
 
-def _sort_header(file: BinaryIO) -> None:
-    """Sorts the metadata in the header: the library writes it in a random order."""
-    length = int.from_bytes(file.read(8), "little")
-    found = json.loads(file.read(length))
-    found["__metadata__"] = dict(sorted(found["__metadata__"].items()))
+def _finish_header(file: BinaryIO) -> None:
+    """Sorts the metadata in the header, as the library's order is random, and fills in the hash."""
+    found = _header(file)
+    length = file.tell() - 8
+    metadata = found["__metadata__"]
+    if SHA256 in metadata:
+        metadata[SHA256] = _content_hash(found, file)
+    found["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
     assert len(text) == length
     file.seek(8)
     file.write(text)
+
+
+def _header(file: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file; the data follow. Raises ValueError."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
+    found = json.loads(file.read(length))
+    if not isinstance(found, dict) or not isinstance(found.get("__metadata__", {}), dict):
+        raise ValueError("no header of tensors")
+    return found
+
+
+def _content_hash(header: Mapping[str, Any], data: BinaryIO) -> str:
+    """SHA-256 of a header, without the hash in it, and of the data that follow."""
+    metadata = {k: v for k, v in header.get("__metadata__", {}).items() if k != SHA256}
+    text = json.dumps({**header, "__metadata__": metadata}, sort_keys=True)
+    found = hashlib.sha256(text.encode())
+    while chunk := data.read(CHUNK):
+        found.update(chunk)
+    return found.hexdigest()
 
 
 def write_pickled(content: Mapping[str, Any], path: Path) -> Path:
@@ -140,12 +175,13 @@ def read(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file, on the CPU.
 
     Of a training checkpoint only the weights are returned (`state_dict`, `module` or `model`).
-    `mapped` memory-maps the tensors where the format allows it; safetensors always are.
-    Raises StorageError.
+    `mapped` memory-maps the tensors where the format allows it; safetensors always are. Verifies
+    the hash of our own files. Raises StorageError.
     """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        verify(path)
         with safetensors_errors(path):
             return load_file(path)
     if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
@@ -161,6 +197,38 @@ def read(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     if not weights:
         raise StorageError(f"{path}: it has no named tensors")
     return weights
+
+
+def verify(path: Path) -> bool:
+    """Whether a safetensors file has the hash of its content.
+
+    Raises StorageError where the hash differs.
+    """
+    with opened(path) as file:
+        try:
+            found = _header(file)
+        except (ValueError, RecursionError):  # the library reports it
+            return False
+        recorded = found.get("__metadata__", {}).get(SHA256)
+        if recorded is not None and recorded != _content_hash(found, file):
+            raise StorageError(
+                f"{path}: damaged: its SHA-256 is not that of its header; copy it again"
+            )
+    return recorded is not None
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; of safetensors the same with and without the hash in it.
+
+    Raises StorageError.
+    """
+    with opened(path) as file:
+        try:
+            found = _header(file)
+        except (ValueError, RecursionError):
+            found = {}
+            file.seek(0)
+        return _content_hash(found, file)
 
 
 def header(path: Path) -> dict[str, str]:

@@ -85,7 +85,7 @@ class Export:
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
                 print(f"{name}/ is missing here: use from_pretrained(..., {name}=None)")
         elif layout is None:
-            weight_files.write(system.trainable_state(), to, system.first_stage_hash())
+            weight_files.write(system.trainable_state(), to, system.first_stage_hash(), hashed=True)
         else:
             weights = layout.join(split(system, ema))
             weight_files.write_pickled(layout.file(weights, step), to)

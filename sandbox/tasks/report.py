@@ -45,9 +45,8 @@ class Report:
         from pathlib import Path
 
         from sandbox.reports.ablation import compare
-        from sandbox.reports.ablation_page import write_ablation
+        from sandbox.reports.ablation_page import markdown_table, tables, write_ablation
         from sandbox.reports.ablation_runs import read
-        from sandbox.reports.ablation_tables import markdown_table, tables
 
         folder = Path(self.cfg.runs or root.out)
         tracker = self.tracker(root)
@@ -78,7 +77,7 @@ def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> Non
 
     Raises StorageError; the local files are kept.
     """
-    from sandbox.reports.ablation_tables import plain, tables
+    from sandbox.reports.ablation_page import plain, tables
 
     # further seeds of a trial have no sweep
     sweeps = {e.environment.get("sweep") for e in found.entries} - {None}

@@ -53,6 +53,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """
     from sandbox.config.composition import received
     from sandbox.config.wiring import wire
+    from sandbox.model.devices import use_threads
     from sandbox.runs.run import continues, opened
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
@@ -63,6 +64,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     began = time.monotonic()
     wiring = wire(received(settings["root"]))
     root = wiring.root
+    use_threads(root)
     check_objective(root, root.task.objective)
     check_best(wiring)
     check_weights(wiring, begins=not continues(root))

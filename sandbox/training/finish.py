@@ -95,10 +95,12 @@ def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
     system, folder = training.system, training.run.folder
     assert isinstance(system, LatentDiffusion)
     metadata = system.first_stage_hash()
-    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata)
+    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata, hashed=True)
     with training.ema_weights():
         if training.ema:
-            weight_files.write(system.trainable_state(), folder / weight_files.AVERAGED, metadata)
+            weight_files.write(
+                system.trainable_state(), folder / weight_files.AVERAGED, metadata, hashed=True
+            )
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)
@@ -131,9 +133,7 @@ def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
     """A contact sheet with a row per caption: real clips, the model, an untrained model."""
     wanted = SHEET_COLUMNS if "real clips" in found.clips else CACHED_COLUMNS
     columns = [c for c in wanted if c in found.clips]
-    rows = [
-        media.SheetRow(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places
-    ]
+    rows = [(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places]
     media.contact_sheet(path, rows)
 
 
@@ -171,7 +171,7 @@ def report(
         rates=found.rates,
         samples=[(caption, path.resolve()) for caption, path in samples],
         sheet=sheet.resolve(),
-        curves={**read_curves(run.metrics_file)},
+        curves={**read_curves(run.folder)},
         notes=notes,
         environment=json.loads(run.environment.read_text()),
         skipped=skipped,

@@ -5,7 +5,7 @@ in the cache. Later runs and the other jobs of a sweep use it, whatever optimize
 compare. A lock keeps concurrent jobs from training it twice.
 """
 
-import os
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,21 +25,31 @@ from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import by_pairs, gather, reconstructed
 from sandbox.model.autoencoding import Autoencoding, psnr
 from sandbox.model.components import build, use_kernels
+from sandbox.model.trainable import fingerprint
 from sandbox.reports import media
 from sandbox.runs.run import continues, opened
-from sandbox.storage import weight_files
-from sandbox.storage.atomic import locked, replacing, storing
+from sandbox.storage import checkpoint, weight_files
+from sandbox.storage.atomic import replacing, storing
 from sandbox.storage.first_stage_files import (
     FIRST_STAGE_FILE,
     cache_path,
     init_first_stage,
     load_weights,
 )
+from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 
 CALIBRATION_CLIPS = 512
-TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
+TRAINED_WITH = {
+    "task": "train_vae",
+    "optimizer": "adamw",
+    "lr_schedule": "warmup_cosine",
+    "ema": "warmup",
+    "resume": "auto",
+}
+
+log = logging.getLogger(__name__)
 
 
 def prepare_first_stage(
@@ -48,39 +58,67 @@ def prepare_first_stage(
     """Loads the weights of `first_stage`. Raises StorageError for a file that does not fit.
 
     A run stores a copy of its first stage in its `folder` and always uses that: latents of another
-    first stage would be incompatible.
+    first stage would be incompatible. Damaged files of run and cache are replaced.
     """
     cfg, own = root.vae, folder / FIRST_STAGE_FILE if folder else None
     if cfg.weights is None or cfg.fitted() == "none":
         return
-    if own and own.is_file():
-        load_weights(first_stage, own)
+    if own and own.is_file() and _loads(first_stage, own):
         return
     if cfg.weights != "auto":
         load_weights(first_stage, Path(cfg.weights))
         return
     path = cache_path(root)
+    _load_cached(root, first_stage, path, rank)
+    if folder and own:
+        _check_recorded(first_stage, folder)
+        with storing(own), replacing(own) as part:
+            shutil.copyfile(path, part)  # no hard link: damage of the cache must not reach the run
+
+
+def _load_cached(root: Root, first_stage: Any, path: Path, rank: Rank | None) -> None:
+    """Loads the file in the cache; makes it where it is missing or damaged."""
+    cfg = root.vae
+    if path.is_file() and _loads(first_stage, path):  # without the lock: it appears as a whole
+        return
     with locked(path):
-        if not path.is_file():
+        if not path.is_file() or _is_damaged(path):
             how = "Fitting" if cfg.fitted() == "closed_form" else "Training"
             print(f"{how} first stage {cfg.plugin} (cached in {path})", flush=True)
             fit_or_train(root, first_stage, rank)
-            weight_files.write(first_stage.state_dict(), path)
-        if own:
-            _link(path, own)
+            weight_files.write(first_stage.state_dict(), path, hashed=True)
+        load_weights(first_stage, path)
+
+
+def _loads(first_stage: nn.Module, path: Path) -> bool:
+    """Loads a file; False where it is damaged. Raises StorageError where it does not fit."""
     try:
-        load_weights(first_stage, own or path)
+        load_weights(first_stage, path)
     except StorageError as e:
-        raise StorageError(f"{e}; it is only a cache: delete {path}") from e
+        if not _is_damaged(path):
+            raise
+        log.warning("skipped first stage: %s", e)
+        return False
+    return True
 
 
-def _link(path: Path, target: Path) -> None:
-    """Hard-links a file, or copies it where the file system cannot; atomic."""
-    with storing(target), replacing(target) as part:
-        try:
-            os.link(path, part)
-        except OSError:
-            shutil.copyfile(path, part)
+def _is_damaged(path: Path) -> bool:
+    try:
+        weight_files.read(path)
+    except StorageError:
+        return True
+    return False
+
+
+def _check_recorded(first_stage: nn.Module, folder: Path) -> None:
+    """Raises StorageError where the run in `folder` was trained with another first stage."""
+    newest = checkpoint.newest(folder / "checkpoints")
+    recorded = checkpoint.load_mapped(newest)["frozen"].get("first_stage") if newest else None
+    if recorded not in (None, fingerprint(first_stage)):
+        raise StorageError(
+            f"{folder / FIRST_STAGE_FILE}: damaged or lost, and the first stage in the cache is "
+            "not the one of this run; copy the file again"
+        )
 
 
 def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
@@ -89,15 +127,7 @@ def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None
         train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
-    load_weights(first_stage, train_in_cache(_shared(root), (rank or Rank()).as_single()))
-
-
-def _shared(root: Root) -> Root:
-    """`root` without the settings that a shared first stage must not depend on."""
-    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
-    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
-    trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, data=root.data.all_clips(), precision="fp32", trainer=trainer, **fixed)
+    load_weights(first_stage, train_in_cache(root, (rank or Rank()).as_single()))
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
@@ -118,11 +148,19 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:
-    """Trains the first stage of `root` in a run folder in the cache; returns its weight file."""
-    task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
+    """Trains the first stage of `root` in a run folder in the cache; returns its weight file.
+
+    Settings that a shared first stage must not depend on have their defaults.
+    """
+    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
+    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
+    recipe = root.vae.recipe()
     own = replace(
         root,
-        task=task,
+        **fixed,
+        trainer=replace(registry.default("trainer", "single"), **machine),
+        data=root.data.all_clips(),
+        precision="fp32",
         lr=recipe.lr,
         base_lr=None,
         steps=recipe.steps,
@@ -136,7 +174,6 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         reconstruction=None,
         callbacks={},
         logger=None,
-        resume=registry.default("resume", "auto"),
     )
     done = train_first_stage(first_stage_alone(own), None, rank)
     return Path(done["folder"]) / "first_stage.safetensors"
@@ -197,7 +234,8 @@ def _finish(training: Any) -> dict[str, Any]:
         video = val.video
         assert video is not None  # gathered
         made = reconstructed(first_stage, video, system.device)
-        weight_files.write(first_stage.state_dict(), run.folder / "first_stage.safetensors")
+        state = first_stage.state_dict()
+        weight_files.write(state, run.folder / FIRST_STAGE_FILE, hashed=True)
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
     if metric := by_pairs(root):

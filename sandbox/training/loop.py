@@ -18,16 +18,15 @@ from sandbox.config.param_groups import parse_entry
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
-from sandbox.model.devices import use_threads
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
 from sandbox.training.state import Training, check_best_of
-from sandbox.training.tracking import TrainedOn, suspects
+from sandbox.training.tracking import suspects
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
-def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
+def fit(training: Training, callbacks: Sequence[Callback] = ()) -> None:
     """Trains from `training.step` to `root.steps`. `callbacks` run after the configured ones.
 
     Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
@@ -35,7 +34,6 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     root, system, cfg = training.root, training.system, training.root.trainer
     if training.step >= training.steps:
         return
-    use_threads(root, threads)
     system.optimizer = training.optimizer
     for callback in training.callbacks.values():
         callback.training = training  # type: ignore[attr-defined]
@@ -74,8 +72,10 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
         try:
             with rank.handling_signals():
                 trainer.fit(system, train_dataloaders=stream)
-        except SystemExit as e:  # Lightning turns a KeyboardInterrupt into it
-            raise KeyboardInterrupt from e
+        except SystemExit as e:
+            if isinstance(e.__context__, KeyboardInterrupt):  # Lightning turns it into this
+                raise KeyboardInterrupt from e
+            raise
         finally:
             training.loader.close()
     training.optimizer.zero_grad()
@@ -112,7 +112,7 @@ class OptimizerStep(Callback):
         # a first stage that is trained for the cache has no callback that measures
         self.is_measured = any(c.measures(every) for c in callbacks)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
-        self.trained_on: list[TrainedOn] = []
+        self.trained_on: list[tuple[list[str], Tensor]] = []
         self.rates: dict[str, float] = {}
         self.is_bad = False
 
@@ -163,7 +163,7 @@ class OptimizerStep(Callback):
         if not training.step and self.is_measured:
             check_best_of(self.root, sorted(pl_module.logged))
         self.metrics.append(pl_module.metrics)
-        self.trained_on.append(TrainedOn(batch.ids, pl_module.per_sample))
+        self.trained_on.append((batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
             training.ema.update()
@@ -179,7 +179,7 @@ class OptimizerStep(Callback):
             samples = suspects(self.trained_on, training.rank)
             training.skipped.append({"step": training.step, "samples": samples})
             metrics["skipped"] = len(training.skipped)
-        training.add_metrics(metrics, self.trained_on)
+        training.buffer.add(training.step, metrics, self.trained_on)
         self.metrics, self.trained_on, self.is_bad = [], [], False
         if len(training.skipped) > self.cfg.max_bad_steps:
             raise Diverged(

@@ -5,10 +5,8 @@ dropping, sample order and augmentation are keyed by position (`data.randomness`
 re-seeded for every micro-batch, and nothing else is random.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 from lightning import Callback
-from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
@@ -41,7 +38,7 @@ from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.training.image_rows import image_rows
-from sandbox.training.tracking import MetricBuffer, Trackers, TrainedOn, suspects
+from sandbox.training.tracking import MetricBuffer, Trackers, suspects
 
 
 @dataclass
@@ -72,7 +69,6 @@ class Training:
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
-    pending: dict[int, list[TrainedOn]] = field(default_factory=dict)  # of steps in the buffer
 
     @property
     def steps(self) -> int:
@@ -143,7 +139,7 @@ class Training:
         state = full_tensors(self.system.trainable_state())
         if self.is_first:
             path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
-            weight_files.write(state, path, self.system.first_stage_hash())
+            weight_files.write(state, path, self.system.first_stage_hash(), hashed=True)
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank continues alone, with an unsharded system from `build`."""
@@ -165,39 +161,23 @@ class Training:
                 f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
                 f"{self.run.folder}, and the same command finishes the run"
             )
-            raise Preempted(
-                f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
-                f"{self.run.folder}, and the same command finishes the run"
-            )
 
     # metrics
-
-    def add_metrics(
-        self, metrics: Mapping[str, Tensor | float], trained_on: list[TrainedOn]
-    ) -> None:
-        """Buffers the metrics of step `step` and the samples of its micro-batches."""
-        self.buffer.add(self.step, metrics)
-        self.pending[self.step] = trained_on
 
     def flush(self) -> None:
         """Writes the buffered metrics; raises Diverged at the first step that is not finite."""
         good: list[tuple[int, dict[str, float]]] = []
-        bad: tuple[int, str] | None = None
-        for step, metrics in self.buffer.flush(self.rank.mean if self.rank.world > 1 else None):
+        wrong = ""
+        for step, metrics, trained_on in self.buffer.flush(self.rank.mean):
             if "skipped" not in metrics and (wrong := self._not_finite(metrics)):
-                bad = step, wrong
+                wrong = f"step {step}: {wrong} is not finite; {suspects(trained_on, self.rank)}"
                 break
             good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
         if good:
             self._record(good)
             self.latest = good[-1][1]
-        if bad:
-            step, wrong = bad
-            raise Diverged(
-                f"step {step}: {wrong} is not finite; {suspects(self.pending[step], self.rank)}; "
-                f"lower lr={self.root.lr}, or look at these samples"
-            )
-        self.pending.clear()
+        if wrong:
+            raise Diverged(f"{wrong}; lower lr={self.root.lr}, or look at these samples")
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if self.is_first:
@@ -254,7 +234,7 @@ class Training:
             clips = [
                 dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
             ]
-            media.contact_sheet(path, [media.SheetRow("", strips) for strips in clips])
+            media.contact_sheet(path, [("", strips) for strips in clips])
             self.trackers.images(self.step, name, [path])
 
     @torch.no_grad()
@@ -314,7 +294,7 @@ class Training:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The system has the EMA weights inside the block, if there are some."""
-        with self.ema.applied(self.system) if self.ema else nullcontext():
+        with self.ema.applied() if self.ema else nullcontext():
             yield
 
 
@@ -393,11 +373,12 @@ def start(
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
         processes=processes,
     )  # fmt: skip
+    if newest is not None:
+        training.restore(checkpoint.load(run.checkpoints / newest))
+        print(f"resuming from step {training.step} ({newest})", flush=True)
+    run.accept()
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
-        if newest is not None:
-            training.restore(checkpoint.load(run.checkpoints / newest))
-            print(f"resuming from step {training.step} ({newest})", flush=True)
         if run.resumed and training.is_first:
             run.rewind(training.step)
         yield training

@@ -127,7 +127,7 @@ class Handlers:
         source, samples = self.runs.report(page)
         rows = [(run, [_embedded(file, file.stem) for file in files])
                 for run, files in samples.items()]  # fmt: skip
-        return render("clips", report=source, title=page, heads=(), rows=rows)
+        return render("clips.html", report=source, title=page, heads=(), rows=rows)
 
 
 def number(name: str, text: str | None, kind: Callable[[str], Any] = int) -> Any:
@@ -147,7 +147,7 @@ def table(prompts: Sequence[str], columns: dict[str, list[Path]]) -> str:
     for i, files in enumerate(zip(*columns.values(), strict=True)):
         caption = prompts[i] if i < len(prompts) else ""
         rows.append((caption, [_embedded(file, caption) for file in files]))
-    return render("clips", report=None, heads=[*columns], rows=rows)
+    return render("clips.html", report=None, heads=[*columns], rows=rows)
 
 
 def _embedded(file: Path, caption: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
@@ -16,8 +17,8 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation import Ablation, compare, varying
 from sandbox.reports.ablation_page import write_ablation
 from sandbox.reports.ablation_runs import read
-from sandbox.reports.ablation_tables import latex, markdown
-from sandbox.runs.run import identity_of_work
+from sandbox.reports.figures import draw_curves
+from sandbox.runs.run import Run, identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 
@@ -276,12 +277,11 @@ def test_the_jobs_of_a_multirun_are_found_also_where_the_folder_was_moved(tmp_pa
 
 
 def test_operations_are_those_that_a_plan_counted_for_such_a_run(runs):
-    settings = next(
-        e.settings for e in read(runs).entries if "dit" in e.settings["backbone.plugin"]
-    )
+    folder = next(e.folder for e in read(runs).entries if "dit" in e.settings["backbone.plugin"])
     plan = runs / "plans" / "default-0" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"work": identity_of_work(settings), "flops_per_step": 10**9}))
+    work = identity_of_work(Run(folder).config())
+    plan.write_text(json.dumps({"work": work, "flops_per_step": 10**9}))
     flops = {
         e.settings["backbone.plugin"]: e.costs.get("flops_per_step") for e in read(runs).entries
     }
@@ -304,6 +304,29 @@ def test_the_same_folder_gives_the_same_bytes(runs):
     assert written[0] == written[1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "label"),
+    [
+        ({"dit": (1, 2), "unet3d": (1, 2)}, "step (seeds of A, B share none)"),
+        ({"dit": (1, 1), "unet3d": (1, 2)}, "step (seeds of B share none)"),
+        ({"dit": (1, 1), "unet3d": (2, 2)}, "step"),
+        ({"dit": (), "unet3d": ()}, None),
+    ],
+)
+def test_variants_whose_seeds_share_no_steps_are_named_in_the_panel(tmp_path, steps, label):
+    for backbone, first in steps.items():
+        for seed in range(2):
+            folder = run(tmp_path, backbone, 1e-3, seed, 0.5)
+            rows = [{"step": first[seed] + 2 * i, "loss": 0.1} for i in range(3 if first else 0)]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "metrics.jsonl").write_text(text)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_curves(tmp_path / "curves", compared(tmp_path))
+    svg = tmp_path / "curves.svg"
+    assert svg.is_file() == (label is not None)
+    assert label is None or f">{label}</text>" in svg.read_text()
+
+
 def test_the_page_needs_nothing_else_and_names_no_path(runs):
     page = write_ablation(runs / "report", compared(runs)).read_text()
     assert "<script" not in page and "default-src 'none'" in page
@@ -314,7 +337,8 @@ def test_the_page_needs_nothing_else_and_names_no_path(runs):
 
 def test_markdown_and_latex_have_every_variant_with_its_interval(runs):
     found = compared(runs)
-    text, paper = markdown(found), latex(found)
+    write_ablation(runs / "report", found)
+    text, paper = ((runs / "report" / name).read_text() for name in ("report.md", "report.tex"))
     assert text.count("| unet3d ") >= 4 and "0.330 [0.255, 0.405]" in text
     assert paper.count("\\midrule") == 1 and paper.count("& unet3d &") == 2
     assert "{\\scriptsize [0.255, 0.405]}" in paper and "95 \\% interval" in paper

@@ -13,7 +13,7 @@ import torch
 from sandbox.contracts import StorageError
 from sandbox.reports import pages
 from sandbox.reports.charts import draw, line_chart, number, smoothed
-from sandbox.reports.media import SheetRow, contact_sheet, write_video
+from sandbox.reports.media import contact_sheet, write_video
 from sandbox.reports.run_page import (
     Report,
     ScoreRow,
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 def run(tmp_path) -> Path:
     video = torch.zeros(3, 4, 16, 16)
     write_video(tmp_path / "samples" / "0.mp4", video, 8, 4)
-    contact_sheet(tmp_path / "sheet.png", [SheetRow("a", {"real": video})])
+    contact_sheet(tmp_path / "sheet.png", [("a", {"real": video})])
     lines = [{"step": s, "loss": 1 / s, "lr": 1e-3, "val/loss": 2 / s} for s in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
@@ -85,7 +85,7 @@ def full(run: Path, text: str = "plain") -> Report:
         samples=[(text, Path("samples/0.mp4"))],
         sheet=Path("sheet.png"),
         curves={
-            **read_curves(run / "metrics.jsonl"),
+            **read_curves(run),
             f"score/{text}": [(1, 1.0)],
             "score/b": [(1, 2.0)],
         },
@@ -199,14 +199,14 @@ def test_an_unwritable_folder_is_a_storage_error(tmp_path):
 def test_curves_survive_kills_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 1.0, "note": "x", "ok": true}\n'
-        '{"step": 3, "lo\n'
-        '{"step": 2, "loss": 2.5}\n[1]\n{"loss": 9}\n{"step": 4, "loss": NaN}\n{"st'
+        '{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n{"step": 3, "lo\n'
+        '{"step": 2, "loss": 2.5}\n{"step": 5, "loss": 1, "val/loss": 9}\n{"rewind": 3}\n'
+        '{"step": 4, "loss": NaN}\n{"st'
     )
-    curves = read_curves(path)
+    curves = read_curves(tmp_path)
     assert list(curves) == ["loss"] and curves["loss"][:2] == [(1, 1.0), (2, 2.5)]
     assert math.isnan(curves["loss"][2][1])
-    assert read_curves(tmp_path / "none.jsonl") == {}
+    assert read_curves(tmp_path / "none") == {}
 
 
 def test_splits_share_a_chart_and_losses_come_first():

@@ -190,6 +190,8 @@ def named(tmp_path: Path, config: dict = CONFIG, finished: bool = False) -> str:
 def test_finished_run_is_continued_with_more_steps_when_it_is_named(tmp_path):
     folder = named(tmp_path, finished=True)
     with open_run(tmp_path, "x", but(steps=200), resume=folder) as run:
+        assert run.finished and run.config()["steps"] == 100
+        run.accept()
         assert str(run.folder) == folder and run.resumed and not run.finished
         assert run.config()["steps"] == 200
         assert json.loads((run.folder / "result.earlier.json").read_text()) == {"steps": 100}
@@ -207,19 +209,21 @@ def test_change_of_the_result_is_refused_and_named(tmp_path, change):
 @pytest.mark.parametrize("allow", [["lr"], ["l*"], ["lr", "data"]])
 def test_named_change_is_allowed(tmp_path, allow):
     with open_run(tmp_path, "x", but(lr=2.0), named(tmp_path), allow) as run:
+        run.accept()
         assert run.config()["lr"] == 2.0
 
 
 def test_change_below_an_allowed_group_is_allowed(tmp_path):
     changed = but(data={**CONFIG["data"], "frames": 3})
     with open_run(tmp_path, "x", changed, named(tmp_path), ["data"]) as run:
+        run.accept()
         assert run.config()["data"]["frames"] == 3
 
 
 def test_run_that_is_in_use_cannot_be_named(tmp_path):
     with (
         open_run(tmp_path, "x", CONFIG) as run,
-        pytest.raises(ConfigError, match="running in it"),
+        pytest.raises(ConfigError, match=rf"process {os.getpid()} on host .* is running in it"),
     ):
         open_run(tmp_path, "x", CONFIG, resume=str(run.folder))
 
@@ -258,6 +262,7 @@ def test_environment_tells_versions_code_and_machine(tmp_path):
 def test_environments_of_earlier_starts_are_kept(tmp_path):
     for device in ("a", "b", "c"):
         with open_run(tmp_path, "x", CONFIG) as run:
+            run.accept()
             run.describe(device=device)
     told = json.loads(run.environment.read_text())
     assert told["device"] == "c"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from sandbox.tasks.train import train
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.first_stage import calibrate, prepare_first_stage
 from tests.engine import differing, session, small, train_until
+from tests.harm import DAMAGES, cut_in_half, flip_a_byte, snapshot
 
 AUTO = ("vae.weights=auto", "vae.fit_clips=32", "data.clips_per_epoch=32")
 
@@ -186,13 +188,63 @@ def test_a_first_stage_without_weights_needs_no_cache(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_broken_file_in_the_cache_is_named(tmp_path):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_first_stage_in_the_cache_is_made_again(tmp_path, damage, caplog, capsys):
     root = root_in(tmp_path)
-    prepared(root)
+    first = prepared(root)
     (path,) = files(tmp_path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(StorageError, match=f"delete .*{path.name}"):
-        prepared(root)
+    whole = path.read_bytes()
+    damage(path)
+    assert not differing(first, prepared(root))
+    assert f"skipped first stage: {path}" in caplog.text
+    assert path.read_bytes() == whole
+    caplog.clear()
+    assert not differing(first, prepared(root)) and not caplog.text
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_of_the_cache_does_not_reach_the_runs_that_have_used_it(tmp_path, damage):
+    root = root_in(tmp_path, "steps=4")
+    state = train_until(2, root, tmp_path)
+    (kept,), (cached,) = tmp_path.glob(f"*/{FIRST_STAGE_FILE}"), files(tmp_path)
+    whole = kept.read_bytes()
+    assert not kept.samefile(cached)
+    damage(cached)
+    assert kept.read_bytes() == whole
+    assert train_until(None, root, tmp_path)["frozen"] == state["frozen"]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, Path.unlink])
+@pytest.mark.parametrize("in_cache", ["whole", "damaged", "lost"])
+def test_a_damaged_first_stage_of_a_run_comes_from_the_cache(tmp_path, damage, in_cache, caplog):
+    """Whatever the cache has: the same one is made again, and what was trained fits it."""
+    root = root_in(tmp_path, "steps=4")
+    state = train_until(2, root, tmp_path)
+    (kept,), (cached,) = tmp_path.glob(f"*/{FIRST_STAGE_FILE}"), files(tmp_path)
+    whole = kept.read_bytes()
+    damage(kept)
+    if in_cache != "whole":
+        (cut_in_half if in_cache == "damaged" else Path.unlink)(cached)
+    if damage is flip_a_byte:
+        load_system(kept.parent)
+    assert train_until(None, root, tmp_path)["frozen"] == state["frozen"]
+    assert kept.read_bytes() == whole
+    assert ("skipped first stage" in caplog.text) == (
+        damage != Path.unlink or in_cache == "damaged"
+    )
+
+
+def test_another_first_stage_never_replaces_the_damaged_one_of_a_run(tmp_path):
+    root = root_in(tmp_path, "steps=4")
+    train_until(2, root, tmp_path)
+    (kept,), (cached,) = tmp_path.glob(f"*/{FIRST_STAGE_FILE}"), files(tmp_path)
+    state = weight_files.read(cached)
+    weight_files.write({k: v + 1 for k, v in state.items()}, cached, hashed=True)
+    flip_a_byte(kept)
+    before = snapshot(kept.parent)
+    with pytest.raises(StorageError, match=f"{kept}: damaged or lost.*copy the file again"):
+        train_until(None, root, tmp_path)
+    assert snapshot(kept.parent) == before
 
 
 def test_a_trained_first_stage_does_not_depend_on_the_run_that_needs_it(tmp_path):
@@ -220,7 +272,7 @@ def test_a_first_stage_on_a_gpu_is_calibrated_and_measured_there():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with gpu:
             first_stage = registry.create(root.vae)
-        with pytest.raises(RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="device"):
             first_stage.encode(video)
         calibrate(root, first_stage, gpu)
         made = reconstructed(first_stage, video, gpu)

@@ -9,7 +9,15 @@ import torch
 
 from sandbox.contracts import StorageError
 from sandbox.storage import weight_files
-from tests.harm import largest_file, names, plain_pickle, torch_legacy, torch_zip
+from tests.harm import (
+    DAMAGES,
+    flip_a_byte,
+    largest_file,
+    names,
+    plain_pickle,
+    torch_legacy,
+    torch_zip,
+)
 
 # --- writing --------------------------------------------------------------------------------------
 
@@ -46,6 +54,40 @@ def test_exported_metadata_is_in_the_header(tmp_path):
     path = weight_files.write({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"step": "7"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "step": "7"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_not_read(tmp_path, damage):
+    weights = {"a": torch.randn(40, 4), "half": torch.randn(64).half()}
+    path = weight_files.write(weights, tmp_path / "w.safetensors", {"step": "7"}, hashed=True)
+    assert torch.equal(weight_files.read(path)["a"], weights["a"])
+    damage(path)
+    for read in (weight_files.read, lambda p: weight_files.read(p, mapped=True)):
+        with pytest.raises(StorageError, match=path.name):
+            read(path)
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    """Also those of the header, such as a name or a shape; a blank after it may change."""
+    path = weight_files.write({"a": torch.ones(9)}, tmp_path / "w.safetensors", hashed=True)
+    content = path.read_bytes()
+    blanks = range(len(content[:-36].rstrip()), len(content) - 36)
+    key = range(content.index(b'"sha256"'), content.index(b'"sha256"') + 8)
+    for i in (i for i in range(len(content)) if i not in (*blanks, *key)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
+        with pytest.raises(StorageError):
+            weight_files.read(path)
+
+
+def test_the_hash_of_the_content_is_the_same_with_and_without_the_hash_in_it(tmp_path):
+    weights = {"a": torch.ones(3)}
+    one, other = (
+        weight_files.write(weights, tmp_path / f"{h}.safetensors", hashed=h) for h in (False, True)
+    )
+    assert one.read_bytes() != other.read_bytes()
+    assert weight_files.content_hash(one) == weight_files.content_hash(other)
+    flip_a_byte(one)
+    assert weight_files.content_hash(one) != weight_files.content_hash(other)
 
 
 def test_weights_that_share_storage_are_exported(tmp_path):

@@ -142,7 +142,8 @@ def system(**settings) -> LatentDiffusion:
     root = Root(backbone=UNet3D.Config(), vae=AutoencoderKL.Config(), trainer=TrainerConfig())
     parts = Parts(
         first_stage(), conditioner(**settings), stub(Network(), "unet"), DDPM(SCHEDULE),
-        LDMLoss(LDMLoss.Config()), Denoising(Denoising.Config()), DDIM(DDIM.Config()), NoGuidance(NoGuidance.Config()),
+        LDMLoss(LDMLoss.Config()), Denoising(Denoising.Config()), DDIM(DDIM.Config()),
+        NoGuidance(NoGuidance.Config()),
     )  # fmt: skip
     return LatentDiffusion(Wiring(root, (), (), (), ()), parts, 8)
 

@@ -37,7 +37,7 @@ from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import plan_text
-from sandbox.runs.run import identity_of_work, leaves
+from sandbox.runs.run import identity_of_work
 from tests.helpers import TINY, composed
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"
@@ -359,8 +359,8 @@ def test_a_report_finds_the_operations_of_a_run_by_its_settings():
     trained = check_and_wire(composed(*TINY, "task=train", "steps=7")).root
     other = check_and_wire(composed(*TINY, "backbone.num_heads=1", "task=train")).root
     planned = plan(wired(*TINY, "lr=1e-3"), 2).as_dict()
-    assert planned["work"] == identity_of_work(leaves(to_container(trained)))
-    assert planned["work"] != identity_of_work(leaves(to_container(other)))
+    assert planned["work"] == identity_of_work(to_container(trained))
+    assert planned["work"] != identity_of_work(to_container(other))
     assert planned["flops_per_step"] > 0
 
 
