@@ -89,10 +89,9 @@ def given(
         if wanted := root.conditioning.images():
             clip = root.data.clips()[0]
             rows = [_for_each(files[SETTINGS[name]], size) for name in wanted]
-            shown = [[load_image(file, clip) for file in row] for row in rows]
-            batch.image = torch.stack([torch.stack(row) for row in shown], 2)
-    known = {name: value for name, value in scalars.items() if value is not None}
-    filled = {name: torch.full((batch.size,), float(value)) for name, value in known.items()}
+            shown = [torch.stack([load_image(file, clip) for file in row]) for row in rows]
+            batch.image = torch.stack(shown, 2)
+    filled = {k: torch.full((batch.size,), float(v)) for k, v in scalars.items() if v is not None}
     return replace(batch, scalars=batch.scalars | filled)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -38,20 +37,15 @@ INLINE: dict[Any, Any] = STYLE | {
 FEW = 40  # up to this many measurements are shown as dots, unsmoothed
 
 
-@dataclass(frozen=True)
-class Chart:
-    """keys: (name, last smoothed value) per series; svg is None without finite values."""
+def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> dict[str, Any]:
+    """Faint measurements under smoothed lines. Series without finite values are left out.
 
-    title: str
-    keys: list[tuple[str, str]]
-    svg: Markup | None
-
-
-def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Chart:
-    """Faint measurements under smoothed lines. Series without finite values are left out."""
+    `keys`: (name, last smoothed value) per series. `svg` is None without finite values.
+    """
     cleaned = {name: points for name, raw in series.items() if len(points := _finite(raw))}
     keys = [(name, number(float(smoothed(p)[-1, 1]))) for name, p in cleaned.items()]
-    return Chart(title, keys, inline_svg(draw, title, cleaned, log_x) if cleaned else None)
+    svg = inline_svg(draw, title, cleaned, log_x) if cleaned else None
+    return {"title": title, "keys": keys, "svg": svg}
 
 
 def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Figure:

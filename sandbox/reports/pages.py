@@ -1,10 +1,7 @@
 """Self-contained HTML pages from the jinja2 templates in `templates/`; all text is escaped."""
 
-from __future__ import annotations
-
 import base64
 import json
-from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,15 +61,6 @@ def percent(share: float) -> str:
 def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     return text.translate(TEX)
-
-
-def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 class Media:

@@ -1,10 +1,8 @@
 """Progress of long work, through rich: a live line in a terminal, a line every 5 s in a log."""
 
-from __future__ import annotations
-
 import sys
 import time
-from typing import TextIO
+from typing import Self, TextIO
 
 
 class Progress:
@@ -37,7 +35,7 @@ class Progress:
         self.bar.add_task(what, total=total, completed=first, facts="")
         (self.task,) = self.bar.tasks
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,8 +4,7 @@ A Content-Security-Policy allows inline styles and data URIs only. The layout is
 `templates/run.html.j2`.
 """
 
-from __future__ import annotations
-
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sandbox.reports.charts import Points, line_chart
-from sandbox.reports.pages import Media, flattened, render
+from sandbox.reports.pages import Media, render
 from sandbox.reports.scores import (
     ScoreRow,
     format_score,
@@ -22,13 +21,9 @@ from sandbox.reports.scores import (
     interval,
     names_of,
     rates_of,
-    terminal_table,
 )
-from sandbox.runs.run import Run
+from sandbox.runs.run import Run, leaves
 from sandbox.storage.atomic import storing, write_atomic
-
-__all__ = ["Report", "ScoreRow", "charts_of", "duration", "read_curves", "terminal_table",
-           "write_report"]  # fmt: skip
 
 LISTED = 200  # files and skipped items
 SPLITS = ("train", "val", "test", "ema")  # metric prefixes that name a split or weights
@@ -79,7 +74,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
         settings=dict(setting_tables(report.settings)),
-        environment=dict(flattened(report.environment)),
+        environment=flattened(report.environment),
         files=[*files_of(folder)][:LISTED],
     )
     path = folder / "report.html"
@@ -154,9 +149,14 @@ def setting_tables(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         yield "run", plain
     for name, group in groups.items():
         plugin = str(group.get("plugin") or "").rpartition("/")[2]
-        values = dict(flattened(group, f"{name}."))
+        values = flattened(group, name)
         values.pop(f"{name}.plugin", None)
         yield f"{name}={plugin}" if plugin else name, values
+
+
+def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested settings."""
+    return {k: json.loads(value) for k, value in leaves(settings, name).items()}
 
 
 def files_of(folder: Path) -> Iterator[tuple[str, str, int, bool]]:

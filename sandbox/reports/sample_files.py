@@ -1,7 +1,5 @@
 """Sample files: a clip per caption, a contact sheet, and a record of the settings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import chain, count

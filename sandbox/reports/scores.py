@@ -1,11 +1,9 @@
 """Scores of clips: intervals for rates, and a table for a terminal."""
 
-from __future__ import annotations
-
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import TextWrapper
 
 from sandbox.reports.tables import number, text_table
 
@@ -79,13 +77,8 @@ def terminal_table(
     spans = [format_span(interval(model, n)) if n in rates else "" for n in names]
     if any(spans):
         table.insert(2, ["  95 % interval", *spans])
-    text = text_table(table)
     explained = [n for n in names if meanings.get(n)]
     margin = 2 + max(map(len, explained), default=0)
-    for i, name in enumerate(explained):
-        lines = textwrap.fill(
-            f"{name:{margin}}{meanings[name]}", max(width, margin + 20),
-            subsequent_indent=" " * margin,
-        )  # fmt: skip
-        text += ("\n" if i else "\n\n") + lines
-    return text
+    wrapper = TextWrapper(max(width, margin + 20), subsequent_indent=" " * margin)
+    lines = [wrapper.fill(f"{name:{margin}}{meanings[name]}") for name in explained]
+    return "\n".join([text_table(table), *([""] if lines else []), *lines])

@@ -1,7 +1,5 @@
 """Text tables through rich, for terminals and Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from io import StringIO
 

@@ -14,8 +14,9 @@ from sandbox.contracts import Clip, ConfigError, PluginConfig
 from sandbox.evaluation.evaluate import Evaluation, evaluate
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports import media
-from sandbox.reports.run_page import Report, ScoreRow, read_curves, terminal_table, write_report
+from sandbox.reports.run_page import Report, read_curves, write_report
 from sandbox.reports.sample_files import FPS, write_clips
+from sandbox.reports.scores import ScoreRow, terminal_table
 from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
