@@ -24,7 +24,7 @@ from sandbox.reports.progress import Progress
 CHUNK = 96  # small clips per sampling batch
 THROUGH = 32  # small clips per first-stage batch
 PIXELS = 2**20  # maximum per batch over all frames; at least one clip
-Between = Callable[[], None]
+Watch = Callable[[int, int], object]  # is called with (done, total)
 
 
 @dataclass
@@ -43,18 +43,18 @@ class Evaluation:
 
 
 def evaluate(
-    system: LatentDiffusion, count: int, untrained: bool = True, between: Between | None = None
+    system: LatentDiffusion, count: int, untrained: bool = True, watch: Watch | None = None
 ) -> Evaluation:
     """Samples for the captions of the first `count` validation clips, and scores every row.
 
-    The caller sets eval mode. `between` is called between model calls and may raise to stop.
+    The caller sets eval mode. `watch` is called after each model call and may raise to stop.
     """
     root = system.root
     source = registry.create(root.data)
     metric: Any = None if root.metric is None else registry.create(root.metric)
     real = gather(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
-    clips = {"model": generate(system, real, between=between)}
+    clips = {"model": generate(system, real, watch=watch)}
     ceiling, through = None, _reconstructed(system, real)
     if real.video is not None:
         clips["real clips"] = real.video
@@ -66,7 +66,7 @@ def evaluate(
     floor = {}
     if untrained:
         what = "sampling the untrained model"
-        floor["untrained model"] = generate(_untrained(system), real, what, between=between)
+        floor["untrained model"] = generate(_untrained(system), real, what, watch=watch)
     if root.metric is not None:
         if wanted := root.metric.learns_from():
             data = registry.create(root.data.all_clips())
@@ -115,13 +115,12 @@ def generate(
     like: Batch,
     what: str = "sampling",
     steps: int | None = None,
-    between: Between | None = None,
-    watch: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """One clip per caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
 
-    The size is that of the clips of `like`, else the first size of the data. watch(done, total) is
-    called after each model call.
+    The size is that of the clips of `like`, else the first size of the data. `watch` is called
+    after each model call.
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
@@ -135,8 +134,6 @@ def generate(
             progress.update(done)
             if watch:
                 watch(done, progress.total)
-            if between:
-                between()
 
         for start in starts:
             part = take(like, start, start + at_once)
@@ -166,7 +163,6 @@ def _size(system: LatentDiffusion, like: Batch) -> Clip:
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
     """Clips start..stop of a batch, with all their fields."""
-
     per_clip = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor | list) and k != "bad"}
     scalars = {name: values[start:stop] for name, values in batch.scalars.items()}
     return replace(batch, scalars=scalars, **{k: v[start:stop] for k, v in per_clip.items()})

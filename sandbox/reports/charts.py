@@ -1,19 +1,14 @@
 """Line charts of a run page: matplotlib SVG, in the CSS colours of the page (light and dark)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from sandbox.reports.tables import number
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
 
@@ -48,8 +43,8 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> di
     return {"title": title, "keys": keys, "svg": svg}
 
 
-def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Figure:
-    """series: name -> (N, 2) finite points."""
+def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Any:
+    """A matplotlib figure; series: name -> (N, 2) finite points."""
     from matplotlib.figure import Figure
 
     figure = Figure((5.4, 2.36), layout="constrained")
@@ -72,7 +67,6 @@ def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Figu
 
 def inline_svg(draw: Any, *args: Any) -> Markup:
     """The figure of draw(*args) as an `<svg>` element with the page's colours and fonts."""
-    from markupsafe import Markup
     from matplotlib import rc_context
 
     written = StringIO()

@@ -33,8 +33,10 @@ def _environment() -> Any:
         loader=loader, autoescape=lambda name: ".html" in (name or ""), trim_blocks=True,
         lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"setting": setting, "size": byte_size, "percent": percent,
-                            "unquote": unquote, "tex": tex}  # fmt: skip
+    environment.filters |= {
+        "setting": setting, "size": byte_size, "percent": percent, "unquote": unquote,
+        "tex": lambda text: text.translate(TEX),
+    }  # fmt: skip
     return environment
 
 
@@ -56,11 +58,6 @@ def byte_size(size: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
-
-
-def tex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return text.translate(TEX)
 
 
 class Media:

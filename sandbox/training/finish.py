@@ -103,7 +103,9 @@ def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)
-        return evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.check_stop)
+        return evaluate(
+            system.eval(), cfg.score_clips, cfg.untrained, lambda *_: training.check_stop()
+        )
 
 
 def final_loss(run: Run) -> float:

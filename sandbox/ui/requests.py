@@ -89,8 +89,8 @@ class Runs:
 
     def newest(self, *patterns: str) -> list[Path]:
         """Files in the folder that match, newest first."""
-        found = {p for pattern in patterns for p in self.folder.glob(pattern) if self.is_inside(p)}
-        return sorted(found, key=lambda p: (-p.stat().st_mtime_ns, str(p)))
+        files = {p for pattern in patterns for p in self.folder.glob(pattern) if self.is_inside(p)}
+        return sorted(files, key=lambda p: (-p.stat().st_mtime_ns, str(p)))
 
     def names(self) -> list[str]:
         """Runs that can be sampled from, newest first, with each of several checkpoints."""
@@ -133,8 +133,6 @@ class Runs:
 
         The system is loaded for this request only, and its memory is freed.
         """
-        import torch
-
         folder, step = self.resolve(request.run)
         words = ["task=sample", f"task.run={quoted(str(folder))}", *request.overrides()]
         if self.plugins_path is not None:
@@ -146,6 +144,8 @@ class Runs:
             prompts=request.prompts, images=request.images, end_images=request.end_images,
         )  # fmt: skip
         wiring = check_and_wire(replace(root, task=task))
+        import torch
+
         try:
             return registry.create(task).make(wiring, watch)[0][:-1]
         finally:

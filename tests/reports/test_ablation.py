@@ -15,9 +15,8 @@ from PIL import Image
 from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation import Ablation, compare, varying
-from sandbox.reports.ablation_page import write_ablation
+from sandbox.reports.ablation_page import draw_curves, write_ablation
 from sandbox.reports.ablation_runs import read
-from sandbox.reports.figures import draw_curves
 from sandbox.runs.run import identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}

@@ -21,7 +21,7 @@ from sandbox.reports.run_page import (
     read_curves,
     write_report,
 )
-from sandbox.reports.scores import ScoreRow, interval, rates_of, terminal_table
+from sandbox.reports.scores import ScoreRow, interval, terminal_table
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $title <img src=https://example.org/x.png>"
 SCORES = [
@@ -29,6 +29,7 @@ SCORES = [
     ScoreRow("real clips", {"colour": 1.0, "digit": 190 / 192, "shape": 1.0}, 192),
     ScoreRow("untrained model", {"colour": 34 / 192, "digit": 16 / 192}, 192),
 ]
+RATES = frozenset({"colour", "digit"})
 MEANINGS = {
     "colour": "Share of clips in the right colour; chance 0.17, perfect 1.",
     "shape": "Alike.",
@@ -80,6 +81,7 @@ def full(run: Path, text: str = "plain") -> Report:
         facts={"seed": 0, text: text},
         notes=[text],
         scores=SCORES,
+        rates=RATES,
         meanings={**MEANINGS, "digit": text},
         samples=[(text, Path("samples/0.mp4"))],
         sheet=Path("sheet.png"),
@@ -274,20 +276,19 @@ def test_wilson_interval_equals_published_values(rate, n, low, high):
     assert found == pytest.approx((low, high), abs=5e-5)  # tabulated to four digits
 
 
-def test_only_shares_of_clips_get_intervals():
-    assert rates_of(SCORES) == {"colour", "digit"}
+def test_a_missing_score_has_no_interval():
     assert interval(SCORES[2], "shape") is None
 
 
 def test_terminal_table_shows_every_score_and_fits_the_width():
-    table = terminal_table(SCORES, MEANINGS, width=60)
+    table = terminal_table(SCORES, MEANINGS, RATES, width=60)
     lines = table.splitlines()
     assert lines[0].split() == ["192", "clips", "colour", "digit", "shape"]
     assert lines[2].split() == ["this", "model", "1.00", "0.19", "0.53"]
     assert lines[3].split() == ["95", "%", "interval", "0.98-1.00", "0.14-0.25"]
     assert lines[5].split() == ["untrained", "model", "0.18", "0.08", "-"]
     assert max(map(len, lines)) <= 60 and "chance 0.17" in table
-    assert terminal_table([], {}) == ""
+    assert terminal_table([], {}, RATES) == ""
 
 
 def test_page_shows_the_same_numbers(run):
