@@ -224,6 +224,15 @@ def test_scores_that_were_asked_later_stand_beside_those_of_the_run(tmp_path):
     assert any("frechet_image is not compared" in n and '"ema" and "live"' in n for n in notes)
 
 
+def test_later_scores_keep_the_order_of_their_file(tmp_path):
+    names = [f"score {i}" for i in range(9)]
+    folder = run(tmp_path, "dit", 1e-3, 0, 0.5)
+    (folder / "evaluations").mkdir()
+    scores = {"scores": {"model": dict.fromkeys(names, 0.5)}}
+    (folder / "evaluations" / "evaluation-01.json").write_text(json.dumps(scores))
+    assert [*read(tmp_path).entries[0].values] == ["digit", *names, "loss"]
+
+
 def test_a_number_without_a_protocol_is_not_mixed_with_one_that_has_one(tmp_path):
     run(tmp_path, "dit", 1e-3, 0, 0.5)
     run(tmp_path, "unet3d", 1e-3, 0, 0.5, protocol={})
