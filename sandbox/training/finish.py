@@ -14,8 +14,9 @@ from sandbox.contracts import Clip, ConfigError, PluginConfig
 from sandbox.evaluation.evaluate import Evaluation, evaluate
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports import media
-from sandbox.reports.run_page import Report, ScoreRow, read_curves, terminal_table, write_report
+from sandbox.reports.run_page import Report, read_curves, write_report
 from sandbox.reports.sample_files import FPS, write_clips
+from sandbox.reports.scores import ScoreRow, terminal_table
 from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
@@ -104,7 +105,9 @@ def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)
-        return evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.check_stop)
+        return evaluate(
+            system.eval(), cfg.score_clips, cfg.untrained, lambda *_: training.check_stop()
+        )
 
 
 def final_loss(run: Run) -> float:
