@@ -85,21 +85,28 @@ def run_target(spec: RankSpec, rank: Rank) -> Any:
 
 @contextmanager
 def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
-    """The process group exists inside the block; Lightning finds and uses it."""
-    is_cuda = _has_cuda(spec, rank)
-    if is_cuda:
-        import torch
+    """The process group exists inside the block; Lightning finds and uses it.
 
+    On CUDA each rank has a device of its own. Raises ConfigError where there are too few.
+    """
+    import torch
+    import torch.distributed as dist
+
+    devices = torch.cuda.device_count() if spec.device in ("cuda", "auto") else 0
+    if devices and rank.local_world > devices:
+        raise ConfigError(
+            f"trainer.processes={rank.world}: this machine has {devices} CUDA device(s) for "
+            f"{rank.local_world} of them; want at most one process a device, or "
+            "trainer.accelerator=cpu"
+        )
+    if devices:
         torch.cuda.set_device(rank.local)
     if rank.world == 1:
         yield
         return
-    import torch
-    import torch.distributed as dist
-
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if devices else "gloo",
             init_method=_init_method(spec.init_method),
             rank=rank.index,
             world_size=rank.world,
@@ -112,22 +119,6 @@ def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
         raise RendezvousError(str(e)) from e
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
-
-
-def _has_cuda(spec: RankSpec, rank: Rank) -> bool:
-    """Whether this rank has a GPU of its own. Raises ConfigError where there are too few."""
-    if spec.device not in ("cuda", "auto"):
-        return False
-    import torch
-
-    count = torch.cuda.device_count()
-    if count and rank.local_world > count:
-        raise ConfigError(
-            f"trainer.processes={rank.world}: this machine has {count} CUDA device(s) for "
-            f"{rank.local_world} of them; want at most one process a device, or "
-            "trainer.accelerator=cpu"
-        )
-    return count > 0
 
 
 def _init_method(method: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -79,6 +80,10 @@ class Trainable(LightningModule, ABC):
         """As in Lightning, but positions stay on the CPU, where they key the randomness."""
         moved = super().transfer_batch_to_device(replace(batch, position=None), device, 0)
         return replace(moved, position=batch.position)
+
+    def on_device(self, part: Any) -> AbstractContextManager[Any]:
+        """Has the frozen modules of `part` on the device inside the block."""
+        return nullcontext()
 
     def train(self, mode: bool = True) -> Any:
         """As in torch, but frozen and untrained modules stay in eval mode."""

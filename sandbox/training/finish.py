@@ -94,11 +94,8 @@ def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
     """Writes the weight files, and scores the EMA weights where there are some."""
     system, folder = training.system, training.run.folder
     assert isinstance(system, LatentDiffusion)
-    metadata = system.first_stage_hash()
-    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata)
+    training.save_weights(folder)
     with training.ema_weights():
-        if training.ema:
-            weight_files.write(system.trainable_state(), folder / weight_files.AVERAGED, metadata)
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)

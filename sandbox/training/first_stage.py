@@ -7,8 +7,8 @@ compare. A lock keeps concurrent jobs from training it twice.
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from sandbox.storage.first_stage_files import (
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 
-CALIBRATION_CLIPS = 512
+CALIBRATION_BATCHES = 8  # of 64 clips
 TRAINED_WITH = {
     "task": "train_vae",
     "optimizer": "adamw",
@@ -105,14 +105,8 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
     """
     train = registry.create(root.data.all_clips()).split("train")
 
-    def some() -> Iterator[torch.Tensor]:
-        for i, batch in enumerate(batches(train, 64, root.seed)):
-            if i * 64 >= CALIBRATION_CLIPS:
-                return
-            assert batch.video is not None  # `batches` loads clips
-            yield batch.video.to(device)
-
-    first_stage.calibrate(some())
+    some = islice(batches(train, 64, root.seed), CALIBRATION_BATCHES)
+    first_stage.calibrate(batch.video.to(device) for batch in some)  # type: ignore[union-attr]
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:

@@ -300,7 +300,7 @@ def test_handlers_that_a_library_has_replaced_are_put_back():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         alone.install_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert alone.stop_requested()
+        assert alone.stop_signal == "SIGTERM"
 
 
 FORKS = """
