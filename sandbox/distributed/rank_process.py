@@ -135,9 +135,7 @@ def run_external(spec: RankSpec, rank: Rank) -> Any:
     """Runs the target in a rank that torchrun or srun started. Errors propagate unchanged."""
     os.environ.update(rank.variables())
     if rank.index > 0:  # only rank 0 writes to stdout
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.close(null)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return run_target(spec, rank)
 
 

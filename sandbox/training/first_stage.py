@@ -59,11 +59,9 @@ def prepare_first_stage(
     cfg, own = root.vae, folder / FIRST_STAGE_FILE if folder else None
     if cfg.weights is None or cfg.fitted() == "none":
         return
-    if own and own.is_file():
-        load_weights(first_stage, own)
-        return
-    if cfg.weights != "auto":
-        load_weights(first_stage, Path(cfg.weights))
+    has_own = own is not None and own.is_file()
+    if has_own or cfg.weights != "auto":
+        load_weights(first_stage, own if has_own else Path(cfg.weights))  # type: ignore[arg-type]
         return
     path = cache_path(root)
     with locked(path):
@@ -73,20 +71,15 @@ def prepare_first_stage(
             fit_or_train(root, first_stage, rank)
             weight_files.write(first_stage.state_dict(), path)
         if own:
-            _link(path, own)
+            with storing(own), replacing(own) as part:
+                try:
+                    os.link(path, part)
+                except OSError:  # the file system cannot
+                    shutil.copyfile(path, part)
     try:
         load_weights(first_stage, own or path)
     except StorageError as e:
         raise StorageError(f"{e}; it is only a cache: delete {path}") from e
-
-
-def _link(path: Path, target: Path) -> None:
-    """Hard-links a file, or copies it where the file system cannot; atomic."""
-    with storing(target), replacing(target) as part:
-        try:
-            os.link(path, part)
-        except OSError:
-            shutil.copyfile(path, part)
 
 
 def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None:
@@ -193,8 +186,7 @@ def _finish(training: Any) -> dict[str, Any]:
         system.eval()
         calibrate(root, first_stage, system.device)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-        video = val.video
-        assert video is not None  # gathered
+        video: Any = val.video
         made = reconstructed(first_stage, video, system.device)
         weight_files.write(first_stage.state_dict(), run.folder / "first_stage.safetensors")
     decibels = psnr(made, video).mean().item()
