@@ -197,12 +197,14 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
         kind = next(c for c in type(error).__mro__ if c.__module__ == SandboxError.__module__)
         found = error if kind is type(error) else kind(text)
         found.exit_code = error.exit_code  # type: ignore[misc]
-    elif lost:
-        text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
-        found = RankError(f"rank {index}: lost contact with the other ranks ({text})")
     else:
         name = type(error).__name__
-        found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
+        shown = f"{name}: {text}" if text else name
+        if lost:
+            text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
+            shown = f"lost contact with the other ranks ({text})"
+        found = RankError(f"rank {index}: {shown}")
+        found.traceback = trace
     return {
         "error": found,
         "text": text,
