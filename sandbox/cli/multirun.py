@@ -25,7 +25,7 @@ from sandbox.cli.jobs import check, check_and_wire, perform, resolve_run
 from sandbox.config import composition, discovery, hydra_compose, registry
 from sandbox.config import overrides as override_text
 from sandbox.config.paths import CONF
-from sandbox.config.root import GROUPS, Root, to_root
+from sandbox.config.root import GROUPS, to_root
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.runs.environment import code
@@ -146,22 +146,17 @@ def _outside_sweep() -> Iterator[None]:
 
 
 def _run_once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, str]:
-    """A job's result, and a note if an earlier run provides it (else "")."""
+    """A job's result, and a note if a finished run of this very configuration has it (else "")."""
     root = resolve_run(to_root(cfg), overrides)
-    folder = _finished(root)
+    resume = root.resume
+    may_reuse = resume is not None and resume.run is None and resume.mode == "auto"
+    wiring = check_and_wire(root) if may_reuse else None
+    folder = finished_run(wiring.root) if wiring else None
     if folder is None:
         return perform(root, overrides, group), ""
     other = " by other code" if read_json(folder / "environment.json").get("code") != code() else ""
     print(f"done before{other}, in {folder} (resume=never repeats it)", flush=True)
     return read_json(folder / "result.json"), f"done before{other}"
-
-
-def _finished(root: Root) -> Path | None:
-    """The newest finished run of this very configuration, if `resume` allows to reuse it."""
-    if root.resume is None or root.resume.run is not None or root.resume.mode != "auto":
-        return None
-    wiring = check_and_wire(root)
-    return None if wiring is None else finished_run(wiring.root)
 
 
 def _compare(folder: Path) -> None:

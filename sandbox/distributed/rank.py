@@ -4,21 +4,16 @@
 is the only rank. Importing this module does not import torch.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from sandbox.contracts import Preempted
 from sandbox.distributed.signals import current_handlers, set_handlers, write_stderr
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 POLL_SECONDS = 0.02  # between two checks of the store
 
@@ -133,8 +128,8 @@ class Rank:
         dist.all_gather_object(values, check_plain(value, "value"))
         return values
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all ranks, on all ranks."""
+    def mean(self, tensor: Any) -> Any:
+        """The mean of a tensor over all ranks, on all ranks."""
         if self.world == 1:
             return tensor
         import torch.distributed as dist

@@ -181,8 +181,7 @@ def _follow_requests(requests: Connection, rank: Rank, folder: str) -> None:
     """Reads stop requests; when the supervisor has died, kills the processes of the rank."""
     while number := os.read(requests.fileno(), 1):
         rank.request_stop(number[0])
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -214,14 +213,11 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
     }
 
 
-def _lost_contact(error: BaseException | None) -> bool:
+def _lost_contact(error: BaseException) -> bool:
     """Whether the failure of another rank caused an error, through any of its causes."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        kinds = {c.__name__ for c in type(error).__mro__}
-        matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
-        if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+    kinds = {c.__name__ for c in type(error).__mro__}
+    matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
+    if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
+        return True
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return cause is not None and _lost_contact(cause)

@@ -194,7 +194,7 @@ def _wait(ranks: Sequence[RankHandle]) -> None:
     """
     deadline: float | None = None
     while running := [rank for rank in ranks if not rank.exited]:
-        wait([rank.sentinel for rank in running], POLL_SECONDS)
+        wait([rank.process.sentinel for rank in running], POLL_SECONDS)
         for rank in running:
             rank.update()
         if deadline is None:
