@@ -6,7 +6,9 @@ from sandbox.contracts import SandboxError
 
 
 class RankError(SandboxError):
-    """An unexpected error in a rank. Its cause is the traceback there, if there is one."""
+    """An unexpected error in a rank; `traceback` is the rank's, if there is one."""
+
+    traceback = ""
 
 
 class RemoteTraceback(Exception):

@@ -196,7 +196,7 @@ def _wait(ranks: Sequence[RankHandle]) -> None:
     """
     deadline: float | None = None
     while running := [rank for rank in ranks if not rank.exited]:
-        wait([rank.sentinel for rank in running], POLL_SECONDS)
+        wait([rank.process.sentinel for rank in running], POLL_SECONDS)
         for rank in running:
             rank.update()
         if deadline is None:
@@ -215,10 +215,12 @@ def _outcome(ranks: Sequence[RankHandle]) -> Any:
         raise min(own, key=lambda rank: rank.failed_at or 0.0).error()
     silent = " and ".join(f"rank {rank.index}" for rank in ranks if rank.report is None)
     if lost and silent:
-        raise RankError(
+        error = RankError(
             f"{silent}: no answer to rank {lost[0].index}, which has given up "
             f"({lost[0].get('text')})"
-        ) from lost[0].error()
+        )
+        error.traceback = lost[0].get("trace")
+        raise error
     for rank in [rank for rank in ranks if rank.preempted] or lost:
         raise rank.error()
     return ranks[0].get("result")

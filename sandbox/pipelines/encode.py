@@ -249,7 +249,7 @@ class Writer:
         found: list[list[Any]] = []
         with Progress(f"encoding {name}", len(mine), "clip") as progress:
             for done, index in enumerate(mine, 1):
-                if self.rank.stop_requested():
+                if self.rank.stop_signal:
                     raise Preempted(
                         f"stopped by {self.rank.stop_signal}; finished clips are cached; run the "
                         "same command to resume"

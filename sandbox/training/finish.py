@@ -1,18 +1,15 @@
 """Finishes a run: weights, scores, samples, a page, and the result file last."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox.config import registry
 from sandbox.config.root import Root, to_container
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import Clip, ConfigError, PluginConfig
 from sandbox.evaluation.evaluate import Evaluation, evaluate
-from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports import media
 from sandbox.reports.run_page import Report, read_curves, write_report
 from sandbox.reports.sample_files import FPS, write_clips
@@ -21,9 +18,7 @@ from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
 from sandbox.storage.atomic import storing, write_atomic
-
-if TYPE_CHECKING:
-    from sandbox.training.state import Training
+from sandbox.training.state import Training
 
 BY_CLIP = "scores_by_clip.json"  # of the model
 UNCONDITIONED = (
@@ -94,14 +89,8 @@ def finish_run(
 def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
     """Writes the weight files, and scores the EMA weights where there are some."""
     system, folder = training.system, training.run.folder
-    assert isinstance(system, LatentDiffusion)
-    metadata = system.first_stage_hash()
-    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata, hashed=True)
+    training.save_weights(folder)
     with training.ema_weights():
-        if training.ema:
-            weight_files.write(
-                system.trainable_state(), folder / weight_files.AVERAGED, metadata, hashed=True
-            )
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)

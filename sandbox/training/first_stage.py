@@ -7,8 +7,8 @@ compare. A lock keeps concurrent jobs from training it twice.
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 
-CALIBRATION_CLIPS = 512
+CALIBRATION_BATCHES = 8  # of 64 clips
 TRAINED_WITH = {
     "task": "train_vae",
     "optimizer": "adamw",
@@ -137,14 +137,8 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
     """
     train = registry.create(root.data.all_clips()).split("train")
 
-    def some() -> Iterator[torch.Tensor]:
-        for i, batch in enumerate(batches(train, 64, root.seed)):
-            if i * 64 >= CALIBRATION_CLIPS:
-                return
-            assert batch.video is not None  # `batches` loads clips
-            yield batch.video.to(device)
-
-    first_stage.calibrate(some())
+    some = islice(batches(train, 64, root.seed), CALIBRATION_BATCHES)
+    first_stage.calibrate(batch.video.to(device) for batch in some)  # type: ignore[union-attr]
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:
@@ -231,8 +225,7 @@ def _finish(training: Any) -> dict[str, Any]:
         system.eval()
         calibrate(root, first_stage, system.device)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-        video = val.video
-        assert video is not None  # gathered
+        video: Any = val.video
         made = reconstructed(first_stage, video, system.device)
         state = first_stage.state_dict()
         weight_files.write(state, run.folder / FIRST_STAGE_FILE, hashed=True)

@@ -141,7 +141,7 @@ def split(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> dict[st
     parts = {part: _state(getattr(system, name)) for part, name in ATTRIBUTES.items()}
     parts["backbone"] = {k: v.detach() for k, v in system.base_state().items()}
     if isinstance(system.first_stage, CachedLatents):
-        parts["vae"] = _state(system.first_stage.full())
+        parts["vae"] = _state(system.first_stage.full(system.device))
     parts["schedule"], parts["ema"] = tables(system), {}
     if ema:
         parts["ema"] = {
