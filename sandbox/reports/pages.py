@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the jinja2 templates in `templates/`; all text is escaped."""
+"""Self-contained HTML pages and texts from the jinja2 templates in `templates/`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ MEDIA = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg"
 
 
 def render(template: str, **context: Any) -> str:
-    """The page `templates/NAME.html.j2`."""
-    return _environment().get_template(f"{template}.html.j2").render(context)
+    """The page `templates/NAME.html.j2`; all text is escaped."""
+    return render_text(f"{template}.html", **context)
+
+
+def render_text(template: str, **context: Any) -> str:
+    """The text `templates/NAME.j2`; only HTML is escaped."""
+    return _environment().get_template(f"{template}.j2").render(context)
 
 
 @cache
@@ -28,8 +33,8 @@ def _environment() -> Any:
 
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=lambda name: name is None or name.endswith(".html.j2"),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"setting": setting, "size": byte_size, "percent": percent,
                             "unquote": unquote}  # fmt: skip
