@@ -1,7 +1,5 @@
 """A plan as text for a terminal, and its table rows."""
 
-from matplotlib.ticker import EngFormatter
-
 from sandbox.plan.plan import Plan
 from sandbox.plan.strategies import GIB, GPU_SIZES, Memory
 from sandbox.reports.pages import render_text
@@ -74,6 +72,8 @@ def flops(number: float) -> str:
 
 def _short(number: float, unit: str = "") -> str:
     """Three digits with a prefix: 2.14 GFLOP."""
+    from matplotlib.ticker import EngFormatter
+
     return EngFormatter(unit)(float(f"{number:.3g}"))
 
 

@@ -1,7 +1,5 @@
 """task=new: creates a working plugin with a preset and a test."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ OUTSIDE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test outside the check
 
 
 @register("task", "new")
+@dataclass
 class New:
     """Creates a working plugin, a preset and a test: task=new group=backbone name=mine."""
 
@@ -39,7 +38,6 @@ class New:
         name: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.group is None:
                 yield "group=null: want a group, such as group=backbone name=mine"
             if self.name is None:
@@ -52,8 +50,7 @@ class New:
                     f"and no keyword of Python or YAML, such as name={name}"
                 )
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         """Writes all files or none. Raises ConfigError for an existing file, and StorageError."""

@@ -1,7 +1,5 @@
 """task=plugins: lists all plugins with file, contract and settings."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ BROKEN = "BROKEN: "
 
 
 @register("task", "plugins")
+@dataclass
 class Plugins:
     """Lists every plugin with its file and its contract."""
 
@@ -36,12 +35,10 @@ class Plugins:
         to: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.only is not None and self.to is not None:
                 yield f"only={self.only}: to= writes the reference of all groups; keep one"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         if self.cfg.to is not None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, StorageError, TaskConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sandbox.reports.ablation import Ablation
     from sandbox.training.tracking import PageTracker
 
 
 @register("task", "report")
+@dataclass
 class Report:
     """Compares finished runs: intervals over seeds, differences to a baseline, costs, samples."""
 
@@ -38,12 +38,9 @@ class Report:
         to: str | None = None
         send: bool = False
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        from pathlib import Path
-
         from sandbox.reports.ablation import compare
         from sandbox.reports.ablation_page import write_ablation
         from sandbox.reports.ablation_runs import read
