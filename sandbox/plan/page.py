@@ -8,7 +8,6 @@ from typing import Any
 from sandbox.plan import text
 from sandbox.plan.plan import Plan
 from sandbox.plan.strategies import GPU_SIZES
-from sandbox.plan.wires import Diagram
 from sandbox.reports.charts import inline_svg
 from sandbox.reports.pages import render
 from sandbox.reports.tables import is_number
@@ -82,7 +81,7 @@ def verdict_rows(plan: Plan) -> list[list[str]]:
 # --- the diagram ----------------------------------------------------------------------------------
 
 
-def draw_diagram(diagram: Diagram) -> Any:
+def draw_diagram(diagram: dict[str, list[Any]]) -> Any:
     """Boxes and labelled arrows as a matplotlib figure, a point per pixel."""
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -92,7 +91,7 @@ def draw_diagram(diagram: Diagram) -> Any:
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
     boxes = {}
-    for box in diagram.boxes:
+    for box in diagram["boxes"]:
         x, y = 3 + box.column * PITCH, TOP + box.row * STEP
         is_core = box.name == "backbone"
         boxes[box.name] = axes.add_patch(FancyBboxPatch(
@@ -104,7 +103,7 @@ def draw_diagram(diagram: Diagram) -> Any:
         axes.text(x + 10, y + 57, "\n".join(box.lines), color="#5c6269", linespacing=1.3,
                   fontsize=min(11, 243 / max(map(len, box.lines))))  # fmt: skip
     labels = defaultdict(list)
-    for arrow in diagram.arrows:
+    for arrow in diagram["arrows"]:
         labels[boxes[arrow.source], boxes[arrow.target]].append(arrow.label)
     for (source, target), lines in labels.items():
         (x, y), (u, v) = ((p.get_x() + BOX / 2, p.get_y() + HIGH / 2) for p in (source, target))

@@ -27,7 +27,7 @@ from sandbox.plan.objective import Objective, objective
 from sandbox.plan.published import published
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
-from sandbox.plan.wires import Diagram, diagram
+from sandbox.plan.wires import diagram
 
 COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Measured, in plan.json
 
@@ -54,7 +54,7 @@ class Plan:
     costs: dict[bool, Measured]  # by activation checkpointing
     memory: tuple[Memory, ...]
     objective: Objective
-    diagram: Diagram
+    diagram: dict[str, list[Any]]  # boxes and arrows
     notes: tuple[str, ...]
     other_sizes: int
     published: dict[str, float]
@@ -94,7 +94,7 @@ class Plan:
             "memory": [row.as_dict() for row in self.memory],
             "published_gib": self.published,
             "objective": _plain(asdict(self.objective)),
-            "wiring": asdict(self.diagram),
+            "wiring": {kind: [*map(asdict, found)] for kind, found in self.diagram.items()},
             "not_modelled": list(self.notes),
             "seconds": self.seconds,
             "config": config,

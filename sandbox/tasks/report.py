@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sandbox.config import registry
 from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, StorageError, TaskConfig
 
@@ -47,7 +48,9 @@ class Report:
         from sandbox.reports.ablation_tables import markdown_table, tables
 
         folder = Path(self.cfg.runs or root.out)
-        tracker = self.tracker(root)
+        tracker = registry.create(root.logger) if self.cfg.send and root.logger else None
+        if self.cfg.send and not hasattr(tracker, "page"):
+            raise ConfigError("task.send=true: this logger does not accept pages; use logger=wandb")
         found = compare(read(folder), self.cfg.baseline, self.cfg.metrics)
         page = write_ablation(Path(self.cfg.to) if self.cfg.to else folder / "report", found)
         for heading, rows in tables(found):
@@ -57,17 +60,6 @@ class Report:
         if tracker is not None:
             upload(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
-
-    def tracker(self, root: Any) -> PageTracker | None:
-        """The tracker to upload to; None without send. Raises ConfigError."""
-        from sandbox.config import registry
-
-        if not self.cfg.send:
-            return None
-        tracker = registry.create(root.logger) if root.logger is not None else None
-        if not hasattr(tracker, "page"):
-            raise ConfigError("task.send=true: this logger does not accept pages; use logger=wandb")
-        return tracker
 
 
 def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
