@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the jinja2 templates in `templates/`; all text is escaped."""
+"""Self-contained HTML pages and texts from the jinja2 templates in `templates/`."""
 
 import base64
 import json
@@ -19,9 +19,9 @@ TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
 })  # fmt: skip
 
 
-def render(name: str, **context: Any) -> str:
-    """The page `templates/NAME.j2`, such as "run.html"."""
-    return _environment().get_template(f"{name}.j2").render(context)
+def render(template: str, **context: Any) -> str:
+    """The text `templates/TEMPLATE.j2`, such as "run.html"; only HTML is escaped."""
+    return _environment().get_template(f"{template}.j2").render(context)
 
 
 @cache

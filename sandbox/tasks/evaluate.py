@@ -1,7 +1,5 @@
 """task=evaluate: scores a trained run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from sandbox.contracts import TaskConfig, in_range, one_of
 
 
 @register("task", "evaluate")
+@dataclass
 class Evaluate:
     """Scores a finished run (task.run, else the newest), real clips and other baselines."""
 
@@ -34,8 +33,7 @@ class Evaluate:
         def uses_run(self) -> bool:
             return True
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

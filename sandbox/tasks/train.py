@@ -1,20 +1,17 @@
 """task=train: first stage, training, samples, scores and a page."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range
-
-if TYPE_CHECKING:
-    from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank import Rank
 
 
 @register("task", "train")
+@dataclass
 class Train:
     """Trains a system, samples from it, scores it and writes a run folder with a page."""
 
@@ -35,8 +32,7 @@ class Train:
             yield from in_range("score_clips", self.score_clips, 1)
             yield from in_range("samples", self.samples, 0)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
