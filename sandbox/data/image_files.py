@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from sandbox.contracts import BadItem
+from sandbox.data.file_kinds import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,14 +98,8 @@ def _identified(file: IO[bytes]) -> Image:
 
 
 def _kind(start: bytes) -> str:
-    """What a file is that is no image, from its first bytes."""
-    if not start:
-        return "it is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; download the file with `git lfs pull`"
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page"
-    return f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
+    other = f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
+    return kind_of(start) or other
 
 
 def _unreadable(e: Exception) -> BadItem:

@@ -43,7 +43,7 @@ from sandbox.reports.progress import Progress
 from sandbox.storage.atomic import locked, storing, write_atomic
 from sandbox.storage.shards import Journal
 
-FORMAT = 1  # version of the score keys; bump when decoding changes
+FORMAT = 2  # version of the score keys; bump when decoding changes
 UNREADABLE = "unreadable"  # stands for a stage in `dropped`
 OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
