@@ -12,20 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sandbox.reports.fonts import draw_text, wrapped
 from sandbox.storage import atomic
 from sandbox.storage.atomic import storing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont
     from torch import Tensor
 
 BACKGROUND, FRAME, INK = (20, 20, 22), (58, 58, 62), (236, 236, 238)
@@ -34,7 +33,6 @@ MAX_FRAMES = 9  # of one strip
 SHEET_WIDTH = 1900  # target, in pixels
 CAPTION_WIDTH, MARGIN, HEADER, GAP, ROW_GAP, FILM = 190, 18, 28, 18, 6, 3  # pixels
 TEXT, LINE = 14, 19  # font size, line height
-ELLIPSIS = "..."
 BT709 = 1  # code of ITU-T H.273 for matrix, primaries and transfer
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 
@@ -247,47 +245,6 @@ def wall(
     return frames
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
-@cache
-def font(size: int, bold: bool = False) -> FreeTypeFont:
-    """DejaVu Sans from matplotlib: Latin, Greek and Cyrillic; other scripts show as boxes."""
-    import matplotlib
-    from PIL import ImageFont
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
-    """Lines of at most `width` pixels; text beyond `most` lines is cut with an ellipsis."""
-
-    def fits(line: str) -> bool:
-        return font(size, bold).getlength(line) <= width
-
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            if fits(f"{line} {word}".strip()):
-                line = f"{line} {word}".strip()
-                continue
-            lines += [line] if line else []
-            while len(word) > 1 and not fits(word):  # wider than the column: cut anywhere
-                cut = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), 1)
-                lines.append(word[:cut])
-                word = word[cut:]
-            line = word
-        lines.append(line)
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and not fits(last + ELLIPSIS):
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + ELLIPSIS]
-
-
 # --- contact sheets -------------------------------------------------------------------------------
 
 
@@ -373,7 +330,7 @@ def _film(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[
     sheet = Image.new("RGB", (lefts[-1] - GAP + MARGIN, tops[-1] - ROW_GAP + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for label, left, width in zip(labels, lefts, widths, strict=False):
-        draw.text((left, MARGIN), _label(label, width), INK, font(TEXT, True))
+        draw_text(draw, (left, MARGIN), _label(label, width), INK, TEXT, True)
     for text, strips, top, height in zip(texts, drawn, tops, heights, strict=False):
         _lines(draw, text, MARGIN, top + (height - LINE * len(text)) // 2)
         for label, left in zip(labels, lefts, strict=False):
@@ -407,9 +364,8 @@ def _grid(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[
         left, top = MARGIN + i % across * (cell + GAP), MARGIN + header + i // across * pitch
         for j, label in enumerate(labels):
             if i < across and header:
-                draw.text(
-                    (left + j * (width + 2), MARGIN), _label(label, width), INK, font(TEXT, True)
-                )
+                place = (left + j * (width + 2), MARGIN)
+                draw_text(draw, place, _label(label, width), INK, TEXT, True)
             if label in strips:
                 sheet.paste(Image.fromarray(strips[label]), (left + j * (width + 2), top))
         _lines(draw, text, left, top + height + 4)
@@ -422,7 +378,7 @@ def _label(text: str, width: int) -> str:
 
 def _lines(draw: ImageDraw, lines: list[str], left: int, top: int) -> None:
     for i, line in enumerate(lines):
-        draw.text((left, top + i * LINE), line, INK, font(TEXT))
+        draw_text(draw, (left, top + i * LINE), line, INK, TEXT)
 
 
 def _strip(frames: np.ndarray, side: float) -> np.ndarray:
