@@ -13,9 +13,10 @@ Ordinary 8-bit RGB images keep their bytes. Everything else is converted as foll
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
@@ -36,6 +37,8 @@ DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION = 274
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # of TIFF_PHOTOMETRIC, of TIFF_SAMPLES
+
+log = logging.getLogger(__name__)
 
 
 class Media(Protocol):
@@ -120,8 +123,18 @@ def _has_deep_colour(image: Image) -> bool:
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata of a healthy image
+    except Exception as e:  # damaged metadata of a healthy image
+        _say_damaged(type(e).__name__)
         return 1
+
+
+@cache
+def _say_damaged(kind: str) -> None:
+    log.warning(
+        "an image has damaged EXIF data (%s): images without a known orientation are read as they "
+        "are stored; this is said once",
+        kind,
+    )
 
 
 def _upright(image: Image) -> Image:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip, PairedMetric, PerClipMetric
+from sandbox.data.batching import reasons
 from sandbox.data.loader import Loader, batches, usual_size
 from sandbox.model.autoencoding import psnr, reconstruct_clips
 from sandbox.model.components import build_parts
@@ -43,6 +44,7 @@ class Evaluation:
     fps: float | None = None  # of the real clips, if known
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
     each: dict[str, list[float]] = field(default_factory=dict)  # the model's, per clip
+    skipped: dict[str, str] = field(default_factory=dict)  # unusable validation clip -> reason
 
 
 def evaluate(
@@ -62,6 +64,7 @@ def evaluate(
         clips["real clips"] = real.video
     clips["real through first stage"] = _reconstructed(system, real)
     result = Evaluation({}, {}, captions, clips, count=real.size, fps=fps_of(real))
+    result.skipped = reasons(real.bad)
     if real.video is not None:
         ceiling = psnr(clips["real through first stage"], real.video)
         result.first_stage_psnr = ceiling.mean().item()
@@ -217,6 +220,7 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
         scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
         ids=[i for b in found for i in b.ids],
         position=torch.arange(sum(b.size for b in found)),
+        bad=[line for b in found for line in b.bad],
     )
     return take(joined, 0, count)
 

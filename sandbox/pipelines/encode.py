@@ -32,6 +32,7 @@ from sandbox.contracts import (
     Sample,
     TextEncoder,
 )
+from sandbox.data.checks import check_samples
 from sandbox.data.randomness import keyed
 from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import settings_of
@@ -59,6 +60,10 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         raise ConfigError(
             f"data={root.data.plugin.split('/')[1]}: has no pixels to encode; choose other data"
         )
+    source = registry.create(root.data)
+    items = {name: source.split(name) for name in root.task.splits}
+    for name, split in items.items():
+        check_samples(split, root.data, name, root.seed)
     folder = Path(root.task.to).expanduser()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,13 +72,12 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with rank.rank0_first():  # creates the first stage if needed; other ranks load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
-    source = registry.create(root.data)
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
         if rank.index == 0 and not (folder / weights).is_file():
             weight_files.write(networks.first_stage.state_dict(), folder / weights)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
-        shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
+        shares = {name: writer.share(name, split) for name, split in items.items()}
         no_text = writer.text("") if networks.conditioner is not None else None
         prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
     rank.wait_for_all()

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,10 @@ FORMAT = 2  # version of the score keys; bump when decoding changes
 UNREADABLE = "unreadable"  # stands for a stage in `dropped`
 OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
+TEXTS = (".txt", ".caption", ".csv", ".jsonl")  # may be captions
+REASONS = 8  # kinds of files that are not read, in a warning
+
+log = logging.getLogger(__name__)
 
 
 def prepare(root: Root) -> dict[str, Any]:
@@ -248,9 +253,19 @@ class Work:
 
     def sources(self, root: Path) -> list[Row]:
         """A row for each video file in `root`, sorted by name."""
-        names = [n for n in walk(root) if Path(n).suffix.lower() in CONTAINERS]
+        found = [*walk(root)]
+        names = [n for n in found if Path(n).suffix.lower() in CONTAINERS]
+        others = Counter(Path(n).suffix.lower() or "without an extension" for n in found)
+        for ending in (*CONTAINERS, *TEXTS):
+            del others[ending]
+        listed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(REASONS))
         if not names:
-            raise DataError(f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}")
+            has = f" (it has {listed})" if listed else ""
+            raise DataError(
+                f"data_root={root}: contains no video{has}; want {', '.join(CONTAINERS)}"
+            )
+        if listed:
+            log.warning("data_root=%s: %s files are not read: %s", root, others.total(), listed)
         rows: list[Row] = [{"source": name, "path": root / name} for name in sorted(names)]
         keys = [hashed(FORMAT, row["source"], *_stat(row["path"])) for row in rows]
         jobs = [Job(row["path"], ("info",)) for row in rows]

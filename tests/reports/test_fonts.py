@@ -16,7 +16,7 @@ TEXTS = {
     "Korean": "\uace0\uc591\uc774",
     "Hindi": "\u092c\u093f",
     "Thai": "\u0e41\u0e21\u0e27",
-    "emoji": "\U0001f431",
+    "emoji": "\U0001f9a7",
 }
 DRAW = """
 import sys
