@@ -75,7 +75,7 @@ class Unused(dict[str, int]):
     def report(self, cfg: DataConfig) -> None:
         """Logs what is not used, where there is something."""
         if self:
-            log.warning("data.root=%s: excluded%s", cfg.root, self.summary())
+            say_once(f"data.root={cfg.root}: excluded{self.summary()}")
 
 
 def held_out(names: Collection[str], fraction: float) -> set[str]:

@@ -23,7 +23,8 @@ from plugins._blocks.video_io import Size, media_size
 from sandbox.contracts import BadItem, DataError, StorageError
 
 INDEX, FORMAT = "index.json", 1
-LARGEST = 512 << 20  # bytes of a member that is read
+SCAN = 2  # version of cached indices; bump when the sizes of clips are measured otherwise
+LARGEST = 768 << 20  # bytes of a member that is read
 LARGEST_TEXT, TEXTS = 16 << 20, (".txt", ".json", ".caption", ".cls")
 
 
@@ -165,7 +166,7 @@ def checked(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
 def cached_rows(path: Path, cache: Path, media: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a shard from the cache, else by a scan; with sizes if `media` is not empty."""
     stat = path.stat()
-    state = [FORMAT, str(path.resolve()), stat.st_size, stat.st_mtime_ns, *media]
+    state = [SCAN, str(path.resolve()), stat.st_size, stat.st_mtime_ns, *media]
     file = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
     if file.is_file():
         try:

@@ -90,10 +90,12 @@ class CelebAHQ:
     def _unused(self, root: Path, names: list[str]) -> Unused:
         if self.cfg.train_list:
             return unlisted(root, {*names, *self._listed("val")}, USABLE)
-        unused = Unused()
+        unused, used = Unused(), {*names, *self._found(root, "val")}
         for file in files_below(root):
             if PurePosixPath(file).suffix.lower() not in USABLE:
                 unused.add_file(file)
+            elif file not in used:
+                unused.add("images outside train/ and val/")
         return unused
 
     def _found(self, root: Path, split: str) -> list[str]:

@@ -108,6 +108,8 @@ class VideoFolder:
     def _names(self, found: "UsableFiles", split: str) -> list[str]:
         sides = {s: [n for n in found.names if n.startswith(f"{s}/")] for s in ("train", "val")}
         if all(sides.values()):
+            outside = len(found.names) - sum(map(len, sides.values()))
+            found.excluded.add("clips outside train/ and val/", outside)
             return sides[split]
         return split_by_hash(found.names, str, self.cfg.val_fraction, split)
 

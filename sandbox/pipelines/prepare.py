@@ -260,9 +260,9 @@ class Work:
             del others[ending]
         listed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(REASONS))
         if not names:
-            has = f" (it has {listed})" if listed else ""
+            has = f" (there are {listed})" if listed else ""
             raise DataError(
-                f"data_root={root}: contains no video{has}; want {', '.join(CONTAINERS)}"
+                f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}{has}"
             )
         if listed:
             log.warning("data_root=%s: %s files are not read: %s", root, others.total(), listed)

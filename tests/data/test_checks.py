@@ -16,7 +16,7 @@ from sandbox.data.checks import check_samples
 from sandbox.distributed.rank import Rank
 from sandbox.tasks.train import train
 from tests.engine import small
-from tests.plugins.data.test_video_folder import captioned, corrupt, write_video
+from tests.plugins.data.test_video_folder import corrupt, write_video
 
 PLUGIN = """
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import torch
 from sandbox.contracts import DataConfig
 from sandbox.registry import register
 
-BASE = torch.linspace(-1, 1, 3 * 5 * 4 * 6).view(3, 5, 4, 6)  # (3, T, H, W)
+BASE = torch.linspace(-1, 1, 3 * 5 * 16 * 32).view(3, 5, 16, 32)  # (3, T, H, W)
 SAMPLES = {
     "right": lambda: {"video": BASE},
     "right, dark": lambda: {"video": BASE.clamp(max=-0.5)},
@@ -41,7 +41,7 @@ SAMPLES = {
     "channels last": lambda: {"video": BASE.permute(1, 2, 3, 0)},
     "image": lambda: {"video": BASE[:, 0]},
     "batch": lambda: {"video": BASE[None]},
-    "other size": lambda: {"video": BASE[..., :4]},
+    "other size": lambda: {"video": BASE[..., :16]},
     "array": lambda: {"video": BASE.numpy()},
     "other name": lambda: {"videos": BASE},
     "no caption": lambda: {"video": BASE, "caption": None},
@@ -91,11 +91,11 @@ WRONG = {
     "255": r"values from 0 to 255: want \[-1, 1\], such as x / 127\.5 - 1",
     "unit": r"values from 0 to 1 in 4 samples: want \[-1, 1\], such as 2 \* x - 1",
     "not finite": "values that are not finite",
-    "frames first": r"shape \(5, 3, 4, 6\): want \(3, 5, 4, 6\); .*transpose\(0, 1\)",
-    "channels last": r"shape \(5, 4, 6, 3\): want .*permute\(3, 0, 1, 2\)",
-    "image": r"shape \(3, 4, 6\): want .*image\[:, None\]",
-    "batch": r"shape \(1, 3, 5, 4, 6\): want \(3, 5, 4, 6\)",
-    "other size": r"shape \(3, 5, 4, 4\): want \(3, 5, 4, 6\)",
+    "frames first": r"shape \(5, 3, 16, 32\): want \(3, 5, 16, 32\); .*transpose\(0, 1\)",
+    "channels last": r"shape \(5, 16, 32, 3\): want .*permute\(3, 0, 1, 2\)",
+    "image": r"shape \(3, 16, 32\): want .*image\[:, None\]",
+    "batch": r"shape \(1, 3, 5, 16, 32\): want \(3, 5, 16, 32\)",
+    "other size": r"shape \(3, 5, 16, 16\): want \(3, 5, 16, 32\)",
     "array": r"numpy\.ndarray: want a tensor",
     "other name": r"no 'video', which Config\.provides\(\) lists; it has \['caption', 'videos'\]",
     "no caption": "'caption' is NoneType None: want text",
@@ -117,7 +117,7 @@ def own(plugin_folder):
 
 
 def check(cfg) -> None:
-    cfg = replace(cfg, frames=5, height=4, width=6)
+    cfg = replace(cfg, frames=5, height=16, width=32)
     check_samples(registry.create(cfg).split("train"), cfg, "train", 0)
 
 
@@ -137,7 +137,7 @@ def test_samples_that_keep_the_contract_pass(own):
 
 
 def settings(out: Path, root: Path, *words: str) -> dict:
-    words = ("data=video_folder", f"data.root={root}", "data.frames=3", "steps=2",
+    words = ("data=video_folder", f"data.root={root}", "data.frames=5", "steps=2",
              "data.batch_size=1", "task.score_clips=6", "task.samples=1",
              "task.untrained=false", *words)  # fmt: skip
     cfg = replace(small_on_files(*words), out=str(out), cache=str(out / "cache"))
@@ -152,6 +152,12 @@ def small_on_files(*words: str):
     return wire(composed(*(w for w in TINY if w.partition("=")[0] not in taken), *words)).root
 
 
+def captioned(root: Path, names: list[str]) -> None:
+    for name in names:
+        write_video(root / name, 5)
+        (root / name).with_suffix(".txt").write_text("a cat")
+
+
 def clips(root: Path, train: int, val: int) -> list[Path]:
     """Paths of the validation clips."""
     captioned(root, [f"train/{i}.mp4" for i in range(train)])
@@ -161,7 +167,7 @@ def clips(root: Path, train: int, val: int) -> list[Path]:
 
 def test_a_wrong_sample_is_found_before_a_run_folder(own, tmp_path):
     root = replace(small(), out=str(tmp_path / "out"), data=replace(own, how="255", batch_size=2))
-    root = replace(root, data=replace(root.data, frames=5, height=4, width=6))
+    root = replace(root, data=replace(root.data, frames=5, height=16, width=32))
     with pytest.raises(PluginError, match="values from 0 to 255"):
         train({"root": to_container(root), "overrides": [], "group": None}, Rank())
     assert not (tmp_path / "out").exists()
@@ -183,7 +189,7 @@ def html(path: Path) -> None:
     path.write_text("<!DOCTYPE html><html></html>")
 
 
-HARMS = {corrupt: "cannot be decoded", empty: "it is empty", short: "has 2 frames, want 3",
+HARMS = {corrupt: "cannot be decoded", empty: "it is empty", short: "has 2 frames, want 5",
          bare: "has no caption", html: "it is a web page"}  # fmt: skip
 
 
