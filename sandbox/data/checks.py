@@ -56,10 +56,15 @@ def check_samples(items: Items, cfg: DataConfig, split: str, seed: int) -> None:
             f"{reasons}"
         )
     for name, sample, clip in found:
-        if problem := next(_problems(sample, cfg, clip), None):
-            raise PluginError(f"data={_name(cfg)}{_place(cfg)}: sample {name!r}: {problem}")
+        check_sample(name, sample, cfg, clip)
     if _is_users(cfg):
         _check_range([sample["video"] for _, sample, _ in found if "video" in sample], cfg)
+
+
+def check_sample(name: str, sample: Any, cfg: DataConfig, clip: Clip | None = None) -> None:
+    """Raises PluginError where a sample breaks the contract; `clip`: the size of its bucket."""
+    if problem := next(_problems(sample, cfg, clip), None):
+        raise PluginError(f"data={_name(cfg)}{_place(cfg)}: sample {name!r}: {problem}")
 
 
 def _usable(

@@ -430,5 +430,6 @@ def _image(frame: Any, size: tuple[int, int], orientation: Orientation) -> np.nd
     height, width = size[::-1] if orientation[0] % 180 else size
     same = (width, height) == (frame.width, frame.height)
     scaled = {} if same else {"width": width, "height": height, "interpolation": "AREA"}
-    image = frame.to_ndarray(format="rgb24", **scaled)
+    # One thread: a forked data worker would wait for threads that it does not have.
+    image = frame.to_ndarray(format="rgb24", threads=1, **scaled)
     return np.ascontiguousarray(_turned(image, orientation))

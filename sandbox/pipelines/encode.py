@@ -32,7 +32,7 @@ from sandbox.contracts import (
     Sample,
     TextEncoder,
 )
-from sandbox.data.checks import check_samples
+from sandbox.data.checks import check_sample
 from sandbox.data.randomness import keyed
 from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import settings_of
@@ -60,10 +60,6 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         raise ConfigError(
             f"data={root.data.plugin.split('/')[1]}: has no pixels to encode; choose other data"
         )
-    source = registry.create(root.data)
-    items = {name: source.split(name) for name in root.task.splits}
-    for name, split in items.items():
-        check_samples(split, root.data, name, root.seed)
     folder = Path(root.task.to).expanduser()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,12 +68,13 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     with rank.rank0_first():  # creates the first stage if needed; other ranks load it
         networks = Networks(root, rank)
     weights = f"first_stage-{networks.digest[:12]}.safetensors"
+    source = registry.create(root.data)
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
         if rank.index == 0 and not (folder / weights).is_file():
             weight_files.write(networks.first_stage.state_dict(), folder / weights)
         writer = opened.enter_context(Writer(folder, root, networks, rank))
-        shares = {name: writer.share(name, split) for name, split in items.items()}
+        shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None
         prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
     rank.wait_for_all()
@@ -295,6 +292,8 @@ class Writer:
         key_of_draws = self.root.seed, "data", 0, items.id(index)
         rng = keyed(*key_of_draws)
         sample = items.load(index, rng)
+        if not self.made:
+            check_sample(items.id(index), sample, self.root.data)
         is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
         key = _hash(self.networks.of_latents, *pixels_of(sample))
         if key not in self.places["latents"]:

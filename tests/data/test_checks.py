@@ -166,8 +166,8 @@ def clips(root: Path, train: int, val: int) -> list[Path]:
 
 
 def test_a_wrong_sample_is_found_before_a_run_folder(own, tmp_path):
-    root = replace(small(), out=str(tmp_path / "out"), data=replace(own, how="255", batch_size=2))
-    root = replace(root, data=replace(root.data, frames=5, height=16, width=32))
+    data = replace(own, how="255", batch_size=2, frames=5, height=16, width=32)
+    root = replace(small("metric=null"), out=str(tmp_path / "out"), data=data)
     with pytest.raises(PluginError, match="values from 0 to 255"):
         train({"root": to_container(root), "overrides": [], "group": None}, Rank())
     assert not (tmp_path / "out").exists()
@@ -189,7 +189,7 @@ def html(path: Path) -> None:
     path.write_text("<!DOCTYPE html><html></html>")
 
 
-HARMS = {corrupt: "cannot be decoded", empty: "it is empty", short: "has 2 frames, want 5",
+HARMS = {corrupt: "has no video", empty: "it is empty", short: "has 2 frames, want 5",
          bare: "has no caption", html: "it is a web page"}  # fmt: skip
 
 
