@@ -23,6 +23,9 @@ from plugins._blocks.video_io import Size, media_size
 from sandbox.contracts import BadItem, DataError, StorageError
 
 INDEX, FORMAT = "index.json", 1
+SCAN = 2  # version of cached indices; bump when the sizes of clips are measured otherwise
+LARGEST = 768 << 20  # bytes of a member that is read
+LARGEST_TEXT, TEXTS = 16 << 20, (".txt", ".json", ".caption", ".cls")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Member:
 
     def read(self) -> bytes:
         """Raises BadItem."""
+        most = LARGEST_TEXT if self.suffix in TEXTS else LARGEST
+        if self.size > most:
+            raise BadItem(
+                f"its member {self.suffix} has {self.size} bytes, more than {most}; write it again"
+            )
         try:
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
@@ -58,6 +66,7 @@ class Entry:
     key: str
     members: dict[str, list[int]]
     size: Size | str | None = None
+    problem: str | None = None  # why it has no members
 
     def member(self, ending: str) -> Member:
         offset, size = self.members[ending]
@@ -100,7 +109,8 @@ def read_shards(root: Path, cache: Path, media: Sequence[str], with_sizes: bool)
 
 def entry(shard: Path, row: dict[str, Any]) -> Entry:
     size = row.get("look")  # the key in cached indices
-    return Entry(shard, row["key"], row["members"], tuple(size) if type(size) is list else size)
+    size = tuple(size) if type(size) is list else size
+    return Entry(shard, row["key"], row["members"], size, row.get("problem"))
 
 
 def split_in(name: str) -> str | None:
@@ -156,7 +166,7 @@ def checked(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
 def cached_rows(path: Path, cache: Path, media: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of a shard from the cache, else by a scan; with sizes if `media` is not empty."""
     stat = path.stat()
-    state = [FORMAT, str(path.resolve()), stat.st_size, stat.st_mtime_ns, *media]
+    state = [SCAN, str(path.resolve()), stat.st_size, stat.st_mtime_ns, *media]
     file = cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
     if file.is_file():
         try:
@@ -190,19 +200,27 @@ def size_or_problem(member: Member) -> list[int] | str:
 
 
 def scan(path: Path) -> list[dict[str, Any]]:
-    """Keys and members of all samples, in the order of the shard; only regular files count.
+    """Keys and members of all samples, in the order of the shard.
 
+    Members that cannot be part of a sample have a row each, with a "problem".
     Raises DataError for a damaged or compressed shard, and for a repeated member.
     """
     rows: dict[str, dict[str, list[int]]] = {}
+    others: list[dict[str, Any]] = []
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                if member.isdir():
                     continue
-                if not stem or not ending:
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                    others.append({"key": member.name, "problem": "links or special members"})
+                    continue
+                if not stem:  # hidden
+                    continue
+                if not ending:
+                    others.append({"key": member.name, "problem": "members without an extension"})
                     continue
                 places = rows.setdefault(f"{folder}{slash}{stem}", {})
                 if ending.lower() in places:
@@ -215,4 +233,5 @@ def scan(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             f"{path} cannot be read: {e}; want a complete, uncompressed tar file"
         ) from e
-    return [{"key": key, "members": places} for key, places in rows.items()]
+    found = [{"key": key, "members": places} for key, places in rows.items()]
+    return [*found, *({**row, "members": {}} for row in others)]

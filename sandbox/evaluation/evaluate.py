@@ -15,6 +15,7 @@ from torch import Tensor
 from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip, PairedMetric, PerClipMetric
+from sandbox.data.batching import reasons
 from sandbox.data.loader import Loader, batches, usual_size
 from sandbox.model.autoencoding import psnr, reconstruct_clips
 from sandbox.model.components import build_parts
@@ -40,6 +41,7 @@ class Evaluation:
     fps: float | None = None  # of the real clips, if known
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
     each: dict[str, list[float]] = field(default_factory=dict)  # the model's, per clip
+    skipped: dict[str, str] = field(default_factory=dict)  # unusable validation clip -> reason
 
 
 def evaluate(
@@ -63,6 +65,7 @@ def evaluate(
     result = Evaluation(
         {}, {}, captions, first_stage_psnr=ceiling, count=real.size, fps=fps_of(real)
     )
+    result.skipped = reasons(real.bad)
     floor = {}
     if untrained:
         what = "sampling the untrained model"
@@ -205,6 +208,7 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
         scalars={k: torch.cat([b.scalars[k] for b in parts]) for k in parts[0].scalars},
         ids=[i for b in parts for i in b.ids],
         position=torch.arange(sum(b.size for b in parts)),
+        bad=[line for b in parts for line in b.bad],
     )
     return take(joined, 0, count)
 

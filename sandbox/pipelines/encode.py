@@ -32,6 +32,7 @@ from sandbox.contracts import (
     Sample,
     TextEncoder,
 )
+from sandbox.data.checks import check_sample
 from sandbox.data.randomness import keyed
 from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import settings_of
@@ -292,6 +293,8 @@ class Writer:
         key_of_draws = self.root.seed, "data", 0, items.id(index)
         rng = keyed(*key_of_draws)
         sample = items.load(index, rng)
+        if not self.made:
+            check_sample(items.id(index), sample, self.root.data)
         is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
         key = _hash(self.networks.of_latents, *pixels_of(sample))
         if key not in self.places["latents"]:

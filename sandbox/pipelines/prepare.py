@@ -9,9 +9,10 @@ keep the order of the clips: outputs depend neither on the number of workers nor
 
 import hashlib
 import json
+import logging
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,10 +43,14 @@ from sandbox.storage.atomic import storing, write_atomic
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
-FORMAT = 1  # version of the score keys; bump when decoding changes
+FORMAT = 2  # version of the score keys; bump when decoding changes
 UNREADABLE = "unreadable"  # stands for a stage in `dropped`
 OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
+TEXTS = (".txt", ".caption", ".csv", ".jsonl")  # may be captions
+REASONS = 8  # kinds of files that are not read, in a warning
+
+log = logging.getLogger(__name__)
 
 
 def prepare(root: Root) -> dict[str, Any]:
@@ -237,9 +242,19 @@ class Work:
 
     def sources(self, root: Path) -> list[Row]:
         """A row for each video file in `root`, sorted by name."""
-        names = [n for n in walk(root) if Path(n).suffix.lower() in CONTAINERS]
+        found = [*walk(root)]
+        names = [n for n in found if Path(n).suffix.lower() in CONTAINERS]
+        others = Counter(Path(n).suffix.lower() or "without an extension" for n in found)
+        for ending in (*CONTAINERS, *TEXTS):
+            del others[ending]
+        listed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(REASONS))
         if not names:
-            raise DataError(f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}")
+            has = f" (there are {listed})" if listed else ""
+            raise DataError(
+                f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}{has}"
+            )
+        if listed:
+            log.warning("data_root=%s: %s files are not read: %s", root, others.total(), listed)
         rows: list[Row] = [{"source": name, "path": root / name} for name in sorted(names)]
         tasks = []
         for row in rows:

@@ -44,6 +44,7 @@ class Evaluate:
 
         from sandbox.config.secrets import mask_text
         from sandbox.contracts import Clip
+        from sandbox.data.batching import summary
         from sandbox.evaluation.evaluate import evaluate
         from sandbox.runs.protocol import protocols
         from sandbox.storage.atomic import claimed, storing, write_atomic
@@ -65,6 +66,7 @@ class Evaluate:
             "scores": found.scores,
             "meaning": found.meaning,
             "first_stage_psnr_db": found.first_stage_psnr,
+            "skipped": found.skipped,
             "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
         }
         with storing(to):
@@ -72,4 +74,6 @@ class Evaluate:
             write_atomic(record, json.dumps(scores, indent=1) + "\n")
         print_scores(wiring.root, found)
         print(f"scores  {record}\nsheet   {sheet}")
+        if found.skipped:
+            print(f'data    {summary(found.skipped)}; all are in {record}, under "skipped"')
         return {"folder": str(folder), "scores": found.scores.get("model", {})}

@@ -54,7 +54,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
     from sandbox.training.loop import fit
-    from sandbox.training.state import check_best, start
+    from sandbox.training.state import check_best, checked_loader, start
     from sandbox.weights.init_from import init_from
 
     began = time.monotonic()
@@ -64,6 +64,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     check_objective(root, root.task.objective)
     check_best(wiring)
     check_weights(wiring, begins=not continues(root))
+    loader = checked_loader(root, rank)
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         with rank.rank0_first():  # it trains the first stage if needed; the others load it
@@ -75,7 +76,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
             if root.init_from is not None and root.adapter is None:
                 init_from(system, root.init_from)
 
-        with start(system, run, settings["group"], rank, initialise) as training:
+        with start(system, run, settings["group"], rank, initialise, loader) as training:
             fit(training)
             training.unshard(lambda: build_system(wiring, run.folder, rank.as_single(), True))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}

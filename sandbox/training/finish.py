@@ -9,6 +9,7 @@ from sandbox.config import registry
 from sandbox.config.root import Root, to_container
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import Clip, ConfigError, PluginConfig
+from sandbox.data.batching import summary
 from sandbox.evaluation.evaluate import Evaluation, evaluate
 from sandbox.reports import media
 from sandbox.reports.run_page import Report, read_curves, write_report
@@ -48,7 +49,7 @@ def finish_run(
     samples = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])
-    weights, bad = "ema" if training.ema else "live", training.loader.bad
+    weights, bad = "ema" if training.ema else "live", found.skipped | training.loader.bad
     clip = Clip(*found.clips["model"].shape[1:])
     metrics = {
         "overrides": [mask_text(o) for o in overrides],
@@ -83,6 +84,9 @@ def finish_run(
     print_scores(root, found)
     print(f"videos  {run.samples}\nsheet   {sheet}\npage    {page}")
     print(f"scores  {run.folder / 'metrics.json'}", flush=True)
+    if bad:
+        listed = f'all are in {run.folder / "metrics.json"}, under "skipped"'
+        print(f"data    {summary(bad)}; {listed}", flush=True)
     return result
 
 

@@ -20,7 +20,8 @@ from sandbox.config.compatibility import first_stage_alone
 from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root, clips_per_step
 from sandbox.contracts import StorageError
-from sandbox.data.loader import batches
+from sandbox.data.batching import lines, reasons, summary
+from sandbox.data.loader import SHOWN, batches
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import by_pairs, gather, reconstructed
 from sandbox.model.autoencoding import Autoencoding, psnr
@@ -38,7 +39,7 @@ from sandbox.storage.first_stage_files import (
 )
 from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
-from sandbox.training.state import start
+from sandbox.training.state import checked_loader, start
 
 CALIBRATION_BATCHES = 8  # of 64 clips
 TRAINED_WITH = {
@@ -177,6 +178,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     """Trains the first stage of a wired `root` in a run folder; returns the result."""
     check_weights(root, begins=not continues(root))
     by_pairs(root)  # raises now where the metric's weights are missing
+    loader = checked_loader(root, rank)
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
@@ -185,7 +187,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
             if root.init_from is not None:
                 init_first_stage(system.first_stage, Path(root.init_from))
 
-        with start(system, run, group, rank, initialise) as training:
+        with start(system, run, group, rank, initialise, loader) as training:
             fit(training)
             result: dict[str, Any] = {}
             with rank.rank0_first():
@@ -245,4 +247,6 @@ def _finish(training: Any) -> dict[str, Any]:
     shown_scores = "".join(f", {name} {value:.4g}" for name, value in scores.items())
     measured = f"{decibels:.1f} dB{shown_scores} on {val.size} held-out clips"
     print(f"first stage: {measured}; sheet {sheet}", flush=True)
+    if bad := reasons(val.bad) | training.loader.bad:
+        print(f"data    {summary(bad)}: {'; '.join(lines(bad)[:SHOWN])}", flush=True)
     return result

@@ -20,7 +20,8 @@ from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
 from sandbox.config.root import Root, to_container
 from sandbox.config.wiring import Wiring
-from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
+from sandbox.contracts import ConfigError, Diverged, Items, Preempted, SamplerConfig
+from sandbox.data.checks import check_samples
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
@@ -310,6 +311,28 @@ def check_best_of(root: Root, names: Iterable[str]) -> None:
         )
 
 
+def checked_loader(root: Root, rank: Rank) -> Loader:
+    """The loader of the training clips, before anything expensive.
+
+    Raises DataError where a split has no usable clip or too few, PluginError for wrong samples.
+    """
+    source = registry.create(root.data)
+    splits = {name: source.split(name) for name in ("train", "val")}
+    for name, items in splits.items():
+        check_samples(items, root.data, name, root.seed)
+    return training_loader(root, rank, splits["train"])
+
+
+def training_loader(root: Root, rank: Rank, items: Items) -> Loader:
+    """The loader of one rank. Raises DataError for too few clips."""
+    cfg = root.data
+    return Loader(
+        items, cfg.batch_size, root.seed, rank.index, rank.world, num_workers=cfg.num_workers,
+        max_bad=cfg.max_bad, batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete,
+        turns=cfg.alternates_sizes(),
+    )  # fmt: skip
+
+
 @contextmanager
 def start(
     system: Trainable,
@@ -317,14 +340,16 @@ def start(
     group: str | None = None,
     rank: Rank | None = None,
     initialise: Callable[[], None] = lambda: None,
+    loader: Loader | None = None,
 ) -> Iterator[Training]:
     """The Training of a run, at step 0 or restored from its newest valid checkpoint.
 
-    `initialise` loads the weights of step 0, in a run without a checkpoint. Leaving the block
-    finishes the trackers. Raises DataError, StorageError, ConfigError.
+    `initialise` loads the weights of step 0, in a run without a checkpoint; `loader`: one that
+    `checked_loader` made. Leaving the block finishes the trackers. Raises DataError, StorageError,
+    ConfigError.
     """
     root, rank = system.root, rank or Rank()
-    device, cfg = device_of(root, rank.local), root.data
+    device = device_of(root, rank.local)
     _check_fp16(system, device, rank)
     use_threads(root)
     newest = checkpoint.newest(run.checkpoints) if rank.index == 0 else None
@@ -345,11 +370,7 @@ def start(
     training = Training(
         system=system,
         root=root,
-        loader=Loader(
-            registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
-            num_workers=cfg.num_workers, max_bad=cfg.max_bad, batch_of=cfg.batch_of,
-            drop_incomplete=cfg.drop_incomplete, turns=cfg.alternates_sizes(),
-        ),
+        loader=loader or training_loader(root, rank, registry.create(root.data).split("train")),
         run=run,
         rank=rank,
         trackers=Trackers(
