@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sandbox.contracts import StorageError
 from sandbox.model.sharding import detached, full_tensors, is_sharded, like, local, shape_of
-from sandbox.storage.weight_files import mismatches
+from sandbox.storage.weight_check import differences
 
 
 class EMA:
@@ -89,10 +89,10 @@ def _wide(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
-    if found := mismatches(target, source, shape_of):
+    if found := differences(target, source, shape=shape_of):
         raise StorageError(
-            f"the EMA weights do not fit this model; {len(found)} names or shapes differ: "
-            f"{', '.join(found[:10])}"
+            f"the EMA weights do not fit this model; {found.count} names or shapes differ"
+            f"{found.lines}"
         )
     for name, value in target.items():
         local(value).copy_(local(like(source[name], value)))

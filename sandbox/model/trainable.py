@@ -14,7 +14,7 @@ from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
 from sandbox.model.sharding import detached, like
-from sandbox.storage.weight_files import mismatches
+from sandbox.storage.weight_check import differences
 
 
 class Trainable(LightningModule, ABC):
@@ -153,10 +153,10 @@ class Trainable(LightningModule, ABC):
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """Loads a `trainable_state`. Raises StorageError for other names or shapes."""
         own = self.trainable_state()
-        if found := mismatches(own, state):
+        if found := differences(own, state):
             raise StorageError(
-                f"the weights do not fit this model; {len(found)} names or shapes differ: "
-                f"{', '.join(found[:10])}"
+                f"the weights do not fit this model; {found.count} names or shapes differ"
+                f"{found.lines}"
             )
         for name, tensor in own.items():
             tensor.copy_(like(state[name], tensor))
