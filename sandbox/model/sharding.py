@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from sandbox.contracts import StorageError
-from sandbox.storage.weight_files import mismatches
+from sandbox.storage.weight_check import differences
 
 
 def is_sharded(value: Any) -> bool:
@@ -70,10 +70,9 @@ def local(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copies full or equally sharded tensors. Raises StorageError for other names or shapes."""
-    if found := mismatches(target, source, shape_of):
+    if found := differences(target, source, shape=shape_of):
         raise StorageError(
-            f"the weights do not fit this model; {len(found)} names or shapes differ: "
-            f"{', '.join(found[:10])}"
+            f"the weights do not fit this model; {found.count} names or shapes differ{found.lines}"
         )
     for name, tensor in target.items():
         local(tensor).copy_(local(like(source[name], tensor)))
