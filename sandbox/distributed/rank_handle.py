@@ -26,6 +26,11 @@ SIGNAL_CAUSES = {
     signal.SIGABRT: "NCCL does so when a collective takes longer than the timeout",
 }
 
+ADVICE = (
+    "look for a stopped or overloaded process or machine, or raise trainer.timeout; the same "
+    "command resumes"
+)
+
 
 class RankError(SandboxError):
     """An unexpected error in a rank; `traceback` is the rank's, if there is one."""
@@ -39,6 +44,24 @@ class RankError(SandboxError):
 
     def __str__(self) -> str:
         return self.args[0]
+
+
+class RankLost(RankError):
+    """A rank was killed from outside or gives no answer: no bug, so no traceback (exit code 5)."""
+
+    exit_code = 5
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message)
+        if traceback:
+            self.__cause__ = RemoteTraceback(traceback)
+
+
+def lost_contact(index: int, reason: str) -> RankLost:
+    """The error of a rank that another one, or the network, has left alone."""
+    return RankLost(
+        f"rank {index}: lost contact with the other ranks ({shortened(reason)}); {ADVICE}"
+    )
 
 
 class RankHandle:
@@ -148,18 +171,26 @@ class RankHandle:
     def error(self) -> SandboxError:
         """The error that ended the rank, as raised here."""
         if self.report is None:
-            return RankError(f"rank {self.index}: {_exit_reason(self._process.exitcode)}")
+            code = self._process.exitcode
+            kind = RankError if code is None or code >= 0 else RankLost
+            return kind(f"rank {self.index}: {_exit_reason(code)}")
         text, found = self.report["text"], SandboxError(self.report["text"])
         if self.report["error"] and self.report["module"] in sys.modules:
             found = pickle.loads(self.report["error"])
         elif self.report["code"] is not None:  # its class is not imported in this process
             found.exit_code = self.report["code"]  # type: ignore[misc]
         else:
-            if self.report["lost_contact"]:
-                text = f"lost contact with the other ranks ({text})"
             found = RankError(f"rank {self.index}: {text}", self.report["trace"])
+            if self.report["lost_contact"]:
+                found = lost_contact(self.index, text)
         found.__cause__ = RemoteTraceback(f"rank {self.index}:\n{self.report['trace']}")
         return found
+
+
+def shortened(text: str) -> str:
+    """The first line of an error of a library."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 def _exit_reason(code: int | None) -> str:

@@ -22,8 +22,14 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank, check_plain
-from sandbox.distributed.rank_handle import RankError, RankHandle
-from sandbox.distributed.rank_process import RankSpec, external_rank, run_external, run_target
+from sandbox.distributed.rank_handle import ADVICE, RankHandle, RankLost, lost_contact, shortened
+from sandbox.distributed.rank_process import (
+    RankSpec,
+    error_report,
+    external_rank,
+    run_external,
+    run_target,
+)
 from sandbox.storage.locks import COMMAND
 
 PRELOAD = (
@@ -113,8 +119,9 @@ def launch(
     variables; `preload`: modules and plugins that the first call imports once for all ranks of this
     process. The only rank is this process with `in_process`, and where torchrun or srun started it.
 
-    Raises a rank's SandboxError unchanged (Preempted after a stop request), RankError for other
-    errors, and KeyboardInterrupt at the third signal. The cause of an error is a RemoteTraceback.
+    Raises a rank's SandboxError unchanged (Preempted after a stop request), RankLost for ranks that
+    were killed or give no answer, RankError for other errors, and KeyboardInterrupt at the third
+    signal. The cause of an error is a RemoteTraceback.
     """
     check_plain(settings, "settings")
     shared: dict[str, Any] = {"device": device, "timeout": timeout, "threads": threads}
@@ -125,7 +132,12 @@ def launch(
                 f"trainer.processes={processes}: this is rank {place['index']} of "
                 f"{place['world']} that torchrun or srun started; want {place['world']}"
             )
-        return run_external(RankSpec(target, settings, **place, **shared))
+        try:
+            return run_external(RankSpec(target, settings, **place, **shared))
+        except Exception as e:
+            if not (report := error_report(e))["lost_contact"]:
+                raise
+            raise lost_contact(place["index"], report["text"]) from e
     if in_process:
         if processes != 1:
             raise ConfigError(f"trainer.processes={processes}: want 1 in process")
@@ -252,9 +264,9 @@ def _outcome(ranks: Sequence[RankHandle]) -> Any:
         raise min(own, key=lambda rank: rank.failed_at or 0.0).error()
     silent = " and ".join(f"rank {rank.index}" for rank in ranks if rank.report is None)
     if lost and silent:
-        raise RankError(
+        raise RankLost(
             f"{silent}: no answer to rank {lost[0].index}, which has given up "
-            f"({lost[0].get('text')})",
+            f"({shortened(lost[0].get('text'))}); {ADVICE}",
             lost[0].get("trace"),
         )
     for rank in [rank for rank in ranks if rank.preempted] or lost:
