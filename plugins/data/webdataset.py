@@ -17,7 +17,7 @@ import numpy as np
 from plugins._blocks.buckets import nearest
 from plugins._blocks.captions import first_captions, one_line
 from plugins._blocks.folders import check_split, folder_of, held_out, printable
-from plugins._blocks.tar_shards import Entry, Shard, first_of, read_shards
+from plugins._blocks.tar_shards import Entry, Shard, first_of, read_shards, user_caches
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
@@ -125,8 +125,10 @@ class WebDataset:
         """Usable samples of a split; and for all splits, reason -> number of excluded samples."""
         cfg, excluded = self.cfg, Counter[str]()
         if self._shards is None:
-            cache = Path(cfg.index).expanduser()
-            self._shards = read_shards(root, cache, cfg.media, with_sizes=len(cfg.clips()) > 1)
+            caches = [Path(cfg.index).expanduser()]
+            if cfg.index == WebDataset.Config.index:  # the current folder may be read-only
+                caches += user_caches("webdataset")
+            self._shards = read_shards(root, caches, cfg.media, with_sizes=len(cfg.clips()) > 1)
         has_images = any(clip.frames == 1 for clip in cfg.clips())
         found: list[Entry] = []
         for entry, entry_split in entries_with_splits(self._shards, cfg):
