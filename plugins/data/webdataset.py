@@ -24,7 +24,7 @@ from plugins._blocks.folders import (
     printable,
     say_once,
 )
-from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_of, read_shards
+from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_of, read_shards, user_caches
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
@@ -133,8 +133,10 @@ class WebDataset:
         """Usable samples of a split; and what of all splits is not used."""
         cfg, excluded = self.cfg, Unused()
         if self._shards is None:
-            cache = Path(cfg.index).expanduser()
-            self._shards = read_shards(root, cache, cfg.media, with_sizes=len(cfg.clips()) > 1)
+            caches = [Path(cfg.index).expanduser()]
+            if cfg.index == WebDataset.Config.index:  # the current folder may be read-only
+                caches += user_caches("webdataset")
+            self._shards = read_shards(root, caches, cfg.media, with_sizes=len(cfg.clips()) > 1)
         has_images = any(clip.frames == 1 for clip in cfg.clips())
         found: list[Entry] = []
         without = Without()

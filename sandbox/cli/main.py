@@ -1,8 +1,8 @@
 """The command `python run.py`: parses, composes, checks and runs jobs, without importing torch.
 
 A multirun starts only if every job passes its checks. Exit codes: 0 finished, 1 bug (the only one
-with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage, 75 preempted,
-130 interrupted.
+with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage or environment,
+75 preempted, 130 interrupted.
 """
 
 import os

@@ -17,7 +17,7 @@ from typing import Any
 from sandbox.contracts import Preempted, SandboxError
 from sandbox.distributed.rank import Rank
 from sandbox.distributed.rank_process import RankSpec, run_supervised
-from sandbox.distributed.remote_errors import RankError, RemoteTraceback
+from sandbox.distributed.remote_errors import RankError, RankLost, RemoteTraceback
 from sandbox.distributed.signals import SIGNALS
 
 WARM = "SANDBOX_WARM"  # variable with the plugins that `sandbox.distributed.preload` imports
@@ -110,7 +110,9 @@ class RankHandle:
     def error(self) -> SandboxError:
         """The error that ended the rank, as raised here."""
         if self.report is None:
-            return RankError(f"rank {self.index}: {_exit_reason(self.process.exitcode)}")
+            code = self.process.exitcode
+            kind = RankError if code is None or code >= 0 else RankLost
+            return kind(f"rank {self.index}: {_exit_reason(code)}")
         error = self.report["error"]
         error.__cause__ = RemoteTraceback(f"rank {self.index}:\n{self.report['trace']}")
         return error

@@ -20,7 +20,7 @@ from typing import Any
 from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
-from sandbox.distributed.remote_errors import RankError
+from sandbox.distributed.remote_errors import ADVICE, RankError, RankLost, shortened
 from sandbox.distributed.signals import SIGNALS
 
 LOST_CONTACT = (  # in errors of gloo, NCCL and their store when another rank does not answer
@@ -199,13 +199,14 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
         kind = next(c for c in type(error).__mro__ if c.__module__ == SandboxError.__module__)
         found = error if kind is type(error) else kind(text)
         found.exit_code = error.exit_code  # type: ignore[misc]
+    elif lost:
+        text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
+        found = RankLost(
+            f"rank {index}: lost contact with the other ranks ({shortened(text)}); {ADVICE}"
+        )
     else:
         name = type(error).__name__
-        shown = f"{name}: {text}" if text else name
-        if lost:
-            text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
-            shown = f"lost contact with the other ranks ({text})"
-        found = RankError(f"rank {index}: {shown}")
+        found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
         found.traceback = trace
     return {
         "error": found,

@@ -16,6 +16,7 @@ from sandbox.config.root import Root, to_container
 from sandbox.config.static_reader import code_alone
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.storage import checkpoint, weight_files
+from sandbox.storage.atomic import is_writable
 from sandbox.storage.published import compare, parts_of, read_model, read_parts, translated
 from sandbox.storage.weight_check import check_values, differences
 from sandbox.storage.weight_contents import fitted
@@ -112,7 +113,15 @@ def cache_path(root: Root) -> Path:
     hashes = [hashlib.sha256(code_alone(part)).hexdigest() for part in sources]
     key = json.dumps([vae, data, root.seed, hashes], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
-    return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    found = Path(root.cache) / file
+    return found if found.is_file() else cache_folder(root) / file
+
+
+def cache_folder(root: Root) -> Path:
+    """The folder `cache`; below `out` where the default one cannot be written."""
+    is_used = root.cache != Root.cache or is_writable(Path(root.cache))
+    return Path(root.cache) if is_used else Path(root.out) / "cache"
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:

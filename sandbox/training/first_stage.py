@@ -33,6 +33,7 @@ from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import replacing, storing
 from sandbox.storage.first_stage_files import (
     FIRST_STAGE_FILE,
+    cache_folder,
     cache_path,
     init_first_stage,
     load_weights,
@@ -160,7 +161,7 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         base_lr=None,
         steps=recipe.steps,
         recipe=root.vae.plugin.replace("/", "-"),
-        out=str(Path(root.cache) / "runs"),
+        out=str(cache_folder(root) / "runs"),
         vae=replace(root.vae, weights=None),
         init_from=None,
         trainable=None,

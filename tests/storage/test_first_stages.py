@@ -281,3 +281,28 @@ def test_a_first_stage_on_a_gpu_is_calibrated_and_measured_there():
         calibrate(root, first_stage, gpu)
         made = reconstructed(first_stage, video, gpu)
         assert (made.device.type, made.shape) == ("cpu", video.shape)
+
+
+def test_the_default_cache_is_below_out_where_the_current_folder_cannot_be_written(
+    tmp_path, monkeypatch
+):
+    root = replace(small(*AUTO), out=str(tmp_path / "out"))
+    assert cache_path(root).parent == Path("outputs/cache")
+    monkeypatch.chdir("/proc")
+    made = prepared(root)
+    assert [p.suffix for p in sorted((tmp_path / "out" / "cache").iterdir())] == [
+        ".lock",
+        ".safetensors",
+    ]
+    assert not differing(made, prepared(root))
+    with pytest.raises(ConfigError, match=r"cache=mine: cannot be written"):
+        prepared(replace(root, cache="mine"))
+
+
+def test_a_cache_that_can_only_be_read_is_read(tmp_path, monkeypatch):
+    root = replace(small(*AUTO), out=str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    made = prepared(root)
+    monkeypatch.setattr("sandbox.storage.first_stage_files.is_writable", lambda folder: False)
+    assert not differing(made, prepared(root))
+    assert not (tmp_path / "out").exists()
