@@ -52,7 +52,7 @@ def _main(argv: list[str]) -> int:
     line = parse(argv)
     line.overrides = translate_overrides(line.overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides)
+    line.overrides = composition.expand(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     if "--help" in line.flags:
         from sandbox.cli.help import usage

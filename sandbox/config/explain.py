@@ -59,7 +59,9 @@ def explain_multirun(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Every syntax error in the overrides of a multirun."""
     problems = [p for _, p in _parsed(overrides, multirun=True) if p]
     if "does not support sweep type" in str(error):
-        problems.append("-m: the basic sweeper takes lists (1,2), choice(...) and range(...) only")
+        problems.append(
+            "-m: the basic sweeper takes lists (1,2), choice(...), range(...) and glob(...) only"
+        )
     return ConfigError(*(problems or [first_line(str(error))]))
 
 
