@@ -92,5 +92,5 @@ def compose(
 def received(node: dict[str, Any]) -> Root:
     """A Root from another process; reads plugins first, including those of its `plugins_path`."""
     folder = node.get("plugins_path")
-    setup([f"plugins_path={folder}"] if folder else ())
+    setup([f"plugins_path={folder}"] if folder else (), report=False)
     return from_container(node)
