@@ -85,6 +85,10 @@ def compose(
         from sandbox.config.explain import explain
 
         raise explain(e, overrides, config, config_dir) from e
+    except RecursionError as e:
+        from sandbox.config.explain import circular
+
+        raise circular(overrides, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)
     return cfg
 

@@ -20,7 +20,7 @@ class Refused(BaseException):
 
 @contextlib.contextmanager
 def guarded(seconds: float = SECONDS) -> Iterator[None]:
-    """Inside the block code ends with Refused after `seconds`, or where it ends or forks the program.
+    """Inside the block code that takes long, ends the program or forks it raises Refused.
 
     Its output is dropped. The time limit needs the main thread and a system with SIGALRM.
     """
