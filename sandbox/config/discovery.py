@@ -91,9 +91,8 @@ def options(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
     for part in group.split("/"):
         node = node.get(part, {}) if isinstance(node, dict) else {}
     names = {str(k).removesuffix(".yaml") for k, v in node.items() if not isinstance(v, dict)}
-    return sorted(
-        names | {p.stem for f in folders for p in (f / group).glob("*.yaml") if p.is_file()}
-    )
+    files = [p for f in folders for p in (f / group).glob("*.yaml") if p.is_file()]
+    return sorted(names | {p.stem for p in files})
 
 
 def chosen_plugin(group: str, name: str) -> registry.Plugin | None:
