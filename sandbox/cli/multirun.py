@@ -84,7 +84,7 @@ def local_jobs(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], t
 
     line = parse(overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides)
+    line.overrides = composition.expand(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     planned = jobs(line.overrides, seeds)
     if planned is None:

@@ -115,7 +115,9 @@ def _changes(plain: dict[str, Any], config: type | None = None) -> str:
 
 def about(path: Path) -> str:
     """The first sentence of the comment at the top of a YAML file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        return "(no regular file)"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     text = " ".join(line.lstrip("# ") for line in comment if "@package" not in line)
     return re.split(r"(?<=[^.]\.) +(?=[A-Z])", text)[0].removesuffix(".") + "."
