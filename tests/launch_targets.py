@@ -83,6 +83,7 @@ FAILURES = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "leave": lambda: os._exit(3),
     "hang": lambda: time.sleep(600),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 

@@ -64,9 +64,10 @@ def check_config(cls: type, group: str, name: str, place: str) -> None:
 class _Contract:
     """What a method returns, and the words for it."""
 
-    def __init__(self, plugin: str, place: str, method: str, want: str, interface: str) -> None:
+    def __init__(self, plugin: str, place: str, method: str, want: Any, interface: str) -> None:
         self.plugin, self.place, self.method = plugin, place, method
-        self.want, self.interface = want, interface
+        self.hint, self.interface = want, interface
+        self.want = want if isinstance(want, str) else inspect.formatannotation(want)
 
     def error(self, got: str, want: str = "") -> PluginError:
         return PluginError(
@@ -87,7 +88,7 @@ def _wrap(cls: type, name: str, contract: _Contract, module: Any = tensors) -> N
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = method(self, *args, **kwargs)
-        if not fits(value, _hint(contract.want, module)):
+        if not fits(value, _hint(contract.hint, module)):
             raise contract.error(described(value))
         if rule is not None and not kwargs and (problem := rule(self, args, value)):
             raise contract.error(*problem)
@@ -107,8 +108,10 @@ def _check_items(cls: type, contract: _Contract) -> None:
 
 
 @cache
-def _hint(text: str, module: Any) -> Any:
+def _hint(text: Any, module: Any) -> Any:
     """The type that an annotation in a module means; `Any` for one that needs more imports."""
+    if not isinstance(text, str):
+        return text
     torch = sys.modules.get("torch")
     known = {"torch": torch, "Tensor": getattr(torch, "Tensor", Any)}
     try:

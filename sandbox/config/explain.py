@@ -6,6 +6,7 @@ wires the valid rest, so that users see every problem at once.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, YAML_GROUPS, to_root
 from sandbox.config.static_reader import first_line
 from sandbox.config.wiring import REQUIRED, wire
+from sandbox.config.yaml_files import circle
 from sandbox.contracts import ConfigError, PluginError
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -55,11 +57,22 @@ def explain(
     return ConfigError(*(p for _, p in problems), *_wiring_problems(cfg, {t for t, _ in problems}))
 
 
+def circular(overrides: Sequence[str], config_dir: str | None) -> ConfigError:
+    """The presets or recipes that include one another."""
+    folders = discovery.conf_folders(overrides, config_dir)
+    chosen = [(key(o), n.strip()) for o in overrides for n in value(o).strip("[]").split(",")]
+    found = circle([c for c in chosen if c[0] in GROUPS | YAML_GROUPS], folders)
+    what = found or "the presets or recipes of this command"
+    return ConfigError(f"{what}: include one another; want a defaults list without a circle")
+
+
 def explain_multirun(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Every syntax error in the overrides of a multirun."""
     problems = [p for _, p in _parsed(overrides, multirun=True) if p]
     if "does not support sweep type" in str(error):
-        problems.append("-m: the basic sweeper takes lists (1,2), choice(...) and range(...) only")
+        problems.append(
+            "-m: the basic sweeper takes lists (1,2), choice(...), range(...) and glob(...) only"
+        )
     return ConfigError(*(problems or [first_line(str(error))]))
 
 
@@ -188,7 +201,13 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
     if hydra_compose.is_option_list(override) and group not in registry.SEVERAL:
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
     names = [n.strip(" '\"") for n in given.strip("[]").split(",")] if given != "[]" else []
-    return next((p for n in names if (p := _option_problem(group, n, known))), None)
+    for name in names:
+        paths = [f / group / f"{name}.yaml" for f in folders]
+        if path := next((p for p in paths if os.path.lexists(p) and not p.is_file()), None):
+            return f"{path}: no regular file; want a YAML file"
+        if problem := _option_problem(group, name, known):
+            return problem
+    return None
 
 
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -32,6 +33,7 @@ from sandbox.contracts import ConfigError, PluginConfig, PluginError
 ENTRY_POINTS = "sandbox.plugins"
 NOT_GROUPS = ("conf", "tests")  # subfolders of a plugin folder that hold no plugins
 SEVERAL = ("callbacks", "stage")  # groups that accept several options
+MAX_FILES = 20_000  # below a plugin folder
 MAX_NAMES = 12  # in a message; --help has the full list
 
 T = TypeVar("T", bound=type)
@@ -115,23 +117,38 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
     "." (helpers). Raises PluginError if another file has the same plugin name.
     """
     prefix = package or _package_of(folder)
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(_python_files(folder)):
         parts = list(path.relative_to(folder).with_suffix("").parts)
         is_plugin = (group or len(parts) > 1) and parts[0] not in NOT_GROUPS
         if not is_plugin or any(p[0] in "_." for p in parts):
             continue
         full_group = "/".join((*([group] if group else []), *parts[:-1]))
-        known, path = _plugins.get(f"{full_group}/{parts[-1]}"), path.resolve()
+        known, path = _plugins.get(f"{full_group}/{parts[-1]}"), Path(os.path.realpath(path))
         if known and known.path != path:
             raise PluginError(_twice(known.key, known.place, str(path)))
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
+        stamp = (0, 0)
+        with suppress(OSError):  # a symbolic link to itself
+            stamp = (path.stat().st_mtime_ns, path.stat().st_size)
         if known is None or known.stamp not in (None, stamp):
             module = ".".join((prefix, *parts))
             reading = read(path, module, full_group, parts[-1])
             plugin = Plugin(full_group, parts[-1], module, path, **vars(reading), stamp=stamp)
             _forget(plugin)
             _add(plugin)
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """All *.py below a folder. Raises ConfigError for a folder that holds far more than plugins."""
+    count = 0
+    for place, folders, files in os.walk(folder):
+        count += len(folders) + len(files)
+        if count > MAX_FILES:
+            raise ConfigError(
+                f"{folder}: more than {MAX_FILES} files and folders; want a folder of "
+                "GROUP/NAME.py files only"
+            )
+        folders[:] = [f for f in folders if f[0] not in "_."]
+        yield from (Path(place, f) for f in files if f.endswith(".py"))
 
 
 def _package_of(folder: Path) -> str:

@@ -36,19 +36,8 @@ class SizeError(ConfigError):
     """
 
     def __init__(self, field: str, value: int, rule: str) -> None:
-        Exception.__init__(self, field, value, rule)  # `problems` is derived from these
-
-    @property
-    def field(self) -> str:
-        return self.args[0]
-
-    @property
-    def value(self) -> int:
-        return self.args[1]
-
-    @property
-    def rule(self) -> str:
-        return self.args[2]
+        Exception.__init__(self, field, value, rule)  # pickling calls __init__ with these
+        self.field, self.value, self.rule = field, value, rule
 
     @property
     def problems(self) -> tuple[str, ...]:

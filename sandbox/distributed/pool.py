@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -41,20 +41,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def started(engine: str, count: int, address: str | None = None) -> Iterator[Ordered]:
-    """Starts workers and yields an ordered `map`. `engine`: "local" or "ray".
+def started(engine: str, count: int, address: str | None = None) -> AbstractContextManager[Ordered]:
+    """Starts workers; the context is an ordered `map`. `engine`: "local" or "ray".
 
     A `count` of 0 runs local jobs in this process.
     """
     if engine == "ray":
-        with _ray(count, address) as ordered:
-            yield ordered
-    elif count == 0:
-        yield map
-    else:
-        with _local(count) as ordered:
-            yield ordered
+        return _ray(count, address)
+    return _local(count) if count else nullcontext(map)
 
 
 def _ahead(count: int, start: Callable[[Function, Any], Any], result: Function) -> Ordered:

@@ -17,7 +17,7 @@ from typing import Any
 from sandbox.contracts import Preempted, SandboxError
 from sandbox.distributed.rank import Rank
 from sandbox.distributed.rank_process import RankSpec, run_supervised
-from sandbox.distributed.remote_errors import RankError, RemoteTraceback
+from sandbox.distributed.remote_errors import RankError, RankLost, RemoteTraceback
 from sandbox.distributed.signals import SIGNALS
 
 WARM = "SANDBOX_WARM"  # variable with the plugins that `sandbox.distributed.preload` imports
@@ -34,8 +34,7 @@ class RankHandle:
     def __init__(self, spec: RankSpec, rank: Rank, preload: Sequence[str]) -> None:
         self.index = rank.index
         self.report: dict[str, Any] | None = None
-        self.exited = False
-        self.killed = False  # by the supervisor, after another rank failed
+        self.exited = False  # by itself, not by `end`
         self.failed_at: float | None = None
         self._reports, reports = Pipe(duplex=False)
         requests, self._requests = Pipe(duplex=False)
@@ -44,7 +43,7 @@ class RankHandle:
             streams = [_writable(os.dup(1)), _writable(os.dup(2)), _writable(err)]
         else:
             streams = [_writable(os.open(os.devnull, os.O_WRONLY)), _writable(err)]
-        self._process = multiprocessing.get_context("forkserver").Process(
+        self.process = multiprocessing.get_context("forkserver").Process(
             target=run_supervised,
             args=(spec, rank, reports, requests, streams[:2]),
             name=f"rank {self.index}",
@@ -53,7 +52,7 @@ class RankHandle:
         self._relay.start()
         try:
             with _fork_server(preload):
-                self._process.start()
+                self.process.start()
         except (EOFError, OSError) as e:
             raise RankError(
                 f"rank {self.index} cannot be started: the process that imports "
@@ -74,13 +73,8 @@ class RankHandle:
     @property
     def failed(self) -> bool:
         if self.report is None:
-            return self.exited and not self.killed
+            return self.exited
         return "result" not in self.report and not self.preempted
-
-    @property
-    def sentinel(self) -> int:
-        """Ready for `multiprocessing.connection.wait` when the process has exited."""
-        return self._process.sentinel
 
     def request_stop(self, number: int) -> None:
         with suppress(OSError):  # it has exited
@@ -88,7 +82,7 @@ class RankHandle:
 
     def update(self) -> None:
         """Receives the report, and kills what the rank has left when it has exited."""
-        has_exited = self._process.exitcode is not None
+        has_exited = self.process.exitcode is not None
         if self.report is None and self._reports.poll():
             with suppress(EOFError, OSError):  # it exited before its report was complete
                 self.report = self._reports.recv()
@@ -101,10 +95,9 @@ class RankHandle:
     def end(self) -> None:
         """Ends the rank and every process that it has started."""
         if not self.exited:
-            self.killed = self.exited = True
             self._kill_session()
-            self._process.kill()
-        self._process.join()
+            self.process.kill()
+        self.process.join()
         self._relay.join(RELAY_SECONDS)
         self._reports.close()
         self._requests.close()
@@ -112,12 +105,14 @@ class RankHandle:
     def _kill_session(self) -> None:
         """Only while the rank runs or has just exited, as process ids are reused."""
         with suppress(OSError):  # the session is empty or does not exist yet
-            os.killpg(self._process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            os.killpg(self.process.pid, signal.SIGKILL)  # type: ignore[arg-type]
 
     def error(self) -> SandboxError:
         """The error that ended the rank, as raised here."""
         if self.report is None:
-            return RankError(f"rank {self.index}: {_exit_reason(self._process.exitcode)}")
+            code = self.process.exitcode
+            kind = RankError if code is None or code >= 0 else RankLost
+            return kind(f"rank {self.index}: {_exit_reason(code)}")
         error = self.report["error"]
         error.__cause__ = RemoteTraceback(f"rank {self.index}:\n{self.report['trace']}")
         return error

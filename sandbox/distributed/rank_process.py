@@ -20,7 +20,7 @@ from typing import Any
 from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
-from sandbox.distributed.remote_errors import RankError
+from sandbox.distributed.remote_errors import ADVICE, RankError, RankLost, shortened
 from sandbox.distributed.signals import SIGNALS
 
 LOST_CONTACT = (  # in errors of gloo, NCCL and their store when another rank does not answer
@@ -86,21 +86,28 @@ def run_target(spec: RankSpec, rank: Rank) -> Any:
 
 @contextmanager
 def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
-    """The process group exists inside the block; Lightning finds and uses it."""
-    is_cuda = _has_cuda(spec, rank)
-    if is_cuda:
-        import torch
+    """The process group exists inside the block; Lightning finds and uses it.
 
+    On CUDA each rank has a device of its own. Raises ConfigError where there are too few.
+    """
+    import torch
+    import torch.distributed as dist
+
+    devices = torch.cuda.device_count() if spec.device in ("cuda", "auto") else 0
+    if devices and rank.local_world > devices:
+        raise ConfigError(
+            f"trainer.processes={rank.world}: this machine has {devices} CUDA device(s) for "
+            f"{rank.local_world} of them; want at most one process a device, or "
+            "trainer.accelerator=cpu"
+        )
+    if devices:
         torch.cuda.set_device(rank.local)
     if rank.world == 1:
         yield
         return
-    import torch
-    import torch.distributed as dist
-
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if devices else "gloo",
             init_method=_init_method(spec.init_method),
             rank=rank.index,
             world_size=rank.world,
@@ -113,22 +120,6 @@ def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
         raise RendezvousError(str(e)) from e
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
-
-
-def _has_cuda(spec: RankSpec, rank: Rank) -> bool:
-    """Whether this rank has a GPU of its own. Raises ConfigError where there are too few."""
-    if spec.device not in ("cuda", "auto"):
-        return False
-    import torch
-
-    count = torch.cuda.device_count()
-    if count and rank.local_world > count:
-        raise ConfigError(
-            f"trainer.processes={rank.world}: this machine has {count} CUDA device(s) for "
-            f"{rank.local_world} of them; want at most one process a device, or "
-            "trainer.accelerator=cpu"
-        )
-    return count > 0
 
 
 def _init_method(method: str) -> str:
@@ -145,9 +136,7 @@ def run_external(spec: RankSpec, rank: Rank) -> Any:
     """Runs the target in a rank that torchrun or srun started. Errors propagate unchanged."""
     os.environ.update(rank.variables())
     if rank.index > 0:  # only rank 0 writes to stdout
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.close(null)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return run_target(spec, rank)
 
 
@@ -193,8 +182,7 @@ def _follow_requests(requests: Connection, rank: Rank, folder: str) -> None:
     """Reads stop requests; when the supervisor has died, kills the processes of the rank."""
     while number := os.read(requests.fileno(), 1):
         rank.request_stop(number[0])
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -213,10 +201,13 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
         found.exit_code = error.exit_code  # type: ignore[misc]
     elif lost:
         text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
-        found = RankError(f"rank {index}: lost contact with the other ranks ({text})")
+        found = RankLost(
+            f"rank {index}: lost contact with the other ranks ({shortened(text)}); {ADVICE}"
+        )
     else:
         name = type(error).__name__
         found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
+        found.traceback = trace
     return {
         "error": found,
         "text": text,
@@ -226,14 +217,11 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
     }
 
 
-def _lost_contact(error: BaseException | None) -> bool:
+def _lost_contact(error: BaseException) -> bool:
     """Whether the failure of another rank caused an error, through any of its causes."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        kinds = {c.__name__ for c in type(error).__mro__}
-        matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
-        if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+    kinds = {c.__name__ for c in type(error).__mro__}
+    matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
+    if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
+        return True
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return cause is not None and _lost_contact(cause)

@@ -23,8 +23,14 @@ from sandbox.contracts import ConfigError
 from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank, check_plain
 from sandbox.distributed.rank_handle import RankHandle
-from sandbox.distributed.rank_process import RankSpec, external_rank, run_external, run_target
-from sandbox.distributed.remote_errors import RankError
+from sandbox.distributed.rank_process import (
+    RankSpec,
+    error_report,
+    external_rank,
+    run_external,
+    run_target,
+)
+from sandbox.distributed.remote_errors import ADVICE, RankLost, RemoteTraceback, shortened
 from sandbox.storage.locks import COMMAND
 
 PRELOAD = (
@@ -109,8 +115,9 @@ def launch(
     `preload`: modules and plugins that the first call imports once for all ranks of this process.
     The only rank is this process with `in_process`, and where torchrun or srun started it.
 
-    Raises a rank's SandboxError unchanged (Preempted after a stop request), RankError for other
-    errors, and KeyboardInterrupt at the third signal. The cause of an error is a RemoteTraceback.
+    Raises a rank's SandboxError unchanged (Preempted after a stop request), RankLost for ranks that
+    were killed or give no answer, RankError for other errors, and KeyboardInterrupt at the third
+    signal. The cause of an error is a RemoteTraceback.
     """
     check_plain(settings, "settings")
     external = external_rank(os.environ)
@@ -121,7 +128,13 @@ def launch(
                 f"trainer.processes={processes}: this is rank {rank.index} of {rank.world} that "
                 f"torchrun or srun started; want {rank.world}"
             )
-        return run_external(RankSpec(target, settings, device, timeout, method), rank)
+        try:
+            return run_external(RankSpec(target, settings, device, timeout, method), rank)
+        except Exception as e:
+            report = error_report(e, rank.index)
+            if not report["lost_contact"]:
+                raise
+            raise report["error"] from e
     if in_process and processes == 1:
         return run_target(RankSpec(target, settings, device, timeout), Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
@@ -196,7 +209,7 @@ def _wait(ranks: Sequence[RankHandle]) -> None:
     """
     deadline: float | None = None
     while running := [rank for rank in ranks if not rank.exited]:
-        wait([rank.sentinel for rank in running], POLL_SECONDS)
+        wait([rank.process.sentinel for rank in running], POLL_SECONDS)
         for rank in running:
             rank.update()
         if deadline is None:
@@ -215,10 +228,11 @@ def _outcome(ranks: Sequence[RankHandle]) -> Any:
         raise min(own, key=lambda rank: rank.failed_at or 0.0).error()
     silent = " and ".join(f"rank {rank.index}" for rank in ranks if rank.report is None)
     if lost and silent:
-        raise RankError(
+        error = RankLost(
             f"{silent}: no answer to rank {lost[0].index}, which has given up "
-            f"({lost[0].get('text')})"
-        ) from lost[0].error()
+            f"({shortened(lost[0].get('text'))}); {ADVICE}"
+        )
+        raise error from RemoteTraceback(lost[0].get("trace"))
     for rank in [rank for rank in ranks if rank.preempted] or lost:
         raise rank.error()
     return ranks[0].get("result")

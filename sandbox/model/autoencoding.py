@@ -19,9 +19,6 @@ class DiscriminatorUpdate:
     optimizer, EMA and clipping skip them.
     """
 
-    optimizer: torch.optim.Optimizer
-    rank: Rank
-
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
@@ -113,8 +110,8 @@ class Autoencoding(Trainable):
         with torch.no_grad():
             out = self.first_stage.reconstruct(batch.video, self.draws(batch))
 
-        def loss() -> Terms:
-            return self.reconstruction.discriminate(out, self.finished_steps)
-
-        terms = self.discriminator_update.step(loss, share, rate, is_update)
+        terms = self.discriminator_update.step(
+            lambda: self.reconstruction.discriminate(out, self.finished_steps),
+            share, rate, is_update,
+        )  # fmt: skip
         self.metrics = self.metrics | terms.log

@@ -127,14 +127,12 @@ class CachedLatents(nn.Module):
         return self._on(z.device).scaled(z)
 
     def encode(self, x: Tensor) -> Posterior:
-        self.full()
-        return self._on(x.device).encode(x)
+        return self.full(x.device).encode(x)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        self.full()
-        return self._on(z.device).decode(z, draws)
+        return self.full(z.device).decode(z, draws)
 
-    def full(self) -> Any:
+    def full(self, device: torch.device) -> Any:
         """The first stage with all its weights. Raises StorageError where the file has changed."""
         if not self._is_loaded:
             full = registry.create(self.root.vae)
@@ -144,7 +142,7 @@ class CachedLatents(nn.Module):
                     f"{self.path}: not the file that task=encode wrote; encode again"
                 )
             self._network, self._is_loaded = [freeze(full)], True
-        return self._network[0]
+        return self._on(device)
 
     def _on(self, device: torch.device) -> Any:
         """The first stage, with its loaded tensors on `device`."""

@@ -7,9 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sandbox.contracts import StorageError
-from sandbox.model.sharding import detached, full_tensors, is_sharded, like, local, shape_of
-from sandbox.storage.weight_files import mismatches
+from sandbox.model.sharding import detached, full_tensors, is_sharded, like, load_tensors, local
 
 
 class EMA:
@@ -53,7 +51,7 @@ class EMA:
         """The trainable parameters are the averages inside the block."""
         live = [*self.live.values()]
         saved = [local(detached(p)).clone() for p in live]
-        _copy(self.average, self.live)
+        load_tensors(self.live, self.average)
         self._is_applied = True
         try:
             yield
@@ -74,21 +72,10 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a `state_dict`. Raises StorageError for other names or shapes."""
-        _copy(state["average"], self.average)
+        load_tensors(self.average, state["average"])
         self.updates = int(state["updates"])
 
 
 def _wide(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
-    if found := mismatches(target, source, shape_of):
-        raise StorageError(
-            f"the EMA weights do not fit this model; {len(found)} names or shapes differ: "
-            f"{', '.join(found[:10])}"
-        )
-    for name, value in target.items():
-        local(value).copy_(local(like(source[name], value)))

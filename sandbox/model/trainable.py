@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,7 @@ from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
-from sandbox.model.sharding import detached, like
-from sandbox.storage.weight_files import mismatches
+from sandbox.model.sharding import detached, load_tensors
 
 
 class Trainable(LightningModule, ABC):
@@ -80,6 +80,10 @@ class Trainable(LightningModule, ABC):
         moved = super().transfer_batch_to_device(replace(batch, position=None), device, 0)
         return replace(moved, position=batch.position)
 
+    def on_device(self, part: Any) -> AbstractContextManager[Any]:
+        """Has the frozen modules of `part` on the device inside the block."""
+        return nullcontext()
+
     def train(self, mode: bool = True) -> Any:
         """As in torch, but frozen and untrained modules stay in eval mode."""
         super().train(mode)
@@ -138,14 +142,7 @@ class Trainable(LightningModule, ABC):
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """Loads a `trainable_state`. Raises StorageError for other names or shapes."""
-        own = self.trainable_state()
-        if found := mismatches(own, state):
-            raise StorageError(
-                f"the weights do not fit this model; {len(found)} names or shapes differ: "
-                f"{', '.join(found[:10])}"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(like(state[name], tensor))
+        load_tensors(self.trainable_state(), state)
 
 
 FILE_SETTINGS = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}

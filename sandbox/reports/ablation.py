@@ -89,7 +89,8 @@ def grouped(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
     columns, dependent = varying(entries)
     runs: dict[tuple[str, ...], dict[int, Entry]] = {}
     for i, entry in enumerate(entries):
-        runs.setdefault(tuple(v[i] for v in columns.values()), {})[entry.seed] = entry
+        seed = int(entry.settings.get("seed", 0))
+        runs.setdefault(tuple(v[i] for v in columns.values()), {})[seed] = entry
     order = sorted(runs, key=lambda key: [_natural(v) for v in key])
     variants = [
         Variant(_letters(i), dict(zip(columns, key, strict=True)), dict(sorted(runs[key].items())))

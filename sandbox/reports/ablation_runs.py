@@ -35,10 +35,6 @@ class Entry:
     environment: dict[str, Any]
     flops: float | None = None  # per optimizer step, if task=plan counted them
 
-    @property
-    def seed(self) -> int:
-        return int(self.settings.get("seed", 0))
-
     @cached_property
     def values(self) -> dict[str, float]:
         """Every finite metric."""

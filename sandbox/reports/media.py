@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import cache
 from itertools import zip_longest
 from math import ceil, inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
+from sandbox.reports.fonts import draw_text, wrapped
 from sandbox.storage import atomic
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ MAX_FRAMES = 9  # of one strip
 SHEET_WIDTH = 1900  # target, in pixels
 CAPTION_WIDTH, MARGIN, HEADER, GAP, ROW_GAP, FILM = 190, 18, 22, 18, 6, 3  # pixels
 TEXT, LINE = 14, 19  # font size, line height
-ELLIPSIS = "..."
 BT709 = 1  # code of ITU-T H.273 for matrix, primaries and transfer
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 
@@ -230,46 +229,6 @@ def wall(
     return np.stack(frames)
 
 
-# --- text -----------------------------------------------------------------------------------------
-
-
-@cache
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans from matplotlib: Latin, Greek and Cyrillic; other scripts show as boxes."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
-    """Lines of at most `width` pixels; text beyond `most` lines is cut with an ellipsis."""
-
-    def fits(line: str) -> bool:
-        return font(size, bold).getlength(line) <= width
-
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            if fits(f"{line} {word}".strip()):
-                line = f"{line} {word}".strip()
-                continue
-            lines += [line] if line else []
-            while len(word) > 1 and not fits(word):  # wider than the column: cut anywhere
-                cut = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), 1)
-                lines.append(word[:cut])
-                word = word[cut:]
-            line = word
-        lines.append(line)
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and not fits(last + ELLIPSIS):
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + ELLIPSIS]
-
-
 # --- contact sheets -------------------------------------------------------------------------------
 
 
@@ -414,7 +373,7 @@ def _label(text: str, width: int) -> Image.Image:
 def _drawn(lines: list[str], width: int, height: int, bold: bool = False) -> Image.Image:
     image = Image.new("RGB", (width, height), BACKGROUND)
     for i, line in enumerate(lines):
-        ImageDraw.Draw(image).text((0, i * LINE), line, INK, font(TEXT, bold))
+        draw_text(ImageDraw.Draw(image), (0, i * LINE), line, INK, TEXT, bold)
     return image
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,17 @@ def claimed(paths: Iterable[Path]) -> Path:
             path.touch(exist_ok=False)
             return path
     raise ValueError("all paths exist")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written to `folder`, or the folder can be created."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def digest_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from sandbox.config.root import Root, to_container
 from sandbox.config.static_reader import code_alone
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.storage import checkpoint, weight_files
-from sandbox.storage.published import compare, parts_of, read_model, read_parts
-from sandbox.storage.weight_files import mismatches
+from sandbox.storage.atomic import is_writable
+from sandbox.storage.published import compare, parts_of, read_model, read_parts, translated
+from sandbox.storage.weight_check import check_values, differences
+from sandbox.storage.weight_contents import fitted
+from sandbox.storage.weight_files import log_once, named
 
 FIRST_STAGE_FILE = "first_stage.safetensors"  # in a run folder
 PREFIX = "first_stage."  # of its names in a system
@@ -34,11 +38,12 @@ def matching_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -
     """
     own = first_stage.state_dict()
     state = read_weights(path, "vae.weights", own.keys(), mapped)
-    if found := mismatches(own, state):
+    if found := differences(own, state):
         raise StorageError(
-            f"vae.weights={path}: {len(found)} names or shapes differ from this configuration: "
-            f"{', '.join(found[:10])}; choose the vae settings it was made with, or weights=auto"
+            f"vae.weights={path}: {found.count} names or shapes differ from this configuration; "
+            f"choose the vae settings it was made with, or weights=auto{found.lines}"
         )
+    check_values(f"vae.weights={path}", state, own)
     return state
 
 
@@ -53,12 +58,14 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
         also = ", or use vae.weights=auto" if what == "vae.weights" else ""
         raise StorageError(f"{what}={path}: no such file; name one{also}")
     is_folder = path.is_dir()
-    state = _of_folder(path, what, mapped) if is_folder else weight_files.read(path, mapped)
+    with nullcontext() if is_folder else named(what):
+        state = _of_folder(path, what, mapped) if is_folder else weight_files.read(path, mapped)
     if own == state.keys():
         return state
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
     if any(name.startswith(PREFIX) for name in state):  # a training checkpoint
         state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    state = fitted(state, own, lambda text: log_once(f"{what}={path}: {text}"))
     return {name: x for name, x in state.items() if not name.startswith("loss.")}
 
 
@@ -77,12 +84,11 @@ def init_first_stage(first_stage: Any, path: Path) -> None:
     """Loads initial weights for training a first stage (init_from), also from a related network.
 
     Its `from_published` translates them. Strict, but buffers may be missing. Raises StorageError
-    with the first ten names and shapes that differ.
+    with the first names and shapes that differ.
     """
     own = first_stage.state_dict()
     state = read_weights(path, "init_from", own.keys())
-    if hasattr(first_stage, "from_published"):
-        state = first_stage.from_published(state)
+    state = translated(first_stage, own.keys(), state, f"init_from={path}")
     buffers = {name for name, _ in first_stage.named_buffers()} - state.keys()
     own = {name: x for name, x in own.items() if name not in buffers}
     compare(own, state, path)
@@ -107,7 +113,15 @@ def cache_path(root: Root) -> Path:
     hashes = [hashlib.sha256(code_alone(part)).hexdigest() for part in sources]
     key = json.dumps([vae, data, root.seed, hashes], sort_keys=True)
     name = root.vae.plugin.replace("/", "-")
-    return Path(root.cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    file = f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors"
+    found = Path(root.cache) / file
+    return found if found.is_file() else cache_folder(root) / file
+
+
+def cache_folder(root: Root) -> Path:
+    """The folder `cache`; below `out` where the default one cannot be written."""
+    is_used = root.cache != Root.cache or is_writable(Path(root.cache))
+    return Path(root.cache) if is_used else Path(root.out) / "cache"
 
 
 def data_identity(data: DataConfig) -> dict[str, Any]:

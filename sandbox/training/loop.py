@@ -137,17 +137,14 @@ class OptimizerStep(Callback):
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.training.processes.clip(parameters, self.cfg.clip)
-        self.rates = self.learning_rates(rate)
+        lr, entries = (self.root.lr or 0.0) * rate, map(parse_entry, self.root.trainable or ())
+        # of entries of `trainable` with another learning rate
+        others = {f"lr/{name}": lr * factor for name, factor in entries if factor not in (0, 1)}
+        self.rates = {"lr": lr, **others}
         # A device sync. The norm is over all ranks, so they agree.
         if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
             self.is_bad = True
             optimizer.zero_grad()  # optimizers skip parameters without gradients
-
-    def learning_rates(self, factor: float) -> dict[str, float]:
-        """`lr`, and that of each entry of `trainable` with another learning rate, at this step."""
-        lr, entries = (self.root.lr or 0.0) * factor, map(parse_entry, self.root.trainable or ())
-        others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
-        return {"lr": lr, **others}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -167,11 +164,8 @@ class OptimizerStep(Callback):
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
             training.ema.update()
-        if training.just_stepped:
-            self.end_step()
-
-    def end_step(self) -> None:
-        training = self.training
+        if not training.just_stepped:
+            return
         training.step += 1
         of_step = {"grad_norm": training.processes.norm(), **self.rates}
         metrics = {**_mean(self.metrics), **of_step}
@@ -218,7 +212,8 @@ class Checkpointing(Callback):
             training.save()
         weights_every = training.root.checkpoint.weights_every
         if weights_every and step % weights_every == 0:
-            training.save_weights()
+            training.flush()
+            training.save_weights(training.run.folder / "weights" / f"step_{step:08d}")
         if why is not None:
             raise Preempted(
                 f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "

@@ -96,3 +96,53 @@ TEXTS = ["", "a", "\\", '"', '\\"', "a\\\\", "'", "a\nb", "${x}", '\\\\"b']
 def test_a_quoted_text_is_read_as_itself(text):
     assert str(parse_override(f"x={quote(text)}").value()) == text
     assert with_quotes(f"x=[{quote(text)}]") == f"x=[{quote(text)}]"
+
+
+SWEEPS = [  # a sweep as Hydra documents it, and the first values of its jobs
+    ("backbone=glob(dit_*)", ["dit_b2", "dit_l2", "dit_s2", "dit_xl2"]),
+    ("backbone=glob(dit_w*)", ["dit_w8", "dit_w9"]),
+    ("backbone=glob(dit*,exclude=dit_*)", ["dit"]),
+    ("backbone=glob([dit_b*,dit_s*])", ["dit_b2", "dit_s2"]),
+    ("backbone=glob([dit*],exclude=[*2,dit_w*])", ["dit"]),
+    ("backbone=dit,unet2d", ["dit", "unet2d"]),
+    ("backbone=choice(dit,unet2d)", ["dit", "unet2d"]),
+    ("backbone=sort(unet2d,dit)", ["dit", "unet2d"]),
+    ("backbone=sort(dit,unet2d,reverse=true)", ["unet2d", "dit"]),
+    ("experiment=glob(digits_*)", ["digits_long", "digits_speeds"]),
+    ("seed=range(3)", ["0", "1", "2"]),
+    ("seed=range(4,8,step=2)", ["4", "6"]),
+    ("lr=tag(peak,choice(1e-4,1e-5))", ["0.0001", "1e-05"]),
+]
+
+
+@pytest.mark.parametrize(("typed", "values"), SWEEPS)
+def test_sweeps_are_those_that_hydra_documents(plugin_folder, typed, values):
+    if "dit_w" in typed:
+        presets = plugin_folder / "conf" / "backbone"
+        presets.mkdir(parents=True)
+        for width in (8, 9):
+            (presets / f"dit_w{width}.yaml").write_text(f"defaults: [dit]\nwidth: {width}\n")
+    discovery.setup()
+    found = jobs(composition.expand(["lr=1", typed] if "lr" not in typed else [typed]))
+    assert [job[-1].partition("=")[2] for job in found or ()] == values
+
+
+def test_shuffle_has_the_same_jobs_in_another_order():
+    found = jobs(composition.expand(["seed=shuffle(range(9))"]))
+    assert sorted(job[0] for job in found or ()) == [f"seed={i}" for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("backbone=glob(nothing*)", "no such option of backbone; there is "),
+        ("lr=glob(1*)", "lr=glob(1*): glob(...) matches options of a group"),
+        ("backbne=glob(dit*)", "backbne=glob(dit*): glob(...) matches options of a group"),
+        ("lr=interval(0,1)", "lists (1,2), choice(...), range(...) and glob(...) only"),
+        ("backbone=shuffle(glob(dit*))", "cannot be parsed"),
+    ],
+)
+def test_a_sweep_without_jobs_says_what_would_have_some(typed, words):
+    discovery.setup()
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        jobs(composition.expand([typed]))

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.cli.errors import report
 from sandbox.contracts import ConfigError, DataError, Diverged, Preempted, SizeError
 from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank_handle import RankError, RankLost
 from sandbox.distributed.rank_process import error_report, external_rank
-from sandbox.distributed.supervisor import CONNECT_ATTEMPTS, RankError, launch
+from sandbox.distributed.supervisor import CONNECT_ATTEMPTS, launch
 from tests.launch_helpers import alive, lines, supervisor, wait_until
 
 HERE = Path(__file__).parents[1]
@@ -145,7 +147,7 @@ def test_the_rank_that_fails_is_named_with_its_own_error(how, message, culprit, 
     with pytest.raises(RankError) as caught:
         run("fail", {"rank": culprit, "how": how, "log": str(log)}, 2)
     assert str(caught.value) == f"rank {culprit}: {message}"
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == (5 if how == "kill" else 1)
     assert not alive(log)
 
 
@@ -154,10 +156,18 @@ def test_a_rank_that_exits_without_a_report_is_named():
         run("fail", {"rank": 1, "how": "leave"}, 2)
 
 
-def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log):
-    with pytest.raises(RankError, match="rank 1: no answer to rank 0, which has given up"):
-        run("fail", {"rank": 1, "how": "hang", "log": str(log)}, 2, timeout=4.0)
+@pytest.mark.parametrize("how", ["hang", "stop"])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log, how, culprit, capsys):
+    told = f"rank {culprit}: no answer to rank {1 - culprit}, which has given up"
+    with pytest.raises(RankLost, match=told) as caught:
+        run("fail", {"rank": culprit, "how": how, "log": str(log)}, 2, timeout=4.0)
     assert not alive(log)
+    assert caught.value.exit_code == 5
+    report(caught.value)
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed and "bug" not in printed
+    assert printed.count("\n") == 1 and len(printed) < 400
 
 
 def test_ranks_that_do_not_connect_are_started_again(log, capfd, monkeypatch):
@@ -193,13 +203,13 @@ def test_every_error_has_the_traceback_of_its_rank():
 def test_an_error_that_cannot_be_pickled_is_still_reported():
     with pytest.raises(RankError, match="rank 0: Stranger: a failure of size 4") as caught:
         run("fail", {"rank": 0, "how": "strange error"}, 1)
-    assert "in _strange" in str(caught.value.__cause__)
+    assert "in _strange" in caught.value.traceback
 
 
 def test_a_rank_error_survives_pickling():
-    assert str(pickle.loads(pickle.dumps(RankError("rank 1: ValueError: x")))) == (
-        "rank 1: ValueError: x"
-    )
+    report = error_report(ValueError("x"), index=1)
+    again = pickle.loads(pickle.dumps(report["error"]))
+    assert (str(again), again.traceback) == ("rank 1: ValueError: x", "ValueError: x\n")
 
 
 def test_an_error_that_follows_from_a_lost_contact_is_not_an_own_one():
@@ -300,7 +310,7 @@ def test_handlers_that_a_library_has_replaced_are_put_back():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         alone.install_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert alone.stop_requested()
+        assert alone.stop_signal == "SIGTERM"
 
 
 FORKS = """

@@ -302,14 +302,16 @@ def test_a_layout_that_wants_captions_refuses_clips_without(raw, prepared, tmp_p
         run(bare, tmp_path / "out", "format=cogvideox_folder")
 
 
-def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp_path):
+def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp_path, caplog):
     (tmp_path / "raw").mkdir()
-    with pytest.raises(DataError, match="contains no video"):
+    (tmp_path / "raw" / "a.wmv").touch()
+    with pytest.raises(DataError, match=r"contains no video; want \.mp4, .*there are 1 \.wmv"):
         run(tmp_path / "raw", tmp_path / "out")
     write(tmp_path / "raw" / "still.mp4", scene(1, 1.2, (0, 0)))
     with pytest.raises(DataError, match="all clips were dropped"):
         run(tmp_path / "raw", tmp_path / "out")
     assert manifest(tmp_path / "out")[0]["dropped_by"] == "motion"
+    assert "1 files are not read: 1 .wmv" in caplog.text
 
 
 def test_stages_run_in_the_order_in_which_they_are_named(raw, tmp_path):
@@ -360,6 +362,22 @@ def test_files_that_cannot_be_used_are_found_and_strange_ones_that_can_are_not(t
     found = {r["source"] for r in rows if r["dropped_by"] == "unreadable"}
     precision, recall = precision_recall(want, found)
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)
+
+
+def test_a_file_with_an_edit_list_is_kept_and_one_that_is_cut_off_is_not(tmp_path):
+    from tests.odd_videos import trimmed
+
+    trimmed(tmp_path / "raw" / "whole.mp4", {"movflags": "faststart"})
+    content = (tmp_path / "raw" / "whole.mp4").read_bytes()
+    (tmp_path / "raw" / "cut.mp4").write_bytes(content[: len(content) * 3 // 4])
+    words = ("stage=[scenes]", "format=null", "workers=0", "sheet=0", "stage.scenes.min_seconds=0")
+    prepare(
+        composed("task=prepare", f"data_root={tmp_path / 'raw'}", f"to={tmp_path / 'out'}", *words)
+    )
+    rows = {row["source"]: row for row in manifest(tmp_path / "out")}
+    assert rows["whole.mp4"]["info"]["frames"] == 30
+    assert rows["whole.mp4"]["end"] == 3.0 and rows["whole.mp4"]["kept"]
+    assert rows["cut.mp4"]["why"].startswith("is truncated: it has ")
 
 
 def write_sound(path: Path) -> None:

@@ -15,9 +15,8 @@ from PIL import Image
 from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation import Ablation, compare, varying
-from sandbox.reports.ablation_page import write_ablation
+from sandbox.reports.ablation_page import draw_curves, write_ablation
 from sandbox.reports.ablation_runs import read
-from sandbox.reports.figures import draw_curves
 from sandbox.runs.run import Run, identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
@@ -223,6 +222,15 @@ def test_scores_that_were_asked_later_stand_beside_those_of_the_run(tmp_path):
     evaluation(folder, 11, 20.0, PROTOCOL | {"weights": "live"})
     notes = compared(tmp_path).notes
     assert any("frechet_image is not compared" in n and '"ema" and "live"' in n for n in notes)
+
+
+def test_later_scores_keep_the_order_of_their_file(tmp_path):
+    names = [f"score {i}" for i in range(9)]
+    folder = run(tmp_path, "dit", 1e-3, 0, 0.5)
+    (folder / "evaluations").mkdir()
+    scores = {"scores": {"model": dict.fromkeys(names, 0.5)}}
+    (folder / "evaluations" / "evaluation-01.json").write_text(json.dumps(scores))
+    assert [*read(tmp_path).entries[0].values] == ["digit", *names, "loss"]
 
 
 def test_a_number_without_a_protocol_is_not_mixed_with_one_that_has_one(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from plugins._blocks.tar_shards import digest_of
 from plugins._blocks.video_io import CONTAINERS, IMAGES
 from plugins.data.webdataset import MEDIA, WebDataset
 from sandbox.contracts import BadItem, Clip, DataError, StorageError
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import keyed
 from sandbox.pipelines.prepare_outputs import write_shards
+from tests.harm import DAMAGES
 from tests.plugins.data.test_video_folder import levels, write_video
 
 CONFIG = WebDataset.Config(frames=1, height=16, width=16)
@@ -176,6 +179,11 @@ def test_a_resumed_epoch_continues_where_it_stopped(root, workers):
     assert len(begun) == 4 and begun + rest == full
 
 
+def other_key(file: Path) -> None:
+    """Valid JSON of another sample."""
+    file.write_text(file.read_text().replace('"key": "0', '"key": "1'))
+
+
 # --- indices --------------------------------------------------------------------------------------
 
 
@@ -185,7 +193,8 @@ def test_an_index_is_cached_for_each_state_of_a_shard(root):
     made = sorted(cache.iterdir())
     assert len(made) == 4
     for file in made:  # the cached index is used
-        file.write_text(file.read_text().replace('"key": "0', '"key": "kept 0'))
+        rows = json.loads(file.read_text().replace('"key": "0', '"key": "kept 0'))["rows"]
+        file.write_text(json.dumps({"sha256": digest_of(rows), "rows": rows}))
     assert all("kept" in name for name in split_of(root)["train"])
     for path in root.iterdir():
         shard(path, {f"new {name}": p for name, p in pairs(range(4)).items()})
@@ -193,15 +202,105 @@ def test_an_index_is_cached_for_each_state_of_a_shard(root):
     assert before["train"] and len([*cache.iterdir()]) == 8
 
 
-def test_a_broken_index_and_an_unwritable_cache_are_errors_with_the_fix(root):
-    split_of(root)
-    for file in (root.parent / "shards indices").iterdir():
-        file.write_text("[{")
-    with pytest.raises(DataError, match=r"is damaged .*; remove it to scan the shard again"):
-        split_of(root)
+@pytest.mark.parametrize("damage", [*DAMAGES, lambda p: p.write_text("[{"), other_key])
+def test_a_damaged_index_is_made_again(root, damage, caplog):
+    before = split_of(root)
+    made = sorted((root.parent / "shards indices").iterdir())
+    content = [file.read_bytes() for file in made]
+    for file in made:
+        damage(file)
+    assert split_of(root) == before
+    assert caplog.text.count("scanned again: its index") == 4
+    assert [file.read_bytes() for file in made] == content
+
+
+def test_an_unwritable_cache_is_an_error_with_the_fix(root):
     (root.parent / "file").touch()
     with pytest.raises(StorageError, match=r"data\.index=.*want a writable folder"):
         split_of(root, index=str(root.parent / "file"))
+
+
+@pytest.mark.parametrize("is_home_writable", [True, False])
+def test_the_default_cache_needs_no_writable_current_folder(root, monkeypatch, is_home_writable):
+    monkeypatch.chdir("/proc")
+    monkeypatch.setenv("TMPDIR", str(root.parent / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (root.parent / "temporary").mkdir()
+    user = root.parent / "user" if is_home_writable else Path("/proc/none")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user))
+    before = split_of(root, index=CONFIG.index)
+    place = user if is_home_writable else root.parent / "temporary"
+    assert len([*place.rglob("webdataset/*.json")]) == 4
+    assert split_of(root, index=CONFIG.index) == before
+
+
+# --- shards that were replaced --------------------------------------------------------------------
+
+
+def swapped(payloads: dict[str, bytes], one: str, other: str) -> dict[str, bytes]:
+    """The same members, two of them in the other's place."""
+    order = {one: other, other: one}
+    return {(new := order.get(name, name)): payloads[new] for name in payloads}
+
+
+REPLACED = {
+    "first captions": lambda p: swapped(p, "000.txt", "001.txt"),
+    "middle captions": lambda p: swapped(p, "003.txt", "004.txt"),
+    "last captions": lambda p: swapped(p, "006.txt", "007.txt"),
+    "images": lambda p: swapped(p, "002.png", "005.png"),
+    "all captions": lambda p: dict([*[*p.items()][:8], *reversed([*p.items()][8:])]),
+    "other keys": lambda p: {f"1{name[1:]}": payload for name, payload in p.items()},
+    "another extension": lambda p: {n.replace("3.txt", "3.cap"): x for n, x in p.items()},
+    "other contents": lambda p: {n: x.replace(b"number", b"figure") for n, x in p.items()},
+    "other sizes": lambda p: {n: x[:-1] if n == "003.txt" else x for n, x in p.items()},
+}
+
+
+def replace_with(path: Path, payloads: Payloads) -> None:
+    """A shard of the same size and times."""
+    stat = path.stat()
+    shard(path, payloads)
+    assert path.stat().st_size == stat.st_size
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_shard_that_was_replaced_is_noticed(tmp_path, name, is_open):
+    """By its headers: whatever its size and times, no image gets the caption of another."""
+    root, payloads = tmp_path / "shards", dict(pairs(range(8)))
+    path = shard(root / "train-0.tar", payloads)
+    shard(root / "val-0.tar", pairs(range(24, 26)))
+    cfg = {"missing_caption": "empty"}
+    items = source(root, **cfg).split("train")
+    new = REPLACED[name](payloads)
+    replace_with(path, new)
+    for _ in range(2):  # an error only once
+        try:
+            items = items if is_open else source(root, **cfg).split("train")
+            found = {items.id(i)[-3:]: items.load(i, keyed(0)) for i in range(len(items))}
+            break
+        except DataError as e:
+            assert "run the command again" in str(e)
+            is_open = False
+    else:
+        raise AssertionError("refused twice")
+    expected = {n[:-4]: " ".join(x.decode().split()) for n, x in new.items() if n.endswith("txt")}
+    assert {key: s["caption"] for key, s in found.items() if s["caption"]} == expected
+    assert {k: int(s["video"].add(1).mul(127.5).mean().round() // 8) for k, s in found.items()} == {
+        k: int(k[1:]) for k in found
+    }
+
+
+def test_prepared_shards_that_were_replaced_are_refused(prepared):
+    paths = sorted(prepared.glob("train-*.tar"))
+    stat, whole = paths[0].stat(), paths[0].read_bytes()
+    items = source(prepared, frames=4).split("train")
+    items.load(0, keyed(0))
+    paths[0].write_bytes(whole.replace(b"id0.txt", b"id9.txt"))
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=r"is not the shard of index\.json: copy it again"):
+        items.load(0, keyed(0))
 
 
 @pytest.fixture
