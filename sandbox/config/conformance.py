@@ -18,7 +18,7 @@ from sandbox.contracts import Clip, PluginError, tensors
 
 INTERFACES = {  # group -> its interface in sandbox.contracts
     "vae": "FirstStage", "backbone": "Backbone", "conditioning": "Conditioner",
-    "schedule": "Schedule", "loss": "Loss", "guidance": "Guidance", "sampler": "Sampler",
+    "schedule": "Schedule", "loss": "Loss", "method": "Method", "guidance": "Guidance", "sampler": "Sampler",
     "data": "DataSource", "metric": "Metric", "adapter": "Adapter", "layout": "Layout",
 }  # fmt: skip
 OTHERS = {("optimizer", "build"): "torch.optim.Optimizer"}  # methods without an interface

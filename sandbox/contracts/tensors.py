@@ -261,7 +261,8 @@ class Guidance(Protocol):
 
     cfg: GuidanceConfig
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]: ...
+    # a frozenset, as before version 0.2, is a pass that drops these signals
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]: ...
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
         """One raw output from those of the passes that `cfg.active` returns, in their order."""

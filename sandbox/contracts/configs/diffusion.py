@@ -114,7 +114,7 @@ class GuidanceConfig(PluginConfig):
         """Problems with this schedule, one line each."""
         yield from ()
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]:
         """The passes, the full pass first: (FULL, Pass({"text"})).
 
         `signals`: those that can be dropped. Without any, classifier-free guidance has one pass.
