@@ -54,13 +54,15 @@ def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> in
     folder = Path(line.compose([*run_options, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    own = seeds if planned is None else None
-    job = Job(folder, tuple(run_options), "--traceback" in line.flags, seeds=own)
+    job = Job(folder, tuple(run_options), "--traceback" in line.flags)
     paths = hydra_compose.search_path(line.overrides, line.config_dir)
     paths.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     try:
-        if planned is None:
-            _sweep(line, [*run_options, *line.overrides, *paths], job)
+        if planned is None:  # a searching sweeper, such as hydra/sweeper=optuna
+            job.seeds = seeds
+            own = [*run_options, *line.overrides, *paths]
+            _hydra().multirun(line.config_name, job, own, with_log_configuration=False)
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
         else:
             _launch(line, [[*run_options, *overrides] for overrides in planned], paths, job)
     except KeyboardInterrupt:
@@ -248,17 +250,13 @@ def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) ->
     shared = hydra.compose_config(line.config_name, [*first, paths[-1]], RunMode.MULTIRUN)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, job, shared)
-    of_hydra = ("hydra.", "hydra/")
-    own = [[o for o in job_ if not o.lstrip("+~").startswith(of_hydra)] for job_ in planned]
+    own = [
+        [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        for overrides in planned
+    ]
     size = shared.hydra.sweeper.max_batch_size or len(own)
     for start in range(0, len(own), size):
         launcher.launch(own[start : start + size], start)
-
-
-def _sweep(line: Line, overrides: list[str], job: Job) -> None:
-    """Runs a searching sweeper, such as hydra/sweeper=optuna."""
-    _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
-    (job.folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
 
 
 def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:

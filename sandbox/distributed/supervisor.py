@@ -131,8 +131,7 @@ def launch(
 
 
 def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
-    memory = "/dev/shm"  # TMPDIR may be a network disk
-    parent = memory if os.access(memory, os.W_OK) else None
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # TMPDIR may be a network disk
     for left in reversed(range(CONNECT_ATTEMPTS)):
         ranks: list[RankHandle] = []
         with (
@@ -152,11 +151,10 @@ def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
             finally:
                 for handle in ranks:
                     handle.end()
-        failed = [rank for rank in ranks if rank.failed]
-        # as a rule on a busy machine
-        none_connected = failed and all(rank.get("not_connected") for rank in failed)
-        if not left or received or not none_connected:
+        unconnected = [rank.get("not_connected") for rank in ranks if rank.failed]
+        if not left or received or not unconnected or not all(unconnected):
             return _outcome(ranks)
+        # as a rule on a busy machine
         sys.stderr.write(f"the processes did not connect; starting them again ({left} more)\n")
 
 
@@ -213,12 +211,10 @@ def _outcome(ranks: Sequence[RankHandle]) -> Any:
         raise min(own, key=lambda rank: rank.failed_at or 0.0).error()
     silent = " and ".join(f"rank {rank.index}" for rank in ranks if rank.report is None)
     if lost and silent:
-        error = RankError(
+        raise RankError(
             f"{silent}: no answer to rank {lost[0].index}, which has given up "
             f"({lost[0].get('text')})"
-        )
-        error.traceback = lost[0].get("trace")
-        raise error
+        ) from lost[0].error().__cause__
     for rank in [rank for rank in ranks if rank.preempted] or lost:
         raise rank.error()
     return ranks[0].get("result")

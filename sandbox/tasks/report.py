@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandbox.reports.ablation import Ablation
-    from sandbox.training.tracking import PageTracker
 
 
 @register("task", "report")
@@ -61,7 +60,7 @@ class Report:
             upload(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
-    def tracker(self, root: Any) -> PageTracker | None:
+    def tracker(self, root: Any) -> Any:
         """The tracker to upload to; None without send. Raises ConfigError."""
         from sandbox.config import registry
 
@@ -73,7 +72,7 @@ class Report:
         return tracker
 
 
-def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
+def upload(tracker: Any, page: Path, found: Ablation, group: str) -> None:
     """Uploads page, tables and images as a run of the same group (and sweep, if any).
 
     Raises StorageError; the local files are kept.
