@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,8 @@ def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> in
         if planned is None:  # a searching sweeper, such as hydra/sweeper=optuna
             job.seeds = seeds
             own = [*run_options, *line.overrides, *paths]
-            _hydra().multirun(line.config_name, job, own, with_log_configuration=False)
+            with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
+                _hydra().multirun(line.config_name, job, own, with_log_configuration=False)
             (folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
         else:
             _launch(line, [[*run_options, *overrides] for overrides in planned], paths, job)
@@ -178,10 +179,10 @@ def _compare(folder: Path) -> None:
 
 @dataclass
 class Job:
-    """Hydra's task function: runs a job and records its outcome in the sweep's folder.
+    """Hydra's task function: runs a job, records its outcome, and raises its error.
 
-    A failed job has no result for a searching sweeper. It raises no error, since Hydra would print
-    overrides, which may have secrets; and never exits, because that would end the other jobs.
+    The outcome goes to the sweep's folder. A searching sweeper counts the errors
+    (hydra.sweeper.max_failure_rate). A job never exits, because that would end the others.
     """
 
     folder: Path
@@ -214,11 +215,14 @@ class Job:
             report(e, f"job {hydra.job.num}: ")
             if self.traceback:
                 traceback.print_exception(e)
+            raise
         except SystemExit as e:
             outcome |= {"error": f"it exited with code {e.code}"}
+            raise RuntimeError(f"a job exited with code {e.code}") from e
         except Exception as e:  # a bug
             outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
             traceback.print_exception(e)
+            raise
         finally:
             path = self.folder / f"job-{hydra.job.num}.json"
             write_atomic(path, json.dumps(outcome, indent=2, default=str))
@@ -257,6 +261,20 @@ def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) ->
     size = shared.hydra.sweeper.max_batch_size or len(own)
     for start in range(0, len(own), size):
         launcher.launch(own[start : start + size], start)
+
+
+@dataclass
+class _WithoutOverrides:
+    """stderr without Hydra's line about a failed job, whose overrides may contain secrets."""
+
+    stream: Any
+
+    def write(self, text: str) -> int:
+        is_line = text.startswith("Error executing job with overrides")
+        return len(text) if is_line else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:
