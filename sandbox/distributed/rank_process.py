@@ -167,8 +167,9 @@ def run_supervised(
         faulthandler.enable()
         # For data workers; a forked rank would use "forkserver".
         multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-        args = (requests, rank, spec.folder)
-        threading.Thread(target=_follow_requests, args=args, daemon=True).start()
+        threading.Thread(
+            target=_follow_requests, args=(requests, rank, spec.folder), daemon=True
+        ).start()
         try:
             reports.send({"result": run_target(spec, rank)})
         except BaseException as e:  # the supervisor reports every error
