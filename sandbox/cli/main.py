@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 from sandbox.cli.command_line import SHOW, Line, parse, take_seeds
 from sandbox.cli.errors import BUG, report
-from sandbox.cli.jobs import run
+from sandbox.cli.jobs import perform, resolve_run
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
@@ -63,7 +63,8 @@ def _main(argv: list[str]) -> int:
 
     run_options = choices(line.overrides)
     if "--multirun" not in line.flags and seeds is None:
-        run(line.compose([*run_options, *line.overrides]), line.overrides)
+        root = to_root(line.compose([*run_options, *line.overrides]))
+        perform(resolve_run(root, line.overrides), line.overrides)
         return 0
     from sandbox.cli import multirun
 

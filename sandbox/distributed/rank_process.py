@@ -20,7 +20,13 @@ from typing import Any
 from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
-from sandbox.distributed.remote_errors import ADVICE, RankError, RankLost, shortened
+from sandbox.distributed.remote_errors import (
+    ADVICE,
+    RankError,
+    RankLost,
+    RemoteTraceback,
+    shortened,
+)
 from sandbox.distributed.signals import SIGNALS
 
 LOST_CONTACT = (  # in errors of gloo, NCCL and their store when another rank does not answer
@@ -208,7 +214,7 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
     else:
         name = type(error).__name__
         found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
-        found.traceback = trace
+        found.__cause__ = RemoteTraceback(f"rank {index}:\n{trace}")
     return {
         "error": found,
         "text": text,
