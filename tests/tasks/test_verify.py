@@ -157,9 +157,17 @@ def test_tests_that_fail_fail_their_row(tmp_path, monkeypatch):
     (home / "tests/golden").mkdir(parents=True)
     (home / "tests/test_one.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     (home / "tests/test_two.py").write_text("def test_a(): pass\n")
+    skip = "import pytest\n@pytest.mark.skip\ndef test_b(): assert 0\n"
+    (home / "tests/test_two_of.py").write_text(f"{skip}def test_a(): pass\n")
+    (home / "tests/test_skipped.py").write_text(skip)
     monkeypatch.setattr(verify, "GOLDEN", home / "tests/golden")
     rows = [*outputs(["tests/test_one.py", "tests/test_two.py", "tests/test_none.py"])]
     assert "tests/test_one.py" in failing(rows) or "tests" in failing(rows)
+    names = ["tests/test_two.py", "tests/test_two_of.py", "tests/test_skipped.py"]
+    two, two_of, skipped = outputs(names)
+    assert (two.here, two.is_same, two.source) == ("1 passed", True, "")
+    assert (two_of.here, two_of.is_same, two_of.source[:9]) == ("1 passed", True, "1 skipped")
+    assert (skipped.here, skipped.is_same) == ("0 passed", False)  # nothing was compared
 
 
 def test_a_row_shows_the_published_value_only_where_it_differs():
