@@ -138,7 +138,7 @@ def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> It
         return
     try:
         state = registry.create(layout).join({k: v for k, v in parts.items() if k != "adapter"})
-    except StorageError as e:
+    except (StorageError, ValueError) as e:
         yield Row("layout", str(e), "writes this system")
         return
     got = {k: [list(x.shape), str(x.dtype).removeprefix("torch.")] for k, x in state.items()}
@@ -183,7 +183,8 @@ def on_meta(wiring: Wiring, built_with: Mapping[str, Any] | None = None) -> dict
         root = replace(root, data=replace(root.data, root=None))
     for path, value in (built_with or {}).items():
         group, _, name = path.partition(".")
-        root = replace(root, **{group: replace(getattr(root, group), **{name: value})})
+        if hasattr(part := getattr(root, group), name):  # another plugin may be chosen
+            root = replace(root, **{group: replace(part, **{name: value})})
     wiring = replace(wiring, root=root)
     with torch.device("meta"):
         system = LatentDiffusion(wiring, build_parts(wiring), 1)

@@ -91,6 +91,12 @@ def test_folders_of_the_user_are_not_read(tmp_path):
     assert failing(verify.weights(wiring, read_evidence("cogvideox_2b_sft"))) == []
 
 
+@pytest.mark.parametrize("words", ["layout=diffusers", "layout=null"])
+def test_a_layout_that_cannot_write_the_system_fails_its_row(words):
+    wiring = check_and_wire(composed("task=verify", "experiment=ldm_celebahq_vq4", words))
+    assert failing(verify.weights(wiring, read_evidence("ldm_celebahq_vq4"))) == ["layout"]
+
+
 def test_a_group_with_another_plugin_inherits_no_settings():
     base = {"sampler.plugin": ["sampler/ddim", ""], "sampler.eta": [0, ""], "adapter": [None, ""],
             "lr": [1, ""], "callbacks.images.every": [5, ""]}  # fmt: skip
