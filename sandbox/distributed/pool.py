@@ -47,7 +47,7 @@ def exit_with_parent() -> None:
     assert parent
 
     def watch() -> None:
-        wait([parent.sentinel])
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
