@@ -166,6 +166,14 @@ def test_a_link_to_the_folder_and_its_absolute_paths_fit(tmp_path):
     assert captions(link, "train/0.mp4", "train/1.mp4") == ["caption 0", "caption 1"]
 
 
+def test_accents_and_backslashes_of_tables_fit(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "captions.csv").write_text(
+        "file,caption\ntrain/caf\u00e9.mp4,one\ntrain\\b.mp4,two\n", encoding="utf-8"
+    )
+    assert captions(tmp_path, "train/cafe\u0301.mp4", "train/b.mp4") == ["two", "one"]
+
+
 def test_earlier_places_win(tmp_path):
     (tmp_path / "train").mkdir()
     for name in ("captions.csv", "metadata.csv"):
