@@ -355,6 +355,14 @@ def test_samples_without_pixels_and_other_members_are_named(tmp_path, caplog):
         assert words in caplog.text
 
 
+@pytest.mark.parametrize("other", ["caption", "json"])
+def test_another_member_with_captions_is_named(tmp_path, other):
+    content = {f"{i}.{e}": png() if e == "png" else b"a" for i in range(3) for e in ("png", other)}
+    shard(tmp_path / "0.tar", content)
+    with pytest.raises(BadItem, match=f"data.caption={other} reads another member"):
+        shards(tmp_path).split("train").load(0, keyed(0))
+
+
 @pytest.mark.parametrize("name", ["huge.png", "huge.mp4", "huge.txt", "huge.json"])
 def test_a_member_of_a_gigabyte_is_refused_before_it_is_read(tmp_path, name):
     content: dict[str, bytes | int] = {f"{i}.png": png() for i in range(4)}
