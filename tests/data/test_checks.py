@@ -167,7 +167,7 @@ def clips(root: Path, train: int, val: int) -> list[Path]:
 
 def test_a_wrong_sample_is_found_before_a_run_folder(own, tmp_path):
     data = replace(own, how="255", batch_size=2, frames=5, height=16, width=32)
-    root = replace(small("metric=null"), out=str(tmp_path / "out"), data=data)
+    root = replace(small(), metric=None, out=str(tmp_path / "out"), data=data)
     with pytest.raises(PluginError, match="values from 0 to 255"):
         train({"root": to_container(root), "overrides": [], "group": None}, Rank())
     assert not (tmp_path / "out").exists()
