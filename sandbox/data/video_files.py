@@ -32,7 +32,7 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mk
 BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an mp4 or mov starts so
 STEADY = 0.1  # relative jitter of frame durations at a constant rate (matroska counts in ms)
 LACKING = 0.5  # seconds that a file may be shorter than its header promises
-NEAR = 0.01  # relative difference of a file's frame rate from the one that is measured
+NEAR = 0.01  # relative difference of the listed frame rate from that of the frames, if variable
 WIDEST = 16  # of a pixel's sides, the larger over the smaller
 
 Size = tuple[int, int, int]  # frames, height, width
@@ -243,7 +243,8 @@ class OpenVideo:
         if not self.seconds:
             return listed
         measured = len(self.times) / self.seconds
-        return listed if abs(listed / measured - 1) <= NEAR else measured
+        near = NEAR if self.is_variable else STEADY  # few frames at rounded times
+        return listed if abs(listed / measured - 1) <= near else measured
 
     def count(self) -> int:
         """Shown frames; of mp4 and mov without reading the frames."""
