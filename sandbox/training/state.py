@@ -66,6 +66,7 @@ class Training:
     just_stepped: bool = False
     skipped: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)  # items of all ranks, when last saved
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
@@ -86,6 +87,7 @@ class Training:
         """What a checkpoint contains: plain containers and full tensors, the same on all ranks."""
         loader, discriminator = self.loader.state_dict(), self.system.discriminator_update
         bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
+        self.unusable = bad
         return {
             "step": self.step,
             "weights": full_tensors(self.system.trainable_state()),
