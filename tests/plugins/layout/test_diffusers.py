@@ -128,5 +128,5 @@ def test_files_of_an_index_must_be_in_its_folder(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(StorageError, match="secret.*: cannot be read"):
+    with pytest.raises(StorageError, match=r"secret.*: cannot be read"):
         read_model(folder, "init_from")
