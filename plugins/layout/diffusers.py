@@ -1,5 +1,6 @@
 """Folders of diffusers pipelines: transformer/, vae/ and text_encoder/, one model each."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isclose
@@ -14,9 +15,11 @@ FOLDERS = {
     "vae": ("vae", ""),
     "text_encoder": ("conditioning", "encoder."),
 }
+EMA = "_ema"  # ends the name of a folder with EMA weights
 PIPELINES = {  # by network: text-to-video, image-to-video
     "CogVideoXTransformer3DModel": ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
 }
+log = logging.getLogger(__name__)
 VERSION = "0.32.0"  # the first that has all of these classes
 FILES = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
 TEXT = {
@@ -179,16 +182,25 @@ class Diffusers:
             return RELEASED
 
         def recognises(self, names: frozenset[str]) -> bool:
-            return any(name.startswith("transformer/") for name in names)
+            return any(name.startswith(("transformer/", f"transformer{EMA}/")) for name in names)
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
     def split(self, state: State) -> dict[str, State]:
-        """States by component; raises ValueError for an unknown folder."""
+        """States by component; raises ValueError for an unknown folder.
+
+        Of transformer/ and transformer_ema/, which diffusers' training scripts write, EMA counts.
+        """
         found: dict[str, State] = {}
+        averaged = {n.partition("/")[0].removesuffix(EMA) for n in state if f"{EMA}/" in n}
+        if averaged:
+            log.info("EMA weights of %s taken", ", ".join(f"{x}{EMA}/" for x in sorted(averaged)))
         for name, tensor in state.items():
             folder, _, rest = name.partition("/")
+            if folder in averaged:
+                continue
+            folder = folder.removesuffix(EMA)
             if folder not in FOLDERS:
                 raise ValueError(f"{name}: want a name in one of {', '.join(FOLDERS)}")
             part, prefix = FOLDERS[folder]

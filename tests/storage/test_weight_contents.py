@@ -229,6 +229,8 @@ def test_a_message_says_what_the_file_is(name):
 def test_an_unknown_prefix_of_all_names_is_named():
     found = differences(LIVE, below("my.wrapper.", LIVE))
     assert found and "all its names begin with 'my.wrapper.'; save it without" in found.lines
+    found = differences(LIVE, below("my.wrapper.", {"other.w": torch.zeros(1)}))
+    assert found and "begin with" not in found.lines
 
 
 # --- values ---------------------------------------------------------------------------------------
