@@ -1,11 +1,11 @@
 """Folders of diffusers pipelines: transformer/, vae/ and text_encoder/, one model each."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
+from plugins._blocks.state_dicts import log_once
 from sandbox.contracts import ConfigError, LayoutConfig, PluginConfig, ReleasedClass, State
 from sandbox.registry import register
 
@@ -19,7 +19,6 @@ EMA = "_ema"  # ends the name of a folder with EMA weights
 PIPELINES = {  # by network: text-to-video, image-to-video
     "CogVideoXTransformer3DModel": ("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
 }
-log = logging.getLogger(__name__)
 VERSION = "0.32.0"  # the first that has all of these classes
 FILES = {"scheduler": "scheduler_config.json", "transformer": "config.json", "vae": "config.json"}
 TEXT = {
@@ -195,7 +194,7 @@ class Diffusers:
         found: dict[str, State] = {}
         averaged = {n.partition("/")[0].removesuffix(EMA) for n in state if f"{EMA}/" in n}
         if averaged:
-            log.info("EMA weights of %s taken", ", ".join(f"{x}{EMA}/" for x in sorted(averaged)))
+            log_once(f"EMA weights taken: {', '.join(f'{x}{EMA}/' for x in sorted(averaged))}")
         for name, tensor in state.items():
             folder, _, rest = name.partition("/")
             if folder in averaged:

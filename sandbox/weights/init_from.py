@@ -37,11 +37,9 @@ def init_from(system: Trainable, path: Path | str) -> None:
     and shapes that differ, and where a frozen part, such as the first stage, differs from the one
     in training. Only the backbone's `additions` may be missing, each as a unit.
     """
-    log.info(
-        "starting at step 0 from the %s of %s; optimizer, EMA and data order are new "
-        "(to continue a run instead: resume.run=FOLDER)",
-        _load(system, Path(path)),
-        path,
+    weight_files.log_once(
+        f"starting at step 0 from the {_load(system, Path(path))} of {path}; optimizer, EMA and "
+        "data order are new (to continue a run instead: resume.run=FOLDER)"
     )
 
 

@@ -336,6 +336,14 @@ def test_every_entry_of_the_tables_names_a_setting() -> None:
             assert {k for k in row.defaults if k not in others} <= known, row.plugin
 
 
+def test_a_component_is_built_from_a_released_configuration(tmp_path) -> None:
+    from sandbox import components as public
+
+    path = file(NOISE | {"num_train_timesteps": 600}, tmp_path, "scheduler_config.json")
+    schedule = registry.create(public(path)["schedule"])
+    assert schedule.cfg.timesteps == 600
+
+
 def test_the_command_prints_a_recipe(tmp_path, capsys) -> None:
     from sandbox.tasks.plugins import print_published
 
