@@ -23,18 +23,19 @@ def main() -> None:
     from sandbox.plan.strategies import GIB, RESERVED, ZERO, plain, zero
 
     recipes: dict[str, tuple[Any, dict[bool, Any]]] = {}
-    for name in dict.fromkeys(row.recipe for row in ROWS):
-        is_zero = {row.strategy in ZERO for row in ROWS if row.recipe == name}
+    for name in dict.fromkeys(recipe for recipe, _ in ROWS):
+        is_zero = {strategy in ZERO for recipe, strategy in ROWS if recipe == name}
         recipes[name] = measured_recipe(name, is_zero)
         print(name, flush=True)
     rows = []
-    for row in ROWS:
-        need, steps = recipes[row.recipe]
-        make = zero if row.strategy in ZERO else plain
-        memory = make(row.strategy, need, row.devices, True, steps[row.strategy in ZERO])
-        rows.append(asdict(row) | {
+    for (recipe, strategy), (devices, gib) in ROWS.items():
+        need, steps = recipes[recipe]
+        make = zero if strategy in ZERO else plain
+        memory = make(strategy, need, devices, True, steps[strategy in ZERO])
+        rows.append({
+            "recipe": recipe, "strategy": strategy, "devices": devices, "gib": gib,
             "sum_gib": memory.total / GIB, "reserved_gib": memory.total * RESERVED / GIB,
-            "why": MISSES.get((row.recipe, row.strategy), ""),
+            "why": MISSES.get((recipe, strategy), ""),
         })  # fmt: skip
     found = {
         "within": WITHIN,

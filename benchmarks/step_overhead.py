@@ -118,13 +118,14 @@ def ends_of_steps(
         root = compose(
             logger, "ema=none", f"steps={total}", f"trainer.repeat={BATCHES}",
             "checkpoint.every=1000000", f"out={out}",
+            f"trainer.threads={torch.get_num_threads()}",
             f"cache={HOME}/outputs/cache", *overrides,
         )  # fmt: skip
         wiring = wire(root)
         with open_run(root.out, "benchmark", {}, "never") as run:
             with start(build_system(wiring, run.folder), run) as training:
                 clock = Clock(now)
-                fit(training, [clock], threads=torch.get_num_threads())
+                fit(training, [clock])
             return clock.ends[9:-1]
 
 

@@ -145,10 +145,10 @@ def compare(
     Raises ConfigError like that task.
     """
     from sandbox.reports import ablation
-    from sandbox.reports.ablation_runs import Found, add, read
+    from sandbox.reports.ablation_runs import RunSet, add, read
 
     is_folder = isinstance(runs, Path | str)
-    found = read(Path(runs)) if is_folder else add(Found([]), map(Path, runs))
+    found = read(Path(runs)) if is_folder else add(RunSet(), map(Path, runs))
     if not found.entries:
         raise ConfigError("compare: none of these is a finished run of task=train")
     return ablation.compare(found, baseline, metrics)
@@ -211,7 +211,7 @@ def sheet(captions: Sequence[str], **columns: Tensor) -> Image:
     from sandbox.reports import media
 
     named = {label.replace("_", " "): video for label, video in columns.items()}
-    rows = [media.SheetRow(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
+    rows = [(c, {k: v[i] for k, v in named.items()}) for i, c in enumerate(captions)]
     return media.sheet(rows)
 
 

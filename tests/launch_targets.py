@@ -10,20 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import Diverged, Preempted, SizeError
-from sandbox.distributed.rank import Rank, ignore_signals
+from sandbox.distributed.rank import Rank
+from sandbox.distributed.signals import ignore_signals
 
 
 def facts(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """What a rank finds around it, and what it was given."""
     import multiprocessing
 
-    import torch
-
     return {
         "settings": settings,
         "numbers": [rank.index, rank.world, rank.local, rank.local_world],
         "environment": dict(os.environ),
-        "threads": torch.get_num_threads(),
         "folder": os.getcwd(),
         "pid": os.getpid(),
         "start_method": multiprocessing.get_start_method(),

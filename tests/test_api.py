@@ -12,7 +12,7 @@ import sandbox
 from sandbox import api, build, compose, sample, train
 from sandbox.api import clips, compare, curve, movie, results, sheet, sweep
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.reports.ablation_tables import tables
+from sandbox.reports.ablation_page import tables
 from sandbox.runs.lookup import read_root
 from tests.engine import differing
 from tests.helpers import TINY

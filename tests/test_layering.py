@@ -133,7 +133,10 @@ def test_a_plugin_knows_contracts_kernels_and_shared_blocks_only(path):
 def test_shared_blocks_know_contracts_kernels_and_one_another_only(path):
     allowed = ("sandbox.contracts", "kernels", "plugins._blocks")
     if path.endswith("video_io.py"):  # prompts and data plugins read images in one way
-        allowed = (*allowed, "sandbox.data.image_files")
+        allowed = (*allowed, "sandbox.data.image_files", "sandbox.data.video_files")
+    if path.endswith("state_dicts.py"):  # all weight files are read and checked in one way
+        modules = ("weight_files", "weight_check", "weight_contents")
+        allowed = (*allowed, "sandbox.storage", *(f"sandbox.storage.{name}" for name in modules))
     if path.endswith("processes.py"):  # trainers read the tensors that the engine writes
         allowed = (*allowed, "sandbox.model.sharding")
     assert {n for n in ours(imported(path)) if not below(n, *allowed)} == set()

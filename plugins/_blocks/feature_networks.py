@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plugins._blocks import openclip
 from plugins._blocks.fetching import from_url
+from plugins._blocks.state_dicts import check_values, read_file
 from sandbox.contracts import StorageError
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def _load(model: nn.Module, network: str, weights: str, setting: str) -> None:
         if weights == "hub":
             state = from_url(URL + name, name, True)
         else:
-            path = Path(weights).expanduser()
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_file(Path(weights).expanduser(), setting)
         model.load_state_dict(state)
+        check_values(f"{setting}={weights}", state)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
         raise StorageError(
             f"{setting}={weights}: {name} ({size}, {URL}{name}) cannot be loaded "

@@ -1,14 +1,21 @@
 """Data folders: the root, the files below it, and the split into training and validation."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from functools import cache
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from sandbox.contracts import DataConfig, DataError
 
 T = TypeVar("T")
+REASONS = 8  # that a summary names
+MOST_FILES = 200_000  # that are compared with a list
+
+log = logging.getLogger(__name__)
 
 
 def folder_of(cfg: DataConfig) -> Path:
@@ -21,10 +28,54 @@ def folder_of(cfg: DataConfig) -> Path:
     return root
 
 
+def inside(root: Path, name: str) -> str | None:
+    """`name` relative to `root`, also of an absolute path in it; None for a path outside."""
+    path = PurePosixPath(name)
+    if path.is_absolute():
+        bases = [PurePosixPath(base) for base in (root.absolute(), root.resolve())]
+        base = next((b for b in bases if path.is_relative_to(b)), None)
+        if base is None:
+            return None
+        path = path.relative_to(base)
+    return None if ".." in path.parts else path.as_posix()
+
+
 def check_split(name: str) -> None:
     """Raises ValueError unless `name` is "train" or "val"."""
     if name not in ("train", "val"):
         raise ValueError(f"split {name!r}: want 'train' or 'val'")
+
+
+@cache
+def say_once(text: str) -> None:
+    """Logs a warning, once for each text in a process."""
+    log.warning(text)
+
+
+class Unused(dict[str, int]):
+    """Reason -> number of files or samples that are not used."""
+
+    def add(self, reason: str, count: int = 1) -> None:
+        if count:
+            self[reason] = self.get(reason, 0) + count
+
+    def add_file(self, name: str) -> None:
+        """A file that nothing reads."""
+        suffix = PurePosixPath(name).suffix.lower()
+        self.add(f"{suffix} files, which are not read" if suffix else "files without an extension")
+
+    def summary(self) -> str:
+        """ ", 2 .wmv files, which are not read" for each reason, the most frequent first."""
+        ordered = sorted(self.items(), key=lambda item: -item[1])
+        shown = ordered[:REASONS]
+        if rest := sum(count for _, count in ordered[REASONS:]):
+            shown.append(("others", rest))
+        return "".join(f", {n} {why}" for why, n in shown)
+
+    def report(self, cfg: DataConfig) -> None:
+        """Logs what is not used, where there is something."""
+        if self:
+            say_once(f"data.root={cfg.root}: excluded{self.summary()}")
 
 
 def held_out(names: Collection[str], fraction: float) -> set[str]:
@@ -46,8 +97,15 @@ def held_out(names: Collection[str], fraction: float) -> set[str]:
 def split_by_hash(
     rows: Sequence[T], name_of: Callable[[T], str], fraction: float, split: str
 ) -> list[T]:
-    """The rows of "train" or "val", in order; rows with the same name stay together."""
-    held = held_out({name_of(row) for row in rows}, fraction)
+    """The rows of "train" or "val", in order; rows with the same name stay together.
+
+    Where all have one name, they are in both.
+    """
+    names = {name_of(row) for row in rows}
+    if len(names) == 1:
+        say_once(f"there is only {min(names)!r}: it is used for training and for validation")
+        return [*rows]
+    held = held_out(names, fraction)
     return [row for row in rows if (name_of(row) in held) == (split == "val")]
 
 
@@ -71,6 +129,18 @@ def files_below(root: Path) -> Iterator[str]:
         for file in files:
             if not file.startswith("."):
                 yield Path(folder, file).relative_to(root).as_posix()
+
+
+def unlisted(root: Path, listed: Collection[str], endings: Collection[str]) -> Unused:
+    """Files of these `endings` below `root` that `listed` does not name.
+
+    Of a very large folder only the first files are looked at.
+    """
+    unused = Unused()
+    for name in islice(files_below(root), MOST_FILES):
+        if PurePosixPath(name).suffix.lower() in endings and name not in listed:
+            unused.add("files that no list names")
+    return unused
 
 
 def file_identity(path: Path) -> object:

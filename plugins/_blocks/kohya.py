@@ -1,12 +1,11 @@
 """LoRA files in the layout of kohya-ss/sd-scripts, which EasyAnimate publishes and reads.
 
 A layer `a.b.c` is `lora_unet__a_b_c` with `lora_down.weight` (A), `lora_up.weight` (B) and a number
-`alpha`; its scale is alpha / rank. Our names are those of peft, `a.b.c.lora_A.weight`. Pure
-functions of state dicts.
+`alpha`; its scale is alpha / rank. Our names are those of peft, `a.b.c.lora_A.weight`.
+plugins/_blocks/lora_files.py reads them.
 """
 
 import hashlib
-from collections.abc import Iterable
 
 import torch
 
@@ -16,32 +15,6 @@ PREFIX = "lora_unet_"  # EasyAnimate adds an underscore, because its root module
 EASYANIMATE = PREFIX + "_"
 NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
 LEGACY = slice(0x100000, 0x110000)  # bytes of a file that the legacy hash covers
-
-
-def is_kohya(state: Iterable[str]) -> bool:
-    return any(name.startswith(PREFIX) for name in state)
-
-
-def from_kohya(state: State, layers: Iterable[str]) -> tuple[State, dict[str, float]]:
-    """Weights with our names, and the alphas of the file by layer.
-
-    `layers`: names of the network's layers, because a file's names are ambiguous (an underscore is
-    part of a name or replaces a dot). Entries of other layers keep their names.
-    """
-    ours = {layer.replace(".", "_"): layer for layer in layers}
-    weights: State = {}
-    alphas: dict[str, float] = {}
-    for name, tensor in state.items():
-        flat, _, kind = name.removeprefix(PREFIX).removeprefix("_").partition(".")
-        layer = ours.get(flat)
-        names = {f"{theirs}.weight": own for own, theirs in NAMES.items()}
-        if layer is not None and kind == "alpha":
-            alphas[layer] = float(tensor)
-        elif layer is not None and kind in names:
-            weights[f"{layer}.{names[kind]}.weight"] = tensor
-        else:
-            weights[name] = tensor
-    return weights, alphas
 
 
 def to_kohya(state: State, alpha: float, prefix: str = EASYANIMATE) -> State:

@@ -1,13 +1,12 @@
 """LPIPS, the perceptual distance of Zhang et al. 2018 (1801.03924), VGG16, published names."""
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from plugins._blocks.fetching import from_url
-from plugins._blocks.state_dicts import mismatches
+from plugins._blocks.state_dicts import check_values, differences, read_file
 from sandbox.contracts import StorageError
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -112,11 +111,12 @@ class LPIPS(nn.Module):
             state = from_torchvision(vgg) | linear
         own = self.state_dict()
         state = {k: v for k, v in own.items() if k.startswith("scaling_layer.")} | state
-        if wrong := mismatches(own, state):
+        if found := differences(own, state):
             raise StorageError(
-                f"{self.setting}={weights}: {len(wrong)} names or shapes are not those of "
-                f"LPIPS with VGG16: {', '.join(wrong[:10])}"
+                f"{self.setting}={weights}: {found.count} names or shapes are not those of LPIPS "
+                f"with VGG16{found.lines}"
             )
+        check_values(f"{self.setting}={weights}", state, own)
         self.load_state_dict(state)
 
 
@@ -142,12 +142,9 @@ def _read_or_download(weights: str, name: str, setting: str) -> dict[str, Tensor
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise StorageError(
-            f"{setting}: {path} cannot be read ({e}); want a folder with {VGG_FILE} and "
-            f"{LINEAR_FILE}"
-        ) from e
+        return read_file(path, setting)
+    except StorageError as e:
+        raise StorageError(f"{e}; want a folder with {VGG_FILE} and {LINEAR_FILE}") from e
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -9,13 +9,19 @@ import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugins._blocks.fetching import from_hub
+from plugins._blocks.state_dicts import (
+    check_values,
+    differences,
+    is_examining,
+    plain_names,
+    read_file,
+)
 from sandbox.contracts import StorageError
 
 VOCABULARY = 49408  # of open_clip's tokenizer
@@ -247,26 +253,26 @@ def load(
 
     weights: a file (of CLIP, or of a complete published system with the model under `prefix`), a
     repository on the hub, or "random" to keep the initial weights. Models on the meta device are
-    left as they are. Raises StorageError for `setting`.
+    left as they are, but a check before a run reads the file for them, too. Raises StorageError for
+    `setting`.
     """
-    if weights == RANDOM or next(model.parameters()).is_meta:
+    is_meta = next(model.parameters()).is_meta
+    is_file = Path(weights).expanduser().is_file()
+    if weights == RANDOM or (is_meta and not (is_file and is_examining())):
         return
     path, own = weights_file(weights, setting), model.state_dict()
     state = read(path, setting)
     if any(k.startswith(prefix) for k in state):
         state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    differing = [f"{k} is missing" for k in own if k not in state]
-    differing += [
-        f"{k} is {list(state[k].shape)} and {list(v.shape)} here"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if differing:
+    if found := differences(own, {k: state[k] for k in own if k in state} or state):
         raise StorageError(
-            f"{setting}={weights}: {len(differing)} of its weights do not fit this OpenCLIP: "
-            f"{', '.join(differing[:10])}"
+            f"{setting}={weights}: {found.count} of its weights do not fit this OpenCLIP"
+            f"{found.lines}"
         )
-    model.load_state_dict({k: state[k] for k in own})
+    state = {k: state[k] for k in own}
+    check_values(f"{setting}={weights}", state, own)
+    if not is_meta:
+        model.load_state_dict(state)
 
 
 def check_weights(weights: str) -> None:
@@ -297,22 +303,4 @@ def weights_file(weights: str, setting: str = "conditioning.weights") -> Path:
 
 def read(path: Path, setting: str = "conditioning.weights") -> dict[str, Tensor]:
     """Named tensors of a file, loaded without executing code. Raises StorageError."""
-    import pickle
-
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = dict(load_file(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as e:
-        raise StorageError(f"{setting}={path}: cannot be read as weights ({e})") from e
-    for key in ("state_dict", "module"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return {
-        k.removeprefix("_forward_module.").removeprefix("module."): v for k, v in tensors.items()
-    }
+    return plain_names(read_file(path, setting, mapped=True))

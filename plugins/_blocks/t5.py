@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugins._blocks.state_dicts import mismatches
+from plugins._blocks.state_dicts import check_values, differences, read_file
 from plugins._blocks.text import row, words_of
 from sandbox.contracts import StorageError
 
@@ -175,20 +175,24 @@ class T5Encoder(nn.Module):
         return self
 
     def load(self, folder: Path) -> None:
-        """Loads released weights (model*.safetensors) to the CPU.
+        """Loads released weights (model*.safetensors) to the CPU; on the meta device only checks.
 
         Raises StorageError for missing files and for names or shapes that differ.
         """
-        state, own = dict(tensors(folder)), self.state_dict()
+        given, own = dict(tensors(folder)), self.state_dict()
+        state = dict(given)
         names = "shared.weight", "encoder.embed_tokens.weight"
         for name, other in (names, names[::-1]):  # files contain one of the two names, or both
             if name not in state and other in state:
                 state[name] = state[other]
-        if wrong := mismatches(own, state):
+        if found := differences(own, state):
             raise StorageError(
-                f"conditioning.weights={folder}: {len(wrong)} names or shapes differ from this "
-                f"configuration: {', '.join(wrong[:10])}; set the sizes of these weights"
+                f"conditioning.weights={folder}: {found.count} names or shapes differ from this "
+                f"configuration; set the sizes of these weights{found.lines}"
             )
+        check_values(f"conditioning.weights={folder}", given, own)
+        if torch.get_default_device().type == "meta":
+            return
         types = {name: x.dtype for name, x in own.items()}
         self.load_state_dict({k: v.to(types[k]) for k, v in state.items()}, assign=True)
         self.encoder.embed_tokens = self.shared
@@ -196,8 +200,6 @@ class T5Encoder(nn.Module):
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of a model saved in one or more safetensors files."""
-    from safetensors import safe_open
-
     index = next(folder.glob("model*.safetensors.index.json"), None)
     if index:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -209,9 +211,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in files:
         if not (folder / name).is_file():
             raise StorageError(f"{folder / name}: no such file, but the index lists it")
-        with safe_open(folder / name, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                yield key, file.get_tensor(key)
+        yield from read_file(folder / name, "conditioning.weights").items()
 
 
 # --- tokens ---------------------------------------------------------------------------------------

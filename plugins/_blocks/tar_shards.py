@@ -27,8 +27,10 @@ from plugins._blocks.video_io import Size, media_size
 from sandbox.contracts import BadItem, DataError, StorageError
 
 INDEX, FORMAT = "index.json", 1
-CACHED = 2  # format of a cached index
+CACHED = 3  # version of a cached index; bump when clips are measured in another way
 LOOKED_AT = 8  # headers of a shard that are compared when its cached index is read
+LARGEST = 768 << 20  # bytes of a member that is read
+LARGEST_TEXT, TEXTS = 16 << 20, (".txt", ".json", ".caption", ".cls")
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,11 @@ class Member:
 
     def read(self) -> bytes:
         """Raises BadItem, and DataError where the shard is not the one that was indexed."""
+        most = LARGEST_TEXT if self.suffix in TEXTS else LARGEST
+        if self.size > most:
+            raise BadItem(
+                f"its member {self.suffix} has {self.size} bytes, more than {most}; write it again"
+            )
         try:
             with self.shard.open("rb") as file:
                 self.check(file)
@@ -91,6 +98,7 @@ class Entry:
     key: str
     members: dict[str, list[int]]
     size: Size | str | None = None
+    problem: str | None = None  # why it has no members
     index: Path | None = None  # the cached one
 
     def member(self, ending: str) -> Member:
@@ -139,7 +147,7 @@ def read_shards(
 def entry(shard: Path, row: dict[str, Any], index: Path | None = None) -> Entry:
     size = row.get("look")  # the key in cached indices
     size = tuple(size) if type(size) is list else size
-    return Entry(shard, row["key"], row["members"], size, index=index)
+    return Entry(shard, row["key"], row["members"], size, row.get("problem"), index)
 
 
 def split_in(name: str) -> str | None:
@@ -272,19 +280,27 @@ def size_or_problem(member: Member) -> list[int] | str:
 
 
 def scan(path: Path) -> list[dict[str, Any]]:
-    """Keys and members of all samples, in the order of the shard; only regular files count.
+    """Keys and members of all samples, in the order of the shard.
 
+    Members that cannot be part of a sample have a row each, with a "problem".
     Raises DataError for a damaged or compressed shard, and for a repeated member.
     """
     rows: dict[str, dict[str, list[int]]] = {}
+    others: list[dict[str, Any]] = []
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                if member.isdir():
                     continue
-                if not stem or not ending:
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+                    others.append({"key": member.name, "problem": "links or special members"})
+                    continue
+                if not stem:  # hidden
+                    continue
+                if not ending:
+                    others.append({"key": member.name, "problem": "members without an extension"})
                     continue
                 places = rows.setdefault(f"{folder}{slash}{stem}", {})
                 if ending.lower() in places:
@@ -299,4 +315,5 @@ def scan(path: Path) -> list[dict[str, Any]]:
         raise DataError(
             f"{path} cannot be read: {e}; want a complete, uncompressed tar file"
         ) from e
-    return [{"key": key, "members": places} for key, places in rows.items()]
+    found = [{"key": key, "members": places} for key, places in rows.items()]
+    return [*found, *({**row, "members": {}} for row in others)]

@@ -1,8 +1,7 @@
 """Reads clips from videos (PyAV) and images, cropped and resized; errors are BadItem."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,18 +11,12 @@ from torch import Tensor
 
 from sandbox.contracts import BadItem
 from sandbox.data.image_files import IMAGES, Media, image_size, read_rgb
+from sandbox.data.video_files import CONTAINERS as CONTAINERS
+from sandbox.data.video_files import OpenVideo, Size, opened, video_size
 
 if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.container import InputContainer
-    from av.video.stream import VideoStream
     from PIL.Image import Image
 
-# One container per extension. Formats are not probed: a playlist named .mp4 must not open other
-# files or URLs.
-CONTAINERS = {".mp4": "mp4", ".webm": "webm", ".gif": "gif"}
-
-Size = tuple[int, int, int]  # frames, height, width
 Choose = Callable[[int], int]  # room -> offset in [0, room]
 Pick = Callable[[int, float], list[int]]  # (frames of the file, fps) -> frame numbers
 Resize = Callable[["Image"], np.ndarray]  # -> (H, W, 3) uint8
@@ -72,26 +65,8 @@ def read_image(path: Media, resize: Resize) -> Tensor:
 
 
 def media_size(path: Media) -> Size:
-    """Frames, height and width of an image or video, from its header and first frame.
-
-    Raises BadItem.
-    """
-    if path.suffix.lower() in IMAGES:
-        return 1, *image_size(path)
-    from av.error import FFmpegError
-
-    try:
-        with opened(path) as (container, stream):
-            frames = stream.frames or len(packet_times(container, stream))
-            container.seek(0)
-            first = next(container.decode(stream), None)
-            if first is None:
-                raise BadItem("has no frame")
-            if first.rotation % 180:
-                return frames, first.width, first.height
-            return frames, first.height, first.width
-    except (FFmpegError, OSError, ValueError) as e:
-        raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
+    """Frames, height and width of an image or video as shown. Raises BadItem."""
+    return (1, *image_size(path)) if path.suffix.lower() in IMAGES else video_size(path)
 
 
 def media_sizes(paths: list[Path]) -> list[Size | BadItem]:
@@ -129,80 +104,29 @@ def read_video(
 
 def read_frames(path: Media, pick: Pick, resize: Resize) -> tuple[list[np.ndarray], float]:
     """The frames whose numbers `pick` returns, in order, and the file's fps. Raises BadItem."""
-    from av.error import FFmpegError
-
-    try:
-        with opened(path) as (container, stream):
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate:
-                raise BadItem("has no frame rate")
-            times = packet_times(container, stream)
-            wanted = [times[i] for i in pick(len(times), float(rate))]
-            images = frames_at(container, stream, wanted[0], wanted, resize)
-            if len(images) != len(wanted):
-                # packets without a visible frame (VP8), or a seek past the first frame
-                times = [pts for _, pts in decoded(container, stream, times[0])]
-                wanted = [times[i] for i in pick(len(times), float(rate))]
-                images = frames_at(container, stream, times[0], wanted, resize)
-            if len(images) != len(wanted):
-                raise BadItem("has frames whose times repeat")
-            return images, float(rate)
-    except (FFmpegError, OSError, ValueError) as e:
-        raise BadItem(f"cannot be decoded: {getattr(e, 'strerror', None) or e}") from e
+    with opened(path) as video:
+        if not video.fps:
+            raise BadItem("has no frame rate")
+        times = video.times
+        wanted = [times[i] for i in pick(len(times), video.fps)]
+        images = frames_at(video, wanted[0], wanted, resize)
+        if len(images) != len(wanted):  # packets without a visible frame, or a seek past the first
+            times = [time for time, _ in video.frames(times[0], times[0])]
+            wanted = [times[i] for i in pick(len(times), video.fps)]
+            images = frames_at(video, times[0], wanted, resize)
+        if len(images) != len(wanted):
+            raise BadItem("has frames whose times repeat")
+        return images, video.fps
 
 
-@contextmanager
-def opened(path: Media) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """A file and its first video stream. Raises BadItem and PyAV's errors."""
-    import av
-
-    with (
-        path.open("rb") as file,
-        av.open(file, mode="r", format=CONTAINERS[path.suffix.lower()]) as container,
-    ):
-        if not container.streams.video:
-            raise BadItem("has no video")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise BadItem("cannot be decoded: its codec is not known")
-        stream.codec_context.thread_count = 1  # the loader's workers run in parallel
-        yield container, stream
-
-
-def packet_times(container: "InputContainer", stream: "VideoStream") -> list[int]:
-    """Sorted presentation times (pts) of all frames, from packets, without decoding."""
-    times = [p.pts for p in container.demux(stream) if p.size and not p.is_discard]
-    known = [pts for pts in times if pts is not None]
-    if len(known) != len(times):
-        raise BadItem("has frames without a time")
-    return sorted(known)
-
-
-def frames_at(
-    container: "InputContainer", stream: "VideoStream", seek: int, wanted: list[int],
-    resize: Resize,
-) -> list[np.ndarray]:  # fmt: skip
+def frames_at(video: OpenVideo, start: int, wanted: list[int], resize: Resize) -> list[np.ndarray]:
     """The frames with the times `wanted`; each is resized before the next is decoded."""
+    from PIL import Image
+
     images = []
-    for frame, pts in decoded(container, stream, seek):
-        if pts in wanted:
-            image = frame.to_image()
-            images.append(
-                resize(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
-            )
-        if pts >= wanted[-1]:
+    for time, frame in video.frames(start, video.times[0]):
+        if time in wanted:
+            images.append(resize(Image.fromarray(video.image(frame))))
+        if time >= wanted[-1]:
             break
     return images
-
-
-def decoded(
-    container: "InputContainer", stream: "VideoStream", seek: int
-) -> Iterator[tuple["VideoFrame", int]]:
-    """Frames and their times (pts) in display order, from the last key frame up to `seek`."""
-    container.seek(seek, stream=stream)
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise BadItem("has a corrupt frame")
-        if frame.pts is None:
-            raise BadItem("has frames without a time")
-        yield frame, frame.pts

@@ -1,6 +1,7 @@
-"""Low-rank adapters (Hu et al. 2021, 2106.09685) through peft, in files of diffusers or kohya."""
+"""Low-rank adapters (Hu et al. 2021, 2106.09685) through peft, in files of many dialects."""
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugins._blocks.kohya import from_kohya, hashes, is_kohya, to_kohya
-from plugins._blocks.state_dicts import mismatches
+from plugins._blocks.kohya import hashes, to_kohya
+from plugins._blocks.lora_files import METADATA, Update, read_lora
+from plugins._blocks.state_dicts import differences
 from sandbox.contracts import (
     AdapterConfig,
     BackboneConfig,
@@ -26,7 +28,7 @@ NAME = "default"  # peft's adapter name, a part of the names of its weights
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora_kohya.safetensors"
 LAYOUTS = ("diffusers", "kohya")
-METADATA = "lora_adapter_metadata"  # header entry in which diffusers expects the scale
+log = logging.getLogger(__name__)
 
 
 @register("adapter", "lora")
@@ -38,9 +40,9 @@ class LoRA:
         """A layer becomes W + alpha / rank * B A.
 
         alpha: null uses rank, a scale of 1. targets: suffixes of layer names; null uses those of
-        the backbone. weights: a LoRA file to start from, of diffusers (without an alpha its scale
-        is 1) or of kohya-ss, as EasyAnimate. layout: format of the exported file. prefix: of the
-        names in a diffusers file, the folder of the network in the pipeline.
+        the backbone. weights: a LoRA file or folder to start from, of peft, diffusers (without an
+        alpha its strength is 1), kohya-ss (EasyAnimate) or ComfyUI. layout: format of the exported
+        file. prefix: of the names in a diffusers file, the folder of the network in the pipeline.
         """
 
         rank: int = 8
@@ -129,29 +131,38 @@ class LoRA:
 
     @torch.no_grad()
     def load(self, backbone: nn.Module, path: Path) -> None:
-        """Loads the LoRA file `path` at the scale of the file, whatever alpha is set here.
+        """Loads the LoRA file `path` at the strength of the file, whatever alpha is set here.
 
-        Raises StorageError for names, shapes and ranks that differ.
+        A layer of a smaller rank than others in the file is padded with zeros. Raises StorageError
+        for other layers, shapes and ranks.
         """
-        tensors, metadata = read(path)
         state = backbone.state_dict()
         own = {k.replace(f".{NAME}.", "."): v for k, v in state.items() if ".lora_" in k}
-        prefix = self.cfg.prefix + "."
-        alphas: dict[str, float] = {}
-        if is_kohya(tensors):
-            tensors, alphas = from_kohya(tensors, {k.rsplit(".", 2)[0] for k in own})
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
-        if wrong := mismatches(own, tensors):
+        layers = {k.rsplit(".", 2)[0] for k in own}
+        updates, said = read_lora(path, layers, self.cfg.prefix)
+        ranks = sorted({update.rank for update in updates.values()})
+        if ranks[-1] != self.cfg.rank:
             raise StorageError(
-                f"adapter.weights={path}: {len(wrong)} names or shapes differ from this adapter: "
-                f"{', '.join(wrong[:10])}; set rank, targets and prefix of the file"
+                f"adapter.rank={self.cfg.rank}: want {ranks[-1]}, the rank of the file "
+                f"adapter.weights={path}"
             )
-        alpha = float(metadata.get(f"{prefix}lora_alpha", self.cfg.rank))
+        if len(ranks) > 1:
+            said.append(f"ranks {ranks[0]} to {ranks[-1]}, padded with zeros")
+        given = {
+            f"{k}.lora_{s}.weight": x for k, u in updates.items() for s, x in _padded(u, ranks[-1])
+        }
+        if found := differences(own, given, "this adapter"):
+            targets = ",".join(sorted({_target(layer) for layer in updates}))
+            raise StorageError(
+                f"adapter.weights={path}: {found.count} names or shapes differ from this adapter; "
+                f"set adapter.targets=[{targets}] and the backbone of the file{found.lines}"
+            )
         for name, tensor in own.items():
-            factor = 1.0
-            if ".lora_B." in name:
-                factor = alphas.get(name.rsplit(".", 2)[0], alpha) / self.cfg.rank / self.scale()
-            tensor.copy_(tensors[name] * factor)
+            layer, kind, _ = name.rsplit(".", 2)
+            factor = updates[layer].strength / self.scale() if kind == "lora_B" else 1.0
+            tensor.copy_(given[name] * factor)
+        if not any(x.is_meta for x in own.values()):
+            log.info("adapter.weights=%s: %s", path, ", ".join(said))
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:
@@ -174,15 +185,15 @@ def import_peft() -> Any:
     return peft
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a LoRA file."""
-    from safetensors import SafetensorError, safe_open
+def _padded(update: Update, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """The factors with zeros up to `rank`."""
+    a, b = update.factors["A"], update.factors["B"]
+    more = rank - update.rank
+    yield "A", nn.functional.pad(a, (0, 0, 0, more))
+    yield "B", nn.functional.pad(b, (0, more))
 
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-        metadata = json.loads(header.get(METADATA, "{}"))
-    except (SafetensorError, OSError, ValueError) as e:
-        raise StorageError(f"adapter.weights={path}: not a LoRA file that can be read ({e})") from e
-    return tensors, metadata if isinstance(metadata, dict) else {}
+
+def _target(layer: str) -> str:
+    """The end of a layer's name: its last component, with the one before a number."""
+    *front, last = layer.split(".")
+    return f"{front[-1]}.{last}" if last.isdigit() and front else last

@@ -241,7 +241,7 @@ class CogVideoX(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
+        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W).
 
         Raises ValueError for inputs that do not match the settings, SizeError for sizes.
         """

@@ -218,7 +218,7 @@ class DiT(nn.Module):
             nn.init.zeros_(skip.get_parameter("weight"))
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W)."""
+        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W)."""
         self.check(z_t, cond)
         cfg = self.cfg
         c = self.time(t)  # (B, D)

@@ -191,7 +191,7 @@ class UNet2D(UNet):
         return [layer]
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
+        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W).
 
         T is 1 without a motion module. Raises ValueError for inputs that do not match the settings,
         SizeError for sizes.

@@ -227,7 +227,7 @@ class UNet3D(UNet):
         return TemporalConvBlock(width, s.temporal_dropout, s.tempspatial_aware)
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) in [0, 1000) -> (B, out_channels, T, H, W).
+        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W).
 
         context is (B, L, D), or (B, T, L, D) for separate tokens per frame; image_context is
         (B, T or 1, L, D). Raises ValueError for inputs that do not match the settings, SizeError

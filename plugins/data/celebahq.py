@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plugins._blocks.folders import (
+    Unused,
     check_split,
     files_below,
     folder_of,
+    inside,
     printable,
     split_by_hash,
+    unlisted,
 )
 from plugins._blocks.video_io import IMAGES, read_rgb
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, one_of
@@ -64,19 +67,36 @@ class CelebAHQ:
                 f"data.root={self.cfg.root}: no image for {name!r}; want files "
                 f"({', '.join(USABLE)}) in folders train/ and val/ or at least two"
             )
+        if name == "train":
+            self._unused(root, names).report(self.cfg)
         return Images(root, names, self.cfg.height, self.cfg.width)
 
     def prompts(self) -> list[str]:
         return []
 
     def _listed(self, split: str) -> list[str]:
-        train, val = (read_list(f) for f in (self.cfg.train_list, self.cfg.val_list))
+        root = folder_of(self.cfg)
+        train, val = (
+            [inside(root, name) or name for name in read_list(file)]
+            for file in (self.cfg.train_list, self.cfg.val_list)
+        )
         if both := set(train) & set(val):
             raise DataError(
                 f"data.val_list={self.cfg.val_list}: {len(both)} names are also in train_list, "
                 f"such as {min(both)!r}; remove them from one"
             )
         return train if split == "train" else val
+
+    def _unused(self, root: Path, names: list[str]) -> Unused:
+        if self.cfg.train_list:
+            return unlisted(root, {*names, *self._listed("val")}, USABLE)
+        unused, used = Unused(), {*names, *self._found(root, "val")}
+        for file in files_below(root):
+            if PurePosixPath(file).suffix.lower() not in USABLE:
+                unused.add_file(file)
+            elif file not in used:
+                unused.add("images outside train/ and val/")
+        return unused
 
     def _found(self, root: Path, split: str) -> list[str]:
         names = sorted(n for n in files_below(root) if PurePosixPath(n).suffix.lower() in USABLE)

@@ -13,11 +13,14 @@ import numpy as np
 
 from plugins._blocks.buckets import nearest
 from plugins._blocks.folders import (
+    Unused,
     check_split,
     file_identity,
     folder_of,
+    inside,
     printable,
     split_by_hash,
+    unlisted,
 )
 from plugins._blocks.video_io import (
     CONTAINERS,
@@ -102,7 +105,8 @@ class CogVideoXFolder:
     def split(self, name: str) -> "Samples":
         """Clips of "train" or "val". Raises DataError if there are none or the lists disagree."""
         check_split(name)
-        rows = read_rows(folder_of(self.cfg), self.cfg)
+        root = folder_of(self.cfg)
+        rows = read_rows(root, self.cfg)
         if self.cfg.val_root is not None:
             validation = read_rows(Path(self.cfg.val_root).expanduser(), self.cfg)
             if both := {r.identity for r in rows} & {r.identity for r in validation}:
@@ -111,13 +115,28 @@ class CogVideoXFolder:
                     f"data.val_root={self.cfg.val_root}: {shared.video} is also in data.root "
                     f"({len(both)} such videos); remove them from one"
                 )
+            everything = [*rows, *validation]
             rows = rows if name == "train" else validation
         else:
+            everything = rows
             names = {r.identity: r.video for r in reversed(rows)}  # one name per file
             rows = split_by_hash(rows, lambda r: names[r.identity], self.cfg.val_fraction, name)
         if not rows:
             raise DataError(f"data.root={self.cfg.root}: no sample for {name!r}; want two or more")
+        if name == "train":
+            self._unused(root, everything).report(self.cfg)
         return Samples(rows, self.cfg)
+
+    def _unused(self, root: Path, rows: list["Row"]) -> Unused:
+        """Videos below the folder, and images where there is a list of them, without a line."""
+        endings = (*CONTAINERS, *(IMAGES if self.cfg.images is not None else ()))
+        listed = {
+            inside(root, str((row.root / name).absolute()))
+            for row in rows
+            for name in (row.video, row.image)
+            if name is not None
+        }
+        return unlisted(root, {name for name in listed if name}, endings)
 
     def prompts(self) -> list[str]:
         """Captions of the first validation clips."""
@@ -160,9 +179,9 @@ def read_rows(root: Path, cfg: CogVideoXFolder.Config) -> list[Row]:
                 f"data.{empty[0]}={lists[empty[0]]}: line {number} is empty, that of "
                 f"data.{full}={lists[full]} is not (in {root}); fix or remove both"
             )
-        for kind in ("videos", "images"):
-            check_path(entry.get(kind), root / lists.get(kind, ""), number, kind)
-        video = PurePosixPath(entry["videos"]).as_posix()
+        for kind in lists.keys() & {"videos", "images"}:
+            entry[kind] = listed_path(entry[kind], root, lists[kind], number, kind)
+        video = entry["videos"]
         name = video if video not in names else f"{video} (line {number})"
         names.add(name)
         caption = f"{cfg.id_token} {entry['prompts']}" if cfg.id_token else entry["prompts"]
@@ -202,15 +221,17 @@ def read_lines(path: Path, setting: str) -> list[str]:
     return [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
 
 
-def check_path(name: str | None, file: Path, number: int, kind: str) -> None:
-    """Raises DataError for a path that leaves the folder or has another file type."""
-    if name is None:
-        return
-    path, usable = PurePosixPath(name), CONTAINERS if kind == "videos" else IMAGES
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{file}, line {number}: {name!r} leaves the data folder")
-    if path.suffix.lower() not in usable:
-        raise DataError(f"{file}, line {number}: {name!r}: want {', '.join(usable)}")
+def listed_path(name: str, root: Path, file: str, number: int, kind: str) -> str:
+    """`name` relative to `root`.
+
+    Raises DataError for a path that leaves the folder or has another file type.
+    """
+    path, usable = inside(root, name), CONTAINERS if kind == "videos" else IMAGES
+    if path is None:
+        raise DataError(f"{root / file}, line {number}: {name!r} leaves the data folder")
+    if PurePosixPath(path).suffix.lower() not in usable:
+        raise DataError(f"{root / file}, line {number}: {name!r}: want {', '.join(usable)}")
+    return path
 
 
 @dataclass

@@ -12,18 +12,21 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plugins._blocks.buckets import batch_frames, covering, frame_shares, nearest_ratio, picked
 from plugins._blocks.folders import (
+    Unused,
     check_split,
     file_identity,
     folder_of,
+    inside,
     printable,
     split_by_hash,
+    unlisted,
 )
 from plugins._blocks.video_io import (
     CONTAINERS,
@@ -169,14 +172,27 @@ class EasyAnimateJSON:
                     f"data.val_meta_path={cfg.val_meta_path}: {len(shared)} of its files are also "
                     f"in {table}, such as {shared[0]!r}; remove them from one"
                 )
+            everything = [*rows, *validation]
             rows = rows if name == "train" else validation
         else:
+            everything = rows
             rows = split_by_hash(rows, lambda row: files[row.identity], cfg.val_fraction, name)
         if not rows:
             raise DataError(f"{table}: no entry for {name!r}; want two or more")
+        if name == "train":
+            self._unused(root, everything, table).report(cfg)
         repeats = cfg.video_repeat if name == "train" else 1
         repeated = [(row, n) for row in rows for n in range(repeats if row.kind == "video" else 1)]
         return Entries(root, repeated, cfg, training=name == "train")
+
+    def _unused(self, root: Path, rows: list["Row"], table: Path) -> Unused:
+        only = self.cfg.only
+        endings = {"video": CONTAINERS, "image": IMAGES, "both": (*CONTAINERS, *IMAGES)}[only]
+        unused = unlisted(root, {row.file for row in rows}, endings)
+        if only != "both":
+            others = sum(entry.get("type", "image") != only for entry in read_table(table))
+            unused.add(f"entries of another type, because data.only={only}", others)
+        return unused
 
     def prompts(self) -> list[str]:
         """Captions of the first validation entries."""
@@ -259,10 +275,10 @@ def read_row(entry: dict[str, Any], where: str, root: Path) -> Row:
     kind = entry.get("type", "image")  # as published
     if kind not in KINDS:
         raise DataError(f"{where}: type={kind!r}: want one of {[*KINDS]}")
-    path = root / PurePosixPath(entry["file_path"])
-    if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
+    file = inside(root, entry["file_path"])
+    if file is None:
         raise DataError(f"{where}: {entry['file_path']!r} leaves the data folder {root}")
-    usable = IMAGES if kind == "image" else CONTAINERS
+    path, usable = root / file, IMAGES if kind == "image" else CONTAINERS
     if path.suffix.lower() not in usable:
         why = f"its type is {kind!r}" if "type" in entry else "it has no type, so it is an 'image'"
         raise DataError(f"{where}: {path.name!r}: {why}; want {', '.join(usable)}")
@@ -274,7 +290,6 @@ def read_row(entry: dict[str, Any], where: str, root: Path) -> Row:
             numbers[name] = 0
         if numbers[name] < 1:
             raise DataError(f"{where}: {name}={entry[name]!r}: want an integer >= 1, or none")
-    file = path.relative_to(root).as_posix()
     return Row(file, entry["text"], kind, file, numbers, file_identity(path))
 
 

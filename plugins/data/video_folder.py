@@ -1,14 +1,14 @@
-"""A folder of videos and images, with captions in .txt files of the same name or a captions.csv."""
+"""A folder of videos and images, with captions in files of the same name or in a table."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from plugins._blocks.captions import first_captions, read_caption_file, read_caption_table
+from plugins._blocks.captions import ENDINGS, TABLE, Captions, caption_files, first_captions
 from plugins._blocks.folders import (
+    Unused,
     check_split,
     file_identity,
     files_below,
@@ -23,24 +23,23 @@ from sandbox.registry import register
 CAPTIONS = ("auto", "none")
 MISSING = ("skip", "empty")
 PLACES = ("random", "centre")
-TABLE = "captions.csv"
-
-log = logging.getLogger(__name__)
+SIDES = ("train/", "val/")
 
 
 @register("data", "video_folder")
 class VideoFolder:
-    """mp4, webm and gif files, or images for frames=1, with captions in .txt or captions.csv."""
+    """Videos (mp4, mov, mkv, avi, webm, gif), or images for frames=1, with captions."""
 
     @dataclass
     class Config(DataConfig):
         """Settings in addition to those of every data plugin.
 
         stride: file frames between clip frames; start, crop: "random" or "centre" in training
-        (validation uses the centre); captions: "auto" (a row of captions.csv, else the .txt file
-        of the same name) or "none"; missing_caption: "skip" counts the file as unusable, "empty"
-        uses ""; val_fraction: fraction of files held out, by a hash of their names, unless there
-        are folders train/ and val/; num_prompts: validation captions to sample with.
+        (validation uses the centre); captions: "none" or "auto" (a row of captions.csv, else the
+        .txt or .caption file of the same name, else a row of metadata.csv or metadata.jsonl);
+        missing_caption: "skip" counts the file as unusable, "empty" uses ""; val_fraction:
+        fraction of files held out, by a hash of their names, unless there are folders train/ and
+        val/; num_prompts: validation captions to sample with.
         """
 
         stride: int = 1
@@ -79,16 +78,22 @@ class VideoFolder:
         """Clips of "train" or "val". Raises DataError if there are none, or no such folder."""
         check_split(name)
         root = folder_of(self.cfg)
-        found = UsableFiles(root, self.cfg.frames)
+        captions = None if self.cfg.captions == "none" else Captions(root, SIDES)
+        found = UsableFiles(root, self.cfg.frames, captions)
         names = self._names(found, name)
         if not names:
             raise DataError(
                 f"data.root={self.cfg.root}: no file for {name!r}, {len(found.names)} usable in all"
-                f"{found.summary()}; add files, or make folders train/ and val/ in it"
+                f"{found.excluded.summary()}; add files ({', '.join(found.usable)}), or make "
+                "folders train/ and val/ in it"
             )
-        if found.excluded and name == "train":
-            log.warning("data.root=%s: excluded%s", self.cfg.root, found.summary())
-        captions = None if self.cfg.captions == "none" else Captions(root, found.names, self.cfg)
+        if name == "train":
+            found.excluded.report(self.cfg)
+        if captions and captions.rows and not captions.rows.keys() & set(found.names):
+            raise DataError(
+                f"{root / TABLE}: none of its {len(captions.rows)} files is there, such as "
+                f"{next(iter(captions.rows))!r}"
+            )
         return Files(
             root, names, self.cfg, captions, training=name == "train", excluded=found.excluded
         )
@@ -103,6 +108,8 @@ class VideoFolder:
     def _names(self, found: "UsableFiles", split: str) -> list[str]:
         sides = {s: [n for n in found.names if n.startswith(f"{s}/")] for s in ("train", "val")}
         if all(sides.values()):
+            outside = len(found.names) - sum(map(len, sides.values()))
+            found.excluded.add("clips outside train/ and val/", outside)
             return sides[split]
         return split_by_hash(found.names, str, self.cfg.val_fraction, split)
 
@@ -113,57 +120,38 @@ class UsableFiles:
     Follows links. A file with several names counts once, so it cannot be in both splits.
     """
 
-    def __init__(self, root: Path, frames: int) -> None:
+    def __init__(self, root: Path, frames: int, captions: Captions | None) -> None:
         self.names: list[str] = []
-        self.excluded: dict[str, int] = {}  # reason -> number of files
-        usable = set(CONTAINERS) | (set(IMAGES) if frames == 1 else set())
+        self.excluded = Unused()
+        self.usable = (*CONTAINERS, *(IMAGES if frames == 1 else ()))
         seen: set[object] = set()
+        others: list[str] = []
         for name in sorted(files_below(root)):
             suffix = PurePosixPath(name).suffix.lower()
-            if suffix in usable:
+            if suffix in self.usable:
                 if (identity := file_identity(root / name)) in seen:
-                    self._exclude("second names of a file")
+                    self.excluded.add("second names of a file")
                 else:
                     seen.add(identity)
                     self.names.append(name)
             elif suffix in IMAGES:
-                self._exclude(f"images, because data.frames={frames}")
+                self.excluded.add(f"images, because data.frames={frames}")
+            else:
+                others.append(name)
+        self._count(others, captions)
 
-    def summary(self) -> str:
-        """ ", 2 images, because data.frames=9" for each reason."""
-        return "".join(f", {n} {why}" for why, n in self.excluded.items())
-
-    def _exclude(self, why: str) -> None:
-        self.excluded[why] = self.excluded.get(why, 0) + 1
-
-
-class Captions:
-    """Name -> caption, from captions.csv (in the root, train/ or val/), else from the .txt file."""
-
-    def __init__(self, root: Path, names: list[str], cfg: VideoFolder.Config) -> None:
-        self.root, self.missing = root, cfg.missing_caption
-        self.rows: dict[str, str] = {}
-        for folder in ("", "train/", "val/"):
-            path = root / folder / TABLE
-            if path.is_file():
-                table = read_caption_table(path)
-                self.rows |= {folder + file: caption for file, caption in table.items()}
-        if self.rows and not self.rows.keys() & set(names):
-            first = next(iter(self.rows))
-            raise DataError(
-                f"{root / TABLE}: none of its {len(self.rows)} files is there, such as {first!r}"
-            )
-
-    def __call__(self, name: str) -> str:
-        """Raises BadItem if the file has no caption and `missing_caption` is "skip"."""
-        try:
-            text = self.rows.get(name) or read_caption_file(self.root / name)
-        except (OSError, UnicodeDecodeError) as e:
-            file = PurePosixPath(name).with_suffix(".txt").name
-            raise BadItem(f"its caption {file} cannot be read: {e}") from e
-        if not text and self.missing == "skip":
-            raise BadItem("has no caption; data.missing_caption=empty keeps it")
-        return text
+    def _count(self, others: list[str], captions: Captions | None) -> None:
+        """Counts files that are neither clips nor their captions."""
+        texts = {p.as_posix() for name in self.names for p in caption_files(Path(name))}
+        tables = captions.tables if captions else set()
+        for name in others:
+            is_text = PurePosixPath(name).suffix.lower() in ENDINGS
+            if captions is None and (name in texts or PurePosixPath(name).name == TABLE):
+                self.excluded.add("captions, because data.captions=none")
+            elif is_text and name not in texts:
+                self.excluded.add("text files without a clip of their name")
+            elif name not in texts | tables:
+                self.excluded.add_file(name)
 
 
 @dataclass
@@ -184,10 +172,13 @@ class Files:
         return printable(self.names[index])
 
     def caption(self, name: str) -> str:
-        """Raises BadItem if there is none."""
+        """Raises BadItem if there is none, unless `missing_caption` is "empty"."""
         if self.captions is None:
             raise BadItem("has no caption, because data.captions=none")
-        return self.captions(name)
+        text = self.captions(name)
+        if not text and self.cfg.missing_caption == "skip":
+            raise BadItem("has no caption; data.missing_caption=empty keeps it")
+        return text
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         name, cfg = self.names[index], self.cfg

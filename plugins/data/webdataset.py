@@ -6,30 +6,38 @@ the same as for other data, for any number of shards, loader processes and machi
 
 import hashlib
 import json
-import logging
-from collections import Counter
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from plugins._blocks.buckets import nearest
 from plugins._blocks.captions import first_captions, one_line
-from plugins._blocks.folders import check_split, folder_of, held_out, printable
-from plugins._blocks.tar_shards import Entry, Shard, first_of, read_shards, user_caches
+from plugins._blocks.folders import (
+    Unused,
+    check_split,
+    files_below,
+    folder_of,
+    held_out,
+    printable,
+    say_once,
+)
+from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_of, read_shards, user_caches
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
 DEFAULT_MEDIA = ("mp4", "webm", "gif", "jpg", "jpeg", "png", "webp")  # part of a run's identity
-MEDIA = (*DEFAULT_MEDIA, "avif", "bmp", "jfif", "tif", "tiff")  # all that can be read
+MEDIA = (  # all that can be read
+    *DEFAULT_MEDIA, "avif", "bmp", "jfif", "tif", "tiff", "mov", "mkv", "avi", "m4v"
+)  # fmt: skip
 SPLITS = ("auto", "shard", "key")
 MISSING = ("skip", "empty")
 PLACES = ("random", "centre")
-
-log = logging.getLogger(__name__)
+SHOWN = 5  # extensions that a summary names
 
 
 @register("data", "webdataset")
@@ -104,14 +112,14 @@ class WebDataset:
         check_split(name)
         root = folder_of(self.cfg)
         found, excluded = self._usable(root, name)
-        summary = "".join(f", {n} {why}" for why, n in excluded.items())
         if not found:
             raise DataError(
-                f"data.root={self.cfg.root}: no sample for {name!r} in its .tar files{summary}; "
-                "add shards, or set data.split_by=key, or data.media to their extensions"
+                f"data.root={self.cfg.root}: no sample for {name!r} in its .tar files"
+                f"{excluded.summary()}; add shards, or set data.split_by=key, or data.media to "
+                "their extensions"
             )
-        if excluded and name == "train":
-            log.warning("data.root=%s: excluded%s", self.cfg.root, summary)
+        if name == "train":
+            excluded.report(self.cfg)
         return Samples(root, found, self.cfg, training=name == "train")
 
     def prompts(self) -> list[str]:
@@ -121,9 +129,9 @@ class WebDataset:
         entries = self.split("val").entries
         return first_captions(entries, lambda e: caption_of(e, self.cfg), self.cfg.num_prompts)
 
-    def _usable(self, root: Path, split: str) -> tuple[list[Entry], Counter[str]]:
-        """Usable samples of a split; and for all splits, reason -> number of excluded samples."""
-        cfg, excluded = self.cfg, Counter[str]()
+    def _usable(self, root: Path, split: str) -> tuple[list[Entry], Unused]:
+        """Usable samples of a split; and what of all splits is not used."""
+        cfg, excluded = self.cfg, Unused()
         if self._shards is None:
             caches = [Path(cfg.index).expanduser()]
             if cfg.index == WebDataset.Config.index:  # the current folder may be read-only
@@ -131,17 +139,53 @@ class WebDataset:
             self._shards = read_shards(root, caches, cfg.media, with_sizes=len(cfg.clips()) > 1)
         has_images = any(clip.frames == 1 for clip in cfg.clips())
         found: list[Entry] = []
+        without = Without()
         for entry, entry_split in entries_with_splits(self._shards, cfg):
             ending = first_of(cfg.media, entry.members)
-            if ending is None:
-                excluded["samples without a member of data.media"] += 1
+            if entry.problem:
+                excluded.add(entry.problem)
+            elif ending is None:
+                without.add(entry)
             elif is_image(ending) and not has_images:
-                excluded["images, because no clip has one frame"] += 1
+                excluded.add("images, because no clip has one frame")
             elif entry_split not in ("train", "val"):
-                excluded["samples in shards of neither split"] += 1
+                excluded.add("samples in shards of neither split")
             elif entry_split == split:
                 found.append(entry)
+        without.report(excluded)
+        for name in files_below(root):
+            if re.search(r"\.(tgz|tar\.\w+)$", name.lower()):
+                excluded.add("compressed shards; decompress them")
+            elif not name.lower().endswith(".tar") and PurePosixPath(name).name != INDEX:
+                excluded.add_file(name)
         return found, excluded
+
+
+class Without:
+    """Samples without a member of data.media."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.endings: set[str] = set()
+        self.dotted: list[str] = []  # members with pixels whose key was cut at a dot
+
+    def add(self, entry: Entry) -> None:
+        dotted = [e for e in entry.members if "." in e and e.rpartition(".")[2] in MEDIA]
+        self.dotted += [f"{entry.key}.{ending}" for ending in dotted]
+        if not dotted:
+            self.count += 1
+            self.endings |= {f".{ending}" for ending in entry.members}
+
+    def report(self, excluded: Unused) -> None:
+        shown = ", ".join(sorted(self.endings)[:SHOWN])
+        excluded.add(f"samples without a member of data.media (they have {shown})", self.count)
+        if self.dotted:
+            key, _, ending = self.dotted[0].rpartition("/")[2].partition(".")
+            excluded.add(
+                f"members with a dot in their name, such as {self.dotted[0]} (read as key {key!r} "
+                f"and extension {ending!r}; rename them, or set data.media=[{ending}])",
+                len(self.dotted),
+            )
 
 
 def entries_with_splits(
@@ -153,8 +197,16 @@ def entries_with_splits(
         yield from ((entry, splits[shard.name]) for shard in shards for entry in shard.entries)
         return
     by_shard = cfg.split_by == "shard"
-    names = set(splits) if by_shard else {entry.key for shard in shards for entry in shard.entries}
+    names = set(splits)
+    if not by_shard:
+        names = {e.key for shard in shards for e in shard.entries if e.problem is None}
     held = held_out(names, cfg.val_fraction)
+    if len(names) == 1 and not by_shard:
+        say_once(f"there is only {min(names)!r}: it is used for training and for validation")
+        yield from (
+            (e, side) for shard in shards for e in shard.entries for side in ("train", "val")
+        )
+        return
     for shard in shards:
         for entry in shard.entries:
             is_held = (shard.name if by_shard else entry.key) in held

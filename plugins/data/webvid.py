@@ -9,8 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plugins._blocks.folders import check_split, folder_of, printable, split_by_hash
-from plugins._blocks.video_io import read_frames
+from plugins._blocks.folders import (
+    Unused,
+    check_split,
+    folder_of,
+    printable,
+    split_by_hash,
+    unlisted,
+)
+from plugins._blocks.video_io import CONTAINERS, read_frames
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
@@ -81,9 +88,12 @@ class WebVid:
         check_split(name)
         cfg, root = self.cfg, folder_of(self.cfg)
         table = Path(cfg.meta_path).expanduser() if cfg.meta_path else root / "metadata.csv"
-        rows = read_rows(table)
+        unused = Unused()
+        rows = read_rows(table, unused)
+        everything = {*map(video_path, rows)}
         if cfg.val_meta_path:
-            validation = read_rows(Path(cfg.val_meta_path).expanduser())
+            validation = read_rows(Path(cfg.val_meta_path).expanduser(), unused)
+            everything |= {*map(video_path, validation)}
             if both := {video_path(r) for r in rows} & {video_path(r) for r in validation}:
                 raise DataError(
                     f"data.val_meta_path={cfg.val_meta_path}: {len(both)} videos are also in "
@@ -94,6 +104,10 @@ class WebVid:
             rows = split_by_hash(rows, video_path, cfg.val_fraction, name)
         if not rows:
             raise DataError(f"{table}: no video for {name!r}; want rows without empty fields")
+        if name == "train":
+            for reason, count in unlisted(root, everything, CONTAINERS).items():
+                unused.add(reason, count)
+            unused.report(cfg)
         return Clips(root, rows, cfg, training=name == "train")
 
     def prompts(self) -> list[str]:
@@ -112,7 +126,7 @@ def video_path(row: Row) -> str:
     return f"videos/{row['page_dir']}/{row['videoid']}.mp4"
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, unused: Unused | None = None) -> list[Row]:
     """Rows of a CSV; as published, drops rows with an empty field. Raises DataError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -120,7 +134,10 @@ def read_rows(path: Path) -> list[Row]:
             missing = set(COLUMNS) - set(table.fieldnames or [])
             if missing:
                 raise DataError(f"{path}: the columns {sorted(missing)} are missing")
-            rows = [r for r in table if None not in r and all(r.values())]
+            found = [*table]
+            rows = [r for r in found if None not in r and all(r.values())]
+            if unused is not None:
+                unused.add(f"rows of {path.name} with an empty field", len(found) - len(rows))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} cannot be read: {e}; want a CSV in UTF-8") from e
     if outside := [r for r in rows if ".." in Path(video_path(r)).parts or "/" in r["videoid"]]:

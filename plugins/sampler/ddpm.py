@@ -22,8 +22,9 @@ class Ancestral(Solver):
         """variance: "posterior", "beta" or "learned".
 
         "posterior" is exact for data at one point, "beta" for standard normal data (Ho et al.,
-        section 3.2). "learned" interpolates between the two; with a subset of times these are the
-        variances of the longer steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
+        section 3.2); schedule.v_posterior mixes "beta" into "posterior" (LDM). "learned"
+        interpolates between the two; with a subset of times these are the variances of the longer
+        steps (Nichol & Dhariwal 2021, 2102.09672, section 4).
         """
 
         variance: str = "posterior"
@@ -43,9 +44,11 @@ class Ancestral(Solver):
     cfg: Config
 
     def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
+        share = getattr(run.schedule, "v_posterior", 0.0)  # 0 unless the schedule is LDM's
         for step, level, level_next in run:
             z, d = run.denoised(z, step, step)
             keep, pull, posterior, beta = posterior_step(level, level_next)
+            posterior = (1 - share) * posterior + share * beta
             z = keep * z + pull * d.z0
             if level_next[1]:  # the last step has no noise
                 noise = draws.normal(f"sampler_noise_{step}", z)

@@ -18,6 +18,7 @@ from sandbox.contracts import (
     Draws,
     ScheduleConfig,
     above,
+    added,
     in_range,
     one_of,
     same_length,
@@ -69,9 +70,12 @@ class DDPM:
         base_scale: z0 is scaled down linearly to this factor over turning_step times
         (DynamiCrafter); 1 is off.
         t_draw: "independent" as in the published recipes, or "stratified" over an optimizer step.
+        v_posterior: share of beta in the posterior variance of LDM: in its tables, the variational
+        bound and ancestral sampling.
+        rescale_timesteps: the backbone gets t * 1000 / timesteps instead of t (guided-diffusion).
         """
 
-        may_differ: ClassVar[tuple[str, ...]] = ("min_snr_gamma", "t_draw")
+        may_differ: ClassVar[tuple[str, ...]] = ("min_snr_gamma", "t_draw", "v_posterior")
 
         timesteps: int = 1000
         beta_schedule: str = "scaled_linear"
@@ -85,6 +89,8 @@ class DDPM:
         base_scale: float = 1.0
         turning_step: int = 400
         t_draw: str = "independent"
+        v_posterior: float = added(0.0)
+        rescale_timesteps: bool = added(False, lambda old: old.get("timesteps", 1000) != 1000)
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -106,6 +112,12 @@ class DDPM:
             yield from above("base_scale", self.base_scale, 0, 1)
             yield from in_range("turning_step", self.turning_step, 1, 100_000)
             yield from one_of("t_draw", self.t_draw, T_DRAWS)
+            yield from in_range("v_posterior", self.v_posterior, 0, 1)
+            if self.v_posterior and self.learned_variance:
+                yield (
+                    f"v_posterior={self.v_posterior}: the variance is learned; want 0, or "
+                    "learned_variance=false"
+                )
 
         def _betas_problems(self) -> Iterator[str]:
             yield from same_length("betas", self.betas, 2, "end of the schedule")
@@ -138,9 +150,15 @@ class DDPM:
                     f"beta_schedule={self.beta_schedule!r}: diffusers has another form; want "
                     "'scaled_linear' or 'linear'"
                 )
-            if self.base_scale != 1.0 or self.learned_variance:
+            if self.base_scale != 1.0 or self.learned_variance or self.v_posterior:
                 raise ConfigError(
-                    "base_scale, learned_variance: CogVideoX's schedulers in diffusers have neither"
+                    "base_scale, learned_variance, v_posterior: CogVideoX's schedulers in "
+                    "diffusers have none of these"
+                )
+            if self.rescale_timesteps and self.timesteps != 1000:
+                raise ConfigError(
+                    "rescale_timesteps=True: diffusers does not rescale times; want False, or "
+                    "timesteps=1000"
                 )
             return {
                 "num_train_timesteps": self.timesteps,
@@ -175,7 +193,7 @@ class DDPM:
                     )
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+        self.cfg, self.v_posterior = cfg, cfg.v_posterior
         abar = alphas_cumprod(*_noise(cfg))
         snr = abar / (1 - abar)
         self._signal = Table(np.sqrt(abar))
@@ -192,7 +210,7 @@ class DDPM:
     def _log_variances(self) -> tuple[Table, Table]:
         tables = buffers(self.cfg)
         variance = tables["posterior_variance"]
-        variance = np.append(variance[1], variance[1:])  # the first is 0
+        variance = np.append(variance[0] or variance[1], variance[1:])  # 0 without v_posterior
         return Table(np.log(variance)), Table(np.log(tables["betas"]))
 
     @cached_property
@@ -227,8 +245,9 @@ class DDPM:
         return (self.alpha(t) * z0 + self.sigma(t) * eps).to(z0.dtype)
 
     def inputs(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Times are scaled to [0, 1000) for the backbone."""
-        return z_t, t if self.cfg.timesteps == 1000 else t * (1000 / self.cfg.timesteps)
+        """Inputs of the backbone: t in [0, timesteps), as published, or in [0, 1000)."""
+        rescaled = self.cfg.rescale_timesteps and self.cfg.timesteps != 1000
+        return z_t, t * (1000 / self.cfg.timesteps) if rescaled else t
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         if self.cfg.prediction == "eps":
@@ -274,7 +293,7 @@ class DDPM:
     def posterior(self, z0: Tensor, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z_{t-1} | z_t, z0) (Ho et al. 2020, eq. 7).
 
-        The log-variance is (B, 1, 1, 1, 1). At t = 0, where the variance is 0, it is that of t = 1.
+        The log-variance is (B, 1, 1, 1, 1). At t = 0, if the variance is 0, it is that of t = 1.
         """
         coef1, coef2 = (per_sample(table(t)) for table in self._posterior_mean)
         mean = coef1 * per_sample(self._rescale(t)) * z0 + coef2 * z_t
@@ -348,17 +367,18 @@ def buffers(cfg: DDPM.Config) -> dict[str, np.ndarray]:
 
     `lvlb_weights` is not saved there, and `scale_arr` only if z0 is rescaled.
     """
-    return dict(_buffers(_noise(cfg), cfg.prediction, cfg.base_scale, cfg.turning_step))
+    settings = cfg.prediction, cfg.base_scale, cfg.turning_step, cfg.v_posterior
+    return dict(_buffers(_noise(cfg), *settings))
 
 
 @cache
 def _buffers(
-    noise: tuple, prediction: str, base_scale: float, turning_step: int
+    noise: tuple, prediction: str, base_scale: float, turning_step: int, v_posterior: float
 ) -> dict[str, np.ndarray]:
     abar = alphas_cumprod(*noise)
     prev = np.append(1.0, abar[:-1])
     betas = 1 - abar / prev
-    variance = betas * (1 - prev) / (1 - abar)
+    variance = (1 - v_posterior) * betas * (1 - prev) / (1 - abar) + v_posterior * betas
     # as published: zeros for v-prediction, where a zero terminal SNR gives infinities
     recip = np.zeros_like(abar) if prediction == "v" else 1 / np.maximum(abar, 1e-300)
     tables = {

@@ -7,6 +7,7 @@ V2 head is a chain of linear layers without activations; V1 is one layer.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -72,7 +73,8 @@ class Aesthetic:
     def _networks(self) -> Any:
         if self.networks is None:
             import open_clip
-            import torch
+
+            from plugins._blocks.state_dicts import check_values, read_file
 
             # OpenAI's weights were trained with QuickGELU, open_clip's default is GELU
             quick = self.cfg.weights == "openai" or "quickgelu" in self.cfg.weights
@@ -80,7 +82,8 @@ class Aesthetic:
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name.replace("-quickgelu-quickgelu", "-quickgelu"), pretrained=self.cfg.weights
             )
-            state = torch.load(str(self.cfg.head), map_location="cpu", weights_only=True)
+            state = read_file(Path(str(self.cfg.head)), "head")
+            check_values(f"head={self.cfg.head}", state)
             self.networks = model.eval(), preprocess, linear_layers(state)
         return self.networks
 

@@ -1,4 +1,4 @@
-"""Captions from .txt files, a table or a template.
+"""Captions from files of the same name, a table or a template.
 
 All clips of a file get the file's caption. A captioning model can be a stage of its own that
 returns {"caption": ...}.
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from plugins._blocks.captions import read_caption_file, read_caption_table
-from sandbox.contracts import DataError, Row, StageConfig, one_of
+from plugins._blocks.captions import Captions as FolderCaptions
+from sandbox.contracts import BadItem, DataError, Row, StageConfig, one_of
 from sandbox.registry import register
 
 MISSING = ("empty", "drop", "template")
@@ -24,6 +24,7 @@ class Captions:
     @dataclass
     class Config(StageConfig):
         """table: a CSV with the columns file and caption; null: captions.csv of the folder, if any.
+        Else captions are read as by data=video_folder.
 
         missing: caption of clips without one: "empty", "drop" (drops the clip) or "template", which
         can use {name} (of the file, with spaces for "_" and "-"), {folder}, {width}, {height} and
@@ -51,23 +52,22 @@ class Captions:
         self.cfg = cfg
 
     def decide(self, rows: list[Row]) -> list[dict[str, Any]]:
-        tables: dict[Path, dict[str, str]] = {}
-        return [self._caption(row, tables) for row in rows]
+        folders: dict[Path, FolderCaptions] = {}
+        return [self._caption(row, folders) for row in rows]
 
-    def _caption(self, row: Row, tables: dict[Path, dict[str, str]]) -> dict[str, Any]:
-        """The fields to set in `row`; `tables` caches the tables that were read."""
+    def _caption(self, row: Row, folders: dict[Path, FolderCaptions]) -> dict[str, Any]:
+        """The fields to set in `row`; `folders` caches the tables that were read."""
         if row.get("caption"):
             return {}
         path = Path(row["path"])
         root = path.parents[len(PurePosixPath(row["source"]).parts) - 1]
-        table = Path(self.cfg.table).expanduser() if self.cfg.table else root / "captions.csv"
-        if table not in tables:
-            exists = self.cfg.table or table.is_file()
-            tables[table] = read_caption_table(table) if exists else {}
+        if root not in folders:
+            table = Path(self.cfg.table).expanduser() if self.cfg.table else None
+            folders[root] = FolderCaptions(root, table=table)
         try:
-            text = tables[table].get(row["source"]) or read_caption_file(path)
-        except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"{path.with_suffix('.txt')} cannot be read: {e}") from e
+            text = folders[root](row["source"])
+        except BadItem as e:
+            raise DataError(f"{path}: {e}") from e
         if not text and self.cfg.missing == "drop":
             return {"drop": "has no caption"}
         if not text and self.cfg.missing == "template":

@@ -7,6 +7,7 @@ pixels. DIS is OpenCV's faster and more accurate method, RAFT is torchvision's n
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -89,8 +90,11 @@ class Motion:
         if self.network is None:
             from torchvision.models.optical_flow import raft_large
 
+            from plugins._blocks.state_dicts import check_values, read_file
+
             self.network = raft_large().eval()
-            state = torch.load(str(self.cfg.weights), map_location="cpu", weights_only=True)
+            state = read_file(Path(str(self.cfg.weights)), "weights")
+            check_values(f"weights={self.cfg.weights}", state)
             self.network.load_state_dict(state)
         height, width = a.shape[:2]
         to = [max(128, -(-side // 8) * 8) for side in (height, width)]

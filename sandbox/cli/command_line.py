@@ -1,7 +1,5 @@
 """Parses a command line into flags and overrides."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

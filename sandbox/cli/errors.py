@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from sandbox.config.secrets import mask_text
-from sandbox.contracts import ConfigError, SandboxError
+from sandbox.contracts import ConfigError, PluginFault, SandboxError
 
 BUG = "this is a bug of the sandbox and not of your settings; please report it with the lines above"
 
@@ -18,6 +18,6 @@ def report(error: SandboxError, before: str = "") -> None:
     else:
         text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
     text = "\n".join([text, *getattr(error, "__notes__", [])])
-    if trace := getattr(error, "traceback", ""):  # of a bug in a worker process
-        text = f"{trace}{text}\n{BUG}"
+    if trace := getattr(error, "traceback", ""):  # of a plugin, or of a bug in a worker process
+        text = f"{trace}{text}" + f"\n{BUG}" * (not isinstance(error, PluginFault))
     print(mask_text(text), file=sys.stderr, flush=True)

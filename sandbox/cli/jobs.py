@@ -1,7 +1,5 @@
 """One job: resolves and checks its configuration, and runs its task."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config import discovery, registry
+from sandbox.config.plugin_faults import naming_plugins
 from sandbox.config.root import Root, override_run, to_root
 from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import ConfigError
@@ -47,6 +46,7 @@ def resolve_run(root: Root, overrides: Sequence[str]) -> Root:
     return replace(root, task=replace(root.task, run=str(folder)))
 
 
+@naming_plugins()
 def perform(root: Root, overrides: Sequence[str] = (), group: str | None = None) -> Any:
     """Checks a configuration and runs its task; returns the task's result."""
     wiring = check_and_wire(root)
@@ -57,6 +57,7 @@ def perform(root: Root, overrides: Sequence[str] = (), group: str | None = None)
     return task(root) if wiring is None else task(wiring, list(overrides), group)
 
 
+@naming_plugins()
 def check_and_wire(root: Root) -> Wiring | None:
     """The wiring of `root`; None for a task that needs no system.
 

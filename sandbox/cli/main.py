@@ -5,8 +5,6 @@ with a traceback by default), 2 wrong input, 3 data, 4 diverged, 5 storage or en
 75 preempted, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
@@ -19,7 +17,8 @@ from sandbox.cli.jobs import run
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
-from sandbox.config.root import GROUPS
+from sandbox.config.plugin_faults import naming_plugins
+from sandbox.config.root import GROUPS, to_root
 from sandbox.contracts import ConfigError, SandboxError
 
 
@@ -27,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line and exits with its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _main(argv)
+        with naming_plugins():
+            code = _main(argv)
     except SandboxError as e:
         report(e)
         if "--traceback" in argv:
@@ -50,7 +50,7 @@ def _main(argv: list[str]) -> int:
     line = parse(argv)
     line.overrides = translate_overrides(line.overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides)
+    line.overrides = composition.expand(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     if "--help" in line.flags:
         from sandbox.cli.help import usage
@@ -85,6 +85,8 @@ def _hydra_output(line: Line) -> int:
     part = line.flags.get("--package")
     if line.flags.keys() & SHOW.keys():
         cfg = line.compose(line.overrides)
+        if "--resolve" in line.flags:
+            to_root(cfg)  # its errors name the setting
         if part and OmegaConf.select(cfg, part) is None:
             raise ConfigError(f"--package {part}: there is no such part of the configuration")
     hydra = recipes.hydra(CONF, GROUPS)

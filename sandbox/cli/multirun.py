@@ -5,8 +5,6 @@ after a failed one, and the first failure decides the exit code. A finished run 
 the same command again runs only what is missing.
 """
 
-from __future__ import annotations
-
 import copyreg
 import dataclasses
 import json
@@ -15,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,9 @@ from sandbox.cli.command_line import Line, parse, take_seeds
 from sandbox.cli.errors import report
 from sandbox.cli.jobs import check, check_and_wire, perform, resolve_run
 from sandbox.config import composition, discovery, hydra_compose, registry
-from sandbox.config.overrides import parse as parse_override
-from sandbox.config.overrides import value
+from sandbox.config import overrides as override_text
 from sandbox.config.paths import CONF
-from sandbox.config.root import GROUPS, Root, to_root
+from sandbox.config.root import GROUPS, to_root
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.runs.environment import code
@@ -50,7 +47,9 @@ def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> in
     sweeper, which gets the mean objective of all seeds.
     """
     planned = jobs(line.overrides, seeds)
-    known = planned or [[o for o in line.overrides if not parse_override(o).is_sweep_override()]]
+    known = planned or [
+        [o for o in line.overrides if not override_text.parse(o).is_sweep_override()]
+    ]
     _check_all(line, run_options, known)
     folder = Path(line.compose([*run_options, *known[0]]).hydra.sweep.dir)
     with storing(folder):
@@ -85,7 +84,7 @@ def local_jobs(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], t
 
     line = parse(overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides)
+    line.overrides = composition.expand(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     planned = jobs(line.overrides, seeds)
     if planned is None:
@@ -147,22 +146,17 @@ def _outside_sweep() -> Iterator[None]:
 
 
 def _run_once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[Any, str]:
-    """A job's result, and a note if an earlier run provides it (else "")."""
+    """A job's result, and a note if a finished run of this very configuration has it (else "")."""
     root = resolve_run(to_root(cfg), overrides)
-    folder = _finished(root)
+    resume = root.resume
+    may_reuse = resume is not None and resume.run is None and resume.mode == "auto"
+    wiring = check_and_wire(root) if may_reuse else None
+    folder = finished_run(wiring.root) if wiring else None
     if folder is None:
         return perform(root, overrides, group), ""
     other = " by other code" if read_json(folder / "environment.json").get("code") != code() else ""
     print(f"done before{other}, in {folder} (resume=never repeats it)", flush=True)
     return read_json(folder / "result.json"), f"done before{other}"
-
-
-def _finished(root: Root) -> Path | None:
-    """The newest finished run of this very configuration, if `resume` allows to reuse it."""
-    if root.resume is None or root.resume.run is not None or root.resume.mode != "auto":
-        return None
-    wiring = check_and_wire(root)
-    return None if wiring is None else finished_run(wiring.root)
 
 
 def _compare(folder: Path) -> None:
@@ -178,6 +172,54 @@ def _compare(folder: Path) -> None:
         print(f"report    {write_ablation(folder / 'report', compare(read(folder)))}", flush=True)
     except ConfigError as e:  # such as a task whose results cannot be compared
         print(f"no report: {e}", flush=True)
+
+
+@dataclass
+class Job:
+    """Hydra's task function: runs a job and records its outcome in the sweep's folder.
+
+    A failed job has no result for a searching sweeper. It raises no error, since Hydra would print
+    overrides, which may have secrets; and never exits, because that would end the other jobs.
+    """
+
+    folder: Path
+    run_options: tuple[str, ...] = ()  # overrides that the user did not give
+    traceback: bool = False
+    preempted: bool = False
+    seeds: int | None = None  # runs of each job; null: one
+
+    def __call__(self, cfg: Any) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra = HydraConfig.get()
+        overrides = [o for o in hydra.overrides.task if o not in self.run_options]
+        text = mask_text(" ".join(overrides))
+        outcome: dict[str, Any] = {"number": int(hydra.job.num), "overrides": text, "exit_code": 1}
+        try:
+            if self.preempted:
+                raise Preempted("not started: the multirun was asked to stop")
+            discovery.setup(overrides)
+            print(f"job {hydra.job.num}: {text}", flush=True)
+            if self.seeds is None:
+                result, outcome["done_before"] = _run_once(cfg, overrides, self.folder.name)
+            else:
+                result = run_seeds(cfg, overrides, self.folder.name, self.seeds)
+            outcome |= {"exit_code": 0, "result": result if isinstance(result, dict) else None}
+            return result.get("objective") if isinstance(result, dict) else None
+        except SandboxError as e:
+            self.preempted |= isinstance(e, Preempted)
+            outcome |= {"exit_code": e.exit_code, "error": mask_text(str(e))}
+            report(e, f"job {hydra.job.num}: ")
+            if self.traceback:
+                traceback.print_exception(e)
+        except SystemExit as e:
+            outcome |= {"error": f"it exited with code {e.code}"}
+        except Exception as e:  # a bug
+            outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
+            traceback.print_exception(e)
+        finally:
+            path = self.folder / f"job-{hydra.job.num}.json"
+            write_atomic(path, json.dumps(outcome, indent=2, default=str))
 
 
 def _hydra() -> Any:
@@ -215,24 +257,8 @@ def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) ->
 
 def _sweep(line: Line, overrides: list[str], job: Job) -> None:
     """Runs a searching sweeper, such as hydra/sweeper=optuna."""
-    with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
-        _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
+    _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
     (job.folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
-
-
-class _WithoutOverrides:
-    """stderr without Hydra's line about a failed job, whose overrides may contain secrets."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        if text.startswith("Error executing job with overrides"):
-            return len(text)
-        return self.stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:
@@ -265,67 +291,17 @@ def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] 
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.errors import HydraException
 
-    sweepers = [value(o) for o in overrides if o.startswith("hydra/sweeper=")]
+    sweepers = [override_text.value(o) for o in overrides if o.startswith("hydra/sweeper=")]
     if sweepers and sweepers[0] != "basic":
         return None
     try:
-        batches = BasicSweeper.split_arguments([parse_override(o) for o in overrides], None)
+        batches = BasicSweeper.split_arguments([override_text.parse(o) for o in overrides], None)
         found = [composition.expand(job) for batch in batches for job in batch]
     except HydraException as e:
         from sandbox.config.explain import explain_multirun
 
         raise explain_multirun(e, overrides) from e
     return found if seeds is None else [[*j, f"seed={n}"] for j in found for n in range(seeds)]
-
-
-@dataclass
-class Job:
-    """Hydra's task function: runs a job, records its outcome, and raises its error.
-
-    The outcome goes to the sweep's folder. A job never exits, because that would end the others.
-    """
-
-    folder: Path
-    run_options: tuple[str, ...] = ()  # overrides that the user did not give
-    traceback: bool = False
-    preempted: bool = False
-    seeds: int | None = None  # runs of each job; null: one
-
-    def __call__(self, cfg: Any) -> Any:
-        from hydra.core.hydra_config import HydraConfig
-
-        hydra = HydraConfig.get()
-        overrides = [o for o in hydra.overrides.task if o not in self.run_options]
-        text = mask_text(" ".join(overrides))
-        outcome: dict[str, Any] = {"number": int(hydra.job.num), "overrides": text, "exit_code": 1}
-        try:
-            if self.preempted:
-                raise Preempted("not started: the multirun was asked to stop")
-            discovery.setup(overrides)
-            print(f"job {hydra.job.num}: {text}", flush=True)
-            if self.seeds is None:
-                result, outcome["done_before"] = _run_once(cfg, overrides, self.folder.name)
-            else:
-                result = run_seeds(cfg, overrides, self.folder.name, self.seeds)
-            outcome |= {"exit_code": 0, "result": result if isinstance(result, dict) else None}
-            return result.get("objective") if isinstance(result, dict) else None
-        except SandboxError as e:
-            self.preempted |= isinstance(e, Preempted)
-            outcome |= {"exit_code": e.exit_code, "error": mask_text(str(e))}
-            report(e, f"job {hydra.job.num}: ")
-            if self.traceback:
-                traceback.print_exception(e)
-            raise
-        except SystemExit as e:
-            outcome |= {"error": f"it exited with code {e.code}"}
-            raise RuntimeError(f"a job exited with code {e.code}") from e
-        except Exception as e:  # a bug
-            outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
-            traceback.print_exception(e)
-            raise
-        finally:
-            path = self.folder / f"job-{hydra.job.num}.json"
-            write_atomic(path, json.dumps(outcome, indent=2, default=str))
 
 
 def _summarise(folder: Path, planned: int) -> int:

@@ -4,8 +4,6 @@
 defaults and comments, docstrings, and the settings of presets. Imports no plugin.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re
@@ -23,11 +21,12 @@ from sandbox.config import registry
 from sandbox.config.paths import CHECKOUT, CONF
 from sandbox.config.registry import SEVERAL, Plugin
 from sandbox.config.root import GROUPS, YAML_GROUPS, Root
+from sandbox.reports.pages import render
+from sandbox.reports.run_page import flattened
 
 OURS = (CHECKOUT / "plugins", CHECKOUT / "sandbox" / "tasks")
 OTHERS = {**YAML_GROUPS, "sweep": "sweeps for W&B agents: `wandb sweep conf/sweep/NAME.yaml`"}
 MAX_LENGTH = 80  # characters of a value
-TABLE = "| setting | type | default | |\n|---|---|---|---|"
 MADE = "<!-- made by: python run.py task=plugins to=docs/reference -->"
 
 
@@ -45,79 +44,41 @@ def pages(folders: Sequence[Path] = ()) -> dict[str, str]:
     confs = [CONF, *(f / "conf" for f in folders)]
     made = {f"{g}.md": _group_page(g, found, confs) for g, found in groups.items() if found}
     made |= {f"{g}.md": _files_page(g, title, confs) for g, title in OTHERS.items()}
-    return {"README.md": _index(groups)} | made
+    own = [f.name for f in fields(Root) if f.name not in GROUPS]
+    root = CHECKOUT / "sandbox" / "config" / "root.py"
+    index = _page("index", groups=groups, titles=GROUPS | OTHERS, several=SEVERAL,
+                  settings=_rows(Root, own, root, Root.__module__))  # fmt: skip
+    return {"README.md": index} | made
 
 
 # --- pages ----------------------------------------------------------------------------------------
 
 
-def _index(groups: dict[str, list[Plugin]]) -> str:
-    rows = [
-        f"| [{g}]({g}.md) | {title} | {', '.join(f'`{p.name}`' for p in groups.get(g, ()))} |"
-        for g, title in (GROUPS | OTHERS).items()
-    ]
-    own = [f.name for f in fields(Root) if f.name not in GROUPS]
-    return _text(
-        MADE,
-        "# Reference",
-        "Every group, option and setting, generated from the `Config` classes. `GROUP=OPTION` "
-        "chooses an option, `GROUP.SETTING=VALUE` sets a value; settings of "
-        f"{' and '.join(f'`{g}`' for g in SEVERAL)} include the name of the option: "
-        "`callbacks.samples.every`. `null` is an empty value; wiring fills in numbers with the "
-        "default null.",
-        "## Groups",
-        "\n".join(["| group | | options without presets |", "|---|---|---|", *rows]),
-        "## Settings of the run",
-        _table(Root, own, CHECKOUT / "sandbox" / "config" / "root.py", "sandbox.config.root"),
-    )
-
-
 def _group_page(group: str, plugins: list[Plugin], confs: Sequence[Path]) -> str:
-    several = f" `{group}=[A,B]`" if group in SEVERAL else ""
     base = _base(plugins)
     shared = [f.name for f in fields(base) if f.name != "plugin"] if base else []
-    parts = [MADE, f"# {group}", f"{_sentence(GROUPS[group])}{several}"]
-    if base and shared:
-        parts += ["## Every option", _markdown(base), _table(base, shared, None, base.__module__)]
-    presets = list(_presets(group, confs))
-    for plugin in plugins:
-        parts += _option(plugin, base, [p for p in presets if p[1] == plugin.name])
-    return _text(*parts)
-
-
-def _option(
-    plugin: Plugin, base: type | None, presets: list[tuple[Path, str, dict[str, Any]]]
-) -> Iterator[str]:
-    config = plugin.config
-    assert config and plugin.path  # pages() passes only readable files
-    yield f"## {plugin.name}"
-    yield f"{plugin.doc} ({_link(plugin.path)})"
-    yield _markdown(config)
-    yield _table(config, list(_own(config, base)), plugin.path, plugin.module)
-    yield "\n".join(_preset(path, plain, config) for path, _, plain in presets)
+    return _page(
+        "group", group=group, title=GROUPS[group], is_several=group in SEVERAL, base=base,
+        shared=_rows(base, shared, None, "") if base else [], plugins=plugins,
+        presets=list(_presets(group, confs)), own=_own, changes=_changes, docstring=docstring,
+        rows=_rows,
+    )  # fmt: skip
 
 
 def _files_page(group: str, title: str, confs: Sequence[Path]) -> str:
-    parts = [MADE, f"# {group}", _sentence(title)]
+    files = []
     for path in (p for conf in confs for p in sorted((conf / group).rglob("*.yaml"))):
         plain = _yaml(path)
         defaults = plain.pop("defaults", ())
-        chosen = [
-            f"{str(k).removeprefix('override ').lstrip('/')}={format_value(v)}"
-            for d in defaults
-            if isinstance(d, dict)
-            for k, v in d.items()
-        ]
-        nested = [d for d in defaults if isinstance(d, str) and d != "_self_"]
-        parts += [f"## {_option_name(path, group)}", f"{about(path)} ({_link(path)})"]
-        if nested:
-            parts.append(f"Extends `{' '.join(nested)}`")
-        if chosen:
-            parts.append(f"Chooses `{' '.join(chosen)}`")
         own = {k: v for k, v in plain.items() if k not in GROUPS}  # the file shows the rest
-        if own and group != "sweep":
-            parts.append(f"Sets `{' '.join(_flat(own))}`")
-    return _text(*parts)
+        changed = _changes(own) if group != "sweep" else ""
+        files.append((_option_name(path, group), path, defaults, changed))
+    return _page("files", group=group, title=title, files=files, format_value=format_value)
+
+
+def _page(kind: str, **context: Any) -> str:
+    text = render(f"reference_{kind}.md", made=MADE, link=_link, about=about, **context)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # empty parts leave no gap
 
 
 def _option_name(path: Path, group: str) -> str:
@@ -129,14 +90,6 @@ def _option_name(path: Path, group: str) -> str:
 # --- parts of pages -------------------------------------------------------------------------------
 
 
-def _text(*parts: str) -> str:
-    return "\n\n".join(p for p in parts if p) + "\n"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 def _link(path: Path) -> str:
     if not path.is_relative_to(CHECKOUT):
         return f"`{path}`"
@@ -144,43 +97,36 @@ def _link(path: Path) -> str:
     return f"[{name}](../../{name})"
 
 
-def _markdown(config: type) -> str:
-    return docstring(config).replace("*", "\\*")
-
-
-def _table(config: type, names: Sequence[str], path: Path | None, module: str) -> str:
-    notes, rows = field_notes(config, path, module), []
+def _rows(config: type, names: Sequence[str], path: Path | None, module: str) -> list[Any]:
+    """(name, type, default, comment) of the fields `names` of a Config."""
+    notes = field_notes(config, path, module)
+    rows = []
     for f in (f for f in fields(config) if f.name in names):
         value = f.default_factory() if f.default_factory is not MISSING else f.default
-        annotation, note = notes[f.name]
-        cells = (f"`{f.name}`", f"`{annotation}`", f"`{format_value(value)}`", note)
-        rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    return "\n".join([TABLE, *rows]) if rows else ""
+        rows.append((f.name, notes[f.name][0], format_value(value), notes[f.name][1]))
+    return rows
 
 
-def _preset(path: Path, plain: dict[str, Any], config: type) -> str:
-    """A list item: the preset's name, its description, and the settings that it changes."""
-    defaults = {*_flat(vars(config()))}
-    changes = " ".join(c for c in _flat(plain) if c not in defaults)
-    return f"- `{path.stem}`: {about(path)}" + (f" `{changes}`" if changes else "")
+def _changes(plain: dict[str, Any], config: type | None = None) -> str:
+    """The settings of a YAML file: a=1 b.c=[2,3]; without the defaults of `config`."""
+    defaults = {*_flat(vars(config()))} if config else ()
+    return " ".join(c for c in _flat(plain) if c not in defaults)
 
 
 def about(path: Path) -> str:
     """The first sentence of the comment at the top of a YAML file."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    if not path.is_file():
+        return "(no regular file)"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     text = " ".join(line.lstrip("# ") for line in comment if "@package" not in line)
     return re.split(r"(?<=[^.]\.) +(?=[A-Z])", text)[0].removesuffix(".") + "."
 
 
-def _flat(plain: dict[str, Any], path: str = "") -> Iterator[str]:
-    """a=1, b.c=[2,3]"""
-    for key, value in plain.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            text = format_value(value)
-            yield f"{path}{key}={text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + '...'}"
+def _flat(plain: dict[str, Any]) -> Iterator[str]:
+    for name, value in flattened(plain).items():
+        text = format_value(value)
+        yield f"{name}={text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + '...'}"
 
 
 # --- reading Configs and presets ------------------------------------------------------------------
@@ -198,12 +144,11 @@ def _base(plugins: list[Plugin]) -> type | None:
     return next((c for c in classes if c.__module__.startswith(contracts.__name__)), None)
 
 
-def _own(config: type, base: type | None) -> Iterator[str]:
+def _own(config: type, base: type | None) -> list[str]:
     """Fields that the base lacks, or has with another default."""
-    shared = {f.name: f.default for f in fields(base)} if base else {}
-    for f in fields(config):
-        if f.name != "plugin" and (f.name not in shared or f.default != shared[f.name]):
-            yield f.name
+    shared = {(f.name, f.default) for f in fields(base)} if base else set()
+    own = [f.name for f in fields(config) if (f.name, f.default) not in shared]
+    return [name for name in own if name != "plugin"]
 
 
 def _presets(group: str, confs: Sequence[Path]) -> Iterator[tuple[Path, str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.overrides import quote
 from sandbox.config.root import GROUPS
 
 PARAMETERS = "WANDB_SWEEP_PARAM_PATH"
@@ -58,5 +59,5 @@ def literal(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(literal, value)) + "]"
     if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        return quote(value)
     return str(value)

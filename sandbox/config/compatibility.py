@@ -184,12 +184,30 @@ class Compatibility:
                 "embeddings: use data.text=false"
             )
         if lacking:
+            encoder = "conditioning.weights=FOLDER or " if lacking == {"text"} else ""
             self.report(
                 f"conditioning={name_of(conditioning)} needs {_list(lacking)}, but "
                 f"data={name_of(data)} provides "
-                f"{_list(data.provides())}: use "
-                + _options("conditioning", lambda c: c.needs() <= data.provides() | set(SIZES))
+                f"{_list(data.provides())}: use {encoder}"
+                + _options("conditioning", self.conditioning_fits)
             )
+
+    def conditioning_fits(self, other: Any) -> bool:
+        """Whether another plugin, with its defaults, fits the data, first stage and backbone."""
+        data, vae, backbone = self.root.data, self.root.vae, self.root.backbone
+        is_same = other.plugin == self.root.conditioning.plugin
+        lacks_images = other.encodes() and not data.provides() & {"video", "image"}
+        if is_same or lacks_images or not other.needs() <= data.provides() | set(SIZES):
+            return False
+        if not self.valid("vae", "backbone"):
+            return True
+        try:
+            clip = data.clips()[0]
+            grid = backbone.grid(vae.latents(clip))
+            slots = other.wired(clip, grid).offers(clip, grid)
+        except ConfigError:
+            return False
+        return backbone.needs() <= slots.names() <= backbone.takes()
 
     def best(self, root: Root) -> None:
         """A metric that selects checkpoints is measured whenever one is saved."""
@@ -364,6 +382,7 @@ class Compatibility:
 
 def _of(part: str, cfg: PluginConfig, problem: str, why: str = "") -> str:
     """A problem of a Config with the setting, or the component itself, as the user types it."""
+    problem = problem.removeprefix(f"{part}=")
     name, rest = re.match(r"(\w*)(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]
     if name == name_of(cfg):
         return f"{part}={name}{rest}{why}"

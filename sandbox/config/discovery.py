@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from sandbox.config.paths import CHECKOUT, CONF, PLUGINS
 from sandbox.config.root import Root
 from sandbox.contracts import ConfigError, PluginError
 
+log = logging.getLogger(__name__)
 
-def setup(overrides: Sequence[str] = ()) -> None:
+
+def setup(overrides: Sequence[str] = (), report: bool = True) -> None:
     """Reads all plugins: the project's, those of entry points, `plugins_path=` and SANDBOX_PLUGINS.
 
-    Fast, and repeatable. Raises PluginError for two plugins or presets with the same name.
+    Fast, and repeatable. `report`: logs each broken plugin that `overrides` do not choose, once.
+    Raises PluginError for two plugins or presets with the same name.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -28,6 +33,15 @@ def setup(overrides: Sequence[str] = ()) -> None:
         registry.discover(folder, None)
     ConfigStore.instance().store("root", Root)
     _check_presets(conf_folders(overrides))
+    chosen = {o.replace("=", "/", 1) for o in overrides}
+    for plugin in registry.plugins() if report else ():
+        if plugin.error and plugin.key not in chosen:
+            _log_once(f"{plugin.group}={plugin.name} is left out: {plugin.error}")
+
+
+@cache
+def _log_once(text: str) -> None:
+    log.warning(text)
 
 
 def plugin_folders(overrides: Sequence[str]) -> list[Path]:
@@ -77,7 +91,8 @@ def options(group: str, folders: Sequence[Path] = (CONF,)) -> list[str]:
     for part in group.split("/"):
         node = node.get(part, {}) if isinstance(node, dict) else {}
     names = {str(k).removesuffix(".yaml") for k, v in node.items() if not isinstance(v, dict)}
-    return sorted(names | {p.stem for f in folders for p in (f / group).glob("*.yaml")})
+    files = [p for f in folders for p in (f / group).glob("*.yaml") if p.is_file()]
+    return sorted(names | {p.stem for p in files})
 
 
 def chosen_plugin(group: str, name: str) -> registry.Plugin | None:

@@ -6,7 +6,9 @@ wires the valid rest, so that users see every problem at once.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 
 from sandbox.config import discovery, hydra_compose, registry
 from sandbox.config.moved_names import OLD_PRESETS
-from sandbox.config.overrides import key, parse, top, value
+from sandbox.config.overrides import is_valid, key, parse, quote, top, value, with_quotes
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, YAML_GROUPS, to_root
 from sandbox.config.static_reader import first_line
 from sandbox.config.wiring import REQUIRED, wire
+from sandbox.config.yaml_files import circle
 from sandbox.contracts import ConfigError, PluginError
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -54,11 +57,22 @@ def explain(
     return ConfigError(*(p for _, p in problems), *_wiring_problems(cfg, {t for t, _ in problems}))
 
 
+def circular(overrides: Sequence[str], config_dir: str | None) -> ConfigError:
+    """The presets or recipes that include one another."""
+    folders = discovery.conf_folders(overrides, config_dir)
+    chosen = [(key(o), n.strip()) for o in overrides for n in value(o).strip("[]").split(",")]
+    found = circle([c for c in chosen if c[0] in GROUPS | YAML_GROUPS], folders)
+    what = found or "the presets or recipes of this command"
+    return ConfigError(f"{what}: include one another; want a defaults list without a circle")
+
+
 def explain_multirun(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """Every syntax error in the overrides of a multirun."""
     problems = [p for _, p in _parsed(overrides, multirun=True) if p]
     if "does not support sweep type" in str(error):
-        problems.append("-m: the basic sweeper takes lists (1,2), choice(...) and range(...) only")
+        problems.append(
+            "-m: the basic sweeper takes lists (1,2), choice(...), range(...) and glob(...) only"
+        )
     return ConfigError(*(problems or [first_line(str(error))]))
 
 
@@ -94,7 +108,7 @@ def _parsed(overrides: Sequence[str], multirun: bool = False) -> Iterator[tuple[
             elif is_sweep and not multirun:
                 problem = (
                     f"{text}: several values need -m (a multirun); quote a string that contains "
-                    f"a comma: '{key(text)}=\"{value(text)}\"'"
+                    f"a comma: {_with_one_string(key(text), value(text))}"
                 )
         yield text, problem
 
@@ -113,6 +127,7 @@ def _joined(overrides: Sequence[str]) -> list[str]:
 
 def _is_open(text: str) -> bool:
     """Whether `text` has an unclosed bracket or quote."""
+    text = re.sub(r"(?<=\w)'(?=\w)", "", text)  # an apostrophe
     text = re.sub(r"\"[^\"]*\"|'[^']*'", "", text)
     pairs = any(text.count(a) > text.count(b) for a, b in ("[]", "{}", "()"))
     return pairs or text.count('"') % 2 == 1 or text.count("'") % 2 == 1
@@ -125,15 +140,35 @@ def _syntax_problem(text: str) -> str:
     if not equals or not name:
         return f"{text}: want NAME=VALUE; quote a value that contains spaces: 'NAME=a b'"
     if _is_open(text):
-        return f"{text}: unclosed bracket or quote; close it"
+        texts = ",".join(quote(e.strip()) for e in given[1:-1].split(","))
+        each = f", or quote each string: {shlex.quote(f'{name}=[{texts}]')}"
+        is_list = given.startswith("[") and given.endswith("]")
+        return f"{text}: unclosed bracket or quote; close it{each * is_list}"
     if given[:1] in ("[", "{"):
-        return f"{text}: quote it for the shell: '{text}'"
+        if is_valid(found := with_quotes(text)):
+            return f"{text}: quote it for the shell: {shlex.quote(found)}"
+        found = shlex.quote(f"{name}=[{quote(given.strip('[]'))}]")
+        return f"{text}: cannot be parsed; quote each string: {found}"
     if given[:1] == "(":
         return f"{text}: want a list in brackets: '{name}=[{given.strip('()')}]'"
     return (
         f"{text}: cannot be parsed; quote a string with special characters twice: "
-        f"'{name}=\"{given}\"'"
+        f"{_with_one_string(name, given)}"
     )
+
+
+def _with_one_string(name: str, text: str) -> str:
+    """What to type in a shell for a setting that is one string, or a list of one."""
+    found = f"[{quote(text)}]" if _is_list(name) else quote(text)
+    return shlex.quote(f"{name}={found}")
+
+
+def _is_list(name: str) -> bool:
+    """Whether plugins have a setting of this (dotted) name that is a list of strings."""
+    group, _, field = name.rpartition(".")
+    configs = [p.config for p in registry.plugins(group) if p.config]
+    types = [registry.field_types(c).get(field, ()) for c in configs]
+    return any(t == tuple[str, ...] for own in types for t in own)
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -166,7 +201,13 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
     if hydra_compose.is_option_list(override) and group not in registry.SEVERAL:
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
     names = [n.strip(" '\"") for n in given.strip("[]").split(",")] if given != "[]" else []
-    return next((p for n in names if (p := _option_problem(group, n, known))), None)
+    for name in names:
+        paths = [f / group / f"{name}.yaml" for f in folders]
+        if path := next((p for p in paths if os.path.lexists(p) and not p.is_file()), None):
+            return f"{path}: no regular file; want a YAML file"
+        if problem := _option_problem(group, name, known):
+            return problem
+    return None
 
 
 def _option_problem(group: str, name: str, known: list[str]) -> str | None:
@@ -276,10 +317,13 @@ def _type_names(config_class: type, name: str, override: str) -> str:
             accepted.append(TYPE_NAMES[kind])
         elif "dict" in str(kind):
             accepted.append(f"a dict, such as '{key(override)}={{a: 1}}'")
+        elif given[:1] == "[" and kind == tuple[str, ...]:
+            texts = ",".join(quote(e.strip("\"'")) for e in given[1:-1].split(","))
+            accepted.append(f"a list of strings: {shlex.quote(f'{key(override)}=[{texts}]')}")
         elif given[:1] in ("[", "{"):
             accepted.append("a list")
         else:
-            accepted.append(f"a list: '{key(override)}=[{given}]'")
+            accepted.append(f"a list: {shlex.quote(f'{key(override)}=[{given}]')}")
     return " or ".join(accepted)
 
 

@@ -42,7 +42,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "evaluation": ("evaluation.evaluate",),
     "exporting": ("weights.export",),
     "far_errors": ("distributed.remote_errors",),
-    "figures": ("reports.figures",),
+    "figures": ("reports.ablation_page",),
     "files": ("storage.atomic",),
     "first_stages": ("storage.first_stage_files", "training.first_stage"),
     "fitting": ("training.loop",),

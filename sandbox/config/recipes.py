@@ -21,6 +21,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import Overrides, create_defaults_list
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ConfigDefault, GroupDefault
@@ -29,6 +30,7 @@ from omegaconf import DictConfig, open_dict
 
 from sandbox.config.overrides import parse
 from sandbox.config.registry import SEVERAL
+from sandbox.config.yaml_files import FileConfigSource
 
 RECIPE = "config_path=experiment/"  # prefix of recipes in the cache of Hydra's repository
 
@@ -40,6 +42,7 @@ def hydra(conf: Path, groups: Collection[str]) -> Hydra:
     from hydra import version
 
     version.setbase("1.3")
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
     return Hydra("sandbox", RecipeLoader(create_config_search_path(str(conf)), groups))
 
 

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from sandbox.config.conformance import check_plugin
 from sandbox.config.moved_names import OLD_METHODS
 from sandbox.config.static_reader import first_line, line_in, read
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
@@ -31,6 +33,7 @@ from sandbox.contracts import ConfigError, PluginConfig, PluginError
 ENTRY_POINTS = "sandbox.plugins"
 NOT_GROUPS = ("conf", "tests")  # subfolders of a plugin folder that hold no plugins
 SEVERAL = ("callbacks", "stage")  # groups that accept several options
+MAX_FILES = 20_000  # below a plugin folder
 MAX_NAMES = 12  # in a message; --help has the full list
 
 T = TypeVar("T", bound=type)
@@ -87,6 +90,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
             if not is_dataclass(getattr(cls, "Config", None)):
                 raise PluginError(f"{key}: {cls.__name__} needs a nested dataclass named Config")
             _add(Plugin(group, name, cls.__module__, path, first_line(cls.__doc__), cls.Config))  # type: ignore[attr-defined]
+        check_plugin(cls, group, name, _plugins[key].place)
         _classes[key] = cls
         return cls
 
@@ -113,23 +117,38 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
     "." (helpers). Raises PluginError if another file has the same plugin name.
     """
     prefix = package or _package_of(folder)
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(_python_files(folder)):
         parts = list(path.relative_to(folder).with_suffix("").parts)
         is_plugin = (group or len(parts) > 1) and parts[0] not in NOT_GROUPS
         if not is_plugin or any(p[0] in "_." for p in parts):
             continue
         full_group = "/".join((*([group] if group else []), *parts[:-1]))
-        known, path = _plugins.get(f"{full_group}/{parts[-1]}"), path.resolve()
+        known, path = _plugins.get(f"{full_group}/{parts[-1]}"), Path(os.path.realpath(path))
         if known and known.path != path:
             raise PluginError(_twice(known.key, known.place, str(path)))
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
+        stamp = (0, 0)
+        with suppress(OSError):  # a symbolic link to itself
+            stamp = (path.stat().st_mtime_ns, path.stat().st_size)
         if known is None or known.stamp not in (None, stamp):
             module = ".".join((prefix, *parts))
             reading = read(path, module, full_group, parts[-1])
             plugin = Plugin(full_group, parts[-1], module, path, **vars(reading), stamp=stamp)
             _forget(plugin)
             _add(plugin)
+
+
+def _python_files(folder: Path) -> Iterator[Path]:
+    """All *.py below a folder. Raises ConfigError for a folder that holds far more than plugins."""
+    count = 0
+    for place, folders, files in os.walk(folder):
+        count += len(folders) + len(files)
+        if count > MAX_FILES:
+            raise ConfigError(
+                f"{folder}: more than {MAX_FILES} files and folders; want a folder of "
+                "GROUP/NAME.py files only"
+            )
+        folders[:] = [f for f in folders if f[0] not in "_."]
+        yield from (Path(place, f) for f in files if f.endswith(".py"))
 
 
 def _package_of(folder: Path) -> str:
@@ -224,6 +243,11 @@ def sources_beside(*folders: Path) -> Iterator[bytes]:
                 yield source(plugin)
 
 
+def classes() -> dict[str, type]:
+    """The classes that have been imported, by "group/name"."""
+    return dict(_classes)
+
+
 def groups() -> list[str]:
     return sorted({p.group for p in _plugins.values()})
 
@@ -266,7 +290,7 @@ def plugin_class(key: str) -> type:
             importlib.import_module(plugin.module)
         except PluginError:
             raise
-        except Exception as e:  # the plugin's own code may raise anything
+        except (Exception, SystemExit) as e:  # the plugin's own code may raise anything
             raise PluginError(
                 f"{plugin.group}={plugin.name} cannot be imported: {_where(e, plugin)}: "
                 f"{type(e).__name__}: {e}"

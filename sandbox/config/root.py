@@ -148,7 +148,11 @@ def to_root(cfg: Any) -> Root:
         plain = OmegaConf.to_container(cfg, resolve=True)
         root = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"{e.full_key or 'configuration'}: {first_line(e.msg or str(e))}") from e
+        text = first_line(e.msg or str(e))
+        escape = "; write \\${...} for the text itself" if "nterpolation" in text else ""
+        if "Recursive" in text:
+            text, escape = "its value refers to itself through ${...}; want a value", ""
+        raise ConfigError(f"{e.full_key or 'configuration'}: {text}{escape}") from e
     assert isinstance(root, Root)
     if problems := [*_unknown_settings(plain, root), *_not_configs(root)]:
         raise ConfigError(*problems)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.conformance import check_config
+from sandbox.config.guarded import Refused, guarded
 from sandbox.contracts import PluginConfig
 
 LIGHT_IMPORTS = frozenset(sys.stdlib_module_names) | {"sandbox.contracts"}
+LARGEST = 2**20  # bytes of a plugin file
 LIGHT_PACKAGE = "plugins._configs."  # code that several Configs share
 
 
@@ -34,17 +38,29 @@ def read(path: Path, module: str, group: str, name: str) -> Reading:
     """Reads the plugin `group/name` from a file with the import name `module`. Never raises."""
     found = Reading()
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        tree = ast.parse(_source(path), str(path))
         cls = _registered_class(tree, group, name)
         found.doc = first_line(ast.get_docstring(cls)) or first_line(ast.get_docstring(tree))
         found.config, found.helpers = _config_class(tree, cls, module, path)
+        check_config(found.config, group, name, str(path))
     except SyntaxError as e:
         found.error = f"{path}:{e.lineno}: {e.msg}"
     except (OSError, ValueError) as e:  # no access, not UTF-8, a null byte
         found.error = f"{path}:1: cannot be read ({e})"
+    except (RecursionError, MemoryError):
+        found.error = f"{path}:1: cannot be read (nested too deeply)"
     except _Unreadable as e:
         found.error = f"{path}:{e.args[1]}: {e.args[0]}"
     return found
+
+
+def _source(path: Path) -> str:
+    """The text of a regular file of at most LARGEST bytes."""
+    if not path.is_file():
+        raise ValueError("no regular file")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{size} bytes, want at most {LARGEST}")
+    return path.read_text(encoding="utf-8")
 
 
 class _Unreadable(Exception):
@@ -76,10 +92,15 @@ def _config_class(
     body = [n for n in tree.body if n in needed] + [config]
     space: dict[str, Any] = {"__name__": module, "__file__": str(path)}
     try:
-        exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
-    except Exception as e:  # the plugin's own code may raise anything
+        with guarded():
+            exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
+            if isinstance(space.get("Config"), type):
+                with suppress(TypeError):  # a field without a default; said below
+                    space["Config"]()
+    except (Exception, Refused) as e:  # the plugin's own code may raise anything
         line = line_in(path, e) or config.lineno
-        raise _Unreadable(f"Config cannot be read: {type(e).__name__}: {e}", line) from e
+        text = str(e) if isinstance(e, Refused) else f"{type(e).__name__}: {first_line(str(e))}"
+        raise _Unreadable(f"Config cannot be read: {text}", line) from e
     cfg = space["Config"]
     if not (isinstance(cfg, type) and is_dataclass(cfg) and issubclass(cfg, PluginConfig)):
         raise _Unreadable(

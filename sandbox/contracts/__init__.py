@@ -9,7 +9,7 @@ never a plugin of another group.
 # ruff: noqa: F401  re-exports
 
 from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_of, same_length
-from sandbox.contracts.configs.base import PluginConfig
+from sandbox.contracts.configs.base import ADDED, PluginConfig, added
 from sandbox.contracts.configs.data import LOADING, DataConfig, MetricConfig, StageConfig
 from sandbox.contracts.configs.diffusion import (
     GuidanceConfig,
@@ -40,6 +40,7 @@ from sandbox.contracts.errors import (
     DataError,
     Diverged,
     PluginError,
+    PluginFault,
     Preempted,
     SandboxError,
     SizeError,

@@ -1,7 +1,5 @@
 """Checks for `Config.problems`: each yields the problems that it finds, one line each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

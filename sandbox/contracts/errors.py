@@ -1,7 +1,5 @@
 """Errors by who can fix them; each ends the program with its own exit code."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 
@@ -38,19 +36,8 @@ class SizeError(ConfigError):
     """
 
     def __init__(self, field: str, value: int, rule: str) -> None:
-        Exception.__init__(self, field, value, rule)  # `problems` is derived from these
-
-    @property
-    def field(self) -> str:
-        return self.args[0]
-
-    @property
-    def value(self) -> int:
-        return self.args[1]
-
-    @property
-    def rule(self) -> str:
-        return self.args[2]
+        Exception.__init__(self, field, value, rule)  # pickling calls __init__ with these
+        self.field, self.value, self.rule = field, value, rule
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -64,6 +51,20 @@ class PluginError(SandboxError):
     """A plugin is missing, broken or registered twice (exit code 2)."""
 
     exit_code = 2
+
+
+class PluginFault(SandboxError):
+    """The code of a plugin raised an unexpected error (exit code 1); `traceback`: where."""
+
+    def __init__(self, message: str, traceback: str = "") -> None:
+        super().__init__(message, traceback)
+
+    @property
+    def traceback(self) -> str:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class DataError(SandboxError):

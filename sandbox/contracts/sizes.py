@@ -1,7 +1,5 @@
 """Sizes of clips and latents, and the slots of conditioning, as plain numbers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # Pixel sizes of a clip; the loader and the samplers set them for every clip.

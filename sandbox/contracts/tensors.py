@@ -146,7 +146,11 @@ class FirstStage(Protocol):
 
 
 class Backbone(Protocol):
-    """Denoiser: t (B,) in [0, 1000), integer or float; returns (B, outputs * C, T, H, W)."""
+    """Denoiser: returns (B, outputs * C, T, H, W).
+
+    t (B,), integer or float, comes from `Schedule.inputs`: in [0, 1000), or in [0, timesteps) of a
+    discrete schedule. It is never a time in [0, 1].
+    """
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor: ...
 

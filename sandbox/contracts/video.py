@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 class VideoFile:
     """Properties of a video file.
 
-    `width` and `height` are those of the upright frames; `fps` is the mean frame rate, `variable`
-    whether it varies; `first` the time of the first frame in the stream's time base; `rotation`
-    the counter-clockwise rotation that makes frames upright, in degrees.
+    `width` and `height` are those of the upright frames with square pixels; `fps` is the mean
+    frame rate, `variable` whether it varies; `first` the time of the first frame in the stream's
+    time base; `rotation` the counter-clockwise rotation that makes frames upright, in degrees,
+    after which they are mirrored left to right where `mirrored`.
     """
 
     sha256: str
@@ -30,6 +31,7 @@ class VideoFile:
     variable: bool = False
     codec: str = ""
     pixels: str = ""
+    mirrored: bool = False
 
 
 class VideoClip(Protocol):

@@ -4,6 +4,7 @@ The randomness of a clip is keyed by (seed, epoch, id). A bad item is replaced b
 size, which is keyed by its position.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from sandbox.contracts import (
 from sandbox.data.order import Buckets, Key, Size
 from sandbox.data.randomness import keyed
 
+REASONS = 4  # that `summary` names
 TRIES = 20  # replacements that are tried for a bad item
 
 Bad = dict[str, str]  # id -> reason
@@ -139,6 +141,20 @@ def size_scalars(clip: Clip, count: int, device: Any = None) -> dict[str, torch.
     values = (clip.height, clip.width, clip.height / clip.width)
     pairs = zip(SIZES, values, strict=True)
     return {name: torch.full((count,), float(x), device=device) for name, x in pairs}
+
+
+def reasons(bad: list[str]) -> Bad:
+    """The inverse of `lines`."""
+    return dict(line.split(": ", 1) for line in bad)
+
+
+def summary(bad: Bad) -> str:
+    """ "3 clips are unusable (2 x has no caption, 1 x is empty)": the most frequent reasons."""
+    counts = Counter(bad.values()).most_common()
+    shown = [f"{n} x {reason}" for reason, n in counts[:REASONS]]
+    shown += [f"{len(counts) - REASONS} other reasons"] if len(counts) > REASONS else []
+    verb = "clip is" if len(bad) == 1 else "clips are"
+    return f"{len(bad)} {verb} unusable ({', '.join(shown)})"
 
 
 def lines(bad: Bad) -> list[str]:

@@ -13,15 +13,17 @@ Ordinary 8-bit RGB images keep their bytes. Everything else is converted as foll
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from sandbox.contracts import BadItem
+from sandbox.data.file_kinds import kind_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +37,8 @@ DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ORIENTATION = 274
 TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLES = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # of TIFF_PHOTOMETRIC, of TIFF_SAMPLES
+
+log = logging.getLogger(__name__)
 
 
 class Media(Protocol):
@@ -97,14 +101,8 @@ def _identified(file: IO[bytes]) -> Image:
 
 
 def _kind(start: bytes) -> str:
-    """What a file is that is no image, from its first bytes."""
-    if not start:
-        return "it is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; download the file with `git lfs pull`"
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page"
-    return f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
+    other = f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
+    return kind_of(start) or other
 
 
 def _unreadable(e: Exception) -> BadItem:
@@ -125,8 +123,18 @@ def _has_deep_colour(image: Image) -> bool:
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged metadata of a healthy image
+    except Exception as e:  # damaged metadata of a healthy image
+        _say_damaged(type(e).__name__)
         return 1
+
+
+@cache
+def _say_damaged(kind: str) -> None:
+    log.warning(
+        "an image has damaged EXIF data (%s): images without a known orientation are read as they "
+        "are stored; this is said once",
+        kind,
+    )
 
 
 def _upright(image: Image) -> Image:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from sandbox.contracts import Batch, Clip, DataError, Items
 from sandbox.data.batching import TRIES, Bad, MicroBatches, lines, micro_batch
 from sandbox.data.order import Buckets, Order, Size, plan_batches
-from sandbox.distributed.rank import ignore_signals
+from sandbox.distributed.signals import ignore_signals
 
 SHOWN = 5  # bad items, or sizes, that an error lists
 CHANGED = (

@@ -14,9 +14,12 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import LifoQueue
 from typing import Any
 
 from sandbox.contracts import ConfigError
@@ -38,151 +41,92 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def started(engine: str, count: int, address: str | None = None) -> Iterator[Ordered]:
-    """Starts workers and yields an ordered `map`. `engine`: "local" or "ray".
+def started(engine: str, count: int, address: str | None = None) -> AbstractContextManager[Ordered]:
+    """Starts workers; the context is an ordered `map`. `engine`: "local" or "ray".
 
     A `count` of 0 runs local jobs in this process.
     """
     if engine == "ray":
-        with _ray(count, address) as ordered:
-            yield ordered
-    elif count == 0:
-        yield map
-    else:
-        pool = _LocalPool(count)
-        try:
-            yield pool.ordered
-        finally:
-            pool.stop()
+        return _ray(count, address)
+    return _local(count) if count else nullcontext(map)
+
+
+def _ahead(count: int, start: Callable[[Function, Any], Any], result: Function) -> Ordered:
+    """An ordered `map`: `result` waits for what `start` returns."""
+
+    def ordered(function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
+        waiting: deque[Any] = deque()
+        for job in jobs:
+            waiting.append(start(function, job))
+            if len(waiting) >= AHEAD * count:
+                yield result(waiting.popleft())
+        while waiting:
+            yield result(waiting.popleft())
+
+    return ordered
 
 
 # --- processes on this machine --------------------------------------------------------------------
 
 
-@dataclass
-class _Task:
-    """A job and its function, pickled; `outcome` is (result, error, traceback) when it is done."""
+@contextmanager
+def _local(count: int) -> Iterator[Ordered]:
+    """Threads that pass each job to a process of their own, so that a crash has one cause.
 
-    payload: bytes
-    is_running: bool = False
-    crashes: int = 0
-    outcome: tuple[Any, BaseException | None, str] | None = None
-
-
-class _Worker:
-    """A process that runs one job at a time, so that a crash has one possible cause."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, child = context.Pipe()
-        self.process = context.Process(target=_run_jobs, args=(child,))
-        self.process.start()
-        child.close()
-        self.task: _Task | None = None
-
-    def sources(self) -> list[Any]:
-        """What `multiprocessing.connection.wait` waits for."""
-        return [self.pipe, self.process.sentinel]
-
-    def start(self, task: _Task) -> None:
-        """Raises OSError where the process has ended."""
-        self.task, task.is_running = task, True
-        self.pipe.send_bytes(task.payload)
-
-    def receive(self) -> None:
-        """Takes the outcome. Raises EOFError or OSError where the process has ended instead."""
-        assert self.task
-        if not self.pipe.poll():
-            raise EOFError
-        self.task.outcome = pickle.loads(self.pipe.recv_bytes())
-        self.task = None
-
-    def join(self) -> None:
-        """Waits for the current job and ends the process."""
-        self.pipe.close()
-        self.process.join()
-
-
-class _LocalPool:
-    """Workers, started when needed and served by the calling thread alone.
-
-    (ProcessPoolExecutor has a manager thread, which in Python 3.11 may dismantle a broken pool
-    while a job is submitted: that fails with "handle is closed" or never returns.)
+    (ProcessPoolExecutor would lose the jobs of all processes with each crash. In Python 3.11 it may
+    hang where a job is submitted while its manager thread dismantles a broken pool.)
     """
+    running: set[Future[Any]] = set()
+    workers: LifoQueue[tuple[BaseProcess, Connection] | None] = LifoQueue()
+    for _ in range(count):
+        workers.put(None)  # started when needed
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.workers: list[_Worker] = []
-
-    def stop(self) -> None:
-        for worker in self.workers:
-            worker.pipe.close()  # all of them before the first wait
-        while self.workers:
-            self.workers.pop().join()
-
-    def ordered(self, function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
-        tasks: deque[_Task] = deque()
-        for job in jobs:
-            tasks.append(_Task(pickle.dumps((function, job))))
-            self.update(tasks, 0)
-            if len(tasks) >= AHEAD * self.count:
-                yield self.first(tasks)
-        while tasks:
-            yield self.first(tasks)
-
-    def first(self, tasks: deque[_Task]) -> Any:
-        """Waits for the result of the first task; raises its error."""
-        self.update(tasks, 0)
-        while tasks[0].outcome is None:
-            self.update(tasks, None)
-        result, error, trace = tasks.popleft().outcome or (None, None, "")
+    def call(task: bytes) -> Any:
+        process, pipe = workers.get() or _start_worker()
+        try:
+            pipe.send_bytes(task)
+            result, error, trace = pickle.loads(pipe.recv_bytes())
+        except (EOFError, OSError):  # the process has ended
+            process.join()
+            workers.put(None)
+            return Crashed()
+        workers.put((process, pipe))
         if error is not None:
             raise error from RemoteTraceback(trace)
         return result
 
-    def update(self, tasks: Iterable[_Task], timeout: float | None) -> None:
-        """Receives outcomes, waiting up to `timeout` seconds, and starts tasks."""
-        busy = [w for w in self.workers if w.task]
-        ready = wait([s for w in busy for s in w.sources()], timeout) if busy else []
-        for worker in busy:
-            if not {*worker.sources()}.isdisjoint(ready):
-                try:
-                    worker.receive()
-                except (EOFError, OSError):
-                    self.remove(worker)
-        for task in tasks:
-            if not task.is_running and not self.start(task):
-                return
+    def start(function: Function, job: Any) -> tuple[bytes, Future[Any]]:
+        task = pickle.dumps((function, job))
+        running.add(future := threads.submit(call, task))
+        return task, future
 
-    def start(self, task: _Task) -> bool:
-        """Starts a task if a worker is free; returns whether one was.
+    def result(started: tuple[bytes, Future[Any]]) -> Any:
+        task, future = started
+        running.discard(future)
+        if not isinstance(found := future.result(), Crashed):
+            return found
+        wait(running)  # the retry may need the memory of all workers
+        return call(task)
 
-        The retry of a task that crashed runs alone: it may need the memory of all workers.
-        """
-        running = [w.task for w in self.workers if w.task]
-        is_alone = any(t.crashes for t in (*running, task))
-        if len(running) >= (1 if is_alone else self.count):
-            return False
-        worker = next((w for w in self.workers if not w.task), None)
-        if worker is None:
-            self.workers.append(worker := _Worker())
-        try:
-            worker.start(task)
-        except OSError:
-            self.remove(worker)
-        return True
+    threads = ThreadPoolExecutor(count)
+    try:
+        yield _ahead(count, start, result)
+    finally:
+        threads.shutdown(cancel_futures=True)
+        found = [worker for worker in workers.queue if worker]
+        for _, pipe in found:
+            pipe.close()  # all of them before the first wait
+        for process, _ in found:
+            process.join()
 
-    def remove(self, worker: _Worker) -> None:
-        """Removes a worker that has ended; its task is retried once."""
-        self.workers.remove(worker)
-        worker.join()
-        task = worker.task
-        assert task
-        task.crashes += 1
-        task.is_running = task.crashes == 2
-        if task.crashes == 2:
-            task.outcome = Crashed(), None, ""
+
+def _start_worker() -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    pipe, child = context.Pipe()
+    process = context.Process(target=_run_jobs, args=(child,))
+    process.start()
+    child.close()
+    return process, pipe
 
 
 def _run_jobs(pipe: Connection) -> None:
@@ -192,7 +136,7 @@ def _run_jobs(pipe: Connection) -> None:
     assert parent
 
     def exit_with_parent() -> None:
-        wait([parent.sentinel])
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -201,10 +145,10 @@ def _run_jobs(pipe: Connection) -> None:
             pipe.send_bytes(_outcome(pipe.recv_bytes()))
 
 
-def _outcome(payload: bytes) -> bytes:
+def _outcome(task: bytes) -> bytes:
     """Runs a job; returns its pickled (result, error, traceback)."""
     try:
-        function, job = pickle.loads(payload)
+        function, job = pickle.loads(task)
         return pickle.dumps((function(job), None, ""))
     except Exception as e:  # raised again in the parent process
         error = e if is_picklable(e) else RuntimeError(f"{type(e).__name__}: {e}")
@@ -240,17 +184,8 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
         except RayTaskError as e:
             raise e.cause from e
 
-    def ordered(function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
-        waiting: deque[Any] = deque()
-        for job in jobs:
-            waiting.append(remote.remote(function, job))
-            if len(waiting) >= AHEAD * max(count, 1):
-                yield result(waiting.popleft())
-        while waiting:
-            yield result(waiting.popleft())
-
     try:
-        yield ordered
+        yield _ahead(max(count, 1), remote.remote, result)
     finally:
         ray.shutdown()
 

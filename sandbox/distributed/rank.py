@@ -4,28 +4,16 @@
 is the only rank. Importing this module does not import torch.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from sandbox.contracts import Preempted
-from sandbox.distributed.signals import (
-    current_handlers,
-    ignore_signals,
-    set_handlers,
-    write_stderr,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["FirstRankFailed", "Rank", "check_plain", "ignore_signals"]
+from sandbox.distributed.signals import current_handlers, set_handlers, write_stderr
 
 POLL_SECONDS = 0.02  # between two checks of the store
 
@@ -35,7 +23,7 @@ class FirstRankFailed(RuntimeError):
 
 
 class Rank:
-    """Process number `index` of `world`, and number `local` of `local_world` on its machine.
+    """Process number `index` of `world`, and number `local` of `local_world` on machine `node`.
 
     A signal only sets a flag, which training checks after an optimizer step, so that a saved state
     is complete. Without a supervisor, a second signal has its previous effect: Ctrl-C raises
@@ -46,29 +34,35 @@ class Rank:
         self,
         index: int = 0,
         world: int = 1,
-        local: int | None = None,
-        local_world: int | None = None,
+        local: int = 0,
+        local_world: int = 1,
+        node: int = 0,
         supervised: bool = False,
     ) -> None:
         self.index, self.world = index, world
-        self.local = index if local is None else local
-        self.local_world = world if local_world is None else local_world
+        self.local, self.local_world, self.node = local, local_world, node
         self.supervised = supervised
         self._signal = [0]  # the stop signal; a list, which `as_single` shares
         self._keys = 0  # store keys used so far
         self._previous: dict[int, Any] = {}
-        self._process = os.getpid()
+        self._process = 0  # that handles the signals
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables in which Lightning and others look for the rank's place."""
+        return {
+            "RANK": str(self.index),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+            "NODE_RANK": str(self.node),
+        }
 
     # stop requests
 
     @property
     def stop_signal(self) -> str | None:
-        """The name of the signal that requested this rank to stop."""
+        """The name of the signal that requested this rank to stop; other ranks may have none."""
         return signal.Signals(self._signal[0]).name if self._signal[0] else None
-
-    def stop_requested(self) -> bool:
-        """Whether this rank has received a stop request; other ranks may not have."""
-        return self._signal[0] > 0
 
     def request_stop(self, number: int) -> None:
         self._signal[0] = number
@@ -96,7 +90,7 @@ class Rank:
             self.install_handlers()
             yield
             return
-        self._previous = current_handlers()
+        self._previous, self._process = current_handlers(), os.getpid()
         self.install_handlers()
         try:
             yield
@@ -134,8 +128,8 @@ class Rank:
         dist.all_gather_object(values, check_plain(value, "value"))
         return values
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all ranks, on all ranks."""
+    def mean(self, tensor: Any) -> Any:
+        """The mean of a tensor over all ranks, on all ranks."""
         if self.world == 1:
             return tensor
         import torch.distributed as dist
@@ -153,7 +147,7 @@ class Rank:
         if self.world == 1:
             yield
             return
-        store, key = self._store(), self._next_key("turn")
+        store, key = self._store_key()
         if self.index > 0:
             while not store.check([key]):  # a collective would time out
                 time.sleep(POLL_SECONDS)
@@ -172,10 +166,10 @@ class Rank:
         """A barrier without a timeout. Raises Preempted at a stop request."""
         if self.world == 1:
             return
-        store, key = self._store(), self._next_key("here")
+        store, key = self._store_key()
         store.add(key, 1)
         while store.add(key, 0) < self.world:  # a collective would time out
-            if self.stop_requested():
+            if self.stop_signal:
                 raise Preempted(
                     f"stopped by {self.stop_signal} while waiting for the other processes"
                 )
@@ -188,14 +182,12 @@ class Rank:
         single.world = single.local_world = 1
         return single
 
-    def _store(self) -> Any:
+    def _store_key(self) -> tuple[Any, str]:
+        """The store, and a new key, the same on all ranks."""
         from torch.distributed import distributed_c10d
 
-        return distributed_c10d._get_default_store()
-
-    def _next_key(self, name: str) -> str:
         self._keys += 1
-        return f"sandbox/{name}/{self._keys}"
+        return distributed_c10d._get_default_store(), f"sandbox/{self._keys}"
 
 
 def check_plain(value: Any, name: str) -> Any:

@@ -1,10 +1,9 @@
 """What runs in the process of a rank: setup, the target function, and the report of its end."""
 
 import faulthandler
-import importlib
 import multiprocessing
 import os
-import pickle
+import pkgutil
 import re
 import shutil
 import signal
@@ -18,9 +17,10 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sandbox.config.plugin_faults import plugin_fault
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
-from sandbox.distributed.remote_errors import is_picklable
+from sandbox.distributed.remote_errors import ADVICE, RankError, RankLost, shortened
 from sandbox.distributed.signals import SIGNALS
 
 LOST_CONTACT = (  # in errors of gloo, NCCL and their store when another rank does not answer
@@ -41,101 +41,76 @@ class RendezvousError(RuntimeError):
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a rank runs, and its place among the ranks.
+    """What all ranks run, and how.
 
-    device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; threads:
-    torch threads, None leaves them; init_method: of torch.distributed, "srun" takes it from SLURM;
-    folder: of the rendezvous, removed when the supervisor has died; environment: all variables.
+    device: "cpu", "cuda" or "auto"; timeout: seconds that a rank waits for the others; init_method:
+    of torch.distributed, "srun" takes it from SLURM; folder: of the rendezvous, removed when the
+    supervisor has died; environment: all variables.
     """
 
     target: str
     settings: Any
-    index: int = 0
-    world: int = 1
-    local: int = 0
-    local_world: int = 1
-    node: int = 0
     device: str = "cpu"
     timeout: float = 600.0
-    threads: int | None = None
     init_method: str = ""
     folder: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
-    def variables(self) -> dict[str, str]:
-        """The environment variables in which Lightning and others look for the rank's place."""
-        return {
-            "RANK": str(self.index),
-            "WORLD_SIZE": str(self.world),
-            "LOCAL_RANK": str(self.local),
-            "LOCAL_WORLD_SIZE": str(self.local_world),
-            "NODE_RANK": str(self.node),
-        }
 
-    def rank(self, supervised: bool = False) -> Rank:
-        return Rank(self.index, self.world, self.local, self.local_world, supervised)
-
-
-def external_rank(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Fields of a `RankSpec` for a rank that torchrun or srun started, else None.
+def external_rank(environ: Mapping[str, str]) -> tuple[Rank, str] | None:
+    """The rank that torchrun or srun started, with its `init_method`, else None.
 
     Leftover variables alone (LOCAL_RANK, WORLD_SIZE) do not count; nor does a SLURM step of one
     task (submitit).
     """
     if "TORCHELASTIC_RUN_ID" in environ and "RANK" in environ:
-        return {
-            "index": int(environ["RANK"]),
-            "world": int(environ["WORLD_SIZE"]),
-            "local": int(environ["LOCAL_RANK"]),
-            "local_world": int(environ["LOCAL_WORLD_SIZE"]),
-            "node": int(environ.get("GROUP_RANK", 0)),
-            "init_method": "env://",
-        }
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        index, world, local, local_world, node = (int(environ.get(name, 0)) for name in names)
+        return Rank(index, world, local, local_world, node), "env://"
     tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and tasks > 1:
-        return {
-            "index": int(environ["SLURM_PROCID"]),
-            "world": tasks,
-            "local": int(environ["SLURM_LOCALID"]),
-            "local_world": tasks // int(environ.get("SLURM_STEP_NUM_NODES", 1)),
-            "node": int(environ.get("SLURM_NODEID", 0)),
-            "init_method": "srun",
-        }
+        index, local, node = (
+            int(environ.get(name, 0)) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+        )
+        local_world = tasks // int(environ.get("SLURM_STEP_NUM_NODES", 1))
+        return Rank(index, tasks, local, local_world, node), "srun"
     return None
 
 
 def run_target(spec: RankSpec, rank: Rank) -> Any:
     """Calls the target, connected with the other ranks; returns its result, which is plain."""
-    if spec.threads is not None:
-        import torch
-
-        torch.set_num_threads(spec.threads)
-    module, _, function = spec.target.partition(":")
-    call = getattr(importlib.import_module(module), function)
-    with connected(spec), rank.handling_signals():
+    call = pkgutil.resolve_name(spec.target)
+    with connected(spec, rank), rank.handling_signals():
         return check_plain(call(spec.settings, rank), "the result")
 
 
 @contextmanager
-def connected(spec: RankSpec) -> Iterator[None]:
-    """The process group exists inside the block; Lightning finds and uses it."""
-    is_cuda = _has_cuda(spec)
-    if is_cuda:
-        import torch
+def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
+    """The process group exists inside the block; Lightning finds and uses it.
 
-        torch.cuda.set_device(spec.local)
-    if spec.world == 1:
-        yield
-        return
+    On CUDA each rank has a device of its own. Raises ConfigError where there are too few.
+    """
     import torch
     import torch.distributed as dist
 
+    devices = torch.cuda.device_count() if spec.device in ("cuda", "auto") else 0
+    if devices and rank.local_world > devices:
+        raise ConfigError(
+            f"trainer.processes={rank.world}: this machine has {devices} CUDA device(s) for "
+            f"{rank.local_world} of them; want at most one process a device, or "
+            "trainer.accelerator=cpu"
+        )
+    if devices:
+        torch.cuda.set_device(rank.local)
+    if rank.world == 1:
+        yield
+        return
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+            "cpu:gloo,cuda:nccl" if devices else "gloo",
             init_method=_init_method(spec.init_method),
-            rank=spec.index,
-            world_size=spec.world,
+            rank=rank.index,
+            world_size=rank.world,
             timeout=timedelta(seconds=spec.timeout),
         )
         dist.all_reduce(torch.zeros(()))  # a barrier: all ranks are connected
@@ -145,22 +120,6 @@ def connected(spec: RankSpec) -> Iterator[None]:
         raise RendezvousError(str(e)) from e
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that wait for this
-
-
-def _has_cuda(spec: RankSpec) -> bool:
-    """Whether this rank has a GPU of its own. Raises ConfigError where there are too few."""
-    if spec.device not in ("cuda", "auto"):
-        return False
-    import torch
-
-    count = torch.cuda.device_count()
-    if count and spec.local_world > count:
-        raise ConfigError(
-            f"trainer.processes={spec.world}: this machine has {count} CUDA device(s) for "
-            f"{spec.local_world} of them; want at most one process a device, or "
-            "trainer.accelerator=cpu"
-        )
-    return count > 0
 
 
 def _init_method(method: str) -> str:
@@ -173,21 +132,23 @@ def _init_method(method: str) -> str:
     return f"tcp://{SLURMEnvironment.resolve_root_node_address(nodes)}:{port}"
 
 
-def run_external(spec: RankSpec) -> Any:
+def run_external(spec: RankSpec, rank: Rank) -> Any:
     """Runs the target in a rank that torchrun or srun started. Errors propagate unchanged."""
-    os.environ.update(spec.variables())
-    if spec.index > 0:  # only rank 0 writes to stdout
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.close(null)
-    return run_target(spec, spec.rank())
+    os.environ.update(rank.variables())
+    if rank.index > 0:  # only rank 0 writes to stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return run_target(spec, rank)
 
 
 # --- under a supervisor ---------------------------------------------------------------------------
 
 
 def run_supervised(
-    spec: RankSpec, reports: Connection, requests: Connection, streams: list[Connection]
+    spec: RankSpec,
+    rank: Rank,
+    reports: Connection,
+    requests: Connection,
+    streams: list[Connection],
 ) -> None:
     """The main function of a rank that the supervisor started.
 
@@ -195,11 +156,10 @@ def run_supervised(
     terminal or scheduler: the supervisor requests a stop by a byte in the pipe `requests`.
     """
     os.setsid()
-    rank = spec.rank(supervised=True)
     with rank.handling_signals():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.environ.clear()
-        os.environ.update(spec.environment | spec.variables())
+        os.environ.update(spec.environment | rank.variables())
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
             stream.close()
@@ -210,9 +170,9 @@ def run_supervised(
         args = (requests, rank, spec.folder)
         threading.Thread(target=_follow_requests, args=args, daemon=True).start()
         try:
-            reports.send_bytes(pickle.dumps({"result": run_target(spec, rank)}))
+            reports.send({"result": run_target(spec, rank)})
         except BaseException as e:  # the supervisor reports every error
-            reports.send_bytes(pickle.dumps(error_report(e)))
+            reports.send(error_report(e, rank.index))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)  # without a wait for other ranks or threads
@@ -222,38 +182,46 @@ def _follow_requests(requests: Connection, rank: Rank, folder: str) -> None:
     """Reads stop requests; when the supervisor has died, kills the processes of the rank."""
     while number := os.read(requests.fileno(), 1):
         rank.request_stop(number[0])
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
-def error_report(error: BaseException) -> dict[str, Any]:
-    """An error as plain data, with the pickled error if it is a SandboxError."""
-    is_ours, text = isinstance(error, SandboxError), str(error)
-    lost = not is_ours and _lost_contact(error)
-    if lost:
+def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
+    """The error of rank `index` as the supervisor raises it, which has not imported its class.
+
+    An error of `sandbox.contracts` stays as it is.
+    """
+    trace = "".join(traceback.format_exception(error))
+    lost = not isinstance(error, SandboxError) and _lost_contact(error)
+    error = error if lost else plugin_fault(error) or error
+    text = str(error)
+    if isinstance(error, SandboxError):
+        kind = next(c for c in type(error).__mro__ if c.__module__ == SandboxError.__module__)
+        found = error if kind is type(error) else kind(text)
+        found.exit_code = error.exit_code  # type: ignore[misc]
+    elif lost:
         text = re.sub(r"^\[\S+\] ", "", text)  # the line number in gloo's sources
-    elif not is_ours:
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        found = RankLost(
+            f"rank {index}: lost contact with the other ranks ({shortened(text)}); {ADVICE}"
+        )
+    else:
+        name = type(error).__name__
+        found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
+        found.traceback = trace
     return {
-        "error": pickle.dumps(error) if is_ours and is_picklable(error) else None,
-        "module": type(error).__module__,
-        "code": error.exit_code if isinstance(error, SandboxError) else None,
+        "error": found,
         "text": text,
+        "trace": trace,
         "lost_contact": lost,
         "not_connected": isinstance(error, RendezvousError),
-        "trace": "".join(traceback.format_exception(error)),
     }
 
 
-def _lost_contact(error: BaseException | None) -> bool:
+def _lost_contact(error: BaseException) -> bool:
     """Whether the failure of another rank caused an error, through any of its causes."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        kinds = {c.__name__ for c in type(error).__mro__}
-        matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
-        if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
-            return True
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+    kinds = {c.__name__ for c in type(error).__mro__}
+    matches = isinstance(error, RuntimeError) and any(t in str(error) for t in LOST_CONTACT)
+    if matches or {"DistError", FirstRankFailed.__name__, RendezvousError.__name__} & kinds:
+        return True
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return cause is not None and _lost_contact(cause)

@@ -22,13 +22,6 @@ def set_handlers(handlers: Mapping[int, Any]) -> None:
             signal.signal(number, handler)
 
 
-def set_wakeup_fd(fd: int) -> int:
-    """Lets each signal write to `fd`; returns the previous one. Main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        return -1
-    return signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
-
-
 def ignore_signals(worker: int) -> None:
     """`worker_init_fn` of data workers: they ignore SIGNALS, and their rank stops them.
 

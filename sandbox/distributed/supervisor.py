@@ -8,21 +8,21 @@ that is killed.
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from multiprocessing.connection import wait
-from typing import Any, Self
+from typing import Any
 
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.distributed import signals
 from sandbox.distributed.rank import Rank, check_plain
-from sandbox.distributed.rank_handle import ADVICE, RankHandle, RankLost, lost_contact, shortened
+from sandbox.distributed.rank_handle import RankHandle
 from sandbox.distributed.rank_process import (
     RankSpec,
     error_report,
@@ -30,6 +30,7 @@ from sandbox.distributed.rank_process import (
     run_external,
     run_target,
 )
+from sandbox.distributed.remote_errors import ADVICE, RankLost, RemoteTraceback, shortened
 from sandbox.storage.locks import COMMAND
 
 PRELOAD = (
@@ -60,6 +61,7 @@ LAUNCHER_VARIABLES = (  # left over from another launcher
     "TORCHELASTIC_RUN_ID",
     "PL_GLOBAL_SEED",
 )
+POLL_SECONDS = 0.1  # between two checks for signals and reports
 CONNECT_ATTEMPTS = 3
 FAILURE_GRACE = 3.0  # seconds for the other ranks after one has failed
 EXIT_GRACE = 10.0  # seconds for all ranks after their reports
@@ -83,19 +85,16 @@ def launch_run(target: str, root: Root, overrides: Sequence[str], group: str | N
     `target` gets the settings "root" (the full configuration), "overrides" as typed, and "group",
     the name of a multirun or None.
     """
-
     trainer = root.trainer
-    parts = [cfg for _, cfg in root.parts()]
-    imports = [name for cfg in parts for name in (*cfg.imports, cfg.plugin)]
+    imports = [name for _, cfg in root.parts() for name in (*cfg.imports, cfg.plugin)]
     return launch(
         target,
         {"root": to_container(root), "overrides": [*overrides], "group": group},
         trainer.processes,
         device=trainer.accelerator,
         timeout=trainer.timeout,
-        threads=trainer.threads,
         preload=[*dict.fromkeys((*PRELOAD, *imports))],
-        in_process=_in_process.get() and trainer.processes == 1,
+        in_process=_in_process.get(),
     )
 
 
@@ -106,8 +105,6 @@ def launch(
     *,
     device: str = "cpu",
     timeout: float = 600.0,
-    threads: int | None = None,
-    environment: Mapping[str, str] | None = None,
     preload: Sequence[str] = PRELOAD,
     in_process: bool = False,
 ) -> Any:
@@ -115,139 +112,106 @@ def launch(
 
     `settings` and the result, that of rank 0, are plain containers. `device`: "cpu", "cuda", where
     rank r has the r-th GPU, or "auto"; `timeout`: seconds that a rank waits for the others;
-    `threads`: torch threads of a rank, by default a fair share of the cores; `environment`: extra
-    variables; `preload`: modules and plugins that the first call imports once for all ranks of this
-    process. The only rank is this process with `in_process`, and where torchrun or srun started it.
+    `preload`: modules and plugins that the first call imports once for all ranks of this process.
+    The only rank is this process with `in_process`, and where torchrun or srun started it.
 
     Raises a rank's SandboxError unchanged (Preempted after a stop request), RankLost for ranks that
     were killed or give no answer, RankError for other errors, and KeyboardInterrupt at the third
     signal. The cause of an error is a RemoteTraceback.
     """
     check_plain(settings, "settings")
-    shared: dict[str, Any] = {"device": device, "timeout": timeout, "threads": threads}
-    place = external_rank(os.environ)
-    if place is not None:
-        if processes != place["world"]:
+    external = external_rank(os.environ)
+    if external is not None:
+        rank, method = external
+        if processes != rank.world:
             raise ConfigError(
-                f"trainer.processes={processes}: this is rank {place['index']} of "
-                f"{place['world']} that torchrun or srun started; want {place['world']}"
+                f"trainer.processes={processes}: this is rank {rank.index} of {rank.world} that "
+                f"torchrun or srun started; want {rank.world}"
             )
         try:
-            return run_external(RankSpec(target, settings, **place, **shared))
+            return run_external(RankSpec(target, settings, device, timeout, method), rank)
         except Exception as e:
-            if not (report := error_report(e))["lost_contact"]:
+            report = error_report(e, rank.index)
+            if not report["lost_contact"]:
                 raise
-            raise lost_contact(place["index"], report["text"]) from e
-    if in_process:
-        if processes != 1:
-            raise ConfigError(f"trainer.processes={processes}: want 1 in process")
-        return run_target(RankSpec(target, settings, **shared), Rank())
+            raise report["error"] from e
+    if in_process and processes == 1:
+        return run_target(RankSpec(target, settings, device, timeout), Rank())
     environ = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environ |= {COMMAND: str(os.getpid()), **(environment or {})}
+    environ |= {COMMAND: str(os.getpid())}
     if sys.platform == "linux":
         environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
-    shared |= {"threads": threads or _threads(environ, processes), "environment": environ}
-    return _run_ranks(target, settings, processes, shared, preload)
+    spec = RankSpec(target, settings, device, timeout, environment=environ)
+    return _run_ranks(spec, processes, preload)
 
 
-def _run_ranks(
-    target: str, settings: Any, processes: int, shared: dict[str, Any], preload: Sequence[str]
-) -> Any:
+def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
+    memory = "/dev/shm"  # TMPDIR may be a network disk
+    parent = memory if os.access(memory, os.W_OK) else None
     for left in reversed(range(CONNECT_ATTEMPTS)):
         ranks: list[RankHandle] = []
-        with _rendezvous_folder() as folder, _StopRequests(ranks) as stop:
-            shared |= {"init_method": f"file://{folder}/store", "folder": folder}
+        with (
+            tempfile.TemporaryDirectory(
+                prefix="sandbox-ranks-", dir=parent, ignore_cleanup_errors=True
+            ) as folder,
+            _stop_requests(ranks) as received,
+        ):
+            own = replace(spec, init_method=f"file://{folder}/store", folder=folder)
             try:
                 for i in range(processes):
-                    spec = RankSpec(target, settings, i, processes, i, processes, **shared)
-                    ranks.append(RankHandle(spec, preload))
-                    stop.forward()
-                _wait(ranks, stop.fd)
+                    rank = Rank(i, processes, i, processes, supervised=True)
+                    ranks.append(RankHandle(own, rank, preload))
+                    if received:
+                        ranks[-1].request_stop(received[0])
+                _wait(ranks)
             finally:
-                for rank in ranks:
-                    rank.end()
+                for handle in ranks:
+                    handle.end()
         failed = [rank for rank in ranks if rank.failed]
         # as a rule on a busy machine
         none_connected = failed and all(rank.get("not_connected") for rank in failed)
-        if not left or stop.received or not none_connected:
+        if not left or received or not none_connected:
             return _outcome(ranks)
         sys.stderr.write(f"the processes did not connect; starting them again ({left} more)\n")
 
 
-def _threads(environ: Mapping[str, str], processes: int) -> int:
-    """Torch threads of a rank; a forked rank has read OMP_NUM_THREADS too early."""
-    if environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return max(1, int(environ["OMP_NUM_THREADS"]))
-    from sandbox.distributed.pool import cores
-
-    return max(1, cores() // processes)
-
-
 @contextmanager
-def _rendezvous_folder() -> Iterator[str]:
-    """An empty folder for the rendezvous, in memory if possible: TMPDIR may be a network disk."""
-    memory = "/dev/shm"
-    parent = memory if os.access(memory, os.W_OK) else None
-    folder = tempfile.mkdtemp(prefix="sandbox-ranks-", dir=parent)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class _StopRequests:
+def _stop_requests(ranks: list[RankHandle]) -> Iterator[list[int]]:
     """Inside the block signals request the ranks to stop; the third raises KeyboardInterrupt.
 
-    `fd` becomes readable at a signal. Otherwise a signal that arrives just before `wait`, or in
-    another thread, would be handled only when the wait ends, which may be never.
+    Yields the signals received so far.
     """
+    received: list[int] = []
 
-    def __init__(self, ranks: list[RankHandle]) -> None:
-        self.ranks = ranks
-        self.received: list[int] = []
-
-    def __enter__(self) -> Self:
-        self.fd, self._wakeup = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self._wakeup, False)
-        self.previous = signals.current_handlers()
-        self.previous_fd = signals.set_wakeup_fd(self._wakeup)
-        signals.set_handlers(dict.fromkeys(self.previous, self._on_signal))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signals.set_handlers(self.previous)
-        signals.set_wakeup_fd(self.previous_fd)
-        os.close(self.fd)
-        os.close(self._wakeup)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        self.received.append(number)
-        if len(self.received) == 3:
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) == 3:
             raise KeyboardInterrupt
-        if len(self.received) == 1:
+        if len(received) == 1:
             signals.write_stderr(
                 "Stopping after this step. Press Ctrl-C twice more to exit immediately."
             )
-        self.forward()
-
-    def forward(self) -> None:
-        """Forwards the first signal, if there is one, to the ranks that have started."""
-        for rank in self.ranks if self.received else ():
-            rank.request_stop(self.received[0])
-
-
-def _wait(ranks: Sequence[RankHandle], fd: int) -> None:
-    """Waits until every rank has exited, or for a grace period after a failure."""
-    deadline: float | None = None
-    while any(not rank.exited for rank in ranks):
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait([fd, *(s for rank in ranks for s in rank.sources())], timeout)
-        if fd in ready:
-            os.read(fd, 1 << 10)
         for rank in ranks:
-            if not rank.exited:
-                rank.receive(ready)
+            rank.request_stop(received[0])
+
+    previous = signals.current_handlers()
+    signals.set_handlers(dict.fromkeys(previous, on_signal))
+    try:
+        yield received
+    finally:
+        signals.set_handlers(previous)
+
+
+def _wait(ranks: Sequence[RankHandle]) -> None:
+    """Waits until every rank has exited, or for a grace period after a failure.
+
+    It polls, since a signal that arrives in another thread does not interrupt `wait`.
+    """
+    deadline: float | None = None
+    while running := [rank for rank in ranks if not rank.exited]:
+        wait([rank.process.sentinel for rank in running], POLL_SECONDS)
+        for rank in running:
+            rank.update()
         if deadline is None:
             if any(rank.failed for rank in ranks):
                 deadline = time.monotonic() + FAILURE_GRACE
@@ -264,11 +228,11 @@ def _outcome(ranks: Sequence[RankHandle]) -> Any:
         raise min(own, key=lambda rank: rank.failed_at or 0.0).error()
     silent = " and ".join(f"rank {rank.index}" for rank in ranks if rank.report is None)
     if lost and silent:
-        raise RankLost(
+        error = RankLost(
             f"{silent}: no answer to rank {lost[0].index}, which has given up "
-            f"({shortened(lost[0].get('text'))}); {ADVICE}",
-            lost[0].get("trace"),
+            f"({shortened(lost[0].get('text'))}); {ADVICE}"
         )
+        raise error from RemoteTraceback(lost[0].get("trace"))
     for rank in [rank for rank in ranks if rank.preempted] or lost:
         raise rank.error()
     return ranks[0].get("result")

@@ -4,10 +4,8 @@ Rows: the model; real held-out clips; their first-stage reconstructions (an uppe
 model); the metric's baselines (such as the conditional mean clip); the untrained system.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.contracts import SAMPLE_TENSORS, Batch, Clip, PairedMetric, PerClipMetric
+from sandbox.data.batching import reasons
 from sandbox.data.loader import Loader, batches, usual_size
 from sandbox.model.autoencoding import psnr, reconstruct_clips
 from sandbox.model.components import build_parts
@@ -26,8 +25,7 @@ from sandbox.reports.progress import Progress
 CHUNK = 96  # small clips per sampling batch
 THROUGH = 32  # small clips per first-stage batch
 PIXELS = 2**20  # maximum per batch over all frames; at least one clip
-Between = Callable[[], None]
-Watch = Callable[[int, int], None]
+Watch = Callable[[int, int], object]  # is called with (done, total)
 
 
 @dataclass
@@ -43,32 +41,35 @@ class Evaluation:
     fps: float | None = None  # of the real clips, if known
     rates: frozenset[str] = frozenset()  # scores that are shares of `count` clips
     each: dict[str, list[float]] = field(default_factory=dict)  # the model's, per clip
+    skipped: dict[str, str] = field(default_factory=dict)  # unusable validation clip -> reason
 
 
 def evaluate(
-    system: LatentDiffusion, count: int, untrained: bool = True, between: Between | None = None
+    system: LatentDiffusion, count: int, untrained: bool = True, watch: Watch | None = None
 ) -> Evaluation:
     """Samples for the captions of the first `count` validation clips, and scores every row.
 
-    The caller sets eval mode. `between` is called between model calls and may raise to stop.
+    The caller sets eval mode. `watch` is called after each model call and may raise to stop.
     """
     root = system.root
     source = registry.create(root.data)
     metric: Any = None if root.metric is None else registry.create(root.metric)
     real = gather(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
-    clips = {"model": generate(system, real, between=between)}
+    clips = {"model": generate(system, real, watch=watch)}
+    ceiling, through = None, _reconstructed(system, real)
     if real.video is not None:
         clips["real clips"] = real.video
-    clips["real through first stage"] = _reconstructed(system, real)
-    result = Evaluation({}, {}, captions, clips, count=real.size, fps=fps_of(real))
-    if real.video is not None:
-        ceiling = psnr(clips["real through first stage"], real.video)
-        result.first_stage_psnr = ceiling.mean().item()
+        ceiling = psnr(through, real.video).mean().item()
+    clips["real through first stage"] = through
+    result = Evaluation(
+        {}, {}, captions, first_stage_psnr=ceiling, count=real.size, fps=fps_of(real)
+    )
+    result.skipped = reasons(real.bad)
     floor = {}
     if untrained:
         what = "sampling the untrained model"
-        floor["untrained model"] = generate(_untrained(system), real, what, between=between)
+        floor["untrained model"] = generate(_untrained(system), real, what, watch=watch)
     if root.metric is not None:
         if wanted := root.metric.learns_from():
             data = registry.create(root.data.all_clips())
@@ -84,7 +85,7 @@ def evaluate(
         if isinstance(metric, PerClipMetric):
             each = metric.per_clip(clips["model"], captions)
             result.each = {name: values.tolist() for name, values in each.items()}
-    clips |= floor
+    result.clips = clips | floor
     return result
 
 
@@ -94,17 +95,17 @@ def by_pairs(root: Root) -> Any:
     Raises StorageError if its weights are missing.
     """
     cfg = root.metric
-    if cfg is None or not hasattr(registry.plugin_class(cfg.plugin), "set_references"):
-        return None
-    return registry.create(cfg)
+    is_paired = cfg and hasattr(registry.plugin_class(cfg.plugin), "set_references")
+    return registry.create(cfg) if is_paired else None
 
 
 def _untrained(system: LatentDiffusion) -> LatentDiffusion:
     fresh = LatentDiffusion(
         system.wiring, build_parts(system.wiring, system.adapter is not None), system.group
     )
-    frozen = system.get_submodule("first_stage").state_dict()
-    fresh.get_submodule("first_stage").load_state_dict(frozen)
+    fresh.get_submodule("first_stage").load_state_dict(
+        system.get_submodule("first_stage").state_dict()
+    )
     if fresh.adapter is not None:
         trained = system.base_state()
         for name, tensor in fresh.base_state().items():
@@ -117,13 +118,12 @@ def generate(
     like: Batch,
     what: str = "sampling",
     steps: int | None = None,
-    between: Between | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
     """One clip per caption, image and scalar of `like`, (N, 3, T, H, W) on the CPU.
 
-    The size is that of the clips of `like`, else the first size of the data. watch(done, total) is
-    called after each model call.
+    The size is that of the clips of `like`, else the first size of the data. `watch` is called
+    after each model call.
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
@@ -137,8 +137,6 @@ def generate(
             progress.update(done)
             if watch:
                 watch(done, progress.total)
-            if between:
-                between()
 
         for start in starts:
             part = take(like, start, start + at_once)
@@ -157,26 +155,20 @@ def _at_once(clip: Clip, most: int) -> int:
 
 
 def _size(system: LatentDiffusion, like: Batch) -> Clip:
-    wiring = system.wiring
     if like.video is not None:
         return Clip(*like.video.shape[1:])
     if like.stored is None:
-        return wiring.clips[0]
-    of_latents = zip(wiring.clips, wiring.latents, strict=True)
+        return system.wiring.clips[0]
+    of_latents = zip(system.wiring.clips, system.wiring.latents, strict=True)
     shape = like.stored.shape[2:]
     return next(c for c, z in of_latents if (z.frames, z.height, z.width) == shape)
 
 
 def take(batch: Batch, start: int, stop: int) -> Batch:
     """Clips start..stop of a batch, with all their fields."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: cut(part) for name, part in value.items()}
-        return value[start:stop] if isinstance(value, Tensor | list) else value
-
-    parts = {f.name: cut(getattr(batch, f.name)) for f in fields(batch) if f.name != "bad"}
-    return Batch(**parts, bad=batch.bad)
+    per_clip = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor | list) and k != "bad"}
+    scalars = {name: values[start:stop] for name, values in batch.scalars.items()}
+    return replace(batch, scalars=scalars, **{k: v[start:stop] for k, v in per_clip.items()})
 
 
 def gather(items: Any, count: int, seed: int) -> Batch:
@@ -200,23 +192,23 @@ def training_clips(items: Any, count: int, seed: int) -> Batch:
 
 def _first(count: int, stream: Iterable[Batch]) -> Batch:
     """The first `count` clips of a stream as one batch, at positions 0, 1, ..."""
-    found: list[Batch] = []
+    parts: list[Batch] = []
     for batch in stream:
-        found.append(batch)
-        if sum(b.size for b in found) >= count:
+        parts.append(batch)
+        if sum(b.size for b in parts) >= count:
             break
-    captions = [c for b in found for c in b.captions or ()]
     tensors: dict[str, Any] = {
-        name: torch.cat([getattr(b, name) for b in found])
+        name: torch.cat([getattr(b, name) for b in parts])
         for name in SAMPLE_TENSORS
-        if getattr(found[0], name) is not None
+        if getattr(parts[0], name) is not None
     }
     joined = Batch(
         **tensors,
-        captions=captions or None,
-        scalars={k: torch.cat([b.scalars[k] for b in found]) for k in found[0].scalars},
-        ids=[i for b in found for i in b.ids],
-        position=torch.arange(sum(b.size for b in found)),
+        captions=[c for b in parts for c in b.captions or ()] or None,
+        scalars={k: torch.cat([b.scalars[k] for b in parts]) for k in parts[0].scalars},
+        ids=[i for b in parts for i in b.ids],
+        position=torch.arange(sum(b.size for b in parts)),
+        bad=[line for b in parts for line in b.bad],
     )
     return take(joined, 0, count)
 
@@ -232,12 +224,12 @@ def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tens
 @torch.no_grad()
 def _reconstructed(system: LatentDiffusion, real: Batch) -> Tensor:
     """First-stage reconstructions of real clips, from pixels or cached latents."""
-    first_stage, parts = system.first_stage, []
+    first_stage = system.first_stage
     with system.on_device(first_stage):
         if real.video is not None:
             return reconstructed(first_stage, real.video, system.device)
         assert real.stored is not None  # data provide one of them
-        for part in real.stored.split(_at_once(_size(system, real), THROUGH)):
-            z = first_stage.scaled(first_stage.posterior(part.to(system.device)).mean)
-            parts.append(first_stage.decode(z).cpu())
-    return torch.cat(parts).clamp(-1, 1)
+        stored = real.stored.split(_at_once(_size(system, real), THROUGH))
+        means = (first_stage.posterior(part.to(system.device)).mean for part in stored)
+        made = torch.cat([first_stage.decode(first_stage.scaled(mean)).cpu() for mean in means])
+    return made.clamp(-1, 1)

@@ -1,7 +1,5 @@
 """Validates prompts, images and scalars against the conditioning, without importing torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,20 +22,16 @@ def check(
     Without captions and images, the data provide them. scalars: by name, such as fps=24; None is
     unset.
     """
-    files = {"images": images, "end_images": end_images}
-    is_of_data = not captions and not images and not end_images
-    found = [*of_captions(root, captions)]
-    if not is_of_data:
-        found += _of_images(root, captions, files)
-        found += _unreadable(files)
-    needs, name = root.conditioning.needs(), _name(root)
-    found += [
-        f"task.{scalar}={value}: {name} does not use {scalar} with these settings"
-        for scalar, value in scalars.items()
-        if value is not None and scalar not in needs
+    problems = [*of_captions(root, captions)]
+    if captions or images or end_images:
+        problems += _of_images(root, captions, {"images": images, "end_images": end_images})
+    problems += [
+        f"task.{name}={value}: {_name(root)} does not use {name} with these settings"
+        for name, value in scalars.items()
+        if value is not None and name not in root.conditioning.needs()
     ]
-    if found:
-        raise ConfigError(*found)
+    if problems:
+        raise ConfigError(*problems)
 
 
 def of_captions(root: Root, captions: Sequence[str]) -> Iterator[str]:
@@ -51,6 +45,8 @@ def _name(root: Root) -> str:
 
 
 def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> Iterator[str]:
+    from sandbox.data.image_files import image_size
+
     wanted = {SETTINGS[name]: name for name in root.conditioning.images()}
     count = max(1, len(captions), *map(len, files.values()))
     for setting, of in files.items():
@@ -64,13 +60,6 @@ def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> 
             )
     if len(captions) not in (0, 1, count):
         yield f"task.prompts has {len(captions)} captions: want 1 or {count}, the number of images"
-
-
-def _unreadable(files: dict[str, Files]) -> Iterator[str]:
-    if not any(files.values()):
-        return
-    from sandbox.data.image_files import image_size
-
     for setting, of in files.items():
         for i, file in enumerate(of):
             try:

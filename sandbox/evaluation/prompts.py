@@ -1,14 +1,13 @@
 """Sampling inputs: captions, conditioning images and scalars."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sandbox.config import registry
@@ -18,9 +17,6 @@ from sandbox.data.image_files import read_rgb
 from sandbox.evaluation.evaluate import gather
 from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions
 from sandbox.model.latent_diffusion import prompts_batch
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SCALAR_INPUTS = SCALARS - set(SIZES)
 
@@ -34,36 +30,36 @@ def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
     """
     conditioning, source = root.conditioning, registry.create(root.data)
     if not conditioning.needs() & {"captions", "text"}:
-        if found := [*of_captions(root, captions)]:
-            raise ConfigError(*found)
+        if problems := [*of_captions(root, captions)]:
+            raise ConfigError(*problems)
         return prompts_batch([""] * count)
     if not conditioning.images() and not conditioning.needs() & SCALAR_INPUTS:
-        found = [*captions] or source.prompts()[:count] or [""] * count
-        return prompts_batch(found, **_cached_text(root, source, found))
+        texts = [*captions] or source.prompts()[:count] or [""] * count
+        return prompts_batch(texts, **_cached_text(root, source, texts))
     clips = gather(source.split("val"), len(captions) or count, root.seed)
-    found = [*captions] or clips.captions or [""] * clips.size
-    places = torch.arange(len(found)) % clips.size  # repeats clips
+    texts = [*captions] or clips.captions or [""] * clips.size
+    places = torch.arange(len(texts)) % clips.size  # repeats clips
     fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
     if wanted := conditioning.images():
         shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(wanted)]]
         assert shown is not None  # wiring checks that data provide one
         fields["image"] = shown[places]
-    return prompts_batch(found, **fields, **_cached_text(root, source, found))
+    return prompts_batch(texts, **fields, **_cached_text(root, source, texts))
 
 
 def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
     """Cached caption embeddings if the conditioning takes them from the data; else empty."""
     if "text" not in root.conditioning.needs():
         return {}
-    found = [source.embedded(caption) for caption in captions]
-    absent = [c for c, tensors in zip(captions, found, strict=True) if tensors is None]
+    embedded = [source.embedded(caption) for caption in captions]
+    absent = [c for c, tensors in zip(captions, embedded, strict=True) if tensors is None]
     if absent:
         raise ConfigError(
             f"prompts: no embedding of {absent[0]!r} is cached, and conditioning.weights=cached "
             "has no encoder; set conditioning.weights=FOLDER, or cache it with task=encode "
             "task.prompts=[...]"
         )
-    return {name: torch.stack([tensors[name] for tensors in found]) for name in found[0]}
+    return {name: torch.stack([tensors[name] for tensors in embedded]) for name in embedded[0]}
 
 
 def given(
@@ -89,10 +85,9 @@ def given(
         if wanted := root.conditioning.images():
             clip = root.data.clips()[0]
             rows = [_for_each(files[SETTINGS[name]], size) for name in wanted]
-            shown = [[load_image(file, clip) for file in row] for row in rows]
-            batch.image = torch.stack([torch.stack(row) for row in shown], 2)
-    known = {name: value for name, value in scalars.items() if value is not None}
-    filled = {name: torch.full((batch.size,), float(value)) for name, value in known.items()}
+            shown = [torch.stack([load_image(file, clip) for file in row]) for row in rows]
+            batch.image = torch.stack(shown, 2)
+    filled = {k: torch.full((batch.size,), float(v)) for k, v in scalars.items() if v is not None}
     return replace(batch, scalars=batch.scalars | filled)
 
 
@@ -115,11 +110,9 @@ def load_image(file: Path | str, clip: Clip) -> Tensor:
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _covering(image: Image, height: int, width: int) -> Image:
-    from PIL.Image import Resampling
-
+def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image if size == image.size else image.resize(size, Resampling.BILINEAR)
+    image = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return image.crop((left, top, left + width, top + height))

@@ -1,7 +1,7 @@
 """The LightningModule that trains a first stage with a reconstruction loss."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,42 +12,12 @@ from sandbox.distributed.rank import Rank
 from sandbox.model.trainable import Trainable
 
 
-class Reconstructed(Protocol):
-    """Output of a training pass; a loss may read more of it, such as the posterior."""
-
-    target: Tensor  # (B, 3, T, H, W) in [-1, 1]; T may be less than the batch has
-    video: Tensor  # the reconstruction of `target`, of the same shape
-
-
-class TrainableFirstStage(FirstStage, Protocol):
-    """A trainable first stage; it samples its posterior with the draw "posterior"."""
-
-    def reconstruct(self, x: Tensor, draws: Draws) -> Reconstructed: ...
-
-
-# (Reconstructed, finished optimizer steps) -> loss: a plugin of group `reconstruction`
-Reconstruct = Callable[[Any, int], Terms]
-
-
-@runtime_checkable
-class Adversarial(Protocol):
-    """A reconstruction loss with a discriminator, trained in turn with the first stage.
+class DiscriminatorUpdate:
+    """A discriminator and its optimizer; checkpoints contain the state of both.
 
     Its parameters require gradients only during their own update, so that the first stage's
     optimizer, EMA and clipping skip them.
     """
-
-    discriminator: nn.Module
-
-    def __call__(self, out: Any, step: int) -> Terms: ...
-    def discriminate(self, out: Any, step: int) -> Terms: ...
-
-
-class DiscriminatorUpdate:
-    """A discriminator and its optimizer; checkpoints contain the state of both."""
-
-    optimizer: torch.optim.Optimizer
-    rank: Rank
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -100,18 +70,19 @@ def reconstruct_clips(first_stage: FirstStage, x: Tensor) -> Tensor:
 
 
 class Autoencoding(Trainable):
-    """Trains `first_stage` on video batches with a loss of group `reconstruction`."""
+    """Trains `first_stage` on video batches with a loss of group `reconstruction`.
 
-    def __init__(
-        self, root: Root, first_stage: TrainableFirstStage, reconstruction: Reconstruct, group: int
-    ) -> None:
+    first_stage.reconstruct(x, draws) has `target` (B, 3, T, H, W) in [-1, 1], whose T may be less
+    than that of x, and its reconstruction `video`. reconstruction(that, finished_steps) -> Terms;
+    one with `discriminate` has a `discriminator`, which it trains in turn with the first stage.
+    """
+
+    def __init__(self, root: Root, first_stage: Any, reconstruction: Any, group: int) -> None:
         super().__init__(root, group)
         self.first_stage = first_stage
         self.reconstruction = reconstruction
-        is_adversarial = isinstance(reconstruction, Adversarial)
-        self.discriminator_update = (
-            DiscriminatorUpdate(reconstruction.discriminator) if is_adversarial else None
-        )
+        if hasattr(reconstruction, "discriminate"):
+            self.discriminator_update = DiscriminatorUpdate(reconstruction.discriminator)
         self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
@@ -125,26 +96,22 @@ class Autoencoding(Trainable):
 
     def reconstruct(self, batch: Batch, draws: Draws) -> tuple[Terms, Tensor]:
         """The loss, and the PSNR of each clip (B,) in dB."""
-        out = self.first_stage.reconstruct(_pixels(batch), draws)
+        out = self.first_stage.reconstruct(batch.video, draws)
         return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
 
     def update_discriminator(
         self, batch: Batch, share: float, rate: float, is_update: bool
     ) -> None:
-        """As published, the discriminator sees what the first stage makes after its own update."""
-        if self.discriminator_update is None:
-            return
+        """Trains the discriminator on a micro-batch, after the first stage's own update.
+
+        `share`: weight of the micro-batch in an optimizer step; `rate`: learning rate factor. As
+        published, the discriminator sees what the first stage makes after its own update.
+        """
         with torch.no_grad():
-            out = self.first_stage.reconstruct(_pixels(batch), self.draws(batch))
+            out = self.first_stage.reconstruct(batch.video, self.draws(batch))
 
-        def loss() -> Terms:
-            assert isinstance(self.reconstruction, Adversarial)
-            return self.reconstruction.discriminate(out, self.finished_steps)
-
-        terms = self.discriminator_update.step(loss, share, rate, is_update)
+        terms = self.discriminator_update.step(
+            lambda: self.reconstruction.discriminate(out, self.finished_steps),
+            share, rate, is_update,
+        )  # fmt: skip
         self.metrics = self.metrics | terms.log
-
-
-def _pixels(batch: Batch) -> Tensor:
-    assert batch.video is not None  # wiring refuses data without pixels
-    return batch.video

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
-from sandbox.model.offload import moved
 from sandbox.model.trainable import fingerprint, freeze
 from sandbox.storage.atomic import SEAL, is_sealed
 from sandbox.storage.first_stage_files import load_weights
@@ -25,7 +25,7 @@ LARGE = ("encoder.", "decoder.")  # only pixels need these
 
 def settings_of(root: Root) -> dict[str, Any]:
     """The first stage settings that determine its latents, apart from the weights."""
-    return to_container(root.vae) | {"weights": None}
+    return without_added(to_container(root.vae)) | {"weights": None}
 
 
 def has_own_first_stage(root: Root) -> bool:
@@ -130,14 +130,12 @@ class CachedLatents(nn.Module):
         return self._on(z.device).scaled(z)
 
     def encode(self, x: Tensor) -> Posterior:
-        self.full()
-        return self._on(x.device).encode(x)
+        return self.full(x.device).encode(x)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
-        self.full()
-        return self._on(z.device).decode(z, draws)
+        return self.full(z.device).decode(z, draws)
 
-    def full(self) -> Any:
+    def full(self, device: torch.device) -> Any:
         """The first stage with all its weights. Raises StorageError where the file has changed."""
         if not self._is_loaded:
             full = registry.create(self.root.vae)
@@ -147,14 +145,9 @@ class CachedLatents(nn.Module):
                     f"{self.path}: not the file that task=encode wrote; encode again"
                 )
             self._network, self._is_loaded = [freeze(full)], True
-        return self._network[0]
+        return self._on(device)
 
     def _on(self, device: torch.device) -> Any:
         """The first stage, with its loaded tensors on `device`."""
         (network,) = self._network
-        for module in network.modules():
-            for own in (module._parameters, module._buffers):
-                for name, tensor in own.items():
-                    if tensor is not None and tensor.device != device and not tensor.is_meta:
-                        own[name] = moved(tensor, device)
-        return network
+        return network._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))

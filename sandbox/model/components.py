@@ -49,6 +49,12 @@ def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
     groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
     special = {"vae": _first_stage, "backbone": _empty if empty else build}
     parts = Parts(*(special.get(group, build)(group, root) for group in groups))
+    # sandbox.config.conformance compares what the plugins return with these
+    parts.backbone._outputs = root.schedule.outputs()  # type: ignore[attr-defined]
+    parts.conditioner._slots = wiring.slots[0]  # type: ignore[attr-defined]
+    parts.first_stage._latents = dict(  # type: ignore[attr-defined]
+        zip(wiring.clips, wiring.latents, strict=True)
+    )
     if root.adapter is not None:
         parts.adapter = adapter = registry.create(root.adapter)
         with seeded(root, "adapter"):

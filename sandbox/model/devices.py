@@ -11,12 +11,9 @@ from sandbox.distributed.pool import cores
 
 def device_of(root: Root, index: int = 0) -> torch.device:
     """The device of `trainer.accelerator`; auto takes CUDA, then MPS, then CPU. ConfigError."""
-    is_available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    available = [name for name, is_there in is_available.items() if is_there]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    found = {"cuda": cuda, "mps": mps, "cpu": True}
+    available = [name for name, is_there in found.items() if is_there]
     chosen = root.trainer.accelerator
     chosen = available[0] if chosen == "auto" else chosen
     if chosen not in available:
@@ -27,13 +24,13 @@ def device_of(root: Root, index: int = 0) -> torch.device:
     return torch.device(chosen, index) if chosen == "cuda" else torch.device(chosen)
 
 
-def use_threads(root: Root, threads: int | None = None) -> None:
-    """Sets the torch threads: `threads`, else trainer.threads, OMP_NUM_THREADS, or a fair share.
+def use_threads(root: Root) -> None:
+    """Sets the torch threads: trainer.threads, else OMP_NUM_THREADS, or a fair share.
 
     The share is the process's part of the cores without its data workers. Sampling uses the same
     number as training, so that sums are in the same order.
     """
     share = max(1, cores() // root.trainer.processes - root.data.num_workers)
     variable = os.environ.get("OMP_NUM_THREADS", "")
-    chosen = threads or root.trainer.threads or (int(variable) if variable.isdigit() else 0)
+    chosen = root.trainer.threads or (int(variable) if variable.isdigit() else 0)
     torch.set_num_threads(chosen or share)

@@ -7,9 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sandbox.contracts import StorageError
-from sandbox.model.sharding import detached, full_tensors, is_sharded, like, local, shape_of
-from sandbox.storage.weight_files import mismatches
+from sandbox.model.sharding import detached, full_tensors, is_sharded, like, load_tensors, local
 
 
 class EMA:
@@ -22,7 +20,7 @@ class EMA:
     def __init__(self, module: nn.Module, decay: Callable[[int], float]) -> None:
         """Starts from the current trainable parameters of `module`, on their devices."""
         self.decay, self.updates = decay, 0
-        self.live = _trainable(module)
+        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: _wide(p).clone() for name, p in self.live.items()}
         self._is_applied = False
 
@@ -49,11 +47,11 @@ class EMA:
         torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """The parameters of `module` are the averages inside the block."""
-        live = [*_trainable(module).values()]
+    def applied(self) -> Iterator[None]:
+        """The trainable parameters are the averages inside the block."""
+        live = [*self.live.values()]
         saved = [local(detached(p)).clone() for p in live]
-        _copy(self.average, _trainable(module))
+        load_tensors(self.live, self.average)
         self._is_applied = True
         try:
             yield
@@ -74,25 +72,10 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads a `state_dict`. Raises StorageError for other names or shapes."""
-        _copy(state["average"], self.average)
+        load_tensors(self.average, state["average"])
         self.updates = int(state["updates"])
-
-
-def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def _wide(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Any]) -> None:
-    if found := mismatches(target, source, shape_of):
-        raise StorageError(
-            f"the EMA weights do not fit this model; {len(found)} names or shapes differ: "
-            f"{', '.join(found[:10])}"
-        )
-    for name, value in target.items():
-        local(value).copy_(local(like(source[name], value)))

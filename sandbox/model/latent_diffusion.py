@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sandbox.config.wiring import Wiring
 from sandbox.contracts import (
@@ -34,8 +33,6 @@ from sandbox.model.components import DTYPES, Parts
 from sandbox.model.offload import frozen_in, weights_on, without_weights
 from sandbox.model.sampling import denoise
 from sandbox.model.trainable import Trainable, freeze
-
-pytree.register_dataclass(Conditions)
 
 
 class LatentDiffusion(Trainable):
@@ -99,7 +96,7 @@ class LatentDiffusion(Trainable):
         `clip` is the size in pixels (default: the first size of the data); `sampler` replaces that
         of the system. The batch's positions key the noise. The caller sets eval mode.
         """
-        batch = self.transfer_batch_to_device(replace(batch), self.device)
+        batch = self.transfer_batch_to_device(batch, self.device)
         clip = clip or self.wiring.clips[0]
         batch.scalars = batch.scalars | size_scalars(clip, batch.size, self.device)
         z_clip = self.root.vae.latents(clip)

@@ -5,7 +5,8 @@ afterwards. So nothing is copied back and no number changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +17,17 @@ def frozen_in(part: nn.Module) -> list[nn.Module]:
     return [m for top in part.modules() if getattr(top, "_frozen", False) for m in top.modules()]
 
 
-@contextmanager
-def without_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_weights(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """The modules have no tensors inside the block, so that `.to(...)` of a parent skips them."""
-    with _replaced(modules, lambda tensor: None):
-        yield
+    return _replaced(modules, lambda tensor: None)
 
 
-@contextmanager
-def weights_on(device: torch.device, modules: Sequence[nn.Module]) -> Iterator[None]:
+def weights_on(device: torch.device, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """The modules have copies of their tensors on `device` inside the block; ties stay tied."""
-    copies: dict[int, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        if id(tensor) not in copies:
-            copies[id(tensor)] = moved(tensor, device)
-        return copies[id(tensor)]
-
-    with _replaced(modules, copy):
-        yield
+    return _replaced(modules, cache(partial(_moved, device)))
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _moved(device: torch.device, tensor: Tensor) -> Tensor:
     """A copy on `device` without gradient; a parameter stays a parameter."""
     copy = tensor.detach().to(device)
     return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy

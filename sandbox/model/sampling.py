@@ -1,10 +1,10 @@
 """Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sandbox.contracts import (
     Backbone,
@@ -16,6 +16,8 @@ from sandbox.contracts import (
     Sampler,
     Schedule,
 )
+
+pytree.register_dataclass(Conditions)
 
 
 @torch.no_grad()
@@ -61,14 +63,7 @@ def concatenated(conditions: list[Conditions]) -> Conditions | None:
     ]
     if any(other != first for other in others):
         return None
-    values = {}
-    for f in fields(Conditions):
-        parts = [getattr(cond, f.name) for cond in conditions]
-        if isinstance(parts[0], dict):
-            values[f.name] = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-        elif parts[0] is not None:
-            values[f.name] = torch.cat(parts)
-    return Conditions(**values)
+    return pytree.tree_map(lambda *xs: None if xs[0] is None else torch.cat(xs), *conditions)
 
 
 class PlainHooks:

@@ -5,7 +5,7 @@ and methods that gather and partition it. Functions that gather are collective: 
 in the same order. Each function passes an unsharded tensor through.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from sandbox.contracts import StorageError
+from sandbox.storage.weight_check import differences
 
 
 def is_sharded(value: Any) -> bool:
@@ -64,6 +65,17 @@ def local(tensor: Tensor) -> Tensor:
             tensor.partition()  # type: ignore[attr-defined]
         return tensor.ds_tensor  # type: ignore[attr-defined]
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copies full or equally sharded tensors. Raises StorageError for other names or shapes."""
+    if found := differences(target, source, shape=shape_of):
+        raise StorageError(
+            f"the weights do not fit this model; {found.count} names or shapes differ{found.lines}"
+        )
+    for name, tensor in target.items():
+        local(tensor).copy_(local(like(source[name], tensor)))
 
 
 def _is_deepspeed(value: Any) -> bool:

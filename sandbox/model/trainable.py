@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
-from sandbox.model.sharding import detached, like
-from sandbox.storage.weight_files import mismatches
+from sandbox.model.sharding import detached, load_tensors
 
 
 class Trainable(LightningModule, ABC):
@@ -64,14 +64,6 @@ class Trainable(LightningModule, ABC):
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
 
-    def update_discriminator(
-        self, batch: Batch, share: float, rate: float, is_update: bool
-    ) -> None:
-        """Trains a discriminator on a micro-batch, after the system's own update; none here.
-
-        `share`: weight of the micro-batch in an optimizer step; `rate`: learning rate factor.
-        """
-
     def record(self, terms: Terms, **others: Tensor) -> None:
         """Stores the metrics of a training step for the engine, without a device sync."""
         metrics = {"loss": terms.total, **terms.log, **others}
@@ -84,15 +76,13 @@ class Trainable(LightningModule, ABC):
     def transfer_batch_to_device(
         self, batch: Batch, device: torch.device, dataloader_idx: int = 0
     ) -> Batch:
-        """Moves a batch in place; positions stay on the CPU, where they key the randomness."""
-        if device.type == "cpu":
-            return batch
-        for f in fields(batch):
-            value = getattr(batch, f.name)
-            if isinstance(value, Tensor) and f.name != "position":
-                setattr(batch, f.name, value.to(device, non_blocking=True))
-        batch.scalars = {k: v.to(device, non_blocking=True) for k, v in batch.scalars.items()}
-        return batch
+        """As in Lightning, but positions stay on the CPU, where they key the randomness."""
+        moved = super().transfer_batch_to_device(replace(batch, position=None), device, 0)
+        return replace(moved, position=batch.position)
+
+    def on_device(self, part: Any) -> AbstractContextManager[Any]:
+        """Has the frozen modules of `part` on the device inside the block."""
+        return nullcontext()
 
     def train(self, mode: bool = True) -> Any:
         """As in torch, but frozen and untrained modules stay in eval mode."""
@@ -152,14 +142,7 @@ class Trainable(LightningModule, ABC):
 
     def load_trainable(self, state: dict[str, Tensor]) -> None:
         """Loads a `trainable_state`. Raises StorageError for other names or shapes."""
-        own = self.trainable_state()
-        if found := mismatches(own, state):
-            raise StorageError(
-                f"the weights do not fit this model; {len(found)} names or shapes differ: "
-                f"{', '.join(found[:10])}"
-            )
-        for name, tensor in own.items():
-            tensor.copy_(like(state[name], tensor))
+        load_tensors(self.trainable_state(), state)
 
 
 FILE_SETTINGS = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}

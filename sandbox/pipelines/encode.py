@@ -7,13 +7,12 @@ is written last, atomically. Random choices of the data are cached as in epoch 0
 `drawn` in the row of the clip.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import (
     SCALARS,
@@ -34,6 +34,7 @@ from sandbox.contracts import (
     StorageError,
     TextEncoder,
 )
+from sandbox.data.checks import check_sample
 from sandbox.data.randomness import keyed
 from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import settings_of
@@ -78,7 +79,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         if rank.index == 0 and not is_intact(folder / weights):
             state = networks.first_stage.state_dict()
             weight_files.write(state, folder / weights, hashed=True)
-        writer = opened.enter_context(Writer(folder, root, networks, rank))
+        writer = Writer(folder, root, networks, rank, opened)
         shares = {name: writer.share(name, source.split(name)) for name in root.task.splits}
         no_text = writer.text("") if networks.conditioner is not None else None
         prompts = {p: writer.text(p) for p in root.task.prompts} if no_text else {}
@@ -87,7 +88,9 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     bad = {k: v for _, _, found in parts for k, v in found.items()}
     made = sum(number for _, number, _ in parts)
     splits = {
-        name: [row for _, row in sorted((r for p, _, _ in parts for r in p[name]), key=_place)]
+        name: [
+            row for _, row in sorted((r for p, _, _ in parts for r in p[name]), key=itemgetter(0))
+        ]
         for name in root.task.splits
     }
     clip = root.data.clips()[0]
@@ -114,10 +117,6 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         _report(folder, index, made)
     count = sum(map(len, splits.values()))
     return {"folder": str(folder), "clips": count, "made": made, "bad": len(bad)}
-
-
-def _place(numbered: list[Any]) -> int:
-    return numbered[0]
 
 
 def _report(folder: Path, index: dict[str, Any], made: int) -> None:
@@ -202,7 +201,8 @@ class Networks:
         self.of_text = ""
         if root.conditioning.embeds():
             conditioner: Any = freeze(build("conditioning", root))
-            self.of_text = _hash(to_container(root.conditioning), fingerprint(conditioner))
+            settings = without_added(to_container(root.conditioning))
+            self.of_text = _hash(settings, fingerprint(conditioner))
             self.conditioner = conditioner.to(self.device)
         self.first_stage.to(self.device)
 
@@ -224,15 +224,22 @@ class Networks:
 
 
 class Writer:
-    """One rank's share: finds cached entries in the folder and adds missing ones."""
+    """One rank's share: finds cached entries in the folder and adds missing ones.
 
-    def __init__(self, folder: Path, root: Root, networks: Networks, rank: Rank) -> None:
+    `opened` closes its files.
+    """
+
+    def __init__(
+        self, folder: Path, root: Root, networks: Networks, rank: Rank, opened: ExitStack
+    ) -> None:
         self.root, self.networks, self.rank = root, networks, rank
         self.made = 0
         self.bad: dict[str, str] = {}
         size = root.task.shard_mb * 1_000_000
-        self.shards = {k: Shards(folder, f"{k}-{rank.index:02}", size) for k in KINDS}
-        self.rows = Journal(folder / f"rows-{rank.index:02}.jsonl")
+        self.shards = {
+            k: opened.enter_context(Shards(folder, f"{k}-{rank.index:02}", size)) for k in KINDS
+        }
+        self.rows = opened.enter_context(closing(Journal(folder / f"rows-{rank.index:02}.jsonl")))
         self.places: dict[str, dict[str, Place]] = {}
         for kind, own in self.shards.items():
             others = (present(folder, [*read_journal(p)]) for p in folder.glob(f"{kind}-*.jsonl"))
@@ -245,21 +252,13 @@ class Writer:
         self.known = {k: {n: v for n, v in row.items() if n != SEAL} for k, row in intact.items()}
         self.folder, self.intact = folder, set[tuple[str, str]]()
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for shards in self.shards.values():
-            shards.__exit__(*error)
-        self.rows.close()
-
     def share(self, name: str, items: Items) -> list[list[Any]]:
         """[index, row] for each usable clip of this rank's share."""
         mine = range(self.rank.index, len(items), self.rank.world)
         found: list[list[Any]] = []
         with Progress(f"encoding {name}", len(mine), "clip") as progress:
             for done, index in enumerate(mine, 1):
-                if self.rank.stop_requested():
+                if self.rank.stop_signal:
                     raise Preempted(
                         f"stopped by {self.rank.stop_signal}; finished clips are cached; run the "
                         "same command to resume"
@@ -308,14 +307,17 @@ class Writer:
         """Key of a clip's source files and all settings; None if data have no content hashes."""
         if not isinstance(items, Hashed):
             return None
-        data = data_identity(self.root.data)
-        where = self.root.seed, items.id(index), items.content(index)
-        return _hash(self.networks.of_latents, data, *where)
+        return _hash(
+            self.networks.of_latents, data_identity(self.root.data), self.root.seed,
+            items.id(index), items.content(index),
+        )  # fmt: skip
 
     def _encoded(self, items: Items, index: int) -> dict[str, Any]:
         key_of_draws = self.root.seed, "data", 0, items.id(index)
         rng = keyed(*key_of_draws)
         sample = items.load(index, rng)
+        if not self.made:
+            check_sample(items.id(index), sample, self.root.data)
         is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
         key = _hash(self.networks.of_latents, *pixels_of(sample))
         if not self._has("latents", key):

@@ -7,13 +7,12 @@ settings that determine them: a changed limit recomputes nothing, and a killed r
 keep the order of the clips: outputs depend neither on the number of workers nor on restarts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
+import logging
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -44,10 +43,14 @@ from sandbox.storage.atomic import storing, write_atomic
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
-FORMAT = 1  # version of the score keys; bump when decoding changes
+FORMAT = 2  # version of the score keys; bump when decoding changes
 UNREADABLE = "unreadable"  # stands for a stage in `dropped`
 OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
+TEXTS = (".txt", ".caption", ".csv", ".jsonl")  # may be captions
+REASONS = 8  # kinds of files that are not read, in a warning
+
+log = logging.getLogger(__name__)
 
 
 def prepare(root: Root) -> dict[str, Any]:
@@ -145,8 +148,9 @@ class Stages:
 
 @dataclass(frozen=True)
 class Job:
-    """One clip for a worker: `names` of the values to compute; `shared` defines the stages."""
+    """One clip for a worker: `names` of the values that `work` computes; `shared`: the stages."""
 
+    work: Callable[..., None]  # of the job and a Found
     path: Path
     names: tuple[str, ...]
     shared: str = ""
@@ -172,56 +176,45 @@ def built(shared: str) -> dict[str, Any]:
     return {name: registry.create(registry.typed(node)) for name, node in configs.items()}
 
 
-def probed(job: Job) -> Found:
-    return timed(lambda found: found.values.update(info=asdict(probe(job.path))), "probing")
+def worked(job: Job) -> Found:
+    """Runs a job, and records why the clip is unusable."""
+    found = Found()
+    try:
+        job.work(job, found)
+    except BadItem as e:
+        found.bad = str(e)
+    return found
 
 
-def scored(job: Job) -> Found:
+def probed(job: Job, found: Found) -> None:
+    with spending(found, "probing"):
+        found.values["info"] = asdict(probe(job.path))
+
+
+def scored(job: Job, found: Found) -> None:
     """Scores of a clip: {stage: scores}."""
     stages = built(job.shared)
     assert job.info
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
     clip = VideoClip(job.path, job.info, job.start, job.end, wanted)
-
-    def score(found: Found) -> None:
-        with spending(found, "decoding"):
-            clip.load()
-        for name in job.names:
-            with spending(found, name):
-                found.values[name] = stages[name].score(clip)
-
-    return timed(score)
+    with spending(found, "decoding"):
+        clip.load()
+    for name in job.names:
+        with spending(found, name):
+            found.values[name] = stages[name].score(clip)
 
 
-def rendered(job: Job) -> Found:
+def rendered(job: Job, found: Found) -> None:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
-    to, clip = job.to, VideoClip(job.path, job.info, job.start, job.end)
-
-    def write(found: Found) -> None:
-        (stage,) = built(job.shared).values()
-        made = stage.render(clip)
-        frames, height, width = write_frames(to, made.frames, made.fps, made.crf, PRESET)
-        size = to.stat().st_size
-        about = {"frames": frames, "height": height, "width": width, "fps": made.fps}
-        found.values["clip"] = about | {"bytes": size}
-
-    return timed(write, "writing")
-
-
-def timed(work: Callable[[Found], None], name: str | None = None) -> Found:
-    """Runs `work` on a new Found, and records why the clip is unusable."""
-    found = Found()
-    try:
-        if name is None:
-            work(found)
-        else:
-            with spending(found, name):
-                work(found)
-    except BadItem as e:
-        found.bad = str(e)
-    return found
+    (stage,) = built(job.shared).values()
+    with spending(found, "writing"):
+        made = stage.render(VideoClip(job.path, job.info, job.start, job.end))
+        frames, height, width = write_frames(job.to, made.frames, made.fps, made.crf, PRESET)
+        size = job.to.stat().st_size
+    about = {"frames": frames, "height": height, "width": width, "fps": made.fps}
+    found.values["clip"] = about | {"bytes": size}
 
 
 @contextmanager
@@ -249,14 +242,26 @@ class Work:
 
     def sources(self, root: Path) -> list[Row]:
         """A row for each video file in `root`, sorted by name."""
-        names = [n for n in walk(root) if Path(n).suffix.lower() in CONTAINERS]
+        found = [*walk(root)]
+        names = [n for n in found if Path(n).suffix.lower() in CONTAINERS]
+        others = Counter(Path(n).suffix.lower() or "without an extension" for n in found)
+        for ending in (*CONTAINERS, *TEXTS):
+            del others[ending]
+        listed = ", ".join(f"{n} {ending}" for ending, n in others.most_common(REASONS))
         if not names:
-            raise DataError(f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}")
+            has = f" (there are {listed})" if listed else ""
+            raise DataError(
+                f"data_root={root}: contains no video; want {', '.join(CONTAINERS)}{has}"
+            )
+        if listed:
+            log.warning("data_root=%s: %s files are not read: %s", root, others.total(), listed)
         rows: list[Row] = [{"source": name, "path": root / name} for name in sorted(names)]
-        keys = [hashed(FORMAT, row["source"], *_stat(row["path"])) for row in rows]
-        jobs = [Job(row["path"], ("info",)) for row in rows]
-        named = [{"info": key} for key in keys]
-        self.compute("reading", probed, [*zip(rows, named, jobs, strict=True)])
+        tasks = []
+        for row in rows:
+            stat = row["path"].stat()
+            key = hashed(FORMAT, row["source"], stat.st_size, stat.st_mtime_ns)
+            tasks.append((row, {"info": key}, Job(probed, row["path"], ("info",))))
+        self.compute("reading", tasks)
         for row in rows:
             if "dropped" not in row:
                 row["info"] = VideoFile(**row.pop("found")["info"])
@@ -279,9 +284,10 @@ class Work:
             if "dropped" not in row:
                 keys = {name: self.stages.key(name, row) for name in scoring}
                 missing = tuple(n for n, key in keys.items() if key not in self.known)
-                job = Job(row["path"], missing, shared, row["info"], row["start"], row["end"])
+                span = row["start"], row["end"]
+                job = Job(scored, row["path"], missing, shared, row["info"], *span)
                 tasks.append((row, keys, job))
-        self.compute(" ".join(scoring), scored, tasks)
+        self.compute(" ".join(scoring), tasks)
         for row, _, _ in tasks:
             row["scores"] = row["scores"] | row.pop("found", {})
 
@@ -310,28 +316,25 @@ class Work:
             key = self.stages.key(name, row)
             row["file"] = folder / f"{row['id']}-{key[:8]}.mp4"
             known = self.known.get(key, {})
-            if "bad" not in known and not _is_complete(row["file"], known.get("bytes")):
+            size = row["file"].stat().st_size if row["file"].is_file() else None
+            if "bad" not in known and size != known.get("bytes"):
                 self.known.pop(key, None)
             job = Job(
-                row["path"], ("clip",), shared, row["info"], row["start"], row["end"], row["file"]
-            )
+                rendered, row["path"], ("clip",), shared, row["info"], row["start"], row["end"],
+                row["file"],
+            )  # fmt: skip
             tasks.append((row, {"clip": key}, job))
-        self.compute("writing clips", rendered, tasks)
+        self.compute("writing clips", tasks)
         for row, _, _ in tasks:
             row["clip"] = row.pop("found", {}).get("clip")
 
-    def compute(
-        self,
-        what: str,
-        function: Callable[[Job], Found],
-        tasks: list[tuple[Row, dict[str, str], Job]],
-    ) -> None:
+    def compute(self, what: str, tasks: list[tuple[Row, dict[str, str], Job]]) -> None:
         """Sets `found` of each row to its values by name, computing the unknown ones.
 
         Drops rows whose file is unusable.
         """
         new = [task for task in tasks if not {*task[1].values()} <= self.known.keys()]
-        results = self.ordered(function, (job for _, _, job in new))
+        results = self.ordered(worked, (job for _, _, job in new))
         with Progress(what, len(new), "clip") as progress:
             for done, (result, (_, keys, job)) in enumerate(zip(results, new, strict=True), 1):
                 crashed = Found(bad="crashes the process that decodes it")
@@ -417,12 +420,3 @@ def walk(root: Path) -> Iterator[str]:
 
 def hashed(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _stat(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _is_complete(path: Path, size: int | None) -> bool:
-    return path.is_file() and path.stat().st_size == size

@@ -3,23 +3,20 @@
 Each layout is a folder that is written atomically and deterministically.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
-from sandbox.reports.media import SheetRow, contact_sheet, replacing
+from sandbox.reports.media import contact_sheet, replacing
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
@@ -41,7 +38,7 @@ def write_format(to: Path, form: str, kept: list[Row], shard_bytes: int) -> Path
         if form == "webdataset":
             write_shards(draft, splits, shard_bytes)
         else:
-            WRITERS[form](draft, splits)
+            WRITERS[form](draft, {name: rows for name, rows in splits.items() if rows})
         shutil.rmtree(final, ignore_errors=True)
         draft.replace(final)
         sync_folder(to)
@@ -55,10 +52,9 @@ def write_cogvideox(folder: Path, splits: dict[str, list[Row]]) -> None:
     """SPLIT/prompts.txt and videos.txt, a line per clip, for data=cogvideox_folder."""
     for split, rows in splits.items():
         names = [f"videos/{link(row, folder / split / 'videos')}" for row in rows]
-        if rows:
-            prompts = "".join(f"{row['caption']}\n" for row in rows)
-            (folder / split / "prompts.txt").write_text(prompts, encoding="utf-8")
-            (folder / split / "videos.txt").write_text("".join(f"{n}\n" for n in names))
+        prompts = "".join(f"{row['caption']}\n" for row in rows)
+        (folder / split / "prompts.txt").write_text(prompts, encoding="utf-8")
+        (folder / split / "videos.txt").write_text("".join(f"{n}\n" for n in names))
 
 
 def write_easyanimate(folder: Path, splits: dict[str, list[Row]]) -> None:
@@ -74,27 +70,23 @@ def write_easyanimate(folder: Path, splits: dict[str, list[Row]]) -> None:
             }
             for row in rows
         ]
-        if rows:
-            text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
-            (folder / f"{split}.json").write_text(text, encoding="utf-8")
+        text = json.dumps(listed, indent=1, ensure_ascii=False) + "\n"
+        (folder / f"{split}.json").write_text(text, encoding="utf-8")
 
 
 def write_webvid(folder: Path, splits: dict[str, list[Row]]) -> None:
     """metadata.csv and metadata_val.csv, videos/SPLIT/ID.mp4, for data=webvid."""
     for split, rows in splits.items():
-        table = io.StringIO()
-        lines = csv.writer(table, lineterminator="\n")
-        lines.writerow(["videoid", "page_dir", "name"])
-        for row in rows:
-            link(row, folder / "videos" / split)
-            lines.writerow([row["id"], split, row.get("caption", "")])
-        if rows:
-            name = "metadata.csv" if split == "train" else f"metadata_{split}.csv"
-            (folder / name).write_text(table.getvalue(), encoding="utf-8")
+        name = "metadata.csv" if split == "train" else f"metadata_{split}.csv"
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(["videoid", "page_dir", "name"])
+            for row in rows:
+                link(row, folder / "videos" / split)
+                table.writerow([row["id"], split, row.get("caption", "")])
 
 
-Writer = Callable[[Path, dict[str, list[Row]]], None]
-WRITERS: dict[str, Writer] = {
+WRITERS = {  # of splits that have clips
     "cogvideox_folder": write_cogvideox,
     "easyanimate": write_easyanimate,
     "webvid": write_webvid,
@@ -182,7 +174,7 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> SheetRow | None:
+def shown(row: Row) -> tuple[str, dict[str, Any]] | None:
     """A few frames with source and reason; None if they cannot be decoded."""
     import numpy as np
 
@@ -192,7 +184,7 @@ def shown(row: Row) -> SheetRow | None:
     except BadItem:
         return None
     where = f"{printable(row['source'])} {row['start']:.1f}-{row['end']:.1f} s"
-    return SheetRow(f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)})
+    return f"{where}\n{row['dropped'][1]}", {"": np.stack(frames)}
 
 
 def write_summary(
@@ -207,13 +199,12 @@ def write_summary(
     hours = {"found": _hours(rows), "kept": _hours(kept)}
     core_hours = sum(spent.values()) / 3600
     costly = sorted(spent.items(), key=lambda item: -item[1])
-    order = [n for n in ("unreadable", *names) if dropped[n]]
     result = {
         "folder": str(to),
         "files": len({row["source"] for row in rows}),
         "clips": len(rows),
         "kept": len(kept),
-        "dropped": {name: dropped[name] for name in order},
+        "dropped": {n: dropped[n] for n in ("unreadable", *names) if dropped[n]},
         "hours": {k: round(v, 6) for k, v in hours.items()},
         "splits": dict(sorted(Counter(r.get("split", "train") for r in kept).items())),
         "core_seconds": {k: round(v, 3) for k, v in costly},

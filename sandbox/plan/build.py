@@ -135,8 +135,6 @@ def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
     for _, parameter in named:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
-    for _, parameter in named:
-        parameter.grad = None
     kept = [x for state in optimizer.state.values() for x in state.values()]
     return _bytes([x for x in kept if isinstance(x, Tensor) and x.ndim])  # without step counters
 
@@ -163,31 +161,23 @@ def largest_unit(parts: dict[str, Any]) -> int:
 # --- a step ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Measured first-stage encoding of a step, and the layout of its latents."""
-
-    measured: Measured
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+Encoded = tuple[Measured, Tensor]  # of the first stage, and its latents
 
 
-def encoded(root: Root, sizes: Sizes, is_cuda: bool = True) -> Encoded | None:
+def encoded(root: Root, sizes: Sizes) -> Encoded | None:
     """Measures the encoding before the backbone; None with cached latents."""
     if "stored" in root.data.provides():
         return None
-    parts = parts_of(root)
+    first_stage = parts_of(root)["vae"]
     made: list[Tensor] = []
 
     def step() -> Tensor:
         made.append(latents())
         return made[0]
 
-    with plain_kernels(), faked(parts["vae"]):
-        latents, inputs = first_stage_step(parts["vae"], sizes)
-        found = measure(step, [parts["vae"]], inputs, _narrow(root), is_cuda)
-        return Encoded(found, made[0].shape, made[0].stride(), made[0].dtype)
+    with plain_kernels(), faked(first_stage):
+        latents, inputs = first_stage_step(first_stage, sizes)
+        return measure_as(root, step, [first_stage], inputs), made[0]
 
 
 def measured(
@@ -195,7 +185,6 @@ def measured(
     sizes: Sizes,
     checkpointing: bool | None = None,
     half: bool = False,
-    is_cuda: bool = True,
     before: Encoded | None = None,
 ) -> Measured:
     """Measures one training step of `root` (model.latent_diffusion), forward and backward.
@@ -203,14 +192,13 @@ def measured(
     Conditions are empty tensors of the right shapes; their encoders are not measured. Deep networks
     are extrapolated from three small depths if possible. `before`: the result of `encoded`.
     """
-    before = before or encoded(root, sizes, is_cuda)
+    before = before or encoded(root, sizes)
 
     def at(backbone: Any) -> Measured:
-        resized = replace(root, backbone=backbone)
-        return step_of(resized, sizes, checkpointing, half, is_cuda, before)
+        return step_of(replace(root, backbone=backbone), sizes, checkpointing, half, before)
 
     found = from_shallow(root.backbone, at) or at(root.backbone)
-    return found if before is None else before.measured.then(found)
+    return found if before is None else before[0].then(found)
 
 
 def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | None:
@@ -227,30 +215,26 @@ def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | Non
 
 
 def step_of(
-    root: Root,
-    sizes: Sizes,
-    checkpointing: bool | None,
-    half: bool,
-    is_cuda: bool,
-    before: Encoded | None,
+    root: Root, sizes: Sizes, checkpointing: bool | None, half: bool, before: Encoded | None
 ) -> Measured:
     """Measures the step after the first stage, at the configured depth."""
     parts = parts_of(root, checkpointing, half)
     modules = modules_of(parts)
     with plain_kernels(), faked(*modules):
-        cond = conditions(sizes, any(p.requires_grad for p in _parameters(parts["conditioning"])))
+        conditioning = parts["conditioning"]
+        weights = conditioning.parameters() if isinstance(conditioning, nn.Module) else ()
+        cond = conditions(sizes, any(p.requires_grad for p in weights))
         step, inputs = training_step(root, parts, sizes, cond, before)
         held = [*inputs, *(x for _, x in cond.tensors())]
-        return measure(step, modules, held, _narrow(root), is_cuda)
+        return measure_as(root, step, modules, held)
 
 
-def _narrow(root: Root) -> torch.dtype | None:
-    """The autocast dtype; None for fp32."""
-    return None if root.precision == "fp32" else dtype_of(root)
-
-
-def _parameters(part: Any) -> Any:
-    return part.parameters() if isinstance(part, nn.Module) else ()
+def measure_as(
+    root: Root, step: Callable[[], Tensor], modules: list[nn.Module], inputs: list[Tensor]
+) -> Measured:
+    """Measures a step with the precision and the device of `root`."""
+    narrow = None if root.precision == "fp32" else dtype_of(root)
+    return measure(step, modules, inputs, narrow, root.trainer.accelerator != "cpu")
 
 
 def plain_kernels() -> Any:
@@ -293,8 +277,9 @@ def training_step(
         stored = torch.empty(sizes.batch, z.channels, z.frames, z.height, z.width)
         latents, inputs = (lambda: stored), [stored]
     elif before is not None:
-        layout = before.shape, before.stride
-        latents, inputs = (lambda: torch.empty_strided(*layout, dtype=before.dtype)), []
+        z0 = before[1]
+        layout = z0.shape, z0.stride()
+        latents, inputs = (lambda: torch.empty_strided(*layout, dtype=z0.dtype)), []
     else:
         latents, inputs = first_stage_step(parts["vae"], sizes)
 

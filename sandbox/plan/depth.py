@@ -5,8 +5,6 @@ backward pass. Two depths determine them, and a third must match exactly; otherw
 extrapolation, and the full network is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 

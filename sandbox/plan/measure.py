@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -88,7 +88,7 @@ class Meter(TorchDispatchMode):
             self.operations += operations
             # recomputation runs with grad enabled, autograd's own backward does not
             self.repeated += operations if self.in_backward and torch.is_grad_enabled() else 0
-        for tensor in (out,) if isinstance(out, Tensor) else out if _is_row(out) else ():
+        for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.take(tensor)
         return out
@@ -108,10 +108,6 @@ class Meter(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
-
-
-def _is_row(out: Any) -> bool:
-    return isinstance(out, tuple | list)
 
 
 def formula(func: Any) -> Callable[..., int] | None:
@@ -198,25 +194,14 @@ def _widened(x: Tensor) -> Tensor:
 def faked(*modules: nn.Module) -> Iterator[None]:
     """Makes new tensors fake CPU tensors in the block, and replaces those of `modules` for good."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        known: dict[int, Any] = {}
-
-        def fake(tensor: Tensor | None) -> Any:
-            if tensor is None:
-                return None
-            if id(tensor) not in known:
-                made = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
-                )
-                is_parameter = isinstance(tensor, nn.Parameter)
-                if is_parameter:
-                    made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-                known[id(tensor)] = tensor, made  # keeps the original: ids stay unique
-            return known[id(tensor)][1]
-
-        for part in modules:
-            for module in part.modules():
-                for own in (module._parameters, module._buffers):
-                    own.update({name: fake(tensor) for name, tensor in own.items()})
+        known: dict[Any, Any] = {None: None}  # tied weights stay tied
+        for tensor in {x for m in modules for x in (*m.parameters(), *m.buffers())}:
+            known[tensor] = torch.empty_like(
+                tensor, device="cpu", requires_grad=tensor.requires_grad
+            )
+        for module in nn.ModuleList(modules).modules():
+            for own in (module._parameters, module._buffers):
+                own.update({name: known[tensor] for name, tensor in own.items()})
         yield
 
 

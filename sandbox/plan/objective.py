@@ -1,7 +1,5 @@
 """The training objective as formulas with the configured numbers, and numerical checks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -55,24 +53,22 @@ class Objective:
 def objective(root: Root) -> Objective:
     """Formulas, table and checks; needs no network."""
     schedule = registry.create(root.schedule)
-    t = times(root.schedule, schedule)
+    t = times(root.schedule, SHOWN)
     return Objective(dict(formulas(root)), tuple(levels(root, schedule, t)),
                      tuple(checks(root, schedule, t)))  # fmt: skip
 
 
-def times(cfg: Any, schedule: Any) -> Tensor:
-    """(SHOWN,) training times in order of increasing noise."""
+def times(cfg: Any, count: int | None = None) -> Tensor:
+    """(count,) training times in order of increasing noise; None: all, or 1001 of [0, 1]."""
     if cfg.kind == "discrete":
-        return torch.linspace(0, cfg.timesteps - 1, SHOWN).round().long()
-    return torch.linspace(0, 1, SHOWN)
+        return torch.linspace(0, cfg.timesteps - 1, count or cfg.timesteps).round().long()
+    return torch.linspace(0, 1, count or 1001)
 
 
 def formulas(root: Root) -> Iterator[tuple[str, str]]:
     schedule, prediction = root.schedule, root.schedule.predicts()
-    if schedule.kind == "discrete":
-        yield "noise", f"z_t = alpha(t) z0 + sigma(t) eps,  t in 0..{schedule.timesteps - 1}"
-    else:
-        yield "noise", "z_t = alpha(t) z0 + sigma(t) eps,  t in [0, 1]"
+    interval = f"0..{schedule.timesteps - 1}" if schedule.kind == "discrete" else "[0, 1]"
+    yield "noise", f"z_t = alpha(t) z0 + sigma(t) eps,  t in {interval}"
     yield "process", settings(schedule)
     yield "network", f"out = f(z_t, t, conditions), trained on {prediction}"
     target = TARGETS[prediction]
@@ -135,17 +131,13 @@ def checks(root: Root, schedule: Any, t: Tensor) -> Iterator[Check]:
             f"SNR(T) > 0 at t = {_format(last.item())}: some signal remains in training, "
             "but sampling starts from pure noise", f"{end:.3g}", end > 0,
         )  # fmt: skip
-    dense = _dense(root.schedule)
+    dense = times(root.schedule)
     snr = schedule.snr(dense).flatten()
     falls = bool((snr[1:] < snr[:-1]).all())
     yield Check("SNR decreases with t", f"at {len(dense)} times", falls)
     yield from sums(root, schedule, dense)
     yield from round_trip(root, schedule, dense)
     yield from endpoints(root, schedule, last)
-
-
-def _dense(cfg: Any) -> Tensor:
-    return torch.arange(cfg.timesteps) if cfg.kind == "discrete" else torch.linspace(0, 1, 1001)
 
 
 def sums(root: Root, schedule: Any, t: Tensor) -> Iterator[Check]:

@@ -1,11 +1,9 @@
 """Computes a plan from a Wiring: the data of the terminal text, the JSON and the page."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sandbox.config.root import Root
@@ -29,7 +27,9 @@ from sandbox.plan.objective import Objective, objective
 from sandbox.plan.published import published
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
-from sandbox.plan.wires import Diagram, diagram
+from sandbox.plan.wires import diagram
+
+COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Measured, in plan.json
 
 NOT_MODELLED = (
     "Condition encoders (text, image, query transformers): weights, gradients and optimizer state "
@@ -46,42 +46,22 @@ NOT_MODELLED = (
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Operations and bytes of one micro-batch on one device."""
-
-    forward: int
-    backward: int
-    repeated: int
-    held: int  # bytes saved for the backward pass
-    peak: int
-
-    @classmethod
-    def of(cls, found: Measured) -> Cost:
-        return cls(found.forward, found.backward, found.repeated, found.held, found.peak)
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward + self.repeated
-
-
-@dataclass(frozen=True)
 class Plan:
     root: Root
     sizes: Sizes
     counts: tuple[Count, ...]
     checkpointing: bool | None  # as configured; None: not supported by the backbone
-    costs: dict[bool, Cost]  # by activation checkpointing
-    need: Need
+    costs: dict[bool, Measured]  # by activation checkpointing
     memory: tuple[Memory, ...]
     objective: Objective
-    diagram: Diagram
+    diagram: dict[str, list[Any]]  # boxes and arrows
     notes: tuple[str, ...]
-    other_sizes: int = 0
-    seconds: float = 0.0
-    published: dict[str, float] = field(default_factory=dict)
+    other_sizes: int
+    published: dict[str, float]
+    seconds: float
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> Measured:
         """Cost as configured."""
         return self.costs[bool(self.checkpointing)]
 
@@ -97,24 +77,24 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The contents of plan.json."""
         from sandbox.config.root import to_container
-        from sandbox.runs.run import identity_of_work, leaves
+        from sandbox.runs.run import identity_of_work
 
         config, trainer = to_container(self.root), self.root.trainer
         return {
             "recipe": self.root.recipe,
-            "work": identity_of_work(leaves(config)),  # equal for runs with equal operations
+            "work": identity_of_work(config),  # equal for runs with equal operations
             "flops_per_step": self.cost.total * trainer.accumulate * trainer.processes,
             "sizes": asdict(self.sizes) | {"slots": sorted(self.sizes.slots.names())},
             "components": [asdict(row) for row in self.counts],
             "checkpointing": self.checkpointing,
             "costs": {
-                "checkpointed" if on else "plain": asdict(cost) | {"total": cost.total}
+                "checkpointed" if on else "plain": {name: getattr(cost, name) for name in COSTS}
                 for on, cost in self.costs.items()
             },
             "memory": [row.as_dict() for row in self.memory],
             "published_gib": self.published,
             "objective": _plain(asdict(self.objective)),
-            "wiring": asdict(self.diagram),
+            "wiring": {kind: [*map(asdict, found)] for kind, found in self.diagram.items()},
             "not_modelled": list(self.notes),
             "seconds": self.seconds,
             "config": config,
@@ -138,17 +118,15 @@ def plan(wiring: Wiring, devices: int = 8) -> Plan:
     name = checkpointing_field(root)
     is_on = None if name is None else bool(getattr(root.backbone, name))
     native, half = steps(root, sizes, is_on)
-    need = need_of(root, table, parts)
     devices = root.trainer.processes if root.trainer.processes > 1 else devices
-    memory = tuple(rows(need, devices, native, half))
+    memory = tuple(rows(need_of(root, table, parts), devices, native, half))
     known = {m.strategy: published(root.recipe, m.strategy, m.devices) for m in memory}
     return Plan(
-        root, sizes, tuple(table), is_on,
-        {on: Cost.of(found) for on, found in native.items()},
-        need, memory, objective(root), diagram(root, sizes), (*_caveats(root), *NOT_MODELLED),
+        root, sizes, tuple(table), is_on, native, memory, objective(root), diagram(root, sizes),
+        notes=(*_caveats(root), *NOT_MODELLED),
         other_sizes=len(wiring.clips) - 1,
-        seconds=time.perf_counter() - started,
         published={k: v for k, v in known.items() if v is not None},
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
@@ -169,25 +147,19 @@ def steps(
 
     The latter (DeepSpeed) are empty with an adapter: DeepSpeed trains full networks only.
     """
-    is_cuda = root.trainer.accelerator != "cpu"
-    settings = [False] if is_on is None else [True, False]
-
-    before = encoded(root, sizes, is_cuda)
+    before = encoded(root, sizes)
 
     def of(job: tuple[bool, bool]) -> Measured:
-        on, is_half = job
-        return measured(root, sizes, None if is_on is None else on, is_half, is_cuda, before)
+        return measured(root, sizes, *job, before)
 
-    jobs = [(on, False) for on in settings]
+    jobs = [(False, False)] if is_on is None else [(True, False), (False, False)]
     if root.adapter is None and root.precision != "fp32":
         jobs.append((bool(is_on), True))
     found = dict(zip(jobs, side_by_side(of, jobs), strict=True))
-    native = {on: found[on, False] for on in settings}
-    if root.adapter is not None:
-        return native, {}
-    if root.precision == "fp32":
+    native = {on: m for (on, is_half), m in found.items() if not is_half}
+    if root.adapter is None and root.precision == "fp32":
         return native, native
-    return native, {bool(is_on): found[bool(is_on), True]}
+    return native, {on: m for (on, is_half), m in found.items() if is_half}
 
 
 def need_of(root: Root, table: Sequence[Count], parts: dict[str, Any]) -> Need:

@@ -4,41 +4,27 @@ From the official repository (finetune/README): reserved GPU memory in GB, one c
 of 5b and 1.5 hold for text- and image-to-video.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 from sandbox.plan.strategies import DDP, ZERO2, ZERO2_OFFLOAD, ZERO3, ZERO3_OFFLOAD
 
 WITHIN = 0.2  # relative tolerance
-
-
-@dataclass(frozen=True)
-class Row:
-    recipe: str
-    strategy: str
-    devices: int
-    gib: float
-
-
-ROWS = (
-    Row("cogvideox_2b_lora", DDP, 1, 16),
-    Row("cogvideox_5b_lora", DDP, 1, 24),
-    Row("cogvideox_1_5_5b_lora", DDP, 1, 35),
-    Row("cogvideox_2b_sft", DDP, 8, 36),
-    Row("cogvideox_2b_sft", ZERO2_OFFLOAD, 1, 17),
-    Row("cogvideox_2b_sft", ZERO2, 8, 17),
-    Row("cogvideox_2b_sft", ZERO3, 8, 19),
-    Row("cogvideox_2b_sft", ZERO3_OFFLOAD, 8, 14),
-    Row("cogvideox_5b_sft", ZERO2_OFFLOAD, 1, 42),
-    Row("cogvideox_5b_sft", ZERO2, 8, 42),
-    Row("cogvideox_5b_sft", ZERO3, 8, 43),
-    Row("cogvideox_5b_sft", ZERO3_OFFLOAD, 8, 28),
-    Row("cogvideox_1_5_5b_sft", ZERO2_OFFLOAD, 1, 56),
-    Row("cogvideox_1_5_5b_sft", ZERO2, 8, 55),
-    Row("cogvideox_1_5_5b_sft", ZERO3, 8, 55),
-    Row("cogvideox_1_5_5b_sft", ZERO3_OFFLOAD, 8, 40),
-)
+ROWS = {  # (recipe, strategy) -> (devices, GB)
+    ("cogvideox_2b_lora", DDP): (1, 16),
+    ("cogvideox_5b_lora", DDP): (1, 24),
+    ("cogvideox_1_5_5b_lora", DDP): (1, 35),
+    ("cogvideox_2b_sft", DDP): (8, 36),
+    ("cogvideox_2b_sft", ZERO2_OFFLOAD): (1, 17),
+    ("cogvideox_2b_sft", ZERO2): (8, 17),
+    ("cogvideox_2b_sft", ZERO3): (8, 19),
+    ("cogvideox_2b_sft", ZERO3_OFFLOAD): (8, 14),
+    ("cogvideox_5b_sft", ZERO2_OFFLOAD): (1, 42),
+    ("cogvideox_5b_sft", ZERO2): (8, 42),
+    ("cogvideox_5b_sft", ZERO3): (8, 43),
+    ("cogvideox_5b_sft", ZERO3_OFFLOAD): (8, 28),
+    ("cogvideox_1_5_5b_sft", ZERO2_OFFLOAD): (1, 56),
+    ("cogvideox_1_5_5b_sft", ZERO2): (8, 55),
+    ("cogvideox_1_5_5b_sft", ZERO3): (8, 55),
+    ("cogvideox_1_5_5b_sft", ZERO3_OFFLOAD): (8, 40),
+}
 # Reasons for deviations above WITHIN.
 MISSES = {
     ("cogvideox_2b_lora", DDP): (
@@ -52,10 +38,7 @@ MISSES = {
 
 def published(recipe: str, strategy: str, devices: int) -> float | None:
     """The published GB of a recipe and strategy; None if there is no matching row."""
-    name = recipe.replace("_i2v", "")
-    for row in ROWS:
-        if row.recipe == name and row.strategy == strategy:
-            is_lora = name.endswith("_lora")  # published without a number of devices
-            if is_lora or row.devices == devices:
-                return row.gib
-    return None
+    recipe = recipe.replace("_i2v", "")
+    known, gib = ROWS.get((recipe, strategy), (None, None))
+    # LoRA is published without a number of devices
+    return gib if known == devices or recipe.endswith("_lora") else None

@@ -1,15 +1,11 @@
-"""Runs several measurements in parallel, each in a forked process.
-
-Not concurrent.futures: `work` is a closure, which a forked process inherits without pickling.
-"""
-
-from __future__ import annotations
+"""Runs several measurements in parallel, each in a forked process."""
 
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
-from typing import TypeVar
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,49 +13,32 @@ from sandbox.distributed.pool import cores
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+_shared: dict[str, Callable[..., Any]] = {}  # in a forked process: the work
 
 
 def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """`work` of each item, in order; results must be picklable.
+    """`work` of each item, in order. Items and results must be picklable; `work` is inherited.
 
-    Runs sequentially with one core or without fork. Errors are raised as `work` raises them.
+    Runs sequentially with one core, without fork, and again after any error in a process: autograd
+    cannot be forked once it has run. Errors are raised as `work` raises them.
     """
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     is_child = multiprocessing.current_process().daemon
-    if len(items) < 2 or cores() < 2 or is_child or not can_fork:
-        return [work(item) for item in items]
-    context = multiprocessing.get_context("fork")
-    pipes, children = [], []
-    try:
-        for item in items[1:]:
-            near, far = context.Pipe(duplex=False)
-            children.append(context.Process(target=_send, args=(work, item, far), daemon=True))
-            children[-1].start()
-            far.close()
-            pipes.append((item, near))
-        first = work(items[0])
-        return [first, *(_receive(work, item, near) for item, near in pipes)]
-    finally:  # also after an error, or Ctrl-C
-        for child in children:
-            if child.pid:
-                child.kill()
-                child.join()
+    if len(items) > 1 and cores() > 1 and can_fork and not is_child:
+        context = multiprocessing.get_context("fork")
+        with (
+            suppress(Exception),
+            ProcessPoolExecutor(len(items), context, _begin, (work,)) as pool,
+        ):
+            return list(pool.map(_work, items))
+    return [work(item) for item in items]
 
 
-def _send(work: Callable[[Item], Found], item: Item, pipe: Connection) -> None:
-    """Runs in the forked process. An error closes the pipe, and the parent repeats the work."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills it
+def _begin(work: Callable[..., Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     torch.set_num_threads(1)  # thread pools do not survive a fork
-    try:
-        pipe.send(work(item))
-    except Exception:  # the parent repeats the work and raises it
-        pipe.close()
+    _shared["work"] = work
 
 
-def _receive(work: Callable[[Item], Found], item: Item, pipe: Connection) -> Found:
-    try:
-        return pipe.recv()
-    except EOFError:
-        return work(item)
-    finally:
-        pipe.close()
+def _work(item: Any) -> Any:
+    return _shared["work"](item)

@@ -4,8 +4,6 @@ Weights, gradients, optimizer and EMA follow from parameter counts; activations 
 (`sandbox.plan.measure`). Sharding is arithmetic on both, without process groups.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any

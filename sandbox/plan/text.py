@@ -1,11 +1,8 @@
 """A plan as text for a terminal, and its table rows."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-
 from sandbox.plan.plan import Plan
 from sandbox.plan.strategies import GIB, GPU_SIZES, Memory
+from sandbox.reports.pages import render
 from sandbox.reports.tables import text_table
 
 LABELS = {
@@ -29,19 +26,19 @@ KINDS = {
 
 def plan_text(plan: Plan) -> str:
     """The full plan, about 110 columns wide."""
-    return "\n".join(_lines(plan))
+    shown = {name: text_table(rows) for name, rows in tables(plan).items()}
+    return render("plan.txt", plan=plan, headline=headline(plan), unit=unit(plan),
+                       gpu_sizes=GPU_SIZES, **shown)  # fmt: skip
 
 
-def _lines(plan: Plan) -> Iterator[str]:
-    yield f"{plan.root.recipe}: {headline(plan)}"
-    yield from _titled("Data flow", _wires(plan))
-    yield from _titled("Components", _table(component_rows(plan)))
-    yield from _titled("Operations per micro-batch and device", _table(cost_rows(plan)))
-    yield from _titled(f"Memory per device, {unit(plan)}", _table(memory_rows(plan)))
-    yield f"  * as configured. reserved: as in nvidia-smi. fits: GPUs of {_gpu_sizes()} GiB:"
-    yield "  + fits, ~ fits only with little allocator slack, . does not fit"
-    yield from _titled("Objective", objective_lines(plan))
-    yield from _titled("Not modelled", [f"- {note}" for note in plan.notes])
+def tables(plan: Plan) -> dict[str, list[list[str]]]:
+    """The tables of the text and of the page, by their names in the templates."""
+    return {
+        "components": component_rows(plan),
+        "costs": cost_rows(plan),
+        "memory": memory_rows(plan),
+        "levels": level_rows(plan),
+    }
 
 
 def headline(plan: Plan) -> str:
@@ -61,34 +58,23 @@ def configured(plan: Plan) -> Memory:
     return (named or own)[0]
 
 
-def _titled(title: str, lines: Sequence[str] | Iterator[str]) -> Iterator[str]:
-    yield from ("", title, *(f"  {line}".rstrip() for line in lines))
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    return text_table(rows).splitlines()
-
-
-def _gpu_sizes() -> str:
-    return ", ".join(map(str, GPU_SIZES))
-
-
 # --- numbers --------------------------------------------------------------------------------------
 
 
 def count(number: float) -> str:
     """1.69 B, 326 k."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
+    return _short(number).replace("G", "B")
 
 
 def flops(number: float) -> str:
-    for size, unit in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e6:.3g} MFLOP"
+    return _short(number, "FLOP")
+
+
+def _short(number: float, unit: str = "") -> str:
+    """Three digits with a prefix: 2.14 GFLOP."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(unit)(float(f"{number:.3g}"))
 
 
 def unit(plan: Plan) -> str:
@@ -108,7 +94,7 @@ def bytes_of(number: float, plan: Plan) -> str:
     return f"{size(number, unit(plan))} {unit(plan)}"
 
 
-# --- table rows, also used by the page ------------------------------------------------------------
+# --- table rows -----------------------------------------------------------------------------------
 
 
 def component_rows(plan: Plan) -> list[list[str]]:
@@ -161,30 +147,9 @@ def memory_rows(plan: Plan) -> list[list[str]]:
     return rows
 
 
-def objective_lines(plan: Plan) -> Iterator[str]:
-    width = max(map(len, plan.objective.formulas))
-    for name, formula in plan.objective.formulas.items():
-        yield f"{name:{width}}  {formula}"
-    yield ""
-    yield from _table(level_rows(plan))
-    yield ""
-    for check in plan.objective.checks:
-        yield f"{'ok ' if check.holds else 'NOT'}  {check.what}: {check.found}"
-
-
 def level_rows(plan: Plan) -> list[list[str]]:
     rows = [["t", "alpha", "sigma", "SNR", "weight", "weight of the z0 error"]]
     for x in plan.objective.levels:
         values = (x.t, x.alpha, x.sigma, x.snr, x.weight, x.of_x0)
         rows.append([f"{v:.4g}" for v in values])
     return rows
-
-
-def _wires(plan: Plan) -> Iterator[str]:
-    width = max(len(b.name) for b in plan.diagram.boxes)
-    for box in plan.diagram.boxes:
-        frozen = "  (frozen)" if box.is_frozen else ""
-        yield f"[{box.name:^{width}}]  {', '.join(box.lines)}{frozen}"
-        for arrow in plan.diagram.arrows:
-            if arrow.source == box.name:
-                yield f" {'':{width}}   `-- {arrow.label} --> [{arrow.target}]"

@@ -1,13 +1,14 @@
 """Data flow of one micro-batch, with shapes, as boxes and arrows."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from sandbox.config.root import Root
 from sandbox.contracts import Clip
-from sandbox.plan.build import Sizes, needs_first_stage
+from sandbox.plan.build import Sizes, conditions, needs_first_stage
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,9 @@ class Arrow:
     label: str
 
 
-@dataclass(frozen=True)
-class Diagram:
-    boxes: tuple[Box, ...]
-    arrows: tuple[Arrow, ...]
-
-
-def diagram(root: Root, sizes: Sizes) -> Diagram:
-    """The training step, from left to right."""
-    return Diagram(tuple(_boxes(root, sizes)), tuple(_arrows(root, sizes)))
+def diagram(root: Root, sizes: Sizes) -> dict[str, list[Any]]:
+    """The boxes and arrows of the training step, from left to right."""
+    return {"boxes": [*_boxes(root, sizes)], "arrows": [*_arrows(root, sizes)]}
 
 
 def _name(group: str, root: Root) -> str:
@@ -81,14 +76,11 @@ def _space(clip: Clip) -> str:
 
 
 def _conditions(sizes: Sizes) -> Iterator[str]:
-    slots, b, grid = sizes.slots, sizes.batch, sizes.grid
-    if (text := slots.context) is not None:
-        yield f"context {b}x{text.length}x{text.width}" + (" (masked)" if text.masked else "")
-    if (image := slots.image_context) is not None:
-        yield f"image_context {b}x{image.frames}x{image.length}x{image.width}"
-    if slots.concat:
-        yield f"concat {b}x{slots.concat}x{_space(grid)}"
-    if slots.vector:
-        yield f"vector {b}x{slots.vector}"
-    if slots.scalars:
-        yield f"{', '.join(sorted(slots.scalars))} {b}"
+    with torch.device("meta"):
+        cond = conditions(sizes)
+    for name in ("context", "image_context", "concat", "vector"):
+        if (tensor := getattr(cond, name)) is not None:
+            is_masked = name == "context" and cond.context_mask is not None
+            yield f"{name} {'x'.join(map(str, tensor.shape))}{' (masked)' * is_masked}"
+    if cond.scalars:
+        yield f"{', '.join(sorted(cond.scalars))} {sizes.batch}"

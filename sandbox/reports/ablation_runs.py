@@ -3,8 +3,6 @@
 Only run folders are read; no tracker is needed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,17 +35,13 @@ class Entry:
     environment: dict[str, Any]
     flops: float | None = None  # per optimizer step, if task=plan counted them
 
-    @property
-    def seed(self) -> int:
-        return int(self.settings.get("seed", 0))
-
     @cached_property
     def values(self) -> dict[str, float]:
         """Every finite metric."""
-        found = dict(self.metrics.get("scores", {}).get("model", {}))
-        found["loss"] = self.result.get("loss")
-        found["first_stage_psnr_db"] = self.metrics.get("first_stage_psnr_db")
-        return {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
+        values = dict(self.metrics.get("scores", {}).get("model", {}))
+        values["loss"] = self.result.get("loss")
+        values["first_stage_psnr_db"] = self.metrics.get("first_stage_psnr_db")
+        return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
 
     def protocol(self, name: str) -> dict[str, str]:
         """How `name` was computed, dotted name -> value; empty if not recorded."""
@@ -61,52 +55,54 @@ class Entry:
     @cached_property
     def costs(self) -> dict[str, float]:
         """Costs; without the time of a resumed run, of which only the last part was measured."""
-        found = {k: v for k, v in self.metrics.get("cost", {}).items() if k in COSTS}
+        costs = {k: v for k, v in self.metrics.get("cost", {}).items() if k in COSTS}
         if self.environment.get("earlier"):
-            found.pop("training_seconds", None)
-        return found if self.flops is None else {**found, "flops_per_step": self.flops}
+            costs.pop("training_seconds", None)
+        return costs if self.flops is None else {**costs, "flops_per_step": self.flops}
 
     @cached_property
     def by_prompt(self) -> dict[str, dict[str, float]]:
         """Score -> prompt -> mean over its clips."""
-        found = read_json(self.folder / "scores_by_clip.json")
+        by_clip = read_json(self.folder / "scores_by_clip.json")
         scores: dict[str, dict[str, float]] = {}
-        for name, values in found.get("scores", {}).items():
+        for name, values in by_clip.get("scores", {}).items():
             clips: dict[str, list[float]] = {}
-            for caption, value in zip(found["captions"], values, strict=True):
+            for caption, value in zip(by_clip["captions"], values, strict=True):
                 clips.setdefault(caption, []).append(value)
             scores[name] = {caption: math.fsum(v) / len(v) for caption, v in clips.items()}
         return scores
 
 
 @dataclass
-class Found:
-    """The runs that `read` found, and why others were left out."""
+class RunSet:
+    """Finished runs, and why other folders were left out."""
 
-    entries: list[Entry]
+    entries: list[Entry] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
 
-def read(folder: Path) -> Found:
+def read(folder: Path) -> RunSet:
     """Finished training runs of a multirun folder or a folder of run folders. Raises ConfigError
     if there are none.
     """
     if not folder.is_dir():
         raise ConfigError(f"task.runs={folder}: no such folder")
-    found = Found([])
+    runs = RunSet()
     is_sweep = any(folder.glob("job-*.json"))
     planned = _planned((folder.parent.parent if is_sweep else folder) / "plans")
-    add(found, _of_jobs(folder, found) if is_sweep else _below(folder), planned)
-    if not found.entries:
-        why = "; ".join(found.left_out[:MOST_NAMED])
+    add(runs, _of_jobs(folder, runs) if is_sweep else _below(folder), planned)
+    if not runs.entries:
+        why = "; ".join(runs.left_out[:MOST_NAMED])
         raise ConfigError(
             f"task.runs={folder}: no finished run of task=train{f' ({why})' if why else ''}; "
             "want the folder of a multirun, or a folder of runs"
         )
-    return found
+    return runs
 
 
-def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | None = None) -> Found:
+def add(
+    runs: RunSet, folders: Iterable[Path], planned: Mapping[str, float] | None = None
+) -> RunSet:
     """Adds the finished training runs among `folders`; `planned`: `identity_of_work` -> FLOPs."""
     for path in folders:
         run = Run(path)
@@ -114,25 +110,23 @@ def add(found: Found, folders: Iterable[Path], planned: Mapping[str, float] | No
         if (config.get("task") or {}).get("plugin") != TRAINED_BY:
             continue
         if not run.finished:
-            found.left_out.append(f"{path.name} is not finished")
+            runs.left_out.append(f"{path.name} is not finished")
             continue
-        result, environment = read_json(run.result), read_json(run.environment)
-        metrics = _with_evaluations(path)
-        settings = leaves(config)
-        flops = planned.get(identity_of_work(settings)) if planned else None
-        found.entries.append(Entry(path, settings, metrics, result, environment, flops))
-    return found
+        flops = planned.get(identity_of_work(config)) if planned else None
+        records = with_evaluations(path), read_json(run.result), read_json(run.environment)
+        runs.entries.append(Entry(path, leaves(config), *records, flops))
+    return runs
 
 
-def _with_evaluations(folder: Path) -> dict[str, Any]:
-    """metrics.json plus the scores of task=evaluate; the newest of each name counts."""
+def with_evaluations(folder: Path) -> dict[str, Any]:
+    """metrics.json, and from task=evaluate the scores that it lacks; of these the newest count."""
     metrics = read_json(folder / "metrics.json")
+    known = metrics.setdefault("scores", {}).setdefault("model", {})
     paths = (folder / "evaluations").glob("evaluation-*.json")
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
         evaluation = read_json(path)
         scores = evaluation.get("scores", {}).get("model", {})
-        known = metrics.setdefault("scores", {}).setdefault("model", {})
-        for name in scores.keys() - known.keys():
+        for name in [n for n in scores if n not in known]:
             known[name] = scores[name]
             for kind in ("protocols", "meaning"):
                 if name in evaluation.get(kind, {}):
@@ -140,23 +134,21 @@ def _with_evaluations(folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def _of_jobs(folder: Path, found: Found) -> Iterator[Path]:
+def _of_jobs(folder: Path, runs: RunSet) -> Iterator[Path]:
     jobs = [read_json(p) for p in folder.glob("job-*.json")]
     for job in sorted(jobs, key=lambda j: j.get("number", 0)):
-        results = job.get("result") or {}
         if job.get("exit_code") != 0:
             reason = str(job.get("error", "unknown error")).partition("\n")[0]
-            job_name = f"job {job.get('number')} ({job.get('overrides')})"
-            found.left_out.append(f"{job_name} failed: {reason}")
-        for name in results.get("folders") or [results.get("folder")]:
-            if name is None:
-                continue
+            name = f"job {job.get('number')} ({job.get('overrides')})"
+            runs.left_out.append(f"{name} failed: {reason}")
+        result = job.get("result") or {}
+        for name in filter(None, result.get("folders") or [result.get("folder")]):
             moved = folder.parent.parent / Path(name).name  # <out>/sweeps/<time>, <out>/<run>
             path = next((p for p in (moved, Path(name)) if Run(p).config_file.is_file()), None)
-            if path is None:
-                found.left_out.append(f"{name} no longer exists")
-            else:
+            if path is not None:
                 yield path
+            else:
+                runs.left_out.append(f"{name} no longer exists")
 
 
 def _planned(folder: Path) -> dict[str, float]:

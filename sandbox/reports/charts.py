@@ -1,18 +1,14 @@
 """Line charts of a run page: matplotlib SVG, in the CSS colours of the page (light and dark)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
+from sandbox.reports.tables import number
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
 
@@ -36,24 +32,19 @@ INLINE: dict[Any, Any] = STYLE | {
 FEW = 40  # up to this many measurements are shown as dots, unsmoothed
 
 
-@dataclass(frozen=True)
-class Chart:
-    """keys: (name, last smoothed value) per series; svg is None without finite values."""
+def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> dict[str, Any]:
+    """Faint measurements under smoothed lines. Series without finite values are left out.
 
-    title: str
-    keys: list[tuple[str, str]]
-    svg: Markup | None
-
-
-def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> Chart:
-    """Faint measurements under smoothed lines. Series without finite values are left out."""
+    `keys`: (name, last smoothed value) per series. `svg` is None without finite values.
+    """
     cleaned = {name: points for name, raw in series.items() if len(points := _finite(raw))}
     keys = [(name, number(float(smoothed(p)[-1, 1]))) for name, p in cleaned.items()]
-    return Chart(title, keys, inline_svg(draw, title, cleaned, log_x) if cleaned else None)
+    svg = inline_svg(draw, title, cleaned, log_x) if cleaned else None
+    return {"title": title, "keys": keys, "svg": svg}
 
 
-def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Figure:
-    """series: name -> (N, 2) finite points."""
+def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Any:
+    """A matplotlib figure; series: name -> (N, 2) finite points."""
     from matplotlib.figure import Figure
 
     figure = Figure((5.4, 2.36), layout="constrained")
@@ -76,7 +67,6 @@ def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Figu
 
 def inline_svg(draw: Any, *args: Any) -> Markup:
     """The figure of draw(*args) as an `<svg>` element with the page's colours and fonts."""
-    from markupsafe import Markup
     from matplotlib import rc_context
 
     written = StringIO()
@@ -107,13 +97,6 @@ def value_range(title: str, series: list[np.ndarray]) -> tuple[float, float, boo
         low = 0.0
     margin = 0.05 * (high - low) or abs(high) or 1.0
     return low and low - margin, high + margin, False
-
-
-def number(value: float) -> str:
-    """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
-    if 1000 <= abs(value) < 1e6:
-        return f"{value / 1000:.3g}k"
-    return f"{value:.3g}"
 
 
 def _finite(points: Points) -> np.ndarray:

@@ -8,33 +8,31 @@ PyAV and Pillow do the encoding. The sheet layout is our own: matplotlib would r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
-from math import ceil
+from itertools import zip_longest
+from math import ceil, inf, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageOps
 
+from sandbox.reports.fonts import draw_text, wrapped
 from sandbox.storage import atomic
-from sandbox.storage.atomic import storing
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont
     from torch import Tensor
+
+    SheetRow = tuple[str, Mapping[str, Tensor | np.ndarray]]  # caption, column label -> clip
 
 BACKGROUND, FRAME, INK = (20, 20, 22), (58, 58, 62), (236, 236, 238)
 NAN = (255, 0, 255)  # magenta, which is easier to notice than black
 MAX_FRAMES = 9  # of one strip
 SHEET_WIDTH = 1900  # target, in pixels
-CAPTION_WIDTH, MARGIN, HEADER, GAP, ROW_GAP, FILM = 190, 18, 28, 18, 6, 3  # pixels
+CAPTION_WIDTH, MARGIN, HEADER, GAP, ROW_GAP, FILM = 190, 18, 22, 18, 6, 3  # pixels
 TEXT, LINE = 14, 19  # font size, line height
-ELLIPSIS = "..."
 BT709 = 1  # code of ITU-T H.273 for matrix, primaries and transfer
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 
@@ -49,7 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An exception leaves `path` unchanged. Raises StorageError where the file cannot be written.
     """
     path = Path(path)
-    with storing(path):
+    with atomic.storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as draft:
             yield draft
@@ -63,17 +61,15 @@ def frames_uint8(video: Tensor | np.ndarray) -> np.ndarray:
 
     -1 is 0 and 1 is 255: u / 127.5 - 1 maps back to u. (T, H, W, 3) uint8 is returned unchanged.
     """
-    if isinstance(video, np.ndarray) and video.dtype == np.uint8:
-        if video.ndim != 4 or video.shape[-1] != 3:
-            raise ValueError(f"frames have shape {video.shape}: want (T, H, W, 3)")
-        return video
-    if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
-        raise ValueError(f"video has shape {tuple(video.shape)}: want (3, T, H, W)")
-    if isinstance(video, np.ndarray):
-        pixels = video.astype(np.float32)
-    else:
-        pixels = video.detach().float().cpu().numpy()  # bfloat16 has no numpy type
-    pixels = pixels.transpose(1, 2, 3, 0)  # (T, H, W, 3)
+    # bfloat16 has no numpy type
+    array = video if isinstance(video, np.ndarray) else video.detach().float().cpu().numpy()
+    if array.dtype == np.uint8:
+        if array.ndim != 4 or array.shape[-1] != 3:
+            raise ValueError(f"frames have shape {array.shape}: want (T, H, W, 3)")
+        return array
+    if array.ndim != 4 or array.shape[0] != 3 or 0 in array.shape:
+        raise ValueError(f"video has shape {array.shape}: want (3, T, H, W)")
+    pixels = array.astype(np.float32).transpose(1, 2, 3, 0)  # (T, H, W, 3)
     broken = np.isnan(pixels)
     levels = np.rint((pixels.clip(-1, 1) + 1) * 127.5)
     frames = np.where(broken, 0, levels).astype(np.uint8)
@@ -99,9 +95,7 @@ def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
 
 def evenly(count: int, most: int) -> list[int]:
     """At most `most` of range(count), evenly spaced, including the first and the last."""
-    if count <= most:
-        return list(range(count))
-    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 # --- videos and images ----------------------------------------------------------------------------
@@ -169,8 +163,6 @@ def write_frames(
 
 def write_image(path: str | Path, clip: Tensor | np.ndarray) -> None:
     """Writes a clip of one frame (3, 1, H, W) in [-1, 1] as a PNG."""
-    from PIL import Image
-
     frames = frames_uint8(clip)
     if len(frames) != 1:
         raise ValueError(f"clip has {len(frames)} frames: want 1; use write_video")
@@ -183,8 +175,6 @@ def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float, enlarge:
 
     All frames share one palette of 256 colours, which avoids flicker. Delays are in 10 ms units.
     """
-    from PIL import Image
-
     _check_fps(fps)
     small = frames_uint8(video)
     # the default median cut spends colours on dark noise and distorts bright strokes
@@ -219,84 +209,27 @@ def wall(
 
     Each clip (3, T, H, W) is enlarged to `least` pixels; shorter clips repeat their last frame.
     """
-    from PIL import Image, ImageDraw
-
     if not clips:
         raise ValueError("wall: want at least one clip")
     small = [frames_uint8(video) for _, video in clips]
     shown = [enlarged(f, enlargement(f.shape[1], f.shape[2], least)) for f in small]
-    gap = 12
-    columns = min(columns, len(shown))
     width, height = max(f.shape[2] for f in shown), max(f.shape[1] for f in shown)
-    texts = [wrapped(caption, width, TEXT, most=2) for caption, _ in clips]
-    cell = height + 6 + LINE * max(len(t) for t in texts) + gap
-    shape = (gap + ceil(len(shown) / columns) * cell, gap + columns * (width + gap))
-    canvas = Image.new("RGB", (shape[1] + shape[1] % 2, shape[0] + shape[0] % 2), BACKGROUND)
-    draw = ImageDraw.Draw(canvas)
-    places = [
-        (gap + i // columns * cell, gap + i % columns * (width + gap)) for i in range(len(shown))
-    ]
-    for (top, left), lines in zip(places, texts, strict=True):
-        _lines(draw, lines, left, top + height + 6)
-    frames = np.repeat(np.asarray(canvas)[None], max(len(f) for f in shown), 0)
-    for (top, left), clip in zip(places, shown, strict=True):
-        for t, frame in enumerate(frames):
-            frame[top : top + clip.shape[1], left : left + clip.shape[2]] = clip[
-                min(t, len(clip) - 1)
-            ]
-    return frames
-
-
-# --- text -----------------------------------------------------------------------------------------
-
-
-@cache
-def font(size: int, bold: bool = False) -> FreeTypeFont:
-    """DejaVu Sans from matplotlib: Latin, Greek and Cyrillic; other scripts show as boxes."""
-    import matplotlib
-    from PIL import ImageFont
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
-    """Lines of at most `width` pixels; text beyond `most` lines is cut with an ellipsis."""
-
-    def fits(line: str) -> bool:
-        return font(size, bold).getlength(line) <= width
-
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            if fits(f"{line} {word}".strip()):
-                line = f"{line} {word}".strip()
-                continue
-            lines += [line] if line else []
-            while len(word) > 1 and not fits(word):  # wider than the column: cut anywhere
-                cut = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), 1)
-                lines.append(word[:cut])
-                word = word[cut:]
-            line = word
-        lines.append(line)
-    if len(lines) <= most:
-        return lines
-    last = lines[most - 1]
-    while last and not fits(last + ELLIPSIS):
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + ELLIPSIS]
+    texts = _texts([caption for caption, _ in clips], width, most=2)
+    frames = []
+    for t in range(max(map(len, shown))):
+        images = [Image.fromarray(clip[min(t, len(clip) - 1)]) for clip in shown]
+        cells = [
+            _table([[_padded(image, width, height)], [text]], (0, 6))
+            for image, text in zip(images, texts, strict=True)
+        ]
+        table = _table(_in_rows(cells, columns), (12, 12), 12)
+        frames.append(
+            _padded(table, table.width + table.width % 2, table.height + table.height % 2)
+        )
+    return np.stack(frames)
 
 
 # --- contact sheets -------------------------------------------------------------------------------
-
-
-@dataclass
-class SheetRow:
-    """A row of a contact sheet: a caption, and column label -> clip (3, T, H, W)."""
-
-    caption: str
-    strips: dict[str, Tensor | np.ndarray] = field(default_factory=dict)
 
 
 def contact_sheet(path: str | Path, rows: Sequence[SheetRow]) -> None:
@@ -306,19 +239,58 @@ def contact_sheet(path: str | Path, rows: Sequence[SheetRow]) -> None:
         image.save(draft, format="PNG", optimize=True)
 
 
-def sheet(rows: Sequence[SheetRow]) -> Image:
+def sheet(rows: Sequence[SheetRow]) -> Image.Image:
     """Rows of a caption and its filmstrips, one labelled column per kind of clip.
 
     Columns keep the order in which labels first appear; missing clips stay blank. Strips show at
     most 9 evenly spaced frames. If every clip is an image, rows become cells of a grid.
     """
-    labels = list(dict.fromkeys(label for row in rows for label in row.strips))
+    labels = list(dict.fromkeys(label for _, strips in rows for label in strips))
     if not labels:
         raise ValueError("sheet: want at least one row with a clip")
-    clips = [{k: frames_uint8(v) for k, v in row.strips.items()} for row in rows]
-    images = all(len(clip) == 1 for strips in clips for clip in strips.values())
-    draw = _grid if images else _film
-    return draw([row.caption for row in rows], clips, labels)
+    clips = [{k: frames_uint8(v) for k, v in strips.items()} for _, strips in rows]
+    count = max(min(len(c), MAX_FRAMES) for of_row in clips for c in of_row.values())
+    largest = max(max(c.shape[1:3]) for of_row in clips for c in of_row.values())
+    layout, least, reserved = (_grid, 128, 2 * MARGIN) if count == 1 else (_film, 96, CAPTION_WIDTH)
+    side = min(
+        least if largest <= least else 2 * least,
+        (SHEET_WIDTH - reserved) / (count * len(labels)),
+    )
+    strips = [{k: _strip(c, side) for k, c in of_row.items()} for of_row in clips]
+    return layout([caption for caption, _ in rows], strips, labels)
+
+
+def _film(
+    captions: list[str], strips: list[dict[str, Image.Image]], labels: list[str]
+) -> Image.Image:
+    """Rows of filmstrips with captions on the left."""
+    widths = [max(s[k].width for s in strips if k in s) for k in labels]
+    header = [None, *map(_label, labels, widths)]
+    rows = [
+        [*_texts([caption], CAPTION_WIDTH, most=6), *map(of_row.get, labels)]
+        for caption, of_row in zip(captions, strips, strict=True)
+    ]
+    return _table([header, *rows] if any(labels) else rows, (GAP, ROW_GAP), MARGIN, is_centred=True)
+
+
+def _grid(
+    captions: list[str], strips: list[dict[str, Image.Image]], labels: list[str]
+) -> Image.Image:
+    """A grid of images with captions below; labels are above the first row."""
+    width = max(s.width for of_row in strips for s in of_row.values())
+    height = max(s.height for of_row in strips for s in of_row.values())
+    blank = Image.new("RGB", (width, height), BACKGROUND)
+    shown = [[_padded(s.get(k, blank), width, height) for k in labels] for s in strips]
+    texts = _texts(captions, (width + 2) * len(labels) - 2, most=3)
+    cells = [
+        _table([[_table([images], (2, 0))], [text]], (0, 4))
+        for images, text in zip(shown, texts, strict=True)
+    ]
+    most = max(1, SHEET_WIDTH // (cells[0].width + GAP))
+    rows = _in_rows(cells, min(most, max(4, ceil(len(cells) ** 0.5))))
+    header = _table([[_label(label, width) for label in labels]], (2, 0))
+    header_rows = [[header] * len(rows[0])] if any(labels) else []
+    return _table([*header_rows, *rows], (GAP, ROW_GAP), MARGIN)
 
 
 def reconstruction_sheet(
@@ -340,111 +312,84 @@ def reconstruction_sheet(
         if a.shape != b.shape:
             raise ValueError(f"original {i} has shape {a.shape}, its reconstruction {b.shape}")
         error = np.abs(a.astype(np.float32) - b)
+        mse = np.square(error).mean()
+        decibels = 10 * log10(255**2 / mse) if mse else inf
         caption = captions[i] if i < len(captions) else ""
         difference = np.rint(error * gain).clip(0, 255).astype(np.uint8)
         strips = {"original": a, "reconstruction": b, f"difference x{gain:g}": difference}
-        rows.append(SheetRow(f"{caption}\n{_psnr(error):.1f} dB".strip(), strips))
+        rows.append((f"{caption}\n{decibels:.1f} dB".strip(), strips))
     contact_sheet(path, rows)
 
 
-def _psnr(error: np.ndarray) -> float:
-    mse = float(np.square(error).mean())
-    return float("inf") if mse == 0 else 10 * float(np.log10(255**2 / mse))
+# --- layout ---------------------------------------------------------------------------------------
 
 
-def _film(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[str]) -> Image:
-    """Rows of filmstrips with captions on the left."""
-    from PIL import Image, ImageDraw
+def _table(
+    rows: Sequence[Sequence[Image.Image | None]],
+    gaps: tuple[int, int],
+    margin: int = 0,
+    colour: tuple[int, int, int] = BACKGROUND,
+    is_centred: bool = False,
+) -> Image.Image:
+    """Images in rows and columns, `gaps` (between columns, between rows) pixels apart.
 
-    count = max(min(len(c), MAX_FRAMES) for strips in clips for c in strips.values())
-    largest = max(max(c.shape[1:3]) for strips in clips for c in strips.values())
-    most = 96 if largest <= 96 else 192
-    side = min(most, (SHEET_WIDTH - CAPTION_WIDTH) / (count * len(labels)))
-    drawn = [{k: _strip(c, side) for k, c in strips.items()} for strips in clips]
-    texts = [wrapped(caption, CAPTION_WIDTH, TEXT, most=6) for caption in captions]
-    heights = [
-        max(LINE * len(text), *(s.shape[0] for s in strips.values()), 0)
-        for text, strips in zip(texts, drawn, strict=True)
-    ]
-    widths = [max(s[k].shape[1] for s in drawn if k in s) for k in labels]
-    lefts = np.cumsum([MARGIN + CAPTION_WIDTH + GAP] + [w + GAP for w in widths]).tolist()
-    header = HEADER if any(labels) else 0
-    tops = np.cumsum([MARGIN + header] + [h + ROW_GAP for h in heights]).tolist()
-    sheet = Image.new("RGB", (lefts[-1] - GAP + MARGIN, tops[-1] - ROW_GAP + MARGIN), BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for label, left, width in zip(labels, lefts, widths, strict=False):
-        draw.text((left, MARGIN), _label(label, width), INK, font(TEXT, True))
-    for text, strips, top, height in zip(texts, drawn, tops, heights, strict=False):
-        _lines(draw, text, MARGIN, top + (height - LINE * len(text)) // 2)
-        for label, left in zip(labels, lefts, strict=False):
-            if label in strips:
-                place = (left, top + (height - strips[label].shape[0]) // 2)
-                sheet.paste(Image.fromarray(strips[label]), place)
-    return sheet
+    An image is at the left of its column, and at the top or in the vertical centre of its row.
+    """
+    columns = zip_longest(*rows)
+    widths = [max(image.width for image in column if image) for column in columns]
+    heights = [max(image.height for image in row if image) for row in rows]
+    lefts = [margin, *(margin + np.cumsum(np.add(widths, gaps[0]))).tolist()]
+    tops = [margin, *(margin + np.cumsum(np.add(heights, gaps[1]))).tolist()]
+    size = lefts[-1] - gaps[0] + margin, tops[-1] - gaps[1] + margin
+    table = Image.new("RGB", size, colour)
+    for row, top, height in zip(rows, tops, heights, strict=False):
+        for image, left in zip(row, lefts, strict=False):
+            if image is not None:
+                lower = (height - image.height) // 2 if is_centred else 0
+                table.paste(image, (left, top + lower))
+    return table
 
 
-def _grid(captions: list[str], clips: list[dict[str, np.ndarray]], labels: list[str]) -> Image:
-    """A grid of images with captions below; labels are above the first row."""
-    from PIL import Image, ImageDraw
-
-    largest = max(max(c.shape[1:3]) for strips in clips for c in strips.values())
-    side = min(128 if largest <= 128 else 256, (SHEET_WIDTH - 2 * MARGIN) / len(labels))
-    drawn = [{k: _strip(c, side) for k, c in strips.items()} for strips in clips]
-    width = max(s.shape[1] for strips in drawn for s in strips.values())
-    height = max(s.shape[0] for strips in drawn for s in strips.values())
-    cell = (width + 2) * len(labels) - 2
-    across = min(max(1, SHEET_WIDTH // (cell + GAP)), max(4, ceil(len(drawn) ** 0.5)), len(drawn))
-    texts = [wrapped(caption, cell, TEXT, most=3) for caption in captions]
-    pitch = height + 4 + LINE * max(len(t) for t in texts) + ROW_GAP
-    header = HEADER if any(labels) else 0
-    size = (
-        2 * MARGIN - GAP + across * (cell + GAP),
-        2 * MARGIN - ROW_GAP + header + ceil(len(drawn) / across) * pitch,
-    )
-    sheet = Image.new("RGB", size, BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for i, (text, strips) in enumerate(zip(texts, drawn, strict=True)):
-        left, top = MARGIN + i % across * (cell + GAP), MARGIN + header + i // across * pitch
-        for j, label in enumerate(labels):
-            if i < across and header:
-                draw.text(
-                    (left + j * (width + 2), MARGIN), _label(label, width), INK, font(TEXT, True)
-                )
-            if label in strips:
-                sheet.paste(Image.fromarray(strips[label]), (left + j * (width + 2), top))
-        _lines(draw, text, left, top + height + 4)
-    return sheet
+def _in_rows(cells: list[Image.Image], across: int) -> list[list[Image.Image]]:
+    return [cells[i : i + across] for i in range(0, len(cells), across)]
 
 
-def _label(text: str, width: int) -> str:
-    return " ".join(wrapped(text, width, TEXT, most=1, bold=True))
+def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image in the upper left corner of a larger one."""
+    return ImageOps.expand(image, (0, 0, width - image.width, height - image.height), BACKGROUND)
 
 
-def _lines(draw: ImageDraw, lines: list[str], left: int, top: int) -> None:
+def _texts(texts: Sequence[str], width: int, most: int) -> list[Image.Image]:
+    """Texts of at most `most` lines, as images of one size."""
+    lines = [wrapped(text, width, TEXT, most) for text in texts]
+    height = LINE * max(map(len, lines))
+    return [_drawn(of_text, width, height) for of_text in lines]
+
+
+def _label(text: str, width: int) -> Image.Image:
+    return _drawn(wrapped(text, width, TEXT, 1, bold=True), width, HEADER, bold=True)
+
+
+def _drawn(lines: list[str], width: int, height: int, bold: bool = False) -> Image.Image:
+    image = Image.new("RGB", (width, height), BACKGROUND)
     for i, line in enumerate(lines):
-        draw.text((left, top + i * LINE), line, INK, font(TEXT))
+        draw_text(ImageDraw.Draw(image), (0, i * LINE), line, INK, TEXT, bold)
+    return image
 
 
-def _strip(frames: np.ndarray, side: float) -> np.ndarray:
-    """(T, H, W, 3) -> (H', W', 3): at most 9 frames of about `side` pixels on a grey film."""
-    shown = _fitted(frames[evenly(len(frames), MAX_FRAMES)], side)  # (T', h, w, 3)
-    count, height, width = shown.shape[:3]
-    film = np.empty((height + 2 * FILM, count * (width + FILM) + FILM, 3), np.uint8)
-    film[:] = FRAME
-    for i, frame in enumerate(shown):
-        left = FILM + i * (width + FILM)
-        film[FILM : FILM + height, left : left + width] = frame
-    return film
+def _strip(frames: np.ndarray, side: float) -> Image.Image:
+    """(T, H, W, 3) -> at most 9 frames of about `side` pixels on a grey film.
 
-
-def _fitted(frames: np.ndarray, side: float) -> np.ndarray:
-    """Frames of about `side` pixels: enlarged by an integer factor, or shrunk with Lanczos."""
-    from PIL import Image
-
+    Enlarged by an integer factor, or shrunk with Lanczos.
+    """
     height, width = frames.shape[1:3]
     longest = max(height, width)
     if longest <= 1.25 * side:
-        return enlarged(frames, max(1, round(side / longest)))
-    size = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
-    shrunk = [Image.fromarray(f).resize(size, Image.Resampling.LANCZOS) for f in frames]
-    return np.stack([np.asarray(f) for f in shrunk])
+        factor, method = max(1, round(side / longest)), Image.Resampling.NEAREST
+        size = width * factor, height * factor
+    else:
+        method = Image.Resampling.LANCZOS
+        size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
+    shown = frames[evenly(len(frames), MAX_FRAMES)]
+    images = [Image.fromarray(frame).resize(size, method) for frame in shown]
+    return _table([images], (FILM, 0), FILM, FRAME)

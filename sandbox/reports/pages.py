@@ -1,10 +1,7 @@
-"""Self-contained HTML pages from the jinja2 templates in `templates/`; all text is escaped."""
-
-from __future__ import annotations
+"""Self-contained HTML pages and texts from the jinja2 templates in `templates/`."""
 
 import base64
 import json
-from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,15 @@ CHARS = 300  # of one setting
 MEDIA = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg",
          ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}  # fmt: skip
 
+TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": "$<$", ">": "$>$",
+})  # fmt: skip
+
 
 def render(template: str, **context: Any) -> str:
-    """The page `templates/NAME.html.j2`."""
-    return _environment().get_template(f"{template}.html.j2").render(context)
+    """The text `templates/TEMPLATE.j2`, such as "run.html"; only HTML is escaped."""
+    return _environment().get_template(f"{template}.j2").render(context)
 
 
 @cache
@@ -28,11 +30,13 @@ def _environment() -> Any:
 
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=lambda name: ".html" in (name or ""), trim_blocks=True,
+        lstrip_blocks=True, undefined=StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"setting": setting, "size": byte_size, "percent": percent,
-                            "unquote": unquote}  # fmt: skip
+    environment.filters |= {
+        "setting": setting, "size": byte_size, "percent": percent, "unquote": unquote,
+        "tex": lambda text: text.translate(TEX),
+    }  # fmt: skip
     return environment
 
 
@@ -54,15 +58,6 @@ def byte_size(size: float) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
-
-
-def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 class Media:

@@ -1,10 +1,8 @@
 """Progress of long work, through rich: a live line in a terminal, a line every 5 s in a log."""
 
-from __future__ import annotations
-
 import sys
 import time
-from typing import TextIO
+from typing import Self, TextIO
 
 
 class Progress:
@@ -21,23 +19,25 @@ class Progress:
         first: int = 0,
         stream: TextIO | None = None,
     ) -> None:
-        from rich.console import Console
-        from rich.progress import Progress as Bar
-        from rich.progress import TextColumn, TimeRemainingColumn
+        from rich import console, progress
 
         output: TextIO = stream or sys.stdout
         self.total, self.unit, self.every = total, unit, 0.1 if output.isatty() else 5.0
         self.shown = time.monotonic()
         width = None if output.isatty() else 200
-        self.console = Console(file=output, width=width, force_jupyter=False, highlight=False)
+        self.console = console.Console(
+            file=output, width=width, force_jupyter=False, highlight=False
+        )
         line = "{task.description} {task.completed}/{task.total}{task.fields[facts]}"
-        remaining = TimeRemainingColumn(elapsed_when_finished=True)
-        self.bar = Bar(TextColumn(line, markup=False), remaining, console=self.console,
-                       auto_refresh=False)  # fmt: skip
+        self.bar = progress.Progress(
+            progress.TextColumn(line, markup=False),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console, auto_refresh=False,
+        )  # fmt: skip
         self.bar.add_task(what, total=total, completed=first, facts="")
         (self.task,) = self.bar.tasks
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,8 +4,6 @@ A Content-Security-Policy allows inline styles and data URIs only. The layout is
 `templates/run.html.j2`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,20 +13,16 @@ from typing import Any
 from urllib.parse import quote
 
 from sandbox.reports.charts import Points, line_chart
-from sandbox.reports.pages import Media, flattened, render
+from sandbox.reports.pages import Media, render
 from sandbox.reports.scores import (
     ScoreRow,
     format_score,
     format_span,
     interval,
     names_of,
-    rates_of,
-    terminal_table,
 )
+from sandbox.runs.run import Run, leaves
 from sandbox.storage.atomic import storing, write_atomic
-
-__all__ = ["Report", "ScoreRow", "charts_of", "duration", "read_curves", "terminal_table",
-           "write_report"]  # fmt: skip
 
 LISTED = 200  # files and skipped items
 SPLITS = ("train", "val", "test", "ema")  # metric prefixes that name a split or weights
@@ -46,7 +40,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     scores: list[ScoreRow] = field(default_factory=list)
     meanings: dict[str, str] = field(default_factory=dict)  # of each score: chance and perfect
-    rates: frozenset[str] | None = None  # scores that are shares of n clips; None: infer them
+    rates: frozenset[str] = frozenset()  # scores that are shares of n clips
     samples: list[tuple[str, Path]] = field(default_factory=list)  # caption, video or image
     sheet: Path | None = None  # contact sheet or reconstruction sheet
     curves: dict[str, Points] = field(default_factory=dict)  # as `read_curves` returns them
@@ -63,23 +57,20 @@ def write_report(folder: str | Path, report: Report) -> Path:
     Missing files are named; files above 4 MiB, or above 16 MiB in total, are linked.
     """
     folder = Path(folder)
-    media = Media(folder)
-    samples = [media.item(Path(path), caption) for caption, path in report.samples]
-    sheet = media.item(Path(report.sheet), "contact sheet") if report.sheet is not None else None
-    charts = charts_of(report.curves)
+    media, charts = Media(folder), charts_of(report.curves)
     page = render(
-        "run",
+        "run.html",
         report=report,
         scores=score_table(report),
-        samples=samples,
-        sheet=sheet,
+        samples=[media.item(Path(path), caption) for caption, path in report.samples],
+        sheet=media.item(Path(report.sheet), "contact sheet") if report.sheet else None,
         linear=[line_chart(name, series) for name, series in charts.items()],
         log=[line_chart(name, series, log_x=True) for name, series in charts.items()],
         total=sum(report.timings.values()),
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
         settings=dict(setting_tables(report.settings)),
-        environment=dict(flattened(report.environment)),
+        environment=flattened(report.environment),
         files=[*files_of(folder)][:LISTED],
     )
     path = folder / "report.html"
@@ -89,27 +80,14 @@ def write_report(folder: str | Path, report: Report) -> Path:
     return path
 
 
-def read_curves(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """metrics.jsonl, one {"step": 3, "loss": 0.9, ...} per line -> name -> [(step, value), ...].
-
-    The later line counts where a resumed run wrote a step twice. Lines that a kill truncated and
-    values that are no numbers are ignored. A missing file gives no curves.
-    """
-    path = Path(path)
-    found: dict[str, dict[int, float]] = {}
-    if not path.exists():
-        return {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
-        for name, value in entry.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, {})[entry["step"]] = float(value)
-    return {name: sorted(points.items()) for name, points in found.items()}
+def read_curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> [(step, value), ...] of a run folder; empty where it recorded none."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, row in Run(run).metrics().items():
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                curves.setdefault(name, []).append((step, float(value)))
+    return curves
 
 
 def score_table(report: Report) -> dict[str, Any]:
@@ -117,11 +95,10 @@ def score_table(report: Report) -> dict[str, Any]:
     rows = report.scores
     if not rows:
         return {}
-    rates = rates_of(rows) if report.rates is None else report.rates
     names = names_of(rows)
 
     def cell(row: ScoreRow, name: str) -> dict[str, Any]:
-        bounds = interval(row, name) if name in rates else None
+        bounds = interval(row, name) if name in report.rates else None
         value = row.values.get(name, math.nan)
         top = max(1.0, *(v for r in rows if math.isfinite(v := r.values.get(name, 0.0))))
         return {"value": format_score(value), "share": None if math.isnan(value) else value / top,
@@ -132,7 +109,7 @@ def score_table(report: Report) -> dict[str, Any]:
         "names": names,
         "across": math.ceil(len(names) / tile_rows),
         "rows": [(row, [cell(row, name) for name in names]) for row in rows],
-        "rates": ", ".join(name for name in names if name in rates),
+        "rates": ", ".join(name for name in names if name in report.rates),
     }
 
 
@@ -168,9 +145,14 @@ def setting_tables(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         yield "run", plain
     for name, group in groups.items():
         plugin = str(group.get("plugin") or "").rpartition("/")[2]
-        values = dict(flattened(group, f"{name}."))
+        values = flattened(group, name)
         values.pop(f"{name}.plugin", None)
         yield f"{name}={plugin}" if plugin else name, values
+
+
+def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested settings."""
+    return {k: json.loads(value) for k, value in leaves(settings, name).items()}
 
 
 def files_of(folder: Path) -> Iterator[tuple[str, str, int, bool]]:

@@ -1,7 +1,5 @@
 """Sample files: a clip per caption, a contact sheet, and a record of the settings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from itertools import chain, count
@@ -32,21 +30,19 @@ def write_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, (caption, clip) in enumerate(zip(captions, video, strict=True)):
-        path = folder / f"{i:03}-{file_name(caption)}"
-        if clip.shape[1] == 1:
-            paths.append(path.with_suffix(".png"))
+        is_image = clip.shape[1] == 1
+        paths.append(folder / f"{i:03}-{file_name(caption)}{'.png' if is_image else '.mp4'}")
+        if is_image:
             media.write_image(paths[-1], clip)
         else:
-            paths.append(path.with_suffix(".mp4"))
             media.write_video(paths[-1], clip, fps, media.enlargement(*clip.shape[2:]))
-    sheet = folder / "sheet.png"
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
     rows = [
-        media.SheetRow(caption, {name: clips[i] for name, clips in columns.items()})
+        (caption, {name: clips[i] for name, clips in columns.items()})
         for i, caption in enumerate(captions)
     ]
-    media.contact_sheet(sheet, rows)
-    return [*paths, sheet]
+    media.contact_sheet(folder / "sheet.png", rows)
+    return [*paths, folder / "sheet.png"]
 
 
 def write_samples(

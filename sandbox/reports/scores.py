@@ -1,14 +1,11 @@
 """Scores of clips: intervals for rates, and a table for a terminal."""
 
-from __future__ import annotations
-
 import math
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import TextWrapper
 
-from sandbox.reports.charts import number
-from sandbox.reports.tables import text_table
+from sandbox.reports.tables import number, text_table
 
 
 @dataclass
@@ -25,16 +22,6 @@ def names_of(scores: Iterable[ScoreRow]) -> list[str]:
     return list(dict.fromkeys(name for row in scores for name in row.values))
 
 
-def rates_of(scores: Sequence[ScoreRow]) -> frozenset[str]:
-    """Scores whose every value is an integer number of clips out of n: possible rates."""
-
-    def is_share(row: ScoreRow, name: str) -> bool:
-        hits = row.values.get(name, math.nan) * row.n
-        return math.isnan(hits) or (0 <= hits < row.n + 1e-3 and abs(hits - round(hits)) < 1e-3)
-
-    return frozenset(n for n in names_of(scores) if all(is_share(row, n) for row in scores))
-
-
 def interval(row: ScoreRow, name: str) -> tuple[float, float] | None:
     """95 % Wilson interval of a rate; None where the row has no such rate."""
     from scipy.stats import binomtest
@@ -42,8 +29,8 @@ def interval(row: ScoreRow, name: str) -> tuple[float, float] | None:
     value = row.values.get(name, math.nan)
     if math.isnan(value) or not -1e-3 < value < 1 + 1e-3 or row.n < 1:
         return None
-    found = binomtest(round(value * row.n), row.n).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
+    bounds = binomtest(round(value * row.n), row.n).proportion_ci(0.95, method="wilson")
+    return float(bounds.low), float(bounds.high)
 
 
 def format_span(bounds: tuple[float, float] | None, between: str = "-") -> str:
@@ -63,16 +50,15 @@ def format_score(value: float | None) -> str:
 def terminal_table(
     scores: Sequence[ScoreRow],
     meanings: Mapping[str, str],
-    rates: frozenset[str] | None = None,
+    rates: frozenset[str],
     width: int = 100,
 ) -> str:
     """A row for each kind of clips, intervals of the first row, then what each score means.
 
-    `rates`: scores that are shares of n clips; None infers them.
+    `rates`: scores that are shares of n clips.
     """
     if not scores:
         return ""
-    rates = rates_of(scores) if rates is None else rates
     names, model = names_of(scores), scores[0]
     is_same_n = len({row.n for row in scores}) == 1
     table = [[f"{model.n:,} clips" if is_same_n else "", *names]]
@@ -80,13 +66,8 @@ def terminal_table(
     spans = [format_span(interval(model, n)) if n in rates else "" for n in names]
     if any(spans):
         table.insert(2, ["  95 % interval", *spans])
-    text = text_table(table)
     explained = [n for n in names if meanings.get(n)]
     margin = 2 + max(map(len, explained), default=0)
-    for i, name in enumerate(explained):
-        lines = textwrap.fill(
-            f"{name:{margin}}{meanings[name]}", max(width, margin + 20),
-            subsequent_indent=" " * margin,
-        )  # fmt: skip
-        text += ("\n" if i else "\n\n") + lines
-    return text
+    wrapper = TextWrapper(max(width, margin + 20), subsequent_indent=" " * margin)
+    lines = [wrapper.fill(f"{name:{margin}}{meanings[name]}") for name in explained]
+    return "\n".join([text_table(table), *([""] if lines else []), *lines])

@@ -6,8 +6,6 @@ bootstrap, whose weights over prompts serve many rows at once, and Holm's correc
 lacks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +36,24 @@ class Estimate:
     @property
     def has_interval(self) -> bool:
         return self.low is not None
+
+    @property
+    def decimals(self) -> int:
+        """Decimals that show two digits of the interval's half-width."""
+        size = ((self.high or 0.0) - (self.low or 0.0)) / 2 or abs(self.mean) / 10 or 1.0
+        return min(max(1 - math.floor(math.log10(size)), 0), 6)
+
+    def value(self, sign: str = "") -> str:
+        return f"{self.mean:{sign}.{self.decimals}f}"
+
+    def bounds(self, between: str = ", ") -> str:
+        """ "0.12, 0.34"; empty without an interval."""
+        ends = [f"{x:.{self.decimals}f}" for x in (self.low, self.high) if x is not None]
+        return between.join(ends)
+
+    def text(self, sign: str = "") -> str:
+        """ "0.23 [0.12, 0.34]"."""
+        return f"{self.value(sign)} [{self.bounds()}]" if self.has_interval else self.value(sign)
 
 
 def of_seeds(values: Sequence[float]) -> Estimate:

@@ -1,30 +1,33 @@
 """Text tables through rich, for terminals and Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from io import StringIO
 
 
 def text_table(rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """The first row is the header. In plain text, columns of numbers are right-aligned."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from rich import box, console, table
 
-    console = Console(file=StringIO(), width=100_000, markup=False, emoji=False, highlight=False,
-                      color_system=None)  # fmt: skip
+    page = console.Console(file=StringIO(), width=100_000, markup=False, emoji=False,
+                           highlight=False, color_system=None)  # fmt: skip
     plain = box.Box("".join(f"{line:4}\n" for line in ("", "", " -- ", *[""] * 5)))
     style = box.MARKDOWN if markdown else plain
-    table = Table(box=style, show_edge=markdown, pad_edge=markdown)
+    grid = table.Table(box=style, show_edge=markdown, pad_edge=markdown)
     for header, *cells in zip(*rows, strict=True):
         is_text = markdown or any(cell and not is_number(cell) for cell in cells)
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
+        grid.add_column(header, justify="left" if is_text else "right", no_wrap=True)
     for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+        grid.add_row(*row)
+    page.print(grid)
+    return "\n".join(line.rstrip() for line in page.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("-", "inf", "nan", "no")
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
+    if 1000 <= abs(value) < 1e6:
+        return f"{value / 1000:.3g}k"
+    return f"{value:.3g}"

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import BadItem, Clip, Hashed, Items
 from sandbox.storage.atomic import digest_of
@@ -39,8 +40,8 @@ def protocols(
     loss = {
         "data": scored | {"split": "train", "clips": "last tenth of the steps"},
         "weights": "live",
-        "loss": to_container(root.loss),
-        "schedule": to_container(root.schedule),
+        "loss": without_added(to_container(root.loss)),
+        "schedule": without_added(to_container(root.schedule)),
         "latents": _contents(root.vae),
     }
     return found | {"loss": loss, "first_stage_psnr_db": scored}
@@ -48,7 +49,7 @@ def protocols(
 
 def _contents(cfg: Any) -> Any:
     """Settings, with the hash of a file's contents instead of its path."""
-    found = to_container(cfg)
+    found = without_added(to_container(cfg))
     for name, path in cfg.files().items() if cfg else ():
         if path and Path(path).is_file():
             found[name] = f"sha256 {digest_of(Path(path))[:16]}"

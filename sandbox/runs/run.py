@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from sandbox.config.added_settings import with_added, without_added
 from sandbox.config.root import to_container
 from sandbox.config.secrets import mask
 from sandbox.contracts import ConfigError, StorageError
@@ -68,14 +69,12 @@ log = logging.getLogger(__name__)
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits, a hash of every setting that may change the result."""
-    return _hash(leaves(mask(config)))
+    return _hash(leaves(mask(without_added(config))))
 
 
-def identity_of_work(settings: Mapping[str, str]) -> str:
-    """Eight hex digits, a hash of every setting that changes the operations of a step.
-
-    `settings` come from `leaves`.
-    """
+def identity_of_work(config: Mapping[str, Any]) -> str:
+    """Eight hex digits, a hash of every setting that changes the operations of a step."""
+    settings = leaves(without_added(config))
     return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
 
 
@@ -134,7 +133,7 @@ def open_run(
     if resume not in ("auto", "never"):
         run = _reopen(Path(resume), config, allow)
     else:
-        run = _resume_or_create(Path(out), _stem(name, config), resume == "auto")
+        run = _resume_or_create(Path(out), _stem(name, config), config, resume == "auto")
     run.resumed, run._config = run.config_file.is_file(), config
     try:
         if not run.resumed:
@@ -180,10 +179,10 @@ def opened(root: Any, rank: Rank) -> Iterator[Run]:
         yield run
 
 
-def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
+def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: bool) -> Run:
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for n, folder in enumerate(_folders(out, stem) if resume else ()):
+    for n, folder in enumerate(_folders(out, stem, config) if resume else ()):
         run = Run(folder)
         if run.finished:
             continue
@@ -206,17 +205,29 @@ def _resume_or_create(out: Path, stem: str, resume: bool) -> Run:
 
 
 def _folders_of(root: Any) -> list[Path]:
-    return _folders(Path(root.out), _stem(root.recipe, to_container(root)))
+    config = to_container(root)
+    return _folders(Path(root.out), _stem(root.recipe, config), config)
 
 
-def _folders(out: Path, stem: str) -> list[Path]:
-    """Folders of this identity, newest first."""
+def _folders(out: Path, stem: str, config: Mapping[str, Any]) -> list[Path]:
+    """Folders of this identity whose recorded settings count as these, newest first."""
     found = []
     for path in out.glob(f"{stem}*"):
         match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
-        if match and path.is_dir():
+        if match and path.is_dir() and not _behaved_otherwise(Run(path), config):
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _behaved_otherwise(run: Run, config: Mapping[str, Any]) -> bool:
+    """Whether an older version made this run with another value of a setting added since."""
+    if not run.config_file.is_file():
+        return False
+    try:
+        recorded = run.config()
+    except StorageError:  # broken; resuming reports it
+        return False
+    return any(not matches(name, IGNORED) for name in changes(recorded, config))
 
 
 def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:
@@ -297,14 +308,15 @@ class Run:
         return self.result.is_file()
 
     def config(self) -> dict[str, Any]:
-        """The recorded config. Raises StorageError."""
+        """The recorded config, with settings that were added later. Raises StorageError."""
         import yaml
 
         try:
             text = self.config_file.read_text(encoding="utf-8")
-            return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+            found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (OSError, yaml.YAMLError) as e:
             raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+        return with_added(found)
 
     def started_in(self) -> Path:
         """The folder that its relative paths refer to: that of its last start, if it exists."""

@@ -3,21 +3,24 @@
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import fields
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sandbox.config import registry
+from sandbox.config.added_settings import without_added
 from sandbox.config.paths import PLUGINS
 from sandbox.config.root import Root, to_container
 from sandbox.config.static_reader import code_alone
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import is_writable
-from sandbox.storage.published import compare, parts_of, read_model, read_parts
-from sandbox.storage.weight_files import mismatches
+from sandbox.storage.published import compare, parts_of, read_model, read_parts, translated
+from sandbox.storage.weight_check import check_values, differences
+from sandbox.storage.weight_contents import fitted
+from sandbox.storage.weight_files import log_once, named
 
 FIRST_STAGE_FILE = "first_stage.safetensors"  # in a run folder
 PREFIX = "first_stage."  # of its names in a system
@@ -35,11 +38,12 @@ def matching_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -
     """
     own = first_stage.state_dict()
     state = read_weights(path, "vae.weights", own.keys(), mapped)
-    if found := mismatches(own, state):
+    if found := differences(own, state):
         raise StorageError(
-            f"vae.weights={path}: {len(found)} names or shapes differ from this configuration: "
-            f"{', '.join(found[:10])}; choose the vae settings it was made with, or weights=auto"
+            f"vae.weights={path}: {found.count} names or shapes differ from this configuration; "
+            f"choose the vae settings it was made with, or weights=auto{found.lines}"
         )
+    check_values(f"vae.weights={path}", state, own)
     return state
 
 
@@ -54,12 +58,14 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
         also = ", or use vae.weights=auto" if what == "vae.weights" else ""
         raise StorageError(f"{what}={path}: no such file; name one{also}")
     is_folder = path.is_dir()
-    state = _of_folder(path, what, mapped) if is_folder else weight_files.read(path, mapped)
+    with nullcontext() if is_folder else named(what):
+        state = _of_folder(path, what, mapped) if is_folder else weight_files.read(path, mapped)
     if own == state.keys():
         return state
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
     if any(name.startswith(PREFIX) for name in state):  # a training checkpoint
         state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    state = fitted(state, own, lambda text: log_once(f"{what}={path}: {text}"))
     return {name: x for name, x in state.items() if not name.startswith("loss.")}
 
 
@@ -78,12 +84,11 @@ def init_first_stage(first_stage: Any, path: Path) -> None:
     """Loads initial weights for training a first stage (init_from), also from a related network.
 
     Its `from_published` translates them. Strict, but buffers may be missing. Raises StorageError
-    with the first ten names and shapes that differ.
+    with the first names and shapes that differ.
     """
     own = first_stage.state_dict()
     state = read_weights(path, "init_from", own.keys())
-    if hasattr(first_stage, "from_published"):
-        state = first_stage.from_published(state)
+    state = translated(first_stage, own.keys(), state, f"init_from={path}")
     buffers = {name for name, _ in first_stage.named_buffers()} - state.keys()
     own = {name: x for name, x in own.items() if name not in buffers}
     compare(own, state, path)
@@ -97,7 +102,8 @@ def cache_path(root: Root) -> Path:
     The name has a hash of everything that affects it: settings, data, seed, and code without
     comments and docstrings. Files in `data.root` are not read.
     """
-    vae, parts = to_container(root.vae) | {"weights": None}, [root.vae.plugin, root.data.plugin]
+    vae = without_added(to_container(root.vae)) | {"weights": None}
+    parts = [root.vae.plugin, root.data.plugin]
     if root.vae.fitted() == "trained":
         parts.append(f"reconstruction/{root.vae.regularizer()}")
     sources = [registry.source(registry.find(part)) for part in parts]
@@ -120,5 +126,4 @@ def cache_folder(root: Root) -> Path:
 
 def data_identity(data: DataConfig) -> dict[str, Any]:
     """The data settings that determine the clips."""
-    names = [f.name for f in fields(data) if f.name not in LOADING]
-    return {name: to_container(getattr(data, name)) for name in names}
+    return {k: v for k, v in without_added(to_container(data)).items() if k not in LOADING}

@@ -5,12 +5,15 @@ it is split), or one subfolder per model of a system, as in diffusers.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from sandbox.config import registry
 from sandbox.contracts import PluginConfig, State, StorageError
-from sandbox.storage.weight_files import mismatches, read
+from sandbox.storage.weight_check import check_values, differences
+from sandbox.storage.weight_contents import fitted, plain_names, without_shared_prefix
+from sandbox.storage.weight_files import log_once, named, read
 
 STEMS = ("diffusion_pytorch_model", "model")
 
@@ -40,6 +43,8 @@ def parts_of(state: State, where: str) -> dict[str, State] | None:
     `where` names setting and file in errors. Raises StorageError.
     """
     layout = layout_of(frozenset(state))
+    if layout is None and (plain := plain_names(state)).keys() != state.keys():
+        layout, state = layout_of(frozenset(plain)), plain
     if layout is None:
         return None
     try:
@@ -72,17 +77,31 @@ def read_model(folder: Path, what: str) -> State:
         stems = " or ".join(f"{s}.safetensors" for s in STEMS)
         raise StorageError(f"{what}={folder}: no {stems} there, in one file or with an index")
     for file in files:
-        found = read(file)
+        with named(what):
+            found = read(file)
         if twice := sorted(state.keys() & found.keys()):
             raise StorageError(f"{file}: {twice[0]} is also in another file of this model")
         state |= found
     return state
 
 
+def translated(module: Any, own: Collection[str], state: State, where: str) -> State:
+    """`state` under the names `own`: without prefixes, then through `from_published` of `module`.
+
+    `where` names setting and file in the log.
+    """
+    state = fitted(state, own, lambda text: log_once(f"{where}: {text}"))
+    if not hasattr(module, "from_published"):
+        return state
+    is_known = any(name in state for name in own)
+    return module.from_published(state if is_known else without_shared_prefix(state))
+
+
 def compare(own: State, weights: State, path: Path) -> None:
-    """Raises StorageError with the first ten names and shapes that differ."""
-    if found := mismatches(own, weights):
+    """Raises StorageError for names and shapes that differ, and for values that are not finite."""
+    if found := differences(own, weights):
         raise StorageError(
-            f"init_from={path}: {len(found)} of its weights do not fit this model: "
-            f"{', '.join(found[:10])}; choose the components and sizes it was made with"
+            f"init_from={path}: {found.count} of its weights do not fit this model; choose the "
+            f"components and sizes it was made with{found.lines}"
         )
+    check_values(f"init_from={path}", weights, own)

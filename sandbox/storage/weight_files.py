@@ -8,13 +8,15 @@ read, and nothing is executed.
 
 import hashlib
 import json
+import logging
 import pickle
 import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +25,16 @@ from torch import Tensor, nn
 
 from sandbox.contracts import Diverged, StorageError
 from sandbox.storage.atomic import replacing, storing
+from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, what_is
+from sandbox.storage.weight_contents import weights_in
+
+log = logging.getLogger(__name__)
 
 LIVE, AVERAGED = "weights.safetensors", "weights_ema.safetensors"  # exported weights of a run
 PLAIN = (str, int, float, bool, bytes, type(None))
 SHA256 = "sha256"  # in the header of our files
 CHUNK = 1 << 22
 MOST_HEADER = 100_000_000  # bytes; the limit of the library
-STATE_KEYS = ("state_dict", "module", "model")  # the weights in checkpoints of other programs
 # What torch.load raises on damaged files, besides UnpicklingError.
 TORN = (
     ArithmeticError,
@@ -172,30 +177,30 @@ def _tensors(node: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path, mapped: bool = False) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors, .ckpt, .pt, .pth or .bin file, on the CPU.
+    """Tensors by name of a safetensors or torch file, on the CPU.
 
-    Of a training checkpoint only the weights are returned (`state_dict`, `module` or `model`).
-    `mapped` memory-maps the tensors where the format allows it; safetensors always are. Verifies
-    the hash of our own files. Raises StorageError.
+    Of a training checkpoint only the weights are returned: its EMA weights, else its live ones; the
+    log says which. `mapped` memory-maps the tensors where the format allows it; safetensors always
+    are. Verifies the hash of our own files. Raises StorageError, which says what a file of another
+    kind is.
     """
-    if path.suffix == ".safetensors":
+    kind = kind_of_weights(path)
+    if kind == SAFETENSORS:
         from safetensors.torch import load_file
 
         verify(path)
         with safetensors_errors(path):
             return load_file(path)
-    if path.suffix not in (".ckpt", ".pt", ".pth", ".bin"):
-        raise StorageError(f"{path}: want a .safetensors, .ckpt, .pt, .pth or .bin file")
     with opened(path) as file:
         found = load_plain(path, file, "cpu", mapped)
-    for key in STATE_KEYS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    tensors = found.items() if isinstance(found, Mapping) else ()
-    weights = {str(name): value.detach() for name, value in tensors if isinstance(value, Tensor)}
+    try:
+        weights, taken = weights_in(found)
+    except ValueError as e:
+        raise StorageError(f"{path}: {e}") from e
     if not weights:
         raise StorageError(f"{path}: it has no named tensors")
+    if taken.startswith("EMA"):
+        log_once(f"{path}: {taken} taken, not its live weights")
     return weights
 
 
@@ -231,11 +236,38 @@ def content_hash(path: Path) -> str:
         return _content_hash(found, file)
 
 
+def kind_of_weights(path: Path) -> str:
+    """SAFETENSORS, TORCH or PICKLE. Raises StorageError, which names any other kind of file."""
+    try:
+        kind = what_is(path)
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
+    if kind in (SAFETENSORS, TORCH, PICKLE):
+        return kind
+    wanted = "safetensors file" if path.suffix == ".safetensors" else "file of weights"
+    raise StorageError(f"{path}: not a readable {wanted}: it is {kind}")
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Puts `setting` before the file that a StorageError names."""
+    try:
+        yield
+    except StorageError as e:
+        raise StorageError(f"{setting}={e}") from e
+
+
+@cache
+def log_once(text: str) -> None:
+    """Logs what was taken from a file, which is read again for each check."""
+    log.info("%s", text)
+
+
 def header(path: Path) -> dict[str, str]:
     """The metadata in the header of exported weights; empty for other files."""
     from safetensors import safe_open
 
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or kind_of_weights(path) != SAFETENSORS:
         return {}
     with safetensors_errors(path), safe_open(path, "pt") as file:
         return file.metadata() or {}
@@ -266,7 +298,8 @@ def load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) ->
     `mapped` memory-maps the tensors where the format allows it. Raises StorageError.
     """
     try:
-        if mapped and zipfile.is_zipfile(file):
+        # torch reads a path that ends in .safetensors with that library, whatever it contains
+        if mapped and path.suffix != ".safetensors" and zipfile.is_zipfile(file):
             return torch.load(str(path), map_location=device, weights_only=True, mmap=True)
         file.seek(0)
         return torch.load(file, map_location=device, weights_only=True)
@@ -279,20 +312,3 @@ def load_plain(path: Path, file: BinaryIO, device: str, mapped: bool = False) ->
         ) from e
     except TORN as e:
         raise StorageError(f"{path}: not a file that torch can load ({type(e).__name__})") from e
-
-
-def mismatches(
-    own: Mapping[str, Tensor],
-    given: Mapping[str, Tensor],
-    shape: Callable[[Tensor], Sequence[int]] = lambda tensor: tensor.shape,
-    place: str = "this model",
-) -> list[str]:
-    """Names missing in `given`, unknown to `own`, or of another shape; sorted."""
-    found = [f"{k} is missing" for k in own if k not in given]
-    found += [f"{k} is not in {place}" for k in given if k not in own]
-    for name in own.keys() & given.keys():
-        here, there = (tuple(shape(state[name])) for state in (own, given))
-        if here != there:
-            sizes = ("x".join(map(str, size)) or "a number" for size in (there, here))
-            found.append(f"{name} is {' and '.join(sizes)} here")
-    return sorted(found)

@@ -1,7 +1,5 @@
 """task=clips: exports clips of any data in the layout of CogVideoX's fine-tuning data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from sandbox.contracts import TaskConfig, above, in_range
 
 
 @register("task", "clips")
+@dataclass
 class Clips:
     """Writes clips of the data as mp4, with the lists that data=cogvideox_folder reads."""
 
@@ -26,12 +25,10 @@ class Clips:
         images: bool = False
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             yield from in_range("count", self.count, 1)
             yield from above("save_fps", self.save_fps, 0, 1000)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

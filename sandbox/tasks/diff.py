@@ -1,7 +1,5 @@
 """task=diff: differences between two runs, and the first step with different numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +9,7 @@ from sandbox.contracts import TaskConfig
 
 
 @register("task", "diff")
+@dataclass
 class Diff:
     """Compares two run folders: settings, code, data, environment, first differing step, scores."""
 
@@ -22,12 +21,10 @@ class Diff:
         runs: tuple[str, ...] = ()
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if len(self.runs) != 2:
                 yield f"runs=[{','.join(self.runs)}]: want two run folders: runs=[A,B]"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         from pathlib import Path

@@ -1,21 +1,18 @@
 """task=encode: caches latents and caption embeddings of a data set, for data=latents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range, one_of
-
-if TYPE_CHECKING:
-    from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank import Rank
 
 SPLITS = ("train", "val")
 
 
 @register("task", "encode")
+@dataclass
 class Encode:
     """Caches latents and caption embeddings in shards, which data=latents trains from."""
 
@@ -35,15 +32,13 @@ class Encode:
         prune: bool = False
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             yield from in_range("shard_mb", self.shard_mb, 1)
             for name in self.splits:
                 yield from one_of("splits", name, SPLITS)
             if not self.splits:
                 yield "splits=[]: want train, val or both"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

@@ -1,7 +1,5 @@
 """task=evaluate: scores a trained run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from sandbox.contracts import TaskConfig, in_range, one_of
 
 
 @register("task", "evaluate")
+@dataclass
 class Evaluate:
     """Scores a finished run (task.run, else the newest), real clips and other baselines."""
 
@@ -34,8 +33,7 @@ class Evaluate:
         def uses_run(self) -> bool:
             return True
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
@@ -46,6 +44,7 @@ class Evaluate:
 
         from sandbox.config.secrets import mask_text
         from sandbox.contracts import Clip
+        from sandbox.data.batching import summary
         from sandbox.evaluation.evaluate import evaluate
         from sandbox.runs.protocol import protocols
         from sandbox.storage.atomic import claimed, storing, write_atomic
@@ -67,6 +66,7 @@ class Evaluate:
             "scores": found.scores,
             "meaning": found.meaning,
             "first_stage_psnr_db": found.first_stage_psnr,
+            "skipped": found.skipped,
             "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
         }
         with storing(to):
@@ -74,4 +74,6 @@ class Evaluate:
             write_atomic(record, json.dumps(scores, indent=1) + "\n")
         print_scores(wiring.root, found)
         print(f"scores  {record}\nsheet   {sheet}")
+        if found.skipped:
+            print(f'data    {summary(found.skipped)}; all are in {record}, under "skipped"')
         return {"folder": str(folder), "scores": found.scores.get("model", {})}

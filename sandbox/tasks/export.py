@@ -1,7 +1,5 @@
 """task=export: writes the weights of a run as a file or pipeline folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 
 @register("task", "export")
+@dataclass
 class Export:
     """Writes a run's weights (task.run, else the newest run) as a file or pipeline folder."""
 
@@ -37,7 +36,6 @@ class Export:
         to: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             yield from one_of("format", self.format, FORMATS)
             yield from one_of("weights", self.weights, WEIGHTS)
             yield from one_of("dtype", self.dtype, (None, *DTYPES))
@@ -48,8 +46,7 @@ class Export:
         def uses_run(self) -> bool:
             return True
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

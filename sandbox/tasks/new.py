@@ -1,7 +1,5 @@
 """task=new: creates a working plugin with a preset and a test."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from sandbox.config import discovery, registry
 from sandbox.config.paths import CHECKOUT, CONF, relative
 from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, TaskConfig
+from sandbox.reports.pages import render
 
 TEMPLATES = CHECKOUT / "sandbox" / "templates"
 NAME, CLASS = "mine", "Mine"  # the names in the templates
@@ -27,6 +26,7 @@ OUTSIDE = re.compile(r"^#\? ?(.*\n)", re.M)  # lines of a test outside the check
 
 
 @register("task", "new")
+@dataclass
 class New:
     """Creates a working plugin, a preset and a test: task=new group=backbone name=mine."""
 
@@ -39,7 +39,6 @@ class New:
         name: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.group is None:
                 yield "group=null: want a group, such as group=backbone name=mine"
             if self.name is None:
@@ -52,8 +51,7 @@ class New:
                     f"and no keyword of Python or YAML, such as name={name}"
                 )
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         """Writes all files or none. Raises ConfigError for an existing file, and StorageError."""
@@ -64,13 +62,13 @@ class New:
         self.check()
         outside = Path(root.plugins_path).expanduser().resolve() if root.plugins_path else None
         files = rendered(group, name, outside)
-        existing = [
-            f"{relative(path)}: it exists already; choose another name, or remove it"
-            for path in files
-            if path.exists()
-        ]
-        if existing:
-            raise ConfigError(*existing)
+        if existing := [relative(path) for path in files if path.exists()]:
+            raise ConfigError(
+                *(
+                    f"{path}: it exists already; choose another name, or remove it"
+                    for path in existing
+                )
+            )
         for path, text in files.items():
             with storing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,22 +141,8 @@ def renamed(text: str, name: str, cls: str) -> str:
 
 def summary(group: str, name: str, files: list[Path], outside: Path | None) -> str:
     """The created files and the next commands."""
-    plugin, *presets, test = files
-    choice = OPTIONS.get(group, f"{group}={{name}}")
-    run = choice.format(name=name) + ("" if group in ("task", "stage") else " debug=fast")
-    variable = f"SANDBOX_PLUGINS={relative(outside)} " if outside else ""
-    setting = f" plugins_path={relative(outside)}" if outside else ""
-    rows = [
-        ("wrote", relative(plugin), "the plugin; it works, and its docstring has the interface"),
-        *(("", relative(p), f"a preset: {choice.format(name=p.stem)}") for p in presets),
-        ("", relative(test), "its test"),
-    ]
-    width = max(len(path) for _, path, _ in rows)
-    return "\n".join(
-        [
-            *(f"{label:<6} {path:<{width}}  {note}" for label, path, note in rows),
-            f"try    python run.py {run}{setting}",
-            f"test   python -m pytest {relative(test)}",
-            f"       {variable}python -m pytest tests/contract -k {group}/{name}",
-        ]
-    )
+    return render(
+        "new.txt", group=group, name=name, choice=OPTIONS.get(group, f"{group}={{name}}"),
+        files=[relative(path) for path in files], presets=[path.stem for path in files[1:-1]],
+        outside=relative(outside) if outside else None,
+    )  # fmt: skip

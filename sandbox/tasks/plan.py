@@ -1,7 +1,5 @@
 """task=plan: parameters, shapes, operations and memory of a configuration, without running it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from sandbox.contracts import TaskConfig, in_range
 
 
 @register("task", "plan")
+@dataclass
 class Plan:
     """Parameters, shapes, operations, memory and objective of a configuration, before it runs."""
 
@@ -25,14 +24,12 @@ class Plan:
         to: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             yield from in_range("devices", self.devices, 2)
 
         def reads_data(self) -> bool:
             return False
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

@@ -1,9 +1,7 @@
 """task=plugins: lists all plugins with file, contract and settings."""
 
-from __future__ import annotations
-
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,29 +12,17 @@ from sandbox.config.discovery import plugin_folders
 from sandbox.config.paths import relative
 from sandbox.config.registry import register
 from sandbox.config.root import GROUPS
-from sandbox.contracts import (
-    BackboneConfig,
-    Clip,
-    ConditioningConfig,
-    ConfigError,
-    DataConfig,
-    FirstStageConfig,
-    GuidanceConfig,
-    LossConfig,
-    LRScheduleConfig,
-    MetricConfig,
-    PluginConfig,
-    SamplerConfig,
-    ScheduleConfig,
-    TaskConfig,
-)
+from sandbox.contracts import Clip, ConfigError, FirstStageConfig, TaskConfig
+from sandbox.reports.pages import render
 
-INDENT = 4
-MAX_SIZES = 4  # clip sizes per plugin
+WRAPPER = textwrap.TextWrapper(
+    116, initial_indent=" " * 4, subsequent_indent=" " * 6, break_on_hyphens=False
+)
 BROKEN = "BROKEN: "
 
 
 @register("task", "plugins")
+@dataclass
 class Plugins:
     """Lists every plugin with its file and its contract."""
 
@@ -49,37 +35,31 @@ class Plugins:
         to: str | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.only is not None and self.to is not None:
                 yield f"only={self.only}: to= writes the reference of all groups; keep one"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         if self.cfg.to is not None:
             return self.write(Path(self.cfg.to), root.plugins_path)
-        groups = [
-            *(g for g in GROUPS if g in registry.groups()),
-            *(g for g in registry.groups() if g not in GROUPS),
-        ]
+        groups = [g for g in (GROUPS | dict.fromkeys(registry.groups())) if registry.plugins(g)]
         if self.cfg.only is not None and self.cfg.only not in groups:
             near = registry.nearest(self.cfg.only, groups)
             raise ConfigError(f"task.only={self.cfg.only!r}: no such group{near}")
         clip = root.data.clips()[0] if root.data is not None else Clip(3, 9, 16, 16)
-        found = [p for g in groups if self.cfg.only in (None, g) for p in registry.plugins(g)]
-        group, broken = None, []
-        for plugin in found:
-            if plugin.group != group:
-                group = plugin.group
-                print(f"\n{group}: {GROUPS[group]}" if group in GROUPS else f"\n{group}")
-            lines = list(_description(plugin, clip))
-            print("\n".join(lines))
-            if any(line.lstrip().startswith(BROKEN) for line in lines):
-                broken.append(plugin.key)
+        shown = {g: registry.plugins(g) for g in groups if self.cfg.only in (None, g)}
+        broken = []
+        for group, plugins in shown.items():
+            print(f"\n{group}: {GROUPS[group]}" if group in GROUPS else f"\n{group}")
+            for plugin in plugins:
+                text = "\n".join(_description(plugin, clip))
+                print(text)
+                broken += [plugin.key] if BROKEN in text else []
+        count = sum(map(len, shown.values()))
         ending = f", {len(broken)} broken: {', '.join(broken)}" if broken else ""
-        print(f"\n{len(found)} plugins{ending}")
-        return {"plugins": len(found), "broken": broken}
+        print(f"\n{count} plugins{ending}")
+        return {"plugins": count, "broken": broken}
 
     def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
         """Writes the reference pages and removes outdated ones."""
@@ -101,117 +81,29 @@ def _description(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:
     """Name, file, description, contract and settings, or the reason why it cannot be read."""
     yield f"  {plugin.name}  ({relative(plugin.path) if plugin.path else 'registered by code'})"
     if plugin.config is None:
-        yield from _wrapped(f"{BROKEN}{plugin.error}")
+        yield from WRAPPER.wrap(f"{BROKEN}{plugin.error}")
         return
-    yield from _wrapped(plugin.doc)
+    yield from WRAPPER.wrap(plugin.doc)
     try:
-        contract = list(_contract(plugin.config(plugin=plugin.key), clip))
+        contract = render(
+            "contract.txt", cfg=plugin.config(plugin=plugin.key), group=plugin.group, clip=clip,
+            latents=_latents, schedules=_schedules,
+        )  # fmt: skip
     except Exception as e:  # the plugin's own code may raise anything
-        contract = [f"{BROKEN}its Config raises {type(e).__name__}: {e}"]
-    if contract:
-        yield from _wrapped("; ".join(contract))
+        contract = f"{BROKEN}its Config raises {type(e).__name__}: {e}"
+    yield from WRAPPER.wrap("; ".join(filter(None, contract.splitlines())))
     if names := ", ".join(settings(plugin.config())):
-        yield from _wrapped(f"settings: {names}")
+        yield from WRAPPER.wrap(f"settings: {names}")
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        116,
-        initial_indent=" " * INDENT,
-        subsequent_indent=" " * (INDENT + 2),
-        break_on_hyphens=False,
-    )
-
-
-# --- contracts: what the default Config promises, by kind -----------------------------------------
-
-
-def _contract(cfg: PluginConfig, clip: Clip) -> Iterator[str]:
-    for kind, answers in CONTRACTS.items():
-        if isinstance(cfg, kind):
-            yield from answers(cfg, clip)
-
-
-def _task(cfg: TaskConfig, clip: Clip) -> Iterator[str]:
-    yield "uses an earlier run" if cfg.uses_run() else "uses the configuration"
-    if not cfg.needs_torch:
-        yield "does not import torch"
-
-
-def _data(cfg: DataConfig, clip: Clip) -> Iterator[str]:
-    sizes = [*map(str, cfg.clips())]
-    more = f" and {len(sizes) - MAX_SIZES} other sizes" if len(sizes) > MAX_SIZES else ""
-    yield f"clips of {', '.join(sizes[:MAX_SIZES])}{more}"
-    yield f"provides {_list(cfg.provides())}"
-    yield f"metric={cfg.metric() or 'null'}"
-
-
-FITTED = {"none": "has no weights", "closed_form": "is fitted in closed form"}
-
-
-def _first_stage(cfg: FirstStageConfig, clip: Clip) -> Iterator[str]:
+def _latents(cfg: FirstStageConfig, clip: Clip) -> str:
     try:
-        yield f"clips of {clip} become latents of {cfg.latents(clip)}"
+        return f"become latents of {cfg.latents(clip)}"
     except ConfigError as e:
-        yield f"clips of {clip} are not supported ({e})"
-    yield FITTED.get(cfg.fitted(), f"is trained with reconstruction={cfg.regularizer()}")
+        return f"are not supported ({e})"
 
 
-def _backbone(cfg: BackboneConfig, clip: Clip) -> Iterator[str]:
-    yield f"takes {_list(cfg.takes())}"
-    if cfg.needs():
-        yield f"requires {_list(cfg.needs())}"
-
-
-def _conditioning(cfg: ConditioningConfig, clip: Clip) -> Iterator[str]:
-    yield f"reads {_list(cfg.needs())}"
-    yield f"offers {_list(cfg.offers(clip, clip).names())}"
-    yield f"can drop {_list(cfg.signals())}"
-    if cfg.encodes():
-        yield "uses the first stage in training"
-
-
-def _schedule(cfg: ScheduleConfig, clip: Clip) -> Iterator[str]:
-    yield f"{cfg.kind} times"
-    yield f"predicts {cfg.predicts()}"
-    yield "zero terminal SNR" if cfg.ends_in_noise() else "nonzero terminal SNR"
-
-
-def _with_schedule(cfg: Any, clip: Clip) -> Iterator[str]:
-    known = [p for p in registry.plugins("schedule") if p.config]
-    names = [p.name for p in known if not list(cfg.accepts(registry.default("schedule", p.name)))]
-    yield f"works with schedule={' or '.join(names) or 'none with default settings'}"
-
-
-def _guidance(cfg: GuidanceConfig, clip: Clip) -> Iterator[str]:
-    passes = len(cfg.passes(("text",)))
-    yield "one forward pass" if passes == 1 else f"{passes} forward passes if text can be dropped"
-
-
-def _lr_schedule(cfg: LRScheduleConfig, clip: Clip) -> Iterator[str]:
-    first, middle, last = (cfg.factor(step, 1000) for step in (0, 500, 999))
-    yield f"factors at steps 0, 500 and 999 of 1000: {first:.2g}, {middle:.2g}, {last:.2g}"
-
-
-def _metric(cfg: MetricConfig, clip: Clip) -> Iterator[str]:
-    yield f"needs data with {_list(cfg.needs())}"
-
-
-CONTRACTS: dict[type, Callable[[Any, Clip], Iterator[str]]] = {
-    TaskConfig: _task,
-    DataConfig: _data,
-    FirstStageConfig: _first_stage,
-    BackboneConfig: _backbone,
-    ConditioningConfig: _conditioning,
-    ScheduleConfig: _schedule,
-    LossConfig: _with_schedule,
-    SamplerConfig: _with_schedule,
-    GuidanceConfig: _guidance,
-    LRScheduleConfig: _lr_schedule,
-    MetricConfig: _metric,
-}
-
-
-def _list(names: Any) -> str:
-    return ", ".join(sorted(names)) or "nothing"
+def _schedules(cfg: Any) -> list[str]:
+    """Names of the schedules that `cfg` works with, in their default settings."""
+    known = [p.name for p in registry.plugins("schedule") if p.config]
+    return [name for name in known if not list(cfg.accepts(registry.default("schedule", name)))]

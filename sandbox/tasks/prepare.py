@@ -1,7 +1,5 @@
 """task=prepare: turns a folder of raw videos into training clips."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +12,7 @@ ENGINES = ("local", "ray")
 
 
 @register("task", "prepare")
+@dataclass
 class Prepare:
     """Cuts, scores, filters, captions and splits the videos of a folder, and writes clips."""
 
@@ -43,7 +42,6 @@ class Prepare:
         sheet: int = 24
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.format is not None:
                 yield from one_of("format", self.format, FORMATS)
             yield from in_range("shard_mb", self.shard_mb, 1)
@@ -54,8 +52,7 @@ class Prepare:
         def files(self) -> dict[str, str | None]:
             return {"data_root": self.data_root}
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         from sandbox.pipelines.prepare import prepare

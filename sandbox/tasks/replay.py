@@ -1,7 +1,5 @@
 """task=replay: repeats a finished run and checks that the result is bit-identical."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,6 +9,7 @@ from sandbox.contracts import ConfigError, SandboxError, TaskConfig
 
 
 @register("task", "replay")
+@dataclass
 class Replay:
     """Repeats a finished run (run=FOLDER); an unequal result is an error."""
 
@@ -23,12 +22,10 @@ class Replay:
         needs_torch: ClassVar[bool] = False
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.run is None:
                 yield "run=null: want the folder of a finished run"
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         from contextlib import chdir

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sandbox.config import registry
 from sandbox.config.registry import register
 from sandbox.contracts import ConfigError, StorageError, TaskConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from sandbox.reports.ablation import Ablation
     from sandbox.training.tracking import PageTracker
 
 
 @register("task", "report")
+@dataclass
 class Report:
     """Compares finished runs: intervals over seeds, differences to a baseline, costs, samples."""
 
@@ -38,19 +39,17 @@ class Report:
         to: str | None = None
         send: bool = False
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
-        from pathlib import Path
-
         from sandbox.reports.ablation import compare
-        from sandbox.reports.ablation_page import write_ablation
+        from sandbox.reports.ablation_page import markdown_table, tables, write_ablation
         from sandbox.reports.ablation_runs import read
-        from sandbox.reports.ablation_tables import markdown_table, tables
 
         folder = Path(self.cfg.runs or root.out)
-        tracker = self.tracker(root)
+        tracker = registry.create(root.logger) if self.cfg.send and root.logger else None
+        if self.cfg.send and not hasattr(tracker, "page"):
+            raise ConfigError("task.send=true: this logger does not accept pages; use logger=wandb")
         found = compare(read(folder), self.cfg.baseline, self.cfg.metrics)
         page = write_ablation(Path(self.cfg.to) if self.cfg.to else folder / "report", found)
         for heading, rows in tables(found):
@@ -61,24 +60,13 @@ class Report:
             upload(tracker, page, found, folder.name)
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
-    def tracker(self, root: Any) -> PageTracker | None:
-        """The tracker to upload to; None without send. Raises ConfigError."""
-        from sandbox.config import registry
-
-        if not self.cfg.send:
-            return None
-        tracker = registry.create(root.logger) if root.logger is not None else None
-        if not hasattr(tracker, "page"):
-            raise ConfigError("task.send=true: this logger does not accept pages; use logger=wandb")
-        return tracker
-
 
 def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
     """Uploads page, tables and images as a run of the same group (and sweep, if any).
 
     Raises StorageError; the local files are kept.
     """
-    from sandbox.reports.ablation_tables import plain, tables
+    from sandbox.reports.ablation_page import plain, tables
 
     # further seeds of a trial have no sweep
     sweeps = {e.environment.get("sweep") for e in found.entries} - {None}

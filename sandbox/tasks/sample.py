@@ -1,19 +1,16 @@
 """task=sample: samples videos or images from a trained run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, above, in_range, one_of
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 @register("task", "sample")
+@dataclass
 class Sample:
     """Samples clips for task.prompts from a run (task.run, else the newest) or init_from."""
 
@@ -42,7 +39,6 @@ class Sample:
         save_fps: float = 8.0
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             yield from in_range("count", self.count, 1)
             yield from one_of("weights", self.weights, ("ema", "live"))
             for name in ("fps", "frame_stride"):
@@ -59,8 +55,7 @@ class Sample:
         def accepts_init_from(self) -> bool:
             return True
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
@@ -73,8 +68,6 @@ class Sample:
 
     def make(self, wiring: Any, watch: Any = None) -> tuple[list[Path], list[str]]:
         """Files of the clips, the sheet last, and captions; calls watch(done, total)."""
-        from pathlib import Path
-
         from sandbox.config.root import to_container
         from sandbox.evaluation.prompt_checks import check
 

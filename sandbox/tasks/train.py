@@ -1,20 +1,17 @@
 """task=train: first stage, training, samples, scores and a page."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox.config.registry import register
 from sandbox.contracts import TaskConfig, in_range
-
-if TYPE_CHECKING:
-    from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank import Rank
 
 
 @register("task", "train")
+@dataclass
 class Train:
     """Trains a system, samples from it, scores it and writes a run folder with a page."""
 
@@ -35,8 +32,7 @@ class Train:
             yield from in_range("score_clips", self.score_clips, 1)
             yield from in_range("samples", self.samples, 0)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
@@ -53,19 +49,22 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """
     from sandbox.config.composition import received
     from sandbox.config.wiring import wire
+    from sandbox.model.devices import use_threads
     from sandbox.runs.run import continues, opened
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
     from sandbox.training.loop import fit
-    from sandbox.training.state import check_best, start
+    from sandbox.training.state import check_best, checked_loader, start
     from sandbox.weights.init_from import init_from
 
     began = time.monotonic()
     wiring = wire(received(settings["root"]))
     root = wiring.root
+    use_threads(root)
     check_objective(root, root.task.objective)
     check_best(wiring)
     check_weights(wiring, begins=not continues(root))
+    loader = checked_loader(root, rank)
     with opened(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         with rank.rank0_first():  # it trains the first stage if needed; the others load it
@@ -77,7 +76,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
             if root.init_from is not None and root.adapter is None:
                 init_from(system, root.init_from)
 
-        with start(system, run, settings["group"], rank, initialise) as training:
+        with start(system, run, settings["group"], rank, initialise, loader) as training:
             fit(training)
             training.unshard(lambda: build_system(wiring, run.folder, rank.as_single(), True))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}

@@ -1,19 +1,16 @@
 """task=train_vae: trains a first stage; vae.weights=auto does the same into the cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from sandbox.config.registry import register
 from sandbox.contracts import DataConfig, FirstStageConfig, TaskConfig, in_range
-
-if TYPE_CHECKING:
-    from sandbox.distributed.rank import Rank
+from sandbox.distributed.rank import Rank
 
 
 @register("task", "train_vae")
+@dataclass
 class TrainVAE:
     """Trains a first stage alone; vae.weights=FILE takes its weights."""
 
@@ -39,8 +36,7 @@ class TrainVAE:
         def defaults(self, first_stage: FirstStageConfig) -> dict[str, float]:
             return {"lr": first_stage.recipe().lr, "steps": first_stage.recipe().steps}
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None

@@ -1,7 +1,5 @@
 """task=ui: a web page to sample from runs, compare two runs, and read reports."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +9,7 @@ from sandbox.contracts import ConfigError, TaskConfig, in_range
 
 
 @register("task", "ui")
+@dataclass
 class UI:
     """Serves a web page that samples from runs, compares two, and shows reports (extra ui)."""
 
@@ -28,12 +27,10 @@ class UI:
         port: int | None = None
 
         def problems(self) -> Iterator[str]:
-            yield from super().problems()
             if self.port is not None:
                 yield from in_range("port", self.port, 1, 65535)
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
         from importlib.util import find_spec

@@ -17,6 +17,7 @@ from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint
 from sandbox.storage.first_stage_files import matching_weights
+from sandbox.storage.weight_check import examining
 from sandbox.training.first_stage import prepare_first_stage
 from sandbox.weights.init_from import (
     check_first_stage,
@@ -57,18 +58,21 @@ def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False)
     """Checks weight files against the system on the meta device, before anything expensive.
 
     Raises ConfigError where an entry of `trainable` matches no weights, or where a first stage
-    would be trained although `init_from` has one; StorageError where the weights of `init_from` or
-    `vae.weights` have other names, shapes or tables. `begins`: whether the run loads `init_from`,
-    having no checkpoint of its own; `is_sampled`: whether it is sampled without training.
+    would be trained although `init_from` has one; StorageError where the weights of `init_from`,
+    `vae.weights` or `conditioning.weights` have other names, shapes, tables, or values that are not
+    finite. `begins`: whether the run loads `init_from`, having no checkpoint of its own;
+    `is_sampled`: whether it is sampled without training.
     """
     root = wiring.root
     start = root.init_from if begins or root.adapter is not None else None
-    with torch.device("meta"):
+    with examining(), torch.device("meta"):
         if root.vae.fitted() != "none" and "weights" in root.vae.files():
             matching_weights(build("vae", root), Path(root.vae.weights), mapped=True)
         planned = None
         if start is not None or root.trainable is not None:
             planned = LatentDiffusion(wiring, build_parts(wiring), 1)
+        elif "weights" in root.conditioning.files():
+            build("conditioning", root)
     if start is None or planned is None:
         return
     check_fits(planned, start)

@@ -1,28 +1,25 @@
 """Finishes a run: weights, scores, samples, a page, and the result file last."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox.config import registry
 from sandbox.config.root import Root, to_container
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import Clip, ConfigError, PluginConfig
+from sandbox.data.batching import summary
 from sandbox.evaluation.evaluate import Evaluation, evaluate
-from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.reports import media
-from sandbox.reports.run_page import Report, ScoreRow, read_curves, terminal_table, write_report
+from sandbox.reports.run_page import Report, read_curves, write_report
 from sandbox.reports.sample_files import FPS, write_clips
+from sandbox.reports.scores import ScoreRow, terminal_table
 from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
 from sandbox.storage.atomic import storing, write_atomic
-
-if TYPE_CHECKING:
-    from sandbox.training.state import Training
+from sandbox.training.state import Training
 
 BY_CLIP = "scores_by_clip.json"  # of the model
 UNCONDITIONED = (
@@ -52,7 +49,7 @@ def finish_run(
     samples = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])
-    weights, bad = "ema" if training.ema else "live", training.loader.bad
+    weights, bad = "ema" if training.ema else "live", found.skipped | training.loader.bad
     clip = Clip(*found.clips["model"].shape[1:])
     metrics = {
         "overrides": [mask_text(o) for o in overrides],
@@ -87,24 +84,23 @@ def finish_run(
     print_scores(root, found)
     print(f"videos  {run.samples}\nsheet   {sheet}\npage    {page}")
     print(f"scores  {run.folder / 'metrics.json'}", flush=True)
+    if bad:
+        listed = f'all are in {run.folder / "metrics.json"}, under "skipped"'
+        print(f"data    {summary(bad)}; {listed}", flush=True)
     return result
 
 
 def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:
     """Writes the weight files, and scores the EMA weights where there are some."""
     system, folder = training.system, training.run.folder
-    assert isinstance(system, LatentDiffusion)
-    metadata = system.first_stage_hash()
-    weight_files.write(system.trainable_state(), folder / weight_files.LIVE, metadata, hashed=True)
+    training.save_weights(folder)
     with training.ema_weights():
-        if training.ema:
-            weight_files.write(
-                system.trainable_state(), folder / weight_files.AVERAGED, metadata, hashed=True
-            )
         if system.adapter is not None:
             name, weights, header = system.adapter.exported(system.backbone)
             weight_files.write(weights, folder / name, header)
-        return evaluate(system.eval(), cfg.score_clips, cfg.untrained, training.check_stop)
+        return evaluate(
+            system.eval(), cfg.score_clips, cfg.untrained, lambda *_: training.check_stop()
+        )
 
 
 def final_loss(run: Run) -> float:
@@ -133,9 +129,7 @@ def write_sheet(path: Path, found: Evaluation, places: list[int]) -> None:
     """A contact sheet with a row per caption: real clips, the model, an untrained model."""
     wanted = SHEET_COLUMNS if "real clips" in found.clips else CACHED_COLUMNS
     columns = [c for c in wanted if c in found.clips]
-    rows = [
-        media.SheetRow(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places
-    ]
+    rows = [(found.captions[i], {c: found.clips[c][i] for c in columns}) for i in places]
     media.contact_sheet(path, rows)
 
 
@@ -173,7 +167,7 @@ def report(
         rates=found.rates,
         samples=[(caption, path.resolve()) for caption, path in samples],
         sheet=sheet.resolve(),
-        curves={**read_curves(run.metrics_file)},
+        curves={**read_curves(run.folder)},
         notes=notes,
         environment=json.loads(run.environment.read_text()),
         skipped=skipped,

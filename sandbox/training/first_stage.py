@@ -7,8 +7,8 @@ compare. A lock keeps concurrent jobs from training it twice.
 
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from sandbox.config.compatibility import first_stage_alone
 from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root, clips_per_step
 from sandbox.contracts import StorageError
-from sandbox.data.loader import batches
+from sandbox.data.batching import lines, reasons, summary
+from sandbox.data.loader import SHOWN, batches
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import by_pairs, gather, reconstructed
 from sandbox.model.autoencoding import Autoencoding, psnr
@@ -39,10 +40,16 @@ from sandbox.storage.first_stage_files import (
 )
 from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
-from sandbox.training.state import start
+from sandbox.training.state import checked_loader, start
 
-CALIBRATION_CLIPS = 512
-TRAINED_WITH = {"optimizer": "adamw", "lr_schedule": "warmup_cosine", "ema": "warmup"}
+CALIBRATION_BATCHES = 8  # of 64 clips
+TRAINED_WITH = {
+    "task": "train_vae",
+    "optimizer": "adamw",
+    "lr_schedule": "warmup_cosine",
+    "ema": "warmup",
+    "resume": "auto",
+}
 
 log = logging.getLogger(__name__)
 
@@ -122,15 +129,7 @@ def fit_or_train(root: Root, first_stage: Any, rank: Rank | None = None) -> None
         train = registry.create(root.data.all_clips()).split("train")
         first_stage.fit(b.video for b in batches(train, 256, root.seed))
         return
-    load_weights(first_stage, train_in_cache(_shared(root), (rank or Rank()).as_single()))
-
-
-def _shared(root: Root) -> Root:
-    """`root` without the settings that a shared first stage must not depend on."""
-    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
-    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
-    trainer = replace(registry.default("trainer", "single"), **machine)
-    return replace(root, data=root.data.all_clips(), precision="fp32", trainer=trainer, **fixed)
+    load_weights(first_stage, train_in_cache(root, (rank or Rank()).as_single()))
 
 
 def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
@@ -140,22 +139,24 @@ def calibrate(root: Root, first_stage: Any, device: torch.device) -> None:
     """
     train = registry.create(root.data.all_clips()).split("train")
 
-    def some() -> Iterator[torch.Tensor]:
-        for i, batch in enumerate(batches(train, 64, root.seed)):
-            if i * 64 >= CALIBRATION_CLIPS:
-                return
-            assert batch.video is not None  # `batches` loads clips
-            yield batch.video.to(device)
-
-    first_stage.calibrate(some())
+    some = islice(batches(train, 64, root.seed), CALIBRATION_BATCHES)
+    first_stage.calibrate(batch.video.to(device) for batch in some)  # type: ignore[union-attr]
 
 
 def train_in_cache(root: Root, rank: Rank) -> Path:
-    """Trains the first stage of `root` in a run folder in the cache; returns its weight file."""
-    task, recipe = registry.default("task", "train_vae"), root.vae.recipe()
+    """Trains the first stage of `root` in a run folder in the cache; returns its weight file.
+
+    Settings that a shared first stage must not depend on have their defaults.
+    """
+    fixed = {group: registry.default(group, name) for group, name in TRAINED_WITH.items()}
+    machine = {name: getattr(root.trainer, name) for name in ("accelerator", "threads")}
+    recipe = root.vae.recipe()
     own = replace(
         root,
-        task=task,
+        **fixed,
+        trainer=replace(registry.default("trainer", "single"), **machine),
+        data=root.data.all_clips(),
+        precision="fp32",
         lr=recipe.lr,
         base_lr=None,
         steps=recipe.steps,
@@ -169,7 +170,6 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
         reconstruction=None,
         callbacks={},
         logger=None,
-        resume=registry.default("resume", "auto"),
     )
     done = train_first_stage(first_stage_alone(own), None, rank)
     return Path(done["folder"]) / "first_stage.safetensors"
@@ -179,6 +179,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
     """Trains the first stage of a wired `root` in a run folder; returns the result."""
     check_weights(root, begins=not continues(root))
     by_pairs(root)  # raises now where the metric's weights are missing
+    loader = checked_loader(root, rank)
     with opened(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
@@ -187,7 +188,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
             if root.init_from is not None:
                 init_first_stage(system.first_stage, Path(root.init_from))
 
-        with start(system, run, group, rank, initialise) as training:
+        with start(system, run, group, rank, initialise, loader) as training:
             fit(training)
             result: dict[str, Any] = {}
             with rank.rank0_first():
@@ -227,8 +228,7 @@ def _finish(training: Any) -> dict[str, Any]:
         system.eval()
         calibrate(root, first_stage, system.device)
         val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
-        video = val.video
-        assert video is not None  # gathered
+        video: Any = val.video
         made = reconstructed(first_stage, video, system.device)
         state = first_stage.state_dict()
         weight_files.write(state, run.folder / FIRST_STAGE_FILE, hashed=True)
@@ -248,4 +248,6 @@ def _finish(training: Any) -> dict[str, Any]:
     shown_scores = "".join(f", {name} {value:.4g}" for name, value in scores.items())
     measured = f"{decibels:.1f} dB{shown_scores} on {val.size} held-out clips"
     print(f"first stage: {measured}; sheet {sheet}", flush=True)
+    if bad := reasons(val.bad) | training.loader.bad:
+        print(f"data    {summary(bad)}: {'; '.join(lines(bad)[:SHOWN])}", flush=True)
     return result

@@ -3,9 +3,10 @@
 Each row has clips (N, 3, T, H, W) in [-1, 1] by column. Callers set eval mode.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +26,12 @@ Chain = SamplerConfig | None
 
 
 @torch.no_grad()
-def image_rows(
-    system: LatentDiffusion, rows: tuple[str, ...], count: int, chain: Chain = None
-) -> dict[str, Row]:
+def image_rows(system: Any, rows: Sequence[str], count: int, chain: Chain = None) -> dict[str, Row]:
     """The requested `rows` (names of ROWS) of `count` held-out clips.
 
-    Rows that the system does not have are left out: without a codebook nothing is quantised.
-    `chain` is the sampler of the progressive row (default: the system's); it makes at most as many
-    steps as the schedule has.
+    An Autoencoding only has "reconstruction". Rows that the system does not have are left out:
+    without a codebook nothing is quantised. `chain` is the sampler of the progressive row (default:
+    the system's); it makes at most as many steps as the schedule has.
     """
     batch = gather(registry.create(system.root.data).split("val"), count, system.root.seed)
     batch = system.transfer_batch_to_device(batch, system.device)
@@ -42,10 +41,9 @@ def image_rows(
     return {k: {c: x.clamp(-1, 1).cpu() for c, x in row.items()} for k, row in shown.items()}
 
 
-def reconstruction(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
-    assert batch.video is not None  # gathered
-    made = reconstruct_clips(system.first_stage, batch.video)
-    return {"input": batch.video, "reconstruction": made}
+def reconstruction(system: Any, batch: Batch, chain: Chain) -> Row:
+    video: Any = batch.video  # gathered
+    return {"input": video, "reconstruction": reconstruct_clips(system.first_stage, video)}
 
 
 def diffusion_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
@@ -98,14 +96,11 @@ def progressive_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
 
 def samples_x0_quantized(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     """Samples with the clean estimate quantised to the codebook in every step."""
-    first_stage = system.first_stage
-    if not hasattr(first_stage, "quantize"):
+    stage: Any = system.first_stage
+    if not hasattr(stage, "quantize"):
         return {}
-
-    def quantise(z: Tensor) -> Tensor:
-        return first_stage.scaled(first_stage.quantize(first_stage.unscaled(z))[0])  # type: ignore[attr-defined]
-
-    return {"sample": _sampled(system, batch, Quantised(quantise), "sampling, quantised")}
+    hooks = Quantised(lambda z: stage.scaled(stage.quantize(stage.unscaled(z))[0]))
+    return {"sample": _sampled(system, batch, hooks, "sampling, quantised")}
 
 
 def _filled(inside: bool, system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:

@@ -18,16 +18,15 @@ from sandbox.config.param_groups import parse_entry
 from sandbox.contracts import Batch, Diverged, Preempted
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
-from sandbox.model.devices import use_threads
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
 from sandbox.training.state import Training, check_best_of
-from sandbox.training.tracking import TrainedOn, suspects
+from sandbox.training.tracking import suspects
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names
 
 
-def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | None = None) -> None:
+def fit(training: Training, callbacks: Sequence[Callback] = ()) -> None:
     """Trains from `training.step` to `root.steps`. `callbacks` run after the configured ones.
 
     Raises Diverged, DataError, StorageError, Preempted (saved), KeyboardInterrupt (not saved).
@@ -35,7 +34,6 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
     root, system, cfg = training.root, training.system, training.root.trainer
     if training.step >= training.steps:
         return
-    use_threads(root, threads)
     system.optimizer = training.optimizer
     for callback in training.callbacks.values():
         callback.training = training  # type: ignore[attr-defined]
@@ -74,8 +72,10 @@ def fit(training: Training, callbacks: Sequence[Callback] = (), threads: int | N
         try:
             with rank.handling_signals():
                 trainer.fit(system, train_dataloaders=stream)
-        except SystemExit as e:  # Lightning turns a KeyboardInterrupt into it
-            raise KeyboardInterrupt from e
+        except SystemExit as e:
+            if isinstance(e.__context__, KeyboardInterrupt):  # Lightning turns it into this
+                raise KeyboardInterrupt from e
+            raise
         finally:
             training.loader.close()
     training.optimizer.zero_grad()
@@ -112,7 +112,7 @@ class OptimizerStep(Callback):
         # a first stage that is trained for the cache has no callback that measures
         self.is_measured = any(c.measures(every) for c in callbacks)
         self.metrics: list[dict[str, Tensor]] = []  # of the micro-batches of this step
-        self.trained_on: list[TrainedOn] = []
+        self.trained_on: list[tuple[list[str], Tensor]] = []
         self.rates: dict[str, float] = {}
         self.is_bad = False
 
@@ -137,17 +137,14 @@ class OptimizerStep(Callback):
             group["lr"] = group["initial_lr"] * rate
         parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self.training.processes.clip(parameters, self.cfg.clip)
-        self.rates = self.learning_rates(rate)
+        lr, entries = (self.root.lr or 0.0) * rate, map(parse_entry, self.root.trainable or ())
+        # of entries of `trainable` with another learning rate
+        others = {f"lr/{name}": lr * factor for name, factor in entries if factor not in (0, 1)}
+        self.rates = {"lr": lr, **others}
         # A device sync. The norm is over all ranks, so they agree.
         if self.cfg.bad_step == "skip" and not self.training.processes.norm().isfinite():
             self.is_bad = True
             optimizer.zero_grad()  # optimizers skip parameters without gradients
-
-    def learning_rates(self, factor: float) -> dict[str, float]:
-        """`lr`, and that of each entry of `trainable` with another learning rate, at this step."""
-        lr, entries = (self.root.lr or 0.0) * factor, map(parse_entry, self.root.trainable or ())
-        others = {f"lr/{pattern}": lr * rate for pattern, rate in entries if rate not in (0, 1)}
-        return {"lr": lr, **others}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -163,15 +160,12 @@ class OptimizerStep(Callback):
         if not training.step and self.is_measured:
             check_best_of(self.root, sorted(pl_module.logged))
         self.metrics.append(pl_module.metrics)
-        self.trained_on.append(TrainedOn(batch.ids, pl_module.per_sample))
+        self.trained_on.append((batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
             training.ema.update()
-        if training.just_stepped:
-            self.end_step()
-
-    def end_step(self) -> None:
-        training = self.training
+        if not training.just_stepped:
+            return
         training.step += 1
         of_step = {"grad_norm": training.processes.norm(), **self.rates}
         metrics = {**_mean(self.metrics), **of_step}
@@ -179,7 +173,7 @@ class OptimizerStep(Callback):
             samples = suspects(self.trained_on, training.rank)
             training.skipped.append({"step": training.step, "samples": samples})
             metrics["skipped"] = len(training.skipped)
-        training.add_metrics(metrics, self.trained_on)
+        training.buffer.add(training.step, metrics, self.trained_on)
         self.metrics, self.trained_on, self.is_bad = [], [], False
         if len(training.skipped) > self.cfg.max_bad_steps:
             raise Diverged(
@@ -218,7 +212,8 @@ class Checkpointing(Callback):
             training.save()
         weights_every = training.root.checkpoint.weights_every
         if weights_every and step % weights_every == 0:
-            training.save_weights()
+            training.flush()
+            training.save_weights(training.run.folder / "weights" / f"step_{step:08d}")
         if why is not None:
             raise Preempted(
                 f"stopped by {why} after step {step}, which is saved in {training.run.folder}; "

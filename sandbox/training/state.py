@@ -5,30 +5,28 @@ dropping, sample order and augmentation are keyed by position (`data.randomness`
 re-seeded for every micro-batch, and nothing else is random.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback
-from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
 from sandbox.config.root import Root, to_container
 from sandbox.config.wiring import Wiring
-from sandbox.contracts import ConfigError, Diverged, Preempted, SamplerConfig
+from sandbox.contracts import ConfigError, Diverged, Items, Preempted, SamplerConfig
+from sandbox.data.checks import check_samples
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import fps_of, gather, generate
 from sandbox.evaluation.prompts import of_data
-from sandbox.model.autoencoding import reconstruct_clips
 from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.ema import EMA
@@ -41,7 +39,7 @@ from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.training.image_rows import image_rows
-from sandbox.training.tracking import MetricBuffer, Trackers, TrainedOn, suspects
+from sandbox.training.tracking import MetricBuffer, Trackers, suspects
 
 
 @dataclass
@@ -72,7 +70,6 @@ class Training:
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
-    pending: dict[int, list[TrainedOn]] = field(default_factory=dict)  # of steps in the buffer
 
     @property
     def steps(self) -> int:
@@ -107,10 +104,7 @@ class Training:
         """Loads `state`, before training starts."""
         self.system.check_frozen(state["frozen"])
         self.step = state["step"]
-        self.system.load_trainable(state["weights"])
-        self.ema = EMA.of(self.system, registry.create(self.root.ema))
-        if self.ema and state["ema"]:  # an EMA may be new in a resumed run
-            self.ema.load_state_dict(state["ema"])
+        self._load_weights(state)
         load_optimizer(self.optimizer, state["optimizer"])
         if self.system.discriminator_update:
             self.system.discriminator_update.load_state_dict(state["opponent"])
@@ -118,6 +112,12 @@ class Training:
         for name, callback in self.callbacks.items():
             callback.load_state_dict(state["callbacks"].get(name, {}))
         self.scaler, self.skipped = state["scaler"], state["skipped"]
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        self.system.load_trainable(state["weights"])
+        self.ema = EMA.of(self.system, registry.create(self.root.ema))
+        if self.ema and state["ema"]:  # an EMA may be new in a resumed run
+            self.ema.load_state_dict(state["ema"])
 
     def save(self) -> None:
         """Writes a checkpoint, after the metrics: a resumed run does not repeat their steps."""
@@ -131,18 +131,16 @@ class Training:
         except Diverged as e:
             raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
 
-    def save_weights(self) -> None:
-        """Writes the weights of this step alone, live and EMA."""
-        self.flush()
-        self._export(weight_files.LIVE)
+    def save_weights(self, folder: Path) -> None:
+        """Writes the weights alone, live and EMA."""
+        self._save_weights(folder / weight_files.LIVE)
         if self.ema:
             with self.ema_weights():
-                self._export(weight_files.AVERAGED)
+                self._save_weights(folder / weight_files.AVERAGED)
 
-    def _export(self, name: str) -> None:
+    def _save_weights(self, path: Path) -> None:
         state = full_tensors(self.system.trainable_state())
         if self.is_first:
-            path = self.run.folder / "weights" / f"step_{self.step:08d}" / name
             weight_files.write(state, path, self.system.first_stage_hash(), hashed=True)
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
@@ -153,14 +151,11 @@ class Training:
         state = self.state()
         if self.is_first:
             self.system = build().to(self.system.device)
-            self.system.load_trainable(state["weights"])
-            self.ema = EMA.of(self.system, registry.create(self.root.ema))
-            if self.ema:
-                self.ema.load_state_dict(state["ema"])
+            self._load_weights(state)
 
     def check_stop(self) -> None:
         """Raises Preempted at a stop request, in long work after the last step."""
-        if self.rank.stop_requested():
+        if self.rank.stop_signal:
             raise Preempted(
                 f"stopped by {self.rank.stop_signal} after the last step; all weights are saved in "
                 f"{self.run.folder}, and the same command finishes the run"
@@ -168,32 +163,20 @@ class Training:
 
     # metrics
 
-    def add_metrics(
-        self, metrics: Mapping[str, Tensor | float], trained_on: list[TrainedOn]
-    ) -> None:
-        """Buffers the metrics of step `step` and the samples of its micro-batches."""
-        self.buffer.add(self.step, metrics)
-        self.pending[self.step] = trained_on
-
     def flush(self) -> None:
         """Writes the buffered metrics; raises Diverged at the first step that is not finite."""
         good: list[tuple[int, dict[str, float]]] = []
-        bad: tuple[int, str] | None = None
-        for step, metrics in self.buffer.flush(self.rank.mean if self.rank.world > 1 else None):
+        wrong = ""
+        for step, metrics, trained_on in self.buffer.flush(self.rank.mean):
             if "skipped" not in metrics and (wrong := self._not_finite(metrics)):
-                bad = step, wrong
+                wrong = f"step {step}: {wrong} is not finite; {suspects(trained_on, self.rank)}"
                 break
             good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
         if good:
             self._record(good)
             self.latest = good[-1][1]
-        if bad:
-            step, wrong = bad
-            raise Diverged(
-                f"step {step}: {wrong} is not finite; {suspects(self.pending[step], self.rank)}; "
-                f"lower lr={self.root.lr}, or look at these samples"
-            )
-        self.pending.clear()
+        if wrong:
+            raise Diverged(f"{wrong}; lower lr={self.root.lr}, or look at these samples")
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if self.is_first:
@@ -238,33 +221,21 @@ class Training:
         held-out clips.
         """
         if not isinstance(self.system, LatentDiffusion):
-            self._show_reconstructions(count)
-            return
+            rows = ("reconstruction",)
         if "samples" in rows:
             self.sample((), count)
         self.flush()
         with self.ema_weights(), self.eval_mode():
-            found = image_rows(self.system, tuple(rows), count, chain)
+            found = image_rows(self.system, rows, count, chain)
         for name, columns in found.items() if self.is_first else ():
             path = self.run.samples / f"step_{self.step:08}" / f"{name}.png"
-            clips = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
-            media.contact_sheet(path, [media.SheetRow("", strips) for strips in clips])
+            if name == "reconstruction":
+                media.reconstruction_sheet(path, [*columns["input"]], [*columns[name]])
+            else:
+                clips = zip(*columns.values(), strict=True)
+                sheet = [("", dict(zip(columns, row, strict=True))) for row in clips]
+                media.contact_sheet(path, sheet)
             self.trackers.images(self.step, name, [path])
-
-    @torch.no_grad()
-    def _show_reconstructions(self, count: int) -> None:
-        self.flush()
-        items = registry.create(self.root.data).split("val")
-        video = gather(items, count, self.root.seed).video
-        assert video is not None  # gathered
-        with self.ema_weights(), self.eval_mode():
-            made = reconstruct_clips(self.system.first_stage, video.to(self.system.device))
-        if self.is_first:
-            path = self.run.samples / f"step_{self.step:08}" / "reconstruction.png"
-            media.reconstruction_sheet(path, [*video], [*made.clamp(-1, 1).cpu()])
-            self.trackers.images(self.step, "reconstruction", [path])
 
     def validate(self, count: int) -> None:
         """Loss on `count` held-out clips, of live and EMA weights, with the same noise every time.
@@ -310,7 +281,7 @@ class Training:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """The system has the EMA weights inside the block, if there are some."""
-        with self.ema.applied(self.system) if self.ema else nullcontext():
+        with self.ema.applied() if self.ema else nullcontext():
             yield
 
 
@@ -340,6 +311,28 @@ def check_best_of(root: Root, names: Iterable[str]) -> None:
         )
 
 
+def checked_loader(root: Root, rank: Rank) -> Loader:
+    """The loader of the training clips, before anything expensive.
+
+    Raises DataError where a split has no usable clip or too few, PluginError for wrong samples.
+    """
+    source = registry.create(root.data)
+    splits = {name: source.split(name) for name in ("train", "val")}
+    for name, items in splits.items():
+        check_samples(items, root.data, name, root.seed)
+    return training_loader(root, rank, splits["train"])
+
+
+def training_loader(root: Root, rank: Rank, items: Items) -> Loader:
+    """The loader of one rank. Raises DataError for too few clips."""
+    cfg = root.data
+    return Loader(
+        items, cfg.batch_size, root.seed, rank.index, rank.world, num_workers=cfg.num_workers,
+        max_bad=cfg.max_bad, batch_of=cfg.batch_of, drop_incomplete=cfg.drop_incomplete,
+        turns=cfg.alternates_sizes(),
+    )  # fmt: skip
+
+
 @contextmanager
 def start(
     system: Trainable,
@@ -347,17 +340,20 @@ def start(
     group: str | None = None,
     rank: Rank | None = None,
     initialise: Callable[[], None] = lambda: None,
+    loader: Loader | None = None,
 ) -> Iterator[Training]:
     """The Training of a run, at step 0 or restored from its newest valid checkpoint.
 
-    `initialise` loads the weights of step 0, in a run without a checkpoint. Leaving the block
-    finishes the trackers. Raises DataError, StorageError, ConfigError.
+    `initialise` loads the weights of step 0, in a run without a checkpoint; `loader`: one that
+    `checked_loader` made. Leaving the block finishes the trackers. Raises DataError, StorageError,
+    ConfigError.
     """
     root, rank = system.root, rank or Rank()
-    device, cfg = device_of(root, rank.local), root.data
+    device = device_of(root, rank.local)
     _check_fp16(system, device, rank)
     use_threads(root)
-    newest = rank.broadcast_plain(_newest(run) if rank.index == 0 else None)
+    newest = checkpoint.newest(run.checkpoints) if rank.index == 0 else None
+    newest = rank.broadcast_plain(newest and newest.name)
     if newest is None:
         initialise()
     reset_peak_memory(device)
@@ -374,11 +370,7 @@ def start(
     training = Training(
         system=system,
         root=root,
-        loader=Loader(
-            registry.create(cfg).split("train"), cfg.batch_size, root.seed, rank.index, rank.world,
-            num_workers=cfg.num_workers, max_bad=cfg.max_bad, batch_of=cfg.batch_of,
-            drop_incomplete=cfg.drop_incomplete, turns=cfg.alternates_sizes(),
-        ),
+        loader=loader or training_loader(root, rank, registry.create(root.data).split("train")),
         run=run,
         rank=rank,
         trackers=Trackers(
@@ -416,8 +408,3 @@ def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:
         raise ConfigError(
             "precision=fp16: a discriminator trains without a loss scaler: use bf16 or fp32"
         )
-
-
-def _newest(run: Run) -> str | None:
-    path = checkpoint.newest(run.checkpoints)
-    return path.name if path else None

@@ -4,24 +4,22 @@ A tracker never ends a run: one that fails is reported once and removed. The run
 is authoritative, and a run that cannot write it raises a StorageError.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from sandbox.config.secrets import mask
 from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Mean = Callable[[Tensor], Tensor]
-
+# Samples and their losses (B,), of each micro-batch of a step
+TrainedOn = Sequence[tuple[list[str], Tensor]]
+Mean = Callable[[Tensor], Tensor]
 NAMED = 8  # samples that an error lists
 log = logging.getLogger(__name__)
 
@@ -128,56 +126,40 @@ class MetricBuffer:
     """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, dict[str, Tensor | float]]] = []
+        self.rows: list[tuple[int, Mapping[str, Tensor | float], TrainedOn]] = []
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
+    def add(
+        self, step: int, metrics: Mapping[str, Tensor | float], trained_on: TrainedOn = ()
+    ) -> None:
         """Tensors are () and not modified later. Raises ValueError for other shapes."""
-        row: dict[str, Tensor | float] = {}
         for name, value in metrics.items():
             if getattr(value, "ndim", 0):
                 raise ValueError(f"metric {name} has shape {tuple(value.shape)}: want one number")  # type: ignore[union-attr]
-            row[name] = value if isinstance(value, int | float) else value.detach()
-        self._rows.append((step, row))
+        row = {k: v if isinstance(v, int | float) else v.detach() for k, v in metrics.items()}
+        self.rows.append((step, row, trained_on))
 
-    def flush(self, mean: Mean | None = None) -> list[tuple[int, dict[str, float]]]:
-        """The metrics since the last flush, as numbers, in order.
+    def flush(self, mean: Mean) -> list[tuple[int, dict[str, float], TrainedOn]]:
+        """Steps, metrics and samples since the last flush, in order.
 
         `mean` averages the stacked tensors of this process over all processes.
         """
-        rows, self._rows = self._rows, []
-        tensors = [v for _, row in rows for v in row.values() if not isinstance(v, int | float)]
+        rows, self.rows = self.rows, []
+        tensors = [v for _, row, _ in rows for v in row.values() if not isinstance(v, int | float)]
         numbers: Iterator[float] = iter(())
         if tensors:  # one transfer for all; float32 and float64 arrive exactly
-            import torch
-
             stacked = torch.stack([t.to(tensors[0].device) for t in tensors])
-            numbers = iter((mean(stacked) if mean else stacked).tolist())
+            numbers = iter(mean(stacked).tolist())
         return [
-            (step, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()})
-            for step, row in rows
+            (s, {k: v if isinstance(v, int | float) else next(numbers) for k, v in row.items()}, of)
+            for s, row, of in rows
         ]
 
 
-@dataclass
-class TrainedOn:
-    """The samples of one micro-batch, and their losses (B,) if the system reports them."""
-
-    ids: list[str]
-    losses: Tensor | None
-
-    def bad(self) -> list[str]:
-        """Samples with a loss that is not finite."""
-        losses = [] if self.losses is None else self.losses.tolist()
-        return [i for i, loss in zip(self.ids, losses, strict=False) if not math.isfinite(loss)]
-
-
-def suspects(trained_on: list[TrainedOn], rank: Rank) -> str:
+def suspects(trained_on: TrainedOn, rank: Rank) -> str:
     """The samples of all ranks whose loss is not finite; if there are none, all of the step."""
-    bad = [i for batch in trained_on for i in batch.bad()]
-    of_ranks = rank.gather_plain([bad, [i for batch in trained_on for i in batch.ids]])
+    losses = [(i, x) for ids, of in trained_on for i, x in zip(ids, of.tolist(), strict=True)]
+    bad = [i for i, loss in losses if not math.isfinite(loss)]
+    of_ranks = rank.gather_plain([bad, [i for i, _ in losses]])
     bad = [i for part, _ in of_ranks for i in part]
     ids = bad or [i for _, part in of_ranks for i in part]
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""

@@ -4,13 +4,11 @@ Requests are untrusted. Names must exist in the folder, numbers are type-checked
 becomes part of an override, so that a request reaches no other file and no other setting.
 """
 
-from __future__ import annotations
-
 import gc
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,13 @@ from sandbox.runs.run import Run
 PAGES = ("*/report.html", "report/report.html", "*/report/report.html", "*/*/report/report.html")
 MOST_CLIPS = 32  # of one request
 MOST_SHOWN = 8  # videos of a run below a report
-NUMBERS = {  # setting -> field of a request
-    "sampler.steps": "steps",
-    "guidance.guidance_scale": "guidance",
-    "data.frames": "frames",
-    "data.height": "height",
-    "data.width": "width",
-    "seed": "seed",
+NUMBERS = {
+    "sampler.steps": int,
+    "guidance.guidance_scale": float,
+    "data.frames": int,
+    "data.height": int,
+    "data.width": int,
+    "seed": int,
 }
 
 
@@ -38,7 +36,8 @@ NUMBERS = {  # setting -> field of a request
 class Request:
     """Sample clips for `prompts` from a run: "NAME", or "NAME@STEP" of a checkpoint.
 
-    None keeps the run's setting. images, end_images: uploaded files.
+    images, end_images: uploaded files. numbers: setting of NUMBERS -> text. None, or a blank text,
+    keeps the run's setting.
     """
 
     run: str
@@ -47,12 +46,7 @@ class Request:
     images: tuple[str, ...] = ()
     end_images: tuple[str, ...] = ()
     sampler: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int | None = None
+    numbers: Mapping[str, str | None] = field(default_factory=dict)
 
     def overrides(self) -> list[str]:
         """The request's choices and numbers as command-line overrides."""
@@ -62,13 +56,13 @@ class Request:
         if len(self.prompts) > MOST_CLIPS:
             raise ConfigError(f"prompts: {len(self.prompts)} prompts; want at most {MOST_CLIPS}")
         words = [f"sampler={self.sampler}"] if self.sampler is not None else []
-        for setting, name in NUMBERS.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{setting}={value!r}: want a number")
-            words.append(f"{setting}={value}")
+        filled = {k: v for k, v in self.numbers.items() if v is not None and str(v).strip()}
+        for setting, text in filled.items():
+            try:
+                words.append(f"{setting}={NUMBERS[setting](str(text))}")
+            except ValueError:
+                want = "an integer" if NUMBERS[setting] is int else "a number"
+                raise ConfigError(f"{setting}={text!r}: want {want}, or blank") from None
         return words
 
 
@@ -93,18 +87,20 @@ class Runs:
     def is_inside(self, path: Path) -> bool:
         return path.resolve().is_relative_to(self.folder)
 
+    def newest(self, *patterns: str) -> list[Path]:
+        """Files in the folder that match, newest first."""
+        files = {p for pattern in patterns for p in self.folder.glob(pattern) if self.is_inside(p)}
+        return sorted(files, key=lambda p: (-p.stat().st_mtime_ns, str(p)))
+
     def names(self) -> list[str]:
         """Runs that can be sampled from, newest first, with each of several checkpoints."""
         from sandbox.storage.checkpoint import steps_in
 
-        found = [p.parent for p in self.folder.glob("*/config.yaml") if self.is_inside(p)]
-        found.sort(key=lambda p: (-(p / "config.yaml").stat().st_mtime_ns, p.name))
         names = []
-        for path in found:
-            steps = steps_in(path / "checkpoints")
-            if steps and task_of(path) == TRAINED_BY:
-                names.append(path.name)
-                names += [f"{path.name}@{step}" for step in steps if len(steps) > 1]
+        for run in (path.parent for path in self.newest("*/config.yaml")):
+            steps = steps_in(run / "checkpoints")
+            if steps and task_of(run) == TRAINED_BY:
+                names += [run.name, *(f"{run.name}@{step}" for step in steps if len(steps) > 1)]
         return names
 
     def resolve(self, name: str | None) -> tuple[Path, int | None]:
@@ -143,33 +139,34 @@ class Runs:
             words.append(f"plugins_path={quoted(self.plugins_path)}")
         discovery.setup(words)
         root = resolve_run(to_root(composition.compose([*choices(words), *words])), words)
-        fields = {
-            name: getattr(request, name) for name in ("weights", "prompts", "images", "end_images")
-        }
-        task = replace(root.task, to=str(to), step=step, count=1, **fields)
+        task = replace(
+            root.task, to=str(to), step=step, count=1, weights=request.weights,
+            prompts=request.prompts, images=request.images, end_images=request.end_images,
+        )  # fmt: skip
         wiring = check_and_wire(replace(root, task=task))
+        import torch
+
         try:
             return registry.create(task).make(wiring, watch)[0][:-1]
         finally:
-            _free()
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def command(self, request: Request) -> str:
         """The command line that produces the same clips."""
         folder, step = self.resolve(request.run)
         words = ["task=sample", f"run={quoted(str(folder))}", f"weights={request.weights}"]
         words += [f"task.step={step}"] if step is not None else []
-        for name in ("prompts", "images", "end_images"):
-            files = getattr(request, name)
-            shown = files if name == "prompts" else [Path(file).name for file in files]
-            words += [f"{name}=[{','.join(map(quoted, shown))}]"] if files else []
+        files = {"images": request.images, "end_images": request.end_images}
+        lists = {"prompts": request.prompts}
+        lists |= {k: tuple(Path(file).name for file in v) for k, v in files.items()}
+        words += [f"{k}=[{','.join(map(quoted, v))}]" for k, v in lists.items() if v]
         words += [] if request.prompts or request.images else ["task.count=1"]
         return shlex.join(["python", "run.py", *words, *request.overrides()])
 
     def pages(self) -> list[str]:
         """Reports of multiruns and runs, newest first."""
-        found = {p for pattern in PAGES for p in self.folder.glob(pattern) if self.is_inside(p)}
-        newest = sorted(found, key=lambda p: (-p.stat().st_mtime_ns, str(p)))
-        return [p.relative_to(self.folder).as_posix() for p in newest]
+        return [p.relative_to(self.folder).as_posix() for p in self.newest(*PAGES)]
 
     def report(self, name: str | None) -> tuple[str, dict[str, list[Path]]]:
         """The HTML of report `name`, and run -> sample files of its runs."""
@@ -182,11 +179,11 @@ class Runs:
         folders = [own]
         if not Run(own).config_file.is_file():  # an ablation: report/ in the folder of its runs
             folders = [entry.folder for entry in read(own.parent).entries]
-        return path.read_text(encoding="utf-8"), {f.name: [*self._samples(f)] for f in folders}
-
-    def _samples(self, run: Path) -> Iterator[Path]:
-        found = sorted(p for p in run.glob("samples/*") if p.suffix in (".mp4", ".png"))
-        yield from [p for p in found if self.is_inside(p)][:MOST_SHOWN]
+        samples = {f.name: filter(self.is_inside, sorted(f.glob("samples/*.*"))) for f in folders}
+        return path.read_text(encoding="utf-8"), {
+            run: [p for p in files if p.suffix in (".mp4", ".png")][:MOST_SHOWN]
+            for run, files in samples.items()
+        }
 
 
 def quoted(text: str) -> str:
@@ -196,14 +193,6 @@ def quoted(text: str) -> str:
     text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", text)
     text = re.sub(r"(\\+)$|(\\*)\"", lambda m: m[1] * 2 if m[1] else m[2] * 2 + r"\"", text)
     return f'"{text}"'
-
-
-def _free() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def captions_of(text: Any) -> tuple[str, ...]:

@@ -18,7 +18,8 @@ from sandbox.runs.lookup import task_of
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import cache_path
-from sandbox.storage.published import compare, files_of, read_model, read_parts
+from sandbox.storage.published import compare, files_of, read_model, read_parts, translated
+from sandbox.storage.weight_contents import fitted, plain_name
 from sandbox.weights import system_files
 
 FIRST_STAGE_TASK = "task/train_vae"  # its runs have no backbone
@@ -30,7 +31,7 @@ def init_from(system: Trainable, path: Path | str) -> None:
 
     `path`: a run folder (its newest valid checkpoint), a checkpoint, an exported .safetensors file,
     or a published system or backbone, as a file or folder (the folder of a system gives the
-    backbone alone). EMA weights are preferred. Strict: raises StorageError with the first ten names
+    backbone alone). EMA weights are preferred. Strict: raises StorageError with the first names
     and shapes that differ, and where a frozen part, such as the first stage, differs from the one
     in training. Only the backbone's `additions` may be missing, each as a unit.
     """
@@ -47,7 +48,8 @@ def check_first_stage(system: Trainable, path: Path | str) -> None:
 
     Training may continue with another one, but samples would be decoded wrongly.
     """
-    recorded = weight_files.header(Path(path)).get("first_stage")
+    with weight_files.named("init_from"):
+        recorded = weight_files.header(Path(path)).get("first_stage")
     here = system.first_stage_hash().get("first_stage")
     if recorded is not None and recorded != here:
         raise StorageError(
@@ -107,7 +109,9 @@ def _load(system: Any, path: Path) -> str:
         weights, which = _read_checkpoint(system, path, mapped)
     else:
         weights, which = weight_files.read(path, mapped), "exported"
-        if not any(name.startswith(system_files.OURS) for name in weights):
+        if any(plain_name(name).startswith(system_files.OURS) for name in weights):
+            weights = fitted(weights, system.trainable_state())
+        else:
             _load_backbone(system, weights, path)
             return "backbone weights"
     own = system.trainable_state()
@@ -135,9 +139,8 @@ def _load_published(system: Any, path: Path) -> str:
 
 def _load_backbone(system: Any, state: State, path: Path) -> None:
     """Loads published weights of the backbone alone, which may translate them."""
-    if hasattr(system.backbone, "from_published"):
-        state = system.backbone.from_published(state)
-    _copy(system, system.base_state(), state, path)
+    own = system.base_state()
+    _copy(system, own, translated(system.backbone, own, state, f"init_from={path}"), path)
 
 
 def _copy(system: Any, own: State, weights: State, path: Path) -> None:

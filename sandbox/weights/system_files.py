@@ -19,6 +19,7 @@ from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.trainable import FILE_SETTINGS, Trainable
 from sandbox.storage import weight_files
 from sandbox.storage.published import parts_of
+from sandbox.storage.weight_check import check_values, differences
 
 ATTRIBUTES = {  # part of a layout -> attribute of a system
     "backbone": "backbone",
@@ -38,7 +39,8 @@ def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
     """
     if not path.is_file() or path.with_suffix(".json").is_file():
         return None
-    state = weight_files.read(path, mapped)
+    with weight_files.named("init_from"):
+        state = weight_files.read(path, mapped)
     if all(name.startswith(OURS) for name in state):
         return None
     return parts_of(state, f"init_from={path}")
@@ -61,7 +63,7 @@ def check_sources(root: Root) -> None:
 def load_parts(system: Trainable, parts: dict[str, State], path: Path) -> str:
     """Loads the parts of the published file `path`; returns "EMA" or "live".
 
-    Strict. Raises StorageError with the first ten names that differ, for another schedule, and,
+    Strict. Raises StorageError with the first names that differ, for another schedule, and,
     unless the system is on the meta device, where a frozen part differs from the file's.
     """
     assert isinstance(system, LatentDiffusion)
@@ -79,6 +81,7 @@ def load_parts(system: Trainable, parts: dict[str, State], path: Path) -> str:
     backbone = {f"backbone.{k}": v for k, v in system.base_state().items()}
     own |= backbone
     _check_names(given, own, path, system.root)
+    check_values(f"init_from={path}", given, own)
     _check_tables(parts["schedule"], tables(system), path)
     loaded = {k: own[k] for k in own.keys() & system.trainable_state().keys()} | backbone
     for name in own.keys() - loaded.keys():
@@ -95,19 +98,20 @@ def load_parts(system: Trainable, parts: dict[str, State], path: Path) -> str:
 
 
 def _check_names(given: State, own: State, path: Path, root: Root) -> None:
-    found = weight_files.mismatches(own, given, place="this system")
+    found = differences(own, given, place="this system")
     if not found:
         return
-    counts = Counter(line.partition(".")[0] for line in found)
+    wrong = [k for k in own.keys() | given.keys() if k not in own or k not in given]
+    wrong += [k for k in own.keys() & given.keys() if own[k].shape != given[k].shape]
+    counts = Counter(name.partition(".")[0] for name in wrong)
     groups = {attribute: group for group, attribute in ATTRIBUTES.items()}
     of = ", ".join(
         f"{count} of {groups[part]}={getattr(root, groups[part]).plugin.rpartition('/')[2]}"
         for part, count in counts.most_common()
     )
     raise StorageError(
-        f"init_from={path}: {len(found)} names or shapes differ from this system ({of}): "
-        f"{', '.join(found[:10])}; choose the components and sizes of the recipe that the file is "
-        "of"
+        f"init_from={path}: {found.count} names or shapes differ from this system ({of}); choose "
+        f"the components and sizes of the recipe that the file is of{found.lines}"
     )
 
 
@@ -141,7 +145,7 @@ def split(system: LatentDiffusion, ema: dict[str, Any] | None = None) -> dict[st
     parts = {part: _state(getattr(system, name)) for part, name in ATTRIBUTES.items()}
     parts["backbone"] = {k: v.detach() for k, v in system.base_state().items()}
     if isinstance(system.first_stage, CachedLatents):
-        parts["vae"] = _state(system.first_stage.full())
+        parts["vae"] = _state(system.first_stage.full(system.device))
     parts["schedule"], parts["ema"] = tables(system), {}
     if ema:
         parts["ema"] = {

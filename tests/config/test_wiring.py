@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from sandbox.contracts import (
     in_range,
     must_divide,
 )
+from tests.helpers import composed
 
 
 @cache
@@ -360,3 +362,27 @@ def test_lr_that_contradicts_base_lr_is_refused():
 def test_base_lr_must_be_a_number_above_zero(rate):
     with pytest.raises(ConfigError, match="base_lr="):
         wire(root(base_lr=rate))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "conditioning=t5_cogvideox",
+        "conditioning=t5_easyanimate",
+        "conditioning=t5 conditioning.weights=cached conditioning.drop_text=0",
+        "conditioning=t5_cogvideox data=video_folder data.root=.",
+        "conditioning=words data=video_folder data.root=. data.captions=none",
+        "conditioning=t5_cogvideox data=video_folder data.root=. data.captions=none",
+        "conditioning=openclip_vit_h14 data=video_folder data.root=. data.captions=none",
+        "conditioning=t5_cogvideox backbone=unet2d data.frames=1 vae=kl vae.weights=null",
+    ],
+)
+def test_a_hint_for_conditioning_names_options_that_fit(words):
+    with pytest.raises(ConfigError, match="provides") as e:
+        wire(composed(*words.split()))
+    own = words.partition("conditioning=")[2].partition("_")[0].partition(" ")[0]
+    named = re.findall(r"conditioning=(\w+)", str(e.value).partition(": use ")[2])
+    assert named and own not in named
+    for name in named:
+        others = [w for w in words.split() if not w.startswith("conditioning")]
+        wire(composed(*others, f"conditioning={name}"))

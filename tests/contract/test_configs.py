@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import sys
 from collections.abc import Iterator
@@ -175,4 +176,5 @@ def _described(cls: type) -> list[tuple[str, Any, Any]]:
 
 
 def _methods(cls: type) -> dict[str, bytes]:
-    return {n: m.__code__.co_code for n, m in vars(cls).items() if hasattr(m, "__code__")}
+    found = {n: inspect.unwrap(m) for n, m in vars(cls).items() if hasattr(m, "__code__")}
+    return {n: m.__code__.co_code for n, m in found.items()}

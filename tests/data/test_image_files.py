@@ -372,3 +372,16 @@ def test_prompts_read_every_kind(tmp_path):
 
 def test_the_table_has_every_extension():
     assert {Path(k[0]).suffix for k in KINDS} | {".jpeg"} == {*IMAGES}
+
+
+def test_damaged_exif_is_said_once(tmp_path, caplog):
+    from sandbox.data import image_files
+
+    image_files._say_damaged.cache_clear()
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(
+            encoded(Image.fromarray(NOISE), "PNG", exif=b"Exif\0\0no")
+        )
+        read_rgb(tmp_path / f"{i}.png")
+        image_size(tmp_path / f"{i}.png")
+    assert caplog.text.count("damaged EXIF data") == 1

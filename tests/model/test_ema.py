@@ -104,7 +104,7 @@ def test_averages_stand_in_inside_the_block_and_never_after_it(dtype):
     move(net, 1)
     ema.update()
     live, averages = weights(net), {n: a.clone() for n, a in ema.average.items()}
-    with pytest.raises(KeyError), ema.applied(net):
+    with pytest.raises(KeyError), ema.applied():
         assert all(
             torch.equal(p, averages[n].to(dtype))
             for n, p in net.named_parameters()
@@ -117,14 +117,14 @@ def test_averages_stand_in_inside_the_block_and_never_after_it(dtype):
 def test_update_inside_the_block_is_refused():
     net = trained()
     ema = average(net)
-    with ema.applied(net), pytest.raises(RuntimeError, match="applied"):
+    with ema.applied(), pytest.raises(RuntimeError, match="applied"):
         ema.update()
 
 
 def test_parameters_stay_the_same_objects():
     net = trained()
     before = list(net.parameters())
-    with average(net).applied(net):
+    with average(net).applied():
         pass
     assert all(a is b for a, b in zip(before, net.parameters(), strict=True))
 

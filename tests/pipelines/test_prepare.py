@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,14 +302,16 @@ def test_a_layout_that_wants_captions_refuses_clips_without(raw, prepared, tmp_p
         run(bare, tmp_path / "out", "format=cogvideox_folder")
 
 
-def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp_path):
+def test_a_folder_without_videos_and_one_of_which_nothing_is_kept_are_errors(tmp_path, caplog):
     (tmp_path / "raw").mkdir()
-    with pytest.raises(DataError, match="contains no video"):
+    (tmp_path / "raw" / "a.wmv").touch()
+    with pytest.raises(DataError, match=r"contains no video; want \.mp4, .*there are 1 \.wmv"):
         run(tmp_path / "raw", tmp_path / "out")
     write(tmp_path / "raw" / "still.mp4", scene(1, 1.2, (0, 0)))
     with pytest.raises(DataError, match="all clips were dropped"):
         run(tmp_path / "raw", tmp_path / "out")
     assert manifest(tmp_path / "out")[0]["dropped_by"] == "motion"
+    assert "1 files are not read: 1 .wmv" in caplog.text
 
 
 def test_stages_run_in_the_order_in_which_they_are_named(raw, tmp_path):
@@ -363,6 +364,22 @@ def test_files_that_cannot_be_used_are_found_and_strange_ones_that_can_are_not(t
     assert precision >= 0.95 and recall >= 0.95, (precision, recall, want ^ found)
 
 
+def test_a_file_with_an_edit_list_is_kept_and_one_that_is_cut_off_is_not(tmp_path):
+    from tests.odd_videos import trimmed
+
+    trimmed(tmp_path / "raw" / "whole.mp4", {"movflags": "faststart"})
+    content = (tmp_path / "raw" / "whole.mp4").read_bytes()
+    (tmp_path / "raw" / "cut.mp4").write_bytes(content[: len(content) * 3 // 4])
+    words = ("stage=[scenes]", "format=null", "workers=0", "sheet=0", "stage.scenes.min_seconds=0")
+    prepare(
+        composed("task=prepare", f"data_root={tmp_path / 'raw'}", f"to={tmp_path / 'out'}", *words)
+    )
+    rows = {row["source"]: row for row in manifest(tmp_path / "out")}
+    assert rows["whole.mp4"]["info"]["frames"] == 30
+    assert rows["whole.mp4"]["end"] == 3.0 and rows["whole.mp4"]["kept"]
+    assert rows["cut.mp4"]["why"].startswith("is truncated: it has ")
+
+
 def write_sound(path: Path) -> None:
     import av
 
@@ -387,14 +404,12 @@ def test_jobs_that_come_when_a_process_has_just_ended_are_done():
     """The very moment; an error of one is raised as it is, and the next are done all the same."""
     others = {*multiprocessing.active_children()}
 
-    def jobs() -> Iterator[int]:
-        yield 13
-        (worker,) = {*multiprocessing.active_children()} - others
-        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
-        yield from (14, 15)
-
     with started("local", 2) as ordered:
-        assert list(ordered(double, jobs())) == [Crashed(), 28, 30]
+        assert list(ordered(double, [1])) == [2]
+        (worker,) = {*multiprocessing.active_children()} - others
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        assert list(ordered(double, [13, 14, 15])) == [Crashed(), 28, 30]
         with pytest.raises(ValueError, match="planned failure of -1") as caught:
             list(ordered(double, [1, -1, 2]))
         assert "in double" in str(caught.value.__cause__)

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
@@ -14,10 +15,9 @@ from PIL import Image
 from sandbox.cli.main import _main
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation import Ablation, compare, varying
-from sandbox.reports.ablation_page import write_ablation
+from sandbox.reports.ablation_page import draw_curves, write_ablation
 from sandbox.reports.ablation_runs import read
-from sandbox.reports.ablation_tables import latex, markdown
-from sandbox.runs.run import identity_of_work
+from sandbox.runs.run import Run, identity_of_work
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 
@@ -224,6 +224,15 @@ def test_scores_that_were_asked_later_stand_beside_those_of_the_run(tmp_path):
     assert any("frechet_image is not compared" in n and '"ema" and "live"' in n for n in notes)
 
 
+def test_later_scores_keep_the_order_of_their_file(tmp_path):
+    names = [f"score {i}" for i in range(9)]
+    folder = run(tmp_path, "dit", 1e-3, 0, 0.5)
+    (folder / "evaluations").mkdir()
+    scores = {"scores": {"model": dict.fromkeys(names, 0.5)}}
+    (folder / "evaluations" / "evaluation-01.json").write_text(json.dumps(scores))
+    assert [*read(tmp_path).entries[0].values] == ["digit", *names, "loss"]
+
+
 def test_a_number_without_a_protocol_is_not_mixed_with_one_that_has_one(tmp_path):
     run(tmp_path, "dit", 1e-3, 0, 0.5)
     run(tmp_path, "unet3d", 1e-3, 0, 0.5, protocol={})
@@ -276,12 +285,11 @@ def test_the_jobs_of_a_multirun_are_found_also_where_the_folder_was_moved(tmp_pa
 
 
 def test_operations_are_those_that_a_plan_counted_for_such_a_run(runs):
-    settings = next(
-        e.settings for e in read(runs).entries if "dit" in e.settings["backbone.plugin"]
-    )
+    folder = next(e.folder for e in read(runs).entries if "dit" in e.settings["backbone.plugin"])
     plan = runs / "plans" / "default-0" / "plan.json"
     plan.parent.mkdir(parents=True)
-    plan.write_text(json.dumps({"work": identity_of_work(settings), "flops_per_step": 10**9}))
+    work = identity_of_work(Run(folder).config())
+    plan.write_text(json.dumps({"work": work, "flops_per_step": 10**9}))
     flops = {
         e.settings["backbone.plugin"]: e.costs.get("flops_per_step") for e in read(runs).entries
     }
@@ -304,6 +312,29 @@ def test_the_same_folder_gives_the_same_bytes(runs):
     assert written[0] == written[1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "label"),
+    [
+        ({"dit": (1, 2), "unet3d": (1, 2)}, "step (seeds of A, B share none)"),
+        ({"dit": (1, 1), "unet3d": (1, 2)}, "step (seeds of B share none)"),
+        ({"dit": (1, 1), "unet3d": (2, 2)}, "step"),
+        ({"dit": (), "unet3d": ()}, None),
+    ],
+)
+def test_variants_whose_seeds_share_no_steps_are_named_in_the_panel(tmp_path, steps, label):
+    for backbone, first in steps.items():
+        for seed in range(2):
+            folder = run(tmp_path, backbone, 1e-3, seed, 0.5)
+            rows = [{"step": first[seed] + 2 * i, "loss": 0.1} for i in range(3 if first else 0)]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "metrics.jsonl").write_text(text)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_curves(tmp_path / "curves", compared(tmp_path))
+    svg = tmp_path / "curves.svg"
+    assert svg.is_file() == (label is not None)
+    assert label is None or f">{label}</text>" in svg.read_text()
+
+
 def test_the_page_needs_nothing_else_and_names_no_path(runs):
     page = write_ablation(runs / "report", compared(runs)).read_text()
     assert "<script" not in page and "default-src 'none'" in page
@@ -314,7 +345,8 @@ def test_the_page_needs_nothing_else_and_names_no_path(runs):
 
 def test_markdown_and_latex_have_every_variant_with_its_interval(runs):
     found = compared(runs)
-    text, paper = markdown(found), latex(found)
+    write_ablation(runs / "report", found)
+    text, paper = ((runs / "report" / name).read_text() for name in ("report.md", "report.tex"))
     assert text.count("| unet3d ") >= 4 and "0.330 [0.255, 0.405]" in text
     assert paper.count("\\midrule") == 1 and paper.count("& unet3d &") == 2
     assert "{\\scriptsize [0.255, 0.405]}" in paper and "95 \\% interval" in paper

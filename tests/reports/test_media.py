@@ -10,7 +10,6 @@ from sandbox.contracts import StorageError
 from sandbox.reports.media import (
     BACKGROUND,
     NAN,
-    SheetRow,
     contact_sheet,
     enlarged,
     enlargement,
@@ -210,7 +209,7 @@ def test_sheet_shows_columns_in_order_and_at_most_nine_frames(tmp_path):
     red[0], blue[2] = 1, 1
     contact_sheet(
         tmp_path / "s.png",
-        [SheetRow("both", {"real": red, "model": blue}), SheetRow("one", {"model": blue})],
+        [("both", {"real": red, "model": blue}), ("one", {"model": blue})],
     )
     sheet = opened(tmp_path / "s.png")
     reds = strip_places(sheet, np.array([255, 0, 0]))
@@ -224,29 +223,27 @@ def test_sheet_shows_columns_in_order_and_at_most_nine_frames(tmp_path):
 def test_sheet_enlarges_to_whole_squares(tmp_path):
     video = torch.full((3, 1, 16, 16), -1.0)
     video[0, 0, 5, 7] = 1
-    contact_sheet(tmp_path / "s.png", [SheetRow("dot", {"a": video})])
+    contact_sheet(tmp_path / "s.png", [("dot", {"a": video})])
     rows, columns = np.nonzero((opened(tmp_path / "s.png") == [255, 0, 0]).all(-1))
     side = rows.max() - rows.min() + 1
     assert side == columns.max() - columns.min() + 1 == 8 and len(rows) == side**2
 
 
 def test_images_become_a_grid(tmp_path):
-    rows = [SheetRow(f"image {i}", {"": clip(1, seed=i)}) for i in range(16)]
+    rows = [(f"image {i}", {"": clip(1, seed=i)}) for i in range(16)]
     contact_sheet(tmp_path / "s.png", rows)
     height, width = opened(tmp_path / "s.png").shape[:2]
     assert 0.5 < height / width < 2
 
 
 def test_large_frames_are_made_smaller(tmp_path):
-    contact_sheet(
-        tmp_path / "s.png", [SheetRow("large", {"a": clip(9, 320, 512), "b": clip(9, 320, 512)})]
-    )
+    contact_sheet(tmp_path / "s.png", [("large", {"a": clip(9, 320, 512), "b": clip(9, 320, 512)})])
     assert opened(tmp_path / "s.png").shape[1] < 2200
 
 
 def test_a_sheet_without_clips_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
-        contact_sheet(tmp_path / "s.png", [SheetRow("nothing")])
+        contact_sheet(tmp_path / "s.png", [("nothing", {})])
 
 
 def test_long_captions_wrap_and_end_in_an_ellipsis():

@@ -13,16 +13,15 @@ import torch
 from sandbox.contracts import StorageError
 from sandbox.reports import pages
 from sandbox.reports.charts import draw, line_chart, number, smoothed
-from sandbox.reports.media import SheetRow, contact_sheet, write_video
+from sandbox.reports.media import contact_sheet, write_video
 from sandbox.reports.run_page import (
     Report,
-    ScoreRow,
     charts_of,
     duration,
     read_curves,
     write_report,
 )
-from sandbox.reports.scores import interval, rates_of, terminal_table
+from sandbox.reports.scores import ScoreRow, interval, terminal_table
 
 NASTY = "<script>alert('x')</script> & \"quotes\" $title <img src=https://example.org/x.png>"
 SCORES = [
@@ -30,6 +29,7 @@ SCORES = [
     ScoreRow("real clips", {"colour": 1.0, "digit": 190 / 192, "shape": 1.0}, 192),
     ScoreRow("untrained model", {"colour": 34 / 192, "digit": 16 / 192}, 192),
 ]
+RATES = frozenset({"colour", "digit"})
 MEANINGS = {
     "colour": "Share of clips in the right colour; chance 0.17, perfect 1.",
     "shape": "Alike.",
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 def run(tmp_path) -> Path:
     video = torch.zeros(3, 4, 16, 16)
     write_video(tmp_path / "samples" / "0.mp4", video, 8, 4)
-    contact_sheet(tmp_path / "sheet.png", [SheetRow("a", {"real": video})])
+    contact_sheet(tmp_path / "sheet.png", [("a", {"real": video})])
     lines = [{"step": s, "loss": 1 / s, "lr": 1e-3, "val/loss": 2 / s} for s in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
@@ -81,11 +81,12 @@ def full(run: Path, text: str = "plain") -> Report:
         facts={"seed": 0, text: text},
         notes=[text],
         scores=SCORES,
+        rates=RATES,
         meanings={**MEANINGS, "digit": text},
         samples=[(text, Path("samples/0.mp4"))],
         sheet=Path("sheet.png"),
         curves={
-            **read_curves(run / "metrics.jsonl"),
+            **read_curves(run),
             f"score/{text}": [(1, 1.0)],
             "score/b": [(1, 2.0)],
         },
@@ -199,14 +200,14 @@ def test_an_unwritable_folder_is_a_storage_error(tmp_path):
 def test_curves_survive_kills_and_resumes(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 1.0, "note": "x", "ok": true}\n'
-        '{"step": 3, "lo\n'
-        '{"step": 2, "loss": 2.5}\n[1]\n{"loss": 9}\n{"step": 4, "loss": NaN}\n{"st'
+        '{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n{"step": 3, "lo\n'
+        '{"step": 2, "loss": 2.5}\n{"step": 5, "loss": 1, "val/loss": 9}\n{"rewind": 3}\n'
+        '{"step": 4, "loss": NaN}\n{"st'
     )
-    curves = read_curves(path)
+    curves = read_curves(tmp_path)
     assert list(curves) == ["loss"] and curves["loss"][:2] == [(1, 1.0), (2, 2.5)]
     assert math.isnan(curves["loss"][2][1])
-    assert read_curves(tmp_path / "none.jsonl") == {}
+    assert read_curves(tmp_path / "none") == {}
 
 
 def test_splits_share_a_chart_and_losses_come_first():
@@ -247,7 +248,7 @@ def test_a_wide_range_of_values_has_a_logarithmic_axis_but_for_a_learning_rate()
 )
 @pytest.mark.parametrize("log_x", [False, True])
 def test_odd_curves_are_drawn_without_errors(points, log_x):
-    svg = line_chart("x", {"x": points}, log_x).svg
+    svg = line_chart("x", {"x": points}, log_x)["svg"]
     assert "nan" not in (svg or "").lower()
     assert (svg is None) == (not points or math.isnan(points[0][1]))
 
@@ -255,8 +256,8 @@ def test_odd_curves_are_drawn_without_errors(points, log_x):
 def test_charts_are_deterministic_and_use_the_colours_of_the_page():
     chart = line_chart("loss", {"a": [(0, 1.0), (5, 2.0)]})
     assert chart == line_chart("loss", {"a": [(0, 1.0), (5, 2.0)]})
-    assert chart.svg is not None and "var(--c0)" in chart.svg and "#0b6e62" not in chart.svg
-    assert chart.keys == [("a", "2")]
+    assert "var(--c0)" in chart["svg"] and "#0b6e62" not in chart["svg"]
+    assert chart["keys"] == [("a", "2")]
 
 
 def test_numbers_have_three_significant_digits():
@@ -275,20 +276,19 @@ def test_wilson_interval_equals_published_values(rate, n, low, high):
     assert found == pytest.approx((low, high), abs=5e-5)  # tabulated to four digits
 
 
-def test_only_shares_of_clips_get_intervals():
-    assert rates_of(SCORES) == {"colour", "digit"}
+def test_a_missing_score_has_no_interval():
     assert interval(SCORES[2], "shape") is None
 
 
 def test_terminal_table_shows_every_score_and_fits_the_width():
-    table = terminal_table(SCORES, MEANINGS, width=60)
+    table = terminal_table(SCORES, MEANINGS, RATES, width=60)
     lines = table.splitlines()
     assert lines[0].split() == ["192", "clips", "colour", "digit", "shape"]
     assert lines[2].split() == ["this", "model", "1.00", "0.19", "0.53"]
     assert lines[3].split() == ["95", "%", "interval", "0.98-1.00", "0.14-0.25"]
     assert lines[5].split() == ["untrained", "model", "0.18", "0.08", "-"]
     assert max(map(len, lines)) <= 60 and "chance 0.17" in table
-    assert terminal_table([], {}) == ""
+    assert terminal_table([], {}, RATES) == ""
 
 
 def test_page_shows_the_same_numbers(run):

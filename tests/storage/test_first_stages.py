@@ -151,14 +151,18 @@ def test_a_file_is_used_as_it_is(tmp_path):
 
 def test_a_file_of_another_size_is_refused(tmp_path):
     path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
-    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
+    with pytest.raises(
+        StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"
+    ):
         prepared(small(f"vae.weights={path}", "vae.components=16"))
 
 
 def test_a_file_of_another_size_is_refused_before_a_run_folder_is_made(tmp_path):
     path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
     other = small(f"vae.weights={path}", "vae.components=16", f"out={tmp_path}/out")
-    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or shapes differ.*first\.b"):
+    with pytest.raises(
+        StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"
+    ):
         train({"root": to_container(other), "group": None, "overrides": []}, Rank())
     assert not (tmp_path / "out").exists()
     check_weights(wire(small(f"vae.weights={path}")))
@@ -272,7 +276,7 @@ def test_a_first_stage_on_a_gpu_is_calibrated_and_measured_there():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         with gpu:
             first_stage = registry.create(root.vae)
-        with pytest.raises(RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="device"):
             first_stage.encode(video)
         calibrate(root, first_stage, gpu)
         made = reconstructed(first_stage, video, gpu)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import plan_text
-from sandbox.runs.run import identity_of_work, leaves
+from sandbox.runs.run import identity_of_work
 from tests.helpers import TINY, composed
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"
@@ -95,7 +96,7 @@ def test_a_step_without_numbers_holds_and_frees_what_a_real_one_does(name):
     """Bytes at the end of the forward pass and at the most, and operations, to the last one."""
     wiring = wired(*SYSTEMS[name])
     root, sizes = wiring.root, Sizes.of(wiring)
-    found = measured(root, sizes, is_cuda=False)
+    found = measured(root, sizes)
     parts = real_parts(root)
     modules = [p for p in parts.values() if isinstance(p, nn.Module)]
     cond = conditions(sizes, any(p.requires_grad for p in parts["conditioning"].parameters()))
@@ -127,7 +128,7 @@ def test_a_deep_network_takes_what_shallow_ones_foretell(name, checkpointing):
     before = encoded(root, sizes)
 
     def at(backbone):
-        return step_of(replace(root, backbone=backbone), sizes, checkpointing, False, True, before)
+        return step_of(replace(root, backbone=backbone), sizes, checkpointing, False, before)
 
     layers, period = root.backbone.layers()
     deep = replace(root.backbone, **{layers: 10 if period == 1 else 20})
@@ -171,7 +172,7 @@ def test_what_is_kept_is_what_autograd_saves():
         loss = step()
     assert loss.requires_grad
     total = sum(size for size, _ in saved.values())
-    assert measured(root, sizes, is_cuda=False).held == pytest.approx(total, rel=0.01)
+    assert measured(root, sizes).held == pytest.approx(total, rel=0.01)
 
 
 # --- operations -----------------------------------------------------------------------------------
@@ -233,6 +234,15 @@ def test_fused_temporal_attention_counts_as_plain_attention_at_each_place():
     assert backward > 2 * forward
 
 
+def test_tied_weights_have_one_gradient():
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    net[1].weight = net[0].weight
+    with faked(net):
+        x = torch.empty(8, 16)
+        found = measure(lambda: net(x).square().sum(), [net], [x])
+    assert max(own for _, own in found.moments) <= 16 * 16 * 4
+
+
 # --- strategies -----------------------------------------------------------------------------------
 
 NEED = Need(trained=1000, trained_bytes=4000, fixed=100, optimizer=8000, average=4000, unit=50,
@@ -276,7 +286,7 @@ def test_a_card_fits_or_is_tight_or_does_not_fit():
 def test_published_rows_of_cogvideox_are_met_or_explained():
     found = json.loads(TABLE.read_text())
     assert [(r["recipe"], r["strategy"], r["devices"], r["gib"]) for r in found["rows"]] == [
-        (r.recipe, r.strategy, r.devices, r.gib) for r in ROWS
+        (*names, *numbers) for names, numbers in ROWS.items()
     ]
     near = 0
     for row in found["rows"]:
@@ -308,7 +318,7 @@ def test_checks_hold_and_the_weight_per_error_of_z0_is_that_of_random_prediction
     assert [c.what for c in result.checks if not c.holds] == []
     assert any("SNR(T) = 0" in c.what for c in result.checks) == root.schedule.ends_in_noise()
     schedule = registry.create(root.schedule)
-    t = times(root.schedule, schedule)[1:-1]
+    t = times(root.schedule, 5)[1:-1]
     z0, eps, error = (torch.randn(len(t), 4, 1, 4, 4) for _ in range(3))
     z_t, target = schedule.noised(z0, eps, t), schedule.target(z0, eps, t)
     off = (schedule.denoised(target + error, z_t, t).z0 - z0).square().flatten(1).mean(1)
@@ -359,8 +369,8 @@ def test_a_report_finds_the_operations_of_a_run_by_its_settings():
     trained = check_and_wire(composed(*TINY, "task=train", "steps=7")).root
     other = check_and_wire(composed(*TINY, "backbone.num_heads=1", "task=train")).root
     planned = plan(wired(*TINY, "lr=1e-3"), 2).as_dict()
-    assert planned["work"] == identity_of_work(leaves(to_container(trained)))
-    assert planned["work"] != identity_of_work(leaves(to_container(other)))
+    assert planned["work"] == identity_of_work(to_container(trained))
+    assert planned["work"] != identity_of_work(to_container(other))
     assert planned["flops_per_step"] > 0
 
 
@@ -368,6 +378,7 @@ def test_a_report_finds_the_operations_of_a_run_by_its_settings():
 
 
 def of_process(item: int) -> tuple[int, int]:
+    time.sleep(0.2)  # longer than the start of a process
     return item, os.getpid()
 
 

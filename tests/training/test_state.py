@@ -296,9 +296,9 @@ def test_under_fp16_a_gradient_may_overflow(tmp_path):
     """Its scaler passes over such a step and scales less; a loss must be finite all the same."""
     with session(small(*EPOCHS), tmp_path) as training:
         training.root = replace(training.root, precision="fp16")
-        training.add_metrics({"loss": 1.0, "grad_norm": math.inf}, [])
+        training.buffer.add(training.step, {"loss": 1.0, "grad_norm": math.inf})
         training.flush()
-        training.add_metrics({"loss": math.nan, "grad_norm": math.inf}, [])
+        training.buffer.add(training.step, {"loss": math.nan, "grad_norm": math.inf})
         with pytest.raises(Diverged, match="loss=nan"):
             training.flush()
     assert metrics(tmp_path) == {0: {"loss": 1.0}}

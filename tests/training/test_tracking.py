@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sandbox.contracts import StorageError
+from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 from sandbox.training.tracking import MetricBuffer, Trackers
 
@@ -33,22 +34,22 @@ def test_numbers_come_out_exactly_and_in_order():
     a, b = torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)
     buffer.add(1, {"loss": a, "lr": 0.3, "clips": 7})
     buffer.add(2, {"loss": b})
-    rows = buffer.flush()
+    rows = [row[:2] for row in buffer.flush(Rank().mean)]
     assert rows == [(1, {"loss": a.item(), "lr": 0.3, "clips": 7}), (2, {"loss": b.item()})]
 
 
 def test_buffer_is_empty_after_a_flush():
     buffer = MetricBuffer()
     buffer.add(1, {"loss": torch.tensor(1.0)})
-    buffer.flush()
-    assert len(buffer) == 0 and buffer.flush() == []
+    buffer.flush(Rank().mean)
+    assert buffer.flush(Rank().mean) == []
 
 
 def test_metrics_do_not_hold_the_graph():
     weight = torch.ones((), requires_grad=True)
     buffer = MetricBuffer()
     buffer.add(1, {"loss": weight * 2})
-    assert buffer._rows[0][1]["loss"].grad_fn is None
+    assert buffer.rows[0][1]["loss"].grad_fn is None
 
 
 def test_metric_that_is_no_number_is_refused_by_name():
@@ -59,7 +60,7 @@ def test_metric_that_is_no_number_is_refused_by_name():
 def test_numbers_that_are_not_finite_come_out_as_they_are():
     buffer = MetricBuffer()
     buffer.add(1, {"loss": torch.tensor(float("nan")), "x": torch.tensor(float("inf"))})
-    values = buffer.flush()[0][1]
+    values = buffer.flush(Rank().mean)[0][1]
     assert values["loss"] != values["loss"] and values["x"] == float("inf")
 
 

@@ -57,8 +57,9 @@ def test_a_quoted_text_comes_back_as_it_was(text):
     ("named", "problem"),
     [
         ({"sampler": "../x"}, "sampler='../x': want one of"),
-        ({"seed": "${oc.env:HOME}"}, "want a number"),
-        ({"steps": True}, "sampler.steps=True: want a number"),
+        ({"numbers": {"seed": "${oc.env:HOME}"}}, "seed='${oc.env:HOME}': want an integer, or"),
+        ({"numbers": {"sampler.steps": "2.5"}}, "sampler.steps='2.5': want an integer, or blank"),
+        ({"numbers": {"guidance.guidance_scale": "x"}}, "want a number, or blank"),
         ({"prompts": ("a",) * 33}, "33 prompts"),
     ],
 )

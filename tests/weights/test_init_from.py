@@ -126,16 +126,17 @@ def test_a_run_of_a_first_stage_is_refused_with_the_setting_it_is_for(tmp_path):
 def test_a_model_of_another_size_is_refused_with_both_shapes(trained, tmp_path):
     other = system("backbone.mlp_ratio=2")
     before = weights(other)
-    with pytest.raises(StorageError, match=r"backbone\.blocks\.0\.mlp\S* is 32\S* and 16\S* here"):
+    want = r"other shape \(\d\): backbone.*mlp\S* is 32\S* and 16\S* here"
+    with pytest.raises(StorageError, match=want):
         init_from(other, save(trained, tmp_path / "run"))
     assert same(weights(other), before)
 
 
-def test_of_many_names_that_differ_ten_are_shown(trained, tmp_path):
+def test_of_many_names_that_differ_five_are_shown(trained, tmp_path):
     other = build(compose(*(o for o in TINY if "num_blocks" not in o)))
-    with pytest.raises(StorageError, match="is missing") as e:
+    with pytest.raises(StorageError, match=r"missing \(39\)") as e:
         init_from(other, save(trained, tmp_path / "run"))
-    assert str(e.value).count("is missing") == 10
+    assert str(e.value).count("backbone.") == 5 and "and 34 more" in str(e.value)
 
 
 @pytest.mark.parametrize("kind", ["a run", "a checkpoint", "a file", "a first stage"])
@@ -156,7 +157,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_built(trained, t
     out = tmp_path / "out"
     root = compose(*(o for o in TINY if o[:4] != "vae."), *words, f"out={out}", f"cache={out}")
     run = {"root": to_container(root), "group": None, "overrides": []}
-    with pytest.raises(StorageError, match=r"16\S* here|is missing"):
+    with pytest.raises(StorageError, match=r"16\S* here|missing \(\d"):
         (train_vae if kind == "a first stage" else train)(run, Rank())
     assert not out.exists()
 
@@ -220,7 +221,7 @@ class Evil:
         ("absent", "no such file"),
         ("no run", "not a run folder"),
         ("empty run", "no valid checkpoint"),
-        ("foreign checkpoint", "weights do not fit this model: a is not in this model"),
+        ("foreign checkpoint", r"weights do not fit this model[^$]*not in this model \(1\): a"),
         ("not safetensors", "not a readable safetensors file"),
         ("code", "not the manifest"),
     ],
@@ -252,7 +253,7 @@ def test_an_addition_is_missing_completely_or_not_at_all(tmp_path):
     known = {k: v.contiguous() for k, v in weights(clips).items()}
     del known["backbone.blocks.0.motion.temporal_transformer.proj_in.bias"]
     save_file(known, file)
-    with pytest.raises(StorageError, match=r"1 of its weights.*motion.*proj_in.bias is missing"):
+    with pytest.raises(StorageError, match=r"1 of its weights[^$]*missing.*motion.*proj_in.bias"):
         init_from(system(*MOVING, *ADDED), file)
 
 

@@ -1,12 +1,21 @@
 """The base class of every plugin's Config."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from sandbox.contracts.errors import ConfigError
+
+ADDED = "added"  # key in the metadata of a field
+
+
+def added(default: Any, older: Callable[[Mapping[str, Any]], Any] | None = None) -> Any:
+    """The default of a setting that joins a Config after runs were made with it.
+
+    At this default the setting is left out of hashes: `v_posterior: float = added(0.0)`. Older runs
+    count as made with the default, or with `older(settings)` where some behaved in another way.
+    """
+    return field(default=default, metadata={ADDED: older or (lambda _: default)})
 
 
 @dataclass

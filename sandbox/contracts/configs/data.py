@@ -1,7 +1,5 @@
 """Configs of data, metrics and the stages of task=prepare."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self

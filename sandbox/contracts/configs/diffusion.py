@@ -1,7 +1,5 @@
 """Configs of the diffusion process: schedule, loss, sampler, guidance."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass

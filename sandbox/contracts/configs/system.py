@@ -1,7 +1,5 @@
 """Configs of components with weights, of adapters and of published file formats."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Config of tasks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

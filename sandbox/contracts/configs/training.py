@@ -1,7 +1,5 @@
 """Configs of training: optimizer, learning rate, devices, checkpoints, EMA, callbacks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar

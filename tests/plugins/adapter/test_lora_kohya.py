@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from plugins._blocks.kohya import from_kohya, hashes, to_kohya
+from plugins._blocks.kohya import hashes, to_kohya
+from plugins._blocks.lora_files import read_lora
 from plugins.adapter.lora import KOHYA_FILE, LoRA
 from plugins.backbone.easyanimate import EasyAnimate
 from sandbox.contracts import Clip, Conditions, Slots, StorageError, Tokens
@@ -82,7 +83,9 @@ def test_a_written_file_equals_the_loaded_one(tmp_path) -> None:
 
 
 def test_a_file_of_other_layers_is_refused(tmp_path) -> None:
-    state = stored_weights("lora") | {"lora_unet__elsewhere.lora_up.weight": torch.zeros(1, 4)}
+    state = stored_weights("lora") | {
+        f"lora_unet__elsewhere.lora_{k}.weight": torch.zeros(4, 4) for k in ("up", "down")
+    }
     with pytest.raises(StorageError, match="lora_unet__elsewhere"):
         adapted(file_of(state, tmp_path))
 
@@ -104,12 +107,14 @@ def test_the_published_size_has_the_published_names_and_shapes() -> None:
     assert len(found) == 1905
 
 
-def test_names_and_alphas_round_trip() -> None:
+def test_names_and_alphas_round_trip(tmp_path) -> None:
     ours = {"a_b.0.c.lora_A.weight": torch.ones(2, 3), "a_b.0.c.lora_B.weight": torch.ones(3, 2)}
     for prefix in ("lora_unet__", "lora_unet_"):
-        back, alphas = from_kohya(to_kohya(ours, 1.5, prefix), ["a.b", "a_b.0.c"])
-        assert back.keys() == ours.keys() and alphas == {"a_b.0.c": 1.5}
-        assert all(back[k] is ours[k] for k in ours)
+        path = Path(file_of(to_kohya(ours, 1.5, prefix), tmp_path))
+        back, _ = read_lora(path, ["a.b", "a_b.0.c"], "transformer")
+        assert {k: (u.alpha, u.strength) for k, u in back.items()} == {"a_b.0.c": (1.5, 0.75)}
+        for side, tensor in back["a_b.0.c"].factors.items():
+            assert torch.equal(tensor, ours[f"a_b.0.c.lora_{side}.weight"])
 
 
 def test_hashes_depend_on_the_tensors_alone() -> None:

@@ -141,7 +141,7 @@ def test_released_weights_load_under_both_names(tmp_path):
 
 def test_weights_of_another_size_are_an_error_with_names(tmp_path):
     save_file(made(width=16).cond_stage_model.model.state_dict(), tmp_path / "clip.safetensors")
-    with pytest.raises(StorageError, match=r"token_embedding\.weight is \[49408, 16\]"):
+    with pytest.raises(StorageError, match=r"token_embedding\.weight is 49408x16 and"):
         made(weights=str(tmp_path / "clip.safetensors"))
 
 

@@ -132,7 +132,7 @@ def test_weights_are_loaded_in_the_requested_dtype(tmp_path) -> None:
 
 def test_weights_of_other_sizes_are_an_error_with_names(tmp_path) -> None:
     cfg = released(tmp_path)
-    with pytest.raises(StorageError, match=r"names or shapes differ.*block\.2"):
+    with pytest.raises(StorageError, match=r"names or shapes differ[^$]*block\.2"):
         T5Encoder(replace(cfg, num_layers=3)).load(tmp_path / "text_encoder")
     with pytest.raises(StorageError, match=r"no model\*\.safetensors"):
         T5Encoder(cfg).load(tmp_path)

@@ -413,11 +413,11 @@ def test_both_splits_of_a_small_folder_have_a_file(tmp_path, fraction):
     assert len(found["train"]) == len(found["val"]) == 1
 
 
-def test_a_single_file_cannot_be_split(tmp_path):
-    many(tmp_path, 1)
-    assert len(items(tmp_path)) == 1
-    with pytest.raises(DataError, match="no file for 'val', 1 usable in all"):
-        items(tmp_path, "val")
+def test_a_single_file_is_in_both_splits_which_is_said(tmp_path, caplog):
+    write_video(tmp_path / f"{tmp_path.name}.mp4", 3)
+    one = {f"{tmp_path.name}.mp4"}
+    assert split_of(tmp_path) == {"train": one, "val": one}
+    assert caplog.text.count("used for training and for validation") == 1
 
 
 def test_a_file_with_two_names_is_in_one_split(folder):

@@ -239,7 +239,7 @@ def test_a_missing_name_is_an_error_that_names_it(original, tmp_path):
     del content["state_dict"]["model.diffusion_model.out.2.bias"]
     fresh = from_file(path)
     weight_files.write_pickled(content, path)
-    with pytest.raises(StorageError, match=r"backbone\.out\.2\.bias is missing"):
+    with pytest.raises(StorageError, match=r"missing \(1\): backbone\.out\.2\.bias"):
         init_from(fresh, path)
 
 
@@ -268,7 +268,7 @@ def test_a_file_of_another_system_is_reported_before_vae_weights(original, tmp_p
     path = written(original, tmp_path)
     words = ("backbone.model_channels=64", "vae.ch=16", "vae.weights=auto", f"init_from={path}")
     parts = r"\(\d+ of backbone=unet3d, \d+ of vae=kl\)"
-    with pytest.raises(StorageError, match=f"names or shapes differ from this system {parts}: "):
+    with pytest.raises(StorageError, match=f"names or shapes differ from this system {parts}; "):
         check_weights(wire(compose(*SMALL, *words)))
 
 

@@ -97,7 +97,7 @@ def test_a_stored_table_is_skipped_if_the_settings_do_not_use_it(tmp_path) -> No
 
 def test_a_backbone_of_another_size_is_refused_by_name(tmp_path) -> None:
     write(tmp_path / "transformer", system("backbone.num_layers=2").backbone.state_dict())
-    with pytest.raises(StorageError, match=r"do not fit this model: transformer_blocks\.1"):
+    with pytest.raises(StorageError, match=r"do not fit[^$]*\(24\): transformer_blocks\.1"):
         init_from(system(), tmp_path)
 
 
@@ -128,5 +128,5 @@ def test_files_of_an_index_must_be_in_its_folder(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
     index = {"weight_map": {"a": "../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(StorageError, match="not a readable safetensors file"):
+    with pytest.raises(StorageError, match=r"secret.*: cannot be read"):
         read_model(folder, "init_from")

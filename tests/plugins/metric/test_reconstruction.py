@@ -55,7 +55,7 @@ def test_lpips_is_computed_if_it_is_set():
 
 
 def test_missing_lpips_weights_are_an_error(tmp_path):
-    with pytest.raises(StorageError, match=r"metric\.lpips: .*vgg16-397923af.pth"):
+    with pytest.raises(StorageError, match=r"metric\.lpips=.*vgg16-397923af.pth"):
         scores(clips(), lpips=str(tmp_path))
 
 

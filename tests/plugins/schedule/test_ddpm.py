@@ -247,12 +247,6 @@ def test_uniform_has_more_times_if_steps_do_not_divide_the_schedule():
     assert made().times(7, "uniform").tolist() == [995, 853, 711, 569, 427, 285, 143, 1]
 
 
-def test_backbone_times_are_scaled_to_1000():
-    z, t = torch.zeros(2, 1, 1, 1, 1), torch.tensor([0, 9])
-    assert made(timesteps=10).inputs(z, t)[1].tolist() == [0, 900]
-    assert made().inputs(z, t)[1] is t
-
-
 def test_independent_times_are_the_recorded_integers():
     t = torch.tensor([3, 999])
     assert torch.equal(made().draw_t(Recorded({"t": t})), t)
@@ -315,6 +309,9 @@ def test_a_schedule_built_on_the_meta_device_has_its_tables():
         ({"base_scale": 1.5}, "base_scale"),
         ({"turning_step": 0}, "turning_step"),
         ({"t_draw": "random"}, "t_draw"),
+        ({"v_posterior": 1.5}, "v_posterior"),
+        ({"v_posterior": float("nan")}, "v_posterior"),
+        ({"v_posterior": 0.5, "learned_variance": True}, "v_posterior"),
     ],
 )
 def test_a_bad_setting_is_named(settings, field):
