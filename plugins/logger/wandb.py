@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from sandbox.contracts import PluginConfig, Preempted, above, one_of
-from sandbox.registry import register
+from sandbox.registry import mask_text, register
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -70,11 +70,11 @@ class WandbLogger:
                 "logger=wandb needs the package wandb; install it or use logger=csv"
             ) from e
         options: dict[str, Any] = {
-            "project": self.cfg.project,
-            "entity": self.cfg.entity,
+            "project": mask_text(self.cfg.project),
+            "entity": self.cfg.entity and mask_text(self.cfg.entity),
             "name": name,
             "group": group,
-            "tags": list(self.cfg.tags),
+            "tags": [mask_text(tag) for tag in self.cfg.tags],
             "id": _run_id(folder),
             "resume": "allow",
             "dir": str(folder),

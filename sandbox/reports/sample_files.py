@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sandbox.config.secrets import mask
+from sandbox.config.secrets import mask, mask_text
 from sandbox.reports import media
 from sandbox.storage.atomic import claimed, storing, write_atomic
 
@@ -42,7 +42,7 @@ def write_clips(
     sheet = folder / "sheet.png"
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
     rows = [
-        media.SheetRow(caption, {name: clips[i] for name, clips in columns.items()})
+        media.SheetRow(mask_text(caption), {name: clips[i] for name, clips in columns.items()})
         for i, caption in enumerate(captions)
     ]
     media.contact_sheet(sheet, rows)
@@ -72,5 +72,6 @@ def write_samples(
 
 def file_name(caption: str) -> str:
     """A caption as part of a file name: letters, digits and dashes, at most 60 characters."""
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in caption.lower())
+    shown = mask_text(caption).lower()
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in shown)
     return "-".join(w for w in words.split("-") if w)[:60] or "clip"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sandbox.config.secrets import without_secrets
 from sandbox.contracts import ConfigError, StorageError
 
 
@@ -38,9 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes the text atomically. Raises OSError."""
+    """Writes the text atomically, without secrets. Raises OSError."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(without_secrets(text), encoding="utf-8")
 
 
 @contextmanager

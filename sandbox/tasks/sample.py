@@ -76,6 +76,7 @@ class Sample:
         from pathlib import Path
 
         from sandbox.config.root import to_container
+        from sandbox.config.secrets import folder_name
         from sandbox.evaluation.prompt_checks import check
 
         cfg, root = self.cfg, wiring.root
@@ -90,7 +91,8 @@ class Sample:
         batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
         if cfg.run is None:
-            system, to = initialised_system(wiring), Path(root.out) / "samples" / root.recipe
+            system = initialised_system(wiring)
+            to = Path(root.out) / "samples" / folder_name(root.recipe)
         else:
             system = load_system(Path(cfg.run), cfg.weights, wiring, cfg.step)
             to = Path(cfg.run) / "samples" / "prompts"
