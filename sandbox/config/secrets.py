@@ -41,7 +41,7 @@ KNOWN_FORMS = re.compile(
     r"|local-[0-9a-f]{40}|wandb_v1_[A-Za-z0-9_]{20,})"
 )
 IN_URL = re.compile(r"(?<=://)([^/\s:@]+):([^/\s@]+)(?=@)")
-SETTING = re.compile(r"(?P<name>[A-Za-z_][\w.+-]*)=(?P<value>\S+)")
+SETTING = re.compile(r"(?<![\w.+-])(?P<name>[A-Za-z_][\w.+-]*)=(?P<value>\S+)")
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
 
 _remembered: set[str] = set()  # values that were found under the name of a secret

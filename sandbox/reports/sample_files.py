@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -15,7 +16,10 @@ from sandbox.reports import media
 from sandbox.storage.atomic import claimed, storing, write_atomic
 
 RECORD = "samples.json"  # the settings that made the clips
+SHEET_ROWS = 200  # of a contact sheet
 FPS = 8.0  # of sample videos where the data give none
+
+log = logging.getLogger(__name__)
 
 
 def write_clips(
@@ -43,8 +47,10 @@ def write_clips(
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
     rows = [
         media.SheetRow(mask_text(caption), {name: clips[i] for name, clips in columns.items()})
-        for i, caption in enumerate(captions)
+        for i, caption in enumerate(captions[:SHEET_ROWS])
     ]
+    if len(captions) > SHEET_ROWS:
+        log.warning("%s shows the first %d of %d clips", sheet, SHEET_ROWS, len(captions))
     media.contact_sheet(sheet, rows)
     return [*paths, sheet]
 
