@@ -19,31 +19,38 @@ from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
 from sandbox.config.plugin_faults import naming_plugins
 from sandbox.config.root import GROUPS, to_root
+from sandbox.config.secrets import masked_console
 from sandbox.contracts import ConfigError, SandboxError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line and exits with its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with masked_console():
+        code = _exit_code(argv)
+    sys.exit(code)
+
+
+def _exit_code(argv: list[str]) -> int:
+    """Runs a command line, prints its error, and returns its exit code."""
     try:
         with naming_plugins():
-            code = _main(argv)
+            return _main(argv)
     except SandboxError as e:
         report(e)
         if "--traceback" in argv:
             traceback.print_exception(e)
-        code = e.exit_code
+        return e.exit_code
     except BrokenPipeError:  # closed pipe: `python run.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code = 130
+        return 130
     except Exception as e:  # a bug
         traceback.print_exception(e)
         print(f"error: {BUG}", file=sys.stderr)
-        code = 1
-    sys.exit(code)
+        return 1
 
 
 def _main(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sandbox.config.plugin_faults import plugin_fault
+from sandbox.config.secrets import Masked
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
 from sandbox.distributed.remote_errors import (
@@ -170,6 +171,7 @@ def run_supervised(
             os.dup2(stream.fileno(), number)
             stream.close()
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)  # type: ignore[assignment]
         faulthandler.enable()
         # For data workers; a forked rank would use "forkserver".
         multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.secrets import without_secrets
 from sandbox.contracts import StorageError
 
 SEAL = "sha256"  # key of a JSON object with the hash of the rest
@@ -42,9 +43,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes the text atomically. Raises OSError."""
+    """Writes the text atomically, without secrets. Raises OSError."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(without_secrets(text), encoding="utf-8")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sandbox.config.secrets import mask
+from sandbox.config.secrets import mask, mask_text
 from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 
@@ -55,12 +55,12 @@ class Trackers:
         if path.suffix == ".png":
             self.images(step, name, [path], [caption])
         else:
-            self._each(lambda t: t.video(step, name, path, caption))
+            self._each(lambda t: t.video(step, name, path, mask_text(caption)))
 
     def images(
         self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
     ) -> None:
-        self._each(lambda t: t.images(step, name, paths, captions))
+        self._each(lambda t: t.images(step, name, paths, [mask_text(c) for c in captions]))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda t: t.summary(mask(values)))
