@@ -45,6 +45,7 @@ def write_clips(
         (mask_text(caption), {name: clips[i] for name, clips in columns.items()})
         for i, caption in enumerate(captions[:SHEET_ROWS])
     ]
+    sheet = folder / "sheet.png"
     if len(captions) > SHEET_ROWS:
         log.warning("%s shows the first %d of %d clips", sheet, SHEET_ROWS, len(captions))
     media.contact_sheet(sheet, rows)
