@@ -1,5 +1,6 @@
 """Reads tensors cached by task=encode from their offsets in tar files."""
 
+import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -16,16 +17,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index that task=encode writes. Raises DataError."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        version, digest = index["format"], index.pop("sha256", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise DataError(
-            f"data.root={folder}: no readable {INDEX} ({e}); task=encode task.to=FOLDER writes it "
-            "once all clips are encoded"
+            f"data.root={folder}: no readable {INDEX} ({e!r}); task=encode task.to=FOLDER writes "
+            "it once all clips are encoded"
         ) from e
-    if index["format"] != FORMAT:
+    if version != FORMAT:
         raise DataError(
-            f"data.root={folder}: its format is {index['format']}, want {FORMAT}; run task=encode "
-            "again"
+            f"data.root={folder}: its format is {version}, want {FORMAT}; run task=encode again"
         )
+    if digest not in (None, hashlib.sha256(json.dumps(index).encode()).hexdigest()):
+        raise DataError(f"data.root={folder}: its {INDEX} is damaged; run task=encode again")
     return index
 
 
@@ -42,7 +45,7 @@ def read_tensors(folder: Path, place: list[Any]) -> dict[str, Tensor]:
     except OSError as e:
         raise BadItem(f"{name} cannot be read: {e}") from e
     if len(payload) != size or zlib.crc32(payload) != crc:
-        raise BadItem(f"{name} is damaged at byte {offset}: run task=encode with a new task.to")
+        raise BadItem(f"{name} is damaged at byte {offset}: run task=encode again")
     try:
         return load(payload)
     except SafetensorError as e:

@@ -12,6 +12,7 @@ from typing import Any
 from sandbox.config import param_groups, registry
 from sandbox.config.overrides import key
 from sandbox.config.registry import SEVERAL
+from sandbox.config.secrets import MASK
 from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, PluginConfig, above, in_range, one_of
 
@@ -107,7 +108,7 @@ class Root:
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)
         yield from param_groups.problems(self.trainable)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe.replace(MASK, "x")):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
         yield from registry.type_problems(self)
 

@@ -27,6 +27,7 @@ from sandbox.contracts.configs.system import (
     FirstStageConfig,
     FirstStageRecipe,
     LayoutConfig,
+    ReleasedClass,
 )
 from sandbox.contracts.configs.task import TaskConfig
 from sandbox.contracts.configs.training import (

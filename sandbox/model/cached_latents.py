@@ -16,6 +16,7 @@ from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
 from sandbox.model.trainable import fingerprint, freeze
+from sandbox.storage.atomic import SEAL, is_sealed
 from sandbox.storage.first_stage_files import load_weights
 from sandbox.storage.weight_files import safetensors_errors, verify
 
@@ -43,17 +44,19 @@ def source(root: Root) -> tuple[Path, str]:
 
     Raises ConfigError where `vae` has other settings, StorageError where there is no index.
     """
-    folder = Path(root.data.stored()).expanduser()
+    folder, own = Path(root.data.stored()).expanduser(), settings_of(root)
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        made_with, weights = index["vae"], index["first_stage"]
-    except (OSError, ValueError, KeyError) as e:
+        made_with, weights, precision = index["vae"], index["first_stage"], index["precision"]
+        file, digest = folder / weights["file"], bytes.fromhex(weights["sha256"]).hex()
+        if SEAL in index and not is_sealed(index):
+            raise ValueError("damaged")
+        names = [k for k in {**own, **made_with} if own.get(k) != made_with.get(k)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise StorageError(
             f"data.root={folder}: it has no readable index.json ({e!r}); task=encode "
             "task.to=FOLDER writes it when all clips are encoded"
         ) from e
-    own = settings_of(root)
-    names = [k for k in {**own, **made_with} if own.get(k) != made_with.get(k)]
     if names:
         raise ConfigError(
             *(
@@ -62,12 +65,12 @@ def source(root: Root) -> tuple[Path, str]:
                 for name in names
             )
         )
-    if index["precision"] != root.precision:
+    if precision != root.precision:
         raise ConfigError(
             f"precision={root.precision}: the latents in {folder} were made with precision="
-            f"{index['precision']}; use that value, or encode again with task=encode"
+            f"{precision}; use that value, or encode again with task=encode"
         )
-    return folder / weights["file"], weights["sha256"]
+    return file, digest
 
 
 def load_matching_weights(root: Root, first_stage: Any) -> None:

@@ -75,7 +75,7 @@ class LatentDiffusion(Trainable):
                 else self.first_stage.posterior(batch.stored)  # type: ignore[arg-type]
             )
             z = self.first_stage.scaled(sample_posterior(posterior, draws, "posterior"))
-        padding = self.grid(clip_of(z)).frames - z.shape[2]
+        padding = self.root.backbone.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ class LatentDiffusion(Trainable):
         clip = clip or self.wiring.clips[0]
         batch.scalars = batch.scalars | size_scalars(clip, batch.size, self.device)
         z_clip = self.root.vae.latents(clip)
-        grid, draws = self.grid(z_clip), self.draws(batch)
+        grid, draws = self.root.backbone.grid(z_clip), self.draws(batch)
         signals, encode = self.root.conditioning.signals(), self.encoder(draws)
 
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
@@ -137,9 +137,6 @@ class LatentDiffusion(Trainable):
                 return self.first_stage.scaled(sample_posterior(posterior, draws, name))
 
         return encode
-
-    def grid(self, z: Clip) -> Clip:
-        return self.root.backbone.grid(z)
 
     def base_state(self) -> dict[str, Tensor]:
         """The backbone's own weights under their own names, without those of an adapter."""

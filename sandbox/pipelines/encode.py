@@ -9,6 +9,7 @@ is written last, atomically. Random choices of the data are cached as in epoch 0
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from operator import itemgetter
@@ -30,6 +31,7 @@ from sandbox.contracts import (
     Items,
     Preempted,
     Sample,
+    StorageError,
     TextEncoder,
 )
 from sandbox.data.checks import check_sample
@@ -39,16 +41,19 @@ from sandbox.model.cached_latents import settings_of
 from sandbox.model.components import DTYPES, build, use_kernels
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.trainable import fingerprint, freeze
+from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_atomic
 from sandbox.storage.first_stage_files import data_identity
 from sandbox.storage.locks import locked
-from sandbox.storage.shards import Journal, Place, Shards, present, read_journal
+from sandbox.storage.shards import Journal, Place, Shards, present, read_journal, read_member
 from sandbox.training.first_stage import prepare_first_stage
 
 FORMAT = 1
 KINDS = ("latents", "text")
+
+log = logging.getLogger(__name__)
 
 
 def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     source = registry.create(root.data)
     with ExitStack() as opened:
         opened.enter_context(locked(folder / f"rank-{rank.index:02}.json"))
-        if rank.index == 0 and not (folder / weights).is_file():
+        if rank.index == 0 and not is_intact(folder / weights):
             state = networks.first_stage.state_dict()
             weight_files.write(state, folder / weights, hashed=True)
         writer = Writer(folder, root, networks, rank, opened)
@@ -106,7 +111,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     }
     if rank.index == 0:
         with storing(folder):
-            write_atomic(folder / "index.json", json.dumps(index))
+            write_atomic(folder / "index.json", json.dumps(sealed(index)))
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
                     prune(folder, index, root.task.shard_mb * 1_000_000)
@@ -116,29 +121,14 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
 
 
 def _report(folder: Path, index: dict[str, Any], made: int) -> None:
-    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in index["splits"].items())
-    print(f"{sizes} clips in {folder}, {made} newly encoded", flush=True)
-    for name, reason in index["bad"].items():
-        print(f"  skipped {name}: {reason}", flush=True)
-    also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
     rows = [row for split in index["splits"].values() for row in split]
-    if drawn := sum(row.get("drawn", False) for row in rows):
-        data = index["data"]["plugin"].rpartition("/")[2]
-        print(
-            f"  {drawn} of {len(rows)} clips are randomised per epoch by data={data} (start, crop, "
-            "caption dropout); the cache holds epoch 0, the only version that training on cached "
-            "latents sees",
-            flush=True,
-        )
-    frames, height, width = index["clip"][1:]
-    found = {"x".join(map(str, row["size"])) for row in rows}
-    if further := sorted(found - {f"{frames}x{height}x{width}"}):
-        also += f" 'data.buckets=[{','.join(further)}]'"
-    print(
-        f"train with data=latents data.root={folder} data.frames={frames} "
-        f"data.height={height} data.width={width}{also}",
-        flush=True,
-    )
+    sizes = {"x".join(map(str, row["size"])) for row in rows}
+    text = render(
+        "encoded.txt", folder=folder, index=index, made=made, rows=rows,
+        drawn=sum(row.get("drawn", False) for row in rows),
+        buckets=sorted(sizes - {"x".join(map(str, index["clip"][1:]))}),
+    )  # fmt: skip
+    print(text, flush=True)
 
 
 def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
@@ -163,14 +153,17 @@ def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
                 shards.begin_shard()
                 for key, (file, at, size, crc) in stored.items():
                     if file in mixed and (file, at, size, crc) in live:
-                        with storing(folder / file), (folder / file).open("rb") as shard:
-                            shard.seek(at)
-                            moved[file, at, size, crc] = shards.put(key, shard.read(size))
+                        payload = read_member(folder, [file, at, size, crc])
+                        if payload is None:
+                            raise StorageError(
+                                f"{folder / file}: damaged at byte {at}; run task=encode again"
+                            )
+                        moved[file, at, size, crc] = shards.put(key, payload)
         stale |= own | mixed
     for of, name in named:
         of[name] = moved.get(tuple(of[name]), of[name])
     if moved:
-        write_atomic(folder / "index.json", json.dumps(index))
+        write_atomic(folder / "index.json", json.dumps(sealed(index)))
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     kept = index["first_stage"]["file"]
@@ -238,7 +231,12 @@ class Writer:
             others = (present(folder, [*read_journal(p)]) for p in folder.glob(f"{kind}-*.jsonl"))
             self.places[kind] = {k: v for part in others for k, v in part.items()} | own.places
         journals = folder.glob("rows-*.jsonl")
-        self.known = {key: row for path in journals for key, row in read_journal(path)}
+        pairs = (pair for path in journals for pair in read_journal(path))
+        known = {p[0]: p[1] for p in pairs if isinstance(p, list) and isinstance(p[1], dict)}
+        # rows of earlier versions have no seal
+        intact = {k: row for k, row in known.items() if SEAL not in row or is_sealed(row)}
+        self.known = {k: {n: v for n, v in row.items() if n != SEAL} for k, row in intact.items()}
+        self.folder, self.intact = folder, set[tuple[str, str]]()
 
     def share(self, name: str, items: Items) -> list[list[Any]]:
         """[index, row] for each usable clip of this rank's share."""
@@ -262,10 +260,10 @@ class Writer:
         """A clip's entry of the index. Raises BadItem."""
         key = self._files_key(items, index)
         row = self.known.get(key) if key else None
-        if row is None or "size" not in row or row["latents"] not in self.places["latents"]:
+        if row is None or "size" not in row or not self._has("latents", row["latents"]):
             row = self._encoded(items, index)
             if key:
-                self.rows.add([key, row])
+                self.rows.add([key, sealed(row)])
         text = row["caption"] or ""
         return row | {
             "id": items.id(index),
@@ -276,9 +274,20 @@ class Writer:
     def text(self, caption: str) -> Place:
         """The place of a caption's embedding, which is computed if missing."""
         key = _hash(self.networks.of_text, caption)
-        if key not in self.places["text"]:
+        if not self._has("text", key):
             self.places["text"][key] = self.shards["text"].add(key, self.networks.text(caption))
         return self.places["text"][key]
+
+    def _has(self, kind: str, key: str) -> bool:
+        """Whether an entry is cached and its bytes, which are read once, are those of its CRC."""
+        place = self.places[kind].get(key)
+        if place is not None and (kind, key) not in self.intact:
+            if read_member(self.folder, place) is None:
+                log.warning("%s is damaged at byte %d: made again", *place[:2])
+                del self.places[kind][key]
+                return False
+            self.intact.add((kind, key))
+        return place is not None
 
     def _files_key(self, items: Items, index: int) -> str | None:
         """Key of a clip's source files and all settings; None if data have no content hashes."""
@@ -297,7 +306,7 @@ class Writer:
             check_sample(items.id(index), sample, self.root.data)
         is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
         key = _hash(self.networks.of_latents, *pixels_of(sample))
-        if key not in self.places["latents"]:
+        if not self._has("latents", key):
             tensors = self.networks.latents(sample)
             self.places["latents"][key] = self.shards["latents"].add(key, tensors)
             self.made += 1
@@ -314,6 +323,14 @@ class Writer:
                 f"{len(self.bad)} clips are unusable, more than data.max_bad="
                 f"{self.root.data.max_bad}: fix or remove them, or raise the limit: {first}"
             )
+
+
+def is_intact(weights: Path) -> bool:
+    """Whether a file of weights is there, undamaged."""
+    try:
+        return weights.is_file() and bool(weight_files.read(weights))
+    except StorageError:
+        return False
 
 
 def image_of(sample: Sample) -> Tensor:

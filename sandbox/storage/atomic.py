@@ -1,14 +1,19 @@
 """Atomic writes: a reader sees the old file or the new one, whenever the writer is killed."""
 
 import hashlib
+import json
 import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from sandbox.config.secrets import without_secrets
 from sandbox.contracts import StorageError
+
+SEAL = "sha256"  # key of a JSON object with the hash of the rest
 
 
 def sync_folder(folder: Path) -> None:
@@ -38,9 +43,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes the text atomically. Raises OSError."""
+    """Writes the text atomically, without secrets. Raises OSError."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(without_secrets(text), encoding="utf-8")
 
 
 @contextmanager
@@ -77,6 +82,17 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The dict with a hash of its JSON under SEAL."""
+    rest = {k: v for k, v in content.items() if k != SEAL}
+    return rest | {SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def is_sealed(content: dict[str, Any]) -> bool:
+    """Whether the hash that `sealed` has added is right."""
+    return sealed(content) == content
 
 
 def digest_of(path: Path) -> str:

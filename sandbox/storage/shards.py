@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -68,8 +69,9 @@ class Shards:
     def __init__(self, folder: Path, stem: str, shard_bytes: int) -> None:
         self.folder, self.stem, self.shard_bytes = folder, stem, shard_bytes
         self.journal = Journal(folder / f"{stem}.jsonl")
-        self.places = present(folder, self.journal.rows)
-        numbers = [int(row[1].rpartition("-")[2][:-4]) for row in self.journal.rows]
+        rows = [row for row in self.journal.rows if _is_member(row)]
+        self.places = present(folder, rows)
+        numbers = [int(row[1].rpartition("-")[2][:-4]) for row in rows]
         self._number = max(numbers, default=0)
         here = [p for p in self.places.values() if p[0] == self._name()]
         if not here and numbers:  # its file is gone
@@ -136,11 +138,31 @@ class Shards:
 
 def present(folder: Path, rows: list[Any]) -> dict[str, Place]:
     """Places by key of a journal's rows, without members that are not fully on disk."""
+    rows = [row for row in rows if _is_member(row)]
     sizes = {
         file: (folder / file).stat().st_size if (folder / file).is_file() else 0
         for file in {row[1] for row in rows}
     }
     return {key: place for key, *place in rows if _end(place) <= sizes[place[0]]}
+
+
+def _is_member(row: Any) -> bool:
+    """Whether a row, which may be damaged, has the form [key, file, offset, size, CRC-32]."""
+    kinds = [type(x) for x in row] if isinstance(row, list) else []
+    is_row = kinds == [str, str, int, int, int] and min(row[2:]) >= 0
+    return is_row and re.fullmatch(r"\w+-\d+-\d{5,}\.tar", row[1]) is not None
+
+
+def read_member(folder: Path, place: Place) -> bytes | None:
+    """The bytes at a place; None where they are damaged."""
+    file, at, size, crc = place
+    try:
+        with (folder / file).open("rb") as shard:
+            shard.seek(at)
+            payload = shard.read(size)
+    except (OSError, ValueError):
+        return None
+    return payload if len(payload) == size and zlib.crc32(payload) == crc else None
 
 
 def _end(place: Place) -> int:

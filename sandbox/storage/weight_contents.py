@@ -15,9 +15,9 @@ from sandbox.storage.weight_check import shown, tops_of
 # Keys of the weights in a checkpoint, and of the weights inside such an entry.
 LIVE = ("state_dict", "module", "model", "model_state_dict", "model_state", "params", "net",
         "network", "weights", "unet", "transformer", "dit", "generator")  # fmt: skip
-EMA_WORD = r"(ema|swa|averaged?|shadow)"
+EMA_WORD = r"(ema|swa|averaged?|shadow|polyak)"
 OWNER = r"(model|module|net|network|params?|weights|state|dict|unet|transformer|dit|g|generator)"
-EMA_KEY = re.compile(rf"({OWNER}_)*{EMA_WORD}(_{OWNER})*")
+EMA_KEY = re.compile(rf"({OWNER}_)*{EMA_WORD}(_{OWNER})*(_?[\d.]+)?")
 LISTS = ("shadow_params", "averaged_params", "shadow")  # EMA weights without names
 COUNTERS = frozenset({"decay", "num_updates", "initted", "step", "n_averaged", "updates",
                       "num_batches_averaged", "optimization_step"})  # fmt: skip
@@ -44,6 +44,9 @@ def weights_in(found: Any) -> tuple[State, str]:
     key = next((k for k in LIVE if isinstance(found.get(k), Mapping) and _state(found[k])), None)
     live = plain_names(_state(found[key] if key else found))
     averages = dict(_averages(found, live))
+    inner = next((found[k] for k in LIVE if isinstance(found.get(k), Mapping)), None)
+    if inner is not None and not (averages or live):  # {"model": {"state_dict": ...}}
+        return weights_in(inner)
     if len(averages) > 1:
         raise ValueError(
             f"it has several sets of EMA weights ({', '.join(averages)}); save one alone"

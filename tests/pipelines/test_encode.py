@@ -19,13 +19,14 @@ from sandbox.distributed.rank import Rank
 from sandbox.distributed.supervisor import launch
 from sandbox.evaluation.evaluate import gather
 from sandbox.evaluation.prompts import given, of_data
-from sandbox.model.cached_latents import CachedLatents
+from sandbox.model.cached_latents import CachedLatents, source
 from sandbox.pipelines.encode import Networks, encode_all, in_bytes, narrowed
 from sandbox.reports.media import write_video
 from sandbox.storage import weight_files
 from sandbox.tasks.train import train as train_task
 from sandbox.training.build import build_system, load_system
 from tests.engine import differing, train_until
+from tests.harm import DAMAGES
 from tests.helpers import TINY, composed, sampled, train
 from tests.inputs import video
 from tests.plugins.conditioning.test_t5 import released, write_tokenizer
@@ -379,6 +380,47 @@ def test_damaged_latents_are_unusable_clips(folder):
     shard.write_bytes(content[:600] + bytes(len(content) - 600))
     with pytest.raises(BadItem, match="is damaged"):
         latents(folder)
+
+
+def other_digit(path: Path) -> None:
+    """Another number or word in a text file that stays valid."""
+    content = path.read_bytes()
+    for old, new in ((b"red", b"tan"), (b", 512, ", b", 513, "), (b'": 8', b'": 9')):
+        content = content.replace(old, new)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, other_digit, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["index.json", "latents-*.tar", "latents-*.jsonl", "rows-*.jsonl", "first_stage-*"]
+)
+def test_damage_is_noticed_and_mended_by_encoding_again(folder, name, damage):
+    """Never another number: what is read is what was stored, or an error."""
+    encoded(folder)
+    cache = folder.parent / "cache"
+    root = from_cache(settings(folder))
+
+    def seen() -> list[Any]:
+        items = registry.create(root.data).split("train")
+        samples = [items.load(i, None) for i in range(len(items))]
+        path, _ = source(root)
+        build_system(wire(root)).first_stage.full()
+        weights = {k: x.clone() for k, x in weight_files.read(path).items()}  # the file changes
+        return [*((s["stored"].tolist(), s["caption"]) for s in samples), weights]
+
+    def same(one: list[Any], other: list[Any]) -> bool:
+        return one[:-1] == other[:-1] and not differing(one[-1], other[-1])
+
+    before = seen()
+    (path,) = cache.glob(name)
+    damage(path)
+    try:
+        assert same(seen(), before)
+    except (DataError, StorageError, BadItem) as e:
+        assert path.name in str(e) or "index.json" in str(e)
+    encoded(folder)
+    assert same(seen(), before)
+    assert encoded(folder)["made"] == 0
 
 
 @pytest.mark.slow

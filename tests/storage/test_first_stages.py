@@ -297,12 +297,3 @@ def test_the_default_cache_is_below_out_where_the_current_folder_cannot_be_writt
     assert not differing(made, prepared(root))
     with pytest.raises(ConfigError, match=r"cache=mine: cannot be written"):
         prepared(replace(root, cache="mine"))
-
-
-def test_a_cache_that_can_only_be_read_is_read(tmp_path, monkeypatch):
-    root = replace(small(*AUTO), out=str(tmp_path / "out"))
-    monkeypatch.chdir(tmp_path)
-    made = prepared(root)
-    monkeypatch.setattr("sandbox.storage.first_stage_files.is_writable", lambda folder: False)
-    assert not differing(made, prepared(root))
-    assert not (tmp_path / "out").exists()
