@@ -234,7 +234,7 @@ class Guided(ABC):
     def __init__(self, cfg: GuidanceConfig) -> None:
         self.cfg = cfg
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]:
         return self.cfg.passes(signals)
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:

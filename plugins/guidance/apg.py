@@ -47,7 +47,7 @@ class AdaptiveProjected(Guided):
         super().__init__(cfg)
         self.average: Tensor | float = 0.0
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]:
         self.average = 0.0
         return super().passes(signals)
 

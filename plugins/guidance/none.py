@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sandbox.contracts import GuidanceConfig, Pass
+from sandbox.contracts import FULL, GuidanceConfig, Pass
 from sandbox.registry import register
 
 
@@ -20,7 +20,7 @@ class NoGuidance:
         self.cfg = cfg
 
     def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
-        return self.cfg.passes(signals)
+        return (FULL,)
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
         return outs[0]

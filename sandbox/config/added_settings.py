@@ -26,7 +26,8 @@ def with_added(node: Any) -> Any:
     """`node`, recorded by an older version, with the values of added settings that it lacks."""
     if isinstance(node, Mapping):
         new = {f.name: to_container(f.metadata[ADDED](node)) for f in _added(node)}
-        return {k: with_added(v) for k, v in {**_added_groups(node), **new, **node}.items()}
+        lacking = {k: v for k, v in (_added_groups(node) | new).items() if k not in node}
+        return {k: with_added(v) for k, v in {**node, **lacking}.items()}
     return [*map(with_added, node)] if isinstance(node, list | tuple) else node
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pass
 from sandbox.contracts.sizes import Clip
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pass
 
 
 # Keys of a sample that become the Batch fields of the same name (without the batch axis).
@@ -216,8 +216,15 @@ class Output:
 class Example(Protocol):
     """One micro-batch in a training step; everything is computed when it is first read."""
 
-    z0: Tensor  # (B, C, T, H, W) scaled latents
-    video: Tensor | None  # (B, 3, T, H, W) in [-1, 1]; None with cached latents
+    @property
+    def z0(self) -> Tensor:
+        """Scaled latents (B, C, T, H, W)."""
+        ...
+
+    @property
+    def video(self) -> Tensor | None:
+        """Pixels (B, 3, T, H, W) in [-1, 1]; None with cached latents."""
+        ...
 
     def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
         """The conditions of the micro-batch.

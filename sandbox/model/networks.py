@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +35,14 @@ class MicroBatch:
     def __init__(self, system: "LatentDiffusion", batch: Batch, draws: Draws) -> None:
         self.system, self.batch, self.draws = system, batch, draws
         self.video = batch.video
+        self._z0: Tensor | None = None
         self._conditions: dict[frozenset[str] | None, Conditions] = {}
 
-    @cached_property
+    @property
     def z0(self) -> Tensor:
-        return self.system.latents(self.batch, self.draws)
+        if self._z0 is None:
+            self._z0 = self.system.latents(self.batch, self.draws)
+        return self._z0
 
     def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
         if drop not in self._conditions:
@@ -67,7 +69,7 @@ def dropped_signals(
     return {s: torch.full((len(like),), s in dropped, device=like.device) for s in signals}
 
 
-def check_modules(backbone: nn.Module, names: tuple[str, ...], setting: str) -> None:
+def check_modules(backbone: Any, names: tuple[str, ...], setting: str) -> None:
     """Raises ConfigError for names that are not modules of the backbone."""
     known = [name for name, _ in backbone.named_modules() if name]
     unknown = [name for name in names if name not in known]

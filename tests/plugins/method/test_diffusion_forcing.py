@@ -73,7 +73,7 @@ def test_all_frames_together_are_an_euler_run(tmp_path):
     [
         (["backbone=unet2d", "method=diffusion_forcing"], "use backbone=.*dit"),
         (["backbone.patch_t=2", "sampler=pyramid"], "sampler=pyramid gives each frame its own"),
-        (["schedule=ddpm", "loss=ldm", "method=diffusion_forcing"], "loss=ldm takes one .*loss=mse"),
+        (["schedule=ddpm", "loss=ldm", "method=diffusion_forcing"], "loss=ldm takes .*loss=mse"),
         (["method=diffusion_forcing", "method.independent=2"], r"method\.independent=2"),
     ],
 )
