@@ -16,7 +16,7 @@ def read_prompts(file: str) -> tuple[str, ...]:
     path = Path(file).expanduser()
     name = f"task.prompts_file={file}"
     if not path.is_file():
-        raise ConfigError(f"{name}: no such file")
+        raise ConfigError(f"{name}: no such file or folder")
     if (size := path.stat().st_size) > LARGEST:
         raise ConfigError(f"{name}: {size} bytes; want at most {LARGEST}")
     try:
