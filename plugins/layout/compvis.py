@@ -94,10 +94,31 @@ FIRST_STAGE_ALONE = {
 }  # fmt: skip
 KL = ReleasedClass("vae/kl", **FIRST_STAGE_ALONE)
 VQ = ReleasedClass("vae/vq", **FIRST_STAGE_ALONE)
+IMAGES = "conditioning/dynamicrafter"
+OF_PIPELINE = ReleasedClass(IMAGES, ignored=("image_size",))  # uncond_prob, interp_mode, ...
+RESAMPLER = ReleasedClass(
+    IMAGES, fixed={"embedding_dim": 1280}, ignored=("output_dim",),  # the width of its tokens
+)  # fmt: skip
+TEXT_TOWER = ReleasedClass(
+    IMAGES,
+    fixed={"arch": "ViT-H-14", "max_length": 77, "layer": "penultimate"},
+    ignored=("freeze", "version", "device"),
+    sets={"text_width": 1024, "text_layers": 24, "text_heads": 16, "embed_dim": 1024},
+)
+IMAGE_TOWER = ReleasedClass(
+    IMAGES,
+    fixed={"arch": "ViT-H-14", "antialias": True},
+    ignored=("freeze", "version", "device", "layer", "ucg_rate"),
+    sets={"vision_width": 1280, "vision_layers": 32, "vision_head_width": 80, "patch_size": 14,
+          "image_size": 224, "mlp_ratio": 4.0},
+)  # fmt: skip
 RELEASED = {
+    "resampler.Resampler": (RESAMPLER,),
+    "condition.FrozenOpenCLIPEmbedder": (TEXT_TOWER,),
+    "condition.FrozenOpenCLIPImageEmbedderV2": (IMAGE_TOWER,),
     "ddpm.LatentDiffusion": (SCHEDULE, LOSS, SCALE),
     "ddpm3d.LatentDiffusion": (SCHEDULE, LOSS, SCALE),
-    "ddpm3d.LatentVisualDiffusion": (SCHEDULE, LOSS, SCALE),
+    "ddpm3d.LatentVisualDiffusion": (SCHEDULE, LOSS, SCALE, OF_PIPELINE),
     "ddpm.DDPM": (SCHEDULE, LOSS),
     "openaimodel.UNetModel": (UNET_2D,),
     "openaimodel3d.UNetModel": (UNET_3D,),

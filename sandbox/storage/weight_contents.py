@@ -137,10 +137,8 @@ def plain_names(state: State) -> State:
 def without_shared_prefix(state: State) -> State:
     """`state` without wrappers and without holders that all its names share."""
     state = plain_names(state)
-    while len(tops := {k.partition(".")[0] for k in state}) == 1 and tops <= {
-        *HOLDERS,
-        *EMA_HOLDERS,
-    }:
+    holders = {*HOLDERS, *EMA_HOLDERS}
+    while len(tops := {k.partition(".")[0] for k in state}) == 1 and tops <= holders:
         state = {k.partition(".")[2]: v for k, v in state.items()}
     return state
 
@@ -163,10 +161,9 @@ def fitted(
     if not ours.keys() & views[path].keys():
         return state
     ema_path, ema = _ema_view(views, path, ours)
-    notes = sorted({f"{part}." for k in state for part in k.split(".") if part in WRAPPERS})
-    notes = (
-        [f"wrappers {', '.join(notes)} removed"] if notes and plain.keys() != state.keys() else []
-    )
+    wrappers = sorted({f"{part}." for k in state for part in k.split(".") if part in WRAPPERS})
+    is_wrapped = wrappers and not plain.keys() <= state.keys()
+    notes = [f"wrappers {', '.join(wrappers)} removed"] if is_wrapped else []
     if path:
         notes.append(f"prefix {path} removed")
     if ema or _is_ema(path):
@@ -178,9 +175,7 @@ def fitted(
         notes.append(f"{len(others)} other names left out ({tops})")
     if notes:
         log("; ".join(notes))
-    live = {
-        k: v for k, v in views[path].items() if not (ema and k.startswith(ema_path[len(path) :]))
-    }
+    live = {k: v for k, v in views[path].items() if not (ema and (path + k).startswith(ema_path))}
     return {ours.get(k, k): v for k, v in (live | ema).items()}
 
 
@@ -188,9 +183,8 @@ def _views(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     """`state`, and what is below each chain of holders, without these."""
     yield path, state
     for holder in (*EMA_HOLDERS, *HOLDERS):
-        if below := {
-            k[len(holder) + 1 :]: v for k, v in state.items() if k.startswith(f"{holder}.")
-        }:
+        front = f"{holder}."
+        if below := {k.removeprefix(front): v for k, v in state.items() if k.startswith(front)}:
             yield from _views(below, f"{path}{holder}.")
 
 

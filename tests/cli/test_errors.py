@@ -194,7 +194,7 @@ WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
     ("vae.weights=foreign.safetensors", StorageError,
      ("vae.weights=foreign.safetensors", "names or shapes differ", "first.basis")),
     ("vae.weights=payload.ckpt", StorageError, ("payload.ckpt", "none of it was run", ".safetensors")),
-    ("vae.weights=notes.txt", StorageError, ("notes.txt: want a .safetensors",)),
+    ("vae.weights=notes.txt", StorageError, ("notes.txt: not a readable file of weights: it is a text",)),
     ("cache=file vae.weights=auto", ConfigError, ("cache=file: cannot be written",)),
     ("resume.run=lost", ConfigError, ("resume.run=lost: no run there",)),
     ("task=train_vae vae=pca", ConfigError, ("vae=pca: cannot be trained",)),

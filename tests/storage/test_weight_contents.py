@@ -167,6 +167,11 @@ def test_ema_weights_in_the_same_state_are_taken(state):
     assert "EMA weights (" in said[0]
 
 
+def test_buffers_stay_beside_ema_weights_below_another_prefix():
+    state = below("pipe.transformer.", LIVE | BUFFERS) | below("ema.", EMA)
+    assert same(fitted(state, {**LIVE, **BUFFERS}), EMA | BUFFERS)
+
+
 @pytest.mark.parametrize("own", [below("module.", LIVE), below("model.", LIVE), LIVE])
 def test_names_that_match_are_left_alone(own):
     assert same(fitted(own, own), own)

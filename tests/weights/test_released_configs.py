@@ -244,6 +244,17 @@ CRAFTER = {"model": {
             "target": "lvdm.modules.encoders.condition.FrozenOpenCLIPEmbedder",
             "params": {"freeze": True, "layer": "penultimate"},
         },
+        "img_cond_stage_config": {
+            "target": "lvdm.modules.encoders.condition.FrozenOpenCLIPImageEmbedderV2",
+            "params": {"freeze": True},
+        },
+        "image_proj_stage_config": {
+            "target": "lvdm.modules.encoders.resampler.Resampler",
+            "params": {
+                "dim": 1024, "depth": 4, "dim_head": 64, "heads": 12, "num_queries": 16,
+                "embedding_dim": 1280, "output_dim": 1024, "ff_mult": 4, "video_length": 16,
+            },
+        },
     },
 }}  # fmt: skip
 
@@ -261,6 +272,8 @@ def test_a_yaml_gives_the_components_of_its_recipe(tmp_path, published, recipe) 
         "schedule": (),
         "loss": (),
     }
+    if published is CRAFTER:
+        ours["conditioning"] = ("weights",)
     for group, names in ours.items():
         same = {
             name: getattr(getattr(want, group), name)
