@@ -102,7 +102,7 @@ WRONG = {
     "no caption": "'caption' is NoneType None: want text",
     "caption of bytes": "'caption' is bytes b'a cat': want text",
     "captions": "'caption' is list .*want text",
-    "tuple": "it is tuple .*want a dict",
+    "tuple": r"returned a tuple of 2 .*want Sample; the interface is Items",
     "fps": "'fps' is float nan: want a finite number",
     "fps of text": "'fps' is str '24'",
 }
