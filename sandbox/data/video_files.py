@@ -276,7 +276,7 @@ class OpenVideo:
         return None
 
     def _is_fragmented(self) -> bool:
-        """Whether an mp4 or mov has parts with indices of their own."""
+        """Whether an mp4 or mov has fragments with their own indices."""
         at = self.file.tell()
         try:
             place, end = 0, self.file.seek(0, 2)
