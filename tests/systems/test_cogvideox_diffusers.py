@@ -207,7 +207,7 @@ def test_a_lora_has_the_same_strength_in_diffusers_and_round_trips(folder, tmp_p
     torch.testing.assert_close(back, want, atol=1e-5, rtol=1e-5)
 
 
-def test_released_configs_only_use_known_settings(folder) -> None:
+def test_settings_of_a_released_config_are_backbone_settings(folder) -> None:
     released = json.loads((folder / "transformer/config.json").read_text())
     own = set(vars(ours(folder).root.backbone))
     fixed = {  # equal in all five released configs; no settings here
