@@ -1,7 +1,8 @@
 """Every combination of components works or is refused with reasons: wired, trained, saved.
 
-Nets of different mesh: all combinations of plugins are wired; a set that has every pair of
-options that fit takes two steps in the real engine; so do 200 configurations with random settings.
+All combinations of plugins are wired within two overlapping sets of groups, DENOISER and NOISE.
+A subset that covers every compatible pair of options trains for two steps in the real engine;
+so do 200 configurations with random settings.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ GROUPS = (
     "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance",
     "optimizer", "lr_schedule", "ema", "metric",
 )  # fmt: skip
-APART = ("optimizer", "lr_schedule", "ema")
+INDEPENDENT = ("optimizer", "lr_schedule", "ema")
 DENOISER = ("data", "vae", "backbone", "conditioning", "schedule")
 NOISE = ("conditioning", "schedule", "loss", "sampler", "guidance")
-JUDGED = ("data", "metric")
-SMALL = 1_000_000  # parameters: presets that are larger are built elsewhere, on the meta device
-LARGE = 2**14  # pixels of all frames: presets of larger clips get the size of their plugin
+SCORED = ("data", "metric")
+SMALL = 1_000_000  # parameters; other tests build larger presets on the meta device
+LARGE = 2**14  # pixels of all frames; presets with larger clips get the size of their plugin
 CALLS = 3  # sampling steps
 Choice = dict[str, str]  # group -> option
 
@@ -66,7 +67,7 @@ SIZES = {
 
 
 def shrunk(cfg: PluginConfig) -> PluginConfig:
-    """The same component, cheap to run; what fits is the same, but for clips of full size."""
+    """The same component, cheaper to run and compatible with the same components (size apart)."""
     group, _, name = cfg.plugin.partition("/")
     sizes = SIZES.get(group, {})
     if isinstance(cfg, DataConfig) and cfg.frames * cfg.height * cfg.width > LARGE:
@@ -82,7 +83,7 @@ def options(group: str, with_presets: bool = False) -> dict[str, PluginConfig | 
     if with_presets:
         found |= {name: preset(g, name) for g, name, _ in presets() if g == group}
     made: dict[str, PluginConfig | None] = {name: shrunk(cfg) for name, cfg in found.items()}
-    if group == "data":  # and pictures of it, which 2-D networks want
+    if group == "data":  # and as images, which 2-D networks need
         made |= {f"{name} data.frames=1": replace(cfg, frames=1) for name, cfg in made.items()}
     return made | ({"null": None} if group == "metric" else {})
 
@@ -99,7 +100,7 @@ def wired(choice: Choice) -> Wiring | None:
 
 
 def wired_root(root: Root) -> Wiring | None:
-    """None where it is refused, by a ConfigError with reasons: nothing else may be raised."""
+    """None if a ConfigError with reasons refuses it; no other error may be raised."""
     try:
         return wire(root)
     except ConfigError as e:
@@ -109,7 +110,7 @@ def wired_root(root: Root) -> Wiring | None:
 
 
 def covering(valid: list[Choice], seed: int = 0) -> list[Choice]:
-    """A small subset of `valid` that has every pair of options that any of them has."""
+    """A small subset of `valid` that covers every pair of options in `valid` (greedy)."""
     names = {g: sorted({c[g] for c in valid}) for g in valid[0]}
     codes = np.array([[names[g].index(c[g]) for g in names] for c in valid])
     pairs = [
@@ -129,7 +130,7 @@ def covering(valid: list[Choice], seed: int = 0) -> list[Choice]:
 
 @cache
 def denoisers() -> tuple[list[Choice], list[Choice]]:
-    """Every combination of the parts of a network: those that wire, and those that are refused."""
+    """Every combination of options of DENOISER: (those that wire, those that are refused)."""
     found: tuple[list[Choice], list[Choice]] = [], []
     for names in product(*(options(g) for g in DENOISER)):
         choice = dict(zip(DENOISER, names, strict=True)) | {"metric": "null"}
@@ -139,7 +140,7 @@ def denoisers() -> tuple[list[Choice], list[Choice]]:
 
 @cache
 def noises() -> tuple[list[Choice], list[Choice]]:
-    """Every combination of what trains and samples a network, around one that fits."""
+    """Every combination of options of NOISE, each completed with a denoiser that wires."""
     found: tuple[list[Choice], list[Choice]] = [], []
     around = {shared(c): c for c in denoisers()[0]}
     for names in product(*(options(g) for g in NOISE)):
@@ -150,8 +151,8 @@ def noises() -> tuple[list[Choice], list[Choice]]:
 
 
 @cache
-def judged() -> tuple[list[Choice], list[Choice]]:
-    """Every metric with all data, around a network that fits."""
+def scored() -> tuple[list[Choice], list[Choice]]:
+    """Every metric with all data, each completed with a denoiser that wires."""
     found: tuple[list[Choice], list[Choice]] = [], []
     around = {c["data"]: c for c in denoisers()[0]}
     for data, metric in product(options("data"), options("metric")):
@@ -161,35 +162,34 @@ def judged() -> tuple[list[Choice], list[Choice]]:
 
 
 def shared(choice: Choice) -> tuple[str, ...]:
-    """Options of the groups that are in both nets."""
+    """Options of the groups that are in both DENOISER and NOISE."""
     return tuple(choice[g] for g in DENOISER if g in NOISE)
 
 
 def mixed(seed: int) -> Iterator[Choice]:
-    """Each combination of one net that wires, with some of the other net that goes with it."""
+    """Every choice of `denoisers` with a random matching one of `noises`, and vice versa."""
     generator = random.Random(seed)
     networks, noise = denoisers()[0], [{g: c[g] for g in NOISE} for c in noises()[0]]
-    turns = cycle(product(*(options(g) for g in APART)))
-    judges: dict[str, list[str]] = {}
-    for choice in judged()[0]:
-        judges.setdefault(choice["data"], []).append(choice["metric"])
+    independent = cycle(product(*(options(g) for g in INDEPENDENT)))
+    metrics: dict[str, list[str]] = {}
+    for choice in scored()[0]:
+        metrics.setdefault(choice["data"], []).append(choice["metric"])
     for mine, others in ((networks, noise), (noise, networks)):
         fits: dict[tuple[str, ...], list[Choice]] = {}
         for choice in others:
             fits.setdefault(shared(choice), []).append(choice)
         for choice in mine:
-            whole = choice | generator.choice(fits[shared(choice)])
-            metric = generator.choice(judges[whole["data"]])
-            yield whole | dict(zip(APART, next(turns), strict=True)) | {"metric": metric}
+            full = choice | generator.choice(fits[shared(choice)])
+            full |= dict(zip(INDEPENDENT, next(independent), strict=True))
+            yield full | {"metric": generator.choice(metrics[full["data"]])}
 
 
 @cache
 def all_choices() -> list[Choice]:
     """Combinations of all groups that wire.
 
-    No rule of wiring spans more than one net (a test holds that), so the product of both would
-    repeat the same answers a hundred times. The groups of APART, which see hardly any other, take
-    turns.
+    No wiring rule spans both DENOISER and NOISE (a test checks this), so a random match for each
+    choice is enough. The options of INDEPENDENT, which depend on almost no other group, are cycled.
     """
     return [choice for choice in mixed(0) if wired(choice)]
 
@@ -202,14 +202,14 @@ def to_words(choice: Choice) -> str:
 
 
 def test_every_combination_of_plugins_wires_or_is_refused_with_reasons():
-    for (valid, refused), least in ((denoisers(), 100), (noises(), 100), (judged(), 10)):
+    for (valid, refused), least in ((denoisers(), 100), (noises(), 100), (scored(), 10)):
         assert len(valid) > least and len(refused) > least
 
 
-def test_what_one_net_accepts_goes_with_what_the_other_accepts():
-    """So it is enough to look at each of them whole."""
+def test_denoisers_that_wire_fit_noises_that_wire():
+    """So it is enough to test all combinations within DENOISER and within NOISE."""
     for choice in mixed(1):
-        if choice["optimizer"] == "adamw":  # muon wants a backbone with matrices
+        if choice["optimizer"] == "adamw":  # muon needs a backbone with matrices
             assert wired(choice), to_words(choice)
 
 
@@ -218,17 +218,17 @@ def test_every_plugin_is_in_some_combination_that_wires():
         assert {c[group] for c in all_choices()} == set(options(group)), group
 
 
-def test_presets_wire_or_are_refused_with_reasons_too():
+def test_presets_wire_or_are_refused_with_reasons():
     generator = random.Random(0)
     for _ in range(1500):
-        wired({g: generator.choice([*options(g, True)]) for g in (*DENOISER, *JUDGED, *NOISE)})
+        wired({g: generator.choice([*options(g, True)]) for g in (*DENOISER, *SCORED, *NOISE)})
 
 
 # --- training -------------------------------------------------------------------------------------
 
 
 def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
-    """Trains, samples, saves and reloads; fails with the configuration where anything is wrong."""
+    """Trains, samples, saves and reloads; a failure names the configuration."""
     data = with_clips(wiring.root.data, tmp_path, wiring.root)
     wiring = replace(wiring, root=replace(wiring.root, data=data))
     try:
@@ -254,9 +254,9 @@ def test_every_pair_of_plugins_that_fit_trains_samples_and_reloads(tmp_path):
 
 @pytest.mark.exhaustive
 def test_small_presets_train_sample_and_reload(tmp_path):
-    """Each at least once: in a random company, else in that of a small system.
+    """Each at least once: in a random combination, else in a small compatible system.
 
-    But for those of full size, and of one published system, which its recipes' tests have.
+    Excludes full-size presets and those that fit one published system only: its recipes test them.
     """
     generator, names = random.Random(0), small_options()
     missing = {(g, n) for g in GROUPS for n in names[g]}
@@ -301,7 +301,7 @@ def small_options() -> dict[str, list[str]]:
 
 
 def is_small(group: str, name: str) -> bool:
-    """Whether it is cheap to build and to run, in a small system, and reads no weights."""
+    """Whether it reads no weights and is cheap to build and run in a small system."""
     if group == "conditioning":
         return getattr(options(group, True)[name], "weights", None) in (None, "random")
     if group not in ("vae", "backbone"):
@@ -309,7 +309,7 @@ def is_small(group: str, name: str) -> bool:
     try:
         root = wired_around(group, options(group, True)[name]).root
     except ConfigError:
-        return False  # it wants larger clips
+        return False  # it needs larger clips
     with torch.device("meta"):
         module = build(group, root)
     return sum(p.numel() for p in module.parameters()) < SMALL
@@ -320,7 +320,7 @@ def is_small(group: str, name: str) -> bool:
 WIRED = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
 COSTLY = {"clips_per_epoch", "num_workers", "timesteps", "val_clips"}
 FIXED = {"plugin", "weights", "root", "steps", "include", "exclude", *COSTLY}
-# Of data that are read: what the few files of a test do not have.
+# Settings of data from files that the few files of a test do not support.
 OF_FILES = {
     "batch_size", "image", "text", "val_root", "val_fraction", "train_list", "val_list", "media",
 }  # fmt: skip
@@ -328,7 +328,7 @@ NUMBERS = (1, 2, 3, 4, 6, 8, 9, 12, 16, 24)
 
 
 def choices_of(cfg: PluginConfig, name: str) -> list[str]:
-    """What a setting that is a word may be, from the Config's own words about a wrong one."""
+    """The allowed values of a string setting, parsed from the Config's error for a wrong one."""
     for problem in replace(cfg, **{name: "?"}).problems():
         if found := re.match(rf"{name}='\?': want one of (\[.*?\])", problem):
             return re.findall(r"'([^']*)'", found[1])
@@ -336,7 +336,7 @@ def choices_of(cfg: PluginConfig, name: str) -> list[str]:
 
 
 def drawn(cfg: PluginConfig, name: str, hint: Any, generator: random.Random) -> Any:
-    """A value of a field's type, near what is sensible; now and then one that is not."""
+    """A random value of a field's type, mostly plausible."""
     default = getattr(cfg, name)
     kinds = get_args(hint) or (hint,)
     if type(None) in kinds and generator.random() < 0.3:
@@ -358,7 +358,7 @@ def drawn(cfg: PluginConfig, name: str, hint: Any, generator: random.Random) -> 
 
 
 def drawn_tuple(cfg: PluginConfig, name: str, default: tuple, generator: random.Random) -> tuple:
-    """Other entries, and now and then another length."""
+    """A tuple with other entries and sometimes another length."""
     length = len(default) + generator.choice((-1, 0, 0, 0, 1))
     if name in ("scalars", "attn_resolutions"):
         return ()
@@ -372,7 +372,7 @@ def drawn_tuple(cfg: PluginConfig, name: str, default: tuple, generator: random.
 def settings(seed: int) -> tuple[Root, str]:
     """A combination of plugins with one to three random settings in four groups."""
     generator = random.Random(seed)
-    choice = generator.choice(all_choices())  # a refused one stays refused: it would teach little
+    choice = generator.choice(all_choices())  # refused ones would stay refused
     root, words = rooted(choice), [to_words(choice)]
     for group in generator.sample(GROUPS, 4):
         cfg = getattr(root, group)

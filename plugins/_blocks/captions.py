@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Captions:
     """File name (relative to `root`) -> caption, "" if it has none; raises BadItem.
 
-    `folders` below the root have tables of their own; `table` replaces captions.csv of the root.
+    Each of `folders` below the root has its own table; `table` replaces captions.csv of the root.
     """
 
     def __init__(self, root: Path, folders: Iterable[str] = (), table: Path | None = None) -> None:

@@ -39,5 +39,5 @@ class Processes:
         return self._norm
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Its state_dict with whole tensors; all processes call this."""
+        """The optimizer's state_dict with full tensors; all processes call this."""
         return full_tensors(optimizer.state_dict())

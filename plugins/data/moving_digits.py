@@ -68,7 +68,7 @@ class MovingDigits:
         """clips_per_epoch: length of an epoch; speed: motion in pixels per frame.
 
         random_speed: draws the speed of each clip from 1 to `speed`. fps: frame rate condition of
-        clips of speed 1, an integer; faster clips skip frames, so their rate is lower.
+        clips of speed 1, an integer; faster clips skip frames, so their fps is lower.
 
         distinct: number of different training clips, the same for every seed; null: clips never
         repeat. pictures: number of images per training clip; their micro-batches alternate with

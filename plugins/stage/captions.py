@@ -1,6 +1,6 @@
 """Captions from files of the same name, a table or a template.
 
-All clips of a file get the file's caption. A captioning model can be a stage of its own that
+All clips of a file get the file's caption. A captioning model can be a separate stage that
 returns {"caption": ...}.
 """
 

@@ -76,14 +76,14 @@ class Compatibility:
     """Collects in `found` where components of `root` do not fit together."""
 
     root: Root
-    invalid: set[str]  # groups with problems of their own; they are left out of the checks
+    invalid: set[str]  # groups with invalid settings, excluded from the checks
 
     def __post_init__(self) -> None:
         self.found: list[str] = []
         self.misfits: dict[tuple[Any, ...], list[int]] = {}  # size -> nearest compatible values
 
     def valid(self, *names: str) -> bool:
-        """Whether none of these groups has problems of its own."""
+        """Whether none of these groups has invalid settings."""
         return not self.invalid & set(names)
 
     def report(self, *problems: str) -> None:

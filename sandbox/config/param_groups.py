@@ -1,4 +1,4 @@
-"""Parameter selection (`trainable=`): which weights train, with learning rates of their own.
+"""Parameter selection (`trainable=`): which weights train, and with which learning rates.
 
 An entry is a regular expression searched in the names of parameters, such as
 backbone.transformer_blocks.0.attn1.to_q.weight, optionally followed by `@` and a factor of the

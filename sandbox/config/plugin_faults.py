@@ -70,7 +70,7 @@ def plugin_fault(error: BaseException) -> SandboxError | None:
 
 
 def _broken_interface(error: BaseException) -> PluginError | None:
-    """A method that a plugin lacks, or that takes other arguments than its interface says."""
+    """A method that a plugin lacks, or whose arguments differ from its interface."""
     if isinstance(error, AttributeError) and error.obj is not None:
         for key, cls in registry.classes().items():
             if isinstance(error.obj, cls) and _is_last_frame_outside(error, key):

@@ -86,7 +86,7 @@ class StorageError(SandboxError):
 
 
 class Preempted(SandboxError):
-    """The run was asked to stop and has saved; it continues when started again (exit code 75)."""
+    """The run received a stop request and saved; the same command resumes it (exit code 75)."""
 
     exit_code = 75
 

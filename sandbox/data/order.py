@@ -21,7 +21,7 @@ Size = Clip | None  # None: all items have one size, which they do not report
 
 
 class Buckets:
-    """The sizes of `items`, which may differ between epochs; the last epoch asked for is cached."""
+    """The sizes of `items`, which may differ between epochs; the last requested epoch is cached."""
 
     def __init__(self, items: Items, seed: int) -> None:
         self.items, self.seed = items, seed
@@ -66,7 +66,7 @@ class BatchPlan:
         return len(self.starts)
 
     def select(self, places: np.ndarray) -> BatchPlan:
-        """The batches at `places`, with `firsts` of their own."""
+        """The batches at `places`, as a plan with its own `firsts`."""
         return BatchPlan(self.indices, self.starts[places], self.stops[places], self.codes[places])
 
 

@@ -287,7 +287,7 @@ class OpenVideo:
         return end
 
     def _is_fragmented(self) -> bool:
-        """Whether an mp4 or mov has parts with indices of their own."""
+        """Whether an mp4 or mov has fragments with their own indices."""
         at = self.file.tell()
         try:
             place, end = 0, self._file_size()

@@ -83,7 +83,7 @@ def _ahead(count: int, start: Callable[[Function, Any], Any], result: Function) 
 
 @contextmanager
 def _local(count: int) -> Iterator[Ordered]:
-    """Threads that pass each job to a process of their own, so that a crash has one cause.
+    """Threads that run each job in its own process, so that a crash has one cause.
 
     (ProcessPoolExecutor would lose the jobs of all processes with each crash. In Python 3.11 it may
     hang where a job is submitted while its manager thread dismantles a broken pool.)

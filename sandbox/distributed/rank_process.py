@@ -95,7 +95,7 @@ def run_target(spec: RankSpec, rank: Rank) -> Any:
 def connected(spec: RankSpec, rank: Rank) -> Iterator[None]:
     """The process group exists inside the block; Lightning finds and uses it.
 
-    On CUDA each rank has a device of its own. Raises ConfigError where there are too few.
+    On CUDA each rank has its own device. Raises ConfigError where there are too few.
     """
     import torch
     import torch.distributed as dist
@@ -159,7 +159,7 @@ def run_supervised(
 ) -> None:
     """The main function of a rank that the supervisor started.
 
-    The rank is in a session of its own, so that neither it nor its data workers get signals of a
+    The rank runs in its own session, so that neither it nor its data workers get signals of a
     terminal or scheduler: the supervisor requests a stop by a byte in the pipe `requests`.
     """
     os.setsid()

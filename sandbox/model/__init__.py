@@ -1,1 +1,1 @@
-"""The latent diffusion system and what it is made of."""
+"""The latent diffusion system and its components."""

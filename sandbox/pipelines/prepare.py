@@ -44,7 +44,7 @@ from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
 FORMAT = 2  # version of the score keys; bump when decoding changes
-UNREADABLE = "unreadable"  # stands for a stage in `dropped`
+UNREADABLE = "unreadable"  # used in place of a stage name in `dropped`
 OTHER_WORK = "judging and the rest"  # key in summary.json
 PRESET = "medium"  # of libx264
 TEXTS = (".txt", ".caption", ".csv", ".jsonl")  # may be captions

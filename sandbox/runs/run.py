@@ -160,7 +160,7 @@ def open_root(root: Any) -> Run:
 
 
 def continues(root: Any) -> bool:
-    """Whether `open_root` resumes a run, which has weights of its own."""
+    """Whether `open_root` resumes a run, which has its own weights."""
     if root.resume.run is not None:
         return True
     return root.resume.mode == "auto" and any(not Run(p).finished for p in _folders_of(root))

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, whatever its name says; for messages about wrong files."""
+"""Detects the kind of a file from its first bytes, for messages about wrong files."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def _zip(path: Path) -> str:
 
 
 def _safetensors(path: Path, size: int) -> str:
-    """SAFETENSORS, or how the file is damaged; its header says how long it must be."""
+    """SAFETENSORS, or how the file is damaged; its header states its length."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length < LONGEST_HEADER else b""

@@ -37,7 +37,7 @@ HOLDERS = ("diffusion_model", "model", "transformer", "unet", "net", "network", 
 def weights_in(found: Any) -> tuple[State, str]:
     """The weights of an unpickled checkpoint, and what they are: "", "EMA (ema)", "state_dict".
 
-    Raises ValueError where its EMA weights cannot be told or do not match its live ones.
+    Raises ValueError if its EMA weights cannot be identified or do not match its live weights.
     """
     if not isinstance(found, Mapping):
         return {}, ""

@@ -60,7 +60,7 @@ def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False)
     Raises ConfigError where an entry of `trainable` matches no weights, or where a first stage
     would be trained although `init_from` has one; StorageError where the weights of `init_from`,
     `vae.weights` or `conditioning.weights` have other names, shapes, tables, or values that are not
-    finite. `begins`: whether the run loads `init_from`, having no checkpoint of its own;
+    finite. `begins`: whether the run loads `init_from` because it has no checkpoint;
     `is_sampled`: whether it is sampled without training.
     """
     root = wiring.root

@@ -81,7 +81,7 @@ def prepare_first_stage(
 def _load_cached(root: Root, first_stage: Any, path: Path, rank: Rank | None) -> None:
     """Loads the file in the cache; makes it where it is missing or damaged."""
     cfg = root.vae
-    if path.is_file() and _loads(first_stage, path):  # without the lock: it appears as a whole
+    if path.is_file() and _loads(first_stage, path):  # needs no lock: writes are atomic
         return
     with locked(path):
         if not path.is_file() or _is_damaged(path):
@@ -195,7 +195,7 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
 
 
 def check_weights(root: Root, begins: bool = True) -> None:
-    """Checks `trainable` and, where the run `begins`, `init_from` on the meta device.
+    """Checks `trainable` on the meta device and, if the run `begins` (no resume), `init_from`.
 
     Raises ConfigError for an entry that matches no weights, StorageError for names or shapes that
     differ.

@@ -188,7 +188,7 @@ def _sample_tab(gr: Any, runs: Runs, own: Path, begin: str | None) -> tuple[Any,
             clips = gr.HTML(label="clips", min_height=240)
             command = gr.Code(label="command", language="shell", interactive=False)
             files = gr.Files(label="files", interactive=False)
-    # no preprocessing: gradio would decode the images, with errors of its own for invalid files
+    # no preprocessing: gradio would decode the images and raise its own errors for invalid files
     go.click(_handler(gr, runs, own), [run, weights, other, other_weights, prompts, *ends, sampler,
              *numbers, seed], [clips, files, command], preprocess=False, api_name="sample",
              concurrency_limit=1)  # fmt: skip

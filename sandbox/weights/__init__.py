@@ -1,1 +1,1 @@
-"""Weights of other origins: init_from, files of whole systems, export."""
+"""External weights: init_from, files of full systems, export."""

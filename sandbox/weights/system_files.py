@@ -1,7 +1,7 @@
 """Published systems in one file: reading and writing their parts (group `layout`).
 
 Reading takes tensors only and executes nothing; every name and shape must match. Frozen parts are
-loaded by settings of their own (`vae.weights=FILE`, `conditioning.weights=FILE`, the same file), so
+loaded by other settings (`vae.weights=FILE`, `conditioning.weights=FILE`, the same file), so
 that a resumed run finds them again; here they are only compared.
 """
 

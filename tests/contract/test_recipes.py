@@ -28,14 +28,14 @@ OPERATIONAL = {"plugin", "root", "weights", "train_list", "val_list", "val_fract
 
 
 def pages(recipe: str) -> list[dict[str, Any]]:
-    """The recipe's file and those that it nests, the outermost first."""
+    """The files of the recipe and of the recipes that it extends, outermost first."""
     node = yaml.safe_load((CONF / f"experiment/{recipe}.yaml").read_text())
     nested = [d for d in node["defaults"] if isinstance(d, str) and d != "_self_"]
     return [node, *(page for name in nested for page in pages(name))]
 
 
 def chosen(recipe: str) -> dict[str, str]:
-    """Group -> option, as the recipe and those that it nests say."""
+    """Group -> option chosen by the recipe or the recipes that it extends."""
     found: dict[str, str] = {}
     for page in pages(recipe):
         for entry in page["defaults"]:
@@ -45,7 +45,7 @@ def chosen(recipe: str) -> dict[str, str]:
 
 
 def stated(group: str, option: str, recipe: str) -> set[str]:
-    """Fields that the recipe sets, or the preset that it chooses and those it is made from."""
+    """Fields set by the recipe, or by its preset and the presets which that extends."""
     found = {name for page in pages(recipe) for name in page.get(group) or ()}
     path = CONF / group / f"{option}.yaml"
     while path.is_file():
@@ -63,7 +63,7 @@ def test_a_recipe_chooses_every_group(name):
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("group", STATED)
 def test_it_states_every_number(name, group):
-    """A default that is tuned later changes no published recipe."""
+    """So changing a default never changes a published recipe."""
     cfg = getattr(recipe(name), group)
     assert isinstance(cfg, PluginConfig)
     own = {f.name for f in fields(cfg) if ADDED not in f.metadata} - OPERATIONAL
@@ -71,7 +71,7 @@ def test_it_states_every_number(name, group):
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_absent_data_and_weights_are_named_before_a_run(name):
+def test_missing_data_and_weights_are_named_before_a_run(name):
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError) as raised:
@@ -81,8 +81,8 @@ def test_absent_data_and_weights_are_named_before_a_run(name):
 
 # DynamiCrafter's go on from released weights: tests/systems/test_recipes_dynamicrafter.py
 @pytest.mark.parametrize("name", TINY_LDM)
-def test_a_tiny_sibling_differs_in_size_and_data_alone(name):
-    """The same plugins, and the same noise, loss, network form, optimizer and average."""
+def test_a_tiny_sibling_differs_only_in_size_and_data(name):
+    """The same plugins, noise, loss, architecture, optimizer and EMA."""
     full, tiny = (recipe(n) for n in (name.removesuffix("_tiny"), name))
     for group in STATED[1:]:
         assert getattr(full, group).plugin == getattr(tiny, group).plugin, group

@@ -46,7 +46,7 @@ def test_its_limits_are_settings(key):
 
 @of_kind(object)
 @pytest.mark.parametrize("seconds", [0.04, 1.0, 3.3])
-def test_it_asks_for_frames_of_the_clip_in_order(key, seconds):
+def test_it_requests_frames_of_the_clip_in_order(key, seconds):
     times = CONFIGS[key].times(seconds)
     assert times == sorted(times)
     assert all(0 <= t < seconds for t in times)
@@ -70,7 +70,7 @@ def test_spans_are_ordered_inside_the_clip_and_do_not_overlap(key, file):
 
 
 @of_kind(DecidingStage)
-def test_decide_answers_for_each_clip_and_modifies_none(key, file):
+def test_decide_returns_a_decision_per_clip_and_modifies_none(key, file):
     name, (info, stage) = key.partition("/")[2], (probe(file), STAGES[key])
     rows = [
         {"id": str(i), "source": f"a{i}.mp4", "path": file.with_name(f"a{i}.mp4"), "info": info,

@@ -196,7 +196,7 @@ def test_factors_are_finite_with_a_peak_near_1(key):
 
 
 @each("lr_schedule")
-def test_runs_of_one_step_have_a_factor(key):
+def test_a_run_of_one_step_has_a_factor(key):
     assert 0 <= CONFIGS[key].factor(0, 1) <= 1.001
 
 

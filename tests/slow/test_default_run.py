@@ -1,4 +1,4 @@
-"""The full default run, by its command: scores, pages, records (CPU time: 80 s for each seed)."""
+"""The full default run from the command line: scores, pages, records (80 s of CPU per seed)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scores(metrics) -> dict:
 # --- scores ---------------------------------------------------------------------------------------
 
 
-def test_clips_move_and_are_coloured_as_their_captions_say(scores):
+def test_clips_have_the_direction_and_colour_of_their_captions(scores):
     assert scores["model"]["direction"] >= 0.95
     assert scores["model"]["colour"] >= 0.95
 
@@ -60,12 +60,12 @@ def test_digits_keep_their_shape_and_speed(scores):
     assert 0.9 <= scores["model"]["speed"] <= 1.1
 
 
-def test_clips_of_one_caption_differ_like_real_ones(scores):
+def test_clips_of_one_caption_are_as_diverse_as_real_ones(scores):
     assert 0.15 <= scores["model"]["diversity"] <= 0.33
     assert scores["mean clip"]["diversity"] == 0
 
 
-def test_an_untrained_model_does_nothing_of_it(scores):
+def test_an_untrained_model_scores_near_chance(scores):
     assert scores["untrained model"]["direction"] <= 0.15
     assert scores["untrained model"]["colour"] <= 0.40
 
@@ -85,14 +85,14 @@ def test_the_loss_falls(folder):
 
 
 def test_memory_stays_below_three_gib(scores):
-    """Of the largest process so far."""
+    """Peak of the largest child process so far."""
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 3 * 2**20  # KiB
 
 
 # --- files ----------------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_but_itself(folder):
+def test_the_page_is_self_contained(folder):
     page = (folder / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?:https?:)?//""", page)
     assert not re.findall(r"url\((?!['\"]?(?:data:|#))", page)  # parts of a figure
@@ -121,7 +121,7 @@ def test_the_sheet_can_be_read(folder):
 
 
 def test_the_recorded_configuration_is_complete(folder):
-    """It wires as it is, and nothing is left to a default."""
+    """It wires unchanged, and no setting is left to a default."""
     setup()
     root = read_root(folder)
     assert to_container(wire(root).root) == to_container(root)

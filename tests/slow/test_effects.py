@@ -1,4 +1,4 @@
-"""Two known effects in short, by their commands; the whole ones are in docs/effects."""
+"""Short versions of two known effects, from the command line; the full ones are in docs/effects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def means(tmp_path_factory):
-    """Runs an effect: value of the swept setting -> metric -> mean, as its report says."""
+    """Runs an effect and reads its report: value of the swept setting -> metric -> mean."""
     cache = tmp_path_factory.mktemp("cache")
 
     def run(name: str, *words: str) -> dict[str, dict[str, float]]:
@@ -38,7 +38,7 @@ def test_at_zero_snr_v_prediction_samples_and_eps_prediction_does_not(means):
 
 
 def test_without_temporal_attention_the_same_noise_is_predicted_worse(means):
-    """Clips, times and noise are those of the other run, so that few steps tell them apart."""
+    """Both runs use the same clips, times and noise, so few steps are enough to compare them."""
     swept, few = "backbone.attention=factorised,spatial", ("task.score_clips=8", "sampler.steps=2")
     found = means("temporal_attention", swept, "steps=150", *few)
     assert found["factorised"]["loss"] < found["spatial"]["loss"] - 0.01

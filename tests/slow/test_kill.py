@@ -1,4 +1,4 @@
-"""The real command, killed again and again, ends as if nothing had happened."""
+"""A run that is killed or stopped repeatedly equals an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def one(tmp_path_factory):
 def assert_equal_runs(one, other):
     states = [checkpoint.load(checkpoint.newest(f / "checkpoints")) for f in (one, other)]
     assert states[0]["step"] == states[1]["step"] == STEPS
-    assert not differing(*states)  # weights, average, optimizer, loader
+    assert not differing(*states)  # weights, EMA, optimizer, loader
     found = [Run(f).metrics() for f in (one, other)]
     assert [*found[0]] == list(range(1, STEPS + 1))
-    assert found[0] == found[1]  # every loss, gradient norm and rate
+    assert found[0] == found[1]  # every loss, gradient norm and learning rate
     scores = [json.loads((f / "result.json").read_text())["scores"] for f in (one, other)]
     assert scores[0] == scores[1]
     for name in (weight_files.LIVE, weight_files.AVERAGED):
@@ -40,7 +40,7 @@ def assert_equal_runs(one, other):
 
 @pytest.mark.exhaustive
 def test_kills_at_random_change_nothing(one, tmp_path):
-    """Each kill comes after the trace has grown; the number of workers changes as well."""
+    """Each kill follows new logged steps; the number of data workers changes too."""
     dice, kills = random.Random(7), 0
     for workers in (0, 2, 0):
         target = reached(tmp_path) + dice.randint(2, 9)
@@ -52,7 +52,7 @@ def test_kills_at_random_change_nothing(one, tmp_path):
     assert_equal_runs(one, folder_of(tmp_path))
 
 
-def test_signals_to_the_group_save_and_leave_with_75(one, tmp_path):
+def test_signals_to_the_process_group_save_and_exit_with_75(one, tmp_path):
     words = (f"steps={STEPS}", "data.num_workers=2")
     for step, number in ((8, signal.SIGTERM), (16, signal.SIGINT)):
         assert run_until(tmp_path, step, number, *words) == 75, said(tmp_path)

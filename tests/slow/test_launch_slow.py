@@ -1,4 +1,4 @@
-"""Supervisors below Hydra's launchers, torchrun, srun and a scheduler's signals."""
+"""Supervisors under Hydra's launchers, torchrun, srun and a scheduler's signals."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def log(tmp_path: Path) -> Path:
     ],
     ids=["basic", "joblib", "submitit"],
 )
-def test_a_failing_job_of_a_sweep_is_told_and_the_others_finish(launcher, tmp_path):
+def test_a_failing_job_of_a_sweep_is_reported_and_the_others_finish(launcher, tmp_path):
     path = tmp_path / "sweep.py"
     path.write_text(SWEEP)
     words = ["-m", *launcher, "seed=1,2,3", f"out={tmp_path}", f"hydra.sweep.dir={tmp_path}/jobs"]
@@ -73,21 +73,21 @@ def test_a_failing_job_of_a_sweep_is_told_and_the_others_finish(launcher, tmp_pa
 # --- signals --------------------------------------------------------------------------------------
 
 
-def test_sigterm_to_all_processes_of_a_job_leaves_data_workers_in_place(log):
+def test_data_workers_survive_sigterm_to_all_processes_until_the_run_stops(log):
     with supervisor("count_items", log) as process:
         wait_until(lambda: len(lines(log, "working")) == 2)
         assert len(alive(log)) >= 6  # two ranks with two workers each
-        for pid in alive(log):  # what a scheduler does
+        for pid in alive(log):  # as a scheduler does
             os.kill(pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=300)[1]
         assert process.returncode == 75, said
         assert "stopped by SIGTERM" in said
         assert len(set(lines(log, "stopped"))) == 1
-        wait_until(lambda: not alive(log))  # the system may still be ending a worker
+        wait_until(lambda: not alive(log))  # a worker may take a moment to exit
 
 
-def test_no_data_worker_outlives_a_supervisor_that_is_killed(log):
+def test_no_data_worker_outlives_a_killed_supervisor(log):
     with supervisor("count_items", log) as process:
         wait_until(lambda: len(lines(log, "working")) == 2)
         process.kill()
@@ -113,7 +113,7 @@ def test_ctrl_c_while_the_server_imports_stops_at_the_first_step(log):
 # --- another launcher -----------------------------------------------------------------------------
 
 
-def test_under_torchrun_the_process_is_that_rank(log):
+def test_under_torchrun_each_process_is_one_rank(log):
     words = ["--standalone", "--nproc-per-node", "2", str(script("greet", log))]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True
@@ -123,9 +123,9 @@ def test_under_torchrun_the_process_is_that_rank(log):
     assert done.stdout == "stdout of 0\n[0, {'from': 0}]\n"
 
 
-def test_under_srun_the_process_is_that_rank(log):
+def test_under_srun_each_process_is_one_rank(log):
     step = {
-        "SLURM_JOB_ID": str(os.getpid()),  # the port is made of it
+        "SLURM_JOB_ID": str(os.getpid()),  # the port is derived from it
         "SLURM_JOB_NAME": "train",
         "SLURM_STEP_ID": "0",
         "SLURM_STEP_NUM_TASKS": "2",

@@ -1,6 +1,7 @@
-"""EasyAnimateV2 in small, whole: first stages, three stages, LoRA, samples, each from one before.
+"""The full tiny EasyAnimateV2 pipeline: first stages, three stages, a LoRA, and samples.
 
-The commands that its recipes are for, through the command line; about a minute of CPU time.
+Each step is a command line of its recipes and starts from the run of the previous step. About a
+minute of CPU time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def command(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """Run folders by recipe, each begun from the one before."""
+    """Run folders by recipe, each initialised from the previous one."""
     out = tmp_path_factory.mktemp("pipeline")
     said = (f"out={out}", f"cache={out}/cache", "logger=null", "trainer.threads=1")
 
@@ -67,18 +68,18 @@ def changed(folders: dict[str, Path], stage: str, before: str) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-def test_each_stage_trains_what_it_is_for(folders):
+def test_each_stage_trains_only_its_own_parameters(folders):
     motion = changed(folders, "stage2", "stage1")
     assert motion and all(".attn_temporal." in name for name in motion)
     parts = ("transformer_blocks", "proj_out", "pos_embed", "long_connect_fc")
     last = changed(folders, "stage3", "stage2")
     assert last and all(any(part in name for part in parts) for name in last)
-    pictures = weights(folders["stage1"])
-    starts = [v for k, v in pictures.items() if k.endswith("temporal_transformer.proj_out.weight")]
-    assert starts and not any(w.any() for w in starts)  # their turn is the second stage
+    first = weights(folders["stage1"])
+    starts = [v for k, v in first.items() if k.endswith("temporal_transformer.proj_out.weight")]
+    assert starts and not any(w.any() for w in starts)  # trained in stage 2 only
 
 
-def test_a_decoder_is_trained_beside_an_encoder_that_stays(folders):
+def test_a_decoder_is_trained_with_a_frozen_encoder(folders):
     before, after = (
         load_file(folders[name] / "first_stage.safetensors")
         for name in ("vae_slice", "vae_slice_decoder")
@@ -88,7 +89,7 @@ def test_a_decoder_is_trained_beside_an_encoder_that_stays(folders):
 
 
 def test_a_first_stage_and_the_stages_of_a_transformer_learn(folders):
-    psnr = logged(folders["vae_magvit"], "psnr")  # before its discriminators come, and after
+    psnr = logged(folders["vae_magvit"], "psnr")  # before and after its discriminators start
     assert sum(psnr[40:50]) > sum(psnr[:10]) + 5
     assert logged(folders["vae_magvit"], "disc_loss")[-1] > 0
     for stage in ("stage1", "stage2"):
@@ -96,7 +97,7 @@ def test_a_first_stage_and_the_stages_of_a_transformer_learn(folders):
         assert sum(losses[-10:]) < sum(losses[:10]), stage
 
 
-def test_the_last_run_leaves_a_lora_in_the_published_layout_and_clips(folders):
+def test_the_last_run_writes_a_lora_in_the_published_layout_and_clips(folders):
     lora = load_file(folders["lora"] / "lora_kohya.safetensors")
     down = "lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight"
     assert lora[down].shape[0] == 4

@@ -1,4 +1,4 @@
-"""Every recipe is planned, at full size but for layers that repeat, and without slow packages."""
+"""Every recipe is planned at full size (with fewer repeated layers), without optional packages."""
 
 import json
 import subprocess
@@ -40,8 +40,8 @@ def test_every_recipe_is_planned(name, tmp_path, capsys):
     assert name in capsys.readouterr().out
 
 
-def test_a_plan_wants_no_tracker_no_decoder_and_no_tokenizer(tmp_path):
-    """DynamiCrafter trains with all three of them."""
+def test_a_plan_needs_no_tracker_video_decoder_or_tokenizer(tmp_path):
+    """DynamiCrafter uses all three for training."""
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({OPTIONAL!r})

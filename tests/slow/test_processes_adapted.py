@@ -1,4 +1,4 @@
-"""Two processes train what one does: adapters, half precision, checkpointed blocks, exports."""
+"""Two processes equal one: adapters, half precision, activation checkpointing, exports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 CHECKPOINTED = "backbone.gradient_checkpointing=true"
 LORA = ("adapter=lora", "adapter.rank=4", CHECKPOINTED)
 FULL = (CHECKPOINTED, "backbone.num_blocks=2")
-# In half precision a sum over four clips is rounded once, and one over two and two twice.
+# In half precision, a sum over four clips rounds once; two sums over two clips round twice.
 HALVES = ("data.batch_size=2", "trainer.accumulate=2")
 KINDS = {
     "full bf16": ((*FULL, "precision=bf16"), HALVES),
@@ -41,7 +41,7 @@ def init_from(out):
 
 
 def by_trainers(out, kinds):
-    """Jobs of each kind in one process, and in two by each trainer."""
+    """Jobs of each kind: in one process, and in two processes with each trainer."""
     for kind, (overrides, one) in kinds.items():
         overrides = (*overrides, init_from(out)) if "lora" in kind else overrides
         yield job(f"{kind} one", out, *overrides, *one)
@@ -98,7 +98,7 @@ def test_two_processes_equal_one_in_single_precision(single, kind, trainer):
 
 
 @pytest.mark.parametrize("trainer", ["one", "ddp", "fsdp"])
-def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(half, trainer):
+def test_an_adapter_and_its_ema_are_float32_on_a_half_precision_base(half, trainer):
     (folder,) = (half / f"lora bf16 {trainer}").glob("*")
     saved = checkpoint.load(checkpoint.newest(folder / "checkpoints"))
     assert saved["weights"].keys() == saved["ema"]["average"].keys()
@@ -112,7 +112,7 @@ def test_an_adapter_and_its_average_are_float32_above_a_base_in_half_precision(h
 
 
 @pytest.mark.parametrize("name", ["two to one", "one to two"])
-def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processes(moves, name):
+def test_a_checkpoint_with_adapter_and_ema_resumes_with_another_number_of_processes(moves, name):
     found = states(moves, name)
     assert sorted(found) == [4, 5]
     assert_close(states(moves, "whole"), found)
@@ -120,7 +120,7 @@ def test_a_checkpoint_with_adapter_and_average_moves_between_numbers_of_processe
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_of_a_sharded_run_has_its_whole_weights(half, kind, weights, tmp_path):
+def test_an_export_of_a_sharded_run_has_full_weights(half, kind, weights, tmp_path):
     (folder,) = (half / f"{kind} fsdp").glob("*")
     to = tmp_path / "weights.safetensors"
     cfg = registry.default("task", "export")

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO trains what one process does, on CPUs; its checkpoints are everyone's."""
+"""DeepSpeed ZeRO on CPUs equals one process, and every trainer can read its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved,
 pytestmark = pytest.mark.slow
 
 STAGES = [2, 3]
-# What looks at the weights between steps.
+# Callbacks that read the weights between steps.
 LOOKS = (
     "callbacks=[samples,val_loss]", "callbacks.samples.every=2", "callbacks.samples.count=1",
     "callbacks.val_loss.every=2", "callbacks.val_loss.clips=4",
 )  # fmt: skip
 COMMON = (
     "trainer.accumulate=2", "data.clips_per_epoch=48", *LOOKS,
-    "trainable=[.,patch_out@0.1]",  # all weights, in two groups of the optimizer
+    "trainable=[.,patch_out@0.1]",  # all weights, in two parameter groups
 )  # fmt: skip
-# In half precision sums over other numbers of clips are rounded otherwise.
+# In half precision, sums over another number of clips round differently.
 HALF = (
     "precision=bf16", "backbone.gradient_checkpointing=true", "data.batch_size=2",
     "trainer.accumulate=2",
@@ -47,7 +47,7 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one_also_where_a_run_goes_on_with_its_state_on_the_host(out, stage):
+def test_two_processes_equal_one_even_after_resuming_with_offload(out, stage):
     found = states(out, f"zero {stage}") | states(out, f"zero {stage} to offload")
     assert sorted(found) == list(range(1, STEPS + 1))
     assert_close(states(out, "one"), found)
@@ -61,7 +61,7 @@ def test_two_processes_equal_one_also_where_a_run_goes_on_with_its_state_on_the_
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_is_that_of_any_trainer(out, stage):
+def test_a_checkpoint_equals_that_of_another_trainer(out, stage):
     one, zero = states(out, "one")[3]["optimizer"], states(out, f"zero {stage}")[3]["optimizer"]
     assert not differing(one["param_groups"], zero["param_groups"])
     assert one["state"].keys() == zero["state"].keys()
@@ -74,14 +74,14 @@ def test_a_checkpoint_is_that_of_any_trainer(out, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_goes_on_in_one_process(out, stage):
+def test_a_run_resumes_in_one_process(out, stage):
     found = states(out, f"zero {stage} to one")
     assert sorted(found) == [4, 5]
     assert_close(states(out, "one"), found)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_one_process_with_its_state_on_the_host_equals_one_without(out, stage):
+def test_one_process_with_offload_equals_one_without(out, stage):
     assert_close(states(out, "half"), states(out, f"half {stage}"))
     one, alone = metrics(out, "half"), metrics(out, f"half {stage}")
     for step in one:
@@ -91,7 +91,7 @@ def test_one_process_with_its_state_on_the_host_equals_one_without(out, stage):
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["", "_offload"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_on_a_gpu_it_equals_a_process_without(stage, offload, tmp_path):
+def test_on_a_gpu_it_equals_a_process_without_deepspeed(stage, offload, tmp_path):
     pytest.importorskip("deepspeed")
     on = ("trainer.accelerator=cuda", "data.batch_size=4")
     zero = (f"trainer=deepspeed_zero{stage}{offload}", "trainer.processes=1", *on)
@@ -107,7 +107,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Trainings of an adapter, and of some of the weights, on one process and on two."""
+    """Training of an adapter, and of some of the weights, in one process and in two."""
     pytest.importorskip("deepspeed")
     out = tmp_path_factory.mktemp("parts")
     done(out, [job("base", out, *ONE)])
@@ -124,7 +124,7 @@ def parts(tmp_path_factory):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", PARTS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_adapter_and_weights_that_are_chosen_train_as_on_one_process(parts, stage, kind):
+def test_an_adapter_and_selected_weights_train_as_in_one_process(parts, stage, kind):
     one, two = states(parts, kind), states(parts, f"{kind} {stage}")
     assert sorted(two) == list(range(1, STEPS + 1))
     assert_close(one, two)

@@ -1,4 +1,4 @@
-"""From raw videos to a page that answers: the script of docs/examples, as a newcomer runs it."""
+"""The end-to-end example, docs/examples/raw_to_page.py, from raw videos to the sampling page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> tuple[Path, str]:
-    """What the script made, and what it said."""
+    """The output folder and the console output of the script."""
     out = tmp_path_factory.mktemp("raw_to_page")
     words = [sys.executable, "docs/examples/raw_to_page.py", f"--out={out}", "--steps=10"]
     ran = subprocess.run(
@@ -30,7 +30,7 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     return out, ran.stdout
 
 
-def test_scenes_are_kept_and_what_is_no_use_is_dropped(done):
+def test_scenes_are_kept_and_unusable_clips_are_dropped(done):
     lines = (done[0] / "prepared" / "manifest.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     by = Counter(row["dropped_by"] for row in rows)
@@ -57,7 +57,7 @@ def test_two_runs_are_trained_sampled_and_compared(done):
     assert "0.001" in table and "0.004" in table
 
 
-def test_the_page_answers_with_clips_of_both_runs_and_their_report(done):
+def test_the_page_returns_clips_of_both_runs_and_their_report(done):
     assert "answers with 4 clips" in done[1]
     assert done[1].count("run.py task=sample run=") == 3  # one is a step of the script
     assert "its report has " in done[1]

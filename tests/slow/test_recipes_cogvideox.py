@@ -1,7 +1,7 @@
-"""CogVideoX's tiny recipes whole: from videos in a folder, each way that weights are trained.
+"""CogVideoX's tiny recipes end to end, from a folder of videos.
 
-All weights (2b), a LoRA on them, and a LoRA of image to video (1.5): they train, validate, sample,
-on latents of a first stage that is not trained, to be quick.
+All weights (2b), a LoRA on them, and an image-to-video LoRA (1.5) train, validate and sample. Their
+first stage is untrained, to save time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_all_weights_learn_and_validate(whole):
     assert validated(whole) == {"step_00000050", "step_00000100"}
 
 
-def test_a_lora_learns_beside_them(place, whole):
+def test_a_lora_learns_on_trained_weights(place, whole):
     run = trained(place, "cogvideox_2b_lora_tiny", "steps=50", f"init_from={whole}")
     assert len(losses(run)) == 50
     assert validated(run) == {"step_00000050"}
@@ -66,7 +66,7 @@ def test_a_lora_learns_beside_them(place, whole):
         assert any(file.get_tensor(k).any() for k in file.keys() if ".lora_B." in k)  # noqa: SIM118
 
 
-def test_image_to_video_goes_on_from_a_network_of_its_kind(place):
+def test_an_image_to_video_lora_starts_from_an_image_to_video_network(place):
     recipe = "cogvideox_1_5_5b_i2v_lora_tiny"
     base = trained(place, recipe, "adapter=null", "steps=5", "callbacks=[]")
     run = trained(place, recipe, "steps=50", f"init_from={base}")

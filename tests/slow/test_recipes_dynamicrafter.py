@@ -1,7 +1,7 @@
-"""DynamiCrafter's tiny recipes whole: they train, sample, score, and sample from images.
+"""DynamiCrafter's tiny recipes end to end: they train, sample, score, and sample from images.
 
-About a minute of CPU time each, and another for the first stage. All of them share that: the
-clips of -1024 are as small as those of the others here. CI trains two of the three: -512 is
+About a minute of CPU time each, and another for the first stage, which all share: in these recipes
+the clips of -1024 are as small as the others. CI trains two of the three, because -512 is
 -512-interp without end images.
 """
 
@@ -42,15 +42,15 @@ def run(request, tmp_path_factory, cache) -> Path:
 
 def test_it_learns_and_is_scored(run):
     losses = [m["loss"] for m in Run(run).metrics().values() if "loss" in m]
-    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])  # it fell to 0.61 of that where written
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])  # measured 0.61
     scores = json.loads((run / "metrics.json").read_text())["scores"]
     assert {"model", "real clips", "real through first stage"} <= scores.keys()
     assert scores["real through first stage"]["colour"] >= 0.9
 
 
-def test_samples_and_checkpoints_come_at_their_moments(run):
-    """Samples after every 200 micro-batches, two of them a step; the newest checkpoint of each 90
-    steps and the end, and the weights alone of every 100.
+def test_samples_and_checkpoints_are_saved_at_the_set_steps(run):
+    """Samples every 200 micro-batches (two per step), checkpoints every 90 steps and at the end
+    (only the newest is kept), weights alone every 100 steps.
     """
     assert {p.name for p in (run / "samples").glob("step_*")} == {"step_00000100"}
     kept = {p.stem for p in (run / "checkpoints").glob("*.ckpt")}

@@ -1,6 +1,6 @@
-"""The tiny recipes of CelebAHQ-LDM-VQ-4: they train, sample, score, and their callbacks fire.
+"""The tiny recipes of CelebAHQ-LDM-VQ-4: they train, sample, score, and run their callbacks.
 
-Fewer steps than the recipes have, so that the file takes a minute; nothing else is changed.
+With fewer steps than the recipes, so that the file takes a minute.
 """
 
 import json
@@ -45,7 +45,7 @@ def metrics(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def kept(folder: Path) -> dict[int, dict[str, float]]:
-    """Steps of the checkpoints, with their notes."""
+    """Checkpoint step -> notes of its manifest."""
     said = [checkpoint.manifest(p) for p in checkpoint.checkpoints(folder / "checkpoints")]
     return {m["step"]: m["notes"] for m in said}
 
@@ -87,14 +87,14 @@ def test_a_first_stage_keeps_the_last_and_the_three_best_by_rec_loss(first_stage
     assert set(kept(first_stage)) == {*best, STEPS}
 
 
-def test_reconstructions_are_shown_while_a_first_stage_trains(first_stage):
+def test_reconstructions_are_saved_while_a_first_stage_trains(first_stage):
     names = sorted(p.name for p in (first_stage / "samples").iterdir())
     assert names == ["step_00000030", "step_00000060"]
     assert Image.open(first_stage / "samples/step_00000030/reconstruction.png").size[0] > 50
 
 
 def test_a_system_learns(run):
-    """Predicting no noise at all costs 1."""
+    """A network that outputs zero has loss 1."""
     rows = metrics(run)
     assert rows[1]["loss_simple"] > 0.9
     assert rows[STEPS]["val/loss_simple"] < 0.7
@@ -114,16 +114,16 @@ def test_the_image_logger_shows_the_published_rows(run):
         assert set(ROWS.values()) <= shown
 
 
-def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
+def test_faces_are_sampled_without_prompts_as_images(run, tmp_path, capsys):
     from sandbox.contracts import ConfigError
 
     words = ["task=sample", f"task.run={run}", "task.count=3", f"task.to={tmp_path}"]
     perform(resolve_run(composed(*words), words))
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["000-clip.png", "001-clip.png", "002-clip.png", "samples.json", "sheet.png"]
-    pictures = [Image.open(tmp_path / name) for name in names[:3]]
-    assert {p.size for p in pictures} == {(16, 16)}
-    assert len({p.tobytes() for p in pictures}) == 3
+    images = [Image.open(tmp_path / name) for name in names[:3]]
+    assert {image.size for image in images} == {(16, 16)}
+    assert len({image.tobytes() for image in images}) == 3
     assert "sampling" in capsys.readouterr().out
     words = ["task=sample", f"task.run={run}", "task.prompts=[a face]"]
     with pytest.raises(ConfigError, match="conditioning=none uses no captions"):
@@ -131,7 +131,7 @@ def test_faces_are_sampled_without_prompts_as_pictures(run, tmp_path, capsys):
 
 
 def test_a_run_is_scored(run, tmp_path):
-    """Without captions there is the loss and the first stage's PSNR."""
+    """Without captions, the scores are the loss and the first stage's PSNR."""
     words = ["task=evaluate", f"task.run={run}", "task.clips=8", "task.untrained=false"]
     perform(resolve_run(composed(*words), words))
     found = json.loads(next((run / "evaluations").glob("*.json")).read_text())
@@ -140,7 +140,7 @@ def test_a_run_is_scored(run, tmp_path):
     assert found["first_stage_psnr_db"] > 10
 
 
-def test_a_run_is_exported_as_the_original_reads_it(run, tmp_path):
+def test_a_run_is_exported_in_the_original_format(run, tmp_path):
     to = tmp_path / "model.ckpt"
     words = ["task=export", f"task.run={run}", f"task.to={to}"]
     perform(resolve_run(composed(*words), words))

@@ -1,4 +1,4 @@
-"""A real multirun, once and again: its report, what is repeated, and runs compared and replayed."""
+"""A real multirun and its repetition: report, skipped jobs, and runs compared and replayed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def outcomes(out):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """Two rates and three seeds, all finished."""
+    """Two learning rates and three seeds, all finished."""
     out = tmp_path_factory.mktemp("sweep")
     assert command(out, "-m", "lr=1e-3,2e-3", "seeds=3") == 0
     return out
@@ -59,12 +59,12 @@ def test_a_multirun_ends_in_a_report_of_its_runs(out):
     assert page.count("data:video/mp4;base64,") == 2  # a sample of each variant
 
 
-def test_the_same_multirun_again_repeats_only_what_is_missing(out, tmp_path, capsys):
+def test_a_repeated_multirun_runs_only_the_missing_jobs(out, tmp_path, capsys):
     shutil.copytree(out, tmp_path / "out")
     out = tmp_path / "out"
     first, second = folders(out)[:2]
-    (first / "result.json").unlink()  # stopped before its end
-    shutil.rmtree(second)  # never began
+    (first / "result.json").unlink()  # unfinished
+    shutil.rmtree(second)  # never started
     before = {p: (p / "result.json").stat().st_mtime_ns for p in folders(out)[1:]}
     assert command(out, "-m", "lr=1e-3,2e-3", "seeds=3") == 0
     done = outcomes(out)
@@ -83,7 +83,7 @@ FIRST_STAGE = (
 )  # fmt: skip
 
 
-def test_first_stages_that_are_trained_are_not_repeated(tmp_path):
+def test_finished_first_stages_are_not_trained_again(tmp_path):
     words = [*FIRST_STAGE, f"out={tmp_path}", "-m", "lr=1e-3,2e-3"]
     with in_this_process():
         assert _main(words) == 0
@@ -113,7 +113,7 @@ def test_runs_are_compared_by_settings_steps_and_weights(out):
     assert compare_runs(a, a).same_result
 
 
-def test_a_replay_is_equal_bit_for_bit_and_says_so(out, tmp_path, capsys):
+def test_a_replay_is_bit_identical_and_reports_it(out, tmp_path, capsys):
     run = folders(out)[0]
     with in_this_process():
         words = [f"out={tmp_path}", f"cache={out}/cache", "logger=null"]
@@ -132,7 +132,7 @@ def test_a_replay_is_equal_bit_for_bit_and_says_so(out, tmp_path, capsys):
     assert "step 2 is the first that differs: loss" in capsys.readouterr().out
 
 
-def test_what_is_no_finished_run_is_not_replayed(out, tmp_path):
+def test_folders_that_are_no_finished_runs_are_refused(out, tmp_path):
     with pytest.raises(ConfigError, match="no run there"):
         _main(["task=replay", f"run={tmp_path}"])
     with pytest.raises(ConfigError, match="want two run folders"):

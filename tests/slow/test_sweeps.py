@@ -1,4 +1,4 @@
-"""Real sweeps and real ranks by the command: launchers, a failing job, W&B, torchrun, signals."""
+"""Real sweeps and ranks from the command line: launchers, a failing job, W&B, torchrun, signals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def command(out, *words, program=("run.py",), **environment):
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """By launcher: what a sweep with a failing second job has said, and its folder."""
+    """Launcher -> console output and folder of a sweep whose second job fails."""
     found = {}
 
     def sweep(launcher):
@@ -46,7 +46,7 @@ def sweeps(tmp_path_factory):
             if LAUNCHERS[launcher] and importlib.util.find_spec(package) is None:
                 pytest.skip(f"{package} is not installed")
             out = tmp_path_factory.mktemp(launcher)
-            # A rate so large that the second step overflows.
+            # A learning rate so large that the second step overflows.
             words = [*DDP, *LAUNCHERS[launcher], "logger=wandb", "-m", "lr=1e-3,1e38,2e-3"]
             words.append("lr_schedule=constant")
             found[launcher] = command(out, *words), out
@@ -65,7 +65,7 @@ OPTUNA = (
 )
 
 
-def test_ray_runs_the_jobs_of_a_sweep_side_by_side(tmp_path):
+def test_ray_runs_the_jobs_of_a_sweep_in_parallel(tmp_path):
     done = command(tmp_path, "-m", "lr=1e-3,2e-3", "steps=3", *RAY, **PATIENT_RAY)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(folders(tmp_path)) == [1e-3, 2e-3]
@@ -92,7 +92,7 @@ def folders(out):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_failing_job_takes_no_other_along(sweeps, launcher):
+def test_a_failing_job_does_not_stop_the_others(sweeps, launcher):
     done, out = sweeps(launcher)
     assert done.returncode == 4, done.stdout + done.stderr
     assert done.stdout.count("): done") == 2
@@ -111,7 +111,7 @@ def test_each_job_is_one_run_of_wandb_and_one_folder(sweeps, launcher):
 
 
 @pytest.mark.parametrize("launcher", [*LAUNCHERS][1:])
-def test_a_job_leaves_the_same_weights_under_every_launcher(sweeps, launcher):
+def test_a_job_produces_the_same_weights_under_every_launcher(sweeps, launcher):
     one, other = (folders(sweeps(name)[1])[1e-3] for name in ("basic", launcher))
     states = [checkpoint.load(checkpoint.newest(f / "checkpoints")) for f in (one, other)]
     assert not differing(*states)
@@ -131,7 +131,7 @@ def test_under_torchrun_the_command_is_a_rank(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_two_processes_go_on_after_kills_and_signals_as_if_nothing_had_happened(tmp_path):
+def test_two_processes_after_kills_and_signals_equal_an_uninterrupted_run(tmp_path):
     words = (*DDP[:1], "steps=24", "data.num_workers=1")
     assert run_until(tmp_path / "a", None, signal.SIGKILL, *words) == 0, said(tmp_path / "a")
     out = tmp_path / "b"

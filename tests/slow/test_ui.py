@@ -1,4 +1,4 @@
-"""The page of task=ui as its command serves it: in a real browser, and for scripts."""
+"""The page of task=ui, served by its command: in a real browser, and for scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.command import CHECKOUT
 from tests.helpers import TINY
 
 pytestmark = pytest.mark.slow
-PATIENCE = 300_000  # ms, which only a hang takes
+PATIENCE = 300_000  # ms; only a hang takes this long
 CHROMIUM = which("chromium") or which("chromium-browser")
 PROMPTS = "a red 3 moving left\na blue 7 moving up"
 SMALL = ("task.score_clips=2", "task.samples=1", "task.untrained=false")
@@ -33,7 +33,7 @@ SMALL = ("task.score_clips=2", "task.samples=1", "task.untrained=false")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[str]:
-    """The folder, and the names of two runs in it."""
+    """The folder of runs, and the names of two runs in it."""
     out = tmp_path_factory.mktemp("runs")
     roots = [compose(*TINY, *SMALL, f"seed={seed}", "checkpoint.every=1") for seed in (0, 1)]
     made = [train(replace(r, out=str(out), cache=str(out / "cache"))) for r in roots]
@@ -43,7 +43,7 @@ def runs(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def of_images(runs) -> str:
-    """The name of a run in the same folder that is told the first and the last frame."""
+    """The name of a run in the same folder that is conditioned on the first and last frames."""
     words = ("experiment=dynamicrafter_512_interp_tiny", "vae.weights=null", "callbacks=[]",
              "sampler.steps=2", "data.batch_size=1", "trainer.accumulate=1", "trainer.threads=1",
              "logger=null", "steps=1")  # fmt: skip
@@ -53,7 +53,7 @@ def of_images(runs) -> str:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list[str]:
-    """A red and a blue one, and a file that is none."""
+    """Files: a red image, a blue image, and one that is no image."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("pictures")
@@ -65,7 +65,7 @@ def pictures(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def address(runs) -> Iterator[str]:
-    """That of the page, served by the command."""
+    """The address of the page, served by the command."""
     words = [sys.executable, "-u", "run.py", "task=ui", f"run={runs[0]}/{runs[1]}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -89,7 +89,7 @@ def client(address):
 
 @pytest.fixture(scope="module")
 def page(address):
-    """The page in headless Chromium, which reaches this machine alone."""
+    """The page in headless Chromium, without access to other machines."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium: apt-get install chromium")
     from playwright.sync_api import expect, sync_playwright
@@ -119,7 +119,7 @@ def page(address):
 
 
 def videos_after(page, count: int) -> list[dict]:
-    """What the browser decoded of the clips, when there are `count`."""
+    """Waits for `count` clips and returns what the browser decoded."""
     page.wait_for_function(
         "n => {const v = [...document.querySelectorAll('.clips video')];"
         " return v.length === n && v.every(x => x.readyState >= 2)}",
@@ -131,7 +131,7 @@ def videos_after(page, count: int) -> list[dict]:
 
 
 def test_a_page_makes_a_video_for_each_prompt(page, runs):
-    page.get_by_text("9 frames of 16 x 16").wait_for()  # of the run that it began with
+    page.get_by_text("9 frames of 16 x 16").wait_for()  # of the initial run
     page.get_by_label("prompts").fill(PROMPTS)
     page.get_by_label("seed").fill("5")
     page.get_by_role("button", name="Generate").click()
@@ -143,7 +143,7 @@ def test_a_page_makes_a_video_for_each_prompt(page, runs):
     assert runs[1] in command
 
 
-def test_the_dice_give_a_seed(page):
+def test_the_dice_button_sets_a_random_seed(page):
     from playwright.sync_api import expect
 
     page.get_by_label("seed").fill("")
@@ -151,7 +151,7 @@ def test_the_dice_give_a_seed(page):
     expect(page.get_by_label("seed")).to_have_value(re.compile(r"^\d+$"))
 
 
-def test_two_runs_stand_side_by_side(page, runs):
+def test_two_runs_are_shown_side_by_side(page, runs):
     page.get_by_label("compare with").fill(runs[2])
     page.get_by_label("compare with").press("Enter")
     page.get_by_role("button", name="Generate").click()
@@ -161,7 +161,7 @@ def test_two_runs_stand_side_by_side(page, runs):
     assert runs[2] in heads
 
 
-def test_a_wrong_input_is_said_and_the_page_goes_on(page):
+def test_a_wrong_input_is_reported_and_the_page_still_works(page):
     page.get_by_label("frames").fill("-3")
     page.get_by_role("button", name="Generate").click()
     page.get_by_text("frames=-3").first.wait_for()
@@ -170,7 +170,7 @@ def test_a_wrong_input_is_said_and_the_page_goes_on(page):
     videos_after(page, 4)
 
 
-def test_a_run_that_is_told_images_gets_fields_for_them(page, runs, of_images, pictures):
+def test_an_image_conditioned_run_has_image_fields(page, runs, of_images, pictures):
     from playwright.sync_api import expect
 
     run, upload = page.get_by_label("run", exact=True), page.locator("input[type=file]")
@@ -186,7 +186,7 @@ def test_a_run_that_is_told_images_gets_fields_for_them(page, runs, of_images, p
     page.locator("img[src*='blue']").wait_for()
     page.get_by_role("button", name="Generate").click()
     videos_after(page, 2)
-    run.fill(runs[1])  # which is told none, also none of before
+    run.fill(runs[1])  # not conditioned on images: the earlier ones are not used
     run.press("Enter")
     expect(page.get_by_text("first frame")).to_be_hidden()
     page.get_by_role("button", name="Generate").click()
@@ -202,7 +202,7 @@ def test_reports_are_shown_with_samples(page, runs):
     page.locator(".clips video:visible").first.wait_for()
 
 
-def test_the_page_asks_no_other_server(page):
+def test_the_page_contacts_no_other_server(page):
     assert page.elsewhere == []
 
 
@@ -230,7 +230,7 @@ def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
     from gradio_client import handle_file
 
     red, blue, _ = map(handle_file, pictures)
-    # its first stage and CLIP are random: those of the run's seed, not of this one
+    # its first stage and CLIP are random, drawn from the run's seed, not from this one
     _, files, command = asked(client, of_images, image=red, end_image=blue, seed="3")
     assert len(files) == 2
     for file in files:
@@ -248,7 +248,7 @@ def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
         ("cannot be read as an image", 2, 1),
     ],
 )
-def test_a_script_is_told_which_image_is_wrong(client, of_images, pictures, said, image, end_image):
+def test_a_wrong_image_is_reported_to_a_script(client, of_images, pictures, said, image, end_image):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
@@ -257,7 +257,7 @@ def test_a_script_is_told_which_image_is_wrong(client, of_images, pictures, said
         asked(client, of_images, image=chosen[0], end_image=chosen[1])
 
 
-def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
+def test_the_displayed_command_makes_the_same_clips(client, runs, tmp_path):
     import shlex
 
     _, files, command = asked(client, f"{runs[1]}@1", weights="live", seed="3")
@@ -281,7 +281,7 @@ def test_the_command_that_is_shown_makes_the_same_clips(client, runs, tmp_path):
         ("../x", {"run": "RUN", "sampler": "../x"}),
     ],
 )
-def test_a_script_is_told_what_is_wrong(client, runs, pictures, said, named):
+def test_a_wrong_input_is_reported_to_a_script(client, runs, pictures, said, named):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
@@ -292,7 +292,7 @@ def test_a_script_is_told_what_is_wrong(client, runs, pictures, said, named):
         asked(client, **named)
 
 
-def test_no_request_gets_a_file_from_elsewhere(address, runs):
+def test_no_request_can_read_other_files(address, runs):
     secret = Path(runs[0]).parent / "secret.txt"
     inside = Path(runs[0]) / runs[1] / "config.yaml"
     for path in (secret, inside, Path("/etc/passwd"), CHECKOUT / "pyproject.toml"):
@@ -301,7 +301,7 @@ def test_no_request_gets_a_file_from_elsewhere(address, runs):
         assert refused.value.code in (403, 404)
 
 
-def test_an_image_that_nobody_uploaded_is_refused(address, runs):
+def test_an_image_that_was_not_uploaded_is_refused(address, runs):
     body = json.dumps(
         {"data": [runs[1], "ema", None, "ema", "", {"path": "/etc/passwd",
          "meta": {"_type": "gradio.FileData"}}, *(None,) * 8]}
@@ -315,11 +315,11 @@ def test_an_image_that_nobody_uploaded_is_refused(address, runs):
     assert "root:" not in answer
 
 
-def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
+def test_a_system_is_freed_after_its_clips_are_made(runs, tmp_path):
     from sandbox.ui.requests import Request, Runs
 
     def systems() -> int:
-        gc.collect()  # what the training of `runs` has left
+        gc.collect()  # frees what the training of `runs` left
         return sum(type(x).__name__ == "LatentDiffusion" for x in gc.get_objects())
 
     seen: list[int] = []
@@ -331,5 +331,5 @@ def test_a_system_is_gone_when_its_clips_are_made(runs, tmp_path):
     assert systems() == before
 
 
-def test_it_listens_on_this_machine_alone(address):
+def test_it_listens_on_localhost_only(address):
     assert address.startswith("http://127.0.0.1:")

@@ -1,4 +1,4 @@
-"""Real `wandb sweep` and `wandb agent`, against a stand-in for the server on loopback."""
+"""Real `wandb sweep` and `wandb agent` against a fake server on localhost."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ pytestmark = pytest.mark.slow
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of somebody who has never used W&B."""
+    """Environment variables of a user who has never used W&B."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    # Rows go out each second (fifteen by default), and a trial has long to save on a busy machine.
+    # Rows are sent every second (default: 15 s); a trial has time to save on a busy machine.
     quick = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1", "WANDB_AGENT_KILL_DELAY": "300"}
     return kept | quick | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
 
 
 def swept(folder: Path, server: Server, sweep: dict, *settings: str) -> str:
-    """What an agent says that runs all trials of a sweep, each with these further settings."""
+    """Console output of an agent that runs all trials of a sweep with additional settings."""
     command = ["${env}", sys.executable, str(CHECKOUT / "run.py"), *settings]
     file = folder / "sweep.yaml"
     file.write_text(yaml.safe_dump({**sweep, "command": [*command, "${args_no_hyphens}"]}))
@@ -57,7 +57,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory):
-    """A sweep of two trials, the second of which is ended early; its server, folders and words."""
+    """A sweep of two trials, the second stopped early: server, folder and console output."""
     folder = tmp_path_factory.mktemp("sweep")
     parameters = {"lr": {"value": 1e-3}, "seeds": {"value": 2}, "steps": {"values": [3, 100_000]},
                   "data": {"value": {"clips_per_epoch": 12}},
@@ -79,11 +79,11 @@ def test_each_trial_is_one_run_with_its_nested_configuration(trials):
         cfg = run.config["cfg"]["value"]
         assert (cfg["lr"], cfg["steps"], cfg["trainer"]["clip"]) == (1e-3, steps, None)
         assert cfg["backbone"]["plugin"] == "backbone/dit"
-        assert cfg["data"]["clips_per_epoch"] == 12  # None and a dictionary, as an agent says them
-        assert run.config["steps"]["value"] == steps  # the sweep's own word for it
+        assert cfg["data"]["clips_per_epoch"] == 12  # an agent passes None and dictionaries
+        assert run.config["steps"]["value"] == steps  # the sweep's own key
 
 
-def test_the_other_seeds_of_a_trial_are_runs_beside_it(trials):
+def test_the_other_seeds_of_a_trial_are_separate_runs(trials):
     server, folder, said = trials
     other = [run for name, run in server.runs.items() if not name.startswith("sweep0-")]
     assert [(r.group, r.sweep, r.exit_code) for r in other] == [("sweep0-0", None, 0)], said
@@ -102,7 +102,7 @@ def test_a_finished_trial_has_history_scores_and_a_video(trials):
     assert any(name.endswith(".mp4") for name in run.files)
 
 
-def test_a_trial_that_is_ended_early_saves_and_leaves(trials):
+def test_a_trial_that_is_stopped_early_saves_and_exits(trials):
     server, folder, said = trials
     assert server.sweeps["sweep0"].ended == {"sweep0-1"}
     assert server.runs["sweep0-1"].exit_code == 75, said
@@ -114,14 +114,14 @@ def test_a_trial_that_is_ended_early_saves_and_leaves(trials):
     assert not (kept / "result.json").exists()
 
 
-def test_a_trial_that_was_taken_away_goes_on_where_it_stood(trials):
+def test_a_requeued_trial_resumes(trials):
     server, folder, said = trials
     (name, before), *_ = server.sweeps["sweep0"].again.items()
     assert name == "sweep0-1" and before >= 3
     steps = [row["_step"] for row in server.runs[name].history if "loss" in row]
     assert len(steps) > before and steps == sorted(set(steps))
     kept = [p.parent for p in (folder / "out").glob("*/wandb_id") if p.read_text().strip() == name]
-    assert len(kept) == 1, said  # one folder, begun twice
+    assert len(kept) == 1, said  # one folder, started twice
     assert len(json.loads((kept[0] / "environment.json").read_text())["earlier"]) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_report_is_sent_to_the_sweep_of_its_runs(trials):
     assert "media/table/scores" in names and "media/images/samples" in names
 
 
-def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monkeypatch):
+def test_an_offline_report_is_synced_to_its_sweep(trials, monkeypatch):
     server, folder, _ = trials
     for name in [n for n in os.environ if n.startswith("WANDB")]:
         monkeypatch.delenv(name)
@@ -162,8 +162,8 @@ def test_a_report_is_kept_without_a_server_and_synced_to_its_sweep(trials, monke
     assert any("media/html/report" in name for name in run.files)
 
 
-def test_a_search_ends_trials_that_are_worse_and_they_save_and_leave(tmp_path):
-    """conf/sweep/bayes.yaml, with a rate that trains nothing for the trial that is to be worse."""
+def test_a_search_stops_worse_trials_early_and_they_save(tmp_path):
+    """conf/sweep/bayes.yaml, with learning rate 0 for the worse trial."""
     sweep = yaml.safe_load((CHECKOUT / "conf" / "sweep" / "bayes.yaml").read_text())
     sweep["parameters"] |= {"lr": {"values": [4e-3, 0.0]}, "steps": {"values": [4, 100_000]}}
     fixed = [w for w in sweep["command"] if not w.startswith("${")]
@@ -181,9 +181,9 @@ def test_a_search_ends_trials_that_are_worse_and_they_save_and_leave(tmp_path):
     kept = {p.read_text().strip(): p.parent for p in (tmp_path / "out").glob("*/wandb_id")}
     assert (kept["sweep0-0"] / "result.json").is_file()
     assert not (kept["sweep0-1"] / "result.json").exists()
-    assert any((kept["sweep0-1"] / "checkpoints").iterdir())  # to go on from
+    assert any((kept["sweep0-1"] / "checkpoints").iterdir())  # for a resume
     assert server.refused == []
 
 
-def test_the_client_asks_nothing_that_the_stand_in_cannot_answer(trials):
+def test_the_fake_server_answers_every_request(trials):
     assert trials[0].refused == []

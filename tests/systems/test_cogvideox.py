@@ -76,8 +76,8 @@ def test_loss_and_gradients_equal_those_of_official_fine_tuning(variant: str) ->
     terms = model.step(batch, draws)
     terms.total.backward()
     ((z_t, _, conditions), out), channels = calls[0], want["latents_BCFHW"].shape[1]
-    told = torch.cat([z_t] if conditions.concat is None else [z_t, conditions.concat], 1)
-    for mine, theirs in ((told, "model_input"), (out, "model_output_v")):
+    network_input = torch.cat([z_t] if conditions.concat is None else [z_t, conditions.concat], 1)
+    for mine, theirs in ((network_input, "model_input"), (out, "model_output_v")):
         torch.testing.assert_close(mine.transpose(1, 2), want[theirs], atol=1e-5, rtol=1e-4)
     assert out.shape[1] == channels
     torch.testing.assert_close(terms.total, want["loss"][0], rtol=1e-4, atol=0)

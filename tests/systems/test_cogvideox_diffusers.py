@@ -1,4 +1,4 @@
-"""CogVideoX beside diffusers, an independent judge: its folders in, its numbers, and back out."""
+"""CogVideoX compared with diffusers: reading its folders, equal numbers, and exporting."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def their_vae() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A pipeline's folder as diffusers saves it, the transformer in several files."""
+    """A pipeline folder saved by diffusers, with the transformer split over several files."""
     place = tmp_path_factory.mktemp("pipeline")
     theirs().save_pretrained(place / "transformer", max_shard_size="50KB")
     their_vae().save_pretrained(place / "vae")
@@ -83,7 +83,7 @@ def ours(folder: Path, *overrides: str) -> Any:
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """(frames-first noise, text, text of no caption)."""
+    """(noise with frames first, text embedding, embedding of the empty caption)."""
     generator = torch.Generator().manual_seed(1)
     shapes = (1, 3, 4, 8, 12), (1, 6, 20), (1, 6, 20)
     z, text, empty = (torch.randn(s, generator=generator) for s in shapes)
@@ -153,7 +153,7 @@ def test_the_first_stage_equals_that_of_the_folder(folder) -> None:
 
 
 @torch.no_grad()
-def test_trained_weights_load_in_diffusers_as_they_are(folder, tmp_path) -> None:
+def test_trained_weights_load_in_diffusers_unchanged(folder, tmp_path) -> None:
     system = ours(folder)
     for parameter in system.backbone.parameters():
         parameter.add_(0.01)  # stands for training
@@ -171,7 +171,7 @@ def test_trained_weights_load_in_diffusers_as_they_are(folder, tmp_path) -> None
 
 
 @torch.no_grad()
-def test_a_lora_has_the_same_strength_in_diffusers_and_comes_back(folder, tmp_path) -> None:
+def test_a_lora_has_the_same_strength_in_diffusers_and_round_trips(folder, tmp_path) -> None:
     pytest.importorskip("peft")
     from peft.utils import get_peft_model_state_dict
 
@@ -208,10 +208,10 @@ def test_a_lora_has_the_same_strength_in_diffusers_and_comes_back(folder, tmp_pa
     torch.testing.assert_close(back, want, atol=1e-5, rtol=1e-5)
 
 
-def test_settings_of_a_released_config_are_settings_here(folder) -> None:
+def test_settings_of_a_released_config_are_backbone_settings(folder) -> None:
     released = json.loads((folder / "transformer/config.json").read_text())
     own = set(vars(ours(folder).root.backbone))
-    fixed = {  # the same in all five, and not to be changed here
+    fixed = {  # equal in all five released configs; no settings here
         "activation_fn", "attention_bias", "dropout", "flip_sin_to_cos", "freq_shift",
         "norm_elementwise_affine", "patch_bias", "timestep_activation_fn",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A pipeline's folder of diffusers: trained here, exported, opened there, and the same videos."""
+"""A diffusers pipeline folder, trained here and exported: diffusers loads it, with equal videos."""
 
 import json
 import tempfile
@@ -30,7 +30,7 @@ SIZES = {
     "time_embed_dim": 24, "num_layers": 2, "sample_height": 8, "sample_width": 8,
     "sample_frames": 9,
 }  # fmt: skip
-KINDS = {  # what differs from the network of 2b, and which pipeline it is
+KINDS = {  # settings that differ from 2b, and the pipeline class
     "t2v": ({"in_channels": 4}, diffusers.CogVideoXPipeline),
     "i2v": (
         {"in_channels": 8, "patch_size_t": 2, "ofs_embed_dim": 24,
@@ -49,7 +49,7 @@ LORA = ("adapter=lora", "adapter.rank=4", "adapter.alpha=2")
 
 
 def pipeline(kind: str) -> Any:
-    """A tiny one of public classes, whose first stage has next to no noise in its posterior."""
+    """A tiny diffusers pipeline whose first stage has almost no posterior noise."""
     torch.manual_seed(0)
     sizes, of = KINDS[kind]
     network = diffusers.CogVideoXTransformer3DModel(
@@ -84,7 +84,7 @@ def text_encoder() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The pipelines as diffusers saves them."""
+    """The pipelines, saved by diffusers."""
     found = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     for kind, place in found.items():
         pipeline(kind).save_pretrained(place, max_shard_size="100KB")
@@ -100,7 +100,7 @@ def clips(tmp_path_factory) -> str:
 
 
 def trained(kind: str, start: Path, clips: str, out: Path, *more: str) -> Path:
-    """The run folder of two steps from the weights of a pipeline."""
+    """Run folder after two training steps from the weights of a pipeline."""
     text = {"weights": start, "vocab_size": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
     text = {f"conditioning.{k}={v}" for k, v in text.items()} if kind == "t2v" else ()
     settings = SIZES | {k: v for k, v in KINDS[kind][0].items() if k != "in_channels"}
@@ -130,7 +130,7 @@ def trained(kind: str, start: Path, clips: str, out: Path, *more: str) -> Path:
 
 @torch.no_grad()
 def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
-    """Our clip of a run, and that of a pipeline for the same noise, text and picture."""
+    """Our clip of a run, and a pipeline's clip for the same noise, text and image."""
     system = load_system(run, "live")
     batch = take(of_data(system.root, (), 1), 0, 1)
     grid = system.wiring.grids[0]
@@ -139,9 +139,9 @@ def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
     if pipe.text_encoder is None:
         texts = [system.conditioner.encoded([c])[0] for c in (*batch.captions, "")]
         text = {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
-    told = {} if batch.image is None else {"image": batch.image[:, :, 0] / 2 + 0.5}
+    image = {} if batch.image is None else {"image": batch.image[:, :, 0] / 2 + 0.5}
     theirs = pipe(
-        **told, **text, height=64, width=64,
+        **image, **text, height=64, width=64,
         num_frames=9, num_inference_steps=3, guidance_scale=6.0, output_type="pt",
         latents=system.draws(batch).normal("start", torch.empty(size)).transpose(1, 2),
     ).frames  # fmt: skip
@@ -156,7 +156,7 @@ def exported(run: Path, to: Path, *more: str) -> Path:
 @pytest.mark.parametrize(
     ("kind", "more"), [("t2v", ()), ("t2v", LORA), ("i2v", LORA)], ids=["sft", "lora", "i2v_lora"]
 )
-def test_an_exported_folder_is_opened_by_diffusers_and_makes_the_same_videos(
+def test_diffusers_loads_an_exported_folder_and_makes_the_same_videos(
     folders, clips, tmp_path, kind, more
 ) -> None:
     run = trained(kind, folders[kind], clips, tmp_path, *more)
@@ -166,8 +166,8 @@ def test_an_exported_folder_is_opened_by_diffusers_and_makes_the_same_videos(
     ours, theirs = compared(run, loaded)
     torch.testing.assert_close(theirs, ours, **NEAR)
     before = compared(run, pipeline(kind))[1]
-    assert (before - ours).abs().max() > 1e-3  # training has changed what comes out
-    if more:  # the LoRA alone, beside the released weights
+    assert (before - ours).abs().max() > 1e-3  # training changed the output
+    if more:  # the LoRA alone, on the released weights
         released = pipeline(kind)
         released.load_lora_weights(run)
         torch.testing.assert_close(compared(run, released)[1], ours, **NEAR)

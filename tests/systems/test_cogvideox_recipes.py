@@ -1,4 +1,4 @@
-"""Recipes of the published rows of CogVideoX's fine-tuning: sizes, numbers, and how they fit."""
+"""Recipes of the published CogVideoX fine-tuning rows: sizes, numbers, and compatibility."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_it_wires_with_the_published_sizes_and_numbers(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["2b_lora", "1_5_5b_i2v_lora"])
-def test_its_network_and_lora_have_the_published_numbers_of_weights(row: str) -> None:
+def test_its_network_and_lora_have_the_published_parameter_counts(row: str) -> None:
     root = wired(row).root
     with torch.device("meta"):
         network = registry.create(root.backbone)
@@ -67,8 +67,8 @@ def test_it_chooses_every_group(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_what_it_trains_on_is_encoded_with_the_same_recipe(row: str) -> None:
-    """The command that the recipe's comment gives: the same first stage, precision and size."""
+def test_its_cached_latents_are_encoded_with_the_same_recipe(row: str) -> None:
+    """The task=encode command in the recipe's comment: same first stage, precision and size."""
     size = "49x480x720" if ROWS[row][0] == "1.0" else "81x768x1360"
     trained = wired(row)
     encoded = wired(row, "task=encode", f"data=cogvideox_folder_{size}", "data.root=clips",
@@ -80,7 +80,7 @@ def test_what_it_trains_on_is_encoded_with_the_same_recipe(row: str) -> None:
     assert encoded.root.conditioning.encodes() == ("i2v" in row)
 
 
-def test_lora_asks_for_the_released_weights() -> None:
+def test_lora_needs_the_released_weights() -> None:
     with pytest.raises(ConfigError, match="init_from=FOLDER"):
         wire(composed("experiment=cogvideox_2b_lora"))
 
@@ -89,12 +89,12 @@ def test_lora_asks_for_the_released_weights() -> None:
 
 ARCHITECTURE = ("use_rotary_positional_embeddings", "use_learned_positional_embeddings",
                 "rope_grid", "patch_size_t", "gradient_checkpointing")  # fmt: skip
-TOLD = ("image", "image_noise_mean", "image_noise_std", "image_noise_shared", "drop_image",
-        "image_latent_scale", "ofs", "drop_text", "masked")  # fmt: skip
+CONDITIONS = ("image", "image_noise_mean", "image_noise_std", "image_noise_shared", "drop_image",
+              "image_latent_scale", "ofs", "drop_text", "masked")  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_its_tiny_sibling_differs_in_size_and_data_alone(row: str) -> None:
+def test_its_tiny_sibling_differs_only_in_size_and_data(row: str) -> None:
     full, tiny = wired(row).root, wired(f"{row}_tiny").root
     for group in ("schedule", "loss", "guidance", "optimizer", "lr_schedule", "ema", "trainer",
                   "layout"):  # fmt: skip
@@ -104,7 +104,7 @@ def test_its_tiny_sibling_differs_in_size_and_data_alone(row: str) -> None:
     assert full.vae.scaling_factor == tiny.vae.scaling_factor
     for name in ARCHITECTURE:
         assert getattr(full.backbone, name) == getattr(tiny.backbone, name), name
-    for name in TOLD:
+    for name in CONDITIONS:
         assert getattr(full.conditioning, name) == getattr(tiny.conditioning, name), name
     assert (full.backbone.ofs_embed_dim is None) == (tiny.backbone.ofs_embed_dim is None)
     assert (full.adapter is None) == (tiny.adapter is None)

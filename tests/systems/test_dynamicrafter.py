@@ -1,6 +1,6 @@
-"""DynamiCrafter as a whole: one recorded training step and recorded sampling, by the real system.
+"""DynamiCrafter as a system: a recorded training step and recorded sampling, replayed.
 
-Encoders and network are the stubs of the recording; everything between them is ours.
+Encoders and network are the stubs of the recording; everything else is our code.
 """
 
 import json
@@ -63,7 +63,7 @@ def near(got: Tensor, want: Tensor) -> None:
 
 
 class Network(nn.Module):
-    """A linear network that sees everything that it is told."""
+    """A linear network that uses all its conditions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ DRAWS = Recorded(
 )
 
 
-def told(whole: LatentDiffusion, drop: dict[str, Tensor] | None = None) -> Conditions:
+def conditions_of(whole: LatentDiffusion, drop: dict[str, Tensor] | None = None) -> Conditions:
     z0 = whole.latents(BATCH, DRAWS)
     drop = whole.conditioner.drop(DRAWS) if drop is None else drop
     return whole.conditioner(BATCH, Clip(*z0.shape[1:]), drop, DRAWS, whole.encoder(DRAWS), z0)
@@ -184,8 +184,8 @@ def test_latents_equal_the_original():
     near(system().latents(BATCH, DRAWS), TENSORS["out/z"])
 
 
-def test_conditions_equal_the_original_dropping_included():
-    cond = told(system())
+def test_conditions_and_their_dropout_equal_the_original():
+    cond = conditions_of(system())
     near(torch.cat([cond.context, cond.image_context.flatten(1, 2)], 1), TENSORS["out/c_crossattn"])
     near(cond.concat, TENSORS["out/c_concat_frame"][:, :, None].expand_as(cond.concat))
     assert torch.equal(cond.scalars["fps"], TENSORS["out/fs"].float())
@@ -194,13 +194,13 @@ def test_conditions_equal_the_original_dropping_included():
 def test_undropped_image_tokens_equal_the_original():
     keep = {name: torch.zeros(8, dtype=torch.bool) for name in ("text", "image")}
     near(
-        told(system(), keep).image_context.flatten(1, 2),
+        conditions_of(system(), keep).image_context.flatten(1, 2),
         TENSORS["out/c_crossattn_no_dropout_image_part"],
     )
 
 
-def test_interpolation_is_told_both_ends():
-    near(told(system(interp_mode=True)).concat, TENSORS["out/interp_c_concat"])
+def test_interpolation_is_conditioned_on_the_first_and_last_frames():
+    near(conditions_of(system(interp_mode=True)).concat, TENSORS["out/interp_c_concat"])
 
 
 def test_noise_and_target_equal_the_original():
@@ -209,7 +209,7 @@ def test_noise_and_target_equal_the_original():
     near(schedule.target(z, eps, t), TENSORS["out/v_target"])
 
 
-def test_a_whole_step_has_the_loss_and_the_gradients_of_the_original():
+def test_a_full_step_has_the_loss_and_gradients_of_the_original():
     whole = system()
     terms = whole.step(BATCH, DRAWS)
     for name in ("loss", "loss_simple", "loss_vlb"):
@@ -278,14 +278,14 @@ def test_sampling_follows_the_recorded_trajectory(case):
 # --- rules of the conditioning --------------------------------------------------------------------
 
 
-def test_the_three_twentieths_are_dropped_jointly():
+def test_text_image_and_both_are_each_dropped_for_a_twentieth_of_samples():
     r = torch.tensor([0.0, 0.049, 0.051, 0.099, 0.101, 0.149, 0.151, 0.9])
     drop = conditioner().drop(Recorded({"drop": r}))
     assert drop["text"].tolist() == [True] * 4 + [False] * 4
     assert drop["image"].tolist() == [False] * 2 + [True] * 4 + [False] * 2
 
 
-def test_an_image_of_the_batch_is_encoded_and_shown_in_all_frames():
+def test_the_image_of_a_batch_is_encoded_and_repeated_over_all_frames():
     whole, z = system(), torch.randn(8, 4, 1, 4, 6)
     asked = []
 
@@ -305,24 +305,24 @@ def test_a_batch_without_an_image_is_refused():
         system().conditioner(replace(BATCH, video=None), grid, {}, DRAWS, None, None)
 
 
-def test_another_number_of_frames_than_the_tokens_are_made_for_is_refused():
+def test_clips_with_more_frames_than_image_tokens_are_refused():
     with pytest.raises(ValueError, match=f"video_length={FRAMES}: the clip has {FRAMES + 1}"):
         system().conditioner(BATCH, Clip(4, FRAMES + 1, 4, 6), {}, DRAWS, None, None)
 
 
-def test_frames_that_the_query_transformer_does_not_have_are_refused():
+def test_wiring_refuses_a_video_length_other_than_the_number_of_frames():
     cfg = DynamiCrafter.Config(video_length=16)
     with pytest.raises(Exception, match="video_length=16, but 9 is needed"):
         cfg.wired(Clip(3, 9, 32, 48), Clip(4, 9, 4, 6))
 
 
-def test_frames_that_a_first_stage_joins_are_refused():
+def test_a_first_stage_that_compresses_time_is_refused():
     with pytest.raises(Exception, match="9 frames become 3 latent frames"):
         DynamiCrafter.Config().offers(Clip(3, 9, 32, 48), Clip(4, 3, 4, 6))
 
 
 @pytest.mark.parametrize("frames", [1, 5])
-def test_any_number_of_frames_has_tokens_of_its_own(frames):
+def test_each_frame_has_its_own_tokens_for_any_number_of_frames(frames):
     clip = Clip(3, frames, 32, 48)
     grid = Clip(4, frames, 4, 6)
     cfg = DynamiCrafter.Config().wired(clip, grid)

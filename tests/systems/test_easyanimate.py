@@ -1,4 +1,4 @@
-"""EasyAnimateV2 as a system: its stages begin from published weights and from one another."""
+"""EasyAnimateV2 as a system: its stages load published weights and those of earlier stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def system(stage: str, *overrides: str):
 
 
 def pixart(**settings):
-    """A picture network of the same width: no motion modules, no skips."""
+    """An image network of the same width, without motion modules and skips."""
     from dataclasses import replace
 
     cfg = recipe("easyanimate_v2_stage1_tiny").backbone
@@ -35,7 +35,7 @@ def pixart(**settings):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_picture_network_begins_the_first_stage(tmp_path, kind):
+def test_an_image_network_initialises_stage_1(tmp_path, kind):
     image = pixart()
     folder = tmp_path / "transformer"
     folder.mkdir()
@@ -48,7 +48,7 @@ def test_a_picture_network_begins_the_first_stage(tmp_path, kind):
 
 
 def test_a_smaller_output_repeats_and_new_channels_start_at_zero(tmp_path):
-    """As published: a picture network without learned variance, and latents of more channels."""
+    """As published: the image network has no learned variance and fewer latent channels."""
     image = pixart(in_channels=4, out_channels=16)
     save_file(image.state_dict(), tmp_path / "image.safetensors")
     video = system("stage1")
@@ -59,15 +59,15 @@ def test_a_smaller_output_repeats_and_new_channels_start_at_zero(tmp_path):
     assert torch.equal(patches[:, :4], image.pos_embed.proj.weight) and not patches[:, 4:].any()
 
 
-def test_what_fits_nowhere_is_refused_by_name(tmp_path):
-    """The published loader leaves such weights out and says so in its log."""
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    """The published loader skips such weights and only logs them."""
     state = pixart(caption_channels=8).state_dict() | {"other": torch.zeros(1)}
     save_file(state, tmp_path / "image.safetensors")
     with pytest.raises(StorageError, match=r"other\n[^$]*caption_projection\.linear_1\.weight"):
         init_from(system("stage1"), tmp_path / "image.safetensors")
 
 
-def test_released_files_with_tables_of_positions_are_taken(tmp_path):
+def test_released_files_with_position_tables_load(tmp_path):
     from plugins.backbone.easyanimate import to_published
 
     first = system("stage3", "seed=1")
@@ -80,7 +80,7 @@ def test_released_files_with_tables_of_positions_are_taken(tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_the_published_parameters(stage):
-    """Of the full-size network, on the meta device."""
+    """Counts parameters of the full-size network on the meta device."""
     from sandbox.config.param_groups import lr_factors
 
     root = wire(composed(f"experiment=easyanimate_v2_{stage}")).root
@@ -89,11 +89,11 @@ def test_a_stage_trains_the_published_parameters(stage):
                    for k, p in registry.create(root.backbone).named_parameters()}  # fmt: skip
     chosen = {k for k, rate in lr_factors(numbers, root.trainable).items() if rate}
     motion = 818_173_440  # reference: the sizes of its parts
-    still = 9_593_856 + 6_048_000 + 2_304  # time, text projection, top table
+    frozen = 9_593_856 + 6_048_000 + 2_304  # time, text projection, top table
     want = {
-        "stage1": 1_446_296_864 - motion - still,
+        "stage1": 1_446_296_864 - motion - frozen,
         "stage2": motion,
-        "stage3": 1_446_296_864 - still,
+        "stage3": 1_446_296_864 - frozen,
     }
     assert sum(numbers[k] for k in chosen) == want[stage]
 
@@ -107,14 +107,14 @@ def test_a_stage_trains_the_published_parameters(stage):
     ],
 )
 def test_it_samples_up_to_144_frames_of_768(data, size):
-    """The first size of several is the one that is sampled."""
+    """If the data has several sizes, sampling uses the first."""
     wiring = wire(composed("experiment=easyanimate_v2_stage3", *data))
     assert wiring.latents[0] == Clip(4, *size)
     root = composed("task=sample", "task.save_fps=24", "experiment=easyanimate_v2_stage3")
     assert (root.task.save_fps, root.sampler.steps, root.guidance.guidance_scale) == (24, 50, 6)
 
 
-def test_frames_that_windows_would_cut_off_are_refused_with_the_nearest_that_fit():
+def test_frames_that_fill_no_window_are_refused_with_the_nearest_valid_numbers():
     from sandbox.contracts import ConfigError
 
     with pytest.raises(ConfigError, match=r"data\.frames=140: want 1 or a multiple.*135 or 144"):

@@ -1,7 +1,7 @@
-"""Latent diffusion with published settings other than those recorded, against its formulas.
+"""Latent diffusion against its formulas, for published settings that no recording covers.
 
-The formulas are those of latent-diffusion's DDPM and DDIM sampler, in float64. A recorded path
-checks them.
+The formulas are those of latent-diffusion's DDPM and DDIM sampler, in float64. A recorded
+trajectory checks them.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Original:
         return states
 
     def ancestral(self, x, noise) -> np.ndarray:
-        """The end of `p_sample_loop`."""
+        """The result of `p_sample_loop`."""
         for i, t in enumerate(range(self.timesteps)[::-1]):
             x = self.coef1[t] * self.x0(x, stub(x, t), t) + self.coef2[t] * x
             x = x + (t > 0) * np.sqrt(self.variance[t]) * noise[i]
@@ -74,7 +74,7 @@ class Original:
 
 
 def stub(x, t):
-    """A network that sees the time, here as the original gets it: t itself."""
+    """A network that depends on the time; the original passes t itself."""
     return 0.8 * x + 0.3 * np.cos(t / 200) - 0.1
 
 
@@ -117,7 +117,7 @@ def test_the_formulas_give_the_recorded_levels():
 @pytest.mark.parametrize(
     ("timesteps", "steps"), [(600, 20), (600, 7), (250, 25), (1000, 20), (1500, 30), (2000, 11)]
 )
-def test_ddim_paths_of_any_schedule_length_are_the_published_ones(timesteps, steps, eta):
+def test_ddim_trajectories_equal_the_published_ones_for_any_schedule_length(timesteps, steps, eta):
     noise = noises(steps + 20)
     sampler = DDIM(DDIM.Config(spacing="uniform", end="first", eta=eta))
     got = sampled(made(timesteps), sampler, steps, noise)
@@ -126,7 +126,7 @@ def test_ddim_paths_of_any_schedule_length_are_the_published_ones(timesteps, ste
 
 @pytest.mark.parametrize("v_posterior", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("timesteps", [200, 600, 1000])
-def test_ancestral_paths_are_the_published_ones(timesteps, v_posterior):
+def test_ancestral_trajectories_equal_the_published_ones(timesteps, v_posterior):
     noise = noises(timesteps)
     got = sampled(made(timesteps, v_posterior), Ancestral(Ancestral.Config()), timesteps, noise)
     near(got, Original(timesteps, v_posterior).ancestral(X_T, noise), 1e-4)
@@ -134,7 +134,7 @@ def test_ancestral_paths_are_the_published_ones(timesteps, v_posterior):
 
 @pytest.mark.parametrize("v_posterior", [0.0, 1e-3, 0.5, 1.0])
 @pytest.mark.parametrize("timesteps", [600, 1000])
-def test_tables_are_the_published_ones(timesteps, v_posterior):
+def test_tables_equal_the_published_ones(timesteps, v_posterior):
     schedule, want = made(timesteps, v_posterior), Original(timesteps, v_posterior)
     tables = buffers(schedule.cfg)
     assert {x.shape for x in schedule.tables().values()} == {(timesteps,)}
@@ -151,7 +151,7 @@ def test_tables_are_the_published_ones(timesteps, v_posterior):
 
 
 @pytest.mark.parametrize(("timesteps", "v_posterior"), [(600, 0.0), (600, 0.5), (1000, 1.0)])
-def test_the_bound_of_a_training_step_is_the_published_one(timesteps, v_posterior):
+def test_the_variational_bound_of_a_training_step_equals_the_published_one(timesteps, v_posterior):
     schedule, want = made(timesteps, v_posterior), Original(timesteps, v_posterior)
     t = torch.tensor([0, 1, timesteps - 1])
     z0, eps = (torch.from_numpy(x).float()[:1, :, None].expand(3, -1, -1, -1, -1)
@@ -171,7 +171,7 @@ def test_the_bound_of_a_training_step_is_the_published_one(timesteps, v_posterio
 
 @pytest.mark.parametrize(("timesteps", "want"), [(10, 900), (600, 15), (1000, 9), (4000, 2.25)])
 def test_rescaled_timesteps_are_an_option(timesteps, want):
-    """As in guided-diffusion; for a network that was trained with 1000 times."""
+    """As in guided-diffusion, for a network trained with 1000 timesteps."""
     z, t = torch.zeros(1, 1, 1, 1, 1), torch.tensor([9])
     cfg = {"timesteps": timesteps, "betas": (1e-4, 1e-3)}
     assert DDPM(DDPM.Config(**cfg, rescale_timesteps=True)).inputs(z, t)[1].item() == want

@@ -1,6 +1,6 @@
-"""DynamiCrafter's recipes: tiny siblings are the published ones shrunk, and fire when those do.
+"""DynamiCrafter's recipes: tiny siblings differ in size only; checkpoints and samples as published.
 
-That the published ones equal manifest and numbers is in tests/tasks/test_verify.py.
+tests/tasks/test_verify.py compares the published recipes with the manifest and numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.helpers import composed
 
 RECIPES = ("dynamicrafter_512", "dynamicrafter_512_interp", "dynamicrafter_1024")
 RULES = ("uncond_prob", "rand_cond_frame", "interp_mode", "fps_condition_type")
-SIZES = {  # of the UNet, and what only saves memory
+SIZES = {  # UNet sizes and memory settings
     "in_channels", "model_channels", "attention_resolutions", "num_res_blocks", "channel_mult",
     "num_head_channels", "context_dim", "temporal_length", "use_checkpoint",
 }  # fmt: skip
@@ -26,7 +26,7 @@ each = pytest.mark.parametrize("recipe", RECIPES)
 
 
 @each
-def test_the_tiny_sibling_differs_in_sizes_alone(recipe):
+def test_the_tiny_sibling_differs_only_in_sizes(recipe):
     full, tiny = composed(f"experiment={recipe}"), composed(f"experiment={recipe}_tiny")
     for group in ("schedule", "loss", "guidance", "optimizer", "lr_schedule", "ema", "layout"):
         assert getattr(tiny, group) == getattr(full, group), group
@@ -45,7 +45,7 @@ def test_the_tiny_sibling_wires(recipe):
 
 
 @each
-def test_the_published_checkpoints_and_samples_come_at_their_moments(recipe):
+def test_checkpoints_and_samples_are_due_at_the_published_steps(recipe):
     root = composed(f"experiment={recipe}")
     keep, images = registry.create(root.checkpoint), root.callbacks["images"]
     assert [n for n in range(1, 30001) if keep.due(n)] == [9000, 18000, 27000]
@@ -56,8 +56,8 @@ def test_the_published_checkpoints_and_samples_come_at_their_moments(recipe):
 @pytest.mark.parametrize(
     "name, fps", [("512", 24), ("512_interp", 5), ("1024", 10)]
 )  # scripts/run.sh and run_application.sh
-def test_the_sampling_recipes_tell_the_published_rate(name, fps):
-    """Those in the comment on top of the recipe."""
+def test_the_sampling_commands_use_the_published_fps(name, fps):
+    """The commands are in the header comment of the recipe."""
     text = (CONF / f"experiment/dynamicrafter_{name}.yaml").read_text(encoding="utf-8")
     words = re.search(r"task=sample task\.fps=\d+ task\.save_fps=\d+", text)[0].split()
     root = composed(*words, f"experiment=dynamicrafter_{name}")

@@ -137,7 +137,7 @@ def test_latents_have_the_size_that_the_config_promises() -> None:
 
 
 @pytest.mark.parametrize(("field", "clip"), [("height", (3, 1, 18, 16)), ("width", (3, 1, 16, 2))])
-def test_sizes_that_do_not_divide_are_misfits(field, clip) -> None:
+def test_sizes_that_do_not_divide_are_refused(field, clip) -> None:
     with pytest.raises(SizeError) as error:
         AutoencoderKL.Config().latents(Clip(*clip))
     assert error.value.field == field

@@ -168,7 +168,7 @@ def test_latents_have_the_size_that_the_config_promises() -> None:
     assert Clip(*z.shape[1:]) == cfg.latents(Clip(*CLIP[1:]))
 
 
-def test_sizes_that_do_not_divide_are_misfits() -> None:
+def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(SizeError, match="width=18: want a multiple of 4"):
         VQModel.Config().latents(Clip(3, 1, 16, 18))
 
