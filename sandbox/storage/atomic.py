@@ -4,14 +4,16 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sandbox.contracts import StorageError
+from sandbox.contracts import ConfigError, StorageError
 
+MB = 1_000_000
 SEAL = "sha256"  # key of a JSON object with the hash of the rest
 
 
@@ -81,6 +83,22 @@ def is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises ConfigError, which names `setting`, for a folder that cannot be written."""
+    if not is_writable(folder):
+        raise ConfigError(f"{setting}={folder}: cannot be written; choose another folder")
+
+
+def check_space(folder: Path, size: int, what: str) -> None:
+    """Raises StorageError where less than `size` bytes are free, the least that `what` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise StorageError(
+            f"{folder}: {free // MB} MB are free, {what} needs at least {size // MB} MB; free some "
+            "space, or choose another out="
+        )
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
