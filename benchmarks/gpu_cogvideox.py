@@ -69,7 +69,8 @@ def ours(wiring: Wiring, dtype: torch.dtype, device: str) -> tuple[nn.Module, Ca
     if adapter is not None:
         adapter.apply(backbone, root.backbone.adapter_targets(), dtype)
     others = (
-        registry.create(getattr(root, g)) for g in ("schedule", "loss", "sampler", "guidance")
+        registry.create(getattr(root, group))
+        for group in ("schedule", "loss", "method", "sampler", "guidance")
     )
     conditioner = registry.create(root.conditioning).requires_grad_(False)
     parts = Parts(CachedLatents(first_stage), conditioner, backbone, *others, adapter)  # type: ignore

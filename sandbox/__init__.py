@@ -12,6 +12,7 @@ __all__ = [
     "build_parts",
     "clips",
     "compare",
+    "components",
     "compose",
     "curve",
     "movie",

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from sandbox.config import composition, discovery, registry
 from sandbox.config.root import Root, to_root
 from sandbox.config.wiring import Wiring, wire
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, PluginConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +75,18 @@ def build_parts(cfg: Root | Wiring) -> Parts:
     from sandbox.model import components
 
     return components.build_parts(cfg if isinstance(cfg, Wiring) else wire(cfg))
+
+
+def components(*paths: Path | str) -> dict[str, PluginConfig]:
+    """The Configs by group, such as "backbone", of a published model's configuration.
+
+    `paths`: config.json, scheduler_config.json, YAML, or a folder. `sandbox.registry.create` builds
+    a component. Raises ConfigError for settings without a counterpart here.
+    """
+    from sandbox.weights import released_configs
+
+    discovery.setup()
+    return released_configs.components(*paths)
 
 
 def train(cfg: Root) -> Path:
@@ -250,6 +262,7 @@ __all__ = [
     "build_parts",
     "clips",
     "compare",
+    "components",
     "compose",
     "curve",
     "movie",

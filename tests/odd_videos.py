@@ -233,7 +233,7 @@ def with_hidden_frame(to: Path) -> None:
 
 def from_open_group(to: Path) -> None:
     """HEVC that starts with a key frame whose leading frames need the one before it."""
-    whole = to.with_name("whole.mkv")
+    whole = to.with_name(f"whole{to.suffix}")
     params = "log-level=none:open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"
     encode(whole, count=30, codec="libx265", options={"x265-params": params})
     with av.open(str(whole)) as file, av.open(str(to), "w") as copy:
@@ -331,5 +331,6 @@ ODD: dict[str, Odd] = {
     "odd size": Odd(made(height=47, width=63, pixels="yuv444p"), size=(47, 63)),
     "deep colour": Odd(made(codec="ffv1", pixels="yuv422p10le", options={}), ".mkv"),
     "open group": Odd(from_open_group, ".mkv", numbers=range(12, 30), seconds=1.8),
+    "open group mp4": Odd(from_open_group, numbers=range(12, 30), seconds=1.8),
     "title in Latin-1": Odd(with_bad_title),
 }  # fmt: skip

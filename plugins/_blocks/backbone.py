@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,16 @@ def wired_number(cfg: object, name: str) -> int:
     if number is None:
         raise ValueError(f"backbone.{name} is null: wiring fills it, or set it to a number")
     return number
+
+
+def by_time(embed: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Embeds times (B,) -> (B, D), or times of frames (B, T) -> (B, T, D)."""
+    return embed(t.flatten()).unflatten(0, t.shape)
+
+
+def by_frame(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, D) with a frame axis where `like` (B, D) or (B, T, D) has one."""
+    return x if like.ndim == 2 else x[:, None]
 
 
 def with_concat(z_t: Tensor, cond: Conditions) -> Tensor:

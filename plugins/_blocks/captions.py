@@ -7,6 +7,7 @@ NAME.mp4.caption; a row of metadata.csv or metadata.jsonl.
 import csv
 import json
 import logging
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -49,9 +50,9 @@ class Captions:
                     self.tables.add(folder + name)
 
     def __call__(self, name: str) -> str:
-        if text := self.rows.get(name):
+        if text := self.rows.get(key_of(name)):
             return text
-        return read_caption_file(self.root / name) or self.metadata.get(name, "")
+        return read_caption_file(self.root / name) or self.metadata.get(key_of(name), "")
 
 
 def read_caption_table(path: Path, root: Path | None = None) -> dict[str, str]:
@@ -120,8 +121,15 @@ def column_of(columns: Iterable[str], wanted: tuple[str, ...]) -> str | None:
 
 
 def named(file: str, root: Path) -> str:
-    """A name in a table as a name relative to `root`; unchanged if it is outside."""
-    return inside(root, file.strip()) or PurePosixPath(file.strip()).as_posix()
+    """A name in a table as `key_of` has it, relative to `root`; one outside stays as it is."""
+    file = file.strip()
+    file = file.replace("\\", "/") if "/" not in file else file  # of Windows
+    return key_of(inside(root, file) or PurePosixPath(file).as_posix())
+
+
+def key_of(name: str) -> str:
+    """`name` with accents as one character; file systems and tables differ in them."""
+    return unicodedata.normalize("NFC", name)
 
 
 def caption_files(media: Path) -> list[Path]:
@@ -136,13 +144,13 @@ def read_caption_file(media: Path) -> str:
         try:
             with path.open("rb") as file:
                 content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise BadItem(f"its caption {path.name} has more than {LARGEST} bytes")
             text = one_line(content.decode("utf-8-sig"))
         except FileNotFoundError:
             continue
         except (OSError, UnicodeDecodeError) as e:
             raise BadItem(f"its caption {path.name} cannot be read: {e}") from e
-        if len(content) > LARGEST:
-            raise BadItem(f"its caption {path.name} has more than {LARGEST} bytes")
         if text:
             return text
     return ""

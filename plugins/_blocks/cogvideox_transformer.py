@@ -128,7 +128,10 @@ class PatchEmbed(nn.Module):
 
 
 class Modulation(nn.Module):
-    """A norm, and `number` shifts, scales and gates (B, 1, D) computed from the time embedding."""
+    """A norm, and `number` shifts, scales and gates computed from the time embedding.
+
+    Of six, the first three are for video tokens and the last three for text tokens.
+    """
 
     def __init__(self, time_embed_dim: int, width: int, number: int, eps: float) -> None:
         super().__init__()
@@ -136,8 +139,13 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(time_embed_dim, number * width)
         self.norm = nn.LayerNorm(width, eps)
 
-    def forward(self, emb: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(emb)[:, None].chunk(self.number, -1)
+    def forward(self, emb: Tensor, num_video: int) -> tuple[Tensor, ...]:
+        """emb (B, E) -> each (B, 1, D); emb (B, 1 + T, E) of text and frames -> video (B, N, D)."""
+        if emb.ndim == 2:
+            return self.linear(emb)[:, None].chunk(self.number, -1)
+        text, video = self.linear(emb).split((1, emb.shape[1] - 1), 1)
+        video = video.repeat_interleave(num_video // video.shape[1], 1)
+        return *video.chunk(self.number, -1)[:3], *text.chunk(self.number, -1)[3:]
 
 
 class Attention(nn.Module):
@@ -186,15 +194,15 @@ class Block(nn.Module):
     def forward(
         self, text: Tensor, x: Tensor, emb: Tensor, rope: Rope | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """text (B, L, D), x (B, N, D), emb (B, E), mask (B, 1, 1, L + N) -> text, x."""
-        shift, scale, gate, text_shift, text_scale, text_gate = self.norm1(emb)
+        """text (B, L, D), x (B, N, D), emb (B, E) or (B, 1 + T, E), mask (B, 1, 1, L + N)."""
+        shift, scale, gate, text_shift, text_scale, text_gate = self.norm1(emb, x.shape[1])
         text_out, out = self.attn1(
             modulated(self.norm1.norm(text), text_shift, text_scale),
             modulated(self.norm1.norm(x), shift, scale), rope, mask,
         )  # fmt: skip
         text, x = torch.addcmul(text, text_gate, text_out), torch.addcmul(x, gate, out)
 
-        shift, scale, gate, text_shift, text_scale, text_gate = self.norm2(emb)
+        shift, scale, gate, text_shift, text_scale, text_gate = self.norm2(emb, x.shape[1])
         tokens = (
             modulated(self.norm2.norm(text), text_shift, text_scale),
             modulated(self.norm2.norm(x), shift, scale),

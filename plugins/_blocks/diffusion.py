@@ -16,6 +16,7 @@ from sandbox.contracts import (
     Draws,
     GuidanceConfig,
     Hooks,
+    Pass,
     SamplerConfig,
     Schedule,
 )
@@ -28,8 +29,32 @@ LAST = 999.9999  # times of a backbone are below 1000
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1, 1), which broadcasts over latents."""
+    """Broadcasts over latents: (B,) -> (B, 1, 1, 1, 1), and (B, T) -> (B, 1, T, 1, 1)."""
+    if values.ndim == 2:
+        return values[:, None, :, None, None]
     return values.view(-1, 1, 1, 1, 1)
+
+
+class Renamed:
+    """Random draws whose names end in `suffix`: independent of those without it."""
+
+    def __init__(self, draws: Draws, suffix: str) -> None:
+        self.draws, self.suffix = draws, suffix
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        return self.draws.normal(name + self.suffix, like)
+
+    def uniform(self, name: str) -> Tensor:
+        return self.draws.uniform(name + self.suffix)
+
+    def stratified(self, name: str) -> Tensor:
+        return self.draws.stratified(name + self.suffix)
+
+    def integers(self, name: str, low: int, high: int) -> Tensor:
+        return self.draws.integers(name + self.suffix, low, high)
+
+    def shared(self) -> Draws:
+        return Renamed(self.draws.shared(), self.suffix)
 
 
 class DiscreteSchedule(Schedule, Protocol):
@@ -209,7 +234,7 @@ class Guided(ABC):
     def __init__(self, cfg: GuidanceConfig) -> None:
         self.cfg = cfg
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]:
         return self.cfg.passes(signals)
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:

@@ -30,9 +30,11 @@ def to_kohya(state: State, alpha: float, prefix: str = EASYANIMATE) -> State:
 
 
 def hashes(state: State) -> dict[str, str]:
-    """The hashes of sd-scripts: SHA-256 of the tensors, and of a part of the file."""
+    """The hashes of sd-scripts: SHA-256 of the tensors, and of a part of the file; {} on meta."""
     from safetensors.torch import save
 
+    if any(tensor.is_meta for tensor in state.values()):
+        return {}
     content = save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, {})
     tensors = content[8 + int.from_bytes(content[:8], "little") :]
     return {

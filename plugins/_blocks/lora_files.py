@@ -25,7 +25,11 @@ from sandbox.contracts import State, StorageError
 
 METADATA = "lora_adapter_metadata"  # header entry in which diffusers has the settings of peft
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.bin")
-PLAIN_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+PLAIN_KEYS = {  # of a header without the entry of diffusers -> names of peft
+    "r": "r", "rank": "r", "lora_alpha": "lora_alpha", "alpha": "lora_alpha",
+    "use_rslora": "use_rslora", "use_dora": "use_dora", "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
 PREFIXES = frozenset({"base_model", "model", "transformer", "unet", "diffusion_model", "net", "dit",
                       "network", "backbone", "denoiser", "pipe"})  # fmt: skip
 FLAT = re.compile(r"^(lora_(unet|transformer|dit|net|denoiser)|lycoris)_+")
@@ -140,7 +144,7 @@ def _settings(path: Path, prefix: str, where: str) -> dict[str, Any]:
     header = read_header(path, "adapter.weights")
     try:
         found = json.loads(header.get(METADATA, "{}"))
-        plain = {k: json.loads(header[k].lower()) for k in PLAIN_KEYS if k in header}
+        plain = {own: _value(header[k]) for k, own in PLAIN_KEYS.items() if k in header}
         beside = path.parent / "adapter_config.json"
         config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     except (ValueError, OSError, RecursionError) as e:
@@ -166,6 +170,12 @@ def _settings(path: Path, prefix: str, where: str) -> dict[str, Any]:
             "peft (path_initial_model_for_weight_conversion) to a plain LoRA"
         )
     return settings
+
+
+def _value(text: str) -> Any:
+    """A value of JSON, or of Python ("True", "None")."""
+    names = {"True": True, "False": False, "None": None}
+    return names[text] if text in names else json.loads(text)
 
 
 def _updates(

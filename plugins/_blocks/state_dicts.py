@@ -10,12 +10,13 @@ from sandbox.storage import weight_files
 from sandbox.storage.weight_check import check_values, differences, is_examining
 from sandbox.storage.weight_check import kind_of as what_weights
 from sandbox.storage.weight_contents import plain_name, plain_names
-from sandbox.storage.weight_files import named
+from sandbox.storage.weight_files import log_once, named
 
 __all__ = [
     "check_values",
     "differences",
     "is_examining",
+    "log_once",
     "named",
     "plain_name",
     "plain_names",

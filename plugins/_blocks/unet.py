@@ -53,11 +53,16 @@ class Sizes(Protocol):
 class LayerInputs:
     """Conditions of all layers. Each of the n token sets is shared by N / n consecutive frames."""
 
-    emb: Tensor  # (B, E), of time and vector
+    emb: Tensor  # (B, E), of time and vector; (B*T, E) with a time for each frame
     frames: int = 1  # frames per clip
     context: Tensor | None = None  # (n, L, D)
     mask: Tensor | None = None  # (n, L) bool, True for real tokens
     image: Tensor | None = None  # (n, L, D)
+
+
+def as_rows_of(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, E) repeated to the length of `like`, which has one row per clip or per frame."""
+    return x.repeat_interleave(len(like) // len(x), 0)
 
 
 class ConditionedLayer(nn.Module, ABC):
@@ -350,9 +355,12 @@ class UNet(nn.Module, ABC):
         return (Downsample if resample == "down" else Upsample)(width, self.cfg.conv_resample)
 
     def embedding(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """Embedding of the time and the vector, if any: (B, E)."""
-        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(z_t.dtype))
-        return emb if self.label_emb is None else emb + self.label_emb(cond.vector)
+        """Embedding of the time and the vector, if any: (B, E), or (B*T, E) for t (B, T)."""
+        features = timestep_embedding(t.flatten(), self.cfg.model_channels)
+        emb = self.time_embed(features.to(z_t.dtype))
+        if self.label_emb is not None:
+            emb = emb + as_rows_of(self.label_emb(cond.vector), emb)
+        return emb
 
     def run(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""

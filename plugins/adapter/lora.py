@@ -1,7 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, 2106.09685) through peft, in files of many dialects."""
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.kohya import hashes, to_kohya
 from plugins._blocks.lora_files import METADATA, Update, read_lora
-from plugins._blocks.state_dicts import differences
+from plugins._blocks.state_dicts import differences, log_once
 from sandbox.contracts import (
     AdapterConfig,
     BackboneConfig,
@@ -28,7 +27,6 @@ NAME = "default"  # peft's adapter name, a part of the names of its weights
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora_kohya.safetensors"
 LAYOUTS = ("diffusers", "kohya")
-log = logging.getLogger(__name__)
 
 
 @register("adapter", "lora")
@@ -162,7 +160,7 @@ class LoRA:
             factor = updates[layer].strength / self.scale() if kind == "lora_B" else 1.0
             tensor.copy_(given[name] * factor)
         if not any(x.is_meta for x in own.values()):
-            log.info("adapter.weights=%s: %s", path, ", ".join(said))
+            log_once(f"adapter.weights={path}: {', '.join(said)}")
 
     @torch.no_grad()
     def merge(self, backbone: nn.Module) -> None:

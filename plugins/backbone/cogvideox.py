@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plugins._blocks.backbone import (
+    by_frame,
+    by_time,
     check_sizes,
     latent_size,
     refuse_image_context,
@@ -156,6 +158,9 @@ class CogVideoX(nn.Module):
             """Latent frames at the sample size."""
             return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
 
+        def takes_frame_times(self) -> bool:
+            return self.patch_size_t is None
+
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 1
 
@@ -241,13 +246,13 @@ class CogVideoX(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W).
+        """z_t (B, C, T, H, W), t (B,) or (B, T) -> (B, out_channels, T, H, W).
 
         Raises ValueError for inputs that do not match the settings, SizeError for sizes.
         """
         cfg = self.cfg
         z = self.checked(z_t, cond)  # (B, in_channels, T, H, W)
-        emb = F.silu(self.embedding(t, cond))  # (B, E)
+        emb = F.silu(self.embedding(t, cond))  # (B, E) or (B, 1 + T, E)
         x = self.patch_embed.video(z)  # (B, T', H', W', D)
         frames, *grid = x.shape[1:4]
         text, x = self.patch_embed.with_positions(self.patch_embed.text(cond.context, x), x)
@@ -255,7 +260,7 @@ class CogVideoX(nn.Module):
         rope = self.rotary(frames, (grid[0], grid[1]), x.device)
         for block in self.transformer_blocks:
             text, x = checkpointed(cfg.gradient_checkpointing, block, text, x, emb, rope, mask)
-        shift, scale = self.norm_out(emb)
+        shift, scale = self.norm_out(emb, x.shape[1])
         x = self.proj_out(modulated(self.norm_out.norm(self.norm_final(x)), shift, scale))
         return rearrange(
             x, "b (t h w) (c r p q) -> b c (t r) (h p) (w q)",
@@ -277,12 +282,17 @@ class CogVideoX(nn.Module):
         return z
 
     def embedding(self, t: Tensor, cond: Conditions) -> Tensor:
-        """Sum of the embeddings of time, ofs and vector: (B, time_embed_dim)."""
-        emb = self.time_embedding(t)
+        """Sum of the embeddings of time, ofs and vector: (B, E), or (B, 1 + T, E) for t (B, T).
+
+        The first row is that of the text tokens, at the largest time of the clip.
+        """
+        if t.ndim == 2:
+            t = torch.cat((t.amax(1, keepdim=True), t), 1)
+        emb = by_time(self.time_embedding, t)
         if self.cfg.ofs_embed_dim is not None:
-            emb = emb + self.ofs_embedding(cond.scalars["ofs"])
+            emb = emb + by_frame(self.ofs_embedding(cond.scalars["ofs"]), emb)
         if self.cfg.vector_dim:
-            emb = emb + self.vector_in(cond.vector)
+            emb = emb + by_frame(self.vector_in(cond.vector), emb)
         return emb
 
     def rotary(self, frames: int, grid: tuple[int, int], device: torch.device) -> Rope | None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
 from plugins._blocks.backbone import (
+    by_frame,
+    by_time,
     check_sizes,
     context_width,
     latent_size,
@@ -53,6 +55,11 @@ def norm(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) ->
     """LayerNorm without parameters, then x * (1 + scale) + shift."""
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
+
+
+def over_tokens(x: Tensor) -> Tensor:
+    """(B, D) -> (B, 1, 1, D), and (B, T, D) -> (B, T, 1, D): broadcasts over (B, T, S, D)."""
+    return x[:, None, None] if x.ndim == 2 else x[:, :, None]
 
 
 @register("backbone", "dit")
@@ -136,6 +143,9 @@ class DiT(nn.Module):
             elif self.motion_heads > 0:
                 yield from motion_width_problems(self.width, self.motion_heads)
 
+        def takes_frame_times(self) -> bool:
+            return self.patch_t == 1
+
         def layers(self) -> tuple[str | None, int]:
             return "num_blocks", 2 if self.skips == "uvit" else 1
 
@@ -218,14 +228,14 @@ class DiT(nn.Module):
             nn.init.zeros_(skip.get_parameter("weight"))
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W)."""
+        """z_t (B, C, T, H, W), t (B,) or (B, T) -> (B, out_channels, T, H, W)."""
         self.check(z_t, cond)
         cfg = self.cfg
-        c = self.time(t)  # (B, D)
+        c = by_time(self.time, t)  # (B, D) or (B, T, D)
         if cond.vector is not None:
-            c = c + self.vector_in(cond.vector)
+            c = c + by_frame(self.vector_in(cond.vector), c)
         for name, embed in self.scalars.items():
-            c = c + embed(cond.scalars[name])
+            c = c + by_frame(embed(cond.scalars[name]), c)
         c = F.silu(c)
 
         z = with_concat(z_t, cond)
@@ -241,7 +251,7 @@ class DiT(nn.Module):
             return checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
 
         x = apply_blocks([partial(step, block) for block in self.blocks], self.skips, x)
-        shift, scale = self.modulation(c)[:, None, None].chunk(2, -1)
+        shift, scale = over_tokens(self.modulation(c)).chunk(2, -1)
         x = self.patch_out(norm(x, shift, scale))
         return rearrange(x, "b t (h w) (r p q c) -> b c (t r) (h p) (w q)", h=height, **sizes)
 
@@ -264,8 +274,8 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Attention, motion module, cross-attention and MLP on tokens (B, T, S, D), S of `height` rows.
 
-    `c` (B, D) shifts, scales and gates attention and MLP. The output layer of cross-attention
-    starts at zero.
+    `c` (B, D) or (B, T, D) shifts, scales and gates attention and MLP. The output layer of
+    cross-attention starts at zero.
     """
 
     def __init__(self, cfg: DiT.Config, context_dim: int) -> None:
@@ -290,7 +300,7 @@ class Block(nn.Module):
         height: int = 1,
     ) -> Tensor:
         parts = 6 if self.temporal is None else 9
-        shift, scale, gate, *more = self.modulation(c)[:, None, None].chunk(parts, -1)
+        shift, scale, gate, *more = over_tokens(self.modulation(c)).chunk(parts, -1)
         h = norm(x, shift, scale)
         h = h.flatten(1, 2) if self.is_joint else h.flatten(0, 1)  # (B, T*S, D) or (B*T, S, D)
         x = torch.addcmul(x, gate, self.attn(h).view_as(x))

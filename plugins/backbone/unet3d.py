@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from plugins._blocks.backbone import wired_number
 from plugins._blocks.embeddings import timestep_embedding
 from plugins._blocks.layers import zeroed
-from plugins._blocks.unet import LayerInputs, Layers, TemporalConvBlock, UNet
+from plugins._blocks.unet import LayerInputs, Layers, TemporalConvBlock, UNet, as_rows_of
 from plugins._blocks.unet_attention import SpatialTransformer, TemporalTransformer
 from plugins._configs.backbone import (
     attention_widths,
@@ -177,6 +177,9 @@ class UNet3D(UNet):
             if self.fs_condition and set(FS) <= scalars:
                 yield "fs_condition=True: want fps or frame_stride, but conditioning offers both"
 
+        def takes_frame_times(self) -> bool:
+            return True
+
         def adapter_targets(self) -> tuple[str, ...]:
             image = ("to_k_ip", "to_v_ip") if self.image_cross_attention else ()
             return ("to_q", "to_k", "to_v", "to_out.0", *image)
@@ -227,7 +230,7 @@ class UNet3D(UNet):
         return TemporalConvBlock(width, s.temporal_dropout, s.tempspatial_aware)
 
     def forward(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor:
-        """z_t (B, C, T, H, W), t (B,) -> (B, out_channels, T, H, W).
+        """z_t (B, C, T, H, W), t (B,) or (B, T) -> (B, out_channels, T, H, W).
 
         context is (B, L, D), or (B, T, L, D) for separate tokens per frame; image_context is
         (B, T or 1, L, D). Raises ValueError for inputs that do not match the settings, SizeError
@@ -247,7 +250,9 @@ class UNet3D(UNet):
             raise ValueError(f"{stated}, but the inputs have {found} image_context")
         if image is not None:
             image = self.token_sets("image_context", image, frames)
-        emb = self.embedding(z_t, t, cond) + self.fs_embedding(z_t, cond)
+        emb = self.embedding(z_t, t, cond)
+        if self.cfg.fs_condition or cond.scalars:
+            emb = emb + as_rows_of(self.fs_embedding(z_t, cond), emb)
         inputs = LayerInputs(emb, frames, context, mask, image)
         x = self.run(rearrange(z, "b c t h w -> (b t) c h w"), inputs)
         return rearrange(x, "(b t) c h w -> b c t h w", t=frames)
@@ -262,14 +267,12 @@ class UNet3D(UNet):
             )
         return tokens.flatten(0, 1)
 
-    def fs_embedding(self, z_t: Tensor, cond: Conditions) -> Tensor | float:
-        """Embedding of the frame rate or stride: (B, E); 0 without fs_condition."""
+    def fs_embedding(self, z_t: Tensor, cond: Conditions) -> Tensor:
+        """Embedding of the frame rate or stride: (B, E)."""
         names = sorted(cond.scalars)
         if not set(names) <= set(FS if self.cfg.fs_condition else ()) or len(names) > 1:
             want = "fps or frame_stride" if self.cfg.fs_condition else "none"
             raise ValueError(f"backbone: the inputs have the scalars {names}: want {want}")
-        if not self.cfg.fs_condition:
-            return 0.0
         default = torch.full((len(z_t),), float(self.cfg.default_fs), device=z_t.device)
         fs = cond.scalars[names[0]] if names else default
         return self.fps_embedding(timestep_embedding(fs, self.cfg.model_channels).to(z_t.dtype))

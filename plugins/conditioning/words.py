@@ -101,7 +101,7 @@ class Words(nn.Module):
                 log.warning(
                     "captions are cut after conditioning.max_words=%d words, such as %r (%d words)",
                     length,
-                    " ".join(words),
+                    " ".join(words)[:200],
                     len(words),
                 )
             words = words[:length]

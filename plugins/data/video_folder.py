@@ -6,7 +6,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from plugins._blocks.captions import ENDINGS, TABLE, Captions, caption_files, first_captions
+from plugins._blocks.captions import (
+    ENDINGS,
+    TABLE,
+    Captions,
+    caption_files,
+    first_captions,
+    key_of,
+)
 from plugins._blocks.folders import (
     Unused,
     check_split,
@@ -89,7 +96,7 @@ class VideoFolder:
             )
         if name == "train":
             found.excluded.report(self.cfg)
-        if captions and captions.rows and not captions.rows.keys() & set(found.names):
+        if captions and captions.rows and not captions.rows.keys() & {*map(key_of, found.names)}:
             raise DataError(
                 f"{root / TABLE}: none of its {len(captions.rows)} files is there, such as "
                 f"{next(iter(captions.rows))!r}"

@@ -34,6 +34,7 @@ DEFAULT_MEDIA = ("mp4", "webm", "gif", "jpg", "jpeg", "png", "webp")  # part of 
 MEDIA = (  # all that can be read
     *DEFAULT_MEDIA, "avif", "bmp", "jfif", "tif", "tiff", "mov", "mkv", "avi", "m4v"
 )  # fmt: skip
+CAPTIONS = ("txt", "caption", "json")
 SPLITS = ("auto", "shard", "key")
 MISSING = ("skip", "empty")
 PLACES = ("random", "centre")
@@ -231,7 +232,9 @@ def caption_of(entry: Entry, cfg: WebDataset.Config) -> str:
         except (ValueError, AttributeError, RecursionError) as e:
             raise BadItem(f"its caption .{ending} cannot be read: {e}") from e
     if not text and cfg.missing_caption == "skip":
-        raise BadItem(f"has no caption in .{ending}; data.missing_caption=empty keeps it")
+        others = [name for name in CAPTIONS if name in entry.members and name != ending]
+        use = f"data.caption={others[0]} reads another member, " if others else ""
+        raise BadItem(f"has no caption in .{ending}; {use}data.missing_caption=empty keeps it")
     return text
 
 

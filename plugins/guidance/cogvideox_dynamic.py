@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import Guided
-from sandbox.contracts import GuidanceConfig, ScheduleConfig, in_range
+from sandbox.contracts import FULL, GuidanceConfig, Pass, ScheduleConfig, in_range
 from sandbox.registry import register
 
 
@@ -32,10 +32,10 @@ class CogVideoXDynamic(Guided):
             if schedule.kind != "discrete":
                 yield "cogvideox_dynamic: needs integer times; want schedule=ddpm, or guidance=cfg"
 
-        def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
             if not signals or self.guidance_scale == 0:
-                return (frozenset(),)
-            return (frozenset(), frozenset(signals))
+                return (FULL,)
+            return (FULL, Pass(frozenset(signals)))
 
     cfg: Config
 

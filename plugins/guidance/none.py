@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sandbox.contracts import GuidanceConfig
+from sandbox.contracts import FULL, GuidanceConfig, Pass
 from sandbox.registry import register
 
 
@@ -19,8 +19,8 @@ class NoGuidance:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        return self.cfg.passes(signals)
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
+        return (FULL,)
 
     def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
         return outs[0]

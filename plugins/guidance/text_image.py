@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plugins._blocks.diffusion import Guided, rescaled
-from sandbox.contracts import GuidanceConfig, in_range
+from sandbox.contracts import FULL, GuidanceConfig, Pass, in_range
 from sandbox.registry import register
 
 
@@ -34,12 +34,13 @@ class TextImage(Guided):
             yield from in_range("cfg_img", self.cfg_img, 0, 1000)
             yield from in_range("guidance_rescale", self.guidance_rescale, 0, 1)
 
-        def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
+        def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
             if not signals:
-                return (frozenset(),)
+                return (FULL,)
             if "image" not in signals or len(signals) == 1:
-                return (frozenset(), frozenset(signals))
-            return (frozenset(), frozenset(signals) - {"image"}, frozenset(signals))
+                return (FULL, Pass(frozenset(signals)))
+            everything = frozenset(signals)
+            return (FULL, Pass(everything - {"image"}), Pass(everything))
 
     cfg: Config
 

@@ -4,11 +4,11 @@ One state dict: `model.diffusion_model.` the network, `model_ema.` its EMA under
 `first_stage_model.`, the encoders of conditioning, and the tables of the schedule at the top level.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.contracts import LayoutConfig, State, StorageError, one_of
+from sandbox.contracts import LayoutConfig, ReleasedClass, State, StorageError, one_of
 from sandbox.registry import register
 
 DIALECTS = ("plain", "deepspeed", "256")
@@ -30,6 +30,104 @@ KNOWN = (NETWORK, EMA, FIRST_STAGE, *CONDITIONING)
 MEASURED = ("scale", "shift")  # tensors of a first stage that measures them on the data
 ALONE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "loss.")
 
+# --- settings -------------------------------------------------------------------------------------
+
+SCHEDULE = ReleasedClass(
+    "schedule/ddpm",
+    names={
+        "linear_start": "betas.0",
+        "linear_end": "betas.1",
+        "parameterization": "prediction",
+        "rescale_betas_zero_snr": "zero_terminal_snr",
+    },
+    values={"beta_schedule": {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt",
+                              "cosine": "cosine"}},
+    switches={"use_dynamic_rescale": ("base_scale", "turning_step")},
+    fixed={"num_timesteps_cond": 1, "given_betas": None, "learn_sigma": False,
+           "scale_by_std": False, "v_posterior": 0},
+    defaults={"linear_start": 1e-4, "linear_end": 2e-2, "timesteps": 1000,
+              "beta_schedule": "linear", "parameterization": "eps", "base_scale": 0.7,
+              "turning_step": 400},
+    ignored=(
+        "first_stage_key", "cond_stage_key", "image_size", "channels", "monitor", "log_every_t",
+        "use_ema", "ckpt_path", "ignore_keys", "load_only_unet", "clip_denoised",
+        "first_stage_config", "cond_stage_config", "cond_stage_trainable", "conditioning_key",
+        "concat_mode", "cond_stage_forward", "image_proj_model_trainable", "uncond_prob",
+        "uncond_type",
+        "rand_cond_frame", "fps_condition_type", "interp_mode", "perframe_ae", "noise_strength",
+        "use_positional_encodings", "logdir", "empty_params_only",
+        "use_scale", "en_and_decode_n_samples_a_time", "scheduler_config",
+    ),
+)  # fmt: skip
+LOSS = ReleasedClass("loss/ldm")  # all names are equal
+SCALE = ReleasedClass("vae/*", names={"scale_factor": "scale_factor"})
+UNET_DEFAULTS = {  # of both constructors
+    "channel_mult": [1, 2, 4, 8], "num_heads": -1, "num_head_channels": -1, "dropout": 0.0,
+}  # fmt: skip
+UNET_IGNORED = ("use_fp16", "lora_args", "use_bf16")
+UNET_2D = ReleasedClass(
+    "backbone/unet2d",
+    fixed={"dims": 2, "num_classes": None, "n_embed": None},
+    ignored=UNET_IGNORED,
+    defaults={**UNET_DEFAULTS, "use_spatial_transformer": False},
+)
+UNET_3D = ReleasedClass(
+    "backbone/unet3d",
+    fixed={"dims": 2},
+    ignored=(*UNET_IGNORED, "image_size"),
+    defaults={**UNET_DEFAULTS, "image_cross_attention": False},
+)
+FIRST_STAGE_NAMES = {f"ddconfig.{k}": k for k in (
+    "double_z", "z_channels", "resolution", "in_channels", "out_ch", "ch", "ch_mult",
+    "num_res_blocks", "attn_resolutions", "dropout",
+)}  # fmt: skip
+FIRST_STAGE_ALONE = {
+    "names": FIRST_STAGE_NAMES,
+    "fixed": {"remap": None, "ddconfig.tanh_out": False, "ddconfig.attn_type": "vanilla",
+              "ddconfig.resamp_with_conv": True, "ddconfig.give_pre_end": False,
+              "ddconfig.use_linear_attn": False},
+    "ignored": ("monitor", "ckpt_path", "lossconfig", "image_key", "ignore_keys", "use_ema",
+                "colorize_nlabels", "sane_index_shape", "batch_resize_range", "lr_g_factor",
+                "scheduler_config", "input_dim", "test", "logdir", "test_args"),
+    "defaults": {"ddconfig.dropout": 0.0},
+    "sets": {"num_groups": 32, "shift": 0.0, "scale_factor": 1.0},
+}  # fmt: skip
+KL = ReleasedClass("vae/kl", **FIRST_STAGE_ALONE)
+VQ = ReleasedClass("vae/vq", **FIRST_STAGE_ALONE)
+IMAGES = "conditioning/dynamicrafter"
+OF_PIPELINE = ReleasedClass(IMAGES, ignored=("image_size",))  # uncond_prob, interp_mode, ...
+RESAMPLER = ReleasedClass(
+    IMAGES, fixed={"embedding_dim": 1280}, ignored=("output_dim",),  # the width of its tokens
+)  # fmt: skip
+TEXT_TOWER = ReleasedClass(
+    IMAGES,
+    fixed={"arch": "ViT-H-14", "max_length": 77, "layer": "penultimate"},
+    ignored=("freeze", "version", "device"),
+    sets={"text_width": 1024, "text_layers": 24, "text_heads": 16, "embed_dim": 1024},
+)
+IMAGE_TOWER = ReleasedClass(
+    IMAGES,
+    fixed={"arch": "ViT-H-14", "antialias": True},
+    ignored=("freeze", "version", "device", "layer", "ucg_rate"),
+    sets={"vision_width": 1280, "vision_layers": 32, "vision_head_width": 80, "patch_size": 14,
+          "image_size": 224, "mlp_ratio": 4.0},
+)  # fmt: skip
+RELEASED = {
+    "resampler.Resampler": (RESAMPLER,),
+    "condition.FrozenOpenCLIPEmbedder": (TEXT_TOWER,),
+    "condition.FrozenOpenCLIPImageEmbedderV2": (IMAGE_TOWER,),
+    "ddpm.LatentDiffusion": (SCHEDULE, LOSS, SCALE),
+    "ddpm3d.LatentDiffusion": (SCHEDULE, LOSS, SCALE),
+    "ddpm3d.LatentVisualDiffusion": (SCHEDULE, LOSS, SCALE, OF_PIPELINE),
+    "ddpm.DDPM": (SCHEDULE, LOSS),
+    "openaimodel.UNetModel": (UNET_2D,),
+    "openaimodel3d.UNetModel": (UNET_3D,),
+    "autoencoder.AutoencoderKL": (KL,),
+    "autoencoder.VQModel": (VQ,),
+    "autoencoder.VQModelInterface": (VQ,),
+    "vqgan.VQModel": (VQ,),
+}
+
 
 @register("layout", "compvis")
 class CompVis:
@@ -48,6 +146,9 @@ class CompVis:
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from one_of("dialect", self.dialect, DIALECTS)
+
+        def published_classes(self) -> Mapping[str, tuple[ReleasedClass, ...]]:
+            return RELEASED
 
         def recognises(self, names: frozenset[str]) -> bool:
             """A full system, or a first stage alone."""

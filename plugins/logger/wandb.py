@@ -5,6 +5,7 @@ import logging
 import netrc
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from sandbox.contracts import PluginConfig, Preempted, above, one_of
-from sandbox.registry import register
+from sandbox.registry import mask_text, register
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -69,12 +70,13 @@ class WandbLogger:
             raise ImportError(
                 "logger=wandb needs the package wandb; install it or use logger=csv"
             ) from e
+        _ensure_cache()
         options: dict[str, Any] = {
-            "project": self.cfg.project,
-            "entity": self.cfg.entity,
+            "project": mask_text(self.cfg.project),
+            "entity": self.cfg.entity and mask_text(self.cfg.entity),
             "name": name,
             "group": group,
-            "tags": list(self.cfg.tags),
+            "tags": [mask_text(tag) for tag in self.cfg.tags],
             "id": _run_id(folder),
             "resume": "allow",
             "dir": str(folder),
@@ -90,13 +92,18 @@ class WandbLogger:
         }
         if sweep is not None:
             settings["sweep_id"] = sweep
-        if mode == "online" and self._start_online(settings, options):
+        reason = self._start_online(settings, options) if mode == "online" else None
+        if self.run is not None:
             return
         self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
-        log.info("W&B offline; to upload later: %s", self._sync_command())
+        if reason is None:
+            log.info("W&B offline; to upload later: %s", self._sync_command())
+        else:
+            text = "W&B cannot be used online (%s); recording offline; to upload later: %s"
+            log.warning(text, reason, self._sync_command())
 
-    def _start_online(self, settings: dict[str, Any], options: dict[str, Any]) -> bool:
-        """Whether an online run has started; logs a warning otherwise."""
+    def _start_online(self, settings: dict[str, Any], options: dict[str, Any]) -> str | None:
+        """Starts an online run; returns the reason why it has not started."""
         import wandb
 
         # Without credentials, `wandb.init` prompts at a terminal before it reads `silent`.
@@ -107,12 +114,11 @@ class WandbLogger:
         try:
             own = wandb.Settings(**settings, init_timeout=wait, login_timeout=wait)
             self.run = wandb.init(mode="online", settings=own, **options)
-            return True
+            return None
         except Exception as e:  # network, server, login or settings: continue offline
             reason = str(e).partition("\n")[0][:200]
-            log.warning("W&B cannot be used online (%s); recording offline", reason)
             wandb.teardown()  # releases the run id
-            return False
+            return reason
 
     def mode(self) -> str:
         """The effective mode, with `auto` resolved."""
@@ -185,6 +191,21 @@ class WandbLogger:
 
     def _sync_command(self) -> str:
         return f"wandb sync {Path(self.run.dir).parent}"
+
+
+def _ensure_cache() -> None:
+    """Gives W&B another cache folder where its own cannot be written: it would log to stderr."""
+    named, home = os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME")
+    default = named or (f"{home}/.cache" if home else "")
+    cache = os.environ.get("WANDB_CACHE_DIR") or default
+    try:
+        if not cache:
+            raise OSError("no HOME")
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return
+    except OSError:
+        os.environ["WANDB_CACHE_DIR"] = tempfile.mkdtemp(prefix="wandb-cache-")
 
 
 def _run_id(folder: Path) -> str:

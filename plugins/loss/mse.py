@@ -15,6 +15,9 @@ class MSE:
 
     @dataclass
     class Config(LossConfig):
+        def takes_frame_times(self) -> bool:
+            return True
+
         def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
             if schedule.outputs() == 2:
                 yield (
@@ -28,7 +31,10 @@ class MSE:
     def __call__(
         self, schedule: Schedule, out: Tensor, z0: Tensor, eps: Tensor, t: Tensor
     ) -> Terms:
-        error = out.float() - schedule.target(z0.float(), eps.float(), t)
-        per_sample = schedule.weight(t) * error.square().flatten(1).mean(1)
+        error = (out.float() - schedule.target(z0.float(), eps.float(), t)).square()
+        if t.ndim == 2:  # one time, and one weight, for each frame
+            per_sample = (schedule.weight(t) * error.mean((1, 3, 4))).mean(1)
+        else:
+            per_sample = schedule.weight(t) * error.flatten(1).mean(1)
         total = per_sample.mean()
         return Terms(total, per_sample, {"loss": total.detach()})

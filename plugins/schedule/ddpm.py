@@ -141,6 +141,9 @@ class DDPM:
         def predicts(self) -> str:
             return self.prediction
 
+        def takes_frame_times(self) -> bool:
+            return True
+
         def ends_in_noise(self) -> bool:
             return self.zero_terminal_snr
 

@@ -58,6 +58,9 @@ class Flow(Continuous):
         def predicts(self) -> str:
             return "velocity"
 
+        def takes_frame_times(self) -> bool:
+            return True
+
         def ends_in_noise(self) -> bool:
             return True
 

@@ -6,6 +6,7 @@ import sys
 
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginFault, SandboxError
+from sandbox.distributed.remote_errors import RankError, RemoteTraceback
 
 BUG = "this is a bug of the sandbox and not of your settings; please report it with the lines above"
 
@@ -18,6 +19,8 @@ def report(error: SandboxError, before: str = "") -> None:
     else:
         text = "\n".join([f"{before}{len(problems)} errors:", *(f"  - {p}" for p in problems)])
     text = "\n".join([text, *getattr(error, "__notes__", [])])
-    if trace := getattr(error, "traceback", ""):  # of a plugin, or of a bug in a worker process
-        text = f"{trace}{text}" + f"\n{BUG}" * (not isinstance(error, PluginFault))
+    if isinstance(error, PluginFault):
+        text = f"{error.traceback}{text}"
+    elif type(error) is RankError and isinstance(error.__cause__, RemoteTraceback):
+        text = f"{error.__cause__}{text}\n{BUG}"
     print(mask_text(text), file=sys.stderr, flush=True)

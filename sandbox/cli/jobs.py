@@ -13,11 +13,6 @@ from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import ConfigError
 
 
-def run(cfg: Any, overrides: Sequence[str] = (), group: str | None = None) -> Any:
-    """Runs the task of a composed configuration; returns the task's result."""
-    return perform(resolve_run(to_root(cfg), overrides), overrides, group)
-
-
 def check(cfg: Any, overrides: Sequence[str]) -> None:
     """Raises ConfigError with every problem of a job, without starting it."""
     check_and_wire(resolve_run(to_root(cfg), overrides))

@@ -13,37 +13,44 @@ from importlib.metadata import version
 
 from sandbox.cli.command_line import SHOW, Line, parse, take_seeds
 from sandbox.cli.errors import BUG, report
-from sandbox.cli.jobs import run
+from sandbox.cli.jobs import perform, resolve_run
 from sandbox.cli.wandb_agent import translate_overrides
 from sandbox.config import composition, discovery, hydra_compose
 from sandbox.config.paths import CONF
 from sandbox.config.plugin_faults import naming_plugins
 from sandbox.config.root import GROUPS, to_root
+from sandbox.config.secrets import masked_console
 from sandbox.contracts import ConfigError, SandboxError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command line and exits with its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    with masked_console():
+        code = _exit_code(argv)
+    sys.exit(code)
+
+
+def _exit_code(argv: list[str]) -> int:
+    """Runs a command line, prints its error, and returns its exit code."""
     try:
         with naming_plugins():
-            code = _main(argv)
+            return _main(argv)
     except SandboxError as e:
         report(e)
         if "--traceback" in argv:
             traceback.print_exception(e)
-        code = e.exit_code
+        return e.exit_code
     except BrokenPipeError:  # closed pipe: `python run.py --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        code = 130
+        return 130
     except Exception as e:  # a bug
         traceback.print_exception(e)
         print(f"error: {BUG}", file=sys.stderr)
-        code = 1
-    sys.exit(code)
+        return 1
 
 
 def _main(argv: list[str]) -> int:
@@ -63,7 +70,8 @@ def _main(argv: list[str]) -> int:
 
     run_options = choices(line.overrides)
     if "--multirun" not in line.flags and seeds is None:
-        run(line.compose([*run_options, *line.overrides]), line.overrides)
+        root = to_root(line.compose([*run_options, *line.overrides]))
+        perform(resolve_run(root, line.overrides), line.overrides)
         return 0
     from sandbox.cli import multirun
 

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,16 @@ def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> in
     folder = Path(line.compose([*run_options, *known[0]]).hydra.sweep.dir)
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    own = seeds if planned is None else None
-    job = Job(folder, tuple(run_options), "--traceback" in line.flags, seeds=own)
+    job = Job(folder, tuple(run_options), "--traceback" in line.flags)
     paths = hydra_compose.search_path(line.overrides, line.config_dir)
     paths.append("hydra.sweep.dir='" + str(folder).replace("'", "\\'") + "'")
     try:
-        if planned is None:
-            _sweep(line, [*run_options, *line.overrides, *paths], job)
+        if planned is None:  # a searching sweeper, such as hydra/sweeper=optuna
+            job.seeds = seeds
+            own = [*run_options, *line.overrides, *paths]
+            with redirect_stderr(_WithoutOverrides(sys.stderr)):  # type: ignore[type-var]
+                _hydra().multirun(line.config_name, job, own, with_log_configuration=False)
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
         else:
             _launch(line, [[*run_options, *overrides] for overrides in planned], paths, job)
     except KeyboardInterrupt:
@@ -176,10 +179,10 @@ def _compare(folder: Path) -> None:
 
 @dataclass
 class Job:
-    """Hydra's task function: runs a job and records its outcome in the sweep's folder.
+    """Hydra's task function: runs a job, records its outcome, and raises its error.
 
-    A failed job has no result for a searching sweeper. It raises no error, since Hydra would print
-    overrides, which may have secrets; and never exits, because that would end the other jobs.
+    The outcome goes to the sweep's folder. A searching sweeper counts the errors
+    (hydra.sweeper.max_failure_rate). A job never exits, because that would end the others.
     """
 
     folder: Path
@@ -212,11 +215,14 @@ class Job:
             report(e, f"job {hydra.job.num}: ")
             if self.traceback:
                 traceback.print_exception(e)
+            raise
         except SystemExit as e:
             outcome |= {"error": f"it exited with code {e.code}"}
+            raise RuntimeError(f"a job exited with code {e.code}") from e
         except Exception as e:  # a bug
             outcome |= {"error": mask_text(f"{type(e).__name__}: {e}")}
             traceback.print_exception(e)
+            raise
         finally:
             path = self.folder / f"job-{hydra.job.num}.json"
             write_atomic(path, json.dumps(outcome, indent=2, default=str))
@@ -248,17 +254,27 @@ def _launch(line: Line, planned: list[list[str]], paths: list[str], job: Job) ->
     shared = hydra.compose_config(line.config_name, [*first, paths[-1]], RunMode.MULTIRUN)
     context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
     launcher = Plugins.instance().instantiate_launcher(context, job, shared)
-    of_hydra = ("hydra.", "hydra/")
-    own = [[o for o in job_ if not o.lstrip("+~").startswith(of_hydra)] for job_ in planned]
+    own = [
+        [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        for overrides in planned
+    ]
     size = shared.hydra.sweeper.max_batch_size or len(own)
     for start in range(0, len(own), size):
         launcher.launch(own[start : start + size], start)
 
 
-def _sweep(line: Line, overrides: list[str], job: Job) -> None:
-    """Runs a searching sweeper, such as hydra/sweeper=optuna."""
-    _hydra().multirun(line.config_name, job, overrides, with_log_configuration=False)
-    (job.folder / "multirun.yaml").unlink(missing_ok=True)  # may contain secrets
+@dataclass
+class _WithoutOverrides:
+    """stderr without Hydra's line about a failed job, whose overrides may contain secrets."""
+
+    stream: Any
+
+    def write(self, text: str) -> int:
+        is_line = text.startswith("Error executing job with overrides")
+        return len(text) if is_line else self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _check_all(line: Line, run_options: list[str], planned: list[list[str]]) -> None:

@@ -21,8 +21,7 @@ from sandbox.config import registry
 from sandbox.config.paths import CHECKOUT, CONF
 from sandbox.config.registry import SEVERAL, Plugin
 from sandbox.config.root import GROUPS, YAML_GROUPS, Root
-from sandbox.reports.pages import render
-from sandbox.reports.run_page import flattened
+from sandbox.reports.pages import flattened, render
 
 OURS = (CHECKOUT / "plugins", CHECKOUT / "sandbox" / "tasks")
 OTHERS = {**YAML_GROUPS, "sweep": "sweeps for W&B agents: `wandb sweep conf/sweep/NAME.yaml`"}

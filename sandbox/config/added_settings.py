@@ -10,14 +10,14 @@ from dataclasses import Field, fields
 from typing import Any
 
 from sandbox.config import registry
-from sandbox.config.root import Root, to_container
+from sandbox.config.root import ADDED_GROUPS, Root, to_container
 from sandbox.contracts import ADDED, PluginError
 
 
 def without_added(node: Any) -> Any:
     """`node` without added settings that have their default: what hashes and protocols count."""
     if isinstance(node, Mapping):
-        new = {f.name: to_container(f.default) for f in _added(node)}
+        new = _added_groups(node) | {f.name: to_container(f.default) for f in _added(node)}
         return {k: without_added(v) for k, v in node.items() if k not in new or v != new[k]}
     return [*map(without_added, node)] if isinstance(node, list | tuple) else node
 
@@ -25,9 +25,17 @@ def without_added(node: Any) -> Any:
 def with_added(node: Any) -> Any:
     """`node`, recorded by an older version, with the values of added settings that it lacks."""
     if isinstance(node, Mapping):
-        new = {f.name: f.metadata[ADDED](node) for f in _added(node) if f.name not in node}
-        return {k: with_added(v) for k, v in {**node, **to_container(new)}.items()}
+        new = {f.name: to_container(f.metadata[ADDED](node)) for f in _added(node)}
+        lacking = {k: v for k, v in (_added_groups(node) | new).items() if k not in node}
+        return {k: with_added(v) for k, v in {**node, **lacking}.items()}
     return [*map(with_added, node)] if isinstance(node, list | tuple) else node
+
+
+def _added_groups(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of groups that a Root did not have before; empty for another Config."""
+    is_root = "recipe" in node and "task" in node
+    options = ADDED_GROUPS.items() if is_root else ()
+    return {group: to_container(registry.default(group, name)) for group, name in options}
 
 
 def _added(node: Mapping[str, Any]) -> list[Field[Any]]:

@@ -94,6 +94,7 @@ class Compatibility:
         root = self.root
         self.start()
         self.schedule()
+        self.frame_times()
         self.fields()
         root = self.first_stage(self.metric(root))
         clips = root.data.clips() if self.valid("data") else ()
@@ -152,9 +153,13 @@ class Compatibility:
             )
 
     def schedule(self) -> None:
-        """Loss, sampler and guidance accept the schedule."""
+        """Loss, method, sampler and guidance accept the schedule."""
         if not self.valid("schedule"):
             return
+        if self.valid("method", "loss"):
+            method = self.root.method
+            for problem in method.accepts(self.root.schedule, self.root.loss):
+                self.report(_of("method", method, problem))
         for part in ("loss", "sampler", "guidance"):
             if self.valid(part):
                 cfg = getattr(self.root, part)
@@ -165,6 +170,21 @@ class Compatibility:
                         for p in cfg.accepts(schedule)
                     )
                 )
+
+    def frame_times(self) -> None:
+        """Where method or sampler give each frame a time, the other components accept it."""
+        takers = {"method": ("backbone", "schedule", "loss"), "sampler": ("backbone", "schedule")}
+        for part, groups in takers.items():
+            if not self.valid(part) or not getattr(self.root, part).frame_times():
+                continue
+            for group in filter(self.valid, groups):
+                taker = getattr(self.root, group)
+                if not taker.takes_frame_times():
+                    self.report(
+                        f"{part}={name_of(getattr(self.root, part))} gives each frame its own "
+                        f"time, but {group}={name_of(taker)} takes one for the clip with these "
+                        f"settings: use {_options(group, lambda c: c.takes_frame_times())}"
+                    )
 
     def fields(self) -> None:
         """The data provide every batch field that the conditioning reads."""

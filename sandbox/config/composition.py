@@ -18,6 +18,7 @@ from sandbox.config.hydra_compose import compose_raw, errors, is_option_list
 from sandbox.config.overrides import is_valid, key, parse, value, with_quotes
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, Root, from_container
+from sandbox.config.secrets import remember
 from sandbox.contracts import ConfigError
 
 HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # the ~ of a value that starts with ~/
@@ -90,11 +91,13 @@ def compose(
 
         raise circular(overrides, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)
+    remember(safety.plain(cfg))
     return cfg
 
 
 def received(node: dict[str, Any]) -> Root:
     """A Root from another process; reads plugins first, including those of its `plugins_path`."""
+    remember(node)
     folder = node.get("plugins_path")
     setup([f"plugins_path={folder}"] if folder else (), report=False)
     return from_container(node)

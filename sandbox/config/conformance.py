@@ -7,6 +7,7 @@ that names the plugin's file and the interface, instead of an error where the va
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, fields, is_dataclass
@@ -18,8 +19,9 @@ from sandbox.contracts import Clip, PluginError, tensors
 
 INTERFACES = {  # group -> its interface in sandbox.contracts
     "vae": "FirstStage", "backbone": "Backbone", "conditioning": "Conditioner",
-    "schedule": "Schedule", "loss": "Loss", "guidance": "Guidance", "sampler": "Sampler",
-    "data": "DataSource", "metric": "Metric", "adapter": "Adapter", "layout": "Layout",
+    "schedule": "Schedule", "loss": "Loss", "method": "Method", "guidance": "Guidance",
+    "sampler": "Sampler", "data": "DataSource", "metric": "Metric", "adapter": "Adapter",
+    "layout": "Layout",
 }  # fmt: skip
 OTHERS = {("optimizer", "build"): "torch.optim.Optimizer"}  # methods without an interface
 # Members that a value of these interfaces needs; the others are used by some tasks only.
@@ -67,7 +69,8 @@ class _Contract:
     def __init__(self, plugin: str, place: str, method: str, want: Any, interface: str) -> None:
         self.plugin, self.place, self.method = plugin, place, method
         self.hint, self.interface = want, interface
-        self.want = want if isinstance(want, str) else inspect.formatannotation(want)
+        text = want if isinstance(want, str) else inspect.formatannotation(want)
+        self.want = re.sub(r"\bsandbox\.[\w.]*\.", "", text)  # names without their modules
 
     def error(self, got: str, want: str = "") -> PluginError:
         return PluginError(
@@ -214,12 +217,12 @@ def _conditions(self: Any, args: tuple[Any, ...], cond: Any) -> Problem:
     for name in WIDTHS if slots is not None else ():
         offered, value = getattr(slots, name), getattr(cond, name)
         width = getattr(offered, "width", offered) or 0
-        if value is None and not width:
+        if not width:  # the backbone refuses what it does not take
             continue
         shape = getattr(value, "shape", (0, 0))
         if shape[1 if name == "concat" else -1] != width:
             return f"Conditions with {name}, {described(value)}", (
-                f"width {width}, which Config.offers names" if width else "None, as Config.offers"
+                f"width {width}, which Config.offers names"
             )
     return None
 

@@ -21,7 +21,6 @@ from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, YAML_GROUPS, to_root
 from sandbox.config.static_reader import first_line
 from sandbox.config.wiring import REQUIRED, wire
-from sandbox.config.yaml_files import circle
 from sandbox.contracts import ConfigError, PluginError
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -59,6 +58,8 @@ def explain(
 
 def circular(overrides: Sequence[str], config_dir: str | None) -> ConfigError:
     """The presets or recipes that include one another."""
+    from sandbox.config.yaml_files import circle
+
     folders = discovery.conf_folders(overrides, config_dir)
     chosen = [(key(o), n.strip()) for o in overrides for n in value(o).strip("[]").split(",")]
     found = circle([c for c in chosen if c[0] in GROUPS | YAML_GROUPS], folders)

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+LONG = 1000  # characters of a string that is quoted unseen: the grammar reads 10 kB a second
+
 
 def key(override: str) -> str:
     """`backbone.width`, without a leading + or ~."""
@@ -49,7 +51,9 @@ def with_quotes(override: str, is_text: bool = False) -> str:
     3.10. Returns the override itself where nothing is to quote or an element is ambiguous.
     """
     name, _, given = override.partition("=")
-    if not given.startswith("[") or (not is_text and is_valid(override)):
+    if not given.startswith("["):
+        return override
+    if not is_text and len(given) < LONG and is_valid(override):
         return override
     lists = re.split(r"(?<=\]),(?=\[)", given)  # several in a sweep
     found = f"{name}={','.join(_list(text, is_text) for text in lists)}"
@@ -74,7 +78,8 @@ def _is_ambiguous(element: str) -> bool:
 
 
 def _quoted(element: str, is_text: bool) -> str:
-    if not is_valid(f"x=[{element}]"):
+    is_long = len(element) > LONG and element[0] not in "\"'"
+    if is_long or not is_valid(f"x=[{element}]"):
         is_open = element.count("{") > element.count("}")  # `${` starts no interpolation
         return quote(element.replace("${", r"\${") if is_open else element)
     (found,) = parse(f"x=[{element}]").value()

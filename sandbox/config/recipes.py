@@ -70,9 +70,11 @@ class RecipeLoader(ConfigLoaderImpl):
         return parsed, repo
 
     def report(self) -> None:
-        """Logs one line with the groups whose settings were omitted from the recipe."""
-        if self.omitted:
-            groups = ", ".join(dict.fromkeys(self.omitted))
+        """Logs one line with the groups whose settings were omitted from the recipe.
+
+        Not for the task: another task has other settings, and nobody expects those of the recipe.
+        """
+        if groups := ", ".join(dict.fromkeys(g for g in self.omitted if g != "task")):
             _log_once(f"experiment={self.recipe}: its settings of {groups} are omitted, because "
                       "another option is chosen")  # fmt: skip
 

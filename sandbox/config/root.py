@@ -12,6 +12,7 @@ from typing import Any
 from sandbox.config import param_groups, registry
 from sandbox.config.overrides import key
 from sandbox.config.registry import SEVERAL
+from sandbox.config.secrets import MASK
 from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, PluginConfig, above, in_range, one_of
 
@@ -19,7 +20,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 # A task on an earlier run takes these settings from the command, not from the run.
 OF_THE_COMMAND = ("task", "out", "cache", "plugins_path", "resume", "logger")
 # Only training and task=prepare read these settings: tasks on an earlier run ignore them.
-OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss",
+OF_TRAINING = ("lr", "base_lr", "steps", "trainable", "optimizer", "lr_schedule", "loss", "method",
                "reconstruction", "checkpoint", "callbacks", "stage")  # fmt: skip
 GROUPS = {  # every config group with its description, in the order of --help
     "task": "what a run does",
@@ -30,6 +31,7 @@ GROUPS = {  # every config group with its description, in the order of --help
     "adapter": "a few weights trained instead of the backbone's; null trains all",
     "schedule": "noise schedule and prediction target",
     "loss": "training loss of the denoiser",
+    "method": "training method: the model calls of a training step",
     "sampler": "from noise to latents",
     "guidance": "how sampling combines conditional and unconditional predictions",
     "optimizer": "how gradients update parameters",
@@ -46,6 +48,7 @@ GROUPS = {  # every config group with its description, in the order of --help
     "kernels": "implementations of the most expensive operations",
     "stage": "steps of task=prepare, in this order; several may be chosen",
 }
+ADDED_GROUPS = {"method": "denoising"}  # option of groups that older runs do not record
 YAML_GROUPS = {  # groups without plugins
     "experiment": "recipes, one page each",
     "debug": "quick checks of any recipe",
@@ -79,6 +82,7 @@ class Root:
     adapter: Any = None
     schedule: Any = None
     loss: Any = None
+    method: Any = None
     sampler: Any = None
     guidance: Any = None
     optimizer: Any = None
@@ -104,7 +108,7 @@ class Root:
         yield from in_range("seed", self.seed, 0, 2**32 - 1)
         yield from one_of("precision", self.precision, PRECISIONS)
         yield from param_groups.problems(self.trainable)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.recipe.replace(MASK, "x")):
             yield f"recipe={self.recipe!r}: want letters, digits, '.', '_', '-' (it names a folder)"
         yield from registry.type_problems(self)
 

@@ -40,12 +40,9 @@ def refuse_code(overrides: Sequence[str]) -> None:
 
 def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | None) -> None:
     """Raises ConfigError for code in a composed configuration, and for recipes that set `hydra`."""
-    from omegaconf import OmegaConf
-
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(plain, dict)
-    hydra = plain.pop("hydra", {})
-    problems = [f"{path}: {path.rpartition('.')[2]} {RUNS_CODE}" for path, _ in _calls(plain)]
+    settings = plain(cfg)
+    hydra = settings.pop("hydra", {})
+    problems = [f"{path}: {path.rpartition('.')[2]} {RUNS_CODE}" for path, _ in _calls(settings)]
     problems += [
         f"hydra.{path}={target}: runs code from outside Hydra; choose a launcher by its name, such "
         "as hydra/launcher=joblib"
@@ -63,16 +60,21 @@ def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | Non
         raise ConfigError(*problems)
 
 
+def plain(cfg: Any) -> dict[Any, Any]:
+    """A composed configuration as plain containers, with its interpolations."""
+    from omegaconf import OmegaConf
+
+    found = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(found, dict)
+    return found
+
+
 @cache
 def _without_recipes(own: tuple[str, ...], config: str, config_dir: str | None) -> dict[str, Any]:
     """The settings under `hydra` with only the overrides `own`, which set it or add plugins."""
-    from omegaconf import OmegaConf
-
     from sandbox.config.hydra_compose import compose_raw
 
-    plain = OmegaConf.to_container(compose_raw(own, config, config_dir).hydra, resolve=False)
-    assert isinstance(plain, dict)
-    return _settings(plain)
+    return _settings(plain(compose_raw(own, config, config_dir).hydra))
 
 
 def _settings(hydra: dict[Any, Any]) -> dict[Any, Any]:

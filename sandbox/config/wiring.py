@@ -69,9 +69,9 @@ def _scaled(root: Root) -> tuple[Root, list[str]]:
     ]
 
 
-REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler",
-            "guidance", "optimizer", "lr_schedule", "ema", "trainer", "checkpoint", "resume",
-            "kernels")  # fmt: skip
+REQUIRED = ("task", "data", "vae", "backbone", "conditioning", "schedule", "loss", "method",
+            "sampler", "guidance", "optimizer", "lr_schedule", "ema", "trainer", "checkpoint",
+            "resume", "kernels")  # fmt: skip
 
 
 def _names(group: str) -> list[str]:

@@ -12,8 +12,11 @@ from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_
 from sandbox.contracts.configs.base import ADDED, PluginConfig, added
 from sandbox.contracts.configs.data import LOADING, DataConfig, MetricConfig, StageConfig
 from sandbox.contracts.configs.diffusion import (
+    FULL,
     GuidanceConfig,
     LossConfig,
+    MethodConfig,
+    Pass,
     SamplerConfig,
     ScheduleConfig,
 )
@@ -24,6 +27,7 @@ from sandbox.contracts.configs.system import (
     FirstStageConfig,
     FirstStageRecipe,
     LayoutConfig,
+    ReleasedClass,
 )
 from sandbox.contracts.configs.task import TaskConfig
 from sandbox.contracts.configs.training import (
@@ -59,6 +63,7 @@ from sandbox.contracts.tensors import (
     Denoised,
     Draws,
     Encode,
+    Example,
     FirstStage,
     Guidance,
     Hashed,
@@ -66,7 +71,10 @@ from sandbox.contracts.tensors import (
     Items,
     Layout,
     Loss,
+    Method,
     Metric,
+    Model,
+    Output,
     PairedMetric,
     PerClipMetric,
     Posterior,

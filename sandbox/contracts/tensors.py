@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pass
 from sandbox.contracts.sizes import Clip
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class Backbone(Protocol):
 
     t (B,), integer or float, comes from `Schedule.inputs`: in [0, 1000), or in [0, timesteps) of a
     discrete schedule. It is never a time in [0, 1].
+    It is (B, T), one time for each frame, where the Config's `takes_frame_times` allows it.
     """
 
     def __call__(self, z_t: Tensor, t: Tensor, cond: Conditions) -> Tensor: ...
@@ -180,7 +182,8 @@ class Conditioner(Protocol):
 class Schedule(Protocol):
     """z_t = alpha(t) z0 + sigma(t) eps.
 
-    t is in the unit of the schedule: (B,) int64, or (B,) float32 in [0, 1].
+    t is in the unit of the schedule: int64, or float32 in [0, 1]. It is (B,), or (B, T) with one
+    time for each frame: alpha, sigma and snr are then (B, 1, T, 1, 1) and weight is (B, T).
     """
 
     def draw_t(self, draws: Draws) -> Tensor: ...
@@ -201,14 +204,75 @@ class Loss(Protocol):
     ) -> Terms: ...
 
 
+@dataclass
+class Output:
+    """What a network returns: its raw output and the hidden features that were requested."""
+
+    raw: Tensor  # (B, outputs * C, T, H, W)
+    features: dict[str, Tensor] = field(default_factory=dict)  # by module name
+
+
+class Example(Protocol):
+    """One micro-batch in a training step; everything is computed when it is first read."""
+
+    @property
+    def z0(self) -> Tensor:
+        """Scaled latents (B, C, T, H, W)."""
+        ...
+
+    @property
+    def video(self) -> Tensor | None:
+        """Pixels (B, 3, T, H, W) in [-1, 1]; None with cached latents."""
+        ...
+
+    def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
+        """The conditions of the micro-batch.
+
+        drop: signals to drop in every clip; None drops them at random, as the conditioning does in
+        training.
+        """
+        ...
+
+
+class Model(Protocol):
+    """The networks, schedule and loss that a training method works with."""
+
+    schedule: Schedule
+    loss: Loss
+
+    def __call__(
+        self, z_t: Tensor, t: Tensor, cond: Conditions, features: tuple[str, ...] = ()
+    ) -> Output:
+        """One call of the denoiser. t: (B,), or (B, T) where the backbone takes frame times.
+
+        features: names of backbone modules whose outputs are returned.
+        """
+        ...
+
+
+class Method(Protocol):
+    """A training method: all model calls of a training step, and the loss that they make."""
+
+    cfg: MethodConfig
+
+    def __call__(self, model: Model, example: Example, draws: Draws) -> Terms: ...
+
+
 class Guidance(Protocol):
     """The model passes of a sampling step and how their raw outputs are combined.
 
-    Raw outputs include variance channels.
+    Raw outputs include variance channels. `passes` is called before each sampling run, so state
+    that is kept between steps starts there.
     """
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]: ...
-    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor: ...
+    cfg: GuidanceConfig
+
+    # a frozenset, as before version 0.2, is a pass that drops these signals
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]: ...
+
+    def combine(self, outs: list[Tensor], t: Tensor, step: int, steps: int) -> Tensor:
+        """One raw output from those of the passes that `cfg.active` returns, in their order."""
+        ...
 
 
 class Hooks(Protocol):

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +28,9 @@ from sandbox.data.randomness import keyed
 
 SAMPLES = 4  # of a split that are looked at
 SLACK = 0.5  # that pixels may be outside [-1, 1], after a sharp resize
-DARK, BRIGHT = 0.02, 0.9  # pixels in [0, 1] have values near both ends
+DARK, BRIGHT = 0.5 / 255, 0.9  # pixels in [0, 1]; 8-bit values in [-1, 1] are never as near to 0
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 FIELDS = {"captions": "caption", "prompts": ""}  # of DataConfig.provides, as keys of a sample
-OWN = Path(registry.__file__).parents[2] / "plugins"
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +55,7 @@ def check_samples(items: Items, cfg: DataConfig, split: str, seed: int) -> None:
         )
     for name, sample, clip in found:
         check_sample(name, sample, cfg, clip)
-    if _is_users(cfg):
-        _check_range([sample["video"] for _, sample, _ in found if "video" in sample], cfg)
+    _check_range([sample["video"] for _, sample, _ in found if "video" in sample], cfg)
 
 
 def check_sample(name: str, sample: Any, cfg: DataConfig, clip: Clip | None = None) -> None:
@@ -158,19 +155,13 @@ def _check_range(videos: list[Tensor], cfg: DataConfig) -> None:
     log.warning("%s in %s samples; pixels are to be in [-1, 1]", seen, len(videos))
 
 
-def _is_users(cfg: DataConfig) -> bool:
-    """Whether the plugin is not one of the project."""
-    path = registry.find(cfg.plugin).path
-    return path is None or not path.resolve().is_relative_to(OWN.resolve())
-
-
 def _name(cfg: DataConfig) -> str:
     return cfg.plugin.rpartition("/")[2]
 
 
 def _place(cfg: DataConfig) -> str:
     path = registry.find(cfg.plugin).path
-    return f" ({path}), Items.load" if path and _is_users(cfg) else ""
+    return f" ({path}), Items.load" if path else ""
 
 
 def _kind(value: Any) -> str:

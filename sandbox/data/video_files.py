@@ -32,7 +32,7 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mk
 BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # an mp4 or mov starts so
 STEADY = 0.1  # relative jitter of frame durations at a constant rate (matroska counts in ms)
 LACKING = 0.5  # seconds that a file may be shorter than its header promises
-NEAR = 0.01  # relative difference of a file's frame rate from the one that is measured
+NEAR = 0.01  # relative difference of the listed frame rate from that of the frames, if variable
 WIDEST = 16  # of a pixel's sides, the larger over the smaller
 
 Size = tuple[int, int, int]  # frames, height, width
@@ -177,6 +177,8 @@ class OpenVideo:
     def _packets(self) -> list[tuple[int, int, int, bool]]:
         """Presentation time, decoding time, duration, and whether it is shown, in file order."""
         found = []
+        if "_first" in vars(self):
+            self._rewind()
         is_vp8 = self.stream.codec_context.name in ("vp8", "libvpx")
         for packet in self.container.demux(self.stream):
             if not packet.size or packet.is_corrupt:  # the last one of a file that is cut off
@@ -243,14 +245,17 @@ class OpenVideo:
         if not self.seconds:
             return listed
         measured = len(self.times) / self.seconds
-        return listed if abs(listed / measured - 1) <= NEAR else measured
+        near = NEAR if self.is_variable else STEADY  # few frames at rounded times
+        return listed if abs(listed / measured - 1) <= near else measured
 
     def count(self) -> int:
         """Shown frames; of mp4 and mov without reading the frames."""
         entries = self.stream.index_entries if self.is_mov else ()
         if not entries or self._is_fragmented():
             return len(self.times)
-        end = self.file.seek(0, 2)
+        start, end = self.stream.start_time or 0, self._file_size()
+        if _time(self._first) > start:  # as in `times`
+            return len(self.times)
         return sum(e.size > 0 and not e.is_discard and e.pos + e.size <= end for e in entries)
 
     def check_complete(self) -> None:
@@ -275,11 +280,17 @@ class OpenVideo:
             return self.container.duration / 1e6
         return None
 
+    def _file_size(self) -> int:
+        at = self.file.tell()
+        end = self.file.seek(0, 2)
+        self.file.seek(at)  # where libav reads next
+        return end
+
     def _is_fragmented(self) -> bool:
         """Whether an mp4 or mov has parts with indices of their own."""
         at = self.file.tell()
         try:
-            place, end = 0, self.file.seek(0, 2)
+            place, end = 0, self._file_size()
             while place + 8 <= end:
                 self.file.seek(place)
                 head = self.file.read(16)
@@ -294,10 +305,13 @@ class OpenVideo:
         finally:
             self.file.seek(at)
 
+    def _rewind(self) -> None:
+        self.container.seek(self.stream.start_time or 0, stream=self.stream)
+
     @cached_property
     def _first(self) -> "VideoFrame":
         """The first shown frame."""
-        self.container.seek(self.stream.start_time or 0, stream=self.stream)
+        self._rewind()
         first = next(_checked(self.container.decode(self.stream)), None)
         if first is None:
             raise BadItem("has no frame that can be decoded")

@@ -41,6 +41,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def exit_with_parent() -> None:
+    """Ends this process when its parent process ends, however that happens."""
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def started(engine: str, count: int, address: str | None = None) -> AbstractContextManager[Ordered]:
     """Starts workers; the context is an ordered `map`. `engine`: "local" or "ray".
 
@@ -132,14 +144,7 @@ def _start_worker() -> tuple[BaseProcess, Connection]:
 def _run_jobs(pipe: Connection) -> None:
     """The main function of a worker. It ignores Ctrl-C and ends with its parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    exit_with_parent()
     with suppress(EOFError, OSError):  # there are no more jobs
         while True:
             pipe.send_bytes(_outcome(pipe.recv_bytes()))

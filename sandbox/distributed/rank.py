@@ -74,10 +74,9 @@ class Rank:
         """
         if self.world > 1:
             import torch
-            import torch.distributed as dist
 
             agreed = torch.tensor(self._signal[0])  # on the CPU: no wait for kernels
-            dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+            torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
             if not agreed:  # a signal that arrives during the call counts at the next step
                 return None
             self.request_stop(int(agreed))

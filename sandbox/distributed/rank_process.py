@@ -18,9 +18,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from sandbox.config.plugin_faults import plugin_fault
+from sandbox.config.secrets import Masked
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.distributed.rank import FirstRankFailed, Rank, check_plain
-from sandbox.distributed.remote_errors import ADVICE, RankError, RankLost, shortened
+from sandbox.distributed.remote_errors import (
+    ADVICE,
+    RankError,
+    RankLost,
+    RemoteTraceback,
+    shortened,
+)
 from sandbox.distributed.signals import SIGNALS
 
 LOST_CONTACT = (  # in errors of gloo, NCCL and their store when another rank does not answer
@@ -164,11 +171,13 @@ def run_supervised(
             os.dup2(stream.fileno(), number)
             stream.close()
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)  # type: ignore[assignment]
         faulthandler.enable()
         # For data workers; a forked rank would use "forkserver".
         multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-        args = (requests, rank, spec.folder)
-        threading.Thread(target=_follow_requests, args=args, daemon=True).start()
+        threading.Thread(
+            target=_follow_requests, args=(requests, rank, spec.folder), daemon=True
+        ).start()
         try:
             reports.send({"result": run_target(spec, rank)})
         except BaseException as e:  # the supervisor reports every error
@@ -207,7 +216,7 @@ def error_report(error: BaseException, index: int = 0) -> dict[str, Any]:
     else:
         name = type(error).__name__
         found = RankError(f"rank {index}: {name}: {text}" if text else f"rank {index}: {name}")
-        found.traceback = trace
+        found.__cause__ = RemoteTraceback(f"rank {index}:\n{trace}")
     return {
         "error": found,
         "text": text,

@@ -11,9 +11,7 @@ ADVICE = (
 
 
 class RankError(SandboxError):
-    """An unexpected error in a rank; `traceback` is the rank's, if there is one."""
-
-    traceback = ""
+    """An unexpected error in a rank; its cause is the RemoteTraceback there, if there is one."""
 
 
 class RankLost(RankError):

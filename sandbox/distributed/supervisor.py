@@ -146,8 +146,7 @@ def launch(
 
 
 def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
-    memory = "/dev/shm"  # TMPDIR may be a network disk
-    parent = memory if os.access(memory, os.W_OK) else None
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # TMPDIR may be a network disk
     for left in reversed(range(CONNECT_ATTEMPTS)):
         ranks: list[RankHandle] = []
         with (
@@ -167,11 +166,10 @@ def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
             finally:
                 for handle in ranks:
                     handle.end()
-        failed = [rank for rank in ranks if rank.failed]
-        # as a rule on a busy machine
-        none_connected = failed and all(rank.get("not_connected") for rank in failed)
-        if not left or received or not none_connected:
+        unconnected = [rank.get("not_connected") for rank in ranks if rank.failed]
+        if not left or received or not unconnected or not all(unconnected):
             return _outcome(ranks)
+        # as a rule on a busy machine
         sys.stderr.write(f"the processes did not connect; starting them again ({left} more)\n")
 
 

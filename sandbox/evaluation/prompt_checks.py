@@ -7,7 +7,25 @@ from sandbox.config.root import Root
 from sandbox.contracts import BadItem, ConfigError
 
 SETTINGS = {"start": "images", "end": "end_images"}  # conditioning image -> task.SETTING
+LARGEST = 64 * 2**20  # bytes of a file of prompts
 Files = Sequence[Path | str]
+
+
+def read_prompts(file: str) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines are skipped. Raises ConfigError."""
+    path = Path(file).expanduser()
+    name = f"task.prompts_file={file}"
+    if not path.is_file():
+        raise ConfigError(f"{name}: no such file or folder")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ConfigError(f"{name}: {size} bytes; want at most {LARGEST}")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{name}: cannot be read ({e}); want UTF-8 text") from e
+    if not (found := tuple(line.strip() for line in lines if line.strip())):
+        raise ConfigError(f"{name}: no prompts in it; want one prompt a line")
+    return found
 
 
 def check(
@@ -37,7 +55,13 @@ def check(
 def of_captions(root: Root, captions: Sequence[str]) -> Iterator[str]:
     """The problem with captions that the conditioning does not use."""
     if captions and not root.conditioning.needs() & {"captions", "text"}:
-        yield f"prompts={[*captions]}: {_name(root)} uses no captions; want only a count"
+        yield f"prompts={short(captions)}: {_name(root)} uses no captions; want only a count"
+
+
+def short(captions: Sequence[str]) -> str:
+    """The first captions, cut, for a message."""
+    more = f", and {len(captions) - 3} more" if len(captions) > 3 else ""
+    return f"[{', '.join(repr(c[:60] + '...' * (len(c) > 60)) for c in captions[:3])}{more}]"
 
 
 def _name(root: Root) -> str:

@@ -15,7 +15,7 @@ from sandbox.config.root import Root
 from sandbox.contracts import SCALARS, SIZES, BadItem, Batch, Clip, ConfigError
 from sandbox.data.image_files import read_rgb
 from sandbox.evaluation.evaluate import gather
-from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions
+from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions, short
 from sandbox.model.latent_diffusion import prompts_batch
 
 SCALAR_INPUTS = SCALARS - set(SIZES)
@@ -55,7 +55,7 @@ def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, 
     absent = [c for c, tensors in zip(captions, embedded, strict=True) if tensors is None]
     if absent:
         raise ConfigError(
-            f"prompts: no embedding of {absent[0]!r} is cached, and conditioning.weights=cached "
+            f"prompts: no embedding of {short(absent)} is cached, and conditioning.weights=cached "
             "has no encoder; set conditioning.weights=FOLDER, or cache it with task=encode "
             "task.prompts=[...]"
         )

@@ -18,6 +18,7 @@ from sandbox.contracts import (
     FirstStage,
     Guidance,
     Loss,
+    Method,
     Sampler,
     Schedule,
 )
@@ -33,6 +34,7 @@ class Parts:
     backbone: Backbone
     schedule: Schedule
     loss: Loss
+    method: Method
     sampler: Sampler
     guidance: Guidance
     adapter: Adapter | None = None
@@ -46,7 +48,8 @@ def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
     """
     root = wiring.root
     use_kernels(root)
-    groups = ("vae", "conditioning", "backbone", "schedule", "loss", "sampler", "guidance")
+    groups = ("vae", "conditioning", "backbone", "schedule", "loss", "method", "sampler",
+              "guidance")  # fmt: skip
     special = {"vae": _first_stage, "backbone": _empty if empty else build}
     parts = Parts(*(special.get(group, build)(group, root) for group in groups))
     # sandbox.config.conformance compares what the plugins return with these

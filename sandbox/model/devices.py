@@ -11,9 +11,12 @@ from sandbox.distributed.pool import cores
 
 def device_of(root: Root, index: int = 0) -> torch.device:
     """The device of `trainer.accelerator`; auto takes CUDA, then MPS, then CPU. ConfigError."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    found = {"cuda": cuda, "mps": mps, "cpu": True}
-    available = [name for name, is_there in found.items() if is_there]
+    is_available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    available = [name for name, is_there in is_available.items() if is_there]
     chosen = root.trainer.accelerator
     chosen = available[0] if chosen == "auto" else chosen
     if chosen not in available:

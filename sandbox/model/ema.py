@@ -49,15 +49,14 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The trainable parameters are the averages inside the block."""
-        live = [*self.live.values()]
-        saved = [local(detached(p)).clone() for p in live]
+        saved = [local(detached(p)).clone() for p in self.live.values()]
         load_tensors(self.live, self.average)
         self._is_applied = True
         try:
             yield
         finally:
             self._is_applied = False
-            for p, part in zip(live, saved, strict=True):
+            for p, part in zip(self.live.values(), saved, strict=True):
                 local(detached(p)).copy_(part)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ All choices are in the plugins; nothing here branches on a plugin's name.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from sandbox.contracts import (
     Draws,
     FirstStage,
     Hooks,
+    Pass,
     Posterior,
     Sampler,
     Terms,
 )
 from sandbox.data.batching import size_scalars
 from sandbox.model.components import DTYPES, Parts
+from sandbox.model.networks import MicroBatch, Networks, check_modules, dropped_signals
 from sandbox.model.offload import frozen_in, weights_on, without_weights
 from sandbox.model.sampling import denoise
 from sandbox.model.trainable import Trainable, freeze
@@ -47,9 +50,11 @@ class LatentDiffusion(Trainable):
         self.wiring = wiring
         self.first_stage = freeze(parts.first_stage)
         self.conditioner, self.backbone = parts.conditioner, parts.backbone
-        self.schedule, self.loss = parts.schedule, parts.loss
+        self.schedule, self.loss, self.method = parts.schedule, parts.loss, parts.method
         self.sampler, self.guidance = parts.sampler, parts.guidance
         self.adapter = parts.adapter
+        check_modules(parts.backbone, parts.method.cfg.features(), "method.features")
+        check_modules(parts.backbone, parts.guidance.cfg.skipped(), "guidance.skip")
         self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
@@ -59,15 +64,7 @@ class LatentDiffusion(Trainable):
 
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
-        z0 = self.latents(batch, draws)  # (B, C, T, H, W), scaled
-        drop, encode = self.conditioner.drop(draws), self.encoder(draws)
-        with self.on_device(self.conditioner):
-            cond = self.conditioner(batch, clip_of(z0), drop, draws, encode, z0)
-        t, eps = self.schedule.draw_t(draws), draws.normal("noise", z0)
-        with self.autocast():
-            z_t = self.schedule.noised(z0, eps, t)
-            out = self.backbone(*self.schedule.inputs(z_t, t), cond)
-        return self.loss(self.schedule, out, z0, eps, t)
+        return self.method(Networks(self), MicroBatch(self, batch, draws), draws)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Scaled latents (B, C, T, H, W), encoded or cached, padded to the backbone's grid."""
@@ -78,7 +75,7 @@ class LatentDiffusion(Trainable):
                 else self.first_stage.posterior(batch.stored)  # type: ignore[arg-type]
             )
             z = self.first_stage.scaled(sample_posterior(posterior, draws, "posterior"))
-        padding = self.grid(clip_of(z)).frames - z.shape[2]
+        padding = self.root.backbone.grid(clip_of(z)).frames - z.shape[2]
         return torch.cat([z[:, :, :1].expand(-1, -1, padding, -1, -1), z], 2) if padding else z
 
     @torch.no_grad()
@@ -100,21 +97,24 @@ class LatentDiffusion(Trainable):
         clip = clip or self.wiring.clips[0]
         batch.scalars = batch.scalars | size_scalars(clip, batch.size, self.device)
         z_clip = self.root.vae.latents(clip)
-        grid, draws = self.grid(z_clip), self.draws(batch)
+        grid, draws = self.root.backbone.grid(z_clip), self.draws(batch)
         signals, encode = self.root.conditioning.signals(), self.encoder(draws)
 
+        size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
+        start = draws.normal("start", torch.empty(size, device=self.device))
+
+        @cache
         def conditions(dropped: frozenset[str]) -> Conditions:
-            drop = {s: torch.full((batch.size,), s in dropped, device=self.device) for s in signals}
+            drop = dropped_signals(signals, dropped, start)
             return self.conditioner(batch, grid, drop, draws, encode, None)
 
-        size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
+        passes = [as_pass(p) for p in self.guidance.passes(signals)]
         with self.on_device(self.conditioner):
-            passes = [conditions(dropped) for dropped in self.guidance.passes(signals)]
+            conditioned = [(p, conditions(p.dropped)) for p in passes]
         with self.autocast():
             z = denoise(
-                self.backbone, self.schedule, self.guidance, passes, sampler or self.sampler,
-                draws.normal("start", torch.empty(size, device=self.device)),
-                steps or self.root.sampler.steps, draws, hooks, progress,
+                self.backbone, self.schedule, self.guidance, conditioned, sampler or self.sampler,
+                start, steps or self.root.sampler.steps, draws, hooks, progress,
             )  # fmt: skip
         with self.on_device(self.first_stage):
             video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
@@ -137,9 +137,6 @@ class LatentDiffusion(Trainable):
                 return self.first_stage.scaled(sample_posterior(posterior, draws, name))
 
         return encode
-
-    def grid(self, z: Clip) -> Clip:
-        return self.root.backbone.grid(z)
 
     def base_state(self) -> dict[str, Tensor]:
         """The backbone's own weights under their own names, without those of an adapter."""
@@ -170,6 +167,11 @@ class LatentDiffusion(Trainable):
         if self.adapter is None or dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype)
+
+
+def as_pass(p: Any) -> Pass:
+    """A pass; guidance plugins of version 0.1 return the dropped signals alone."""
+    return p if isinstance(p, Pass) else Pass(frozenset(p))
 
 
 def sample_posterior(posterior: Posterior, draws: Draws, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from sandbox.contracts import (
     Draws,
     Guidance,
     Hooks,
+    Pass,
     Sampler,
     Schedule,
 )
+from sandbox.model.networks import skipped
 
 pytree.register_dataclass(Conditions)
 
@@ -25,7 +28,7 @@ def denoise(
     backbone: Backbone,
     schedule: Schedule,
     guidance: Guidance,
-    conditions: list[Conditions],
+    passes: list[tuple[Pass, Conditions]],
     sampler: Sampler,
     z: Tensor,
     steps: int,
@@ -35,29 +38,54 @@ def denoise(
 ) -> Tensor:
     """Latents (B, C, T, H, W) from standard normal noise `z` of that shape.
 
-    conditions: one per entry of `guidance.passes(signals)`, in that order. Passes whose tensors
-    all have the same shapes run as one batch, others one after another. progress(step, steps) is
-    called after each model call; a second-order solver makes two per step. The caller sets eval
-    mode.
+    passes: those of `guidance.passes(signals)` with their conditions, in that order. Passes that
+    skip the same modules and have tensors of the same shapes run as one batch, others one after
+    another. progress(step, steps) is called after each model call; a second-order solver makes two
+    per step. The caller sets eval mode.
     """
-    batched = concatenated(conditions)
+    order = tuple(p for p, _ in passes)
+    cond_of = dict(passes)
+
+    @cache
+    def groups(active: tuple[Pass, ...]) -> list[tuple[list[Pass], Conditions]]:
+        return list(batches(active, cond_of))
 
     def model(z_t: Tensor, t: Tensor, step: int) -> Tensor:
         z_in, t_in = schedule.inputs(z_t, t)
-        if batched is None:
-            outs = [backbone(z_in, t_in, cond) for cond in conditions]
-        else:
-            n = len(conditions)
-            outs = list(backbone(z_in.repeat(n, 1, 1, 1, 1), t_in.repeat(n), batched).chunk(n))
+        active = guidance.cfg.active(order, step, steps)
+        outs = {}
+        for group, cond in groups(active):
+            n = len(group)
+            t_n = t_in.repeat(n, *[1] * (t_in.ndim - 1))
+            with skipped(backbone, group[0].skip):
+                out = backbone(z_in.repeat(n, 1, 1, 1, 1), t_n, cond)
+            outs |= zip(group, out.chunk(n), strict=True)
         if progress:
             progress(step, steps)
-        return guidance.combine(outs, t, step, steps)
+        return guidance.combine([outs[p] for p in active], t, step, steps)
 
     return sampler(model, schedule, z, steps, draws, hooks)
 
 
+def batches(
+    passes: Iterable[Pass], cond_of: Mapping[Pass, Conditions]
+) -> Iterator[tuple[list[Pass], Conditions]]:
+    """The passes that can run as one batch, with their conditions along the batch axis."""
+    groups: dict[tuple[str, ...], list[Pass]] = {}
+    for p in passes:
+        groups.setdefault(p.skip, []).append(p)
+    for group in groups.values():
+        together = concatenated([cond_of[p] for p in group])
+        if together is not None:
+            yield group, together
+        else:
+            yield from (([p], cond_of[p]) for p in group)
+
+
 def concatenated(conditions: list[Conditions]) -> Conditions | None:
     """The passes along the batch axis; None where their tensors differ in name, shape or dtype."""
+    if len(conditions) == 1:
+        return conditions[0]
     first, *others = [
         {name: (x.shape, x.dtype) for name, x in cond.tensors()} for cond in conditions
     ]
@@ -86,7 +114,7 @@ class KnownRegion(PlainHooks):
         self.schedule, self.z0, self.mask, self.draws = schedule, z0, mask, draws
 
     def before(self, z_t: Tensor, t: Tensor) -> Tensor:
-        eps = self.draws.normal(f"known_region_{t[0].item()}", self.z0)
+        eps = self.draws.normal(f"known_region_{t[0].tolist()}", self.z0)
         return self.schedule.noised(self.z0, eps, t) * self.mask + (1 - self.mask) * z_t
 
 

@@ -87,10 +87,8 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     norm = get_total_norm([local(g) for g in gradients])
     if not any(map(is_sharded, gradients)):
         return norm
-    import torch.distributed as dist
-
     squares = norm.square()
-    dist.all_reduce(squares)
+    torch.distributed.all_reduce(squares)
     return squares.sqrt()
 
 
@@ -109,9 +107,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         )
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
-    def shard(key: int, value: Any) -> Any:
-        is_moment = isinstance(value, Tensor) and value.shape == parameters[key].shape
-        return like(value, parameters[key]) if is_moment else value
-
-    moments = {k: {n: shard(k, v) for n, v in s.items()} for k, s in state["state"].items()}
+    moments = {
+        k: {
+            name: like(value, parameters[k])
+            if isinstance(value, Tensor) and value.shape == parameters[k].shape
+            else value
+            for name, value in of_parameter.items()
+        }
+        for k, of_parameter in state["state"].items()
+    }
     optimizer.load_state_dict({**state, "state": moments})

@@ -41,9 +41,10 @@ from sandbox.model.cached_latents import settings_of
 from sandbox.model.components import DTYPES, build, use_kernels
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.trainable import fingerprint, freeze
+from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_atomic
+from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_sealed
 from sandbox.storage.first_stage_files import data_identity
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal, read_member
@@ -110,7 +111,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     }
     if rank.index == 0:
         with storing(folder):
-            write_atomic(folder / "index.json", json.dumps(sealed(index)))
+            write_sealed(folder / "index.json", index)
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
                     prune(folder, index, root.task.shard_mb * 1_000_000)
@@ -120,29 +121,14 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
 
 
 def _report(folder: Path, index: dict[str, Any], made: int) -> None:
-    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in index["splits"].items())
-    print(f"{sizes} clips in {folder}, {made} newly encoded", flush=True)
-    for name, reason in index["bad"].items():
-        print(f"  skipped {name}: {reason}", flush=True)
-    also = "".join(f" data.{name}=true" for name in ("text", "image") if index[name])
     rows = [row for split in index["splits"].values() for row in split]
-    if drawn := sum(row.get("drawn", False) for row in rows):
-        data = index["data"]["plugin"].rpartition("/")[2]
-        print(
-            f"  {drawn} of {len(rows)} clips are randomised per epoch by data={data} (start, crop, "
-            "caption dropout); the cache holds epoch 0, the only version that training on cached "
-            "latents sees",
-            flush=True,
-        )
-    frames, height, width = index["clip"][1:]
-    found = {"x".join(map(str, row["size"])) for row in rows}
-    if further := sorted(found - {f"{frames}x{height}x{width}"}):
-        also += f" 'data.buckets=[{','.join(further)}]'"
-    print(
-        f"train with data=latents data.root={folder} data.frames={frames} "
-        f"data.height={height} data.width={width}{also}",
-        flush=True,
-    )
+    sizes = {"x".join(map(str, row["size"])) for row in rows}
+    text = render(
+        "encoded.txt", folder=folder, index=index, made=made, rows=rows,
+        drawn=sum(row.get("drawn", False) for row in rows),
+        buckets=sorted(sizes - {"x".join(map(str, index["clip"][1:]))}),
+    )  # fmt: skip
+    print(text, flush=True)
 
 
 def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
@@ -177,7 +163,7 @@ def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
     for of, name in named:
         of[name] = moved.get(tuple(of[name]), of[name])
     if moved:
-        write_atomic(folder / "index.json", json.dumps(sealed(index)))
+        write_sealed(folder / "index.json", index)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     kept = index["first_stage"]["file"]

@@ -17,6 +17,7 @@ from typing import Any
 from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
 from sandbox.reports.media import contact_sheet, replacing
+from sandbox.reports.pages import render
 from sandbox.storage.atomic import storing, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
@@ -212,19 +213,9 @@ def write_summary(
     }
     write_atomic(to / "summary.json", json.dumps(result, indent=1) + "\n")
     histograms(to / "summary.png", rows)
-    reasons = ", ".join(f"{n} {name}" for name, n in result["dropped"].items()) or "none"
-    print(
-        f"{result['files']} files, {len(rows)} clips, {hours['found']:.3f} h: "
-        f"{len(kept)} kept ({hours['kept']:.3f} h), dropped: {reasons}"
-    )
-    if core_hours:
-        parts = ", ".join(f"{k} {v / core_hours / 36:.0f} %" for k, v in costly[:8])
-        parts = parts.replace("judging and the rest", "filtering and other work")
-        speed = f"{result['hours_per_core_hour']} h of video per core hour; " if is_complete else ""
-        print(f"{speed}{core_hours * 3600:.1f} CPU seconds: {parts}")
-    for row in [r for r in rows if r.get("dropped", [""])[0] == "unreadable"][:SHOWN]:
-        print(f"  unreadable: {printable(row['source'])}: {row['dropped'][1]}")
-    print(f"clips, manifest.jsonl, summary.png and dropped/ are in {to}", flush=True)
+    unreadable = [row for row in rows if row.get("dropped", [""])[0] == "unreadable"]
+    print(render("prepared.txt", **result, unreadable=unreadable, printable=printable),
+          flush=True)  # fmt: skip
     return result
 
 

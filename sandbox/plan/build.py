@@ -112,16 +112,14 @@ def counts(root: Root, parts: dict[str, Any]) -> list[Count]:
         trained = [p for p in module.parameters() if p.requires_grad]
         frozen = [p for p in module.parameters() if not p.requires_grad]
         buffers = list(module.buffers())
-        is_resident = group != "vae" or needs_first_stage(root)
         numbers = [sum(x.numel() for x in xs) for xs in (trained, frozen, buffers)]
-        name = getattr(root, group).plugin.rpartition("/")[2]
-        fixed = _bytes([*frozen, *buffers])
-        rows.append(
-            Count(
-                group, name, numbers[0], numbers[1], numbers[2], _bytes(trained), fixed, is_resident
-            )
-        )
-    return [row for row in rows if row.trained + row.frozen + row.buffers]
+        if any(numbers):
+            rows.append(Count(
+                group, getattr(root, group).plugin.rpartition("/")[2], *numbers,
+                bytes_trained=_bytes(trained), bytes_fixed=_bytes([*frozen, *buffers]),
+                is_resident=group != "vae" or needs_first_stage(root),
+            ))  # fmt: skip
+    return rows
 
 
 def _bytes(tensors: list[Any]) -> int:

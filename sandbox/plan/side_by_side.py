@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sandbox.distributed.pool import cores
+from sandbox.distributed.pool import cores, exit_with_parent
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -36,6 +36,7 @@ def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[F
 
 def _begin(work: Callable[..., Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    exit_with_parent()
     torch.set_num_threads(1)  # thread pools do not survive a fork
     _shared["work"] = work
 

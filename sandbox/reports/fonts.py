@@ -102,7 +102,7 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
         return length(line, size, bold) <= width
 
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    for paragraph in text[: (most + 1) * width].splitlines():  # a character has a pixel or more
         line = ""
         for word in paragraph.split():
             if fits(f"{line} {word}".strip()):
@@ -110,7 +110,7 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
                 continue
             lines += [line] if line else []
             while len(word) > 1 and not fits(word):  # wider than the column: cut anywhere
-                cut = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), 1)
+                cut = next((n for n in range(min(len(word), width), 1, -1) if fits(word[:n])), 1)
                 lines.append(word[:cut])
                 word = word[cut:]
             line = word

@@ -2,10 +2,13 @@
 
 import base64
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
+
+from sandbox.runs.run import leaves
 
 FILE_LIMIT = 4 * 2**20  # bytes of one embedded file
 PAGE_LIMIT = 16 * 2**20  # bytes of all embedded files
@@ -17,6 +20,11 @@ TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": "$<$", ">": "$>$",
 })  # fmt: skip
+
+
+def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested settings."""
+    return {k: json.loads(value) for k, value in leaves(settings, name).items()}
 
 
 def render(template: str, **context: Any) -> str:

@@ -4,7 +4,6 @@ A Content-Security-Policy allows inline styles and data URIs only. The layout is
 `templates/run.html.j2`.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sandbox.reports.charts import Points, line_chart
-from sandbox.reports.pages import Media, render
+from sandbox.reports.pages import Media, flattened, render
 from sandbox.reports.scores import (
     ScoreRow,
     format_score,
@@ -21,7 +20,7 @@ from sandbox.reports.scores import (
     interval,
     names_of,
 )
-from sandbox.runs.run import Run, leaves
+from sandbox.runs.run import Run
 from sandbox.storage.atomic import storing, write_atomic
 
 LISTED = 200  # files and skipped items
@@ -148,11 +147,6 @@ def setting_tables(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         values = flattened(group, name)
         values.pop(f"{name}.plugin", None)
         yield f"{name}={plugin}" if plugin else name, values
-
-
-def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
-    """Dotted name -> value of nested settings."""
-    return {k: json.loads(value) for k, value in leaves(settings, name).items()}
 
 
 def files_of(folder: Path) -> Iterator[tuple[str, str, int, bool]]:

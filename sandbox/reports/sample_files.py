@@ -1,6 +1,7 @@
 """Sample files: a clip per caption, a contact sheet, and a record of the settings."""
 
 import json
+import logging
 from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sandbox.config.secrets import mask
+from sandbox.config.secrets import mask, mask_text
 from sandbox.reports import media
 from sandbox.storage.atomic import claimed, storing, write_atomic
 
 RECORD = "samples.json"  # the settings that made the clips
+SHEET_ROWS = 200  # of a contact sheet
 FPS = 8.0  # of sample videos where the data give none
+
+log = logging.getLogger(__name__)
 
 
 def write_clips(
@@ -38,11 +42,14 @@ def write_clips(
             media.write_video(paths[-1], clip, fps, media.enlargement(*clip.shape[2:]))
     columns = {"sample": video} if given is None else {"given": given, "sample": video}
     rows = [
-        (caption, {name: clips[i] for name, clips in columns.items()})
-        for i, caption in enumerate(captions)
+        (mask_text(caption), {name: clips[i] for name, clips in columns.items()})
+        for i, caption in enumerate(captions[:SHEET_ROWS])
     ]
-    media.contact_sheet(folder / "sheet.png", rows)
-    return [*paths, folder / "sheet.png"]
+    sheet = folder / "sheet.png"
+    if len(captions) > SHEET_ROWS:
+        log.warning("%s shows the first %d of %d clips", sheet, SHEET_ROWS, len(captions))
+    media.contact_sheet(sheet, rows)
+    return [*paths, sheet]
 
 
 def write_samples(
@@ -68,5 +75,6 @@ def write_samples(
 
 def file_name(caption: str) -> str:
     """A caption as part of a file name: letters, digits and dashes, at most 60 characters."""
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in caption.lower())
+    shown = mask_text(caption).lower()
+    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in shown)
     return "-".join(w for w in words.split("-") if w)[:60] or "clip"

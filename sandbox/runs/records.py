@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.secrets import without_secrets
 from sandbox.contracts import StorageError
-from sandbox.storage.atomic import SEAL, digest_of, is_sealed, sealed, storing, write_atomic
+from sandbox.storage.atomic import SEAL, digest_of, is_sealed, storing, write_atomic, write_sealed
 
 HASHES, KEY = "environment.json", "hashes"
 
 
 def write(folder: Path, name: str, text: str) -> None:
     """Writes a file and its hash, each atomically. Raises StorageError."""
-    known = _hashes(folder)
+    known, text = _hashes(folder), without_secrets(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     with storing(folder / name):
         _write_hashes(folder, {**known, name: [digest, *known.get(name, [])[:1]]})
@@ -103,4 +104,4 @@ def _write_hashes(folder: Path, hashes: Mapping[str, Any]) -> None:
 
 
 def _write_environment(folder: Path, content: dict[str, Any]) -> None:
-    write_atomic(folder / HASHES, json.dumps(sealed(content), indent=1) + "\n")
+    write_sealed(folder / HASHES, content, indent=1)

@@ -33,7 +33,7 @@ from typing import Any, Self
 
 from sandbox.config.added_settings import with_added, without_added
 from sandbox.config.root import to_container
-from sandbox.config.secrets import mask
+from sandbox.config.secrets import folder_name, mask
 from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
@@ -147,8 +147,7 @@ def open_run(
 
 
 def _stem(name: str, config: Mapping[str, Any]) -> str:
-    safe = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "run"
-    return f"{safe}-{identity(config)}"
+    return f"{folder_name(name)}-{identity(config)}"
 
 
 def finished_run(root: Any) -> Path | None:

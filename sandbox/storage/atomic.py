@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sandbox.config.secrets import without_secrets
 from sandbox.contracts import ConfigError, StorageError
 
 MB = 1_000_000
@@ -44,9 +45,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes the text atomically. Raises OSError."""
+    """Writes the text atomically, without secrets. Raises OSError."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(without_secrets(text), encoding="utf-8")
 
 
 @contextmanager
@@ -105,6 +106,12 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The dict with a hash of its JSON under SEAL."""
     rest = {k: v for k, v in content.items() if k != SEAL}
     return rest | {SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def write_sealed(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Writes a sealed dict as JSON, atomically and without secrets. Raises OSError."""
+    written = json.loads(without_secrets(json.dumps(content)))  # the hash is of what is written
+    write_atomic(path, json.dumps(sealed(written), indent=indent) + "\n")
 
 
 def is_sealed(content: dict[str, Any]) -> bool:

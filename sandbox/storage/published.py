@@ -11,7 +11,7 @@ from typing import Any
 
 from sandbox.config import registry
 from sandbox.contracts import PluginConfig, State, StorageError
-from sandbox.storage.weight_check import check_values, differences
+from sandbox.storage.weight_check import check_values, differences, shown
 from sandbox.storage.weight_contents import fitted, plain_names, without_shared_prefix
 from sandbox.storage.weight_files import log_once, named, read
 
@@ -75,7 +75,11 @@ def read_model(folder: Path, what: str) -> State:
     files = list(files_of(folder))
     if not files:
         stems = " or ".join(f"{s}.safetensors" for s in STEMS)
-        raise StorageError(f"{what}={folder}: no {stems} there, in one file or with an index")
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+        there = f" (there is {shown(others)})" if others else ""
+        raise StorageError(
+            f"{what}={folder}: no {stems} there, in one file or with an index{there}"
+        )
     for file in files:
         with named(what):
             found = read(file)

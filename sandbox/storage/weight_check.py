@@ -101,12 +101,11 @@ def hints(own: State, given: State, missing: list[str], unknown: list[str]) -> l
     kind = kind_of(given)
     if kind and (kind != kind_of(own) or len(missing) == len(own)):
         lines.append(f"the file seems to be {kind}")
-    prefix = common_prefix(given)
-    top = prefix.partition(".")[0] + "."
-    if len(missing) == len(own) and prefix and not any(k.startswith(top) for k in own):
-        lines.append(f"all its names begin with {prefix!r}; save it without this prefix")
-    elif len(missing) == len(own) and len(tops := tops_of(given)) > 1:
-        lines.append(f"its names begin with {', '.join(f'{k} ({n})' for k, n in tops.items())}")
+    if len(missing) == len(own):
+        if prefix := hiding_prefix(own, given):
+            lines.append(f"all its names begin with {prefix!r}; save it without this prefix")
+        elif not kind and len(tops := tops_of(given)) > 1:
+            lines.append(f"its names begin with {', '.join(f'{k} ({n})' for k, n in tops.items())}")
     if pairs := renamed(own, given, missing, unknown):
         lines.append(f"perhaps renamed: {shown([f'{a} -> {b}' for a, b in pairs])}")
     return lines
@@ -124,15 +123,17 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((what for rule, what in KINDS if any(re.search(rule, n) for n in names)), None)
 
 
-def common_prefix(names: Iterable[str]) -> str:
-    """The leading components that all names share, with a final dot; "" for none."""
-    split = [name.split(".")[:-1] for name in names]
-    shared = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1 or parts[0].isdigit():
-            break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
+def hiding_prefix(own: Iterable[str], given: Iterable[str]) -> str:
+    """Components that all names of `given` begin with and that hide names of `own`; "" for none."""
+    own, given = set(own), list(given)
+    prefix = ""
+    for part in given[0].split(".")[:-1] if given else ():
+        prefix += f"{part}."
+        if not all(name.startswith(prefix) for name in given):
+            return ""
+        if any(name.removeprefix(prefix) in own for name in given):
+            return prefix
+    return ""
 
 
 def tops_of(names: Iterable[str]) -> dict[str, int]:

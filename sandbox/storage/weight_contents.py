@@ -15,9 +15,9 @@ from sandbox.storage.weight_check import shown, tops_of
 # Keys of the weights in a checkpoint, and of the weights inside such an entry.
 LIVE = ("state_dict", "module", "model", "model_state_dict", "model_state", "params", "net",
         "network", "weights", "unet", "transformer", "dit", "generator")  # fmt: skip
-EMA_WORD = r"(ema|swa|averaged?|shadow)"
+EMA_WORD = r"(ema|swa|averaged?|shadow|polyak)"
 OWNER = r"(model|module|net|network|params?|weights|state|dict|unet|transformer|dit|g|generator)"
-EMA_KEY = re.compile(rf"({OWNER}_)*{EMA_WORD}(_{OWNER})*")
+EMA_KEY = re.compile(rf"({OWNER}_)*{EMA_WORD}(_{OWNER})*(_?[\d.]+)?")
 LISTS = ("shadow_params", "averaged_params", "shadow")  # EMA weights without names
 COUNTERS = frozenset({"decay", "num_updates", "initted", "step", "n_averaged", "updates",
                       "num_batches_averaged", "optimization_step"})  # fmt: skip
@@ -44,6 +44,9 @@ def weights_in(found: Any) -> tuple[State, str]:
     key = next((k for k in LIVE if isinstance(found.get(k), Mapping) and _state(found[k])), None)
     live = plain_names(_state(found[key] if key else found))
     averages = dict(_averages(found, live))
+    inner = next((found[k] for k in LIVE if isinstance(found.get(k), Mapping)), None)
+    if inner is not None and not (averages or live):  # {"model": {"state_dict": ...}}
+        return weights_in(inner)
     if len(averages) > 1:
         raise ValueError(
             f"it has several sets of EMA weights ({', '.join(averages)}); save one alone"
@@ -134,10 +137,8 @@ def plain_names(state: State) -> State:
 def without_shared_prefix(state: State) -> State:
     """`state` without wrappers and without holders that all its names share."""
     state = plain_names(state)
-    while len(tops := {k.partition(".")[0] for k in state}) == 1 and tops <= {
-        *HOLDERS,
-        *EMA_HOLDERS,
-    }:
+    holders = {*HOLDERS, *EMA_HOLDERS}
+    while len(tops := {k.partition(".")[0] for k in state}) == 1 and tops <= holders:
         state = {k.partition(".")[2]: v for k, v in state.items()}
     return state
 
@@ -160,10 +161,9 @@ def fitted(
     if not ours.keys() & views[path].keys():
         return state
     ema_path, ema = _ema_view(views, path, ours)
-    notes = sorted({f"{part}." for k in state for part in k.split(".") if part in WRAPPERS})
-    notes = (
-        [f"wrappers {', '.join(notes)} removed"] if notes and plain.keys() != state.keys() else []
-    )
+    wrappers = sorted({f"{part}." for k in state for part in k.split(".") if part in WRAPPERS})
+    is_wrapped = wrappers and not plain.keys() <= state.keys()
+    notes = [f"wrappers {', '.join(wrappers)} removed"] if is_wrapped else []
     if path:
         notes.append(f"prefix {path} removed")
     if ema or _is_ema(path):
@@ -175,9 +175,7 @@ def fitted(
         notes.append(f"{len(others)} other names left out ({tops})")
     if notes:
         log("; ".join(notes))
-    live = {
-        k: v for k, v in views[path].items() if not (ema and k.startswith(ema_path[len(path) :]))
-    }
+    live = {k: v for k, v in views[path].items() if not (ema and (path + k).startswith(ema_path))}
     return {ours.get(k, k): v for k, v in (live | ema).items()}
 
 
@@ -185,9 +183,8 @@ def _views(state: State, path: str = "") -> Iterator[tuple[str, State]]:
     """`state`, and what is below each chain of holders, without these."""
     yield path, state
     for holder in (*EMA_HOLDERS, *HOLDERS):
-        if below := {
-            k[len(holder) + 1 :]: v for k, v in state.items() if k.startswith(f"{holder}.")
-        }:
+        front = f"{holder}."
+        if below := {k.removeprefix(front): v for k, v in state.items() if k.startswith(front)}:
             yield from _views(below, f"{path}{holder}.")
 
 

@@ -259,8 +259,9 @@ def named(setting: str) -> Iterator[None]:
 
 @cache
 def log_once(text: str) -> None:
-    """Logs what was taken from a file, which is read again for each check."""
+    """Logs and prints once what was taken from a file, which is read again for each check."""
     log.info("%s", text)
+    print(text, flush=True)  # of rank 0 alone
 
 
 def header(path: Path) -> dict[str, str]:

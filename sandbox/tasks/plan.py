@@ -38,6 +38,7 @@ class Plan:
         from pathlib import Path
 
         from sandbox.config.root import to_container
+        from sandbox.config.secrets import folder_name
         from sandbox.plan.page import page
         from sandbox.plan.plan import plan
         from sandbox.plan.text import plan_text
@@ -46,7 +47,7 @@ class Plan:
 
         made, root = plan(wiring, self.cfg.devices), wiring.root
         print(plan_text(made))
-        name = f"{root.recipe}-{identity(to_container(root))}"
+        name = f"{folder_name(root.recipe)}-{identity(to_container(root))}"
         folder = Path(self.cfg.to or Path(root.out) / "plans" / name)
         with storing(folder):
             folder.mkdir(parents=True, exist_ok=True)

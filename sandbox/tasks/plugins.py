@@ -28,11 +28,16 @@ class Plugins:
 
     @dataclass
     class Config(TaskConfig):
-        """only: list one group; to: write the reference of all groups to this folder (Markdown)."""
+        """only: list one group; to: write the reference of all groups to this folder (Markdown).
+
+        published: config.json, YAML or folder of a published model: print its components as the
+        settings of a recipe.
+        """
 
         needs_torch: ClassVar[bool] = False
         only: str | None = None
         to: str | None = None
+        published: str | None = None
 
         def problems(self) -> Iterator[str]:
             if self.only is not None and self.to is not None:
@@ -41,6 +46,8 @@ class Plugins:
     cfg: Config
 
     def __call__(self, root: Any) -> dict[str, Any]:
+        if self.cfg.published is not None:
+            return print_published(Path(self.cfg.published))
         if self.cfg.to is not None:
             return self.write(Path(self.cfg.to), root.plugins_path)
         groups = [g for g in (GROUPS | dict.fromkeys(registry.groups())) if registry.plugins(g)]
@@ -75,6 +82,21 @@ class Plugins:
                 (folder / name).write_text(text, encoding="utf-8")
         print(f"wrote {len(made)} pages to {folder}")
         return {"files": [str(folder / name) for name in made]}
+
+
+def print_published(path: Path) -> dict[str, Any]:
+    """Prints the components of a published configuration as a recipe in YAML; returns them."""
+    import yaml
+
+    from sandbox.config.root import to_container
+    from sandbox.weights.released_configs import components
+
+    found = {group: to_container(config) for group, config in components(path).items()}
+    names = {group: settings.pop("plugin").rpartition("/")[2] for group, settings in found.items()}
+    override = [{f"override /{group}": name} for group, name in names.items()]
+    recipe = {"defaults": override, **found}
+    print("# @package _global_\n" + yaml.safe_dump(recipe, sort_keys=False), end="")
+    return {"components": {f"{group}={names[group]}": found[group] for group in found}}
 
 
 def _description(plugin: registry.Plugin, clip: Clip) -> Iterator[str]:

@@ -13,7 +13,6 @@ from sandbox.contracts import ConfigError, StorageError, TaskConfig
 
 if TYPE_CHECKING:
     from sandbox.reports.ablation import Ablation
-    from sandbox.training.tracking import PageTracker
 
 
 @register("task", "report")
@@ -61,7 +60,7 @@ class Report:
         return {"folder": str(page.parent), "variants": len(found.variants)}
 
 
-def upload(tracker: PageTracker, page: Path, found: Ablation, group: str) -> None:
+def upload(tracker: Any, page: Path, found: Ablation, group: str) -> None:
     """Uploads page, tables and images as a run of the same group (and sweep, if any).
 
     Raises StorageError; the local files are kept.

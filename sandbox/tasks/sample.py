@@ -20,6 +20,7 @@ class Sample:
         for all prompts or one for each, cropped to the clip's aspect ratio; fps, frame_stride:
         conditioning values, null for the network's default.
 
+        prompts_file: a UTF-8 text file with one prompt a line, for many or long ones.
         Without prompts and images, prompts come from the data, images and scalars from validation
         clips; count: number of these. weights: ema or live; init_from uses the weights that
         training would start from. step: checkpoint of the run (null: newest). to: output folder
@@ -28,6 +29,7 @@ class Sample:
         """
 
         prompts: tuple[str, ...] = ()
+        prompts_file: str | None = None
         images: tuple[str, ...] = ()
         end_images: tuple[str, ...] = ()
         fps: float | None = None
@@ -41,13 +43,17 @@ class Sample:
         def problems(self) -> Iterator[str]:
             yield from in_range("count", self.count, 1)
             yield from one_of("weights", self.weights, ("ema", "live"))
+            if self.prompts and self.prompts_file:
+                yield f"prompts_file={self.prompts_file}: set prompts as well; keep one of them"
             for name in ("fps", "frame_stride"):
                 yield from above(name, getattr(self, name), 0)
             yield from above("save_fps", self.save_fps, 0, 1000)
 
         def files(self) -> dict[str, str | None]:
             named = {"images": self.images, "end_images": self.end_images}
-            return {f"{k}[{i}]": file for k, v in named.items() for i, file in enumerate(v)}
+            found = {f"{k}[{i}]": file for k, v in named.items() for i, file in enumerate(v)}
+            of_prompts = {"prompts_file": self.prompts_file} if self.prompts_file else {}
+            return found | of_prompts  # type: ignore[return-value]
 
         def uses_run(self) -> bool:
             return True
@@ -69,11 +75,13 @@ class Sample:
     def make(self, wiring: Any, watch: Any = None) -> tuple[list[Path], list[str]]:
         """Files of the clips, the sheet last, and captions; calls watch(done, total)."""
         from sandbox.config.root import to_container
-        from sandbox.evaluation.prompt_checks import check
+        from sandbox.config.secrets import folder_name
+        from sandbox.evaluation.prompt_checks import check, read_prompts
 
         cfg, root = self.cfg, wiring.root
         scalars = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
-        check(root, cfg.prompts, cfg.images, cfg.end_images, scalars)  # before importing torch
+        prompts = read_prompts(cfg.prompts_file) if cfg.prompts_file else cfg.prompts
+        check(root, prompts, cfg.images, cfg.end_images, scalars)  # before importing torch
 
         from sandbox.evaluation.evaluate import generate
         from sandbox.evaluation.prompts import given
@@ -81,9 +89,9 @@ class Sample:
         from sandbox.storage.atomic import check_writable
         from sandbox.training.build import initialised_system, load_system
 
-        batch = given(root, cfg.prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
+        batch = given(root, prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
-        to = Path(root.out, "samples", root.recipe)
+        to = Path(root.out, "samples", folder_name(root.recipe))
         to = to if cfg.run is None else Path(cfg.run, "samples", "prompts")
         folder = Path(cfg.to or to)
         check_writable(folder, "task.to")

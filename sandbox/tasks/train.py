@@ -80,8 +80,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
             fit(training)
             training.unshard(lambda: build_system(wiring, run.folder, rank.as_single(), True))
             seconds = {"first stage": ready - began, "training": time.monotonic() - ready}
-            result: dict[str, Any] = {}
             with rank.rank0_first():
-                if rank.index == 0:
-                    result = finish_run(training, root.task, settings["overrides"], seconds)
-            return result
+                if rank.index > 0:
+                    return {}
+                return finish_run(training, root.task, settings["overrides"], seconds)

@@ -49,7 +49,8 @@ def finish_run(
     samples = list(zip(captions, paths, strict=False))
     sheet = run.folder / "samples.png"
     write_sheet(sheet, found, picked or [0])
-    weights, bad = "ema" if training.ema else "live", found.skipped | training.loader.bad
+    weights = "ema" if training.ema else "live"
+    bad = found.skipped | training.unusable | training.loader.bad
     clip = Clip(*found.clips["model"].shape[1:])
     metrics = {
         "overrides": [mask_text(o) for o in overrides],

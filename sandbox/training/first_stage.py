@@ -190,11 +190,8 @@ def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, An
 
         with start(system, run, group, rank, initialise, loader) as training:
             fit(training)
-            result: dict[str, Any] = {}
             with rank.rank0_first():
-                if rank.index == 0:
-                    result = _finish(training)
-            return result
+                return _finish(training) if rank.index == 0 else {}
 
 
 def check_weights(root: Root, begins: bool = True) -> None:
@@ -241,9 +238,8 @@ def _finish(training: Any) -> dict[str, Any]:
     captions = (val.captions or [])[shown]
     media.reconstruction_sheet(sheet, [*video[shown]], [*made[shown]], captions)
     training.trackers.summary({"psnr_db": decibels} | {f"score/{k}": v for k, v in scores.items()})
-    result = {"folder": str(run.folder), "steps": training.step, "psnr_db": decibels}
-    result["objective"] = decibels
-    result |= {"scores": scores} if scores else {}
+    result: dict[str, Any] = {"folder": str(run.folder), "steps": training.step}
+    result |= {"psnr_db": decibels, "objective": decibels} | ({"scores": scores} if scores else {})
     run.finish(result)
     shown_scores = "".join(f", {name} {value:.4g}" for name, value in scores.items())
     measured = f"{decibels:.1f} dB{shown_scores} on {val.size} held-out clips"

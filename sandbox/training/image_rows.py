@@ -37,8 +37,11 @@ def image_rows(system: Any, rows: Sequence[str], count: int, chain: Chain = None
     batch = system.transfer_batch_to_device(batch, system.device)
     with system.on_device(system.first_stage):
         found = {name: ROWS[name](system, batch, chain) for name in rows if name in ROWS}
-    shown = {name: row for name, row in found.items() if row}
-    return {k: {c: x.clamp(-1, 1).cpu() for c, x in row.items()} for k, row in shown.items()}
+    return {
+        name: {column: clips.clamp(-1, 1).cpu() for column, clips in row.items()}
+        for name, row in found.items()
+        if row
+    }
 
 
 def reconstruction(system: Any, batch: Batch, chain: Chain) -> Row:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,7 @@ class Training:
     just_stepped: bool = False
     skipped: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)  # items of all ranks, when last saved
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
@@ -88,6 +88,7 @@ class Training:
         """What a checkpoint contains: plain containers and full tensors, the same on all ranks."""
         loader, discriminator = self.loader.state_dict(), self.system.discriminator_update
         bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
+        self.unusable = bad
         return {
             "step": self.step,
             "weights": full_tensors(self.system.trainable_state()),
@@ -146,8 +147,9 @@ class Training:
 
     def unshard(self, build: Callable[[], Trainable]) -> None:
         """After training: the first rank continues alone, with an unsharded system from `build`."""
-        is_sharded_now = any(map(is_sharded, self.system.parameters()))
-        if not self.root.trainer.shards or (self.rank.world == 1 and not is_sharded_now):
+        if not self.root.trainer.shards:
+            return
+        if self.rank.world == 1 and not any(map(is_sharded, self.system.parameters())):
             return
         state = self.state()
         if self.is_first:
@@ -167,17 +169,20 @@ class Training:
     def flush(self) -> None:
         """Writes the buffered metrics; raises Diverged at the first step that is not finite."""
         good: list[tuple[int, dict[str, float]]] = []
-        wrong = ""
+        step, wrong, samples = 0, "", ""
         for step, metrics, trained_on in self.buffer.flush(self.rank.mean):
             if "skipped" not in metrics and (wrong := self._not_finite(metrics)):
-                wrong = f"step {step}: {wrong} is not finite; {suspects(trained_on, self.rank)}"
+                samples = suspects(trained_on, self.rank)
                 break
             good.append((step, {k: v for k, v in metrics.items() if math.isfinite(v)}))
         if good:
             self._record(good)
             self.latest = good[-1][1]
         if wrong:
-            raise Diverged(f"{wrong}; lower lr={self.root.lr}, or look at these samples")
+            raise Diverged(
+                f"step {step}: {wrong} is not finite; {samples}; lower lr={self.root.lr}, or look "
+                "at these samples"
+            )
 
     def _record(self, rows: list[tuple[int, dict[str, float]]]) -> None:
         if self.is_first:
@@ -188,12 +193,6 @@ class Training:
         ignored = "grad_norm" if self.root.precision == "fp16" else ""
         found = {k: v for k, v in metrics.items() if not math.isfinite(v)}
         return ", ".join(f"{k}={v}" for k, v in found.items()) if found.keys() - {ignored} else ""
-
-    @cached_property
-    def fps(self) -> float:
-        """The frame rate of sample videos: that of the first validation clip, if it has one."""
-        val = registry.create(self.root.data).split("val")
-        return fps_of(gather(val, 1, self.root.seed)) or FPS
 
     # for callbacks
 
@@ -210,7 +209,9 @@ class Training:
             return
         captions = batch.captions or []
         folder = self.run.samples / f"step_{self.step:08}"
-        paths = write_clips(folder, captions, video, self.fps, batch.image)
+        val = registry.create(self.root.data).split("val")
+        fps = fps_of(gather(val, 1, self.root.seed)) or FPS  # of the first validation clip
+        paths = write_clips(folder, captions, video, fps, batch.image)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):
             self.trackers.video(self.step, f"samples/{path.stem}", path, caption)
@@ -248,8 +249,7 @@ class Training:
         found = {f"val/{name}": value for name, value in self._losses(val, count).items()}
         if self.ema:
             with self.ema_weights():
-                averaged = self._losses(val, count)
-            found |= {f"val/{name}_ema": value for name, value in averaged.items()}
+                found |= {f"val/{k}_ema": value for k, value in self._losses(val, count).items()}
         self.measured = self.step, found
         self._record([(self.step, found)])
 

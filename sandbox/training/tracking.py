@@ -8,12 +8,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sandbox.config.secrets import mask
+from sandbox.config.secrets import mask, mask_text
 from sandbox.distributed.rank import Rank
 from sandbox.runs.run import Run
 
@@ -24,59 +24,25 @@ NAMED = 8  # samples that an error lists
 log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """A `logger` plugin. Steps are optimizer steps and may repeat after a resume."""
-
-    def start(self, folder: Path, config: dict[str, Any], name: str, group: str | None) -> None:
-        """Called first: the run folder, its config without secrets, the name of a multirun."""
-
-    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of a step."""
-
-    def video(self, step: int, name: str, path: Path, caption: str = "") -> None:
-        """An encoded file (.mp4)."""
-
-    def images(
-        self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
-    ) -> None:
-        """Image files, with a caption each or none at all."""
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Final metrics of the run."""
-
-    def finish(self, exit_code: int) -> None:
-        """Called last, also after a failure, with the exit code of the program."""
-
-
-class PageTracker(Tracker, Protocol):
-    """A tracker that also takes a report (task.send)."""
-
-    def start(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        name: str,
-        group: str | None,
-        sweep: str | None = None,
-    ) -> None:
-        """`sweep`: the id of its sweep, where that is not the agent's own."""
-
-    def page(self, name: str, path: Path) -> None:
-        """A self-contained HTML page."""
-
-    def table(self, name: str, rows: Sequence[Sequence[str]]) -> None:
-        """Rows of text; the first is the header."""
-
-
 class Trackers:
-    """The run's metrics file and its trackers."""
+    """The run's metrics file and its trackers: `logger` plugins, called in this order.
 
-    def __init__(self, run: Run, trackers: Iterable[Tracker] = ()) -> None:
+        start(folder, config, name, group)    config without secrets, name of a multirun
+        metrics(step, metrics)                a step is an optimizer step; a resume may repeat it
+        video(step, name, path, caption)      an encoded file (.mp4)
+        images(step, name, paths, captions)   image files, with a caption each or none at all
+        summary(values)                       final metrics
+        finish(exit_code)                     also after a failure
+
+    task.send=true also needs start(..., sweep), the id of a sweep; page(name, path), one HTML file;
+    and table(name, rows), text with the header first.
+    """
+
+    def __init__(self, run: Run, trackers: Iterable[Any] = ()) -> None:
         self.run, self.trackers = run, list(trackers)
 
     def start(self, config: Mapping[str, Any], name: str, group: str | None = None) -> None:
-        shown = mask(config)
-        self._each(lambda t: t.start(self.run.folder, shown, name, group))
+        self._each(lambda t: t.start(self.run.folder, mask(config), name, group))
 
     def metrics(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Metrics of several steps, in one write. Raises StorageError."""
@@ -89,22 +55,21 @@ class Trackers:
         if path.suffix == ".png":
             self.images(step, name, [path], [caption])
         else:
-            self._each(lambda t: t.video(step, name, path, caption))
+            self._each(lambda t: t.video(step, name, path, mask_text(caption)))
 
     def images(
         self, step: int, name: str, paths: Sequence[Path], captions: Sequence[str] = ()
     ) -> None:
-        self._each(lambda t: t.images(step, name, paths, captions))
+        self._each(lambda t: t.images(step, name, paths, [mask_text(c) for c in captions]))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        shown = mask(values)
-        self._each(lambda t: t.summary(shown))
+        self._each(lambda t: t.summary(mask(values)))
 
     def finish(self, exit_code: int = 0) -> None:
         self._each(lambda t: t.finish(exit_code))
         self.trackers = []
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Any], None]) -> None:
         for tracker in list(self.trackers):
             try:
                 call(tracker)

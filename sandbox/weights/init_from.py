@@ -19,9 +19,11 @@ from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import cache_path
 from sandbox.storage.published import compare, files_of, read_model, read_parts, translated
+from sandbox.storage.weight_check import shown
 from sandbox.storage.weight_contents import fitted, plain_name
 from sandbox.weights import system_files
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 FIRST_STAGE_TASK = "task/train_vae"  # its runs have no backbone
 log = logging.getLogger(__name__)
 
@@ -35,11 +37,9 @@ def init_from(system: Trainable, path: Path | str) -> None:
     and shapes that differ, and where a frozen part, such as the first stage, differs from the one
     in training. Only the backbone's `additions` may be missing, each as a unit.
     """
-    log.info(
-        "starting at step 0 from the %s of %s; optimizer, EMA and data order are new "
-        "(to continue a run instead: resume.run=FOLDER)",
-        _load(system, Path(path)),
-        path,
+    weight_files.log_once(
+        f"starting at step 0 from the {_load(system, Path(path))} of {path}; optimizer, EMA and "
+        "data order are new (to continue a run instead: resume.run=FOLDER)"
     )
 
 
@@ -66,7 +66,7 @@ def check_first_stage_is_given(root: Root, path: Path, is_sampled: bool = False)
     is_trained = root.vae.weights == "auto" and root.vae.fitted() == "trained"
     if not is_trained or root.data.stored() is not None or cache_path(root).is_file():
         return
-    is_checkpoint = path.with_suffix(".json").is_file()
+    is_checkpoint = _has_manifest(path)
     run = Run(path.parent.parent if is_checkpoint else path)
     fix = "name its file or run with vae.weights="
     if run.config_file.is_file():
@@ -105,7 +105,7 @@ def _load(system: Any, path: Path) -> str:
         )
     if (parts := system_files.read(path, mapped)) is not None:
         return f"{system_files.load_parts(system, parts, path)} weights"
-    if path.is_dir() or path.with_suffix(".json").is_file():
+    if path.is_dir() or _has_manifest(path):
         weights, which = _read_checkpoint(system, path, mapped)
     else:
         weights, which = weight_files.read(path, mapped), "exported"
@@ -128,13 +128,25 @@ def _load_published(system: Any, path: Path) -> str:
     if parts is None and any(files_of(path)):
         parts = {"backbone": read_model(path, "init_from")}
     if parts is None or "backbone" not in parts:
+        files = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHTS)
+        if files and files[0] in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+            raise StorageError(
+                f"init_from={path}: the folder of a LoRA; use adapter=lora adapter.weights={path}"
+            )
+        there = f" It has {shown(files)}: name one of these" if files else ""
         raise StorageError(
             f"init_from={path}: not a run folder (it has no config.yaml), nor that of a published "
-            "system; want one, a checkpoint (step_*.ckpt), or exported weights (*.safetensors)"
+            "system; want one, a checkpoint (step_*.ckpt), or exported weights (*.safetensors)."
+            f"{there}"
         )
     _load_backbone(system, parts["backbone"], path)
     others = ", ".join(sorted(parts.keys() - {"backbone"})) or "nothing"
     return f"published backbone (not {others}: set vae.weights and conditioning.weights)"
+
+
+def _has_manifest(path: Path) -> bool:
+    """Whether `path` is a checkpoint of this program, which has its manifest next to it."""
+    return path.suffix != ".json" and path.with_suffix(".json").is_file()
 
 
 def _load_backbone(system: Any, state: State, path: Path) -> None:

@@ -37,7 +37,7 @@ def read(path: Path, mapped: bool = False) -> dict[str, State] | None:
 
     `mapped` memory-maps the tensors. Raises StorageError.
     """
-    if not path.is_file() or path.with_suffix(".json").is_file():
+    if not path.is_file() or (path.suffix != ".json" and path.with_suffix(".json").is_file()):
         return None
     with weight_files.named("init_from"):
         state = weight_files.read(path, mapped)

@@ -367,6 +367,14 @@ def test_a_searching_sweeper_gets_the_mean_over_the_seeds_of_a_job(here):
         assert job["result"] == {"folders": [], "scores": {}, "objective": lr}
 
 
+def test_a_searching_sweeper_stops_after_a_failure_and_shows_no_overrides(here, capsys):
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    assert _main(["-m", "task=probe", "code=4", "lr=choice(1,2)", *words]) == 4
+    (folder,) = (here / "outputs" / "sweeps").iterdir()
+    assert len(list(folder.glob("job-*.json"))) == 1  # hydra.sweeper.max_failure_rate is 0
+    assert "Error executing job" not in capsys.readouterr().err
+
+
 def test_a_trial_of_an_agent_runs_its_seeds_itself(here, monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
     monkeypatch.setenv("WANDB_RUN_ID", "trial")

@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 
 from sandbox.cli.command_line import parse
+from sandbox.cli.errors import BUG, report
 from sandbox.cli.jobs import check
 from sandbox.cli.main import _main, main
 from sandbox.config import composition, discovery
 from sandbox.config.paths import CHECKOUT
 from sandbox.contracts import ConfigError, DataError, PluginError, SandboxError, StorageError
+from sandbox.distributed.remote_errors import RankError, RemoteTraceback
 from sandbox.runs.lookup import choices
 
 AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
@@ -192,7 +194,7 @@ WHILE_RUNNING: list[tuple[str, type[SandboxError], tuple[str, ...]]] = [
     ("vae.weights=foreign.safetensors", StorageError,
      ("vae.weights=foreign.safetensors", "names or shapes differ", "first.basis")),
     ("vae.weights=payload.ckpt", StorageError, ("payload.ckpt", "none of it was run", ".safetensors")),
-    ("vae.weights=notes.txt", StorageError, ("notes.txt: want a .safetensors",)),
+    ("vae.weights=notes.txt", StorageError, ("notes.txt: not a readable file of weights: it is a text",)),
     ("cache=file vae.weights=auto", ConfigError, ("cache=file: cannot be written",)),
     ("resume.run=lost", ConfigError, ("resume.run=lost: no run there",)),
     ("task=train_vae vae=pca", ConfigError, ("vae=pca: cannot be trained",)),
@@ -242,3 +244,11 @@ def test_an_error_keeps_to_one_line_for_each_problem(here, capsys):
         main(["lrr=3", "vae=kl", "data.height=18", "seed=-1"])
     assert e.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 4
+
+
+def test_an_unexpected_error_of_a_worker_process_is_shown_with_its_traceback(capsys):
+    error = RankError("rank 1: ValueError: x")
+    error.__cause__ = RemoteTraceback("rank 1:\nin the middle of a step\n")
+    report(error)
+    said = capsys.readouterr().err
+    assert said == f"rank 1:\nin the middle of a step\nerror: rank 1: ValueError: x\n{BUG}\n"

@@ -260,3 +260,12 @@ def test_the_migration_page_has_every_old_module_and_method():
     }
     names = {f"`{x}`" for methods in OLD_METHODS.values() for y in methods.items() for x in y}
     assert {x for x in rows | names if x not in page} == set()
+
+
+@pytest.mark.parametrize("task", ["sample", "plan", "evaluate", "export", "verify", "report"])
+def test_another_task_is_chosen_without_a_word_about_the_recipes(tmp_path, caplog, task):
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _global_\ntask: {score_clips: 3}\nlr: 0.5\n")
+    cfg = composition.compose(["experiment=mine", f"task={task}"], config_dir=str(tmp_path))
+    assert cfg.lr == 0.5 and "omitted" not in caplog.text

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.wiring import Wiring
-from sandbox.contracts import PluginConfig
+from sandbox.contracts import FULL, PluginConfig
 from tests.helpers import plugin_configs, preset, presets, wired_around
 from tests.inputs import draws, tensor
 
@@ -124,6 +124,27 @@ def test_weights_are_one_finite_number_for_each_sample(key):
 
 
 @each_schedule
+def test_a_time_for_each_frame_is_a_time_for_each_frame(key):
+    """(B, T) times give what each frame has with its own time."""
+    if not config_of(key).takes_frame_times():
+        pytest.skip("takes one time for a clip")
+    schedule, z0, eps = built(key), tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1)
+    t = torch.stack([schedule.draw_t(draws(4, seed)) for seed in (0, 1)], 1)
+    out = torch.cat([tensor(4, 3, 2, 2, 2, seed=2)] * config_of(key).outputs(), 1)
+    z_t, target, d = (
+        schedule.noised(z0, eps, t), schedule.target(z0, eps, t), schedule.denoised(out, z0, t)
+    )  # fmt: skip
+    for i in range(2):
+        f = slice(i, i + 1)
+        x, e, o, at = z0[:, :, f], eps[:, :, f], out[:, :, f], t[:, i]
+        assert torch.equal(z_t[:, :, f], schedule.noised(x, e, at))
+        assert torch.equal(target[:, :, f], schedule.target(x, e, at))
+        assert torch.equal(d.z0[:, :, f], schedule.denoised(o, x, at).z0)
+        assert torch.equal(schedule.weight(t)[:, i], schedule.weight(at))
+        assert torch.equal(schedule.alpha(t)[:, :, f], schedule.alpha(at))
+
+
+@each_schedule
 def test_unknown_spacings_are_refused_by_config_and_by_class(key):
     assert list(config_of(key).spacing_problems(4, "sideways"))
     with pytest.raises(ValueError, match="sideways"):
@@ -150,6 +171,18 @@ def test_a_loss_is_one_number_with_one_for_each_sample(key):
     assert found.per_sample.shape == (4,)
     assert found.per_sample.isfinite().all()
     assert all(x.shape == () and not x.requires_grad for x in found.log.values())
+
+
+@each_loss
+def test_equal_times_of_all_frames_have_the_loss_of_one_time(key):
+    if not config_of(key).takes_frame_times():
+        pytest.skip("takes one time for a clip")
+    schedule, loss, out = built(key, "schedule"), built(key), tensor(4, 3, 2, 2, 2, seed=2)
+    z0, eps, t = tensor(4, 3, 2, 2, 2), tensor(4, 3, 2, 2, 2, seed=1), schedule.draw_t(draws(4))
+    one = loss(schedule, out, z0, eps, t)
+    each = loss(schedule, out, z0, eps, t[:, None].repeat(1, 2))
+    torch.testing.assert_close(one.per_sample, each.per_sample)
+    torch.testing.assert_close(one.total, each.total)
 
 
 @each_loss
@@ -183,7 +216,7 @@ class Oracle:
         self.steps: list[int] = []
 
     def __call__(self, z_t: Tensor, t: Tensor, step: int) -> Tensor:
-        assert t.shape == (len(z_t),)
+        assert t.shape in ((len(z_t),), (len(z_t), z_t.shape[2]))
         self.steps.append(step)
         z0 = torch.full_like(z_t, TRUTH)
         eps = (z_t - self.schedule.alpha(t) * z0) / self.schedule.sigma(t)
@@ -234,18 +267,21 @@ def test_the_full_pass_comes_first_and_others_drop_known_signals(key):
     for signals in ((), ("text",), ("text", "image")):
         passes = guidance.passes(signals)
         assert passes == cfg.passes(signals)
-        assert passes[0] == frozenset()
-        assert all(dropped <= set(signals) for dropped in passes)
-    assert guidance.passes(()) == (frozenset(),)
+        assert passes[0] == FULL
+        assert all(p.dropped <= set(signals) for p in passes)
+    assert not any(p.dropped for p in guidance.passes(()))
 
 
 @each_guidance
-def test_equal_passes_are_unchanged(key):
+def test_equal_passes_are_unchanged_or_stop_a_step(key):
     guidance, out = built(key), tensor(2, 3, 1, 4, 4)
-    outs = [out.clone() for _ in guidance.passes(("text",))]
-    t = torch.zeros(2, dtype=torch.int64)
+    passes, t = guidance.passes(("text",)), torch.zeros(2, dtype=torch.int64)
     for step in range(4):
-        torch.testing.assert_close(guidance.combine(outs, t, step, 4), out)
+        active = guidance.cfg.active(passes, step, 4)
+        assert active[0] == FULL and set(active) <= set(passes)
+        got = guidance.combine([out.clone() for _ in active], t, step, 4)
+        if step or got.any():  # a first step of zero velocity
+            torch.testing.assert_close(got, out)
 
 
 @each_guidance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,42 @@ def test_bfloat16_runs_forward_and_backward(key):
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in state.items()}
+
+
+# --- backbones -----------------------------------------------------------------------------------
+
+
+@each_backbone
+@torch.no_grad()
+def test_a_time_for_each_frame_is_taken_or_refused_by_the_config(key):
+    """Equal times of all frames are one time; another time of the last frame changes its output."""
+    w, module = wiring(key), perturbed(built(key)).double().eval()
+    if not complete(key).takes_frame_times():
+        pytest.skip("takes one time for a clip")
+    z, cond = tensor(2, *sizes(w.grids[0])).double(), conditions(w.slots[0], w.grids[0])
+    cond = Conditions(**{
+        f: as_double(getattr(cond, f)) for f in Conditions.__dataclass_fields__
+    })  # fmt: skip
+    t = torch.tensor([20.0, 700.0], dtype=torch.float64)
+    one, each = module(z, t, cond), module(z, t[:, None].expand(-1, z.shape[2]), cond)
+    torch.testing.assert_close(one, each, rtol=1e-10, atol=1e-10)
+    other = t[:, None].repeat(1, z.shape[2])
+    other[:, -1] += 150
+    assert (module(z, other, cond) - one)[:, :, -1].abs().max() > 1e-6
+
+
+def perturbed(module: nn.Module) -> nn.Module:
+    """Weights that start at zero would hide the time."""
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    return module
+
+
+def as_double(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {k: as_double(v) for k, v in x.items()}
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 # --- first stages ---------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ SAMPLES = {
     "right, more keys": lambda: {"video": BASE, "file": "a.mp4"},
     "right, over": lambda: {"video": BASE * 1.2},
     "right, half": lambda: {"video": BASE.half()},
+    "right, grey and white": lambda: {"video": (BASE + 1) / 2 * 254 / 255 + 1 / 255},
     "bytes": lambda: {"video": ((BASE + 1) * 127.5).to(torch.uint8)},
     "doubles": lambda: {"video": BASE.double()},
     "255": lambda: {"video": (BASE + 1) * 127.5},
@@ -101,11 +102,18 @@ WRONG = {
     "no caption": "'caption' is NoneType None: want text",
     "caption of bytes": "'caption' is bytes b'a cat': want text",
     "captions": "'caption' is list .*want text",
-    "tuple": "it is tuple .*want a dict",
+    "tuple": r"returned a tuple of 2 .*want Sample; the interface is Items",
     "fps": "'fps' is float nan: want a finite number",
     "fps of text": "'fps' is str '24'",
 }
-RIGHT = ("right", "right, dark", "right, more keys", "right, over", "right, half")
+RIGHT = (
+    "right",
+    "right, grey and white",
+    "right, dark",
+    "right, more keys",
+    "right, over",
+    "right, half",
+)
 
 
 @pytest.fixture
@@ -167,7 +175,7 @@ def clips(root: Path, train: int, val: int) -> list[Path]:
 
 def test_a_wrong_sample_is_found_before_a_run_folder(own, tmp_path):
     data = replace(own, how="255", batch_size=2, frames=5, height=16, width=32)
-    root = replace(small("metric=null"), out=str(tmp_path / "out"), data=data)
+    root = replace(small(), metric=None, out=str(tmp_path / "out"), data=data)
     with pytest.raises(PluginError, match="values from 0 to 255"):
         train({"root": to_container(root), "overrides": [], "group": None}, Rank())
     assert not (tmp_path / "out").exists()

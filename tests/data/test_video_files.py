@@ -211,3 +211,22 @@ def test_pixels_of_a_senseless_shape_are_refused(tmp_path):
     encode(tmp_path / "a.mp4", aspect=Fraction(40, 1))
     with pytest.raises(BadItem, match="40:1"):
         probe(tmp_path / "a.mp4")
+
+
+def test_a_song_with_a_cover_is_no_video(tmp_path):
+    from av.stream import Disposition
+
+    with av.open(str(tmp_path / "song.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=16000, layout="mono")
+        cover = file.add_stream("png", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 48, 64, "rgb24"
+        cover.disposition = Disposition.attached_pic
+        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        for packet in [*cover.encode(picture), *cover.encode()]:
+            file.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        for packet in [*sound.encode(frame), *sound.encode()]:
+            file.mux(packet)
+    with pytest.raises(BadItem, match="has no video; it has only a cover image"):
+        probe(tmp_path / "song.mp4")

@@ -122,6 +122,15 @@ def test_a_damaged_run_does_not_hide_the_others(out, caplog):
         find_run(str(out), str(newest))
 
 
+def test_a_secret_that_is_masked_on_the_way_to_the_disk_is_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecretvalue")
+    for name in ("environment.json", "a.json"):
+        records.write_dict(tmp_path, name, {"note": "hf_verysecretvalue"})
+    monkeypatch.delenv("HF_TOKEN")
+    for name in ("environment.json", "a.json"):
+        assert records.read_dict(tmp_path, name)["note"] != "hf_verysecretvalue"
+
+
 def test_a_kill_between_the_hash_and_the_file_is_no_damage(tmp_path):
     records.write_dict(tmp_path, "a.json", {"n": 1})
     old = (tmp_path / "a.json").read_bytes()

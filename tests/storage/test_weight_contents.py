@@ -48,6 +48,8 @@ WITH_EMA = {
     "ema_pytorch": {"model": LIVE, "ema": below("online_model.", LIVE) | below("ema_model.", EMA)},
     "a callback": {"state_dict": LIVE, "callbacks": {"EMA": {"ema_state_dict": EMA}}},
     "swa": {"state_dict": LIVE, "swa_state_dict": EMA},
+    "a rate in the name": {"model": LIVE, "ema_0.9999": EMA},
+    "two containers": {"model": {"state_dict": LIVE, "ema_state_dict": EMA}},
 }  # fmt: skip
 
 
@@ -75,6 +77,7 @@ WITHOUT_EMA = {
     "an empty one": {"model": LIVE, "ema": {}},
     "its settings": {"model": LIVE, "ema": {"decay": 0.999, "every": 10}},
     "params": {"params": LIVE},
+    "two containers": {"checkpoint": 3, "model": {"state_dict": LIVE}},
     "no container": LIVE,
 }
 
@@ -86,6 +89,7 @@ def test_live_weights_are_taken_where_there_is_no_ema(name):
 
 
 AMBIGUOUS = {
+    "several rates": ({"model": LIVE, "ema_0.99": EMA, "ema_0.9999": EMA}, "several sets of EMA"),
     "several": ({"model": LIVE, "ema": EMA, "swa_state_dict": EMA}, "several sets of EMA weights"),
     "other names": ({"model": LIVE, "ema": {"other.w": torch.ones(1)}}, "lack: other"),
     "a list of another length": (
@@ -163,6 +167,11 @@ def test_ema_weights_in_the_same_state_are_taken(state):
     assert "EMA weights (" in said[0]
 
 
+def test_buffers_stay_beside_ema_weights_below_another_prefix():
+    state = below("pipe.transformer.", LIVE | BUFFERS) | below("ema.", EMA)
+    assert same(fitted(state, {**LIVE, **BUFFERS}), EMA | BUFFERS)
+
+
 @pytest.mark.parametrize("own", [below("module.", LIVE), below("model.", LIVE), LIVE])
 def test_names_that_match_are_left_alone(own):
     assert same(fitted(own, own), own)
@@ -229,6 +238,8 @@ def test_a_message_says_what_the_file_is(name):
 def test_an_unknown_prefix_of_all_names_is_named():
     found = differences(LIVE, below("my.wrapper.", LIVE))
     assert found and "all its names begin with 'my.wrapper.'; save it without" in found.lines
+    found = differences(LIVE, below("my.wrapper.", {"other.w": torch.zeros(1)}))
+    assert found and "begin with" not in found.lines
 
 
 # --- values ---------------------------------------------------------------------------------------

@@ -131,9 +131,10 @@ def test_samples_equal_those_of_the_pipeline(folder, monkeypatch, name, guidance
     named = "cogvideox_2b_sft" if name == "ddim" else "cogvideox_5b_sft"
     system = ours(folder, *words(named, "sampler", "guidance"))
     draws = Recorded({f"sampler_noise_{i}": n.transpose(1, 2) for i, n in enumerate(noises)})
-    conditions = [Conditions(context=text), Conditions(context=empty)]
+    full, dropped = system.guidance.passes(("text",))
+    passes = [(full, Conditions(context=text)), (dropped, Conditions(context=empty))]
     got = denoise(
-        system.backbone, system.schedule, system.guidance, conditions, system.sampler,
+        system.backbone, system.schedule, system.guidance, passes, system.sampler,
         z.transpose(1, 2).contiguous(), steps, draws,
     )  # fmt: skip
     want = their_samples(name, steps, noises, monkeypatch)

@@ -22,6 +22,7 @@ from plugins.guidance.cfg import ClassifierFree
 from plugins.guidance.none import NoGuidance
 from plugins.guidance.text_image import TextImage
 from plugins.loss.ldm import LDMLoss
+from plugins.method.denoising import Denoising
 from plugins.sampler.ddim import DDIM
 from plugins.schedule.ddpm import DDPM
 from plugins.vae.kl import AutoencoderKL
@@ -141,7 +142,8 @@ def system(**settings) -> LatentDiffusion:
     root = Root(backbone=UNet3D.Config(), vae=AutoencoderKL.Config(), trainer=TrainerConfig())
     parts = Parts(
         first_stage(), conditioner(**settings), stub(Network(), "unet"), DDPM(SCHEDULE),
-        LDMLoss(LDMLoss.Config()), DDIM(DDIM.Config()), NoGuidance(NoGuidance.Config()),
+        LDMLoss(LDMLoss.Config()), Denoising(Denoising.Config()), DDIM(DDIM.Config()),
+        NoGuidance(NoGuidance.Config()),
     )  # fmt: skip
     return LatentDiffusion(Wiring(root, (), (), (), ()), parts, 8)
 
@@ -253,18 +255,18 @@ def test_sampling_follows_the_recorded_trajectory(case):
     network = Network()
     network.load_state_dict(filled("dynamicrafter", DDIM_FACTS["weights"]["unet"]))
     contexts = ("context", "uncond_context_img_nonetext", "uncond_context")  # by signals dropped
-    conditions = [
-        Conditions(
-            DDIM_TENSORS[f"in/{contexts[len(dropped)]}"], concat=DDIM_TENSORS["in/concat"],
+    passes = [
+        (p, Conditions(
+            DDIM_TENSORS[f"in/{contexts[len(p.dropped)]}"], concat=DDIM_TENSORS["in/concat"],
             scalars={"fps": DDIM_TENSORS["in/fs"].float()},
-        )
-        for dropped in guidance.passes(("text", "image"))
+        ))
+        for p in guidance.passes(("text", "image"))
     ]  # fmt: skip
     spacing = kwargs["timestep_spacing"].removeprefix("uniform_")
     noise = DDIM_TENSORS.get(f"in/{case}/noise", ())
     hooks = Record()
     end = denoise(
-        network, DDPM(SCHEDULE), guidance, conditions,
+        network, DDPM(SCHEDULE), guidance, passes,
         DDIM(DDIM.Config(spacing=spacing, eta=kwargs.get("eta", 0.0), end="first")),
         DDIM_TENSORS["in/x_T"], this["steps"],
         Recorded({f"sampler_noise_{i}": n for i, n in enumerate(noise)}), hooks,

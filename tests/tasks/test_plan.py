@@ -37,7 +37,7 @@ from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
-from sandbox.plan.text import plan_text
+from sandbox.plan.text import count, flops, plan_text
 from sandbox.runs.run import identity_of_work
 from tests.helpers import TINY, composed
 
@@ -346,6 +346,16 @@ def test_the_plan_of_a_system_is_printed_and_written(tmp_path, capsys):
     html = (tmp_path / "plan.html").read_text()
     assert "<svg" in html and "<script" not in html and "src=" not in html
     assert "recipe=&lt;b&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0"), (999, "999"), (1000, "1 k"), (999_600, "1 M"), (391_712, "392 k"),
+     (1.69e9, "1.69 B"), (2.5e12, "2.5 T")],
+)  # fmt: skip
+def test_counts_have_three_digits_and_a_prefix(number, shown):
+    assert count(number) == shown
+    assert flops(number) == f"{shown.replace('B', 'G')}{'' if ' ' in shown else ' '}FLOP"
 
 
 def test_a_configuration_that_does_not_wire_is_refused_with_every_problem():

@@ -7,6 +7,7 @@ import pytest
 
 from sandbox import compose
 from sandbox.cli.jobs import check_and_wire, perform
+from sandbox.config.paths import CONF
 from sandbox.contracts import ConfigError, SandboxError
 from sandbox.tasks import verify
 from sandbox.tasks.verify import GOLDEN, Row, outputs, read_evidence, same
@@ -48,6 +49,61 @@ def test_what_differs_is_named_in_the_table_and_in_the_error(capsys):
     assert raised.value.exit_code != 0
     (row,) = (x for x in capsys.readouterr().out.splitlines() if "ema.decay" in x)
     assert row.split()[:5] == ["NOT", "ema.decay", "0.999", "published:", "0.9999"]
+
+
+def test_every_recipe_of_the_four_systems_has_evidence():
+    """The tiny siblings have none: their sizes are not published."""
+    systems = ("ldm", "dynamicrafter", "easyanimate", "cogvideox")
+    recipes = {p.stem for s in systems for p in CONF.glob(f"experiment/{s}_*.yaml")}
+    assert {p.stem for p in PUBLISHED} == {n for n in recipes if not n.endswith("_tiny")}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "rows"),
+    [
+        ("2b_sft", "backbone.num_layers=29", ["backbone: numbers", "backbone: names",
+         "backbone: names: missing", "backbone.num_layers"]),
+        ("2b_sft", "backbone.use_rotary_positional_embeddings=true",
+         ["backbone.use_rotary_positional_embeddings"]),
+        ("2b_sft", "vae.layers_per_block=2", ["vae: numbers", "vae: names", "vae: names: missing",
+         "vae.layers_per_block"]),
+        ("2b_sft", "conditioning.d_ff=5120", ["conditioning: shapes: differing",
+         "conditioning.d_ff"]),
+        ("2b_sft", "schedule.snr_shift=1", ["schedule.snr_shift"]),
+        ("2b_lora", "adapter.rank=64", ["adapter: numbers", "adapter: shapes: differing",
+         "adapter.rank"]),
+        ("5b_lora", "adapter.targets=[to_q]", ["adapter: numbers", "adapter: tensors"]),
+        ("5b_lora", "sampler=ddim", ["sampler.plugin"]),
+    ],
+)  # fmt: skip
+def test_what_differs_from_cogvideox_is_named(recipe, override, rows):
+    recipe = f"cogvideox_{recipe}"
+    wiring = check_and_wire(composed("task=verify", f"experiment={recipe}", override))
+    evidence = read_evidence(recipe)
+    found = [*verify.weights(wiring, evidence), *settings_rows(wiring.root, evidence)]
+    assert failing(found) == rows
+
+
+def test_folders_of_the_user_are_not_read(tmp_path):
+    """Cached latents and released weights are often named on the command line."""
+    words = ("experiment=cogvideox_2b_sft", f"data.root={tmp_path}", f"init_from={tmp_path}")
+    wiring = check_and_wire(composed("task=verify", *words))
+    assert failing(verify.weights(wiring, read_evidence("cogvideox_2b_sft"))) == []
+
+
+@pytest.mark.parametrize("words", ["layout=diffusers", "layout=null"])
+def test_a_layout_that_cannot_write_the_system_fails_its_row(words):
+    wiring = check_and_wire(composed("task=verify", "experiment=ldm_celebahq_vq4", words))
+    assert failing(verify.weights(wiring, read_evidence("ldm_celebahq_vq4"))) == ["layout"]
+
+
+def test_a_group_with_another_plugin_inherits_no_settings():
+    base = {"sampler.plugin": ["sampler/ddim", ""], "sampler.eta": [0, ""], "adapter": [None, ""],
+            "lr": [1, ""], "callbacks.images.every": [5, ""]}  # fmt: skip
+    own = {"sampler.plugin": ["sampler/euler", ""], "adapter.plugin": ["adapter/lora", ""],
+           "callbacks.images.plugin": ["callbacks/images", ""]}  # fmt: skip
+    assert verify.inherited(base, own).keys() == {*own, "lr", "callbacks.images.every"}
+    assert verify.inherited(base, {"sampler.plugin": ["sampler/ddim", ""]}) == base
 
 
 def test_missing_and_unexpected_names_are_counted(tmp_path, monkeypatch):
@@ -107,9 +163,17 @@ def test_tests_that_fail_fail_their_row(tmp_path, monkeypatch):
     (home / "tests/golden").mkdir(parents=True)
     (home / "tests/test_one.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     (home / "tests/test_two.py").write_text("def test_a(): pass\n")
+    skip = "import pytest\n@pytest.mark.skip\ndef test_b(): assert 0\n"
+    (home / "tests/test_two_of.py").write_text(f"{skip}def test_a(): pass\n")
+    (home / "tests/test_skipped.py").write_text(skip)
     monkeypatch.setattr(verify, "GOLDEN", home / "tests/golden")
     rows = [*outputs(["tests/test_one.py", "tests/test_two.py", "tests/test_none.py"])]
     assert "tests/test_one.py" in failing(rows) or "tests" in failing(rows)
+    names = ["tests/test_two.py", "tests/test_two_of.py", "tests/test_skipped.py"]
+    two, two_of, skipped = outputs(names)
+    assert (two.here, two.is_same, two.source) == ("1 passed", True, "")
+    assert (two_of.here, two_of.is_same, two_of.source[:9]) == ("1 passed", True, "1 skipped")
+    assert (skipped.here, skipped.is_same) == ("0 passed", False)  # nothing was compared
 
 
 def test_a_row_shows_the_published_value_only_where_it_differs():

@@ -186,3 +186,26 @@ def test_the_settings_of_weights_say_what_a_file_is(tmp_path, setting, what):
     words = TINY if setting == "init_from" else (*rest, *VAE)
     with pytest.raises(StorageError, match=rf"{setting}=.*: not a readable .*: it is {what}"):
         check_weights(wire(compose(*words, f"{setting}={tmp_path / name}")))
+
+
+def test_the_index_of_a_split_model_is_no_checkpoint_of_ours(tmp_path):
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "b"}}))
+    with pytest.raises(StorageError, match=f"the index of weights .* its folder: {tmp_path}"):
+        check_weights(wire(compose(*TINY, f"init_from={path}")))
+
+
+FOLDERS = {
+    "a LoRA of peft": ("adapter_model.safetensors", "the folder of a LoRA; use adapter=lora"),
+    "a LoRA of diffusers": ("pytorch_lora_weights.safetensors", "the folder of a LoRA"),
+    "another name": ("model_7.ckpt", r"It has model_7\.ckpt: name one of these"),
+    "half precision alone": ("diffusion_pytorch_model.fp16.safetensors", r"It has diff.*fp16"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_init_from_says_what_a_folder_has(tmp_path, name):
+    file_name, want = FOLDERS[name]
+    file({"a": torch.ones(1)}, tmp_path / file_name)
+    with pytest.raises(StorageError, match=want):
+        init_from(build(compose(*TINY)), tmp_path)

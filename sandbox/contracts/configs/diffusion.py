@@ -23,6 +23,10 @@ class ScheduleConfig(PluginConfig, ABC):
     def predicts(self) -> str:
         """The prediction target: "eps", "v", "x0" or "velocity" (eps - z0)."""
 
+    def takes_frame_times(self) -> bool:
+        """Whether alpha, sigma, target, denoised and weight accept t (B, T)."""
+        return False
+
     def ends_in_noise(self) -> bool:
         """Whether SNR(T) = 0. Then eps is uninformative at T, and sampling must start at T."""
         return False
@@ -39,9 +43,30 @@ class ScheduleConfig(PluginConfig, ABC):
 class LossConfig(PluginConfig):
     """The training loss of a prediction."""
 
+    def takes_frame_times(self) -> bool:
+        """Whether it accepts t (B, T)."""
+        return False
+
     def accepts(self, schedule: ScheduleConfig) -> Iterator[str]:
         """Problems with this schedule, one line each."""
         yield from ()
+
+
+@dataclass
+class MethodConfig(PluginConfig):
+    """The training method: the model calls of a training step."""
+
+    def accepts(self, schedule: ScheduleConfig, loss: LossConfig) -> Iterator[str]:
+        """Problems with this schedule and loss, one line each."""
+        yield from ()
+
+    def frame_times(self) -> bool:
+        """Whether it gives each frame a time of its own."""
+        return False
+
+    def features(self) -> tuple[str, ...]:
+        """Names of the backbone modules whose outputs it reads."""
+        return ()
 
 
 @dataclass
@@ -61,6 +86,25 @@ class SamplerConfig(PluginConfig):
     def problems(self) -> Iterator[str]:
         yield from in_range("steps", self.steps, 1, 10_000)
 
+    def frame_times(self) -> bool:
+        """Whether it gives each frame a time of its own."""
+        return False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One model pass of a sampling step.
+
+    dropped: signals that the conditions lack. skip: names of backbone modules that return their
+    input.
+    """
+
+    dropped: frozenset[str] = frozenset()
+    skip: tuple[str, ...] = ()
+
+
+FULL = Pass()
+
 
 @dataclass
 class GuidanceConfig(PluginConfig):
@@ -70,9 +114,17 @@ class GuidanceConfig(PluginConfig):
         """Problems with this schedule, one line each."""
         yield from ()
 
-    def passes(self, signals: tuple[str, ...]) -> tuple[frozenset[str], ...]:
-        """Signals dropped in each pass, the full pass first: ({}, {"text"}).
+    def passes(self, signals: tuple[str, ...]) -> tuple[Pass | frozenset[str], ...]:
+        """The passes, the full pass first: (FULL, Pass({"text"})).
 
-        One pass if no signal can be dropped.
+        `signals`: those that can be dropped. Without any, classifier-free guidance has one pass.
         """
-        return (frozenset(),)
+        return (FULL,)
+
+    def skipped(self) -> tuple[str, ...]:
+        """Names of the backbone modules that a pass skips."""
+        return ()
+
+    def active(self, passes: tuple[Pass, ...], step: int, steps: int) -> tuple[Pass, ...]:
+        """The passes that this step runs, in their order; `step` counts from 0."""
+        return passes

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from sandbox.contracts.configs.base import PluginConfig
 from sandbox.contracts.sizes import Clip, Slots
@@ -78,6 +78,10 @@ class BackboneConfig(PluginConfig, ABC):
         `outputs`: output channels per latent channel.
         """
 
+    def takes_frame_times(self) -> bool:
+        """Whether it accepts a time for each frame, t (B, T), with these settings."""
+        return False
+
     def layers(self) -> tuple[str | None, int]:
         """The setting with the number of identical layers (or None), and their repeat period.
 
@@ -143,9 +147,39 @@ class AdapterConfig(PluginConfig):
         yield from ()
 
 
+@dataclass(frozen=True)
+class ReleasedClass:
+    """How the settings of a published class become those of a plugin.
+
+    Names of nested settings are joined by dots; settings with equal names need no entry.
+    plugin: such as "backbone/unet2d"; "vae/*" adds to the first stage of the same file.
+    names: their name -> ours; "betas.0" is an element, "count#" the length of a list.
+    values: their name -> {their value: ours}. fixed: settings of which one value is supported.
+    ignored: settings without an effect on the component. switches: setting -> those that have an
+    effect only where it is true. defaults: what a file that leaves a setting out means.
+    sets: settings of ours that every file of this class has. variants: (their name, {value:
+    plugin}). rest_ignored: all other settings are ignored.
+    """
+
+    plugin: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[str, Mapping[Any, str]] | None = None
+    rest_ignored: bool = False
+
+
 @dataclass
 class LayoutConfig(PluginConfig):
     """A published file format of a full system."""
+
+    def published_classes(self) -> Mapping[str, tuple[ReleasedClass, ...]]:
+        """By published class, or section of a file: the components that its settings describe."""
+        return {}
 
     def recognises(self, names: frozenset[str]) -> bool:
         """Whether a state with these names has this layout."""

@@ -150,6 +150,20 @@ def test_the_strength_of_rslora_is_alpha_by_the_root_of_the_rank(tmp_path, caplo
     assert "strength 4 (rsLoRA)" in caplog.text and "transformer. removed" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"r": "4", "lora_alpha": "8", "use_rslora": "true"},
+        {"rank": "4", "alpha": "8.0", "use_rslora": "True"},
+    ],
+)
+def test_settings_may_be_entries_of_the_header(tmp_path, header) -> None:
+    state = factors()
+    save_file(below("transformer.", state), tmp_path / "lora.safetensors", header)
+    a, b = (state[f"{LAYERS[0]}.lora_{k}.weight"] for k in "AB")
+    torch.testing.assert_close(loaded(tmp_path / "lora.safetensors")[LAYERS[0]], 4 * b @ a)
+
+
 PLAIN: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "peft names": lambda s: below("transformer.", s),
     "lora.down": lambda s: below(

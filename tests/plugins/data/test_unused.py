@@ -166,6 +166,14 @@ def test_a_link_to_the_folder_and_its_absolute_paths_fit(tmp_path):
     assert captions(link, "train/0.mp4", "train/1.mp4") == ["caption 0", "caption 1"]
 
 
+def test_accents_and_backslashes_of_tables_fit(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "captions.csv").write_text(
+        "file,caption\ntrain/caf\u00e9.mp4,one\ntrain\\b.mp4,two\n", encoding="utf-8"
+    )
+    assert captions(tmp_path, "train/cafe\u0301.mp4", "train/b.mp4") == ["two", "one"]
+
+
 def test_earlier_places_win(tmp_path):
     (tmp_path / "train").mkdir()
     for name in ("captions.csv", "metadata.csv"):
@@ -345,6 +353,14 @@ def test_samples_without_pixels_and_other_members_are_named(tmp_path, caplog):
         "2 compressed shards; decompress them", "1 .md files, which are not read",
     ):  # fmt: skip
         assert words in caplog.text
+
+
+@pytest.mark.parametrize("other", ["caption", "json"])
+def test_another_member_with_captions_is_named(tmp_path, other):
+    content = {f"{i}.{e}": png() if e == "png" else b"a" for i in range(3) for e in ("png", other)}
+    shard(tmp_path / "0.tar", content)
+    with pytest.raises(BadItem, match=f"data.caption={other} reads another member"):
+        shards(tmp_path).split("train").load(0, keyed(0))
 
 
 @pytest.mark.parametrize("name", ["huge.png", "huge.mp4", "huge.txt", "huge.json"])

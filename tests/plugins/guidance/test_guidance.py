@@ -13,6 +13,7 @@ from plugins.guidance.cfg import ClassifierFree
 from plugins.guidance.cogvideox_dynamic import CogVideoXDynamic
 from plugins.guidance.none import NoGuidance
 from plugins.schedule.flow import Flow
+from sandbox.contracts import FULL, Pass
 
 GOLDEN = Path(__file__).parents[2] / "golden/dynamicrafter/ddim"
 T = torch.tensor([5, 5])
@@ -29,18 +30,18 @@ def outs(n: int) -> list[torch.Tensor]:
 
 
 def test_guidance_has_a_full_and_an_unconditional_pass():
-    both = frozenset({"text", "image"})
-    assert made().passes(("text", "image")) == (frozenset(), both)
-    assert made().cfg.passes(("text", "image")) == (frozenset(), both)
+    both = Pass(frozenset({"text", "image"}))
+    assert made().passes(("text", "image")) == (FULL, both)
+    assert made().cfg.passes(("text", "image")) == (FULL, both)
 
 
 def test_scale_1_uses_one_pass():
-    assert made(guidance_scale=1.0).passes(("text",)) == (frozenset(),)
+    assert made(guidance_scale=1.0).passes(("text",)) == (FULL,)
 
 
 def test_without_signals_there_is_one_pass():
     guidance = made(guidance_scale=7.5, guidance_rescale=0.7)
-    assert guidance.passes(()) == (frozenset(),)
+    assert guidance.passes(()) == (FULL,)
     (out,) = outs(1)
     assert torch.equal(guidance.combine([out], T, 0, 1), out)
 
@@ -73,7 +74,7 @@ def test_full_rescaling_restores_the_deviation_of_every_sample():
 def test_no_guidance_returns_its_only_pass():
     guidance = NoGuidance(NoGuidance.Config())
     (out,) = outs(1)
-    assert guidance.passes(("text",)) == (frozenset(),)
+    assert guidance.passes(("text",)) == (FULL,)
     assert guidance.combine([out], T, 0, 1) is out
 
 
@@ -100,7 +101,7 @@ def test_dynamic_guidance_follows_the_published_formula(steps, t):
 
 
 def test_dynamic_guidance_of_scale_0_uses_one_pass():
-    assert CogVideoXDynamic.Config(guidance_scale=0.0).passes(("text",)) == (frozenset(),)
+    assert CogVideoXDynamic.Config(guidance_scale=0.0).passes(("text",)) == (FULL,)
 
 
 def test_dynamic_guidance_refuses_continuous_times():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from plugins.guidance.text_image import TextImage
+from sandbox.contracts import FULL, Pass
 
 BOTH = ("text", "image")
 T = torch.zeros(2, dtype=torch.int64)
@@ -18,7 +19,7 @@ def outs(count: int) -> list[torch.Tensor]:
 
 
 def test_it_has_a_full_an_image_and_an_unconditional_pass():
-    want = (frozenset(), frozenset({"text"}), frozenset(BOTH))
+    want = (FULL, Pass(frozenset({"text"})), Pass(frozenset(BOTH)))
     assert made().passes(BOTH) == made().cfg.passes(BOTH) == want
 
 
@@ -30,7 +31,7 @@ def test_each_signal_has_its_scale():
 
 def test_without_an_image_it_is_classifier_free_guidance():
     guidance = made(guidance_scale=5.0)
-    assert guidance.passes(("text",)) == (frozenset(), frozenset({"text"}))
+    assert guidance.passes(("text",)) == (FULL, Pass(frozenset({"text"})))
     full, uncond = outs(2)
     torch.testing.assert_close(
         guidance.combine([full, uncond], T, 0, 1), uncond + 5 * (full - uncond)

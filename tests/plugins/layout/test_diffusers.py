@@ -50,6 +50,12 @@ def test_split_and_join_are_inverses() -> None:
     assert LAYOUT.join(parts) == state
 
 
+def test_ema_weights_of_a_training_script_are_taken() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    parts = LAYOUT.split({"transformer/a": one, "transformer_ema/a": two, "vae/b": one})
+    assert parts == {"backbone": {"a": two}, "vae": {"b": one}}
+
+
 def test_unknown_folders_and_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="scheduler/x: want a name in one of transformer"):
         LAYOUT.split({"scheduler/x": torch.zeros(1)})

@@ -2,13 +2,14 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from plugins.logger.wandb import WandbLogger
+from plugins.logger.wandb import WandbLogger, _ensure_cache
 from tests.wandb_server import serving
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
@@ -17,8 +18,6 @@ SECRET = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def no_credentials(monkeypatch, tmp_path):
     """No credentials, no sweep agent, a temporary home."""
-    import os
-
     for name in [n for n in os.environ if n.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -217,7 +216,7 @@ def test_no_prompt_at_a_terminal_without_credentials(tmp_path):
 
 @pytest.mark.slow
 def test_an_unreachable_server_falls_back_to_offline_with_one_line(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)  # what the console shows
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run = logger(timeout=1.0)
@@ -245,3 +244,25 @@ def test_a_server_lost_during_a_run_loses_no_record(tmp_path, monkeypatch, caplo
     assert "wandb sync" in caplog.text
     logged = [row["loss"] for record in records(tmp_path) for row in history(record)]
     assert logged == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["no HOME", "HOME is a file", "cache is a file", "XDG is a file"])
+def test_without_a_cache_folder_a_run_is_recorded_without_noise(tmp_path, monkeypatch, kind):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("WANDB_DIR", str(file))
+    for name in ("WANDB_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if kind == "no HOME":
+        monkeypatch.delenv("HOME")
+    else:
+        names = {"HOME": "HOME", "cache": "WANDB_CACHE_DIR", "XDG": "XDG_CACHE_HOME"}
+        monkeypatch.setenv(names[kind.split()[0]], str(file))
+    _ensure_cache()
+    assert Path(os.environ["WANDB_CACHE_DIR"]).is_dir()
+
+
+def test_a_cache_folder_that_can_be_written_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "own"))
+    _ensure_cache()
+    assert os.environ["WANDB_CACHE_DIR"] == str(tmp_path / "own")

@@ -159,7 +159,7 @@ def test_dynamicrafter_trajectories_are_reproduced(case):
     def model(z: Tensor, t: Tensor, step: int) -> Tensor:
         passes = guidance.passes(("text", "image"))
         models = {0: full, 1: image, 2: uncond}  # by the number of dropped signals
-        outs = [models[len(dropped)](z, t) for dropped in passes]
+        outs = [models[len(p.dropped)](z, t) for p in passes]
         return guidance.combine(outs, t, step, this["steps"])
 
     spacing = kwargs["timestep_spacing"].removeprefix("uniform_")

@@ -94,6 +94,74 @@ def test_frames_follow_the_slices(settings: dict, frames: int, latents: int) -> 
     assert model.pixels(z).shape == x.shape
 
 
+# 8x8x8 has slices of one latent frame
+EIGHT = replace(
+    SMALL, ch_mult=(1, 2, 2, 2), down_block_types=("SpatialTemporalDownBlock3D",) * 4,
+    up_block_types=("SpatialTemporalUpBlock3D",) * 4, mini_batch_decoder=1, start="published",
+)  # fmt: skip
+PARITY = replace(EIGHT, first_frame="parity")
+
+
+@pytest.mark.parametrize(
+    ("cfg", "frames", "latents"),
+    [
+        (PARITY, 1, 1), (PARITY, 16, 2), (PARITY, 17, 3), (PARITY, 32, 4), (PARITY, 33, 5),
+        (EIGHT, 1, 1), (EIGHT, 9, 2), (EIGHT, 17, 3), (EIGHT, 33, 5),
+        (replace(SMALL, first_frame="parity"), 8, 2), (replace(SMALL, first_frame="parity"), 9, 3),
+        (replace(PARITY, mini_batch_encoder=24, mini_batch_decoder=3), 48, 6),
+        (replace(PARITY, mini_batch_encoder=24, mini_batch_decoder=3), 49, 7),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_slices_of_one_latent_frame_give_back_the_frames(cfg, frames: int, latents: int) -> None:
+    assert not list(cfg.problems())
+    model, x = built(cfg), clips(frames)
+    assert model.cfg.latents(Clip(*x.shape[1:])).frames == latents
+    z = model.encode(x).mean
+    assert z.shape[2] == latents
+    assert model.pixels(z).shape == x.shape
+
+
+@pytest.mark.parametrize("latents", [1, 2, 3, 4, 5])
+@torch.no_grad()
+def test_parity_decodes_as_published(latents: int) -> None:
+    """The published loop over slices, written out: an odd first frame alone, then neighbours."""
+    model = built(PARITY)
+    z = torch.randn(1, 4, latents, 1, 1, generator=torch.Generator().manual_seed(0))
+    h, decoder, video, before = model.post_quant_conv(z), model.decoder, [], None
+    if latents % 2:
+        video.append(decoder.upsample(decoder.features(h[:, :, :1]), single_frame=True))
+    for i in range(latents % 2, latents):
+        here, after = h[:, :, i : i + 1], h[:, :, i + 1 : i + 2]
+        parts = [*([] if before is None else [before]), here, *([after] if after.shape[2] else [])]
+        features = decoder.features(torch.cat(parts, 2))
+        start = 0 if before is None else 1
+        video.append(decoder.upsample(features[:, :, start : start + 1]))
+        before = here
+    want = torch.cat(video, 2)
+    assert want.shape[2] == (8 * latents if latents % 2 == 0 else 8 * latents - 7)
+    torch.testing.assert_close(model.pixels(z), want)
+
+
+@torch.no_grad()
+def test_parity_changes_nothing_where_slices_have_two_latent_frames() -> None:
+    model, by_parity = (built(replace(SMALL, first_frame=x)) for x in ("separate", "parity"))
+    for frames in (1, 8, 9, 17):
+        x = clips(frames)
+        z = model.encode(x).mean
+        assert torch.equal(by_parity.encode(x).mean, z)
+        assert torch.equal(by_parity.pixels(z), model.pixels(z))
+
+
+@pytest.mark.parametrize("frames", [0, 8, 9, 10, 24, 25])
+def test_frames_that_parity_would_change_are_refused(frames: int) -> None:
+    """As published, 9 frames have 2 latents, which give 16 frames."""
+    with pytest.raises(SizeError) as error:
+        PARITY.latents(Clip(3, frames, 16, 16))
+    want = f"frames={frames}: want 16 k + 1, or 16 k (first_frame=parity)"
+    assert str(error.value) == want
+
+
 @pytest.mark.parametrize(
     ("settings", "clip", "message"),
     [
@@ -200,6 +268,7 @@ def test_a_few_steps_overfit_a_clip() -> None:
         ({"tile_overlap_factor": 0.3}, "tile_overlap_factor=0.3: tiles of 96 latents"),
         ({"tile_overlap_factor": float("nan")}, "tile_overlap_factor=nan: want 0 to 0.5"),
         ({"scale_factor": 0.0}, "scale_factor=0.0: want > 0"),
+        ({"first_frame": "odd"}, "first_frame='odd': want one of"),
     ],
 )
 def test_a_bad_setting_is_reported(changes: dict, problem: str) -> None:

@@ -1,0 +1,118 @@
+"""What a training method works with: the networks of a system, and one micro-batch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.config.registry import nearest
+from sandbox.contracts import Batch, Clip, Conditions, ConfigError, Draws, Output
+
+if TYPE_CHECKING:
+    from sandbox.model.latent_diffusion import LatentDiffusion
+
+
+class Networks:
+    """The `Model` of a system, see sandbox.contracts."""
+
+    def __init__(self, system: "LatentDiffusion") -> None:
+        self.system, self.schedule, self.loss = system, system.schedule, system.loss
+
+    def __call__(
+        self, z_t: Tensor, t: Tensor, cond: Conditions, features: tuple[str, ...] = ()
+    ) -> Output:
+        backbone = self.system.backbone
+        with self.system.autocast(), captured(backbone, features) as found:
+            raw = backbone(*self.schedule.inputs(z_t, t), cond)
+        return Output(raw, found)
+
+
+class MicroBatch:
+    """The `Example` of a batch, see sandbox.contracts."""
+
+    def __init__(self, system: "LatentDiffusion", batch: Batch, draws: Draws) -> None:
+        self.system, self.batch, self.draws = system, batch, draws
+        self.video = batch.video
+        self._z0: Tensor | None = None
+        self._conditions: dict[frozenset[str] | None, Conditions] = {}
+
+    @property
+    def z0(self) -> Tensor:
+        if self._z0 is None:
+            self._z0 = self.system.latents(self.batch, self.draws)
+        return self._z0
+
+    def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
+        if drop not in self._conditions:
+            self._conditions[drop] = self._encoded(drop)
+        return self._conditions[drop]
+
+    def _encoded(self, drop: frozenset[str] | None) -> Conditions:
+        system, z0 = self.system, self.z0
+        if drop is None:
+            dropped = system.conditioner.drop(self.draws)
+        else:
+            dropped = dropped_signals(system.root.conditioning.signals(), drop, z0)
+        with system.on_device(system.conditioner):
+            return system.conditioner(
+                self.batch, Clip(*z0.shape[1:]), dropped, self.draws,
+                system.encoder(self.draws), z0,
+            )  # fmt: skip
+
+
+def dropped_signals(
+    signals: tuple[str, ...], dropped: frozenset[str], like: Tensor
+) -> dict[str, Tensor]:
+    """signal -> (B,) bool: the signals in `dropped` are dropped in every clip."""
+    return {s: torch.full((len(like),), s in dropped, device=like.device) for s in signals}
+
+
+def check_modules(backbone: Any, names: tuple[str, ...], setting: str) -> None:
+    """Raises ConfigError for names that are not modules of the backbone."""
+    known = [name for name, _ in backbone.named_modules() if name]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(*(
+            f"{setting}: the backbone has no module {name}{nearest(name, known)}"
+            for name in unknown
+        ))  # fmt: skip
+
+
+@contextmanager
+def captured(backbone: Any, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of these modules inside the block; of a tuple, the last tensor."""
+    found: dict[str, Tensor] = {}
+
+    def capture(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            found[name] = out[-1] if isinstance(out, tuple) else out
+
+        return hook
+
+    with _hooked(backbone, {name: capture(name) for name in names}):
+        yield found
+
+
+@contextmanager
+def skipped(backbone: Any, names: tuple[str, ...]) -> Iterator[None]:
+    """These modules return their input inside the block: the first argument, or the first two."""
+
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        return args[: len(out)] if isinstance(out, tuple) else args[0]
+
+    with _hooked(backbone, dict.fromkeys(names, hook)):
+        yield
+
+
+@contextmanager
+def _hooked(backbone: Any, hooks: dict[str, Any]) -> Iterator[None]:
+    handles = [
+        backbone.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
