@@ -192,10 +192,15 @@ def results(run: Path | str) -> dict[str, dict[str, float]]:
 
     Rows are "model" and its baselines, such as "real clips". Raises ConfigError without scores.
     """
-    from sandbox.runs.run import read_json
+    from sandbox.runs import records
 
     path = Path(run)
-    found = read_json(path / "metrics.json" if path.is_dir() else path).get("scores")
+    if path.is_dir():
+        found = records.read_dict(path, "metrics.json").get("scores")
+    else:
+        found = records.read_dict(path.parent.parent, f"{path.parent.name}/{path.name}").get(
+            "scores"
+        )
     if not found:
         raise ConfigError(f"{run}: it has no scores; want a finished run that has a metric")
     return found

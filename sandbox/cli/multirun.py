@@ -157,9 +157,9 @@ def _run_once(cfg: Any, overrides: Sequence[str], group: str | None) -> tuple[An
     folder = finished_run(wiring.root) if wiring else None
     if folder is None:
         return perform(root, overrides, group), ""
-    other = " by other code" if read_json(folder / "environment.json").get("code") != code() else ""
+    other = " by other code" if Run(folder).read("environment.json").get("code") != code() else ""
     print(f"done before{other}, in {folder} (resume=never repeats it)", flush=True)
-    return read_json(folder / "result.json"), f"done before{other}"
+    return Run(folder).read("result.json"), f"done before{other}"
 
 
 def _compare(folder: Path) -> None:

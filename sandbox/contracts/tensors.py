@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 # Keys of a sample that become the Batch fields of the same name (without the batch axis).
 SAMPLE_TENSORS = ("video", "stored", "image", "text", "text_mask", "no_text", "no_text_mask")
 

@@ -44,7 +44,7 @@ from sandbox.model.trainable import fingerprint, freeze
 from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_atomic
+from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_sealed
 from sandbox.storage.first_stage_files import data_identity
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal, read_member
@@ -111,7 +111,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     }
     if rank.index == 0:
         with storing(folder):
-            write_atomic(folder / "index.json", json.dumps(sealed(index)))
+            write_sealed(folder / "index.json", index)
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
                     prune(folder, index, root.task.shard_mb * 1_000_000)
@@ -163,7 +163,7 @@ def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
     for of, name in named:
         of[name] = moved.get(tuple(of[name]), of[name])
     if moved:
-        write_atomic(folder / "index.json", json.dumps(sealed(index)))
+        write_sealed(folder / "index.json", index)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     kept = index["first_stage"]["file"]

@@ -3,6 +3,7 @@
 Only run folders are read; no tracker is needed.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, StorageError
+from sandbox.runs import records
 from sandbox.runs.lookup import TRAINED_BY
 from sandbox.runs.run import Run, identity_of_work, leaves, read_json
 
@@ -22,6 +24,9 @@ COSTS = {  # key in a run's cost -> heading
     "peak_memory_mib": "memory [MiB]",
     "flops_per_step": "FLOPs per step",
 }
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Entry:
     @cached_property
     def by_prompt(self) -> dict[str, dict[str, float]]:
         """Score -> prompt -> mean over its clips."""
-        by_clip = read_json(self.folder / "scores_by_clip.json")
+        by_clip = Run(self.folder).read("scores_by_clip.json")
         scores: dict[str, dict[str, float]] = {}
         for name, values in by_clip.get("scores", {}).items():
             clips: dict[str, list[float]] = {}
@@ -106,25 +111,35 @@ def add(
     """Adds the finished training runs among `folders`; `planned`: `identity_of_work` -> FLOPs."""
     for path in folders:
         run = Run(path)
-        config = run.config()
+        try:
+            config, _ = run.config(), run.read("scores_by_clip.json")
+            files = with_evaluations(path), run.read("result.json"), run.read("environment.json")
+            run.metrics()
+        except StorageError as e:
+            log.warning("skipped run: %s", e)
+            runs.left_out.append(str(e))
+            continue
         if (config.get("task") or {}).get("plugin") != TRAINED_BY:
             continue
         if not run.finished:
             runs.left_out.append(f"{path.name} is not finished")
             continue
         flops = planned.get(identity_of_work(config)) if planned else None
-        records = with_evaluations(path), read_json(run.result), read_json(run.environment)
-        runs.entries.append(Entry(path, leaves(config), *records, flops))
+        runs.entries.append(Entry(path, leaves(config), *files, flops))
     return runs
 
 
 def with_evaluations(folder: Path) -> dict[str, Any]:
     """metrics.json, and from task=evaluate the scores that it lacks; of these the newest count."""
-    metrics = read_json(folder / "metrics.json")
+    metrics = Run(folder).read("metrics.json")
     known = metrics.setdefault("scores", {}).setdefault("model", {})
     paths = (folder / "evaluations").glob("evaluation-*.json")
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
-        evaluation = read_json(path)
+        name_in_run = f"evaluations/{path.name}"
+        records.check(folder, name_in_run)
+        if not path.stat().st_size:  # task=evaluate is at work
+            continue
+        evaluation = records.read_dict(folder, name_in_run)
         scores = evaluation.get("scores", {}).get("model", {})
         for name in [n for n in scores if n not in known]:
             known[name] = scores[name]

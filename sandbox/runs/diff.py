@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox.runs.run import IGNORED, Run, changes, existing_run, leaves, matches, read_json
+from sandbox.runs.run import IGNORED, Run, changes, existing_run, leaves, matches
 
 # Timings and memory, which differ between equal runs.
 MEASURED = ("*seconds*", "*per_second*", "*_ms", "time*", "*memory*")
@@ -44,7 +44,7 @@ def compare_runs(a: Path, b: Path) -> RunDiff:
     one, other = existing_run(a), existing_run(b)
     settings = changes(one.config(), other.config())
     ignored = {name for name in settings if matches(name, IGNORED)}
-    envs = read_json(one.environment), read_json(other.environment)
+    envs = one.read("environment.json"), other.read("environment.json")
     rest = [leaves({k: v for k, v in e.items() if k not in NOT_COMPARED}) for e in envs]
     versions, data = ([leaves(e.get(key) or {}) for e in envs] for key in ("versions", "data"))
     return RunDiff(
@@ -99,7 +99,7 @@ def _steps(one: Run, other: Run) -> Iterator[str]:
 
 
 def _scores(one: Run, other: Run) -> list[str]:
-    results = [read_json(run.result) for run in (one, other)]
+    results = [run.read("result.json") for run in (one, other)]
     for name, run, result in zip(("first", "second"), (one, other), results, strict=True):
         if not result:
             return [f"the {name} run has no result: {run.folder.name} is not finished"]

@@ -1,5 +1,6 @@
 """Finds earlier runs: the one that a task works on, and its configuration."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,8 @@ from sandbox.runs.run import Run, existing_run
 # The groups that a run's weights depend on: another plugin or setting there makes them wrong.
 DETERMINES_WEIGHTS = ("vae", "conditioning", "backbone", "schedule")
 TRAINED_BY = "task/train"  # runs of other tasks have no system (task=train_vae: a first stage)
+
+log = logging.getLogger(__name__)
 
 
 def find_run(out: str, named: str | None) -> Path:
@@ -32,13 +35,22 @@ def find_run(out: str, named: str | None) -> Path:
         return folder
     finished = [p.parent for p in Path(out).glob("*/result.json")]
     finished.sort(key=lambda f: (f / "result.json").stat().st_mtime_ns, reverse=True)
-    newest = next((f for f in finished if task_of(f) == TRAINED_BY), None)
+    newest = next((f for f in finished if _is_trained(f)), None)
     if newest is None:
         raise ConfigError(
             f"task.run=null: no finished run in out={out}; train one first (python run.py), "
             "or name a folder"
         )
     return newest
+
+
+def _is_trained(folder: Path) -> bool:
+    """Whether it is a run of task=train; False, with one line, for a damaged folder."""
+    try:
+        return task_of(folder) == TRAINED_BY
+    except StorageError as e:
+        log.warning("skipped run: %s", e)
+        return False
 
 
 def read_root(folder: Path) -> Root:

@@ -6,7 +6,7 @@ The name is the recipe and a hash of the resolved config, so the same command fi
       lock                        names the running process; the system frees it when that dies
       config.yaml                 resolved, secrets masked
       environment.json            versions, code, machine, command line and its folder; earlier
-                                  starts in "earlier"
+                                  starts in "earlier"; hashes of the files below
       metrics.jsonl               metrics, a line per step; the last line of a step counts
       checkpoints/ samples/
       result.json                 written last: the run is finished
@@ -34,10 +34,12 @@ from typing import Any, Self
 from sandbox.config.added_settings import with_added, without_added
 from sandbox.config.root import to_container
 from sandbox.config.secrets import folder_name, mask
+from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
+from sandbox.runs import records
 from sandbox.runs.environment import environment
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storing
 from sandbox.storage.locks import FileLock
 
 # Settings that do not change a result, and all below them. They are not part of a run's identity
@@ -310,16 +312,26 @@ class Run:
         """The recorded config, with settings that were added later. Raises StorageError."""
         import yaml
 
+        text = records.read(self.folder, self.config_file.name)
         try:
-            text = self.config_file.read_text(encoding="utf-8")
             found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        except (OSError, yaml.YAMLError) as e:
-            raise StorageError(f"{self.config_file}: cannot be read ({e})") from e
+            if not isinstance(found, dict):
+                raise ValueError("no settings")
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            reason = first_line(str(e)) or type(e).__name__
+            raise StorageError(f"{self.config_file}: cannot be read ({reason})") from e
         return with_added(found)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The dict in a JSON file of the run; empty where there is none.
+
+        Raises StorageError for a damaged one.
+        """
+        return records.read_dict(self.folder, name)
 
     def started_in(self) -> Path:
         """The folder that its relative paths refer to: that of its last start, if it exists."""
-        folder = Path(read_json(self.environment).get("folder", ""))
+        folder = Path(self.read(self.environment.name).get("folder", ""))
         return folder if folder.is_absolute() and folder.is_dir() else Path.cwd()
 
     def record_all(self, rows: Iterable[tuple[int, Mapping[str, float]]]) -> None:
@@ -334,29 +346,36 @@ class Run:
         self._append(json.dumps({"rewind": step}) + "\n")
 
     def metrics(self) -> dict[int, dict[str, float]]:
-        """Step -> metrics, in step order. Skips a line that a kill has cut off."""
+        """Step -> metrics, in step order. Skips a line that a kill has cut off.
+
+        Raises StorageError where the file of a finished run has changed.
+        """
         found: dict[int, dict[str, float]] = {}
         if not self.metrics_file.is_file():
             return found
+        records.check(self.folder, self.metrics_file.name)
         with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if "rewind" in row:
+                kinds = {k: type(v) for k, v in row.items()} if isinstance(row, dict) else {}
+                if kinds.get("rewind") is int:
                     found = {s: m for s, m in found.items() if s <= row["rewind"]}
-                else:
+                elif kinds.get("step") is int:
                     found.setdefault(row.pop("step"), {}).update(row)
         return dict(sorted(found.items()))
 
     def describe(self, **facts: Any) -> None:
         """Adds facts that are known later (device, kernels) to environment.json."""
-        self._write_json(self.environment, {**read_json(self.environment), **mask(facts)})
+        name = self.environment.name
+        records.write_dict(self.folder, name, {**self.read(name), **mask(facts)})
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json atomically, which marks the run as finished."""
-        self._write_json(self.result, mask(result))
+        records.add(self.folder, self.metrics_file.name)
+        records.write_dict(self.folder, self.result.name, mask(result))
 
     def holder(self) -> str:
         """The process that runs in the folder, such as "process 12 on host a (since ...)"."""
@@ -376,26 +395,24 @@ class Run:
         config, self._config = self._config, None
         if config is None:
             return
+        earlier, now = self.read(self.environment.name), environment()
         self._accepted = True
-        earlier, now = read_json(self.environment), environment()
         was, code = earlier.get("code"), now["code"]
         if self.resumed and was != code:
             log.warning("%s is resumed with other code: %s -> %s", self.folder, was, code)
-        if self._own_lock.left:
-            log.warning(
-                "%s: %s was running in it and may still be; make sure that it is not",
-                self.folder,
-                self._own_lock.left,
-            )
+        if left := self._own_lock.left:
+            log.warning("%s: %s was running in it and may still be; stop it", self.folder, left)
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
         with storing(self.folder):
             self.checkpoints.mkdir(exist_ok=True)
             self.samples.mkdir(exist_ok=True)
-            write_atomic(self.config_file, yaml.safe_dump(mask(config), sort_keys=False, width=100))
             if self.finished:  # with fewer steps
                 self.result.replace(self.folder / "result.earlier.json")
-        self._write_json(self.environment, now)
+        records.forget(self.folder, self.metrics_file.name)
+        text = yaml.safe_dump(mask(config), sort_keys=False, width=100)
+        records.write(self.folder, self.config_file.name, text)
+        records.write_dict(self.folder, self.environment.name, now)
 
     def _lock(self, seconds: float = 0) -> bool:
         """Takes the lock, which the system frees when this process dies.
@@ -421,10 +438,6 @@ class Run:
                     text = "\n" + text
             file.write(text.encode())
         self._last_line_is_complete = True
-
-    def _write_json(self, path: Path, content: Mapping[str, Any]) -> None:
-        with storing(path):
-            write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

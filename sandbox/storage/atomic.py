@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config.secrets import without_secrets
-from sandbox.contracts import StorageError
+from sandbox.contracts import ConfigError, StorageError
 
+MB = 1_000_000
 SEAL = "sha256"  # key of a JSON object with the hash of the rest
 
 
@@ -84,10 +86,32 @@ def is_writable(folder: Path) -> bool:
         return False
 
 
+def check_writable(folder: Path, setting: str) -> None:
+    """Raises ConfigError, which names `setting`, for a folder that cannot be written."""
+    if not is_writable(folder):
+        raise ConfigError(f"{setting}={folder}: cannot be written; choose another folder")
+
+
+def check_space(folder: Path, size: int, what: str) -> None:
+    """Raises StorageError where less than `size` bytes are free, the least that `what` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise StorageError(
+            f"{folder}: {free // MB} MB are free, {what} needs at least {size // MB} MB; free some "
+            "space, or choose another out="
+        )
+
+
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The dict with a hash of its JSON under SEAL."""
     rest = {k: v for k, v in content.items() if k != SEAL}
     return rest | {SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+
+
+def write_sealed(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Writes a sealed dict as JSON, atomically and without secrets. Raises OSError."""
+    written = json.loads(without_secrets(json.dumps(content)))  # the hash is of what is written
+    write_atomic(path, json.dumps(sealed(written), indent=indent) + "\n")
 
 
 def is_sealed(content: dict[str, Any]) -> bool:

@@ -39,19 +39,20 @@ class Evaluate:
         self, wiring: Any, overrides: Sequence[str] = (), group: str | None = None
     ) -> dict[str, Any]:
         import itertools
-        import json
         from pathlib import Path
 
         from sandbox.config.secrets import mask_text
         from sandbox.contracts import Clip
         from sandbox.data.batching import summary
         from sandbox.evaluation.evaluate import evaluate
+        from sandbox.runs import records
         from sandbox.runs.protocol import protocols
-        from sandbox.storage.atomic import claimed, storing, write_atomic
+        from sandbox.storage.atomic import check_writable, claimed, storing
         from sandbox.training.build import load_system
         from sandbox.training.finish import print_scores, spread, write_sheet
 
         folder = Path(self.cfg.run or "")
+        check_writable(folder / "evaluations", "task.run")
         weights = self.cfg.weights if wiring.root.ema.keeps_ema() else "live"
         system = load_system(folder, weights, wiring)
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
@@ -71,7 +72,7 @@ class Evaluate:
         }
         with storing(to):
             write_sheet(sheet, found, spread(found.captions, self.cfg.samples) or [0])
-            write_atomic(record, json.dumps(scores, indent=1) + "\n")
+        records.write_dict(folder, f"evaluations/{record.name}", scores)
         print_scores(wiring.root, found)
         print(f"scores  {record}\nsheet   {sheet}")
         if found.skipped:

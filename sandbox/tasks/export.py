@@ -57,6 +57,7 @@ class Export:
         from sandbox.contracts import ConfigError
         from sandbox.model.components import DTYPES
         from sandbox.storage import weight_files
+        from sandbox.storage.atomic import check_writable
         from sandbox.training.build import load_state, restored_system
         from sandbox.weights.export import write_folder
         from sandbox.weights.system_files import split
@@ -70,13 +71,14 @@ class Export:
             raise ConfigError(f"layout=null: task=export task.format=original needs one: {known}")
         layout = registry.create(chosen) if cfg.format != "safetensors" else None
         is_folder = hasattr(layout, "described")
+        ending = "" if is_folder else ".ckpt" if layout else ".safetensors"
+        to = Path(cfg.to or folder / f"export{ending}")
+        check_writable(to if is_folder else to.parent, "task.to")
         use_live = cfg.weights == "live" or (cfg.weights == "both" and not is_folder)
         state = load_state(folder)
         system = restored_system(folder, state, "live" if use_live else "ema", wiring).cpu()
         step, ema = state["step"], state["ema"] if cfg.weights == "both" else None
         del state  # its optimizer is as large as two models
-        ending = "" if is_folder else ".ckpt" if layout else ".safetensors"
-        to = Path(cfg.to or folder / f"export{ending}")
         if is_folder:
             dtype = DTYPES[cfg.dtype] if cfg.dtype else None
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):

@@ -86,20 +86,22 @@ class Sample:
         from sandbox.evaluation.evaluate import generate
         from sandbox.evaluation.prompts import given
         from sandbox.reports.sample_files import write_samples
+        from sandbox.storage.atomic import check_writable
         from sandbox.training.build import initialised_system, load_system
 
         batch = given(root, prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
+        to = Path(root.out, "samples", folder_name(root.recipe))
+        to = to if cfg.run is None else Path(cfg.run, "samples", "prompts")
+        folder = Path(cfg.to or to)
+        check_writable(folder, "task.to")
         if cfg.run is None:
             system = initialised_system(wiring)
-            to = Path(root.out) / "samples" / folder_name(root.recipe)
         else:
             system = load_system(Path(cfg.run), cfg.weights, wiring, cfg.step)
-            to = Path(cfg.run) / "samples" / "prompts"
         video = generate(system, batch, watch=watch)
         parts = ("seed", "init_from", "task", "sampler", "guidance")
         made_by = {name: to_container(getattr(root, name)) for name in parts}
         made_by["step"] = system.finished_steps
-        folder = Path(cfg.to or to)
         paths = write_samples(folder, captions, video, cfg.save_fps, made_by, batch.image)
         return paths, captions

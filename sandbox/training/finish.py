@@ -15,10 +15,10 @@ from sandbox.reports import media
 from sandbox.reports.run_page import Report, read_curves, write_report
 from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.reports.scores import ScoreRow, terminal_table
+from sandbox.runs import records
 from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import storing, write_atomic
 from sandbox.training.state import Training
 
 BY_CLIP = "scores_by_clip.json"  # of the model
@@ -65,11 +65,10 @@ def finish_run(
         "protocols": protocols(root, clip, found.count, weights, [*found.meaning]),
         "cost": cost(system, seconds),
     }
-    with storing(run.folder):
-        if found.each:
-            each = {"captions": found.captions, "scores": found.each}
-            write_atomic(run.folder / BY_CLIP, json.dumps(each) + "\n")
-        write_atomic(run.folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    if found.each:
+        each = {"captions": found.captions, "scores": found.each}
+        records.write(run.folder, BY_CLIP, json.dumps(each) + "\n")
+    records.write_dict(run.folder, "metrics.json", metrics)
     page = write_report(
         run.folder, report(root, run, found, overrides, seconds, bad, sheet, samples)
     )
@@ -170,7 +169,7 @@ def report(
         sheet=sheet.resolve(),
         curves={**read_curves(run.folder)},
         notes=notes,
-        environment=json.loads(run.environment.read_text()),
+        environment=run.read("environment.json"),
         skipped=skipped,
         timings=seconds,
     )

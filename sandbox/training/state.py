@@ -37,6 +37,7 @@ from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
+from sandbox.storage.atomic import check_space
 from sandbox.training.image_rows import image_rows
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
 
@@ -384,6 +385,10 @@ def start(
     if newest is not None:
         training.restore(checkpoint.load(run.checkpoints / newest))
         print(f"resuming from step {training.step} ({newest})", flush=True)
+    if training.is_first and training.step < training.steps:
+        copies = 2 if training.ema else 1
+        size = copies * sum(p.numel() * p.element_size() for _, p in trained)
+        check_space(run.folder, size, "a checkpoint")
     run.accept()
     try:
         training.trackers.start(to_container(root), run.folder.name, group)

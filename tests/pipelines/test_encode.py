@@ -404,7 +404,7 @@ def test_damage_is_noticed_and_mended_by_encoding_again(folder, name, damage):
         items = registry.create(root.data).split("train")
         samples = [items.load(i, None) for i in range(len(items))]
         path, _ = source(root)
-        build_system(wire(root)).first_stage.full()
+        build_system(wire(root)).first_stage.full(torch.device("cpu"))
         weights = {k: x.clone() for k, x in weight_files.read(path).items()}  # the file changes
         return [*((s["stored"].tolist(), s["caption"]) for s in samples), weights]
 

@@ -151,18 +151,14 @@ def test_a_file_is_used_as_it_is(tmp_path):
 
 def test_a_file_of_another_size_is_refused(tmp_path):
     path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
-    with pytest.raises(
-        StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"
-    ):
+    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"):
         prepared(small(f"vae.weights={path}", "vae.components=16"))
 
 
 def test_a_file_of_another_size_is_refused_before_a_run_folder_is_made(tmp_path):
     path = weight_files.write(prepared(root_in(tmp_path)), tmp_path / "mine.safetensors")
     other = small(f"vae.weights={path}", "vae.components=16", f"out={tmp_path}/out")
-    with pytest.raises(
-        StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"
-    ):
+    with pytest.raises(StorageError, match=r"vae.weights=.*: 4 names or[^$]*first\.b"):
         train({"root": to_container(other), "group": None, "overrides": []}, Rank())
     assert not (tmp_path / "out").exists()
     check_weights(wire(small(f"vae.weights={path}")))
