@@ -163,15 +163,15 @@ def test_all_ranks_skip_a_bad_step_of_one(out, name):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    ("name", "said", "code"),
     [
-        ("error", "rank 1: ValueError: planned failure"),
-        ("kill", "rank 0: killed by SIGKILL"),
-        ("hang", "rank 1: no answer to rank 0"),
+        ("error", "rank 1: ValueError: planned failure", 1),
+        ("kill", "rank 0: killed by SIGKILL", 5),
+        ("hang", "rank 1: no answer to rank 0", 5),
     ],
 )
-def test_a_rank_that_fails_is_named_and_ends_the_run(out, name, said):
+def test_a_rank_that_fails_is_named_and_ends_the_run(out, name, said, code):
     found = result(out, name)
-    assert found["code"] == 1
+    assert found["code"] == code
     assert said in found["error"]
     assert not Path("/proc", str(result(out, "one")["pid"])).exists()

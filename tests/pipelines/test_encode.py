@@ -170,7 +170,7 @@ def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
     assert videos[0] == videos[1] and len(videos[0]) == 2
     assert all(p.is_meta for p in watched.system.first_stage._network[0].encoder.parameters())
 
-    with pytest.raises(ConfigError, match=r"no embedding of 'unheard of'"):
+    with pytest.raises(ConfigError, match=r"no embedding of \['unheard of'\]"):
         of_data(cached, ["unheard of"], 1)
     system = load_system(watched.folder)
     stored = system.sample(of_data(cached, ["a blue 7"], 1))
