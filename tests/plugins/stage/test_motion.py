@@ -59,7 +59,7 @@ def test_raft_loads_a_weights_file_strictly(tmp_path):
     assert one > 0
     assert one == flow_of(path, method="raft", weights=str(tmp_path / "raft.pth"))
     torch.save({"other": torch.zeros(1)}, tmp_path / "raft.pth")
-    with pytest.raises((RuntimeError, StorageError), match="Missing key|differ"):
+    with pytest.raises((RuntimeError, StorageError), match=r"Missing key|differ"):
         flow_of(path, method="raft", weights=str(tmp_path / "raft.pth"))
 
 
