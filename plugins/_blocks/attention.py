@@ -35,9 +35,9 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> three of (..., H, d)."""
+        """(..., D) -> three of (..., H, d), of one dtype: CUDA autocast runs norms in float32."""
         q, k, v = self.to_qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return self.norm_q(q), self.norm_k(k), v
+        return self.norm_q(q).to(v), self.norm_k(k).to(v), v
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(attend(*self.qkv(x)))
@@ -64,4 +64,4 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.num_heads, -1))  # (B, N, H, d)
         k, v = self.to_kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        return self.to_out(attend(self.norm_q(q), self.norm_k(k), v, mask))
+        return self.to_out(attend(self.norm_q(q).to(v), self.norm_k(k).to(v), v, mask))

@@ -6,7 +6,7 @@ Fields are not shared: each Config lists them in the order and with the defaults
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from sandbox.contracts import in_range, one_of
+from sandbox.contracts import BackboneConfig, ConfigError, in_range, one_of
 
 MOTION_MODULES = ("none", "vanilla", "grid")
 GROUPS = 32  # of every group norm of the UNets and of motion modules, as published
@@ -26,6 +26,13 @@ class Levels(Protocol):
     model_channels: int
     attention_resolutions: tuple[int, ...]  # downsampling factors
     channel_mult: tuple[int, ...]
+
+
+def block_at(backbone: BackboneConfig, place: float, setting: str) -> str:
+    """The name of the block at `place` of the depth, 0 to 1; ConfigError without blocks."""
+    if not (names := backbone.blocks()):
+        raise ConfigError(f"{setting}=null: this backbone names no blocks; want names of modules")
+    return names[int(place * len(names))]
 
 
 def slots_taken(**slots: bool) -> frozenset[str]:

@@ -161,6 +161,9 @@ class CogVideoX(nn.Module):
         def takes_frame_times(self) -> bool:
             return self.patch_size_t is None
 
+        def blocks(self) -> tuple[str, ...]:
+            return tuple(f"transformer_blocks.{i}" for i in range(self.num_layers))
+
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 1
 

@@ -146,6 +146,9 @@ class DiT(nn.Module):
         def takes_frame_times(self) -> bool:
             return self.patch_t == 1
 
+        def blocks(self) -> tuple[str, ...]:
+            return tuple(f"blocks.{i}" for i in range(self.num_blocks))
+
         def layers(self) -> tuple[str | None, int]:
             return "num_blocks", 2 if self.skips == "uvit" else 1
 

@@ -139,6 +139,9 @@ class EasyAnimate(nn.Module):
         def has_micro_conditions(self) -> bool:
             return self.sample_size == MICRO_SIZE
 
+        def blocks(self) -> tuple[str, ...]:
+            return tuple(f"transformer_blocks.{i}" for i in range(self.num_layers))
+
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 2 if self.enable_uvit else 1
 

@@ -152,6 +152,9 @@ class UNet2D(UNet):
                 adm_in_channels=slots.vector if "vector" in self.takes() else 0,
             )
 
+        def blocks(self) -> tuple[str, ...]:
+            return ("middle_block",)
+
         def adapter_targets(self) -> tuple[str, ...]:
             tokens = ("to_q", "to_k", "to_v", "to_out.0")
             if self.has_context():

@@ -180,6 +180,9 @@ class UNet3D(UNet):
         def takes_frame_times(self) -> bool:
             return True
 
+        def blocks(self) -> tuple[str, ...]:
+            return ("middle_block",)
+
         def adapter_targets(self) -> tuple[str, ...]:
             image = ("to_k_ip", "to_v_ip") if self.image_cross_attention else ()
             return ("to_q", "to_k", "to_v", "to_out.0", *image)

@@ -1,13 +1,15 @@
 """Skip-layer guidance: spatio-temporal skip guidance (Hyung et al. 2024, 2411.18664)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import Tensor
 
 from plugins._blocks.diffusion import rescaled
+from plugins._configs.backbone import block_at
 from plugins._configs.guidance import TwoPassConfig, interval_problems, is_within
-from sandbox.contracts import Pass, in_range
+from sandbox.contracts import BackboneConfig, Pass, in_range
 from sandbox.registry import register
 
 
@@ -21,29 +23,33 @@ class SkipLayer:
 
     @dataclass
     class Config(TwoPassConfig):
-        """skip: names of the backbone's modules to skip, such as blocks.2.
+        """skip: names of the backbone's modules to skip, such as [blocks.2]; null: the middle
+        one.
 
         skip_scale: 0 is plain classifier-free guidance. start, stop: the steps with the skipping
         pass, as fractions of all steps; Stable Diffusion 3.5 uses 0.01 to 0.2.
         """
 
-        skip: tuple[str, ...] = ("blocks.2",)
+        skip: tuple[str, ...] | None = None
         skip_scale: float = 1.0
         start: float = 0.0
         stop: float = 1.0
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            if not self.skip:
-                yield "skip=[]: want the names of modules of the backbone, such as [blocks.2]"
+            if self.skip == ():
+                yield "skip=[]: want the names of modules of the backbone, or null"
             yield from in_range("skip_scale", self.skip_scale, 0, 1000)
             yield from interval_problems("start", self.start, "stop", self.stop)
 
         def skipped(self) -> tuple[str, ...]:
-            return self.skip
+            return self.skip or ()
+
+        def wired(self, backbone: BackboneConfig) -> Self:
+            return self if self.skip else replace(self, skip=(block_at(backbone, 0.5, "skip"),))
 
         def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:
-            skipping = (Pass(skip=self.skip),) if self.skip_scale else ()
+            skipping = (Pass(skip=self.skipped()),) if self.skip_scale and self.skip else ()
             return (*super().passes(signals), *skipping)
 
         def active(self, passes: tuple[Pass, ...], step: int, steps: int) -> tuple[Pass, ...]:

@@ -2,12 +2,23 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from sandbox.contracts import Draws, Example, MethodConfig, Model, Terms, above, in_range
+from plugins._configs.backbone import block_at
+from sandbox.contracts import (
+    BackboneConfig,
+    Draws,
+    Example,
+    MethodConfig,
+    Model,
+    Terms,
+    above,
+    in_range,
+)
 from sandbox.registry import register
 
 
@@ -20,24 +31,28 @@ class Dispersive:
 
     @dataclass
     class Config(MethodConfig):
-        """module: backbone module whose output is dispersed; the paper uses the first quarter.
+        """module: backbone module whose output is dispersed; null: the block at a quarter of the
+        depth, as in the paper.
 
         weight: factor of the dispersive loss; temperature: of its distances.
         """
 
-        module: str = "blocks.0"
+        module: str | None = None
         weight: float = 0.5
         temperature: float = 0.5
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            if not self.module:
-                yield "module='': want the name of a module of the backbone, such as blocks.0"
+            if self.module == "":
+                yield "module='': want the name of a module of the backbone, or null"
             yield from in_range("weight", self.weight, 0, 1e6)
             yield from above("temperature", self.temperature, 0, 1e6)
 
         def features(self) -> tuple[str, ...]:
-            return (self.module,)
+            return (self.module,) if self.module else ()
+
+        def wired(self, backbone: BackboneConfig) -> Self:
+            return self if self.module else replace(self, module=block_at(backbone, 0.25, "module"))
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
@@ -48,7 +63,7 @@ class Dispersive:
         z_t = model.schedule.noised(z0, eps, t)
         out = model(z_t, t, example.conditions(), self.cfg.features())
         terms = model.loss(model.schedule, out.raw, z0, eps, t)
-        spread = dispersion(out.features[self.cfg.module], self.cfg.temperature)
+        spread = dispersion(out.features[self.cfg.features()[0]], self.cfg.temperature)
         total = terms.total + self.cfg.weight * spread
         return Terms(total, terms.per_sample, terms.log | {"dispersive": spread.detach()})
 

@@ -107,6 +107,7 @@ class Compatibility:
         if len(sizes) < len(clips) or not sizes:
             return None
         root, slots = self.conditions(root, clips, [grid for _, grid in sizes])
+        root = self.blocks(root)
         if self.valid("optimizer", "backbone") and not self.found:
             why = f" (backbone={name_of(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
@@ -185,6 +186,18 @@ class Compatibility:
                         f"time, but {group}={name_of(taker)} takes one for the clip with these "
                         f"settings: use {_options(group, lambda c: c.takes_frame_times())}"
                     )
+
+    def blocks(self, root: Root) -> Root:
+        """Guidance and method name blocks of the backbone."""
+        wired = {}
+        for part in ("guidance", "method"):
+            if self.valid(part, "backbone"):
+                try:
+                    wired[part] = getattr(root, part).wired(root.backbone)
+                except ConfigError as e:
+                    why = f" (backbone={name_of(root.backbone)})"
+                    self.report(*(_of(part, getattr(root, part), p, why) for p in e.problems))
+        return replace(root, **wired)
 
     def fields(self) -> None:
         """The data provide every batch field that the conditioning reads."""

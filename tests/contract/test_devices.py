@@ -28,7 +28,8 @@ from tests.helpers import plugin_configs, wired_around
 from tests.inputs import with_clips
 
 GPU = torch.device("cuda", 0)
-GROUPS = ("data", "vae", "backbone", "conditioning", "schedule", "loss", "sampler", "guidance")
+GROUPS = ("data", "vae", "backbone", "conditioning", "schedule", "loss", "method", "sampler",
+          "guidance")  # fmt: skip
 CONFIGS = {key: cfg for group in GROUPS for key, cfg in plugin_configs(group)}
 LOSSES = dict(plugin_configs("reconstruction"))
 
@@ -72,6 +73,20 @@ def on_a_gpu(system: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def cuda_autocast(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast("cuda") for fake tensors; torch itself turns it off without a GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", False)
+
+
 def with_data(wiring: Wiring, folder: Any) -> tuple[Wiring, Batch]:
     """The wiring with two clips of its data."""
     root = replace(wiring.root, data=with_clips(wiring.root.data, folder, wiring.root))
@@ -95,6 +110,17 @@ def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
         assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}
         if "video" in wiring.root.data.provides():  # otherwise it reads its first stage now
             assert system.eval().sample(like).device == GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("key", [k for k in CONFIGS if k.startswith(("vae/", "backbone/", "cond"))])
+def test_autocast_of_a_gpu_mixes_no_dtypes(key, dtype, tmp_path):
+    """Autocast of a CPU hides what fails there, such as attention with one float32 operand."""
+    wiring, batch = with_data(wired_around(key.partition("/")[0], CONFIGS[key]), tmp_path)
+    system, keyed = build_system(wiring), draws(wiring, batch)
+    with on_a_gpu(system), cuda_autocast(dtype):
+        terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
+        assert terms.total.dtype == torch.float32
 
 
 @pytest.mark.parametrize("key", LOSSES)

@@ -132,7 +132,7 @@ def test_two_runs_are_bitwise_equal(deterministic):
         x = random(4, 320, 40, 64, dtype=torch.bfloat16).requires_grad_()
         w = random(320, seed=1).requires_grad_()
         y = kernels.group_norm(x, 32, w, act="silu", impl="triton")
-        tokens = y.flatten(2).mT.reshape(1, 4, 2560, 320)
+        tokens = y.flatten(2).mT.contiguous().view(1, 4, 2560, 320)
         bias = random(5, 4, 4, seed=2, dtype=torch.bfloat16).requires_grad_()
         o = kernels.temporal_attention(tokens, tokens, tokens, heads=5, bias=bias, impl="triton")
         return [o, *torch.autograd.grad(o.float().square().sum(), [x, w, bias])]
@@ -151,7 +151,7 @@ def test_a_compiled_graph_runs_the_same_kernels(backend):
 
     def call(x):
         h = kernels.group_norm(x, 32, act="silu")
-        h = h.flatten(2).mT.reshape(1, 4, 2560, 320)
+        h = h.flatten(2).mT.contiguous().view(1, 4, 2560, 320)
         return kernels.temporal_attention(h, h, h, heads=5)
 
     with kernels.use("triton", strict=True):

@@ -1,12 +1,13 @@
-"""Configs of the diffusion process: schedule, loss, sampler, guidance."""
+"""Configs of the diffusion process: schedule, loss, method, sampler, guidance."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from sandbox.contracts.checks import in_range
 from sandbox.contracts.configs.base import PluginConfig
+from sandbox.contracts.configs.system import BackboneConfig
 
 
 @dataclass
@@ -68,6 +69,10 @@ class MethodConfig(PluginConfig):
         """Names of the backbone modules whose outputs it reads."""
         return ()
 
+    def wired(self, backbone: BackboneConfig) -> Self:
+        """The complete config for this wired backbone; raises ConfigError."""
+        return self
+
 
 @dataclass
 class SamplerConfig(PluginConfig):
@@ -124,6 +129,10 @@ class GuidanceConfig(PluginConfig):
     def skipped(self) -> tuple[str, ...]:
         """Names of the backbone modules that a pass skips."""
         return ()
+
+    def wired(self, backbone: BackboneConfig) -> Self:
+        """The complete config for this wired backbone; raises ConfigError."""
+        return self
 
     def active(self, passes: tuple[Pass, ...], step: int, steps: int) -> tuple[Pass, ...]:
         """The passes that this step runs, in their order; `step` counts from 0."""

@@ -82,6 +82,10 @@ class BackboneConfig(PluginConfig, ABC):
         """Whether it accepts a time for each frame, t (B, T), with these settings."""
         return False
 
+    def blocks(self) -> tuple[str, ...]:
+        """Names of its blocks, in order: modules whose output has the shape of their input."""
+        return ()
+
     def layers(self) -> tuple[str | None, int]:
         """The setting with the number of identical layers (or None), and their repeat period.
 

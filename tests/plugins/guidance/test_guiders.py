@@ -78,6 +78,8 @@ def random_outputs(step: int) -> dict[str, Tensor]:
 
 def ours(plugin: Callable[..., Any], settings: dict[str, Any]) -> list[Tensor]:
     cfg = plugin.Config(**settings)  # type: ignore[attr-defined]
+    if plugin is SkipLayer:
+        cfg.skip = ("blocks.1",)
     assert not list(cfg.problems())
     guidance = plugin(cfg)
     passes, results = guidance.passes(("text",)), []
@@ -137,6 +139,18 @@ def test_the_skipping_pass_keeps_all_conditions():
     cfg = SkipLayer.Config(skip=("blocks.1",))
     assert cfg.passes(("text",))[-1] == Pass(skip=("blocks.1",))
     assert cfg.passes(()) == (Pass(), Pass(skip=("blocks.1",)))
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["backbone=dit"], "blocks.2"),
+        (["backbone=unet3d"], "middle_block"),
+        (["guidance.skip=[blocks.0]"], "blocks.0"),
+    ],
+)
+def test_by_default_the_middle_block_is_skipped(words, want):
+    assert compose("guidance=skip_layer", *words).guidance.skip == (want,)
 
 
 @pytest.mark.parametrize(
