@@ -163,40 +163,35 @@ class Compatibility:
                 self.report(_of("method", method, problem))
         for part in ("loss", "sampler", "guidance"):
             if self.valid(part):
-                cfg = getattr(self.root, part)
-                schedule = self.root.schedule
-                self.report(
-                    *(
-                        _of(part, cfg, p, f" (schedule={name_of(schedule)})")
-                        for p in cfg.accepts(schedule)
-                    )
-                )
+                cfg, schedule = getattr(self.root, part), self.root.schedule
+                why = f" (schedule={name_of(schedule)})"
+                self.report(*(_of(part, cfg, p, why) for p in cfg.accepts(schedule)))
 
     def frame_times(self) -> None:
         """Where method or sampler give each frame a time, the other components accept it."""
         takers = {"method": ("backbone", "schedule", "loss"), "sampler": ("backbone", "schedule")}
-        for part, groups in takers.items():
-            if not self.valid(part) or not getattr(self.root, part).frame_times():
-                continue
-            for group in filter(self.valid, groups):
+        giving = [p for p in takers if self.valid(p) and getattr(self.root, p).frame_times()]
+        for part in giving:
+            for group in filter(self.valid, takers[part]):
                 taker = getattr(self.root, group)
-                if not taker.takes_frame_times():
-                    self.report(
-                        f"{part}={name_of(getattr(self.root, part))} gives each frame its own "
-                        f"time, but {group}={name_of(taker)} takes one for the clip with these "
-                        f"settings: use {_options(group, lambda c: c.takes_frame_times())}"
-                    )
+                if taker.takes_frame_times():
+                    continue
+                self.report(
+                    f"{part}={name_of(getattr(self.root, part))} gives each frame its own time, "
+                    f"but {group}={name_of(taker)} takes one for the clip with these settings: "
+                    f"use {_options(group, lambda c: c.takes_frame_times())}"
+                )
 
     def blocks(self, root: Root) -> Root:
         """Guidance and method name blocks of the backbone."""
         wired = {}
         for part in ("guidance", "method"):
-            if self.valid(part, "backbone"):
-                try:
+            try:
+                if self.valid(part, "backbone"):
                     wired[part] = getattr(root, part).wired(root.backbone)
-                except ConfigError as e:
-                    why = f" (backbone={name_of(root.backbone)})"
-                    self.report(*(_of(part, getattr(root, part), p, why) for p in e.problems))
+            except ConfigError as e:
+                why = f" (backbone={name_of(root.backbone)})"
+                self.report(*(_of(part, getattr(root, part), p, why) for p in e.problems))
         return replace(root, **wired)
 
     def fields(self) -> None:
@@ -271,9 +266,8 @@ class Compatibility:
             lacking = root.metric.needs() - root.data.provides()
             if lacking:
                 self.report(
-                    f"metric={name_of(root.metric)} needs {_list(lacking)}, but "
-                    f"data={name_of(root.data)} provides "
-                    f"{_list(root.data.provides())}: use metric=null"
+                    f"metric={name_of(root.metric)} needs {_list(lacking)}, but data="
+                    f"{name_of(root.data)} provides {_list(root.data.provides())}: use metric=null"
                 )
             for clip in root.data.clips():
                 self.report(*(_of("metric", root.metric, p) for p in root.metric.accepts(clip)))

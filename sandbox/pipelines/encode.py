@@ -88,12 +88,10 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     parts = rank.gather_plain([shares, writer.made, writer.bad])
     bad = {k: v for _, _, found in parts for k, v in found.items()}
     made = sum(number for _, number, _ in parts)
-    splits = {
-        name: [
-            row for _, row in sorted((r for p, _, _ in parts for r in p[name]), key=itemgetter(0))
-        ]
-        for name in root.task.splits
-    }
+    splits = {}
+    for name in root.task.splits:
+        rows = sorted((row for share, _, _ in parts for row in share[name]), key=itemgetter(0))
+        splits[name] = [row for _, row in rows]
     clip = root.data.clips()[0]
     index = {
         "format": FORMAT,

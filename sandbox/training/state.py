@@ -385,10 +385,7 @@ def start(
     if newest is not None:
         training.restore(checkpoint.load(run.checkpoints / newest))
         print(f"resuming from step {training.step} ({newest})", flush=True)
-    if training.is_first and training.step < training.steps:
-        copies = 2 if training.ema else 1
-        size = copies * sum(p.numel() * p.element_size() for _, p in trained)
-        check_space(run.folder, size, "a checkpoint")
+    _check_space(training)
     run.accept()
     try:
         training.trackers.start(to_container(root), run.folder.name, group)
@@ -399,6 +396,14 @@ def start(
         training.trackers.finish(getattr(e, "exit_code", 1))
         raise
     training.trackers.finish(0)
+
+
+def _check_space(training: Training) -> None:
+    """Raises StorageError where the disk has no room for one checkpoint."""
+    if training.is_first and training.step < training.steps:
+        trained = [p for p in training.system.parameters() if p.requires_grad]
+        size = sum(p.numel() * p.element_size() for p in trained)
+        check_space(training.run.folder, size * (2 if training.ema else 1), "a checkpoint")
 
 
 def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:
