@@ -127,6 +127,9 @@ def test_a_replay_is_bit_identical_and_reports_it(out, tmp_path, capsys):
     copy = tmp_path / "other" / run.name
     shutil.copytree(run, copy)
     (copy / "metrics.jsonl").write_text(text.replace('"step": 2, "loss": ', '"step": 2, "loss": 1'))
+    with in_this_process(), pytest.raises(SandboxError, match="damaged or edited"):
+        _main(["task=replay", f"run={copy}", *words])
+    (copy / "environment.json").unlink()  # it has the hashes of the other files
     with in_this_process(), pytest.raises(SandboxError, match="is not equal to it"):
         _main(["task=replay", f"run={copy}", *words])
     assert "step 2 is the first that differs: loss" in capsys.readouterr().out

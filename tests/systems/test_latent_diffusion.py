@@ -16,7 +16,7 @@ from plugins.loss.ldm import LDMLoss
 from plugins.sampler.ddim import DDIM
 from plugins.sampler.ddpm import Ancestral
 from plugins.schedule.ddpm import DDPM, buffers
-from sandbox.contracts import Conditions
+from sandbox.contracts import FULL, Conditions
 from sandbox.data.randomness import Recorded
 from sandbox.model.sampling import denoise
 from tests.golden_weights import recording
@@ -88,7 +88,8 @@ def sampled(schedule: DDPM, sampler, steps: int, noise) -> Tensor:
         {f"sampler_noise_{i}": torch.from_numpy(n).float()[:, :, None] for i, n in enumerate(noise)}
     )
     guidance = NoGuidance(NoGuidance.Config())
-    return denoise(backbone, schedule, guidance, [Conditions()], sampler, z, steps, draws)[:, :, 0]
+    passes = [(FULL, Conditions())]
+    return denoise(backbone, schedule, guidance, passes, sampler, z, steps, draws)[:, :, 0]
 
 
 def near(got, want, tolerance: float = 2e-5) -> None:
