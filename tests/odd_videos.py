@@ -163,8 +163,8 @@ def with_cover(to: Path, codec: str = "png") -> None:
         cover.height, cover.width, cover.pix_fmt = 200, 300, pixels
         cover.disposition = Disposition.attached_pic
         stream = add_track(file, about)
-        picture = av.VideoFrame.from_ndarray(image(45, 200, 300), format="rgb24")
-        for packet in [*cover.encode(picture.reformat(format=pixels)), *cover.encode()]:
+        cover_image = av.VideoFrame.from_ndarray(image(45, 200, 300), format="rgb24")
+        for packet in [*cover.encode(cover_image.reformat(format=pixels)), *cover.encode()]:
             file.mux(packet)
         put_frames(file, stream, about)
 

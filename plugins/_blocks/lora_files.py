@@ -145,8 +145,8 @@ def _settings(path: Path, prefix: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(header.get(METADATA, "{}"))
         plain = {own: _value(header[k]) for k, own in PLAIN_KEYS.items() if k in header}
-        beside = path.parent / "adapter_config.json"
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        settings = path.parent / "adapter_config.json"
+        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     except (ValueError, OSError, RecursionError) as e:
         raise StorageError(f"{where}: its settings are not readable JSON ({e})") from e
     if not isinstance(found, dict) or not isinstance(config, dict):

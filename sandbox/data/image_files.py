@@ -101,8 +101,10 @@ def _identified(file: IO[bytes]) -> Image:
 
 
 def _kind(start: bytes) -> str:
-    other = f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
-    return kind_of(start) or other
+    found = kind_of(start)
+    if found and found.endswith(" image"):
+        return found.replace("it is a", "it is a damaged", 1)
+    return found or f"it is damaged, or no {', '.join(FORMATS)} that Pillow reads"
 
 
 def _unreadable(e: Exception) -> BadItem:

@@ -403,8 +403,8 @@ def _best_track(container: "InputContainer") -> "VideoStream":
     """The track that players show. Raises BadItem."""
     from av.stream import Disposition
 
-    pictures = Disposition.attached_pic | Disposition.timed_thumbnails
-    tracks = [s for s in container.streams.video if not s.disposition & pictures]
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    tracks = [s for s in container.streams.video if not s.disposition & still]
     if not tracks:
         only = "; it has only a cover image" if container.streams.video else ""
         raise BadItem(f"has no video{only}")

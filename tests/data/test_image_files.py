@@ -269,6 +269,7 @@ def test_compositing_and_profiles_equal_those_of_pillow(tmp_path):
         (b"", "(it is empty)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "(it is a Git LFS pointer; download"),
         (b"<!DOCTYPE html><html>", "(it is a web page)"),
+        (b"\xff\xd8\xff\xe0", "(it is a damaged JPEG image)"),
         (b"text", f"(it is damaged, or no {', '.join(FORMATS)} that Pillow reads)"),
         (encoded(Image.fromarray(NOISE), "JPEG", quality=100)[:-200], "is truncated"),
         (encoded(Image.fromarray(NOISE), "PNG")[:200], "cannot be read as an image ("),

@@ -221,8 +221,8 @@ def test_a_song_with_a_cover_is_no_video(tmp_path):
         cover = file.add_stream("png", rate=1)
         cover.height, cover.width, cover.pix_fmt = 48, 64, "rgb24"
         cover.disposition = Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
-        for packet in [*cover.encode(picture), *cover.encode()]:
+        cover_image = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        for packet in [*cover.encode(cover_image), *cover.encode()]:
             file.mux(packet)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
         frame.sample_rate = 16000

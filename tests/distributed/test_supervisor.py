@@ -159,8 +159,8 @@ def test_a_rank_that_exits_without_a_report_is_named():
 @pytest.mark.parametrize("how", ["hang", "stop"])
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log, how, culprit, capsys):
-    told = f"rank {culprit}: no answer to rank {1 - culprit}, which has given up"
-    with pytest.raises(RankLost, match=told) as caught:
+    message = f"rank {culprit}: no answer to rank {1 - culprit}, which has given up"
+    with pytest.raises(RankLost, match=message) as caught:
         run("fail", {"rank": culprit, "how": how, "log": str(log)}, 2, timeout=4.0)
     assert not alive(log)
     assert caught.value.exit_code == 5

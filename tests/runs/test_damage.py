@@ -68,9 +68,9 @@ def test_a_run_whose_checkpoints_are_all_broken_is_refused(out, damage, is_named
     damage(first)
     if is_named:
         root = replace(root, resume=replace(root.resume, run=str(folder)))
-    told = refused(root, out, StorageError)
-    assert "all checkpoints of this run are broken, 1 in all" in told
-    assert first.stem in told and "resume=never" in told
+    message = refused(root, out, StorageError)
+    assert "all checkpoints of this run are broken, 1 in all" in message
+    assert first.stem in message and "resume=never" in message
     with pytest.raises(StorageError, match="all checkpoints of this run are broken"):
         load_system(folder)
     again = replace(root, resume=replace(root.resume, run=None, mode="never"))
@@ -112,13 +112,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_resume_that_is_refused_changes_no_file(out, name):
-    changes, allow, told = REFUSED[name]
+    changes, allow, message = REFUSED[name]
     folder = folder_in(out)
     given = {c.partition("=")[0] for c in changes}
     root = small(*(o for o in SETTINGS if o.partition("=")[0] not in given), *changes)
     root = replace(root, resume=replace(root.resume, run=str(folder), allow=tuple(allow)))
     found = refused(root, out)
-    assert re.search(told, found), found
+    assert re.search(message, found), found
     assert train_until(None, small(*SETTINGS), out)["step"] == 6  # nothing is locked or lost
 
 
@@ -219,13 +219,13 @@ def test_a_job_that_waits_for_a_cache_names_the_one_that_writes_it(tmp_path, cap
     def hold() -> None:
         with locked(path):
             ready.set()
-            while "waiting for" not in told[0]:
-                told[0] += capsys.readouterr().out
+            while "waiting for" not in printed[0]:
+                printed[0] += capsys.readouterr().out
 
-    told = [""]
+    printed = [""]
     thread = threading.Thread(target=hold)
     thread.start()
     ready.wait()
     with locked(path):
         thread.join()
-    assert f"waiting for process {os.getpid()} on host {HERE}" in told[0]
+    assert f"waiting for process {os.getpid()} on host {HERE}" in printed[0]

@@ -134,40 +134,40 @@ def test_name_becomes_one_folder_whatever_is_in_it(tmp_path):
         assert run.folder.parent == tmp_path
 
 
-def open_and_tell(out: Path, barrier, told) -> None:
+def open_and_report(out: Path, barrier, results) -> None:
     barrier.wait()
     run = open_run(out, "x", CONFIG)
-    told.put((run.folder.name, run.resumed))
+    results.put((run.folder.name, run.resumed))
     barrier.wait()
 
 
 def test_five_simultaneous_starts_get_five_folders(tmp_path):
-    barrier, told = FORK.Barrier(5), FORK.Queue()
+    barrier, results = FORK.Barrier(5), FORK.Queue()
     children = [
-        FORK.Process(target=open_and_tell, args=(tmp_path, barrier, told)) for _ in range(5)
+        FORK.Process(target=open_and_report, args=(tmp_path, barrier, results)) for _ in range(5)
     ]
     for child in children:
         child.start()
-    found = [told.get(timeout=300) for _ in children]
+    found = [results.get(timeout=300) for _ in children]
     for child in children:
         child.join()
     assert len({name for name, _ in found}) == 5
     assert not any(resumed for _, resumed in found)
 
 
-def hold_with_a_worker(out: Path, told) -> None:
+def hold_with_a_worker(out: Path, results) -> None:
     run = open_run(out, "x", CONFIG)
     worker = FORK.Process(target=time.sleep, args=(60,))
     worker.start()
-    told.put((run.folder, worker.pid))
+    results.put((run.folder, worker.pid))
     time.sleep(60)
 
 
 def test_killed_process_frees_its_run_though_its_worker_lives_on(tmp_path):
-    told = FORK.Queue()
-    child = FORK.Process(target=hold_with_a_worker, args=(tmp_path, told))
+    results = FORK.Queue()
+    child = FORK.Process(target=hold_with_a_worker, args=(tmp_path, results))
     child.start()
-    folder, worker = told.get(timeout=300)
+    folder, worker = results.get(timeout=300)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     try:
@@ -251,12 +251,12 @@ def test_config_is_read_as_it_was_given(tmp_path):
         assert type(run.config()["lr"]) is float
 
 
-def test_environment_tells_versions_code_and_machine(tmp_path):
+def test_the_environment_has_versions_code_and_machine(tmp_path):
     with open_run(tmp_path, "x", CONFIG) as run:
-        told = json.loads(run.environment.read_text())
-    assert told["versions"]["torch"] and told["python"] and told["hardware"]["cores"] >= 1
-    assert len(told["code"].get("commit", 40 * "0")) == 40
-    assert told["argv"] == sys.argv or len(told["argv"]) == len(sys.argv)
+        facts = json.loads(run.environment.read_text())
+    assert facts["versions"]["torch"] and facts["python"] and facts["hardware"]["cores"] >= 1
+    assert len(facts["code"].get("commit", 40 * "0")) == 40
+    assert facts["argv"] == sys.argv or len(facts["argv"]) == len(sys.argv)
 
 
 def test_environments_of_earlier_starts_are_kept(tmp_path):
@@ -264,9 +264,9 @@ def test_environments_of_earlier_starts_are_kept(tmp_path):
         with open_run(tmp_path, "x", CONFIG) as run:
             run.accept()
             run.describe(device=device)
-    told = json.loads(run.environment.read_text())
-    assert told["device"] == "c"
-    assert [e["device"] for e in told["earlier"]] == ["a", "b"]
+    recorded = json.loads(run.environment.read_text())
+    assert recorded["device"] == "c"
+    assert [e["device"] for e in recorded["earlier"]] == ["a", "b"]
 
 
 def test_secrets_are_not_in_the_folder(tmp_path, monkeypatch):

@@ -52,14 +52,14 @@ def of_images(runs) -> str:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[str]:
+def image_files(tmp_path_factory) -> list[str]:
     """Files: a red image, a blue image, and one that is no image."""
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for name in ("red", "blue"):
         Image.new("RGB", (40, 30), name).save(folder / f"{name}.png")
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     return [str(folder / f"{name}.png") for name in ("red", "blue", "text")]
 
 
@@ -170,7 +170,7 @@ def test_a_wrong_input_is_reported_and_the_page_still_works(page):
     videos_after(page, 4)
 
 
-def test_an_image_conditioned_run_has_image_fields(page, runs, of_images, pictures):
+def test_an_image_conditioned_run_has_image_fields(page, runs, of_images, image_files):
     from playwright.sync_api import expect
 
     run, upload = page.get_by_label("run", exact=True), page.locator("input[type=file]")
@@ -181,7 +181,7 @@ def test_an_image_conditioned_run_has_image_fields(page, runs, of_images, pictur
     run.fill(of_images)
     run.press("Enter")
     page.get_by_text("last frame").wait_for()
-    for i, file in enumerate(pictures[:2]):
+    for i, file in enumerate(image_files[:2]):
         upload.nth(i).set_input_files(file)
     page.locator("img[src*='blue']").wait_for()
     page.get_by_role("button", name="Generate").click()
@@ -226,10 +226,10 @@ def test_a_script_gets_files_that_hold_the_frames(client, runs):
     assert "sampler.steps=1" in command
 
 
-def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
+def test_a_script_gets_a_video_between_two_images(client, of_images, image_files):
     from gradio_client import handle_file
 
-    red, blue, _ = map(handle_file, pictures)
+    red, blue, _ = map(handle_file, image_files)
     # its first stage and CLIP are random, drawn from the run's seed, not from this one
     _, files, command = asked(client, of_images, image=red, end_image=blue, seed="3")
     assert len(files) == 2
@@ -248,11 +248,13 @@ def test_a_script_gets_a_video_between_two_images(client, of_images, pictures):
         ("cannot be read as an image", 2, 1),
     ],
 )
-def test_a_wrong_image_is_reported_to_a_script(client, of_images, pictures, said, image, end_image):
+def test_a_wrong_image_is_reported_to_a_script(
+    client, of_images, image_files, said, image, end_image
+):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
-    chosen = [None if i is None else handle_file(pictures[i]) for i in (image, end_image)]
+    chosen = [None if i is None else handle_file(image_files[i]) for i in (image, end_image)]
     with pytest.raises((AppError, ValueError), match=re.escape(said)):
         asked(client, of_images, image=chosen[0], end_image=chosen[1])
 
@@ -281,13 +283,13 @@ def test_the_displayed_command_makes_the_same_clips(client, runs, tmp_path):
         ("../x", {"run": "RUN", "sampler": "../x"}),
     ],
 )
-def test_a_wrong_input_is_reported_to_a_script(client, runs, pictures, said, named):
+def test_a_wrong_input_is_reported_to_a_script(client, runs, image_files, said, named):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
     named = {k: v.replace("RUN", runs[1]) if k == "run" else v for k, v in named.items()}
     if "image" in named:
-        named["image"] = handle_file(pictures[0])
+        named["image"] = handle_file(image_files[0])
     with pytest.raises((AppError, ValueError), match=re.escape(said)):
         asked(client, **named)
 

@@ -105,7 +105,7 @@ def flat(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return out
 
 
-# --- files of diffusers, judged by diffusers ------------------------------------------------------
+# --- files of diffusers, compared with diffusers --------------------------------------------------
 
 HEADERS: dict[str, dict[str, Any]] = {
     "an alpha": {"r": 4, "lora_alpha": 8},
@@ -195,7 +195,7 @@ def test_ranks_that_differ_without_settings_are_as_in_diffusers(tmp_path, caplog
     assert "ranks 2 to 4, padded with zeros" in caplog.text
 
 
-# --- alphas as tensors, judged by diffusers with the same alphas ----------------------------------
+# --- alphas as tensors, compared with diffusers with the same alphas ------------------------------
 
 ALPHAS = {layer: 2.0 if "to_q" in layer else 6.0 for layer in LAYERS}
 WITH_ALPHA: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
@@ -227,7 +227,7 @@ def test_alphas_of_layers_are_as_in_diffusers(tmp_path, name) -> None:
     same(tmp_path / "lora.safetensors", want)
 
 
-# --- folders that peft writes, judged by peft -----------------------------------------------------
+# --- folders that peft writes, compared with peft -------------------------------------------------
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 8},
