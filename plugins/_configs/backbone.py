@@ -35,6 +35,18 @@ def block_at(backbone: BackboneConfig, place: float, setting: str) -> str:
     return names[int(place * len(names))]
 
 
+def check_blocks(names: Sequence[str], backbone: BackboneConfig, setting: str) -> None:
+    """Raises ConfigError for names like those of the backbone's blocks that are none of them.
+
+    Other modules are known once the backbone is built, which checks all names.
+    """
+    blocks = backbone.blocks()
+    stem = blocks[0].rpartition(".")[0] if blocks else ""
+    unknown = [n for n in names if stem and n.rpartition(".")[0] == stem and n not in blocks]
+    if unknown:
+        raise ConfigError(f"{setting}={unknown}: want blocks from {blocks[0]} to {blocks[-1]}")
+
+
 def slots_taken(**slots: bool) -> frozenset[str]:
     """Names of the slots that are true."""
     return frozenset(name for name, is_taken in slots.items() if is_taken)

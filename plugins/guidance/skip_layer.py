@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from plugins._blocks.diffusion import rescaled
-from plugins._configs.backbone import block_at
+from plugins._configs.backbone import block_at, check_blocks
 from plugins._configs.guidance import TwoPassConfig, interval_problems, is_within
 from sandbox.contracts import BackboneConfig, Pass, in_range
 from sandbox.registry import register
@@ -46,6 +46,7 @@ class SkipLayer:
             return self.skip or ()
 
         def wired(self, backbone: BackboneConfig) -> Self:
+            check_blocks(self.skipped(), backbone, "skip")
             return self if self.skip else replace(self, skip=(block_at(backbone, 0.5, "skip"),))
 
         def passes(self, signals: tuple[str, ...]) -> tuple[Pass, ...]:

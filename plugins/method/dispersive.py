@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from plugins._configs.backbone import block_at
+from plugins._configs.backbone import block_at, check_blocks
 from sandbox.contracts import (
     BackboneConfig,
     Draws,
@@ -52,6 +52,7 @@ class Dispersive:
             return (self.module,) if self.module else ()
 
         def wired(self, backbone: BackboneConfig) -> Self:
+            check_blocks(self.features(), backbone, "module")
             return self if self.module else replace(self, module=block_at(backbone, 0.25, "module"))
 
     def __init__(self, cfg: Config) -> None:

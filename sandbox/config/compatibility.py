@@ -179,7 +179,7 @@ class Compatibility:
                 self.report(
                     f"{part}={name_of(getattr(self.root, part))} gives each frame its own time, "
                     f"but {group}={name_of(taker)} takes one for the clip with these settings: "
-                    f"use {_options(group, lambda c: c.takes_frame_times())}"
+                    f"use {_options(group, lambda c: c.takes_frame_times(), last='')}"
                 )
 
     def blocks(self, root: Root) -> Root:
@@ -436,12 +436,12 @@ def _slots(slots: Slots) -> str:
     )
 
 
-def _options(group: str, works: Callable[[Any], bool]) -> str:
-    """The plugins of a group that work with their defaults: "a=x or a=y"."""
+def _options(group: str, works: Callable[[Any], bool], last: str = "other data") -> str:
+    """The plugins of a group that work with their defaults, and `last`: "a=x or a=y"."""
 
     def candidates() -> Iterator[str]:
         for p in registry.plugins(group):
             if p.config and works(p.config(plugin=p.key)):
                 yield f"{group}={p.name}"
 
-    return " or ".join([*candidates(), "other data"])
+    return " or ".join([*candidates(), *([last] if last else [])])

@@ -158,6 +158,7 @@ def test_by_default_the_middle_block_is_skipped(words, want):
     [
         (["guidance=interval", "guidance.start=0.9"], r"guidance\.start=0\.9: want less than stop"),
         (["guidance=skip_layer", "guidance.skip=[]"], r"guidance\.skip=\[\]: want the names"),
+        (["guidance=skip_layer", "guidance.skip=[blocks.9]"], r"want blocks from .* to blocks\.3"),
         (["guidance=cfg_zero_star", "schedule=ddpm"], "want schedule=flow"),
         (["guidance=apg", "guidance.eta=2"], r"guidance\.eta=2"),
     ],
