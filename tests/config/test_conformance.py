@@ -5,6 +5,7 @@ Each row changes one method of a copy of a plugin that works.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -152,12 +153,14 @@ def test_an_error_of_a_plugins_code_names_its_line(
 def test_a_method_that_is_missing_or_takes_other_arguments_is_named(plugin_folder, tmp_path):
     path = write(plugin_folder, "optimizer", "build", "return own")
     text = path.read_text()
-    for old, new, words in (
+    edits = (
         ("def build(", "def built(", "has no 'build'"),
         ("def build(self, *a, **k)", "def build(self, a, *, k)", "takes 2 positional arguments"),
         ("def __init__(self, cfg: Config)", "def __init__(self, a, b)", "'b'"),
-    ):
+    )
+    for second, (old, new, words) in enumerate(edits):
         path.write_text(text.replace(old, new, 1))
+        os.utime(path, (second, second))  # Python compares seconds and sizes of edited files
         composed("optimizer=mine")  # reads it again
         e = error_of(tmp_path, "optimizer")
         assert isinstance(e, PluginError) and words in str(e) and str(path) in str(e), e
