@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -110,7 +112,7 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
                 continue
             lines += [line] if line else []
             while len(word) > 1 and not fits(word):  # wider than the column: cut anywhere
-                cut = next((n for n in range(min(len(word), width), 1, -1) if fits(word[:n])), 1)
+                cut = max(1, _longest(word[:width], fits))
                 lines.append(word[:cut])
                 word = word[cut:]
             line = word
@@ -118,6 +120,10 @@ def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> 
     if len(lines) <= most:
         return lines
     last = lines[most - 1]
-    while last and not fits(last + ELLIPSIS):
-        last = last[:-1]
-    return [*lines[: most - 1], last.rstrip() + ELLIPSIS]
+    cut = _longest(last, lambda line: fits(line + ELLIPSIS))
+    return [*lines[: most - 1], last[:cut].rstrip() + ELLIPSIS]
+
+
+def _longest(text: str, fits: Callable[[str], bool]) -> int:
+    """The number of first characters that fit."""
+    return bisect_left(range(1, len(text) + 1), True, key=lambda n: not fits(text[:n]))

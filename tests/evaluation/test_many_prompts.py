@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL.ImageFont import FreeTypeFont
 
 from sandbox.cli.command_line import parse
 from sandbox.cli.jobs import check
@@ -29,9 +29,12 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_a_prompt_of_100_kB_is_handled_in_seconds(tmp_path, kind):
-    text = LONG[kind]
-    start = time.monotonic()
+def test_a_prompt_of_100_kB_is_measured_a_few_times_only(tmp_path, kind, monkeypatch):
+    text, measured = LONG[kind], []
+    getlength = FreeTypeFont.getlength
+    monkeypatch.setattr(
+        FreeTypeFont, "getlength", lambda font, part: measured.append(part) or getlength(font, part)
+    )
     video = torch.zeros(1, 3, 1, 8, 8)
     paths = write_samples(tmp_path / "out", [text], video, 8.0, {})
     assert len(wrapped(text, 900, 18, most=3)) <= 3
@@ -39,7 +42,7 @@ def test_a_prompt_of_100_kB_is_handled_in_seconds(tmp_path, kind):
     overrides = composition.expand(["task=sample", f"prompts=[{text}]"])
     assert len(overrides[1]) >= len(text)
     assert all(len(p.name) < 80 for p in paths) and len(file_name(text)) <= 60
-    assert time.monotonic() - start < 40  # on a busy machine; 3 s otherwise
+    assert sum(map(len, measured)) < 5 * len(text)
 
 
 def test_a_sheet_of_many_prompts_shows_the_first_and_says_so(tmp_path, caplog):
