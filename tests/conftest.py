@@ -26,7 +26,10 @@ if sys.dont_write_bytecode:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
 
-LONG = frozenset({"test_config.py", "test_command.py", "test_errors.py", "test_encode.py"})
+LONG = frozenset({
+    "test_command.py", "test_config.py", "test_encode.py", "test_errors.py",
+    "test_first_stages.py", "test_resume.py", "test_supervisor.py",
+})  # fmt: skip
 
 
 def pytest_configure() -> None:
@@ -41,7 +44,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if len(named) <= ALONE and all(path.suffix == ".py" for path in named):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores or 1, MOST_WORKERS)
+    return min((cores or 1) + 1, MOST_WORKERS)  # one more: many tests wait for processes
 
 
 def pytest_collection_finish() -> None:
@@ -51,7 +54,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests go first, and files that take a minute, so that workers end together; those that
+    """Slow tests go first, and files that take long, so that workers end together; those that
     need a GPU are left out where there is none.
     """
     items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.path.name in LONG))

@@ -170,8 +170,11 @@ def run_supervised(
         for number, stream in enumerate(streams, 1):
             os.dup2(stream.fileno(), number)
             stream.close()
-        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        sys.stdout, sys.stderr = Masked(sys.stdout), Masked(sys.stderr)  # type: ignore[assignment]
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            # Whole lines, with PYTHONUNBUFFERED, too: those of several ranks do not mix.
+            stream.reconfigure(line_buffering=True, write_through=False)
+            setattr(sys, name, Masked(stream))
         faulthandler.enable()
         # For data workers; a forked rank would use "forkserver".
         multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)

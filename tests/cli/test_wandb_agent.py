@@ -30,7 +30,7 @@ def agent(tmp_path, monkeypatch):
         ("backbone", {"width": 8, "patch": None}, ["backbone.width=8", "backbone.patch=null"]),
         ("x", {"a": 1, "b": {"c": True}}, ["x={a:1,b:{c:true}}"]),
         ("optimizer.betas", [0.9, 0.99], ["optimizer.betas=[0.9,0.99]"]),
-        ("x", ["it's", None], ["x=[\"it's\",null]"]),
+        ("x", ["it's", None], ['x=["it\'s",null]']),
         ("backbone", "dit", ["backbone=dit"]),
         ("x", "None", ["x=None"]),  # the word, as the sweep has it
         ("lr", 1e-5, ["lr=1e-05"]),

@@ -156,8 +156,15 @@ def test_a_rank_that_exits_without_a_report_is_named():
         run("fail", {"rank": 1, "how": "leave"}, 2)
 
 
-@pytest.mark.parametrize("how", ["hang", "stop"])
-@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize(
+    "how, culprit",
+    [
+        ("hang", 0),
+        pytest.param("hang", 1, marks=pytest.mark.slow),
+        pytest.param("stop", 0, marks=pytest.mark.slow),
+        ("stop", 1),
+    ],
+)
 def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log, how, culprit, capsys):
     message = f"rank {culprit}: no answer to rank {1 - culprit}, which has given up"
     with pytest.raises(RankLost, match=message) as caught:
@@ -177,6 +184,7 @@ def test_ranks_that_do_not_connect_are_started_again(log, capfd, monkeypatch):
     assert capfd.readouterr().err.count("did not connect; starting them again") == 1
 
 
+@pytest.mark.slow
 def test_ranks_that_never_connect_are_an_error(log, monkeypatch):
     monkeypatch.setenv("UNMET_LOG", str(log))
     monkeypatch.setenv("UNMET", "9")

@@ -113,12 +113,14 @@ def test_every_table_entry_has_a_case():
         assert configurations(kernel, "CHANNELS", "POSITIONS") == tiles | last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", ["resident 32768", "split 1", "last 64"])
 def test_group_norm_fits_the_gpu(name, target):
     check_norm(name, BF16, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resident 2048", "split 1", "fused 4", "last 64"])
 def test_group_norm_without_shifts_and_scales_fits_the_gpu(name):
     check_norm(name, BF16, "sm_90", plain=True)

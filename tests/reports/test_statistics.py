@@ -21,6 +21,7 @@ def test_the_interval_of_seeds_is_students():
     assert found.p == pytest.approx(judge.pvalue, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_an_interval_of_few_seeds_holds_the_truth_95_times_in_100(seeds):
     drawn = np.random.default_rng(seeds).normal(0.3, 0.1, (SIMULATIONS, seeds))
