@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INSTALLED = find_spec("triton") is not None
 HIP = torch.version.hip is not None
@@ -100,7 +101,15 @@ def unsupported_tensors(x: Tensor, *others: Tensor | None) -> str | None:
         return f"it needs a CUDA device, and the tensors are on {x.device.type}"
     if torch._C._are_functorch_transforms_active():
         return "inside vmap or another torch.func transform"
+    if any(has_tangent(t) for t in tensors):
+        return "forward-mode derivatives"
     return None
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether `x` is a dual tensor of torch.autograd.forward_ad; the kernels drop tangents."""
+    level = forward_ad._current_level
+    return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None
 
 
 def is_traced(x: Tensor) -> bool:

@@ -32,7 +32,7 @@ TINY = (
     "logger=null",
     "steps=2",
 )
-PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "data")
+PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "data", "method")
 
 
 # --- configurations -------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def conditions(slots: Slots, grid: Clip, count: int = 2, seed: int = 1) -> Condi
         else None,
         concat=tensor(count, slots.concat, *sizes(grid)[1:], seed=seed) if slots.concat else None,
         vector=tensor(count, slots.vector, seed=seed) if slots.vector else None,
-        scalars={name: torch.full((count,), 8.0) for name in slots.scalars},
+        scalars={n: torch.full((count,), 8.0) for n in slots.scalars | slots.time_scalars},
     )
 
 

@@ -21,7 +21,7 @@ from sandbox.contracts import (
     Schedule,
 )
 
-Model = Callable[[Tensor, Tensor, int], Tensor]
+Model = Callable[..., Tensor]  # (z_t, t, step) and, where a sampler passes them, scalars
 Level = tuple[float, float]  # (alpha, sigma)
 
 CLEAN: Level = (1.0, 0.0)
@@ -191,12 +191,19 @@ class Trajectory:
         for step in range(len(self.times)):
             yield step, self.levels[step], self.levels[step + 1]
 
-    def denoised(self, z: Tensor, place: int, step: int) -> tuple[Tensor, Denoised]:
-        """One model call at `times[place]`: z after the hook `before`, and the estimates."""
+    def denoised(
+        self, z: Tensor, place: int, step: int, **scalars: Tensor
+    ) -> tuple[Tensor, Denoised]:
+        """One model call at `times[place]`: z after the hook `before`, and the estimates.
+
+        scalars: numbers () that the network receives besides t, in the unit of t.
+        """
         t = self.times[place].expand(len(z))
+        given = {name: x.expand(len(z)) for name, x in scalars.items()}
         if self.hooks:
             z = self.hooks.before(z, t)
-        d = self.schedule.denoised(self.model(z.to(self.dtype), t, step), z, t)
+        out = self.model(z.to(self.dtype), t, step, *([given] if given else []))
+        d = self.schedule.denoised(out, z, t)
         return z, self.hooks.denoised(d, t) if self.hooks else d
 
     def end(self, z: Tensor) -> Tensor:

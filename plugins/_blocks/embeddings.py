@@ -11,11 +11,13 @@ from torch import Tensor, nn
 def sinusoids(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """(B,) numbers -> (B, dim) float32: cosines, then sines, then a zero if `dim` is odd.
 
-    The dim // 2 angular frequencies fall geometrically from 1 towards 1 / max_period.
+    The dim // 2 angular frequencies fall geometrically from 1 towards 1 / max_period. Float64
+    numbers give float64.
     """
     half = dim // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32)
-    angles = x.float()[:, None] * torch.exp(steps * (-math.log(max_period) / half))
+    x = x if x.dtype == torch.float64 else x.float()
+    steps = torch.arange(half, device=x.device, dtype=x.dtype)
+    angles = x[:, None] * torch.exp(steps * (-math.log(max_period) / half))
     return _cos_sin(angles, dim)
 
 
@@ -24,9 +26,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
     The two orders differ by 3e-5 in the angle at t = 999.
     """
-    steps = torch.arange(dim // 2, device=t.device, dtype=torch.float32)
+    t = t if t.dtype == torch.float64 else t.float()
+    steps = torch.arange(dim // 2, device=t.device, dtype=t.dtype)
     frequencies = torch.exp(-math.log(10_000) * steps / (dim // 2))
-    return _cos_sin(t.float()[:, None] * frequencies, dim)
+    return _cos_sin(t[:, None] * frequencies, dim)
 
 
 def _cos_sin(angles: Tensor, dim: int) -> Tensor:

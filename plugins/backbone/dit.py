@@ -37,9 +37,11 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
+    ConfigError,
     SizeError,
     Slots,
     above,
+    added,
     in_range,
     must_divide,
     one_of,
@@ -75,7 +77,9 @@ class DiT(nn.Module):
         at the same position in all frames) or "spatial" (the tokens of a frame; every frame has the
         temporal position of an image, so that weights trained on images apply to clips).
         scalars: scalar conditions such as fps. The time embedding adds a vector condition of the
-        network's width directly, and any other through a linear layer.
+        network's width directly, and any other through a linear layer. time_scalars: numbers that
+        the method tells the network, in the unit of the time; filled from the method. Their
+        embeddings start at zero.
 
         motion_module, for attention=spatial: temporal attention with motion_heads heads, "vanilla"
         (per position) or "grid" (over blocks of motion_block_size x motion_block_size tokens).
@@ -107,6 +111,7 @@ class DiT(nn.Module):
         context_dim: int | None = None  # 0: no cross-attention
         vector_dim: int | None = None  # 0: no vector
         concat_channels: int | None = None
+        time_scalars: tuple[str, ...] = added(())
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -146,6 +151,9 @@ class DiT(nn.Module):
         def takes_frame_times(self) -> bool:
             return self.patch_t == 1
 
+        def takes_time_scalars(self) -> bool:
+            return True
+
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"blocks.{i}" for i in range(self.num_blocks))
 
@@ -174,7 +182,12 @@ class DiT(nn.Module):
 
         def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
             self.grid(z)
-            return self.agree(
+            names = tuple(sorted(slots.time_scalars))
+            if self.time_scalars not in ((), names):
+                raise ConfigError(
+                    f"time_scalars={list(self.time_scalars)}, but the method has {list(names)}"
+                )
+            return replace(self, time_scalars=names).agree(
                 in_channels=z.channels,
                 out_channels=outputs * z.channels,
                 context_dim=slots.context.width if slots.context else 0,
@@ -191,7 +204,7 @@ class DiT(nn.Module):
             return ("to_qkv", *outs, *dict.fromkeys((*cross, "to_q", "to_k", "to_v")))
 
         def additions(self) -> tuple[str, ...]:
-            return (".motion.", "skips.")
+            return (".motion.", "skips.", "time_scalars.")
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -213,6 +226,9 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
         self.patch_out = nn.Linear(cfg.width, out_channels * cells)
         self.initialise(blocks)
+        self.time_scalars = nn.ModuleDict(  # last: the other weights are those of a network without
+            {name: zero_number_embedding(cfg) for name in cfg.time_scalars}
+        )
 
     def initialise(self, blocks: list["Block"]) -> None:
         """Xavier for linear layers; zero for modulations, output layers and skips."""
@@ -237,7 +253,7 @@ class DiT(nn.Module):
         c = by_time(self.time, t)  # (B, D) or (B, T, D)
         if cond.vector is not None:
             c = c + by_frame(self.vector_in(cond.vector), c)
-        for name, embed in self.scalars.items():
+        for name, embed in (*self.scalars.items(), *self.time_scalars.items()):
             c = c + by_frame(embed(cond.scalars[name]), c)
         c = F.silu(c)
 
@@ -268,9 +284,10 @@ class DiT(nn.Module):
         concat_channels = 0 if cond.concat is None else cond.concat.shape[1]
         check_sizes(cfg, {**sizes, "concat_channels": concat_channels})
         refuse_image_context("dit", cond)
-        if set(cond.scalars) != set(cfg.scalars):
+        names = (*cfg.scalars, *cfg.time_scalars)
+        if set(cond.scalars) != set(names):
             raise ValueError(
-                f"backbone.scalars={list(cfg.scalars)}, but the inputs have {sorted(cond.scalars)}"
+                f"backbone.scalars={list(names)}, but the inputs have {sorted(cond.scalars)}"
             )
 
 
@@ -316,6 +333,14 @@ class Block(nn.Module):
             x = x + self.cross(norm(x).flatten(1, 2), context, context_mask).view_as(x)
         shift, scale, gate = more
         return torch.addcmul(x, gate, self.mlp(norm(x, shift, scale)))
+
+
+def zero_number_embedding(cfg: DiT.Config) -> NumberEmbedding:
+    """An embedding that is zero before training."""
+    embed = NumberEmbedding(cfg.time_features, cfg.width)
+    nn.init.zeros_(embed.mlp[-1].get_parameter("weight"))
+    nn.init.zeros_(embed.mlp[-1].get_parameter("bias"))
+    return embed
 
 
 def motion_of(cfg: DiT.Config) -> MotionModule | None:

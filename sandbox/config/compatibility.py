@@ -95,6 +95,7 @@ class Compatibility:
         self.start()
         self.schedule()
         self.frame_times()
+        self.scalars()
         self.fields()
         root = self.first_stage(self.metric(root))
         clips = root.data.clips() if self.valid("data") else ()
@@ -108,6 +109,7 @@ class Compatibility:
             return None
         root, slots = self.conditions(root, clips, [grid for _, grid in sizes])
         root = self.blocks(root)
+        self.learned_guidance(root)
         if self.valid("optimizer", "backbone") and not self.found:
             why = f" (backbone={name_of(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
@@ -181,6 +183,47 @@ class Compatibility:
                     f"but {group}={name_of(taker)} takes one for the clip with these settings: "
                     f"use {_options(group, lambda c: c.takes_frame_times(), last='')}"
                 )
+
+    def scalars(self) -> None:
+        """Numbers of the method reach a backbone that embeds them; a sampler passes no others."""
+        method, sampler, backbone = self.root.method, self.root.sampler, self.root.backbone
+        if not self.valid("method"):
+            return
+        names = frozenset(method.scalars())
+        if names and self.valid("backbone") and not backbone.takes_time_scalars():
+            self.report(
+                f"method={name_of(method)} tells the network {_list(names)}, but "
+                f"backbone={name_of(backbone)} takes no numbers of a method: use "
+                f"{_options('backbone', lambda c: c.takes_time_scalars(), last='')}"
+            )
+        if not self.valid("sampler"):
+            return
+        if lacking := frozenset(sampler.scalars()) - names:
+            self.report(
+                f"sampler={name_of(sampler)} tells the network {_list(lacking)}, but "
+                f"method={name_of(method)} does not train it: use "
+                f"{_options('method', lambda c: lacking <= c.scalars().keys(), 'another sampler')}"
+            )
+        elif sampler.scalars():
+            why = f" (method={name_of(method)})"
+            problems = method.steps_problems(sampler.steps)
+            self.report(*(_of("sampler", sampler, p, why) for p in problems))
+
+    def learned_guidance(self, root: Root) -> None:
+        """A method that learns guidance has signals to drop, and sampling adds no guidance."""
+        if not self.valid("method", "conditioning") or not root.method.learns_guidance():
+            return
+        method, signals = f"method={name_of(root.method)}", root.conditioning.signals()
+        if not signals:
+            self.report(
+                f"{method} learns guidance, but conditioning={name_of(root.conditioning)} has no "
+                "signal to drop: use method.guidance_scale=1, or another conditioning"
+            )
+        if self.valid("guidance") and len(root.guidance.passes(signals)) > 1:
+            self.report(
+                f"guidance={name_of(root.guidance)} would guide twice: {method} learns guidance "
+                "with method.guidance_scale; use guidance=none, or method.guidance_scale=1"
+            )
 
     def blocks(self, root: Root) -> Root:
         """Guidance and method name blocks of the backbone."""
@@ -368,10 +411,11 @@ class Compatibility:
             return root, ()
         conditioning, backbone, slots = root.conditioning, root.backbone, []
         outputs = root.schedule.outputs()
+        numbers = frozenset(root.method.scalars()) if self.valid("method") else frozenset()
         for clip, grid in zip(clips, grids, strict=True):
             try:
                 conditioning = conditioning.wired(clip, grid)
-                slots.append(conditioning.offers(clip, grid))
+                slots.append(replace(conditioning.offers(clip, grid), time_scalars=numbers))
             except ConfigError as e:
                 why = f" (clips are {clip}, latents {grid})"
                 self.report(*(_of("conditioning", conditioning, p, why) for p in e.problems))

@@ -37,7 +37,8 @@ class Tokens:
 class Slots:
     """The conditions that a backbone receives; 0 or None is absent.
 
-    `concat` is a number of channels, `vector` a width.
+    `concat` is a number of channels, `vector` a width. Conditioning gives `scalars`, the training
+    method and the sampler `time_scalars`, which have the unit of the backbone's time.
     """
 
     context: Tokens | None = None
@@ -45,6 +46,7 @@ class Slots:
     concat: int = 0
     vector: int = 0
     scalars: frozenset[str] = frozenset()
+    time_scalars: frozenset[str] = frozenset()
 
     def names(self) -> frozenset[str]:
         """Names of the filled slots and the scalars."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -10,7 +10,6 @@ from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pa
 from sandbox.contracts.sizes import Clip
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 
@@ -225,6 +224,11 @@ class Example(Protocol):
         """Pixels (B, 3, T, H, W) in [-1, 1]; None with cached latents."""
         ...
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the conditions that can be dropped."""
+        ...
+
     def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
         """The conditions of the micro-batch.
 
@@ -241,11 +245,17 @@ class Model(Protocol):
     loss: Loss
 
     def __call__(
-        self, z_t: Tensor, t: Tensor, cond: Conditions, features: tuple[str, ...] = ()
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        features: tuple[str, ...] = (),
+        scalars: Mapping[str, Tensor] | None = None,
     ) -> Output:
         """One call of the denoiser. t: (B,), or (B, T) where the backbone takes frame times.
 
-        features: names of backbone modules whose outputs are returned.
+        features: names of backbone modules whose outputs are returned. scalars: all numbers that
+        the method's `scalars` names, each (B,) in the unit of t.
         """
         ...
 
@@ -289,12 +299,14 @@ class Hooks(Protocol):
 class Sampler(Protocol):
     """Integrates from standard normal `z` (B, C, T, H, W) with `model(z_t, t, step) -> raw output`.
 
-    `step` counts from 0 to steps - 1; a second model call within a step repeats its number.
+    `step` counts from 0 to steps - 1; a second model call within a step repeats its number. A
+    fourth argument has the numbers that the Config's `scalars` names: {name: (B,)}, in the unit of
+    t.
     """
 
     def __call__(
         self,
-        model: Callable[[Tensor, Tensor, int], Tensor],
+        model: Callable[..., Tensor],
         schedule: Schedule,
         z: Tensor,
         steps: int,
@@ -303,64 +315,12 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-# "video" (3, T, H, W) float32 in [-1, 1] or "stored" (P, T, H, W); other keys of SAMPLE_TENSORS;
-# "caption" str; names in SCALARS: float
-Sample = dict[str, Any]
-
-
-class Items(Protocol):
-    """One split of a data set; indices are in [0, len)."""
-
-    def __len__(self) -> int: ...
-    def id(self, index: int) -> str: ...
-
-    def load(self, index: int, rng: np.random.Generator) -> Sample:
-        """`rng`, keyed by (seed, epoch, id), is the only source of randomness. Raises BadItem."""
-        ...
-
-
-@runtime_checkable
-class Bucketed(Protocol):
-    """Items of several sizes; all clips of a micro-batch have one size."""
-
-    def bucket(self, index: int, rng: np.random.Generator) -> Clip:
-        """Size of the clip that `load` returns with the same `rng`, whose first draws these are.
-
-        Decodes and raises nothing; the size of an unreadable item is arbitrary.
-        """
-        ...
-
-
-@runtime_checkable
-class Hashed(Protocol):
-    """Items that can hash the source data of a clip without loading it (for task=encode)."""
-
-    def content(self, index: int) -> str:
-        """A hash of everything that is read for the clip; raises BadItem."""
-        ...
-
-
 @runtime_checkable
 class TextEncoder(Protocol):
     """A conditioner whose Config has `embeds()`."""
 
     def encoded(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, D) float32 and a mask (B, L), True for real tokens."""
-        ...
-
-
-class DataSource(Protocol):
-    """A `data` plugin."""
-
-    def split(self, name: str) -> Items:
-        """The split "train" or "val"; raises DataError.
-
-        "val" shares no source with "train", and its items do not use `rng`.
-        """
-        ...
-
-    def prompts(self) -> list[str]:
-        """Captions for samples and scores, in a fixed order; may be empty."""
         ...
 
 

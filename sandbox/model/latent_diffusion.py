@@ -115,6 +115,7 @@ class LatentDiffusion(Trainable):
             z = denoise(
                 self.backbone, self.schedule, self.guidance, conditioned, sampler or self.sampler,
                 start, steps or self.root.sampler.steps, draws, hooks, progress,
+                self.root.method.scalars(),
             )  # fmt: skip
         with self.on_device(self.first_stage):
             video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)

@@ -1,14 +1,15 @@
 """What a training method works with: the networks of a system, and one micro-batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sandbox.config.registry import nearest
-from sandbox.contracts import Batch, Clip, Conditions, ConfigError, Draws, Output
+from sandbox.contracts import Batch, Clip, Conditions, ConfigError, Draws, Output, Schedule
 
 if TYPE_CHECKING:
     from sandbox.model.latent_diffusion import LatentDiffusion
@@ -21,9 +22,15 @@ class Networks:
         self.system, self.schedule, self.loss = system, system.schedule, system.loss
 
     def __call__(
-        self, z_t: Tensor, t: Tensor, cond: Conditions, features: tuple[str, ...] = ()
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        features: tuple[str, ...] = (),
+        scalars: Mapping[str, Tensor] | None = None,
     ) -> Output:
         backbone = self.system.backbone
+        cond = with_scalars(cond, self.schedule, z_t, scalars or {})
         with self.system.autocast(), captured(backbone, features) as found:
             raw = backbone(*self.schedule.inputs(z_t, t), cond)
         return Output(raw, found)
@@ -34,7 +41,7 @@ class MicroBatch:
 
     def __init__(self, system: "LatentDiffusion", batch: Batch, draws: Draws) -> None:
         self.system, self.batch, self.draws = system, batch, draws
-        self.video = batch.video
+        self.video, self.signals = batch.video, system.root.conditioning.signals()
         self._z0: Tensor | None = None
         self._conditions: dict[frozenset[str] | None, Conditions] = {}
 
@@ -54,12 +61,20 @@ class MicroBatch:
         if drop is None:
             dropped = system.conditioner.drop(self.draws)
         else:
-            dropped = dropped_signals(system.root.conditioning.signals(), drop, z0)
+            dropped = dropped_signals(self.signals, drop, z0)
         with system.on_device(system.conditioner):
             return system.conditioner(
                 self.batch, Clip(*z0.shape[1:]), dropped, self.draws,
                 system.encoder(self.draws), z0,
             )  # fmt: skip
+
+
+def with_scalars(
+    cond: Conditions, schedule: Schedule, z_t: Tensor, scalars: Mapping[str, Tensor]
+) -> Conditions:
+    """`cond` with numbers in the unit of t, each (B,), scaled as the backbone's time is."""
+    scaled = {name: schedule.inputs(z_t, x)[1] for name, x in scalars.items()}
+    return replace(cond, scalars=cond.scalars | scaled) if scaled else cond
 
 
 def dropped_signals(

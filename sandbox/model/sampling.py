@@ -18,7 +18,7 @@ from sandbox.contracts import (
     Sampler,
     Schedule,
 )
-from sandbox.model.networks import skipped
+from sandbox.model.networks import skipped, with_scalars
 
 pytree.register_dataclass(Conditions)
 
@@ -35,13 +35,15 @@ def denoise(
     draws: Draws,
     hooks: Hooks | None = None,
     progress: Callable[[int, int], None] | None = None,
+    scalars: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) from standard normal noise `z` of that shape.
 
     passes: those of `guidance.passes(signals)` with their conditions, in that order. Passes that
     skip the same modules and have tensors of the same shapes run as one batch, others one after
     another. progress(step, steps) is called after each model call; a second-order solver makes two
-    per step. The caller sets eval mode.
+    per step. scalars: numbers that the network receives besides t, in the unit of t, where the
+    sampler does not pass them. The caller sets eval mode.
     """
     order = tuple(p for p, _ in passes)
     cond_of = dict(passes)
@@ -50,13 +52,18 @@ def denoise(
     def groups(active: tuple[Pass, ...]) -> list[tuple[list[Pass], Conditions]]:
         return list(batches(active, cond_of))
 
-    def model(z_t: Tensor, t: Tensor, step: int) -> Tensor:
+    def model(
+        z_t: Tensor, t: Tensor, step: int, given: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         z_in, t_in = schedule.inputs(z_t, t)
+        own = {name: t.new_full((len(z_t),), x) for name, x in (scalars or {}).items()}
+        own |= given or {}
         active = guidance.cfg.active(order, step, steps)
         outs = {}
         for group, cond in groups(active):
             n = len(group)
             t_n = t_in.repeat(n, *[1] * (t_in.ndim - 1))
+            cond = with_scalars(cond, schedule, z_t, {k: x.repeat(n) for k, x in own.items()})
             with skipped(backbone, group[0].skip):
                 out = backbone(z_in.repeat(n, 1, 1, 1, 1), t_n, cond)
             outs |= zip(group, out.chunk(n), strict=True)

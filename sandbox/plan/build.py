@@ -293,7 +293,8 @@ def training_step(
 def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:
     """Empty condition tensors of the backbone's input shapes."""
     slots, grid, batch = sizes.slots, sizes.grid, sizes.batch
-    cond = Conditions(scalars={name: torch.empty(batch) for name in slots.scalars})
+    names = slots.scalars | slots.time_scalars
+    cond = Conditions(scalars={name: torch.empty(batch) for name in names})
     if slots.context is not None:
         size = (batch, slots.context.length, slots.context.width)
         cond.context = torch.empty(size, requires_grad=requires_grad)

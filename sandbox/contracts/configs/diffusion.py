@@ -1,7 +1,7 @@
 """Configs of the diffusion process: schedule, loss, method, sampler, guidance."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -69,6 +69,25 @@ class MethodConfig(PluginConfig):
         """Names of the backbone modules whose outputs it reads."""
         return ()
 
+    def scalars(self) -> Mapping[str, float]:
+        """Numbers that the network receives besides t, by name, each (B,) in the unit of t.
+
+        The values are those of samplers that do not pass the number.
+        """
+        return {}
+
+    def learns_guidance(self) -> bool:
+        """Whether its target contains guidance, so that sampling must add none."""
+        return False
+
+    def forward_mode(self) -> bool:
+        """Whether it takes forward-mode derivatives of the network."""
+        return False
+
+    def steps_problems(self, steps: int) -> Iterator[str]:
+        """Problems of a sampler that passes `scalars` with this number of steps, one line each."""
+        yield from ()
+
     def wired(self, backbone: BackboneConfig) -> Self:
         """The complete config for this wired backbone; raises ConfigError."""
         return self
@@ -94,6 +113,10 @@ class SamplerConfig(PluginConfig):
     def frame_times(self) -> bool:
         """Whether it gives each frame a time of its own."""
         return False
+
+    def scalars(self) -> tuple[str, ...]:
+        """Names of the numbers that it passes besides t; the method must train them."""
+        return ()
 
 
 @dataclass(frozen=True)

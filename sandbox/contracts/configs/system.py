@@ -82,6 +82,13 @@ class BackboneConfig(PluginConfig, ABC):
         """Whether it accepts a time for each frame, t (B, T), with these settings."""
         return False
 
+    def takes_time_scalars(self) -> bool:
+        """Whether it embeds further numbers in the unit of its time, which a method names.
+
+        `wired` finds them in `slots.time_scalars`.
+        """
+        return False
+
     def blocks(self) -> tuple[str, ...]:
         """Names of its blocks, in order: modules whose output has the shape of their input."""
         return ()
