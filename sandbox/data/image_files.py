@@ -126,12 +126,12 @@ def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception as e:  # damaged metadata of a healthy image
-        _say_damaged(type(e).__name__)
+        _warn_of_damage(type(e).__name__)
         return 1
 
 
 @cache
-def _say_damaged(kind: str) -> None:
+def _warn_of_damage(kind: str) -> None:
     log.warning(
         "an image has damaged EXIF data (%s): images without a known orientation are read as they "
         "are stored; this is said once",

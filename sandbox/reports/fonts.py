@@ -57,12 +57,12 @@ def _font_with(character: str) -> str | None:
                 return path
         except (OSError, RuntimeError, ValueError):  # damaged, or of bitmaps alone
             continue
-    _say_missing()
+    _warn_of_boxes()
     return None
 
 
 @cache
-def _say_missing() -> None:
+def _warn_of_boxes() -> None:
     log.warning(
         "captions have characters that no font of this system has; they are drawn as boxes "
         "(install a font, such as Noto Sans CJK)"

@@ -378,7 +378,7 @@ def test_the_table_has_every_extension():
 def test_damaged_exif_is_said_once(tmp_path, caplog):
     from sandbox.data import image_files
 
-    image_files._say_damaged.cache_clear()
+    image_files._warn_of_damage.cache_clear()
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(
             encoded(Image.fromarray(NOISE), "PNG", exif=b"Exif\0\0no")
