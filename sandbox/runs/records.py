@@ -93,8 +93,8 @@ def check(folder: Path, name: str, digest: str | None = None) -> None:
     recorded = _hashes(folder).get(name) if name != HASHES else None
     if recorded and (digest or digest_of(folder / name)) not in recorded:
         raise StorageError(
-            f"{folder / name}: damaged or edited: its SHA-256 is not in {HASHES}; restore it from "
-            f"a backup, or remove {HASHES} to use it as it is"
+            f"{folder / name}: damaged or edited: its SHA-256 is not in {HASHES}; restore it and "
+            f"change settings on the command line, or remove {HASHES} to use it as it is"
         )
 
 

@@ -46,7 +46,10 @@ def serving(
             )  # fmt: skip
             yield page.local_url
         except OSError as e:
-            raise ConfigError(f"task.host={host} task.port={port}: cannot be used ({e})") from e
+            raise ConfigError(
+                f"task.host={host} task.port={port}: no such address, or the port is in use; choose "
+                "another port, or null for a free one"
+            ) from e
         finally:
             page.close(verbose=False)
 
