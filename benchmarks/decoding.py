@@ -29,8 +29,8 @@ from benchmarks.common import RESULTS, installed, write
 from plugins.data.webdataset import WebDataset
 from sandbox.data.randomness import keyed
 from sandbox.pipelines.prepare_outputs import write_shards
-from tests.footage import scene, texture
-from tests.footage import write as write_clip
+from tests.raw_videos import scene, texture
+from tests.raw_videos import write as write_clip
 
 HEIGHT, WIDTH, FPS, SECONDS, SIDE = 192, 320, 24.0, 4, 256
 FRAMES, WINDOW = round(FPS * SECONDS), 16

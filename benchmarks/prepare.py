@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import HOME, write
 from benchmarks.multirun import rss
 from sandbox.reports.media import write_frames
-from tests.footage import scene, written
+from tests.raw_videos import scene, written
 
 SPEED = 9.6  # pixels per second of moving clips
 SAMPLES = 40  # memory samples in the JSON file

@@ -250,7 +250,7 @@ def movie(captions: Sequence[str], video: Tensor, fps: float = 8.0, columns: int
 
     from sandbox.reports import media
 
-    frames = media.wall(list(zip(captions, video, strict=True)), columns)
+    frames = media.grid_of_clips(list(zip(captions, video, strict=True)), columns)
     with TemporaryDirectory() as folder:
         path = Path(folder, "movie.gif")
         media.write_gif(path, frames, fps)

@@ -121,7 +121,7 @@ class Level(nn.Module):
         return x
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
     """Residual block, attention (independent of `attn_resolutions`), residual block."""
 
     def __init__(self, s: Sizes, channels: int) -> None:
@@ -143,7 +143,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(levels)
         for level, width in zip(levels[:-1], widths[1:], strict=False):
             level.downsample = Downsample(width)
-        self.mid = Middle(s, widths[-1])
+        self.mid = MidBlock(s, widths[-1])
         self.norm_out = GroupNorm(s.num_groups, widths[-1], act="silu")
         self.conv_out = nn.Conv2d(widths[-1], s.z_channels * (2 if s.double_z else 1), 3, padding=1)
 
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [*(s.ch * m for m in s.ch_mult), s.ch * s.ch_mult[-1]]
         self.conv_in = nn.Conv2d(s.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(s, widths[-1])
+        self.mid = MidBlock(s, widths[-1])
         # up[0] has the highest resolution; `forward` runs from the last to the first.
         levels = [Level(s, i, widths[i + 1], s.num_res_blocks + 1) for i in range(len(s.ch_mult))]
         self.up = nn.ModuleList(levels)

@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 TIMEOUT = 5.0  # seconds to wait for a host
 
 
-def reach(url: str) -> None:
+def check_reachable(url: str) -> None:
     """Raises OSError within seconds if no host answers; download libraries retry for a minute."""
     with suppress(HTTPError):  # the host answers; a refusal is reported by the download itself
         urlopen(Request(url, method="HEAD"), timeout=TIMEOUT).close()
@@ -24,7 +24,7 @@ def from_hub(repository: str, names: tuple[str, ...]) -> Path:
     for name in names:
         if isinstance(kept := try_to_load_from_cache(repository, name), str):
             return Path(kept)
-    reach(hf_hub_url(repository, names[0]))
+    check_reachable(hf_hub_url(repository, names[0]))
     for name in names[:-1]:
         try:
             return Path(hf_hub_download(repository, name, etag_timeout=TIMEOUT))
@@ -38,7 +38,7 @@ def from_url(url: str, name: str, check_hash: bool = False) -> dict:
     import torch
 
     if not Path(torch.hub.get_dir(), "checkpoints", name).is_file():
-        reach(url)
+        check_reachable(url)
     return torch.hub.load_state_dict_from_url(
         url, map_location="cpu", progress=False, check_hash=check_hash, file_name=name,
         weights_only=True,

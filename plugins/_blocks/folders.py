@@ -47,7 +47,7 @@ def check_split(name: str) -> None:
 
 
 @cache
-def say_once(text: str) -> None:
+def print_once(text: str) -> None:
     """Logs a warning, once for each text in a process."""
     log.warning(text)
 
@@ -75,7 +75,7 @@ class Unused(dict[str, int]):
     def report(self, cfg: DataConfig) -> None:
         """Logs what is not used, where there is something."""
         if self:
-            say_once(f"data.root={cfg.root}: excluded{self.summary()}")
+            print_once(f"data.root={cfg.root}: excluded{self.summary()}")
 
 
 def held_out(names: Collection[str], fraction: float) -> set[str]:
@@ -103,7 +103,7 @@ def split_by_hash(
     """
     names = {name_of(row) for row in rows}
     if len(names) == 1:
-        say_once(f"there is only {min(names)!r}: it is used for training and for validation")
+        print_once(f"there is only {min(names)!r}: it is used for training and for validation")
         return [*rows]
     held = held_out(names, fraction)
     return [row for row in rows if (name_of(row) in held) == (split == "val")]

@@ -18,7 +18,7 @@ from plugins._blocks.fetching import from_hub
 from plugins._blocks.state_dicts import (
     check_values,
     differences,
-    is_examining,
+    is_checking_weight_files,
     plain_names,
     read_file,
 )
@@ -258,7 +258,7 @@ def load(
     """
     is_meta = next(model.parameters()).is_meta
     is_file = Path(weights).expanduser().is_file()
-    if weights == RANDOM or (is_meta and not (is_file and is_examining())):
+    if weights == RANDOM or (is_meta and not (is_file and is_checking_weight_files())):
         return
     path, own = weights_file(weights, setting), model.state_dict()
     state = read(path, setting)

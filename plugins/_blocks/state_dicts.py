@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sandbox.storage import weight_files
-from sandbox.storage.weight_check import check_values, differences, is_examining
+from sandbox.storage.weight_check import check_values, differences, is_checking_weight_files
 from sandbox.storage.weight_check import kind_of as what_weights
 from sandbox.storage.weight_contents import plain_name, plain_names
 from sandbox.storage.weight_files import log_once, named
@@ -15,7 +15,7 @@ from sandbox.storage.weight_files import log_once, named
 __all__ = [
     "check_values",
     "differences",
-    "is_examining",
+    "is_checking_weight_files",
     "log_once",
     "named",
     "plain_name",

@@ -214,7 +214,7 @@ def cached_rows(
     for file in (cache / name for cache in caches if (cache / name).is_file()):
         try:
             rows = checked(verified(json.loads(file.read_bytes())), stat.st_size)
-            look_at([entry(path, row, file) for row in rows], path)
+            check_members([entry(path, row, file) for row in rows], path)
             return rows, file
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             log.warning("%s: scanned again: its index %s is damaged (%s)", path, file, e)
@@ -259,7 +259,7 @@ def verified(cached: dict[str, Any]) -> list[dict[str, Any]]:
     return cached["rows"]
 
 
-def look_at(entries: list[Entry], path: Path) -> None:
+def check_members(entries: list[Entry], path: Path) -> None:
     """Compares some headers, the first and the last included. Raises DataError, OSError."""
     members = [entry.member(ending) for entry in entries for ending in entry.members]
     places = {i * (len(members) - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)}

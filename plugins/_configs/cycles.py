@@ -48,8 +48,8 @@ class CyclesConfig(LRScheduleConfig):
         if n < self.warm_up_steps[i]:
             rise = (self.f_max[i] - self.f_start[i]) / self.warm_up_steps[i]
             return self.f_start[i] + rise * n
-        return self.f_min[i] + (self.f_max[i] - self.f_min[i]) * self.fall(i, n)
+        return self.f_min[i] + (self.f_max[i] - self.f_min[i]) * self.decay(i, n)
 
     @abstractmethod
-    def fall(self, i: int, n: int) -> float:
+    def decay(self, i: int, n: int) -> float:
         """Fraction of the way from `f_min` to `f_max` at step `n` of cycle `i`, after warm-up."""

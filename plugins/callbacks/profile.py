@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 
 from sandbox.contracts import CallbackConfig, in_range
-from sandbox.registry import register
+from sandbox.registry import mask_text, register
 
 
 @register("callbacks", "profile")
@@ -61,6 +61,6 @@ class Profile(Callback):
         profiler.stop()
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = profiler.key_averages().table(sort_by=by, row_limit=self.cfg.rows)
-        (self.training.run.folder / "profile.txt").write_text(table + "\n")
+        (self.training.run.folder / "profile.txt").write_text(mask_text(table) + "\n")
         profiler.export_chrome_trace(str(self.training.run.folder / "profile.json"))
         print(f"profile {self.training.run.folder / 'profile.txt'}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from plugins._blocks.state_dicts import is_examining
+from plugins._blocks.state_dicts import is_checking_weight_files
 from plugins._blocks.t5 import T5Encoder, hashed_words, tokenizer
 from plugins._blocks.text import captions_of
 from plugins._configs.weights import local_weights
@@ -170,7 +170,7 @@ class T5(nn.Module):
     def load(self) -> None:
         """Loads released weights and tokenizer. Raises ConfigError or StorageError."""
         is_meta = torch.get_default_device().type == "meta"
-        if is_meta and is_examining() and Path(self.cfg.weights or "").is_dir():
+        if is_meta and is_checking_weight_files() and Path(self.cfg.weights or "").is_dir():
             T5Encoder(self.cfg).load(subfolder(Path(self.cfg.weights or ""), "text_encoder"))
         with torch.device("meta"):
             self.encoder = T5Encoder(self.cfg).to_dtype(DTYPES[self.cfg.dtype])

@@ -21,8 +21,8 @@ from plugins._blocks.folders import (
     files_below,
     folder_of,
     held_out,
+    print_once,
     printable,
-    say_once,
 )
 from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_of, read_shards, user_caches
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
@@ -203,7 +203,7 @@ def entries_with_splits(
         names = {e.key for shard in shards for e in shard.entries if e.problem is None}
     held = held_out(names, cfg.val_fraction)
     if len(names) == 1 and not by_shard:
-        say_once(f"there is only {min(names)!r}: it is used for training and for validation")
+        print_once(f"there is only {min(names)!r}: it is used for training and for validation")
         yield from (
             (e, side) for shard in shards for e in shard.entries for side in ("train", "val")
         )

@@ -14,7 +14,7 @@ class LambdaLinear:
     class Config(CyclesConfig):
         """After the last cycle the last factor stays; the published code fails there."""
 
-        def fall(self, i: int, n: int) -> float:
+        def decay(self, i: int, n: int) -> float:
             # as published: measured from the start of the cycle, so the factor jumps after warm-up
             return (self.cycle_lengths[i] - n) / self.cycle_lengths[i]
 

@@ -19,7 +19,7 @@ class LambdaWarmupCosine:
         f_min: tuple[float, ...] = (0.01,)
         cycle_lengths: tuple[int, ...] = (1200,)
 
-        def fall(self, i: int, n: int) -> float:
+        def decay(self, i: int, n: int) -> float:
             warm_up = self.warm_up_steps[i]
             done = (n - warm_up) / (self.cycle_lengths[i] - warm_up)
             return (1 + math.cos(math.pi * done)) / 2

@@ -22,7 +22,7 @@ class Brightness(ClipMetric):
 
     @dataclass
     class Config(MetricConfig):
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return 0
 
     def __init__(self, cfg: Config) -> None:

@@ -45,7 +45,7 @@ class ClipScore(ClipMetric):
         def needs(self) -> frozenset[str]:
             return frozenset({"captions"})
 
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return 0
 
     def __init__(self, cfg: Config) -> None:

@@ -62,7 +62,7 @@ class Digits:
             for name in ("height", "width"):
                 yield from in_range(name, getattr(clip, name), WINDOW)
 
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return self.reference
 
     def __init__(self, cfg: Config) -> None:

@@ -47,7 +47,7 @@ class Frechet(PlainMetric):
         def needs(self) -> frozenset[str]:
             return frozenset({"video"})
 
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return self.reference
 
     def __init__(self, cfg: Config) -> None:

@@ -45,7 +45,7 @@ class Reconstruction(ClipMetric):
                 least = WINDOW if self.lpips is None else 16  # VGG halves sizes four times
                 yield from in_range(name, getattr(clip, name), least)
 
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return 0
 
     def __init__(self, cfg: Config) -> None:

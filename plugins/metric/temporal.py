@@ -51,7 +51,7 @@ class Temporal(ClipMetric):
         def accepts(self, clip: Clip) -> Iterator[str]:
             yield from in_range("frames", clip.frames, 2)
 
-        def learns_from(self) -> int:
+        def fit_clips(self) -> int:
             return 0
 
     def __init__(self, cfg: Config) -> None:

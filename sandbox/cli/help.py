@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sandbox.cli.reference import about, docstring, field_notes, settings
+from sandbox.cli.reference import description, docstring, field_notes, settings
 from sandbox.config import composition, registry
 from sandbox.config.discovery import conf_folders
 from sandbox.config.overrides import key
@@ -45,7 +45,7 @@ def usage(overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
     text = render(
         "help.txt", groups=groups, parts=parts, known=GROUPS, yaml_groups=YAML_GROUPS,
         own=[s for s in settings(Root()) if key(s) not in GROUPS], plugins=registry.plugins,
-        find=registry.find, presets=presets, about=about, docstring=docstring,
+        find=registry.find, presets=presets, description=description, docstring=docstring,
         field_notes=field_notes, settings=settings,
     )  # fmt: skip
     return "\n".join(part for line in text.splitlines() for part in _wrapped(line, width))

@@ -76,7 +76,7 @@ def _files_page(group: str, title: str, confs: Sequence[Path]) -> str:
 
 
 def _page(kind: str, **context: Any) -> str:
-    text = render(f"reference_{kind}.md", made=MADE, link=_link, about=about, **context)
+    text = render(f"reference_{kind}.md", made=MADE, link=_link, description=description, **context)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"  # empty parts leave no gap
 
 
@@ -112,7 +112,7 @@ def _changes(plain: dict[str, Any], config: type | None = None) -> str:
     return " ".join(c for c in _flat(plain) if c not in defaults)
 
 
-def about(path: Path) -> str:
+def description(path: Path) -> str:
     """The first sentence of the comment at the top of a YAML file."""
     if not path.is_file():
         return "(no regular file)"

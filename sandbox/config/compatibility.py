@@ -67,7 +67,7 @@ def first_stage_alone(root: Root) -> Root:
     return replace(root, reconstruction=loss, data=replace(root.data, batch_size=batch_size))
 
 
-MOST_MISFITS = 4  # incompatible sizes that are reported, of many buckets
+MOST_SIZE_PROBLEMS = 4  # incompatible sizes that are reported, of many buckets
 CHANGE = "change a setting of either, or choose another (task=plugins lists what each takes)"
 
 
@@ -80,7 +80,7 @@ class Compatibility:
 
     def __post_init__(self) -> None:
         self.found: list[str] = []
-        self.misfits: dict[tuple[Any, ...], list[int]] = {}  # size -> nearest compatible values
+        self.size_problems: dict[tuple[Any, ...], list[int]] = {}  # size -> nearest that fit
 
     def valid(self, *names: str) -> bool:
         """Whether none of these groups has invalid settings."""
@@ -103,7 +103,7 @@ class Compatibility:
         for clip in clips:
             if (found := self.sizes(clip)) is not None:
                 sizes.append(found)
-            elif len(self.misfits) >= MOST_MISFITS:
+            elif len(self.size_problems) >= MOST_SIZE_PROBLEMS:
                 break
         if len(sizes) < len(clips) or not sizes:
             return None
@@ -348,10 +348,10 @@ class Compatibility:
                 return None
             except SizeError as e:
                 key = (e.field, getattr(clip, e.field), e.value, z is None)
-                if key not in self.misfits:  # once for all buckets
-                    self.misfits[key] = self.nearest(fitting, e.field)
-                    self.report(self.misfit(clip, first if z else None, e, self.misfits[key]))
-                near = self.misfits[key]
+                near = self.size_problems.get(key)
+                if near is None:  # once for all buckets
+                    near = self.size_problems[key] = self.nearest(fitting, e.field)
+                    self.report(self.size_problem(clip, first if z else None, e, near))
                 if not near:
                     return None
                 fitting = replace(fitting, **{e.field: near[-1]})
@@ -362,7 +362,7 @@ class Compatibility:
                 return None
         return None
 
-    def misfit(self, clip: Clip, z: Clip | None, e: SizeError, near: list[int]) -> str:
+    def size_problem(self, clip: Clip, z: Clip | None, e: SizeError, near: list[int]) -> str:
         """The message for a size that the first stage (or, given `z`, the backbone) rejects."""
         data, value, vae = self.root.data, getattr(clip, e.field), f"vae={name_of(self.root.vae)}"
         size, fix = f"data.{e.field}={value}", ""

@@ -198,7 +198,7 @@ def _group_problem(override: str, folders: Sequence[Path]) -> str | None:
         return None
     known = discovery.options(group, folders)
     if given == "null":
-        return f"{override}: a multirun cannot leave a group empty; want {', '.join(known)}"
+        return f"{override}: cannot be empty; leave it out, or choose {', '.join(known)}"
     if hydra_compose.is_option_list(override) and group not in registry.SEVERAL:
         return f"{override}: want one option, not a list{registry.nearest('', known)}"
     names = [n.strip(" '\"") for n in given.strip("[]").split(",")] if given != "[]" else []

@@ -194,7 +194,12 @@ OLD_METHODS = {
     "data": {"whole": "all_clips", "takes_turns": "alternates_sizes"},
     "ema": {"averages": "keeps_ema"},
     "layout": {"parts": "split", "whole": "join"},
-    "metric": {"rates": "proportions", "beside": "set_references", "each": "per_clip"},
+    "metric": {
+        "rates": "proportions",
+        "beside": "set_references",
+        "each": "per_clip",
+        "learns_from": "fit_clips",
+    },
     "stage": {"judge": "decide", "look": "score"},
     "task": {"brings": "default_options", "takes_weights": "accepts_init_from"},
     "": {"released": "diffusers_config"},

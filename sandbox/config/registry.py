@@ -81,7 +81,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
         path = Path(source).resolve() if source else None
         known = _plugins.get(key)
         if known and known.path and path != known.path:
-            raise PluginError(_twice(key, known.place, str(path or f"module {cls.__module__}")))
+            raise PluginError(_duplicate(key, known.place, str(path or f"module {cls.__module__}")))
         if known and known.stamp and known.config:
             for helper in known.helpers:
                 setattr(module, helper.__name__, helper)
@@ -125,7 +125,7 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
         full_group = "/".join((*([group] if group else []), *parts[:-1]))
         known, path = _plugins.get(f"{full_group}/{parts[-1]}"), Path(os.path.realpath(path))
         if known and known.path != path:
-            raise PluginError(_twice(known.key, known.place, str(path)))
+            raise PluginError(_duplicate(known.key, known.place, str(path)))
         stamp = (0, 0)
         with suppress(OSError):  # a symbolic link to itself
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
@@ -190,7 +190,7 @@ def _add(plugin: Plugin) -> None:
 
     _plugins[plugin.key] = plugin
     if plugin.config is None:
-        _unstore(plugin)
+        _remove_config(plugin)
     else:
         node = plugin.config(plugin=plugin.key)
         package = f"{plugin.group}.{plugin.name}" if plugin.group in SEVERAL else None
@@ -199,7 +199,7 @@ def _add(plugin: Plugin) -> None:
         )
 
 
-def _unstore(plugin: Plugin) -> None:
+def _remove_config(plugin: Plugin) -> None:
     """Removes from the ConfigStore what an earlier version of a now broken file stored."""
     from hydra.core.config_store import ConfigStore
 
@@ -209,7 +209,7 @@ def _unstore(plugin: Plugin) -> None:
     node.pop(f"{plugin.name}.yaml", None)
 
 
-def _twice(key: str, first: str, second: str) -> str:
+def _duplicate(key: str, first: str, second: str) -> str:
     return f"plugin {key} exists twice: in {first} and in {second}; rename or remove one"
 
 
@@ -235,7 +235,7 @@ def source(plugin: Plugin) -> bytes:
     return "".join(cells).encode()
 
 
-def sources_beside(*folders: Path) -> Iterator[bytes]:
+def plugin_sources(*folders: Path) -> Iterator[bytes]:
     """The code of all plugins except those in files below `folders`."""
     for plugin in plugins():
         if plugin.path is None or not any(map(plugin.path.is_relative_to, folders)):

@@ -125,18 +125,14 @@ def _has_deep_colour(image: Image) -> bool:
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception as e:  # damaged metadata of a healthy image
-        _say_damaged(type(e).__name__)
+    except Exception:  # damaged metadata of a healthy image
+        _warn_of_damage(getattr(image.fp, "name", "an image"))  # type: ignore[attr-defined]
         return 1
 
 
 @cache
-def _say_damaged(kind: str) -> None:
-    log.warning(
-        "an image has damaged EXIF data (%s): images without a known orientation are read as they "
-        "are stored; this is said once",
-        kind,
-    )
+def _warn_of_damage(name: str) -> None:
+    log.warning("%s: damaged EXIF data: its orientation is unknown, it is read as stored", name)
 
 
 def _upright(image: Image) -> Image:

@@ -63,7 +63,7 @@ def started(engine: str, count: int, address: str | None = None) -> AbstractCont
     return _local(count) if count else nullcontext(map)
 
 
-def _ahead(count: int, start: Callable[[Function, Any], Any], result: Function) -> Ordered:
+def _prefetched(count: int, start: Callable[[Function, Any], Any], result: Function) -> Ordered:
     """An ordered `map`: `result` waits for what `start` returns."""
 
     def ordered(function: Function, jobs: Iterable[Any]) -> Iterator[Any]:
@@ -122,7 +122,7 @@ def _local(count: int) -> Iterator[Ordered]:
 
     threads = ThreadPoolExecutor(count)
     try:
-        yield _ahead(count, start, result)
+        yield _prefetched(count, start, result)
     finally:
         threads.shutdown(cancel_futures=True)
         found = [worker for worker in workers.queue if worker]
@@ -190,7 +190,7 @@ def _ray(count: int, address: str | None) -> Iterator[Ordered]:
             raise e.cause from e
 
     try:
-        yield _ahead(max(count, 1), remote.remote, result)
+        yield _prefetched(max(count, 1), remote.remote, result)
     finally:
         ray.shutdown()
 

@@ -71,7 +71,7 @@ def evaluate(
         what = "sampling the untrained model"
         floor["untrained model"] = generate(_untrained(system), real, what, watch=watch)
     if root.metric is not None:
-        if wanted := root.metric.learns_from():
+        if wanted := root.metric.fit_clips():
             data = registry.create(root.data.all_clips())
             train = training_clips(data.split("train"), wanted, root.seed)
             metric.fit(train.video, train.captions or [""] * train.size)

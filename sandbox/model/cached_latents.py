@@ -16,7 +16,7 @@ from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
 from sandbox.model.trainable import fingerprint, freeze
-from sandbox.storage.atomic import SEAL, is_sealed
+from sandbox.storage.atomic import HASH_KEY, has_right_hash
 from sandbox.storage.first_stage_files import load_weights
 from sandbox.storage.weight_files import safetensors_errors, verify
 
@@ -49,7 +49,7 @@ def source(root: Root) -> tuple[Path, str]:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         made_with, weights, precision = index["vae"], index["first_stage"], index["precision"]
         file, digest = folder / weights["file"], bytes.fromhex(weights["sha256"]).hex()
-        if SEAL in index and not is_sealed(index):
+        if HASH_KEY in index and not has_right_hash(index):
             raise ValueError("damaged")
         names = [k for k in {**own, **made_with} if own.get(k) != made_with.get(k)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

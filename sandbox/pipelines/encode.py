@@ -44,7 +44,7 @@ from sandbox.model.trainable import fingerprint, freeze
 from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import SEAL, is_sealed, sealed, storing, write_sealed
+from sandbox.storage.atomic import HASH_KEY, has_right_hash, storing, with_hash, write_with_hash
 from sandbox.storage.first_stage_files import data_identity
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal, read_member
@@ -109,7 +109,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
     }
     if rank.index == 0:
         with storing(folder):
-            write_sealed(folder / "index.json", index)
+            write_with_hash(folder / "index.json", index)
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
                     prune(folder, index, root.task.shard_mb * 1_000_000)
@@ -161,7 +161,7 @@ def prune(folder: Path, index: dict[str, Any], shard_bytes: int) -> None:
     for of, name in named:
         of[name] = moved.get(tuple(of[name]), of[name])
     if moved:
-        write_sealed(folder / "index.json", index)
+        write_with_hash(folder / "index.json", index)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
     kept = index["first_stage"]["file"]
@@ -231,9 +231,11 @@ class Writer:
         journals = folder.glob("rows-*.jsonl")
         pairs = (pair for path in journals for pair in read_journal(path))
         known = {p[0]: p[1] for p in pairs if isinstance(p, list) and isinstance(p[1], dict)}
-        # rows of earlier versions have no seal
-        intact = {k: row for k, row in known.items() if SEAL not in row or is_sealed(row)}
-        self.known = {k: {n: v for n, v in row.items() if n != SEAL} for k, row in intact.items()}
+        # rows of earlier versions have no hash
+        intact = {k: row for k, row in known.items() if HASH_KEY not in row or has_right_hash(row)}
+        self.known = {
+            k: {n: v for n, v in row.items() if n != HASH_KEY} for k, row in intact.items()
+        }
         self.folder, self.intact = folder, set[tuple[str, str]]()
 
     def share(self, name: str, items: Items) -> list[list[Any]]:
@@ -261,7 +263,7 @@ class Writer:
         if row is None or "size" not in row or not self._has("latents", row["latents"]):
             row = self._encoded(items, index)
             if key:
-                self.rows.add([key, sealed(row)])
+                self.rows.add([key, with_hash(row)])
         text = row["caption"] or ""
         return row | {
             "id": items.id(index),

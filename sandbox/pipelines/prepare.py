@@ -176,7 +176,7 @@ def built(shared: str) -> dict[str, Any]:
     return {name: registry.create(registry.typed(node)) for name, node in configs.items()}
 
 
-def worked(job: Job) -> Found:
+def prepare_source(job: Job) -> Found:
     """Runs a job, and records why the clip is unusable."""
     found = Found()
     try:
@@ -187,7 +187,7 @@ def worked(job: Job) -> Found:
 
 
 def probed(job: Job, found: Found) -> None:
-    with spending(found, "probing"):
+    with timed(found, "probing"):
         found.values["info"] = asdict(probe(job.path))
 
 
@@ -198,10 +198,10 @@ def scored(job: Job, found: Found) -> None:
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
     clip = VideoClip(job.path, job.info, job.start, job.end, wanted)
-    with spending(found, "decoding"):
+    with timed(found, "decoding"):
         clip.load()
     for name in job.names:
-        with spending(found, name):
+        with timed(found, name):
             found.values[name] = stages[name].score(clip)
 
 
@@ -209,7 +209,7 @@ def rendered(job: Job, found: Found) -> None:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
     (stage,) = built(job.shared).values()
-    with spending(found, "writing"):
+    with timed(found, "writing"):
         made = stage.render(VideoClip(job.path, job.info, job.start, job.end))
         frames, height, width = write_frames(job.to, made.frames, made.fps, made.crf, PRESET)
         size = job.to.stat().st_size
@@ -218,7 +218,7 @@ def rendered(job: Job, found: Found) -> None:
 
 
 @contextmanager
-def spending(found: Found, name: str) -> Iterator[None]:
+def timed(found: Found, name: str) -> Iterator[None]:
     """Adds the CPU seconds of the block."""
     began = time.process_time()
     try:
@@ -334,7 +334,7 @@ class Work:
         Drops rows whose file is unusable.
         """
         new = [task for task in tasks if not {*task[1].values()} <= self.known.keys()]
-        results = self.ordered(worked, (job for _, _, job in new))
+        results = self.ordered(prepare_source, (job for _, _, job in new))
         with Progress(what, len(new), "clip") as progress:
             for done, (result, (_, keys, job)) in enumerate(zip(results, new, strict=True), 1):
                 crashed = Found(bad="crashes the process that decodes it")

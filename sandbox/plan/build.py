@@ -15,7 +15,7 @@ from sandbox.config.wiring import Wiring
 from sandbox.contracts import Clip, Conditions, Slots
 from sandbox.model.ema import EMA
 from sandbox.plan.depth import deeper
-from sandbox.plan.measure import Measured, faked, measure
+from sandbox.plan.measure import Measured, measure, on_fake_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of the setting
@@ -173,7 +173,7 @@ def encoded(root: Root, sizes: Sizes) -> Encoded | None:
         made.append(latents())
         return made[0]
 
-    with plain_kernels(), faked(first_stage):
+    with plain_kernels(), on_fake_device(first_stage):
         latents, inputs = first_stage_step(first_stage, sizes)
         return measure_as(root, step, [first_stage], inputs), made[0]
 
@@ -218,7 +218,7 @@ def step_of(
     """Measures the step after the first stage, at the configured depth."""
     parts = parts_of(root, checkpointing, half)
     modules = modules_of(parts)
-    with plain_kernels(), faked(*modules):
+    with plain_kernels(), on_fake_device(*modules):
         conditioning = parts["conditioning"]
         weights = conditioning.parameters() if isinstance(conditioning, nn.Module) else ()
         cond = conditions(sizes, any(p.requires_grad for p in weights))

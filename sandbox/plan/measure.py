@@ -191,7 +191,7 @@ def _widened(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def faked(*modules: nn.Module) -> Iterator[None]:
+def on_fake_device(*modules: nn.Module) -> Iterator[None]:
     """Makes new tensors fake CPU tensors in the block, and replaces those of `modules` for good."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         known: dict[Any, Any] = {None: None}  # tied weights stay tied
@@ -212,7 +212,7 @@ def measure(
     autocast: torch.dtype | None = None,
     is_cuda: bool = True,
 ) -> Measured:
-    """Measures `step`, which returns a loss (), and its backward pass, inside `faked`.
+    """Measures `step`, which returns a loss (), and its backward pass, inside `on_fake_device`.
 
     Tensors of `modules` and `inputs` exist before and are not counted.
     """

@@ -10,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sandbox.config.secrets import without_secrets
+
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
@@ -57,12 +59,12 @@ def _font_with(character: str) -> str | None:
                 return path
         except (OSError, RuntimeError, ValueError):  # damaged, or of bitmaps alone
             continue
-    _say_missing()
+    _warn_of_boxes()
     return None
 
 
 @cache
-def _say_missing() -> None:
+def _warn_of_boxes() -> None:
     log.warning(
         "captions have characters that no font of this system has; they are drawn as boxes "
         "(install a font, such as Noto Sans CJK)"
@@ -98,7 +100,10 @@ def draw_text(
 
 
 def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
-    """Lines of at most `width` pixels; text beyond `most` lines is cut with an ellipsis."""
+    """Lines of at most `width` pixels, without secrets; text beyond `most` lines is cut with an
+    ellipsis.
+    """
+    text = without_secrets(text)
 
     def fits(line: str) -> bool:
         return length(line, size, bold) <= width

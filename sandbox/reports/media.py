@@ -202,7 +202,7 @@ def _check_fps(fps: float) -> None:
         raise ValueError(f"fps={fps}: want > 0 and <= 1000")
 
 
-def wall(
+def grid_of_clips(
     clips: Sequence[tuple[str, Tensor | np.ndarray]], columns: int = 6, least: int = 128
 ) -> np.ndarray:
     """Captioned clips side by side -> frames (T, H, W, 3) uint8 for `write_video` or `write_gif`.
@@ -210,7 +210,7 @@ def wall(
     Each clip (3, T, H, W) is enlarged to `least` pixels; shorter clips repeat their last frame.
     """
     if not clips:
-        raise ValueError("wall: want at least one clip")
+        raise ValueError("grid_of_clips: want at least one clip")
     small = [frames_uint8(video) for _, video in clips]
     shown = [enlarged(f, enlargement(f.shape[1], f.shape[2], least)) for f in small]
     width, height = max(f.shape[2] for f in shown), max(f.shape[1] for f in shown)

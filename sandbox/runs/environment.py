@@ -59,14 +59,14 @@ def code() -> dict[str, Any]:
 
     The hash includes plugins outside the checkout. Empty outside a git checkout.
     """
-    from sandbox.config.registry import sources_beside
+    from sandbox.config.registry import plugin_sources
 
     if not (CHECKOUT / ".git").exists():
         return {}
     own = CHECKOUT / "plugins", CHECKOUT / "sandbox"  # git may not know others, such as in .venv
     try:
         found = {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain"))}
-        changes = [*(_changes() if found["dirty"] else ()), *sources_beside(*own)]
+        changes = [*(_changes() if found["dirty"] else ()), *plugin_sources(*own)]
     except (OSError, subprocess.SubprocessError):
         return {}
     parts = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in changes))

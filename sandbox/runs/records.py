@@ -13,7 +13,14 @@ from typing import Any
 
 from sandbox.config.secrets import without_secrets
 from sandbox.contracts import StorageError
-from sandbox.storage.atomic import SEAL, digest_of, is_sealed, storing, write_atomic, write_sealed
+from sandbox.storage.atomic import (
+    HASH_KEY,
+    digest_of,
+    has_right_hash,
+    storing,
+    write_atomic,
+    write_with_hash,
+)
 
 HASHES, KEY = "environment.json", "hashes"
 
@@ -59,11 +66,11 @@ def read_dict(folder: Path, name: str) -> dict[str, Any]:
         found = json.loads(read(folder, name))
         if not isinstance(found, dict):
             raise ValueError("not an object")
-        if name == HASHES and SEAL in found and not is_sealed(found):
+        if name == HASHES and HASH_KEY in found and not has_right_hash(found):
             raise ValueError("its SHA-256 is another")
     except (ValueError, RecursionError) as e:
         raise StorageError(f"{path}: damaged ({e}); restore it from a backup") from e
-    return {k: v for k, v in found.items() if name != HASHES or k not in (KEY, SEAL)}
+    return {k: v for k, v in found.items() if name != HASHES or k not in (KEY, HASH_KEY)}
 
 
 def add(folder: Path, name: str) -> None:
@@ -86,8 +93,8 @@ def check(folder: Path, name: str, digest: str | None = None) -> None:
     recorded = _hashes(folder).get(name) if name != HASHES else None
     if recorded and (digest or digest_of(folder / name)) not in recorded:
         raise StorageError(
-            f"{folder / name}: damaged or edited: its SHA-256 is not in {HASHES}; restore it from "
-            f"a backup, or remove {HASHES} to use it as it is"
+            f"{folder / name}: damaged or edited: its SHA-256 is not in {HASHES}; restore it and "
+            f"change settings on the command line, or remove {HASHES} to use it as it is"
         )
 
 
@@ -104,4 +111,4 @@ def _write_hashes(folder: Path, hashes: Mapping[str, Any]) -> None:
 
 
 def _write_environment(folder: Path, content: dict[str, Any]) -> None:
-    write_sealed(folder / HASHES, content, indent=1)
+    write_with_hash(folder / HASHES, content, indent=1)

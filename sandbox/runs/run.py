@@ -215,12 +215,12 @@ def _folders(out: Path, stem: str, config: Mapping[str, Any]) -> list[Path]:
     found = []
     for path in out.glob(f"{stem}*"):
         match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
-        if match and path.is_dir() and not _behaved_otherwise(Run(path), config):
+        if match and path.is_dir() and not _had_other_added_settings(Run(path), config):
             found.append((int(match[1] or 1), path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _behaved_otherwise(run: Run, config: Mapping[str, Any]) -> bool:
+def _had_other_added_settings(run: Run, config: Mapping[str, Any]) -> bool:
     """Whether an older version made this run with another value of a setting added since."""
     if not run.config_file.is_file():
         return False

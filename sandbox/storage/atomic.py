@@ -15,7 +15,7 @@ from sandbox.config.secrets import without_secrets
 from sandbox.contracts import ConfigError, StorageError
 
 MB = 1_000_000
-SEAL = "sha256"  # key of a JSON object with the hash of the rest
+HASH_KEY = "sha256"  # key of a JSON object with the hash of the rest
 
 
 def sync_folder(folder: Path) -> None:
@@ -102,21 +102,21 @@ def check_space(folder: Path, size: int, what: str) -> None:
         )
 
 
-def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The dict with a hash of its JSON under SEAL."""
-    rest = {k: v for k, v in content.items() if k != SEAL}
-    return rest | {SEAL: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
+def with_hash(content: dict[str, Any]) -> dict[str, Any]:
+    """The dict with a hash of its JSON under HASH_KEY."""
+    rest = {k: v for k, v in content.items() if k != HASH_KEY}
+    return rest | {HASH_KEY: hashlib.sha256(json.dumps(rest).encode()).hexdigest()}
 
 
-def write_sealed(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    """Writes a sealed dict as JSON, atomically and without secrets. Raises OSError."""
+def write_with_hash(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Writes a dict with its hash as JSON, atomically and without secrets. Raises OSError."""
     written = json.loads(without_secrets(json.dumps(content)))  # the hash is of what is written
-    write_atomic(path, json.dumps(sealed(written), indent=indent) + "\n")
+    write_atomic(path, json.dumps(with_hash(written), indent=indent) + "\n")
 
 
-def is_sealed(content: dict[str, Any]) -> bool:
-    """Whether the hash that `sealed` has added is right."""
-    return sealed(content) == content
+def has_right_hash(content: dict[str, Any]) -> bool:
+    """Whether the hash that `with_hash` has added is right."""
+    return with_hash(content) == content
 
 
 def digest_of(path: Path) -> str:

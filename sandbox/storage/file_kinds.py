@@ -31,7 +31,7 @@ PREFIXES = {
 WANT, AGAIN = "want the file itself", "the download was not finished; download it again"
 
 
-def what_is(path: Path) -> str:
+def kind_of_file(path: Path) -> str:
     """The kind of the file at `path`, such as "an HTML page (...)", with a hint where one helps.
 
     SAFETENSORS, TORCH and PICKLE for files that may hold weights. Raises OSError.

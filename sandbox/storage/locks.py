@@ -71,7 +71,7 @@ class FileLock:
         """The process that holds the lock, such as "process 12 on host a (since ...)"."""
         with suppress(OSError):
             found = Holder.of(self.path.read_bytes())
-            if found and found.may_live():
+            if found and found.may_be_alive():
                 return str(found)
         return "another process"
 
@@ -117,7 +117,7 @@ class Holder:
     def is_here(self) -> bool:
         return self.host == socket.gethostname()
 
-    def may_live(self) -> bool:
+    def may_be_alive(self) -> bool:
         """False where it is a dead process of this host."""
         try:
             if self.is_here:

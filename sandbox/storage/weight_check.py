@@ -46,21 +46,21 @@ KINDS = (
     (r"(^|\.)_?flat_param", "flattened weights of FSDP: save a full state dict"),
     (r"\.(absmax|quant_map|qweight|qzeros|scale_weight|weight_scale)(\.|$)", "quantised weights"),
 )
-EXAMINING: ContextVar[bool] = ContextVar("EXAMINING", default=False)
+CHECKING: ContextVar[bool] = ContextVar("CHECKING", default=False)
 
 
 @contextmanager
-def examining() -> Iterator[None]:
+def checking_weight_files() -> Iterator[None]:
     """Weight files are also read for models on the meta device, to find wrong ones early."""
-    token = EXAMINING.set(True)
+    token = CHECKING.set(True)
     try:
         yield
     finally:
-        EXAMINING.reset(token)
+        CHECKING.reset(token)
 
 
-def is_examining() -> bool:
-    return EXAMINING.get()
+def is_checking_weight_files() -> bool:
+    return CHECKING.get()
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sandbox.contracts import Diverged, StorageError
 from sandbox.storage.atomic import replacing, storing
-from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, what_is
+from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, kind_of_file
 from sandbox.storage.weight_contents import weights_in
 
 log = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ def content_hash(path: Path) -> str:
 def kind_of_weights(path: Path) -> str:
     """SAFETENSORS, TORCH or PICKLE. Raises StorageError, which names any other kind of file."""
     try:
-        kind = what_is(path)
+        kind = kind_of_file(path)
     except OSError as e:
         raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
     if kind in (SAFETENSORS, TORCH, PICKLE):

@@ -70,7 +70,7 @@ class Plugins:
 
     def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
         """Writes the reference pages and removes outdated ones."""
-        from sandbox.storage.atomic import storing
+        from sandbox.storage.atomic import storing, write_atomic
 
         made = pages(plugin_folders([f"plugins_path={plugins_path}"] if plugins_path else []))
         with storing(folder):
@@ -79,7 +79,7 @@ class Plugins:
                 if old.name not in made and old.read_text(encoding="utf-8").startswith(MADE):
                     old.unlink()
             for name, text in made.items():
-                (folder / name).write_text(text, encoding="utf-8")
+                write_atomic(folder / name, text)
         print(f"wrote {len(made)} pages to {folder}")
         return {"files": [str(folder / name) for name in made]}
 

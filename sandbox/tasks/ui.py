@@ -42,7 +42,7 @@ class UI:
 
         if find_spec("gradio") is None:
             raise ConfigError("task=ui needs gradio: want the extra `ui` (pip install -e '.[ui]')")
-        from sandbox.ui.page import served
+        from sandbox.ui.page import serving
 
         folder = Path(self.cfg.run or root.out)
         if not folder.is_dir():
@@ -51,7 +51,7 @@ class UI:
         # resolve() first: the parent of `run=.`
         runs = Runs(folder.resolve().parent if is_run else folder, root.plugins_path)
         begin = folder.resolve().name if is_run else None
-        with served(runs, begin, self.cfg.host, self.cfg.port) as address:
+        with serving(runs, begin, self.cfg.host, self.cfg.port) as address:
             print(f"page    {address}\nruns    {runs.folder}\nPress Ctrl-C to stop", flush=True)
             Event().wait()
         return {"page": address}

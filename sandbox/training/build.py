@@ -17,7 +17,7 @@ from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint
 from sandbox.storage.first_stage_files import matching_weights
-from sandbox.storage.weight_check import examining
+from sandbox.storage.weight_check import checking_weight_files
 from sandbox.training.first_stage import prepare_first_stage
 from sandbox.weights.init_from import (
     check_first_stage,
@@ -65,7 +65,7 @@ def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False)
     """
     root = wiring.root
     start = root.init_from if begins or root.adapter is not None else None
-    with examining(), torch.device("meta"):
+    with checking_weight_files(), torch.device("meta"):
         if root.vae.fitted() != "none" and "weights" in root.vae.files():
             matching_weights(build("vae", root), Path(root.vae.weights), mapped=True)
         planned = None

@@ -27,7 +27,7 @@ iframe.report {width: 100%; height: 75vh; border: 1px solid #8886; background: w
 
 
 @contextmanager
-def served(
+def serving(
     runs: Runs, begin: str | None = None, host: str = "127.0.0.1", port: int | None = None
 ) -> Iterator[str]:
     """Serves the page and yields its address. Its files are in a temporary folder."""
@@ -46,7 +46,10 @@ def served(
             )  # fmt: skip
             yield page.local_url
         except OSError as e:
-            raise ConfigError(f"task.host={host} task.port={port}: cannot be used ({e})") from e
+            raise ConfigError(
+                f"task.host={host} task.port={port}: no such address, or the port is in use; choose "
+                "another port, or null for a free one"
+            ) from e
         finally:
             page.close(verbose=False)
 
@@ -55,7 +58,7 @@ def served(
 
 
 @contextmanager
-def errors_shown() -> Iterator[None]:
+def showing_errors() -> Iterator[None]:
     """Shows errors of a handler on the page and to API clients."""
     import gradio as gr
 
@@ -125,18 +128,18 @@ def blocks(runs: Runs, own: Path, begin: str | None) -> Any:
         with gr.Tab("Reports"):
             report = gr.Dropdown(runs.pages(), value=None, label="report", allow_custom_value=True)
             html = gr.HTML(label="report", min_height=240)
-        report.change(errors_shown()(lambda page: browse(runs, page)), report, html,
+        report.change(showing_errors()(lambda page: browse(runs, page)), report, html,
                       api_name="report")  # fmt: skip
 
         def refresh() -> tuple[Any, ...]:
             names = runs.names()
             one = begin if begin in names else next(iter(names), None)
             lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=["", *names])
-            about = runs.about(one) if one else ""
-            return *lists, about, *inputs(gr, runs, one), gr.Dropdown(choices=runs.pages())
+            description = runs.description(one) if one else ""
+            return *lists, description, *inputs(gr, runs, one), gr.Dropdown(choices=runs.pages())
 
         outputs = [run, other, *shown, report]
-        page.load(errors_shown()(refresh), outputs=outputs, api_visibility="private")
+        page.load(showing_errors()(refresh), outputs=outputs, api_visibility="private")
     return page
 
 
@@ -167,7 +170,7 @@ def _sample_tab(gr: Any, runs: Runs, own: Path, begin: str | None) -> tuple[Any,
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             run, weights = run_row("run", names, begin)
-            about = gr.Markdown()
+            description = gr.Markdown()
             other, other_weights = run_row("compare with (optional)", ["", *names], None)
             prompts = gr.Textbox(label="prompts, one per line", lines=3)
             with gr.Accordion("conditioning images", visible=False) as images, gr.Row():
@@ -193,17 +196,17 @@ def _sample_tab(gr: Any, runs: Runs, own: Path, begin: str | None) -> tuple[Any,
              *numbers, seed], [clips, files, command], preprocess=False, api_name="sample",
              concurrency_limit=1)  # fmt: skip
     randomise.click(lambda: str(random.randrange(2**31)), outputs=seed, api_visibility="private")
-    run.change(errors_shown()(lambda name: runs.about(name) if name else ""), run, about,
-               api_name="about")  # fmt: skip
-    run.change(errors_shown()(lambda name: inputs(gr, runs, name)), run, [images, *ends],
+    run.change(showing_errors()(lambda name: runs.description(name) if name else ""), run,
+               description, api_name="about")  # fmt: skip
+    run.change(showing_errors()(lambda name: inputs(gr, runs, name)), run, [images, *ends],
                api_visibility="private")  # fmt: skip
-    return run, other, [about, images, *ends]
+    return run, other, [description, images, *ends]
 
 
 def _handler(gr: Any, runs: Runs, own: Path) -> Callable[..., Any]:
     """The handler of the button; API clients name its parameters."""
 
-    @errors_shown()
+    @showing_errors()
     def handler(
         run, weights, other, other_weights, prompts, image, end_image, sampler, steps, guidance,
         frames, height, width, seed, progress=gr.Progress(),  # noqa: B008

@@ -114,7 +114,7 @@ class Runs:
             raise ConfigError(f"run={name!r}: want {run}, or {run}@STEP of a checkpoint")
         return path, int(step) if step else None
 
-    def about(self, name: str | None) -> str:
+    def description(self, name: str | None) -> str:
         """One line on the clip size, components and conditioning images of a run."""
         root = read_root(self.resolve(name)[0])
         clip, ends = root.data.clips()[0], [*root.conditioning.images()]

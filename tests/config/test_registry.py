@@ -307,7 +307,7 @@ def test_the_code_of_a_cell_is_all_of_it(plugin_folder, monkeypatch, tmp_path):
     assert registry.source(registry.find("vae/mine")).decode() == GOOD
     edited = GOOD.replace("CHANNELS = 3", "CHANNELS = 6")
     notebook(edited)
-    assert edited.encode() in registry.sources_beside(CHECKOUT)
+    assert edited.encode() in registry.plugin_sources(CHECKOUT)
 
 
 def test_a_notebook_cannot_take_the_name_of_a_plugin(plugin_folder, monkeypatch):

@@ -12,8 +12,8 @@ import pytest
 from sandbox.config import registry
 from sandbox.contracts import CuttingStage, DecidingStage, RenderingStage, ScoringStage
 from sandbox.data.video_files import VideoClip, probe
-from tests.footage import scene, write
 from tests.helpers import plugin_configs
+from tests.raw_videos import scene, write
 
 CONFIGS = dict(plugin_configs("stage"))
 STAGES = {key: registry.create(cfg) for key, cfg in CONFIGS.items()}

@@ -9,7 +9,18 @@ import torch
 
 from sandbox.storage import checkpoint
 from tests.engine import differing
-from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, result, states
+from tests.training_jobs import (
+    ONE,
+    STEPS,
+    TWO,
+    assert_close,
+    done,
+    job,
+    metrics,
+    moved,
+    result,
+    states,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -178,19 +178,19 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log, how, 
 
 
 def test_ranks_that_do_not_connect_are_started_again(log, capfd, monkeypatch):
-    monkeypatch.setenv("UNMET_LOG", str(log))
-    monkeypatch.setenv("UNMET", "1")
-    assert launch("launch_unmet:count", None, 2) == 2
+    monkeypatch.setenv("FAILING_STARTS_LOG", str(log))
+    monkeypatch.setenv("FAILING_STARTS", "1")
+    assert launch("failing_rendezvous:count", None, 2) == 2
     assert capfd.readouterr().err.count("did not connect; starting them again") == 1
 
 
 @pytest.mark.slow
 def test_ranks_that_never_connect_are_an_error(log, monkeypatch):
-    monkeypatch.setenv("UNMET_LOG", str(log))
-    monkeypatch.setenv("UNMET", "9")
+    monkeypatch.setenv("FAILING_STARTS_LOG", str(log))
+    monkeypatch.setenv("FAILING_STARTS", "9")
     # The error of the rank that gives up first.
     with pytest.raises(RankError, match=r"lost contact with the other ranks|no answer to rank"):
-        launch("launch_unmet:count", None, 2)
+        launch("failing_rendezvous:count", None, 2)
     assert log.read_text().count("started") == CONNECT_ATTEMPTS
 
 

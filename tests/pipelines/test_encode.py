@@ -25,8 +25,8 @@ from sandbox.reports.media import write_video
 from sandbox.storage import weight_files
 from sandbox.tasks.train import train as train_task
 from sandbox.training.build import build_system, load_system
+from tests.bad_files import DAMAGES
 from tests.engine import differing, train_until
-from tests.harm import DAMAGES
 from tests.helpers import TINY, composed, sampled, train
 from tests.inputs import video
 from tests.plugins.conditioning.test_t5 import released, write_tokenizer

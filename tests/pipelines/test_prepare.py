@@ -23,9 +23,9 @@ from sandbox.contracts import ConfigError, DataError
 from sandbox.distributed.pool import Crashed, started
 from sandbox.pipelines.prepare import prepare
 from tests.command import PATIENT_RAY
-from tests.crashing import double
-from tests.footage import precision_recall, scene, write, write_strange
 from tests.helpers import composed
+from tests.pool_jobs import double
+from tests.raw_videos import precision_recall, scene, write, write_strange
 
 HOME = Path(__file__).resolve().parents[2]
 STAGES = "stage=[scenes,motion,duplicates,captions,split,normalise]"

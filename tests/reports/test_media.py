@@ -15,9 +15,9 @@ from sandbox.reports.media import (
     enlargement,
     evenly,
     frames_uint8,
+    grid_of_clips,
     reconstruction_sheet,
     replacing,
-    wall,
     wrapped,
     write_gif,
     write_video,
@@ -158,7 +158,7 @@ def test_gif_keeps_frames_and_colours(tmp_path):
 
 def test_a_wall_shows_every_clip_and_rests_on_last_frames():
     clips = [("a", clip(9, seed=1)), ("b", clip(3, seed=2)), ("c", clip(9, seed=3))]
-    frames = wall(clips, columns=2, least=32)
+    frames = grid_of_clips(clips, columns=2, least=32)
     assert len(frames) == 9 and frames.shape[1] % 2 == frames.shape[2] % 2 == 0
     for _, video in clips:
         colour = frames_uint8(video)[-1, 5, 2 + len(video[0]) % 9 + 1]

@@ -18,8 +18,8 @@ from sandbox.runs.run import Run, open_run
 from sandbox.storage import checkpoint
 from sandbox.storage.locks import COMMAND, FileLock, locked
 from sandbox.training.build import load_system
+from tests.bad_files import DAMAGES, cut_in_half, flip_a_byte, snapshot
 from tests.engine import small, train_until
-from tests.harm import DAMAGES, cut_in_half, flip_a_byte, snapshot
 from tests.storage.test_checkpoint import BREAKS
 
 SETTINGS = ("data.clips_per_epoch=13", "steps=6", "checkpoint.every=3")

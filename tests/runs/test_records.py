@@ -16,7 +16,7 @@ from sandbox.runs import records
 from sandbox.runs.diff import compare_runs
 from sandbox.runs.lookup import find_run, read_root
 from sandbox.runs.run import Run, open_root
-from tests.harm import DAMAGES, snapshot
+from tests.bad_files import DAMAGES, snapshot
 from tests.helpers import tiny
 
 CAPTIONS = {"captions": ["a", "b"], "scores": {"colour": [0.5, 0.25]}}

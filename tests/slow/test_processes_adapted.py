@@ -13,7 +13,7 @@ from sandbox.config.wiring import wire
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint, weight_files
 from tests.engine import differing
-from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
+from tests.training_jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
 
 pytestmark = pytest.mark.slow
 

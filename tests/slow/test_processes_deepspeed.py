@@ -7,7 +7,7 @@ import torch
 
 from sandbox.runs.run import Run
 from tests.engine import differing
-from tests.jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
+from tests.training_jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
 
 pytestmark = pytest.mark.slow
 

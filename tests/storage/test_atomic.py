@@ -8,9 +8,9 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.storage.atomic import (
     check_space,
     check_writable,
-    is_sealed,
+    has_right_hash,
     replacing,
-    sealed,
+    with_hash,
     write_atomic,
 )
 
@@ -42,10 +42,10 @@ def test_a_disk_with_too_little_space_is_an_error(tmp_path):
 
 
 def test_a_sealed_object_notices_every_change():
-    content = sealed({"caption": "a red 7", "at": [512, 8], "none": None})
-    assert is_sealed(content) and is_sealed(sealed(content))
+    content = with_hash({"caption": "a red 7", "at": [512, 8], "none": None})
+    assert has_right_hash(content) and has_right_hash(with_hash(content))
     for changed in ({"caption": "a red 1"}, {"at": [512, 9]}, {"none": 0}, {"more": 1}):
-        assert not is_sealed(content | changed)
+        assert not has_right_hash(content | changed)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/none", "/proc/self/below"])

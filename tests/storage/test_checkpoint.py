@@ -17,7 +17,7 @@ import torch
 
 from sandbox.contracts import Diverged, StorageError
 from sandbox.storage import checkpoint
-from tests.harm import largest_file, names, plain_pickle, torch_legacy, torch_zip
+from tests.bad_files import largest_file, names, plain_pickle, torch_legacy, torch_zip
 
 FORK = multiprocessing.get_context("fork")  # shares the imports: a spawned process needs seconds
 

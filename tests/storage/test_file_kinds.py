@@ -17,7 +17,7 @@ from safetensors.torch import save
 
 from sandbox.contracts import StorageError
 from sandbox.storage import weight_files
-from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, what_is
+from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, kind_of_file
 
 TENSORS = {"a.weight": torch.arange(100.0), "b": torch.ones(2, dtype=torch.int32)}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 11251234567\n"
@@ -99,7 +99,7 @@ def test_the_kind_of_a_file_is_known_by_its_bytes(tmp_path, name):
     path = tmp_path / "file"
     path.write_bytes(content)
     if want in (SAFETENSORS, TORCH, PICKLE):
-        assert what_is(path) == want
+        assert kind_of_file(path) == want
     else:
         with pytest.raises(StorageError, match=want):
             weight_files.read(path)

@@ -22,8 +22,8 @@ from sandbox.storage.first_stage_files import FIRST_STAGE_FILE, cache_path, load
 from sandbox.tasks.train import train
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.first_stage import calibrate, prepare_first_stage
+from tests.bad_files import DAMAGES, cut_in_half, flip_a_byte, snapshot
 from tests.engine import differing, session, small, train_until
-from tests.harm import DAMAGES, cut_in_half, flip_a_byte, snapshot
 
 AUTO = ("vae.weights=auto", "vae.fit_clips=32", "data.clips_per_epoch=32")
 

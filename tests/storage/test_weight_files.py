@@ -9,7 +9,7 @@ import torch
 
 from sandbox.contracts import StorageError
 from sandbox.storage import weight_files
-from tests.harm import (
+from tests.bad_files import (
     DAMAGES,
     flip_a_byte,
     largest_file,

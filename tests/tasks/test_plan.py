@@ -30,7 +30,7 @@ from sandbox.plan.build import (
     training_step,
 )  # fmt: skip
 from sandbox.plan.depth import deeper
-from sandbox.plan.measure import OWN, Measured, faked, measure
+from sandbox.plan.measure import OWN, Measured, measure, on_fake_device
 from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
 from sandbox.plan.plan import need_of, plan
@@ -180,11 +180,11 @@ def test_what_is_kept_is_what_autograd_saves():
 
 def test_operations_of_a_linear_layer_and_of_attention_are_the_formulas():
     layer = nn.Linear(32, 48, bias=False)
-    with faked(layer):
+    with on_fake_device(layer):
         x = torch.empty(5, 32)
         found = measure(lambda: layer(x).sum(), [layer], [x])
     assert (found.forward, found.backward) == (2 * 5 * 32 * 48, 2 * 5 * 32 * 48)  # x needs none
-    with faked(layer):
+    with on_fake_device(layer):
         q = torch.empty(2, 3, 64, 32, requires_grad=True)
         found = measure(lambda: F.scaled_dot_product_attention(q, q, layer(q)[..., :32]).sum(),
                         [layer], [q])  # fmt: skip
@@ -196,7 +196,7 @@ def test_checkpointing_repeats_the_forward_pass_and_keeps_its_input_alone():
     net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
     kept = {}
     for is_on in (False, True):
-        with faked(net):
+        with on_fake_device(net):
             x = torch.empty(8, 16, requires_grad=True)
 
             def step(x=x, is_on=is_on):
@@ -211,7 +211,7 @@ def test_checkpointing_repeats_the_forward_pass_and_keeps_its_input_alone():
 
 def test_as_on_a_gpu_attention_keeps_no_scores_and_norms_stay_wide():
     norm, length = nn.LayerNorm(32), 512
-    with faked(norm):
+    with on_fake_device(norm):
         q = torch.empty(1, 2, length, 32, requires_grad=True)
         seen = []
 
@@ -237,7 +237,7 @@ def test_fused_temporal_attention_counts_as_plain_attention_at_each_place():
 def test_tied_weights_have_one_gradient():
     net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     net[1].weight = net[0].weight
-    with faked(net):
+    with on_fake_device(net):
         x = torch.empty(8, 16)
         found = measure(lambda: net(x).square().sum(), [net], [x])
     assert max(own for _, own in found.moments) <= 16 * 16 * 4

@@ -88,7 +88,7 @@ class MetricConfig(PluginConfig):
         """Problems with clips of this size, one line each."""
         yield from ()
 
-    def learns_from(self) -> int:
+    def fit_clips(self) -> int:
         """Number of real training clips for `fit`; 0: none."""
         return 2048
 

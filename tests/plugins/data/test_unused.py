@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from plugins._blocks import tar_shards
-from plugins._blocks.folders import say_once
+from plugins._blocks.folders import print_once
 from plugins.data.celebahq import CelebAHQ
 from plugins.data.cogvideox_folder import CogVideoXFolder
 from plugins.data.easyanimate_json import EasyAnimateJSON
@@ -268,7 +268,7 @@ def test_files_that_no_list_names_are_counted(tmp_path, caplog):
         (WebVid(WebVid.Config(root=str(tmp_path), **SIZE)), "1 rows of metadata.csv with an empty"),
     ):  # fmt: skip
         caplog.clear()
-        say_once.cache_clear()
+        print_once.cache_clear()
         plugin.split("train")
         plugin.split("val")
         assert caplog.text.count("excluded") == 1 and words in caplog.text

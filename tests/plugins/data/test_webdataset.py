@@ -21,7 +21,7 @@ from sandbox.contracts import BadItem, Clip, DataError, StorageError
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import keyed
 from sandbox.pipelines.prepare_outputs import write_shards
-from tests.harm import DAMAGES
+from tests.bad_files import DAMAGES
 from tests.plugins.data.test_video_folder import levels, write_video
 
 CONFIG = WebDataset.Config(frames=1, height=16, width=16)

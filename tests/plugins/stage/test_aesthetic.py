@@ -12,7 +12,7 @@ from torch import nn
 
 from sandbox.config import discovery, registry
 from sandbox.data.video_files import VideoClip, probe
-from tests.footage import scene, write
+from tests.raw_videos import scene, write
 
 discovery.setup()
 

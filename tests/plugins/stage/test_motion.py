@@ -10,8 +10,8 @@ import torch
 from sandbox.config import discovery, registry
 from sandbox.contracts import StorageError
 from sandbox.data.video_files import VideoClip, probe
-from tests.footage import precision_recall, scene, write
 from tests.helpers import composed
+from tests.raw_videos import precision_recall, scene, write
 
 discovery.setup()
 SPEEDS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.0, 1.2, 1.4, 2.0, 2.4)  # pixels per frame

@@ -10,7 +10,7 @@ import pytest
 from sandbox.config import discovery, registry
 from sandbox.contracts import VideoFile
 from sandbox.data.video_files import VideoClip, probe
-from tests.footage import scene, write_strange
+from tests.raw_videos import scene, write_strange
 
 discovery.setup()
 

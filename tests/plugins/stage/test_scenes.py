@@ -7,7 +7,7 @@ import pytest
 
 from sandbox.config import discovery, registry
 from sandbox.data.video_files import VideoClip, probe
-from tests.footage import precision_recall, scene, write
+from tests.raw_videos import precision_recall, scene, write
 
 discovery.setup()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sandbox.config import discovery, registry
-from tests.footage import precision_recall, scene, written
+from tests.raw_videos import precision_recall, scene, written
 
 discovery.setup()
 

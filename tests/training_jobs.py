@@ -1,4 +1,4 @@
-"""Jobs for `tests/several.py`, and their results."""
+"""Jobs for `tests/parallel_training.py`, and their results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def moved(name, out, source, *overrides):
 def done(out, jobs):
     """`out`, with the results of all `jobs`."""
     (out / "jobs").write_text(json.dumps(jobs))
-    words = [sys.executable, str(HERE / "several.py"), str(out / "jobs"), str(out)]
+    words = [sys.executable, str(HERE / "parallel_training.py"), str(out / "jobs"), str(out)]
     ended = subprocess.run(words, cwd=HERE.parent, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return out

@@ -1,4 +1,4 @@
-"""A target whose import keeps a rank from connecting, in the first UNMET starts."""
+"""A target whose import keeps a rank from connecting, in the first FAILING_STARTS starts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from sandbox.distributed.rank import Rank
 
-_log = Path(os.environ["UNMET_LOG"])
+_log = Path(os.environ["FAILING_STARTS_LOG"])
 if os.environ["RANK"] == "1":
     with _log.open("a") as file:
         file.write("started\n")
-    if len(_log.read_text().split()) <= int(os.environ["UNMET"]):
+    if len(_log.read_text().split()) <= int(os.environ["FAILING_STARTS"]):
         os.environ["GLOO_SOCKET_IFNAME"] = "nowhere"
 
 

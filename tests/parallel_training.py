@@ -1,4 +1,4 @@
-"""Trainings on several processes, each launched from here: `python tests/several.py JOBS OUT`.
+"""Trainings on several processes: `python tests/parallel_training.py JOBS OUT`.
 
 In a process of its own, so that one server imports for all of them. JOBS is a JSON file: a list of
 {"name", "root", ...}; a job leaves OUT/<name>.json with its result or error, and its ranks leave
@@ -93,7 +93,9 @@ def main(jobs: Path, out: Path) -> None:
             if "copy" in job:
                 (stopped,) = Path(job["copy"]).glob("*/config.yaml")
                 shutil.copytree(stopped.parent, root.resume.run)
-            found = launch_run("tests.several:train", root, [{**job, "out": str(out)}], None)
+            found = launch_run(
+                "tests.parallel_training:train", root, [{**job, "out": str(out)}], None
+            )
         except SandboxError as e:
             found = {"error": str(e), "code": e.exit_code}
         found["seconds"] = time.monotonic() - began
