@@ -51,6 +51,8 @@ class Launch(NamedTuple):
 
 def launch(launches: Sequence[Launch], device: torch.device) -> None:
     """Runs the launches in order on `device`, which need not be the current device."""
+    for one in launches:
+        refuse_tangents(*one.args.values())
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else nullcontext():
         for one in launches:
@@ -107,9 +109,16 @@ def unsupported_tensors(x: Tensor, *others: Tensor | None) -> str | None:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """Whether `x` is a dual tensor of torch.autograd.forward_ad; the kernels drop tangents."""
-    level = forward_ad._current_level
-    return level >= 0 and forward_ad.unpack_dual(x, level=level).tangent is not None
+    """Whether `x` is a dual tensor of torch.autograd.forward_ad, or of torch.func.jvp."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
+def refuse_tangents(*args: Any) -> None:
+    """Raises RuntimeError for dual tensors, whose tangents kernels and custom operators drop."""
+    if any(has_tangent(x) for x in args if isinstance(x, Tensor)):
+        raise RuntimeError(
+            "the Triton kernels have no forward-mode derivatives; use kernels=eager for this call"
+        )
 
 
 def is_traced(x: Tensor) -> bool:

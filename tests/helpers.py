@@ -32,7 +32,7 @@ TINY = (
     "logger=null",
     "steps=2",
 )
-PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "data", "method")
+PARTNERS = ("schedule", "sampler", "loss", "metric", "conditioning", "vae", "data")
 
 
 # --- configurations -------------------------------------------------------------------------------
@@ -64,13 +64,17 @@ def tiny() -> Root:
 def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     """`root` with another component; a first stage that is trained gets random weights.
 
-    A schedule gets a learned variance where the loss takes no other.
+    A schedule gets a learned variance where the loss takes no other, and a sampler that passes
+    numbers a method that trains them.
     """
     if group in registry.SEVERAL and cfg is not None:
         return replace(root, **{group: {cfg.plugin.rpartition("/")[2]: cfg}})
     if group == "vae" and cfg is not None and cfg.fitted() == "trained":
         cfg = replace(cfg, weights=None)
     root = replace(root, **{group: cfg})
+    if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
+        methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
+        root = replace(root, method=methods[0])
     if group in ("loss", "schedule") and hasattr(root.schedule, "learned_variance"):
         learned = replace(root.schedule, learned_variance=True)
         if any(root.loss.accepts(root.schedule)) and not any(root.loss.accepts(learned)):

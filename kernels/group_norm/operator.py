@@ -22,6 +22,7 @@ from kernels._launch import (
     launch,
     needs_grad,
     no_second_derivative,
+    refuse_tangents,
     unsupported_tensors,
     zeroed,
 )
@@ -218,6 +219,7 @@ def _with_rows(inputs: Inputs, options: Options) -> tuple[Inputs, Options]:
 
 @_forward.register_kernel("cpu")
 def _(x: Tensor, *args: Any) -> Outputs:
+    refuse_tangents(x, *args)
     inputs, options = Inputs(x, *args[:5]), Options(*args[5:])
     outputs = _outputs(x, options)
     if x.numel() == 0:

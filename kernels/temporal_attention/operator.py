@@ -23,6 +23,7 @@ from kernels._launch import (
     launch,
     needs_grad,
     no_second_derivative,
+    refuse_tangents,
     unsupported_tensors,
     zeroed,
 )
@@ -202,6 +203,7 @@ def _backward(
 
 @_forward.register_kernel("cpu")
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    refuse_tangents(q, k, v, bias)
     return eager.temporal_attention(q, k, v, bias=bias, causal=causal, scale=scale)
 
 

@@ -7,13 +7,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from plugins._configs.average_velocity import STEP
 from sandbox.contracts import Conditions, Model, Terms
 
 
 def average_velocity(model: Model, z: Tensor, t: Tensor, step: Tensor, cond: Conditions) -> Tensor:
     """The network's average velocity from t to t - step, as z (B, C, T, H, W); t, step (B,)."""
-    return model(z, t, cond, scalars={STEP: step}).raw
+    return model(z, t, cond, scalars={"step_size": step}).raw
 
 
 @torch.no_grad()

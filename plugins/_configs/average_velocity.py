@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from sandbox.contracts import LossConfig, MethodConfig, ScheduleConfig
 
-STEP = "step_size"  # t - r, the length of the step from t to r
-
 
 @dataclass
 class AverageVelocityConfig(MethodConfig):
     def scalars(self) -> Mapping[str, float]:
-        """With step_size=0, the network predicts the velocity, as samplers of a flow need it."""
-        return {STEP: 0.0}
+        """t - r of a step from t to r; 0 means the velocity, which other samplers use."""
+        return {"step_size": 0.0}
 
     def accepts(self, schedule: ScheduleConfig, loss: LossConfig) -> Iterator[str]:
         name = self.plugin.rpartition("/")[2]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plugins._blocks.diffusion import Solver, Trajectory
-from plugins._configs.average_velocity import STEP
 from sandbox.contracts import Draws, SamplerConfig
 from sandbox.registry import register
 
@@ -23,11 +22,11 @@ class FlowMap(Solver):
         steps: int = 1
 
         def scalars(self) -> tuple[str, ...]:
-            return (STEP,)
+            return ("step_size",)
 
     def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
         ends = [*run.times[1:], run.times.new_zeros(())]
         for step, _, (alpha, sigma) in run:
-            z, d = run.denoised(z, step, step, **{STEP: run.times[step] - ends[step]})
+            z, d = run.denoised(z, step, step, step_size=run.times[step] - ends[step])
             z = alpha * d.z0 + sigma * d.eps  # z_r = z_t - (t - r) u
         return z

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sandbox.config import registry
+from sandbox.config.method_checks import method_problems
 from sandbox.config.root import Root
+from sandbox.config.wording import listed, name_of, of_part, options, slot_sizes
 from sandbox.contracts import (
     SIZES,
     CallbackConfig,
     Clip,
     ConfigError,
-    PluginConfig,
     SizeError,
     Slots,
 )
@@ -94,8 +93,7 @@ class Compatibility:
         root = self.root
         self.start()
         self.schedule()
-        self.frame_times()
-        self.scalars()
+        self.report(*method_problems(self.root, self.valid))
         self.fields()
         root = self.first_stage(self.metric(root))
         clips = root.data.clips() if self.valid("data") else ()
@@ -109,15 +107,14 @@ class Compatibility:
             return None
         root, slots = self.conditions(root, clips, [grid for _, grid in sizes])
         root = self.blocks(root)
-        self.learned_guidance(root)
         if self.valid("optimizer", "backbone") and not self.found:
             why = f" (backbone={name_of(root.backbone)})"
             for problem in root.optimizer.accepts(root.backbone):
-                self.report(_of("optimizer", root.optimizer, problem, why))
+                self.report(of_part("optimizer", root.optimizer, problem, why))
         if self.valid("optimizer", "trainer"):
             why = f" (optimizer={name_of(root.optimizer)}, precision={root.precision})"
             for problem in root.trainer.accepts(root.optimizer, root.precision):
-                self.report(_of("trainer", root.trainer, problem, why))
+                self.report(of_part("trainer", root.trainer, problem, why))
         self.adapter(root)
         self.best(root)
         if self.found:
@@ -147,7 +144,7 @@ class Compatibility:
             return
         why = f" (backbone={name_of(root.backbone)})"
         for problem in root.adapter.accepts(root.backbone):
-            self.report(_of("adapter", root.adapter, problem, why))
+            self.report(of_part("adapter", root.adapter, problem, why))
         starts = not self.valid("task") or root.task.reads_data()
         if root.init_from is None and starts:
             self.report(
@@ -162,68 +159,12 @@ class Compatibility:
         if self.valid("method", "loss"):
             method = self.root.method
             for problem in method.accepts(self.root.schedule, self.root.loss):
-                self.report(_of("method", method, problem))
+                self.report(of_part("method", method, problem))
         for part in ("loss", "sampler", "guidance"):
             if self.valid(part):
                 cfg, schedule = getattr(self.root, part), self.root.schedule
                 why = f" (schedule={name_of(schedule)})"
-                self.report(*(_of(part, cfg, p, why) for p in cfg.accepts(schedule)))
-
-    def frame_times(self) -> None:
-        """Where method or sampler give each frame a time, the other components accept it."""
-        takers = {"method": ("backbone", "schedule", "loss"), "sampler": ("backbone", "schedule")}
-        giving = [p for p in takers if self.valid(p) and getattr(self.root, p).frame_times()]
-        for part in giving:
-            for group in filter(self.valid, takers[part]):
-                taker = getattr(self.root, group)
-                if taker.takes_frame_times():
-                    continue
-                self.report(
-                    f"{part}={name_of(getattr(self.root, part))} gives each frame its own time, "
-                    f"but {group}={name_of(taker)} takes one for the clip with these settings: "
-                    f"use {_options(group, lambda c: c.takes_frame_times(), last='')}"
-                )
-
-    def scalars(self) -> None:
-        """Numbers of the method reach a backbone that embeds them; a sampler passes no others."""
-        method, sampler, backbone = self.root.method, self.root.sampler, self.root.backbone
-        if not self.valid("method"):
-            return
-        names = frozenset(method.scalars())
-        if names and self.valid("backbone") and not backbone.takes_time_scalars():
-            self.report(
-                f"method={name_of(method)} tells the network {_list(names)}, but "
-                f"backbone={name_of(backbone)} takes no numbers of a method: use "
-                f"{_options('backbone', lambda c: c.takes_time_scalars(), last='')}"
-            )
-        if not self.valid("sampler"):
-            return
-        if lacking := frozenset(sampler.scalars()) - names:
-            self.report(
-                f"sampler={name_of(sampler)} tells the network {_list(lacking)}, but "
-                f"method={name_of(method)} does not train it: use "
-                f"{_options('method', lambda c: lacking <= c.scalars().keys(), 'another sampler')}"
-            )
-        elif sampler.scalars():
-            why = f" (method={name_of(method)})"
-            problems = method.steps_problems(sampler.steps)
-            self.report(*(_of("sampler", sampler, p, why) for p in problems))
-
-    def learned_guidance(self, root: Root) -> None:
-        """A method that learns guidance has signals to drop, and sampling adds no guidance."""
-        if not self.valid("method", "conditioning") or not root.method.learns_guidance():
-            return
-        method, signals = f"method={name_of(root.method)}", root.conditioning.signals()
-        if not signals:
-            self.report(
-                f"{method} learns guidance, but conditioning={name_of(root.conditioning)} has no "
-                "signal to drop: use method.guidance_scale=1, or another conditioning"
-            )
-        if self.valid("guidance") and len(root.guidance.passes(signals)) > 1:
-            self.report(
-                f"guidance={name_of(root.guidance)} would guide twice: {method} learns guidance "
-                "with method.guidance_scale; use guidance=none, or method.guidance_scale=1"
-            )
+                self.report(*(of_part(part, cfg, p, why) for p in cfg.accepts(schedule)))
 
     def blocks(self, root: Root) -> Root:
         """Guidance and method name blocks of the backbone."""
@@ -234,7 +175,7 @@ class Compatibility:
                     wired[part] = getattr(root, part).wired(root.backbone)
             except ConfigError as e:
                 why = f" (backbone={name_of(root.backbone)})"
-                self.report(*(_of(part, getattr(root, part), p, why) for p in e.problems))
+                self.report(*(of_part(part, getattr(root, part), p, why) for p in e.problems))
         return replace(root, **wired)
 
     def fields(self) -> None:
@@ -246,7 +187,7 @@ class Compatibility:
         if conditioning.encodes() and not data.provides() & {"video", "image"}:
             self.report(
                 f"conditioning={name_of(conditioning)} encodes images, but data={name_of(data)} "
-                f"provides {_list(data.provides())}: use data.image=true"
+                f"provides {listed(data.provides())}: use data.image=true"
             )
         is_for_none = not (conditioning.embeds() or "text" in conditioning.needs())
         if "text" in data.provides() and is_for_none:
@@ -257,10 +198,10 @@ class Compatibility:
         if lacking:
             encoder = "conditioning.weights=FOLDER or " if lacking == {"text"} else ""
             self.report(
-                f"conditioning={name_of(conditioning)} needs {_list(lacking)}, but "
+                f"conditioning={name_of(conditioning)} needs {listed(lacking)}, but "
                 f"data={name_of(data)} provides "
-                f"{_list(data.provides())}: use {encoder}"
-                + _options("conditioning", self.conditioning_fits)
+                f"{listed(data.provides())}: use {encoder}"
+                + options("conditioning", self.conditioning_fits)
             )
 
     def conditioning_fits(self, other: Any) -> bool:
@@ -309,11 +250,11 @@ class Compatibility:
             lacking = root.metric.needs() - root.data.provides()
             if lacking:
                 self.report(
-                    f"metric={name_of(root.metric)} needs {_list(lacking)}, but data="
-                    f"{name_of(root.data)} provides {_list(root.data.provides())}: use metric=null"
+                    f"metric={name_of(root.metric)} needs {listed(lacking)}, but data="
+                    f"{name_of(root.data)} provides {listed(root.data.provides())}: use metric=null"
                 )
             for clip in root.data.clips():
-                self.report(*(_of("metric", root.metric, p) for p in root.metric.accepts(clip)))
+                self.report(*(of_part("metric", root.metric, p) for p in root.metric.accepts(clip)))
         return root
 
     def first_stage(self, root: Root) -> Root:
@@ -358,7 +299,7 @@ class Compatibility:
             except ConfigError as e:
                 part, cfg, size = ("backbone", backbone, z) if z else ("vae", vae, clip)
                 why = f" (it gets clips of {size})"
-                self.report(*(_of(part, cfg, p, why) for p in e.problems))
+                self.report(*(of_part(part, cfg, p, why) for p in e.problems))
                 return None
         return None
 
@@ -418,7 +359,7 @@ class Compatibility:
                 slots.append(replace(conditioning.offers(clip, grid), time_scalars=numbers))
             except ConfigError as e:
                 why = f" (clips are {clip}, latents {grid})"
-                self.report(*(_of("conditioning", conditioning, p, why) for p in e.problems))
+                self.report(*(of_part("conditioning", conditioning, p, why) for p in e.problems))
                 continue
             self.match(slots[-1])
             try:
@@ -426,11 +367,11 @@ class Compatibility:
             except ConfigError as e:
                 why = (
                     f" (vae={name_of(root.vae)} gives latents of {grid}, "
-                    f"conditioning={name_of(conditioning)} offers {_slots(slots[-1])}, "
+                    f"conditioning={name_of(conditioning)} offers {slot_sizes(slots[-1])}, "
                     f"schedule={name_of(root.schedule)} wants {outputs} output(s) a channel); "
                     "null derives the value"
                 )
-                self.report(*(_of("backbone", backbone, p, why) for p in e.problems))
+                self.report(*(of_part("backbone", backbone, p, why) for p in e.problems))
         return replace(root, conditioning=conditioning, backbone=backbone), tuple(slots)
 
     def match(self, slots: Slots) -> None:
@@ -440,52 +381,12 @@ class Compatibility:
         ignored = slots.names() - backbone.takes()
         if ignored:
             self.report(
-                f"{source} offers {_list(ignored)}, but {network} takes {_list(backbone.takes())} "
-                f"with these settings: {CHANGE}"
+                f"{source} offers {listed(ignored)}, but {network} takes "
+                f"{listed(backbone.takes())} with these settings: {CHANGE}"
             )
         lacking = backbone.needs() - slots.names()
         if lacking:
             self.report(
-                f"{network} needs {_list(lacking)} with these settings, but {source} offers "
-                f"{_list(slots.names())}: {CHANGE}"
+                f"{network} needs {listed(lacking)} with these settings, but {source} offers "
+                f"{listed(slots.names())}: {CHANGE}"
             )
-
-
-def _of(part: str, cfg: PluginConfig, problem: str, why: str = "") -> str:
-    """A problem of a Config with the setting, or the component itself, as the user types it."""
-    problem = problem.removeprefix(f"{part}=")
-    name, rest = re.match(r"(\w*)(.*)", problem, re.DOTALL).groups()  # type: ignore[union-attr]
-    if name == name_of(cfg):
-        return f"{part}={name}{rest}{why}"
-    return f"{part}.{problem}{why}"
-
-
-def field_of(problem: str) -> str:
-    """The setting at the start of a problem."""
-    return re.split(r"[^\w.]", problem)[0]
-
-
-def name_of(cfg: PluginConfig) -> str:
-    return cfg.plugin.rpartition("/")[2]
-
-
-def _list(names: frozenset[str] | set[str]) -> str:
-    return ", ".join(sorted(names)) or "nothing"
-
-
-def _slots(slots: Slots) -> str:
-    return (
-        ", ".join(f"{n}={getattr(slots, n)}" for n in sorted(slots.names() - slots.scalars))
-        or "nothing"
-    )
-
-
-def _options(group: str, works: Callable[[Any], bool], last: str = "other data") -> str:
-    """The plugins of a group that work with their defaults, and `last`: "a=x or a=y"."""
-
-    def candidates() -> Iterator[str]:
-        for p in registry.plugins(group):
-            if p.config and works(p.config(plugin=p.key)):
-                yield f"{group}={p.name}"
-
-    return " or ".join([*candidates(), *([last] if last else [])])

@@ -15,7 +15,7 @@ from functools import cache, wraps
 from types import NoneType, UnionType
 from typing import Any, Self, Union, get_args, get_origin
 
-from sandbox.contracts import Clip, PluginError, tensors
+from sandbox.contracts import Clip, PluginError, items, tensors
 
 INTERFACES = {  # group -> its interface in sandbox.contracts
     "vae": "FirstStage", "backbone": "Backbone", "conditioning": "Conditioner",
@@ -38,12 +38,13 @@ def interface(group: str) -> str:
 
 def check_plugin(cls: type, group: str, name: str, place: str) -> None:
     """Wraps the methods of a plugin class that belong to the interface of its group."""
-    found = getattr(tensors, INTERFACES.get(group, ""), None)
+    module = items if group == "data" else tensors
+    found = getattr(module, INTERFACES.get(group, ""), None)
     methods = {k: v for k, v in vars(found).items() if inspect.isfunction(v)} if found else {}
     for method, declared in methods.items():
         own = "forward" if method == "__call__" and hasattr(cls, "forward") else method
         want = declared.__annotations__.get("return", "Any")
-        _wrap(cls, own, _Contract(f"{group}={name}", place, own, want, interface(group)))
+        _wrap(cls, own, _Contract(f"{group}={name}", place, own, want, interface(group)), module)
     for (of, method), want in OTHERS.items():
         if of == group:
             _wrap(cls, method, _Contract(f"{group}={name}", place, method, want, interface(group)))
@@ -107,7 +108,8 @@ def _check_items(cls: type, contract: _Contract) -> None:
     load = vars(cls).get("load")
     if load is not None and not hasattr(load, "__wrapped__"):  # not wrapped yet
         words = "Items in sandbox.contracts"
-        _wrap(cls, "load", _Contract(contract.plugin, contract.place, "load", "Sample", words))
+        loads = _Contract(contract.plugin, contract.place, "load", "Sample", words)
+        _wrap(cls, "load", loads, items)
 
 
 @cache

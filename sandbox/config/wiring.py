@@ -11,8 +11,9 @@ import re
 from dataclasses import replace
 
 from sandbox.config import registry
-from sandbox.config.compatibility import Compatibility, Wiring, field_of
+from sandbox.config.compatibility import Compatibility, Wiring
 from sandbox.config.root import Root
+from sandbox.config.wording import field_of
 from sandbox.contracts import ConfigError
 
 

@@ -113,7 +113,9 @@ def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("key", [k for k in CONFIGS if k.startswith(("vae/", "backbone/", "cond"))])
+@pytest.mark.parametrize(
+    "key", [k for k in CONFIGS if k.startswith(("vae/", "backbone/", "cond", "method/"))]
+)
 def test_autocast_of_a_gpu_mixes_no_dtypes(key, dtype, tmp_path):
     """Autocast of a CPU hides what fails there, such as attention with one float32 operand."""
     wiring, batch = with_data(wired_around(key.partition("/")[0], CONFIGS[key]), tmp_path)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -411,6 +412,23 @@ def test_vmap_is_left_to_eager():
     want = torch.stack([kernels.group_norm(part, 2, impl="eager") for part in x])
     torch.testing.assert_close(got, want)
     assert any("vmap" in reason for reason in kernels.calls()["fallbacks"])
+
+
+@pytest.mark.parametrize("impl", [None, "triton"])
+def test_forward_mode_is_left_to_eager_or_refused(impl):
+    """The kernels would drop the tangent."""
+    x, v = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    with kernels.use("triton"), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, v)
+        if impl:
+            with pytest.raises(ValueError, match="forward-mode derivatives"):
+                kernels.group_norm(dual, 2, impl=impl)
+            return
+        got, tangent = forward_ad.unpack_dual(kernels.group_norm(dual, 2))
+        want, exact = forward_ad.unpack_dual(kernels.group_norm(dual, 2, impl="eager"))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(tangent, exact)
+    assert any("forward-mode" in reason for reason in kernels.calls()["fallbacks"])
 
 
 def test_ten_training_steps_equal_those_of_eager():

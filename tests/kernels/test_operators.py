@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import kernels
@@ -135,3 +136,33 @@ def test_a_second_derivative_of_an_operator_raises_with_a_fix():
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use kernels=eager"):
         g.sum().backward()
+
+
+def dual(*shape: int) -> torch.Tensor:
+    return forward_ad.make_dual(random(*shape, grad=False), random(*shape, seed=1, grad=False))
+
+
+@pytest.mark.parametrize("choice", ["auto", "eager", "triton"])
+def test_the_forward_derivative_is_that_of_finite_differences(choice):
+    """Triton has none, so the call is left to eager. Central differences in float64."""
+    with kernels.use(choice), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for f, shape in (
+            (lambda x: kernels.group_norm(x, 2, act="silu"), (2, 4, 3, 5)),
+            (lambda x: kernels.temporal_attention(x, x.flip(1), x, heads=2), (1, 3, 2, 2, 4)),
+        ):
+            x, v = (random(*shape, seed=i, grad=False).double() for i in (0, 1))
+            with forward_ad.dual_level():
+                got = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v))).tangent
+            want = (f(x + 1e-6 * v) - f(x - 1e-6 * v)) / 2e-6
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_custom_operators_refuse_tangents():
+    with forward_ad.dual_level():
+        x, q = dual(2, 4, 3, 5), dual(1, 3, 2, 2, 4)
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives; use kernels=eager"):
+            norm._forward(x, *[None] * 5, 2, 1e-5, False, 1, False, torch.float32)
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives; use kernels=eager"):
+            attention._forward(q, q, q, None, False, 0.5)
+        with pytest.raises(RuntimeError, match="no forward-mode derivatives; use kernels=eager"):
+            attention._run_forward(q, q, q, None, False, 0.5)

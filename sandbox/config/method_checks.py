@@ -1,0 +1,86 @@
+"""Checks of the training method and the sampler against the other components."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sandbox.config.root import Root
+from sandbox.config.wording import listed, name_of, of_part, options
+
+Valid = Callable[..., bool]  # whether none of the named groups has invalid settings
+
+
+def method_problems(root: Root, valid: Valid) -> Iterator[str]:
+    """One line for each component that does not fit the method or the sampler."""
+    yield from frame_times(root, valid)
+    yield from scalars(root, valid)
+    yield from learned_guidance(root, valid)
+    yield from forward_mode(root, valid)
+
+
+def frame_times(root: Root, valid: Valid) -> Iterator[str]:
+    """Where method or sampler give each frame a time, the other components accept it."""
+    takers = {"method": ("backbone", "schedule", "loss"), "sampler": ("backbone", "schedule")}
+    giving = [p for p in takers if valid(p) and getattr(root, p).frame_times()]
+    for part in giving:
+        for group in filter(valid, takers[part]):
+            taker = getattr(root, group)
+            if taker.takes_frame_times():
+                continue
+            yield (
+                f"{part}={name_of(getattr(root, part))} gives each frame its own time, "
+                f"but {group}={name_of(taker)} takes one for the clip with these settings: "
+                f"use {options(group, lambda c: c.takes_frame_times(), last='')}"
+            )
+
+
+def scalars(root: Root, valid: Valid) -> Iterator[str]:
+    """Numbers of the method reach a backbone that embeds them; a sampler passes no others."""
+    if not valid("method"):
+        return
+    method, sampler, names = root.method, root.sampler, frozenset(root.method.scalars())
+    if names and valid("backbone") and not root.backbone.takes_time_scalars():
+        yield (
+            f"method={name_of(method)} tells the network {listed(names)}, but "
+            f"backbone={name_of(root.backbone)} takes no numbers of a method: use "
+            f"{options('backbone', lambda c: c.takes_time_scalars(), last='')}"
+        )
+    if not valid("sampler"):
+        return
+    if lacking := frozenset(sampler.scalars()) - names:
+        works = options("method", lambda c: lacking <= c.scalars().keys(), "another sampler")
+        yield (
+            f"sampler={name_of(sampler)} tells the network {listed(lacking)}, but "
+            f"method={name_of(method)} does not train it: use {works}"
+        )
+    elif sampler.scalars():
+        why = f" (method={name_of(method)})"
+        problems = method.steps_problems(sampler.steps)
+        yield from (of_part("sampler", sampler, p, why) for p in problems)
+
+
+def learned_guidance(root: Root, valid: Valid) -> Iterator[str]:
+    """A method that learns guidance has signals to drop, and sampling adds no guidance."""
+    if not valid("method", "conditioning") or not root.method.learns_guidance():
+        return
+    method, signals = f"method={name_of(root.method)}", root.conditioning.signals()
+    if not signals:
+        yield (
+            f"{method} learns guidance, but conditioning={name_of(root.conditioning)} has no "
+            "signal to drop: use method.guidance_scale=1, or another conditioning"
+        )
+    if valid("guidance") and len(root.guidance.passes(signals)) > 1:
+        yield (
+            f"guidance={name_of(root.guidance)} would guide twice, since {method} learns guidance "
+            f"of its own: use guidance=none, or method.guidance_scale=1"
+        )
+
+
+def forward_mode(root: Root, valid: Valid) -> Iterator[str]:
+    """Forward-mode derivatives need the weights in one piece."""
+    if valid("method", "trainer") and root.trainer.shards and root.method.forward_mode():
+        yield (
+            f"trainer={name_of(root.trainer)} shards the weights, and method="
+            f"{name_of(root.method)} takes forward-mode derivatives of the network: use "
+            "trainer=ddp or trainer=single"
+        )
