@@ -52,6 +52,15 @@ def fail(settings: dict[str, Any], rank: Rank) -> None:
         rank.gather_plain(None)
 
 
+def first(settings: dict[str, Any], rank: Rank) -> None:
+    """Rank 0 is stopped in the block that the others wait for."""
+    rank.gather_plain(None)
+    note(settings, "working")
+    with rank.rank0_first():
+        if rank.index == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class Stranger(Exception):
     """Does not survive pickling: its arguments are not those of its base class."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import os
 import signal
@@ -22,7 +23,9 @@ class Refused(BaseException):
 def guarded(seconds: float = SECONDS) -> Iterator[None]:
     """Inside the block code that takes long, ends the program or forks it raises Refused.
 
-    Its output is dropped. The time limit needs the main thread and a system with SIGALRM.
+    Its output is dropped. The time limit needs the main thread and a system with SIGALRM. One call
+    of C code cannot be interrupted: after twice the time the process ends with exit code 1 and
+    prints which line made it.
     """
     kept = {name: getattr(os, name) for name in REFUSED if hasattr(os, name)}
     for name in kept:
@@ -60,7 +63,9 @@ def _limit(seconds: float) -> Iterator[None]:
     try:
         # repeated, for code that catches it
         signal.setitimer(signal.ITIMER_REAL, seconds, 0.1)
+        faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 from sandbox.contracts import Preempted, SandboxError
@@ -36,6 +37,7 @@ class RankHandle:
         self.report: dict[str, Any] | None = None
         self.exited = False  # by itself, not by `end`
         self.failed_at: float | None = None
+        self.stopped_polls = 0  # the last calls of `update` that found it stopped
         self._reports, reports = Pipe(duplex=False)
         requests, self._requests = Pipe(duplex=False)
         stderr, err = os.pipe()
@@ -83,6 +85,7 @@ class RankHandle:
     def update(self) -> None:
         """Receives the report, and kills what the rank has left when it has exited."""
         has_exited = self.process.exitcode is not None
+        self.stopped_polls = self.stopped_polls + 1 if _is_stopped(self.process.pid) else 0
         if self.report is None and self._reports.poll():
             with suppress(EOFError, OSError):  # it exited before its report was complete
                 self.report = self._reports.recv()
@@ -123,6 +126,13 @@ def _relay(index: int, stderr: int) -> None:
     with open(stderr, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             sys.stderr.write(f"rank {index}: {line.rstrip()}\n")
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Whether SIGSTOP holds the process. False where the system has no /proc."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _exit_reason(code: int | None) -> str:

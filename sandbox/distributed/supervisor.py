@@ -162,7 +162,7 @@ def _run_ranks(spec: RankSpec, processes: int, preload: Sequence[str]) -> Any:
                     ranks.append(RankHandle(own, rank, preload))
                     if received:
                         ranks[-1].request_stop(received[0])
-                _wait(ranks)
+                _wait(ranks, spec.timeout)
             finally:
                 for handle in ranks:
                     handle.end()
@@ -200,16 +200,22 @@ def _stop_requests(ranks: list[RankHandle]) -> Iterator[list[int]]:
         signals.set_handlers(previous)
 
 
-def _wait(ranks: Sequence[RankHandle]) -> None:
+def _wait(ranks: Sequence[RankHandle], timeout: float) -> None:
     """Waits until every rank has exited, or for a grace period after a failure.
 
-    It polls, since a signal that arrives in another thread does not interrupt `wait`.
+    It polls, since a signal that arrives in another thread does not interrupt `wait`. Raises
+    RankLost where others wait for a rank that is stopped for longer than `timeout` seconds.
     """
     deadline: float | None = None
+    most_stopped = (timeout + EXIT_GRACE) / POLL_SECONDS  # a collective gives up before
     while running := [rank for rank in ranks if not rank.exited]:
         wait([rank.process.sentinel for rank in running], POLL_SECONDS)
         for rank in running:
             rank.update()
+            if len(ranks) > 1 and rank.stopped_polls > most_stopped:
+                raise RankLost(
+                    f"rank {rank.index}: stopped for more than {timeout:g} s (SIGSTOP); {ADVICE}"
+                )
         if deadline is None:
             if any(rank.failed for rank in ranks):
                 deadline = time.monotonic() + FAILURE_GRACE

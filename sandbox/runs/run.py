@@ -187,6 +187,8 @@ def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: b
         run = Run(folder)
         if run.finished:
             continue
+        if run.config_file.is_file():
+            run.config()  # raises where it is damaged: it may record other settings
         if not run._lock(0 if n else LOCK_SECONDS):
             log.warning("%s: %s is running in it; this is a further run", folder, run.holder())
         elif not run.finished:  # it may have finished before the lock was taken
@@ -226,7 +228,7 @@ def _had_other_added_settings(run: Run, config: Mapping[str, Any]) -> bool:
         return False
     try:
         recorded = run.config()
-    except StorageError:  # broken; resuming reports it
+    except StorageError:  # damaged; resuming raises it
         return False
     return any(not matches(name, IGNORED) for name in changes(recorded, config))
 

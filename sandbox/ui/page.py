@@ -47,8 +47,8 @@ def serving(
             yield page.local_url
         except OSError as e:
             raise ConfigError(
-                f"task.host={host} task.port={port}: no such address, or the port is in use; choose "
-                "another port, or null for a free one"
+                f"task.host={host} task.port={port}: no such address, or the port is in use; "
+                "choose another port, or null for a free one"
             ) from e
         finally:
             page.close(verbose=False)

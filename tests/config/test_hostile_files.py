@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sandbox.cli.main import _main, main
 from sandbox.config import composition, discovery, registry
 from sandbox.config.root import to_root
 from sandbox.contracts import ConfigError
+from tests.command import CHECKOUT
 from tests.config.test_registry import GOOD, write
 
 DEFAULT = "channels: int = CHANNELS"
@@ -48,16 +50,23 @@ def taken(words: str, capsys=None) -> str:
 def test_a_hostile_config_is_left_out_with_one_line(plugin_folder, caplog, kind):
     body, reason = CONFIGS[kind]
     path = write(plugin_folder, GOOD.replace(DEFAULT, body))
-    start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         assert taken("vae=pca") == "vae/pca"
         assert taken("vae=pca") == "vae/pca"  # said once
-    assert time.monotonic() - start < 10
     (said,) = [r.getMessage() for r in caplog.records if "vae=mine" in r.getMessage()]
     assert said.startswith(f"vae=mine is left out: {path}:") and reason in said
     assert "\n" not in said
     with pytest.raises(ConfigError, match="vae=mine is broken"):
         composition.compose(["vae=mine"])
+
+
+@pytest.mark.slow
+def test_a_config_in_one_endless_call_ends_the_command_and_names_its_line(plugin_folder):
+    path = write(plugin_folder, GOOD.replace(DEFAULT, "channels: int = sum(range(10**12))"))
+    command = [sys.executable, str(CHECKOUT / "run.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and f'File "{path}", line' in done.stderr
 
 
 def test_a_config_that_prints_is_read_in_silence(plugin_folder, capfd):
@@ -145,10 +154,9 @@ def test_a_hostile_recipe_is_one_short_error_within_seconds(tmp_path, monkeypatc
     text, words = FILES[name]
     recipe(tmp_path, name, text)
     recipe(tmp_path, "another", "defaults: [other]\n")
-    start = time.monotonic()
     with pytest.raises(SystemExit) as e:
         main(["-cd", str(tmp_path), f"experiment={name}", "--cfg", "job", "--resolve"])
-    assert e.value.code == 2 and time.monotonic() - start < 10
+    assert e.value.code == 2
     said = capsys.readouterr().err
     assert words in said and len(said.splitlines()) == 1 and len(said) < 400, said
     assert not (tmp_path / "ran").exists()

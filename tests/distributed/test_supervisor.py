@@ -177,6 +177,13 @@ def test_a_rank_that_hangs_is_named_and_not_the_one_that_waits_for_it(log, how, 
     assert printed.count("\n") == 1 and len(printed) < 400
 
 
+@pytest.mark.slow
+def test_a_stopped_rank_that_others_wait_for_without_a_timeout_is_named(log):
+    with pytest.raises(RankLost, match=r"rank 0: stopped for more than 2 s \(SIGSTOP\)"):
+        run("first", {"log": str(log)}, 2, timeout=2.0)
+    assert not alive(log)
+
+
 def test_ranks_that_do_not_connect_are_started_again(log, capfd, monkeypatch):
     monkeypatch.setenv("FAILING_STARTS_LOG", str(log))
     monkeypatch.setenv("FAILING_STARTS", "1")

@@ -78,6 +78,13 @@ def test_a_run_whose_checkpoints_are_all_broken_is_refused(out, damage, is_named
     assert sorted(p.name for p in out.glob("default-*")) == [folder.name, f"{folder.name}-2"]
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+def test_a_stopped_run_with_a_damaged_record_is_refused_by_its_command(out, name, damage):
+    damage(folder_in(out) / name)
+    assert str(folder_in(out) / name) in refused(small(*SETTINGS), out, StorageError)
+
+
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_in_half])
 def test_the_checkpoint_before_a_broken_one_is_used(out, damage, caplog, capsys):
     folder = folder_in(out)
