@@ -185,7 +185,7 @@ class DiT(nn.Module):
             names = tuple(sorted(slots.time_scalars))
             if self.time_scalars not in ((), names):
                 raise ConfigError(
-                    f"time_scalars={list(self.time_scalars)}, but the method has {list(names)}"
+                    f"time_scalars={list(self.time_scalars)}, but {list(names)} is needed"
                 )
             return replace(self, time_scalars=names).agree(
                 in_channels=z.channels,
