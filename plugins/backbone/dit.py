@@ -79,7 +79,9 @@ class DiT(nn.Module):
         scalars: scalar conditions such as fps. The time embedding adds a vector condition of the
         network's width directly, and any other through a linear layer. time_scalars: numbers that
         the method tells the network, in the unit of the time; filled from the method. Their
-        embeddings start at zero.
+        embeddings start at zero. time_scale: factor of time and time_scalars before they are
+        embedded. null: 1, and 0.001 with time_scalars: embeddings of times in [0, 1] vary slowly,
+        which derivatives by time need (Lu & Song 2024, 2410.11081, section 4.1).
 
         motion_module, for attention=spatial: temporal attention with motion_heads heads, "vanilla"
         (per position) or "grid" (over blocks of motion_block_size x motion_block_size tokens).
@@ -112,6 +114,7 @@ class DiT(nn.Module):
         vector_dim: int | None = None  # 0: no vector
         concat_channels: int | None = None
         time_scalars: tuple[str, ...] = added(())
+        time_scale: float | None = added(None)
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -129,6 +132,7 @@ class DiT(nn.Module):
             if self.num_heads > 0 and self.width % self.num_heads:
                 yield f"width={self.width}: want a multiple of num_heads={self.num_heads}"
             yield from in_range("time_features", self.time_features, 2)
+            yield from above("time_scale", self.time_scale, 0, 1000)
             for name in self.scalars:
                 yield from one_of("scalars", name, sorted(SCALARS))
             if len(set(self.scalars)) < len(self.scalars):
@@ -187,7 +191,8 @@ class DiT(nn.Module):
                 raise ConfigError(
                     f"time_scalars={list(self.time_scalars)}, but {list(names)} is needed"
                 )
-            return replace(self, time_scalars=names).agree(
+            scale = 0.001 if names and self.time_scale is None else self.time_scale
+            return replace(self, time_scalars=names, time_scale=scale).agree(
                 in_channels=z.channels,
                 out_channels=outputs * z.channels,
                 context_dim=slots.context.width if slots.context else 0,
@@ -250,11 +255,16 @@ class DiT(nn.Module):
         """z_t (B, C, T, H, W), t (B,) or (B, T) -> (B, out_channels, T, H, W)."""
         self.check(z_t, cond)
         cfg = self.cfg
+        times = {name: cond.scalars[name] for name in self.time_scalars}
+        if cfg.time_scale not in (None, 1):
+            t, times = t * cfg.time_scale, {n: x * cfg.time_scale for n, x in times.items()}
         c = by_time(self.time, t)  # (B, D) or (B, T, D)
         if cond.vector is not None:
             c = c + by_frame(self.vector_in(cond.vector), c)
-        for name, embed in (*self.scalars.items(), *self.time_scalars.items()):
+        for name, embed in self.scalars.items():
             c = c + by_frame(embed(cond.scalars[name]), c)
+        for name, embed in self.time_scalars.items():
+            c = c + by_frame(embed(times[name]), c)
         c = F.silu(c)
 
         z = with_concat(z_t, cond)

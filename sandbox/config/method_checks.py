@@ -48,6 +48,11 @@ def scalars(root: Root, valid: Valid) -> Iterator[str]:
             f"backbone={name_of(root.backbone)} takes no numbers of a method: use "
             f"{options('backbone', lambda c: c.takes_time_scalars(), last='')}"
         )
+    if names and root.init_from is not None and getattr(root.backbone, "time_scale", 1) is None:
+        yield (
+            f"backbone.time_scale=null: method={name_of(method)} derives it for new weights; with "
+            "init_from, want that of its weights: 1 for those of method=denoising"
+        )
     if not valid("sampler"):
         return
     if lacking := frozenset(sampler.scalars()) - names:

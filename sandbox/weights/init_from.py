@@ -6,6 +6,7 @@ bit for bit (`sandbox.runs.run`, resume.run=FOLDER).
 """
 
 import logging
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,24 @@ def _copy(system: Any, own: State, weights: State, path: Path) -> None:
     ]
     loaded = {k: v for k, v in own.items() if not any(part in k for part in absent)}
     if len(loaded) < len(own):
+        _check_scalars_are_trained(system, own.keys() - loaded.keys(), path)
         log.info("%d weights are new, and add nothing at first", len(own) - len(loaded))
     compare(loaded, weights, path)
     for name, tensor in loaded.items():
         tensor.copy_(weights[name])
     system.forget_hashes()
+
+
+def _check_scalars_are_trained(system: Any, new: Set[str], path: Path) -> None:
+    """An adapter freezes the backbone, so that new weights stay zero; StorageError for a number
+    that the method tells the network, which would then be ignored.
+    """
+    names = [n for n in system.root.method.scalars() if any(f".{n}." in key for key in new)]
+    if names and getattr(system, "adapter", None) is not None:
+        raise StorageError(
+            f"init_from={path}: it has no weights for {', '.join(names)} of this method, and the "
+            "adapter would freeze them at zero; use adapter=null, or weights of this method"
+        )
 
 
 def _read_checkpoint(system: Trainable, path: Path, mapped: bool) -> tuple[dict[str, Tensor], str]:

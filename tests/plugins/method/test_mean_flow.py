@@ -10,7 +10,7 @@ from torch import Tensor
 from plugins._blocks.average_velocity import derivative
 from sandbox import build, compose
 from sandbox.config.wiring import wire
-from sandbox.contracts import Conditions, ConfigError, Output
+from sandbox.contracts import Conditions, ConfigError, Output, StorageError
 from sandbox.model.networks import MicroBatch, Networks
 from tests.engine import differing, record, small, train_until
 from tests.helpers import composed, sampled, train
@@ -19,7 +19,7 @@ from tests.inputs import batch, conditions, sizes, tensor
 SMALL = ("backbone.width=32", "backbone.num_blocks=2", "vae.weights=null", "vae.fit_clips=16",
          "data.clips_per_epoch=16", "data.batch_size=4", "steps=2", "logger=null")  # fmt: skip
 MEAN_FLOW = ("method=mean_flow", "sampler=flow_map")
-FLOW = ("method.unequal=0", "method.adaptive_power=0")
+FLOW = ("method.unequal=0", "method.adaptive_power=0", "backbone.time_scale=1")
 
 
 def system(*words: str):
@@ -102,8 +102,8 @@ def test_a_lost_derivative_is_an_error():
 
 
 def test_bf16_autocast_keeps_the_derivative_and_every_gradient():
-    """Within a tenth: bf16 has three digits, and the derivative multiplies times by 1000."""
-    words = (*MEAN_FLOW, "method.unequal=1", "method.adaptive_power=0", "backbone.time_features=8")
+    """Within a tenth: bf16 has three digits."""
+    words = (*MEAN_FLOW, "method.unequal=1", "method.adaptive_power=0")
     terms, _ = step(*words)
     built, clips = system(*words)
     with torch.autocast("cpu", torch.bfloat16):
@@ -131,9 +131,10 @@ def test_with_equal_times_it_is_the_loss_of_the_flow_bit_for_bit():
 
 
 def test_only_clips_with_unequal_times_differ_from_the_flow():
-    flow, half = (step(*MEAN_FLOW, "method.adaptive_power=0", f"method.unequal={x}")[0]
+    words = (*MEAN_FLOW, "method.adaptive_power=0")
+    flow, half = (step(*words, f"method.unequal={x}")[0]
                   for x in ("0", "0.5"))  # fmt: skip
-    assert ((flow.per_sample - half.per_sample).abs() > 1e-4).sum() == 2
+    assert ((flow.per_sample - half.per_sample).abs() > 1e-6).sum() == 2
 
 
 def test_the_network_starts_as_that_of_the_flow():
@@ -208,6 +209,30 @@ def test_a_resumed_run_is_bitwise_equal(tmp_path):
     assert not differing(train_until(None, root, tmp_path / "b"), whole[4])
 
 
+def test_it_starts_from_a_run_of_the_flow_as_the_same_network(tmp_path):
+    """Its embedding of the step size is new and zero; an adapter would freeze it there."""
+    flow = train(wire(composed(*SMALL)), tmp_path)
+    words = (*SMALL, "method=mean_flow", "backbone.time_scale=1", f"init_from={flow.folder}")
+    built, clips = build(wire(composed(*words)).root), batch(flow.system.wiring, 4)
+    flow.system.load_trainable(
+        {k: v for k, v in built.trainable_state().items() if "time_scalars" not in k}
+    )
+    assert torch.equal(built.eval().sample(clips), flow.system.eval().sample(clips))
+    with pytest.raises(StorageError, match=r"no weights for step_size .* use adapter=null"):
+        build(wire(composed(*words, "adapter=lora")).root)
+
+
+def test_an_adapter_trains_on_weights_of_this_method(tmp_path):
+    base = train(wire(composed(*SMALL, *MEAN_FLOW)), tmp_path / "base")
+    words = (*SMALL, *MEAN_FLOW, "backbone.time_scale=0.001", "adapter=lora", "precision=bf16",
+             f"init_from={base.folder}")  # fmt: skip
+    built, clips = build(wire(composed(*words)).root).train(), batch(base.system.wiring, 4)
+    terms = built.step(clips, built.draws(clips))
+    terms.total.backward()
+    assert terms.total.isfinite()
+    assert {p.grad is not None for p in built.parameters() if p.requires_grad} == {True}
+
+
 def test_other_samplers_use_the_velocity():
     """Euler with step size 0 in every call, which is the flow's sampler."""
     built, clips = system(*MEAN_FLOW)
@@ -246,6 +271,10 @@ def test_the_sampler_passes_the_size_of_each_step(steps):
         (["method=mean_flow", "method.unequal=2"], r"method\.unequal=2"),
         (["method=mean_flow", "method.guidance_scale=2"], "would guide twice"),
         (["method=mean_flow", "trainer=fsdp2"], "trainer=fsdp2 shards the weights"),
+        (
+            ["method=mean_flow", "init_from=run"],
+            r"backbone\.time_scale=null: .*with init_from, want",
+        ),
         (["backbone.time_scalars=[step_size]"], r"backbone\.time_scalars=\['step_size'\], but"),
     ],
 )
