@@ -53,6 +53,8 @@ def add_networks(system: Any) -> None:
             start = start if role.start == STUDENT else system.networks[role.start]
             system.networks[name] = start.copy()
             system.updates[name] = NetworkUpdate(system.networks[name], role.lr)
+    if roles:
+        system.forget_hashes()
 
 
 def _loaded(system: LatentDiffusion, role: Role) -> Network:
