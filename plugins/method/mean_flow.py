@@ -28,7 +28,7 @@ class MeanFlow:
         schedule.mean=-0.4. Clips with r = t have a time of it, the others the larger of two.
 
         adaptive_power, adaptive_offset: p and c of the weight (error + c)^-p, for the mean squared
-        error of a clip (equation 22; the paper sums over elements). p = 0 is the plain mean.
+        error of a clip (section 4.3; the paper sums over elements). p = 0 is the plain mean.
         guidance_scale: guidance in the target, so that one call makes a guided sample; 1: none.
         """
 
