@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -64,14 +67,24 @@ def tiny() -> Root:
 def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     """`root` with another component; a first stage that is trained gets random weights.
 
-    A schedule gets a learned variance where the loss takes no other, and a sampler that passes
-    numbers a method that trains them.
+    A schedule gets a learned variance where the loss takes no other, a sampler that passes numbers
+    a method that trains them, and a method a sampler and a guidance that it accepts. Networks of
+    roles get the weights of the tiny system.
     """
     if group in registry.SEVERAL and cfg is not None:
         return replace(root, **{group: {cfg.plugin.rpartition("/")[2]: cfg}})
     if group == "vae" and cfg is not None and cfg.fitted() == "trained":
         cfg = replace(cfg, weights=None)
+    if group in ("method", "guidance") and cfg is not None:
+        files = {name: tiny_weights() for name, path in cfg.files().items() if path is None}
+        cfg = replace(cfg, **files)
     root = replace(root, **{group: cfg})
+    if group == "method" and cfg is not None:
+        if cfg.learns_guidance():
+            root = replace(root, guidance=registry.default("guidance", "none"))
+        if any(cfg.accepts_sampler(root.sampler)):
+            samplers = (s for _, s in plugin_configs("sampler") if not any(cfg.accepts_sampler(s)))
+            root = replace(root, sampler=next(samplers))
     if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
         methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
         root = replace(root, method=methods[0])
@@ -80,6 +93,18 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
         if any(root.loss.accepts(root.schedule)) and not any(root.loss.accepts(learned)):
             return replace(root, schedule=learned)
     return root
+
+
+@cache
+def tiny_weights() -> str:
+    """A file with weights of the tiny system."""
+    from sandbox.storage import weight_files
+    from sandbox.training.build import build_system
+
+    path = Path(tempfile.mkdtemp(), "tiny.safetensors")
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    weight_files.write(build_system(wire(tiny())).trainable_state(), path)
+    return str(path)
 
 
 def wired_around(group: str, cfg: PluginConfig) -> Wiring:
@@ -92,7 +117,7 @@ def wired_around(group: str, cfg: PluginConfig) -> Wiring:
         return wire(root)
     except ConfigError as e:
         for other in _exchanged(root, group):
-            if found := _wired(other):
+            if getattr(other, group) == getattr(root, group) and (found := _wired(other)):
                 return found
         raise e
 

@@ -110,7 +110,7 @@ class DeepSpeed(Processes):
         """Raises ConfigError if stage 3 cannot shard `system`."""
         if self.cfg.stage < 3:
             return
-        if getattr(system, "discriminator_update", None):
+        if getattr(system, "updates", None):
             raise ConfigError(
                 "trainer.stage=3: a discriminator reads weights between the engine's steps; "
                 "want trainer.stage=2 or trainer=ddp"

@@ -82,11 +82,11 @@ def _missing_inputs(root: Root) -> Iterator[str]:
     named, groups, reads_data = {}, ["task"], root.task.reads_data()
     if reads_data or root.task.uses_run():
         named["init_from"] = root.init_from
-        groups += ["conditioning", "adapter"]
+        groups += ["conditioning", "adapter", "guidance"]
     if reads_first_stage := reads_data or (root.task.accepts_init_from() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:
-        groups += ["data", "reconstruction", "metric"]
+        groups += ["data", "reconstruction", "metric", "method"]
     for name, file in named.items():
         if file not in (None, "auto", "None") and not Path(file).exists():
             yield f"{name}={file}: no such file or folder"

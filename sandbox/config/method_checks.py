@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from sandbox.config.root import Root
 from sandbox.config.wording import listed, name_of, of_part, options
+from sandbox.contracts import AVERAGE, TRAINED
 
 Valid = Callable[..., bool]  # whether none of the named groups has invalid settings
 
@@ -14,8 +15,10 @@ def method_problems(root: Root, valid: Valid) -> Iterator[str]:
     """One line for each component that does not fit the method or the sampler."""
     yield from frame_times(root, valid)
     yield from scalars(root, valid)
+    yield from samplers(root, valid)
     yield from learned_guidance(root, valid)
     yield from forward_mode(root, valid)
+    yield from roles(root, valid)
 
 
 def frame_times(root: Root, valid: Valid) -> Iterator[str]:
@@ -64,6 +67,13 @@ def scalars(root: Root, valid: Valid) -> Iterator[str]:
         yield from (of_part("sampler", sampler, p, why) for p in problems)
 
 
+def samplers(root: Root, valid: Valid) -> Iterator[str]:
+    """The method accepts the sampler."""
+    if valid("method", "sampler"):
+        where = f"sampler={name_of(root.sampler)}, method={name_of(root.method)}"
+        yield from (f"{where}: {p}" for p in root.method.accepts_sampler(root.sampler))
+
+
 def learned_guidance(root: Root, valid: Valid) -> Iterator[str]:
     """A method that learns guidance has signals to drop, and sampling adds no guidance."""
     if not valid("method", "conditioning") or not root.method.learns_guidance():
@@ -88,4 +98,37 @@ def forward_mode(root: Root, valid: Valid) -> Iterator[str]:
             f"trainer={name_of(root.trainer)} shards the weights, and method="
             f"{name_of(root.method)} takes forward-mode derivatives of the network: use "
             "trainer=ddp or trainer=single"
+        )
+
+
+def roles(root: Root, valid: Valid) -> Iterator[str]:
+    """The networks that a method uses beside the student can be kept, trained and resumed."""
+    if not valid("method"):
+        return
+    kinds = {role.kind for role in root.method.roles().values()}
+    turns = max((role.turns for role in root.method.roles().values()), default=1)
+    method = f"method={name_of(root.method)}"
+    if AVERAGE in kinds and valid("ema") and not root.ema.keeps_ema():
+        yield (
+            f"{method} uses the EMA of the network, and ema={name_of(root.ema)} keeps none: use "
+            f"{options('ema', lambda c: c.keeps_ema(), last='')}"
+        )
+    if valid("trainer") and root.trainer.shards and kinds & {AVERAGE, TRAINED}:
+        yield (
+            f"trainer={name_of(root.trainer)} shards the weights, and {method} has networks whose "
+            "weights stay in one piece: use trainer=ddp or trainer=single"
+        )
+    if TRAINED not in kinds:
+        return
+    if root.adapter is not None:
+        yield (
+            f"adapter={name_of(root.adapter)} trains a part of the network, and {method} trains a "
+            "second network in full: leave the adapter out"
+        )
+    if root.precision == "fp16":
+        yield f"precision=fp16: {method} trains a second network without a loss scaler: use bf16"
+    if valid("trainer") and turns > 1 and root.trainer.accumulate > 1:
+        yield (
+            f"trainer.accumulate={root.trainer.accumulate}: {method} updates a second network "
+            f"{turns} times a step, which needs trainer.accumulate=1: use a larger data.batch_size"
         )

@@ -12,11 +12,16 @@ from sandbox.contracts.checks import above, in_range, is_path, must_divide, one_
 from sandbox.contracts.configs.base import ADDED, PluginConfig, added
 from sandbox.contracts.configs.data import LOADING, DataConfig, MetricConfig, StageConfig
 from sandbox.contracts.configs.diffusion import (
+    AVERAGE,
+    FROZEN,
     FULL,
+    STUDENT,
+    TRAINED,
     GuidanceConfig,
     LossConfig,
     MethodConfig,
     Pass,
+    Role,
     SamplerConfig,
     ScheduleConfig,
 )
@@ -59,6 +64,7 @@ from sandbox.contracts.tensors import (
     Batch,
     Conditioner,
     Conditions,
+    CriticMethod,
     Denoised,
     Draws,
     Encode,

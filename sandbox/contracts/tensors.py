@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from sandbox.contracts.configs.diffusion import GuidanceConfig, MethodConfig, Pass
+from sandbox.contracts.configs.diffusion import STUDENT, GuidanceConfig, MethodConfig, Pass
 from sandbox.contracts.sizes import Clip
 
 if TYPE_CHECKING:
@@ -229,8 +229,8 @@ class Example(Protocol):
         """Names of the conditions that can be dropped."""
         ...
 
-    def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
-        """The conditions of the micro-batch.
+    def conditions(self, drop: frozenset[str] | None = None, role: str = STUDENT) -> Conditions:
+        """The conditions of the micro-batch, encoded by the conditioning of the network `role`.
 
         drop: signals to drop in every clip; None drops them at random, as the conditioning does in
         training.
@@ -251,11 +251,13 @@ class Model(Protocol):
         cond: Conditions,
         features: tuple[str, ...] = (),
         scalars: Mapping[str, Tensor] | None = None,
+        role: str = STUDENT,
     ) -> Output:
-        """One call of the denoiser. t: (B,), or (B, T) where the backbone takes frame times.
+        """One call of a denoiser. t: (B,), or (B, T) where the backbone takes frame times.
 
         features: names of backbone modules whose outputs are returned. scalars: all numbers that
-        the method's `scalars` names, each (B,) in the unit of t.
+        the method's `scalars` names, each (B,) in the unit of t. role: the network, whose own
+        `conditions` these are; the EMA is called without gradients.
         """
         ...
 
@@ -266,6 +268,17 @@ class Method(Protocol):
     cfg: MethodConfig
 
     def __call__(self, model: Model, example: Example, draws: Draws) -> Terms: ...
+
+
+class CriticMethod(Method, Protocol):
+    """A method whose Config has TRAINED roles."""
+
+    def update(self, role: str, turn: int, model: Model, example: Example, draws: Draws) -> Terms:
+        """The loss of a trained role, in its update number `turn` after one of the student.
+
+        Only the weights of that role have gradients.
+        """
+        ...
 
 
 class Guidance(Protocol):

@@ -1,60 +1,14 @@
 """The LightningModule that trains a first stage with a reconstruction loss."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, FirstStage, Terms
-from sandbox.distributed.rank import Rank
+from sandbox.model.roles import DISCRIMINATOR, NetworkUpdate
 from sandbox.model.trainable import Trainable
-
-
-class DiscriminatorUpdate:
-    """A discriminator and its optimizer; checkpoints contain the state of both.
-
-    Its parameters require gradients only during their own update, so that the first stage's
-    optimizer, EMA and clipping skip them.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def build(self, plugin: Any, lr: float, rank: Rank) -> None:
-        """Builds its optimizer, of the same plugin and learning rate as the first stage's.
-
-        Gradients are averaged over the ranks of `rank`.
-        """
-        self.rank = rank
-        self.module.requires_grad_(True)
-        self.optimizer = plugin.build(self.module.named_parameters(), lr)
-        self.module.requires_grad_(False)
-
-    def step(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
-        """Accumulates `share` of the gradient; updates the weights if `is_update`."""
-        self.module.requires_grad_(True)
-        terms = loss()
-        (terms.total * share).backward()
-        self.module.requires_grad_(False)
-        if is_update:
-            for parameter in self.module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = self.rank.mean(parameter.grad)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors."""
-        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -82,7 +36,7 @@ class Autoencoding(Trainable):
         self.first_stage = first_stage
         self.reconstruction = reconstruction
         if hasattr(reconstruction, "discriminate"):
-            self.discriminator_update = DiscriminatorUpdate(reconstruction.discriminator)
+            self.updates = {DISCRIMINATOR: NetworkUpdate(reconstruction.discriminator)}
         self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
@@ -99,18 +53,16 @@ class Autoencoding(Trainable):
         out = self.first_stage.reconstruct(batch.video, draws)
         return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
 
-    def update_discriminator(
-        self, batch: Batch, share: float, rate: float, is_update: bool
-    ) -> None:
-        """Trains the discriminator on a micro-batch, after the first stage's own update.
-
-        `share`: weight of the micro-batch in an optimizer step; `rate`: learning rate factor. As
-        published, the discriminator sees what the first stage makes after its own update.
+    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+        """As in Trainable. As published, the discriminator sees what the first stage makes after
+        its own update.
         """
+        if not self.updates:
+            return
         with torch.no_grad():
             out = self.first_stage.reconstruct(batch.video, self.draws(batch))
 
-        terms = self.discriminator_update.step(
+        terms = self.updates[DISCRIMINATOR].step(
             lambda: self.reconstruction.discriminate(out, self.finished_steps),
             share, rate, is_update,
         )  # fmt: skip

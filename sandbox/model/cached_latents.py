@@ -15,7 +15,8 @@ from sandbox.config import registry
 from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError, Draws, Posterior, StorageError
-from sandbox.model.trainable import fingerprint, freeze
+from sandbox.model.offload import freeze
+from sandbox.model.trainable import fingerprint
 from sandbox.storage.atomic import HASH_KEY, has_right_hash
 from sandbox.storage.first_stage_files import load_weights
 from sandbox.storage.weight_files import safetensors_errors, verify

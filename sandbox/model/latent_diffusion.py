@@ -9,19 +9,22 @@ All choices are in the plugins; nothing here branches on a plugin's name.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox.config.wiring import Wiring
 from sandbox.contracts import (
+    AVERAGE,
+    STUDENT,
     Backbone,
     Batch,
     Clip,
     Conditioner,
     Conditions,
+    CriticMethod,
     Draws,
     FirstStage,
     Hooks,
@@ -33,9 +36,10 @@ from sandbox.contracts import (
 from sandbox.data.batching import size_scalars
 from sandbox.model.components import DTYPES, Parts
 from sandbox.model.networks import MicroBatch, Networks, check_modules, dropped_signals
-from sandbox.model.offload import frozen_in, weights_on, without_weights
+from sandbox.model.offload import freeze, frozen_in, weights_on, without_weights
+from sandbox.model.roles import AverageNetwork
 from sandbox.model.sampling import denoise
-from sandbox.model.trainable import Trainable, freeze
+from sandbox.model.trainable import Trainable
 
 
 class LatentDiffusion(Trainable):
@@ -53,6 +57,7 @@ class LatentDiffusion(Trainable):
         self.schedule, self.loss, self.method = parts.schedule, parts.loss, parts.method
         self.sampler, self.guidance = parts.sampler, parts.guidance
         self.adapter = parts.adapter
+        self.guides = nn.ModuleDict()  # networks of the guidance beside the student
         check_modules(parts.backbone, parts.method.cfg.features(), "method.features")
         check_modules(parts.backbone, parts.guidance.cfg.skipped(), "guidance.skip")
         self.freeze_untrained()
@@ -65,6 +70,24 @@ class LatentDiffusion(Trainable):
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
         return self.method(Networks(self), MicroBatch(self, batch, draws), draws)
+
+    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+        draws = self.draws(batch)
+        for name, update in self.updates.items():
+            for turn in range(self.root.method.roles()[name].turns):
+                given = name, turn, Networks(self), MicroBatch(self, batch, draws), draws
+                loss = partial(cast(CriticMethod, self.method).update, *given)
+                terms = update.step(loss, share, rate, is_update)
+                self.metrics = self.metrics | {f"{name}_loss": terms.total.detach()}
+
+    def network(self, role: str) -> Any:
+        """The `backbone` and `conditioner` of a role of the training method."""
+        if role == STUDENT:
+            return self
+        if self.root.method.roles()[role].kind == AVERAGE:
+            assert self.ema is not None  # wiring requires one
+            return AverageNetwork(self, self.ema)
+        return self.networks[role]
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Scaled latents (B, C, T, H, W), encoded or cached, padded to the backbone's grid."""
@@ -103,19 +126,22 @@ class LatentDiffusion(Trainable):
         size = (batch.size, grid.channels, grid.frames, grid.height, grid.width)
         start = draws.normal("start", torch.empty(size, device=self.device))
 
+        networks: dict[str, Any] = {STUDENT: self, **self.guides}
+
         @cache
-        def conditions(dropped: frozenset[str]) -> Conditions:
-            drop = dropped_signals(signals, dropped, start)
-            return self.conditioner(batch, grid, drop, draws, encode, None)
+        def conditions(dropped: frozenset[str], role: str) -> Conditions:
+            drop, conditioner = dropped_signals(signals, dropped, start), networks[role].conditioner
+            with self.on_device(conditioner):
+                return conditioner(batch, grid, drop, draws, encode, None)
 
         passes = [as_pass(p) for p in self.guidance.passes(signals)]
-        with self.on_device(self.conditioner):
-            conditioned = [(p, conditions(p.dropped)) for p in passes]
-        with self.autocast():
+        conditioned = [(p, conditions(p.dropped, p.role)) for p in passes]
+        with self.autocast(), self.on_device(self.guides):
             z = denoise(
                 self.backbone, self.schedule, self.guidance, conditioned, sampler or self.sampler,
                 start, steps or self.root.sampler.steps, draws, hooks, progress,
                 self.root.method.scalars(),
+                {role: guide.backbone for role, guide in self.guides.items()},  # type: ignore[misc]
             )  # fmt: skip
         with self.on_device(self.first_stage):
             video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
@@ -150,7 +176,8 @@ class LatentDiffusion(Trainable):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch, but with trainer.low_vram frozen modules stay on the CPU."""
-        with without_weights(self.offloaded_modules(self.first_stage, self.conditioner)):
+        parts = self.first_stage, self.conditioner, self.networks, self.guides
+        with without_weights(self.offloaded_modules(*parts)):
             return super().to(*args, **kwargs)
 
     def on_device(self, part: Any) -> AbstractContextManager[Any]:

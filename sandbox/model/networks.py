@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.config.registry import nearest
-from sandbox.contracts import Batch, Clip, Conditions, ConfigError, Draws, Output, Schedule
+from sandbox.contracts import STUDENT, Batch, Clip, Conditions, ConfigError, Draws, Output, Schedule
 
 if TYPE_CHECKING:
     from sandbox.model.latent_diffusion import LatentDiffusion
@@ -28,10 +28,15 @@ class Networks:
         cond: Conditions,
         features: tuple[str, ...] = (),
         scalars: Mapping[str, Tensor] | None = None,
+        role: str = STUDENT,
     ) -> Output:
-        backbone = self.system.backbone
+        system, backbone = self.system, self.system.network(role).backbone
         cond = with_scalars(cond, self.schedule, z_t, scalars or {})
-        with self.system.autocast(), captured(backbone, features) as found:
+        with (
+            system.autocast(),
+            system.on_device(backbone),
+            captured(backbone, features) as found,
+        ):
             raw = backbone(*self.schedule.inputs(z_t, t), cond)
         return Output(raw, found)
 
@@ -43,7 +48,7 @@ class MicroBatch:
         self.system, self.batch, self.draws = system, batch, draws
         self.video, self.signals = batch.video, system.root.conditioning.signals()
         self._z0: Tensor | None = None
-        self._conditions: dict[frozenset[str] | None, Conditions] = {}
+        self._conditions: dict[tuple[frozenset[str] | None, str], Conditions] = {}
 
     @property
     def z0(self) -> Tensor:
@@ -51,19 +56,21 @@ class MicroBatch:
             self._z0 = self.system.latents(self.batch, self.draws)
         return self._z0
 
-    def conditions(self, drop: frozenset[str] | None = None) -> Conditions:
-        if drop not in self._conditions:
-            self._conditions[drop] = self._encoded(drop)
-        return self._conditions[drop]
+    def conditions(self, drop: frozenset[str] | None = None, role: str = STUDENT) -> Conditions:
+        if (drop, role) not in self._conditions:
+            self._conditions[drop, role] = self._encoded(
+                drop, self.system.network(role).conditioner
+            )
+        return self._conditions[drop, role]
 
-    def _encoded(self, drop: frozenset[str] | None) -> Conditions:
+    def _encoded(self, drop: frozenset[str] | None, conditioner: Any) -> Conditions:
         system, z0 = self.system, self.z0
         if drop is None:
             dropped = system.conditioner.drop(self.draws)
         else:
             dropped = dropped_signals(self.signals, drop, z0)
-        with system.on_device(system.conditioner):
-            return system.conditioner(
+        with system.on_device(conditioner):
+            return conditioner(
                 self.batch, Clip(*z0.shape[1:]), dropped, self.draws,
                 system.encoder(self.draws), z0,
             )  # fmt: skip

@@ -7,9 +7,16 @@ afterwards. So nothing is copied back and no number changes.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def freeze(module: Any) -> Any:
+    """Marks a part as frozen: no gradients, always in eval mode, not in training checkpoints."""
+    module._frozen = True
+    return module.requires_grad_(False).eval()
 
 
 def frozen_in(part: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sandbox.contracts import (
+    STUDENT,
     Backbone,
     Conditions,
     Denoised,
@@ -36,17 +37,20 @@ def denoise(
     hooks: Hooks | None = None,
     progress: Callable[[int, int], None] | None = None,
     scalars: Mapping[str, float] | None = None,
+    guides: Mapping[str, Backbone] | None = None,
 ) -> Tensor:
     """Latents (B, C, T, H, W) from standard normal noise `z` of that shape.
 
-    passes: those of `guidance.passes(signals)` with their conditions, in that order. Passes that
-    skip the same modules and have tensors of the same shapes run as one batch, others one after
-    another. progress(step, steps) is called after each model call; a second-order solver makes two
-    per step. scalars: numbers that the network receives besides t, in the unit of t, where the
-    sampler does not pass them. The caller sets eval mode.
+    passes: those of `guidance.passes(signals)` with their conditions, in that order. Passes of one
+    role that skip the same modules and have tensors of the same shapes run as one batch, others one
+    after another. progress(step, steps) is called after each model call; a second-order solver
+    makes two per step. scalars: numbers that the network receives besides t, in the unit of t,
+    where the sampler does not pass them. guides: other backbones, by the role of the passes that
+    use them. The caller sets eval mode.
     """
     order = tuple(p for p, _ in passes)
     cond_of = dict(passes)
+    networks = {STUDENT: backbone, **(guides or {})}
 
     @cache
     def groups(active: tuple[Pass, ...]) -> list[tuple[list[Pass], Conditions]]:
@@ -64,8 +68,9 @@ def denoise(
             n = len(group)
             t_n = t_in.repeat(n, *[1] * (t_in.ndim - 1))
             cond = with_scalars(cond, schedule, z_t, {k: x.repeat(n) for k, x in own.items()})
-            with skipped(backbone, group[0].skip):
-                out = backbone(z_in.repeat(n, 1, 1, 1, 1), t_n, cond)
+            network = networks[group[0].role]
+            with skipped(network, group[0].skip):
+                out = network(z_in.repeat(n, 1, 1, 1, 1), t_n, cond)
             outs |= zip(group, out.chunk(n), strict=True)
         if progress:
             progress(step, steps)
@@ -78,9 +83,9 @@ def batches(
     passes: Iterable[Pass], cond_of: Mapping[Pass, Conditions]
 ) -> Iterator[tuple[list[Pass], Conditions]]:
     """The passes that can run as one batch, with their conditions along the batch axis."""
-    groups: dict[tuple[str, ...], list[Pass]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[Pass]] = {}
     for p in passes:
-        groups.setdefault(p.skip, []).append(p)
+        groups.setdefault((p.role, p.skip), []).append(p)
     for group in groups.values():
         together = concatenated([cond_of[p] for p in group])
         if together is not None:

@@ -14,6 +14,8 @@ from sandbox.config.param_groups import lr_factors
 from sandbox.config.root import Root
 from sandbox.contracts import Batch, Draws, StorageError, Terms
 from sandbox.data.randomness import Keyed
+from sandbox.model.ema import EMA
+from sandbox.model.roles import NetworkUpdate
 from sandbox.model.sharding import detached, load_tensors
 
 
@@ -24,7 +26,7 @@ class Trainable(LightningModule, ABC):
     `metrics`: detached tensors of the last micro-batch by name; `per_sample`: its losses (B,).
     `logged`: names of the metrics that the loss logs, which validation measures, too.
     `lr_factors`: learning rate factor of each weight, where `trainable` is set; 0 freezes it.
-    The engine sets `optimizer` and `finished_steps`, the number of optimizer steps so far.
+    The engine sets `optimizer`, `ema` and `finished_steps`, the number of optimizer steps so far.
     """
 
     def __init__(self, root: Root, group: int) -> None:
@@ -34,7 +36,9 @@ class Trainable(LightningModule, ABC):
         self.logged: frozenset[str] = frozenset()
         self.per_sample: Tensor | None = None
         self.optimizer: Any = None
-        self.discriminator_update: Any = None  # sandbox.model.autoencoding.DiscriminatorUpdate
+        self.updates: dict[str, NetworkUpdate] = {}  # of networks that train in turn with it
+        self.ema: EMA | None = None
+        self.networks = nn.ModuleDict()  # those of the training method beside the student
         self.finished_steps = 0
         self.lr_factors: dict[str, float] = {}
         self._frozen_hashes: dict[str, str] | None = None
@@ -63,6 +67,12 @@ class Trainable(LightningModule, ABC):
     @abstractmethod
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
+
+    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+        """Trains the networks of `updates` on a micro-batch, after the update of the others.
+
+        share: weight of the micro-batch in an optimizer step; rate: learning rate factor.
+        """
 
     def record(self, terms: Terms, **others: Tensor) -> None:
         """Stores the metrics of a training step for the engine, without a device sync."""
@@ -95,6 +105,7 @@ class Trainable(LightningModule, ABC):
     def trainable_state(self) -> dict[str, Tensor]:
         """All tensors outside frozen parts: trained weights, untrained ones, buffers."""
         frozen = {id(m) for part in self._frozen_parts().values() for m in part.modules()}
+        frozen |= {id(m) for m in self.networks.modules()}
         return {
             name: detached(tensor)
             for prefix, module in self.named_modules()
@@ -113,7 +124,11 @@ class Trainable(LightningModule, ABC):
     def frozen_hashes(self) -> dict[str, str]:
         """SHA-256 of the state of each frozen part, by name."""
         if self._frozen_hashes is None:
-            self._frozen_hashes = {n: fingerprint(m) for n, m in self._frozen_parts().items()}
+            self._frozen_hashes = {
+                name: fingerprint(part)
+                for name, part in self._frozen_parts().items()
+                if not name.startswith(f"{GUIDES}.")  # of sampling, not of training
+            }
         return self._frozen_hashes
 
     def first_stage_hash(self) -> dict[str, str]:
@@ -145,7 +160,12 @@ class Trainable(LightningModule, ABC):
         load_tensors(self.trainable_state(), state)
 
 
-FILE_SETTINGS = {"first_stage": "vae.weights", "conditioner": "conditioning.weights"}
+GUIDES = "guides"  # the networks of the guidance
+FILE_SETTINGS = {
+    "first_stage": "vae.weights",
+    "conditioner": "conditioning.weights",
+    "networks": "the networks of the method",
+}
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -155,12 +175,6 @@ def fingerprint(module: nn.Module) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def freeze(module: Any) -> Any:
-    """Marks a part as frozen: no gradients, always in eval mode, not in training checkpoints."""
-    module._frozen = True
-    return module.requires_grad_(False).eval()
 
 
 def _persistent(module: nn.Module) -> list[tuple[str, Tensor | None]]:

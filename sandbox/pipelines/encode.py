@@ -40,7 +40,8 @@ from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import settings_of
 from sandbox.model.components import DTYPES, build, use_kernels
 from sandbox.model.devices import device_of, use_threads
-from sandbox.model.trainable import fingerprint, freeze
+from sandbox.model.offload import freeze
+from sandbox.model.trainable import fingerprint
 from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files

@@ -67,14 +67,16 @@ def read_root(folder: Path) -> Root:
     return root if start == Path.cwd() else placed(root, start)
 
 
-def check_same_system(folder: Path, own: Root, root: Root) -> None:
-    """Raises ConfigError where `root` is not the system of `own`, the run in `folder`.
+def check_same_system(
+    folder: Path, own: Root, root: Root, groups: Sequence[str] = DETERMINES_WEIGHTS
+) -> None:
+    """Raises ConfigError where `root` differs from `own`, the run in `folder`, in these groups.
 
     Weights may fit a system with another schedule, target or number of heads, but its samples
     would be wrong.
     """
     problems = []
-    for group in DETERMINES_WEIGHTS:
+    for group in groups:
         if apart := _differing(group, getattr(own, group), getattr(root, group)):
             was, now = (", ".join(f"{k}={v[i]}" for k, v in apart.items()) for i in (0, 1))
             problems.append(

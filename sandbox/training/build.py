@@ -19,6 +19,7 @@ from sandbox.storage import checkpoint
 from sandbox.storage.first_stage_files import matching_weights
 from sandbox.storage.weight_check import checking_weight_files
 from sandbox.training.first_stage import prepare_first_stage
+from sandbox.training.roles import add_guides, check_roles
 from sandbox.weights.init_from import (
     check_first_stage,
     check_first_stage_is_given,
@@ -51,6 +52,7 @@ def build_system(
     system = LatentDiffusion(wiring, parts, clips_per_step(wiring.root))
     if start is not None:
         init_from(system, start)  # no checkpoint has the frozen backbone
+    add_guides(system)
     return system
 
 
@@ -64,6 +66,7 @@ def check_weights(wiring: Wiring, begins: bool = True, is_sampled: bool = False)
     `is_sampled`: whether it is sampled without training.
     """
     root = wiring.root
+    check_roles(root)
     start = root.init_from if begins or root.adapter is not None else None
     with checking_weight_files(), torch.device("meta"):
         if root.vae.fitted() != "none" and "weights" in root.vae.files():

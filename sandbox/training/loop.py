@@ -151,10 +151,10 @@ class OptimizerStep(Callback):
     ) -> None:
         training = self.training
         training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
-        if pl_module.discriminator_update:
+        if pl_module.updates:
             rate = self.root.lr_schedule.factor(training.step, training.steps)
             with trainer.precision_plugin.forward_context():
-                pl_module.update_discriminator(
+                pl_module.update_networks(
                     batch, 1 / self.cfg.accumulate, rate, training.just_stepped
                 )
         if not training.step and self.is_measured:

@@ -30,6 +30,7 @@ from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.ema import EMA
 from sandbox.model.latent_diffusion import LatentDiffusion
+from sandbox.model.roles import DISCRIMINATOR
 from sandbox.model.sharding import full_tensors, is_sharded, load_optimizer
 from sandbox.model.trainable import Trainable
 from sandbox.reports import media
@@ -39,6 +40,7 @@ from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import check_space
 from sandbox.training.image_rows import image_rows
+from sandbox.training.roles import add_networks
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
 
 
@@ -86,7 +88,8 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint contains: plain containers and full tensors, the same on all ranks."""
-        loader, discriminator = self.loader.state_dict(), self.system.discriminator_update
+        loader = self.loader.state_dict()
+        updates = {name: update.state_dict() for name, update in self.system.updates.items()}
         bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
         self.unusable = bad
         return {
@@ -94,7 +97,8 @@ class Training:
             "weights": full_tensors(self.system.trainable_state()),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.processes.optimizer_state(self.optimizer),
-            "opponent": discriminator.state_dict() if discriminator else None,
+            "opponent": updates.pop(DISCRIMINATOR, None),
+            **({"networks": updates} if updates else {}),
             "loader": loader | {"bad": bad},
             "callbacks": {name: c.state_dict() for name, c in self.callbacks.items()},
             "scaler": self.scaler,
@@ -108,8 +112,9 @@ class Training:
         self.step = state["step"]
         self._load_weights(state)
         load_optimizer(self.optimizer, state["optimizer"])
-        if self.system.discriminator_update:
-            self.system.discriminator_update.load_state_dict(state["opponent"])
+        networks = state.get("networks", {}) | {DISCRIMINATOR: state["opponent"]}
+        for name, update in self.system.updates.items():
+            update.load_state_dict(networks[name])
         self.loader.load_state_dict(state["loader"])
         for name, callback in self.callbacks.items():
             callback.load_state_dict(state["callbacks"].get(name, {}))
@@ -117,7 +122,7 @@ class Training:
 
     def _load_weights(self, state: dict[str, Any]) -> None:
         self.system.load_trainable(state["weights"])
-        self.ema = EMA.of(self.system, registry.create(self.root.ema))
+        self.ema = self.system.ema = EMA.of(self.system, registry.create(self.root.ema))
         if self.ema and state["ema"]:  # an EMA may be new in a resumed run
             self.ema.load_state_dict(state["ema"])
 
@@ -357,6 +362,7 @@ def start(
     newest = rank.broadcast_plain(newest and newest.name)
     if newest is None:
         initialise()
+    add_networks(system)
     reset_peak_memory(device)
     processes = registry.create(root.trainer)
     processes.prepare(system, device, rank.world)
@@ -366,8 +372,8 @@ def start(
     for g in optimizer.param_groups:
         g.setdefault("initial_lr", g["lr"])
     split_groups(optimizer, {id(p): system.lr_factors.get(name, 1.0) for name, p in trained})
-    if system.discriminator_update:
-        system.discriminator_update.build(registry.create(root.optimizer), root.lr, rank)
+    for update in system.updates.values():
+        update.build(registry.create(root.optimizer), root.lr or 0.0, rank)
     training = Training(
         system=system,
         root=root,
@@ -382,6 +388,7 @@ def start(
         callbacks={k: registry.create(c) for k, c in sorted(root.callbacks.items()) if c},
         processes=processes,
     )  # fmt: skip
+    system.ema = training.ema
     if newest is not None:
         training.restore(checkpoint.load(run.checkpoints / newest))
         print(f"resuming from step {training.step} ({newest})", flush=True)
@@ -414,7 +421,8 @@ def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:
         raise ConfigError(f"precision=fp16 needs a CUDA device, here is {device}: use bf16 or fp32")
     if system.root.trainer.shards and rank.world > 1:
         raise ConfigError("precision=fp16: its loss scaler does not work with shards; use bf16")
-    if system.discriminator_update:
+    if system.updates:
         raise ConfigError(
-            "precision=fp16: a discriminator trains without a loss scaler: use bf16 or fp32"
+            f"precision=fp16: the {', '.join(system.updates)} trains without a loss scaler: use "
+            "bf16 or fp32"
         )

@@ -24,6 +24,7 @@ from sandbox.data.randomness import Keyed
 from sandbox.evaluation.prompts import of_data
 from sandbox.training.build import build_system
 from sandbox.training.first_stage import build_autoencoding
+from sandbox.training.roles import add_networks
 from tests.helpers import plugin_configs, wired_around
 from tests.inputs import with_clips
 
@@ -103,6 +104,7 @@ def draws(wiring: Wiring, batch: Batch) -> Keyed:
 def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
     wiring, batch = with_data(wired_around(key.partition("/")[0], CONFIGS[key]), tmp_path)
     system, keyed = build_system(wiring), draws(wiring, batch)
+    add_networks(system)
     captions = ("a red 3", "a blue 4") if wiring.root.conditioning.needs() & {"captions"} else ()
     like = of_data(wiring.root, captions, 2)
     with on_a_gpu(system):
@@ -120,6 +122,7 @@ def test_autocast_of_a_gpu_mixes_no_dtypes(key, dtype, tmp_path):
     """Autocast of a CPU hides what fails there, such as attention with one float32 operand."""
     wiring, batch = with_data(wired_around(key.partition("/")[0], CONFIGS[key]), tmp_path)
     system, keyed = build_system(wiring), draws(wiring, batch)
+    add_networks(system)
     with on_a_gpu(system), cuda_autocast(dtype):
         terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
         assert terms.total.dtype == torch.float32

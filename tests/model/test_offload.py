@@ -6,7 +6,7 @@ import torch
 
 from sandbox.config.root import Root
 from sandbox.config.wiring import wire
-from sandbox.model.trainable import freeze
+from sandbox.model.offload import freeze
 from sandbox.training.build import build_system
 from tests.engine import differing, train_until
 from tests.helpers import TINY, composed

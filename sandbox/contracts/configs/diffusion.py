@@ -53,6 +53,28 @@ class LossConfig(PluginConfig):
         yield from ()
 
 
+STUDENT = "student"  # the role of the network that is trained and sampled
+FROZEN, AVERAGE, TRAINED = "frozen", "ema", "trained"  # kinds of the other roles
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network beside the student: a backbone with a conditioning of its own.
+
+    kind: FROZEN has the weights at `weights`, a run folder or a weight file, which the setting
+    `setting` names; AVERAGE is the EMA of the student; TRAINED starts as a copy of the role `start`
+    and is updated `turns` times after each update of the student, with `lr` times its learning
+    rate.
+    """
+
+    kind: str
+    weights: str | None = None
+    setting: str = ""
+    start: str = STUDENT
+    turns: int = 1
+    lr: float = 1.0
+
+
 @dataclass
 class MethodConfig(PluginConfig):
     """The training method: the model calls of a training step."""
@@ -69,6 +91,10 @@ class MethodConfig(PluginConfig):
         """Names of the backbone modules whose outputs it reads."""
         return ()
 
+    def roles(self) -> Mapping[str, Role]:
+        """The networks that it uses beside the student, by name."""
+        return {}
+
     def scalars(self) -> Mapping[str, float]:
         """Numbers that the network receives besides t, by name, each (B,) in the unit of t.
 
@@ -83,6 +109,10 @@ class MethodConfig(PluginConfig):
     def forward_mode(self) -> bool:
         """Whether it takes forward-mode derivatives of the network."""
         return False
+
+    def accepts_sampler(self, sampler: "SamplerConfig") -> Iterator[str]:
+        """Problems with this sampler, one line each."""
+        yield from ()
 
     def steps_problems(self, steps: int) -> Iterator[str]:
         """Problems of a sampler that passes `scalars` with this number of steps, one line each."""
@@ -124,11 +154,12 @@ class Pass:
     """One model pass of a sampling step.
 
     dropped: signals that the conditions lack. skip: names of backbone modules that return their
-    input.
+    input. role: the network, STUDENT or one of the guidance's `roles`.
     """
 
     dropped: frozenset[str] = frozenset()
     skip: tuple[str, ...] = ()
+    role: str = STUDENT
 
 
 FULL = Pass()
@@ -152,6 +183,10 @@ class GuidanceConfig(PluginConfig):
     def skipped(self) -> tuple[str, ...]:
         """Names of the backbone modules that a pass skips."""
         return ()
+
+    def roles(self) -> Mapping[str, Role]:
+        """The frozen networks that its passes use beside the student, by name."""
+        return {}
 
     def wired(self, backbone: BackboneConfig) -> Self:
         """The complete config for this wired backbone; raises ConfigError."""

@@ -10,11 +10,12 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from torch import Tensor
 
 from plugins.guidance.apg import AdaptiveProjected
+from plugins.guidance.autoguidance import Autoguidance
 from plugins.guidance.cfg_zero_star import ZeroStar
 from plugins.guidance.interval import Interval
 from plugins.guidance.skip_layer import SkipLayer
 from sandbox import compose
-from sandbox.contracts import ConfigError, Pass
+from sandbox.contracts import FULL, ConfigError, Pass
 
 STEPS = 10
 LAYER = {"skip_layer_guidance_layers": [1]}
@@ -45,6 +46,12 @@ CASES = [
         guiders.AdaptiveProjectedGuidance,
         {"eta": 0.5, "adaptive_projected_guidance_momentum": -0.75,
          "adaptive_projected_guidance_rescale": 15.0, "guidance_rescale": 0.3},
+    ),
+    (
+        Autoguidance,
+        {"guidance_scale": 3.0, "guidance_rescale": 0.4},
+        guiders.AutoGuidance,
+        {"auto_guidance_layers": [1], "dropout": 0.1, "guidance_rescale": 0.4},
     ),
     (ZeroStar, {"guidance_scale": 4.0}, guiders.ClassifierFreeZeroStarGuidance, {}),
     (
@@ -86,7 +93,7 @@ def ours(plugin: Callable[..., Any], settings: dict[str, Any]) -> list[Tensor]:
     for step in range(STEPS):
         outs = random_outputs(step)
         active = cfg.active(passes, step, STEPS)
-        given = [outs["skipped" if p.skip else "uncond" if p.dropped else "full"] for p in active]
+        given = [outs["skipped" if p.skip else "full" if p == FULL else "uncond"] for p in active]
         results.append(guidance.combine(given, torch.zeros(2), step, STEPS))
     return results
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from plugins.trainer.deepspeed import Sharded
 from sandbox.contracts import ConfigError
-from sandbox.model.trainable import freeze
+from sandbox.model.offload import freeze
 from tests.engine import small
 
 pytest.importorskip("deepspeed")

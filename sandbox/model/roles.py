@@ -1,0 +1,126 @@
+"""Networks beside the student: teachers, its average, and networks that train in turn with it."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from sandbox.contracts import Terms
+from sandbox.distributed.rank import Rank
+from sandbox.model.ema import EMA
+from sandbox.model.offload import freeze
+
+DISCRIMINATOR = "discriminator"  # of a first stage
+
+
+class Network(nn.Module):
+    """A backbone with the conditioning whose conditions it takes."""
+
+    def __init__(self, backbone: Any, conditioner: Any) -> None:
+        super().__init__()
+        self.backbone, self.conditioner = backbone, conditioner
+        self.frozen = _frozen_in(self)  # such as text encoders
+
+    def freeze(self) -> "Network":
+        freeze(self.backbone)
+        freeze(self.conditioner)
+        return self
+
+    def copy(self) -> "Network":
+        """Another network with the same weights, without gradients until `NetworkUpdate` trains it.
+
+        Parts that no run trains are shared.
+        """
+        shared: dict[int, Any] = {id(m): m for m in self.frozen}
+        new = deepcopy(self, shared).requires_grad_(False)
+        for part in (new.backbone, new.conditioner):
+            part._frozen = part in self.frozen
+        return new
+
+
+def _frozen_in(part: nn.Module) -> list[nn.Module]:
+    return [m for m in part.modules() if getattr(m, "_frozen", False)]
+
+
+class AverageNetwork:
+    """The student with its EMA weights, called without gradients. It has no weights of its own."""
+
+    def __init__(self, student: Any, ema: EMA) -> None:
+        self.backbone = _Averaged(student.backbone, "backbone.", ema)
+        self.conditioner = _Averaged(student.conditioner, "conditioner.", ema)
+
+
+class _Averaged:
+    """A module that is called with the averages of its weights."""
+
+    def __init__(self, module: nn.Module, prefix: str, ema: EMA) -> None:
+        self.module, self.prefix, self.ema = module, prefix, ema
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        average = {
+            name.removeprefix(self.prefix): value.to(self.ema.live[name].dtype)
+            for name, value in self.ema.average.items()
+            if name.startswith(self.prefix)
+        }
+        return torch.func.functional_call(self.module, average, args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class NetworkUpdate:
+    """A network that trains in turn with the student: it and its optimizer, both in checkpoints.
+
+    Its parameters require gradients only during their own update, so that the optimizer, EMA and
+    clipping of the student skip them.
+    """
+
+    def __init__(self, module: nn.Module, lr: float = 1.0) -> None:
+        self.module, self.lr = module, lr
+
+    def build(self, plugin: Any, lr: float, rank: Rank) -> None:
+        """Builds its optimizer, of the same plugin as the student's.
+
+        Its learning rate is `self.lr` times that of the student. Gradients are averaged over the
+        ranks of `rank`.
+        """
+        self.rank = rank
+        frozen = {id(p) for m in _frozen_in(self.module) for p in m.parameters()}
+        self.trained = [p for p in self.module.parameters() if id(p) not in frozen]
+        self._train(True)
+        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
+        self.optimizer = plugin.build(named, lr * self.lr)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._train(False)
+
+    def step(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
+        """Accumulates `share` of the gradient; updates the weights if `is_update`."""
+        self._train(True)
+        terms = loss()
+        (terms.total * share).backward()
+        self._train(False)
+        if is_update:
+            for parameter in self.trained:
+                if parameter.grad is not None:
+                    parameter.grad = self.rank.mean(parameter.grad)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return terms
+
+    def _train(self, mode: bool) -> None:
+        for parameter in self.trained:
+            parameter.requires_grad_(mode)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors."""
+        return {"weights": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
