@@ -88,7 +88,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
         methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
         root = replace(root, method=methods[0])
-    if group == "sampler" and cfg is not None and cfg.caches_frames():
+    is_causal = group == "sampler" and cfg is not None and cfg.caches_frames()
+    if is_causal and hasattr(root.backbone, "attention"):
         root = replace(root, backbone=replace(root.backbone, attention="causal"))
     if group in ("loss", "schedule") and hasattr(root.schedule, "learned_variance"):
         learned = replace(root.schedule, learned_variance=True)
@@ -107,6 +108,26 @@ def tiny_weights() -> str:
     atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
     weight_files.write(build_system(wire(tiny())).trainable_state(), path)
     return str(path)
+
+
+def with_role_weights(wiring: Wiring, folder: Path) -> Wiring:
+    """The wiring with weights of its own sizes for the networks of roles."""
+    from sandbox.storage import weight_files
+    from sandbox.training.build import build_system
+
+    root, path = wiring.root, folder / "role.safetensors"
+    changed = {
+        group: replace(cfg, **dict.fromkeys(cfg.files(), str(path)))
+        for group in ("method", "guidance")
+        if (cfg := getattr(root, group)).roles() and cfg.files()
+    }
+    if not changed:
+        return wiring
+    plain = {"method": "denoising", "guidance": "none"}
+    own = replace(root, **{g: registry.default(g, name) for g, name in plain.items()})
+    system = build_system(replace(wiring, root=own), folder)
+    weight_files.write(system.trainable_state(), path)
+    return replace(wiring, root=replace(root, **changed))
 
 
 def wired_around(group: str, cfg: PluginConfig) -> Wiring:

@@ -34,6 +34,7 @@ from tests.helpers import (
     train,
     wired_around,
     with_part,
+    with_role_weights,
 )
 from tests.inputs import with_clips
 
@@ -46,6 +47,7 @@ INDEPENDENT = ("optimizer", "lr_schedule", "ema")
 DENOISER = ("data", "vae", "backbone", "conditioning", "schedule")
 NOISE = ("conditioning", "schedule", "loss", "sampler", "guidance")
 SCORED = ("data", "metric")
+METHODS = ("vae", "backbone", "schedule", "method")  # a method brings its sampler and guidance
 SMALL = 1_000_000  # parameters; other tests build larger presets on the meta device
 LARGE = 2**14  # pixels of all frames; presets with larger clips get the size of their plugin
 CALLS = 3  # sampling steps
@@ -211,8 +213,10 @@ def test_denoisers_that_wire_fit_noises_that_wire():
     """So it is enough to test all combinations within DENOISER and within NOISE."""
     for choice in mixed(1):
         sampler, backbone = (options(g)[choice[g]] for g in ("sampler", "backbone"))
-        fits = (not sampler.frame_times() or backbone.takes_frame_times()) and (
-            not sampler.scalars() or backbone.takes_time_scalars()
+        fits = (
+            (not sampler.frame_times() or backbone.takes_frame_times())
+            and (not sampler.scalars() or backbone.takes_time_scalars())
+            and not sampler.caches_frames()  # it needs other settings of the backbone
         )
         if fits and choice["optimizer"] == "adamw":  # muon needs a backbone with matrices
             assert wired(choice), to_words(choice)
@@ -236,6 +240,7 @@ def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     """Trains, samples, saves and reloads; a failure names the configuration."""
     data = with_clips(wiring.root.data, tmp_path, wiring.root)
     wiring = replace(wiring, root=replace(wiring.root, data=data))
+    wiring = with_role_weights(wiring, tmp_path)
     try:
         trained = train(wiring, tmp_path / "runs")
         clips = sampled(trained.system)
@@ -249,6 +254,24 @@ def take_two_steps(wiring: Wiring, tmp_path, words: str) -> None:
     assert len(trained.losses) == 2, words
     assert np.isfinite(trained.losses).all(), words
     assert torch.equal(clips, again), words
+
+
+def test_every_method_trains_with_each_component_that_fits(tmp_path):
+    """Every pair of a method and a first stage, backbone or schedule; the others are refused."""
+    found: tuple[list[Choice], list[Choice]] = [], []
+    for names in product(*(options(g) for g in METHODS)):
+        choice = dict(zip(METHODS, names, strict=True))
+        found[wired(choice) is None].append(choice)
+    assert {c["method"] for c in found[0]} == set(options("method")) and found[1]
+    chosen, seen = [], set[tuple[str, str, str]]()
+    for choice in found[0]:
+        new = {(choice["method"], g, choice[g]) for g in METHODS[:3]} - seen
+        if new:
+            chosen.append(choice)
+            seen |= new
+    for i, choice in enumerate(chosen):
+        (folder := tmp_path / str(i)).mkdir()
+        take_two_steps(wired(choice), folder, to_words(choice))
 
 
 @pytest.mark.exhaustive
