@@ -69,7 +69,7 @@ def measured_recipe(name: str, kinds: set[bool]) -> tuple[Any, dict[bool, Any]]:
 
     words = [f"experiment={name}", "task=plan", "data.batch_size=1"]
     discovery.setup(words)
-    wiring = check_and_wire(to_root(composition.compose(composition.expand(words))))
+    wiring = check_and_wire(to_root(composition.compose(composition.expand_shorthands(words))))
     assert wiring is not None  # task=plan builds a system
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = parts_of(root)

@@ -39,10 +39,10 @@ class CausalConv3d(nn.Module):
             before = x[:, :, :1].expand(-1, -1, 2, -1, -1)
         x = torch.cat((before, x), 2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep all of x in memory
-        return in_parts(self.conv, x)
+        return conv_in_parts(self.conv, x)
 
 
-def in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def conv_in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """conv(x) for a kernel of 3 frames; splits a large x into parts that overlap by two frames."""
     parts = min(x.numel() * x.element_size() // LARGE + 1, x.shape[2] - 2)
     if parts < 2:

@@ -137,7 +137,7 @@ def read_shards(
             (split, rows), index = indexed[name], None
         else:
             rows, index = cached_rows(root / name, caches, media if with_sizes else ())
-            split = split_in(name)
+            split = split_from_name(name)
         return Shard(name, split, [entry(root / name, row, index) for row in rows])
 
     with ThreadPoolExecutor() as pool:
@@ -150,7 +150,7 @@ def entry(shard: Path, row: dict[str, Any], index: Path | None = None) -> Entry:
     return Entry(shard, row["key"], row["members"], size, row.get("problem"), index)
 
 
-def split_in(name: str) -> str | None:
+def split_from_name(name: str) -> str | None:
     """The split in a shard's path: train-00000.tar, val/0.tar, x-validation-1.tar."""
     found = re.findall(r"(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", name.lower())
     return found[-1] if found else None
@@ -222,7 +222,7 @@ def cached_rows(
             log.warning("%s: scanned again: it has changed since it was indexed", path)
     rows = scan(path)
     for row in rows:
-        if ending := first_of(media, row["members"]):
+        if ending := first_ending(media, row["members"]):
             row["look"] = size_or_problem(entry(path, row).member(ending))
     content = json.dumps({"sha256": digest_of(rows), "rows": rows})
     reason: Any = ""
@@ -268,7 +268,7 @@ def check_members(entries: list[Entry], path: Path) -> None:
             members[place].check(file)
 
 
-def first_of(media: Sequence[str], members: dict[str, Any]) -> str | None:
+def first_ending(media: Sequence[str], members: dict[str, Any]) -> str | None:
     return next((ending for ending in media if ending in members), None)
 
 

@@ -24,7 +24,7 @@ from sandbox.contracts import ConfigError
 HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # the ~ of a value that starts with ~/
 
 
-def expand(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+def expand_shorthands(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
     """Translates our shorthands into Hydra overrides.
 
     - A setting of the chosen task needs no `task.`: `task=new group=vae`, for `task.group=vae`.
@@ -87,15 +87,15 @@ def compose(
 
         raise explain(e, overrides, config, config_dir) from e
     except RecursionError as e:
-        from sandbox.config.explain import circular
+        from sandbox.config.explain import explain_cycle
 
-        raise circular(overrides, config_dir) from e
+        raise explain_cycle(overrides, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)
     remember(safety.plain(cfg))
     return cfg
 
 
-def received(node: dict[str, Any]) -> Root:
+def receive_root(node: dict[str, Any]) -> Root:
     """A Root from another process; reads plugins first, including those of its `plugins_path`."""
     remember(node)
     folder = node.get("plugins_path")

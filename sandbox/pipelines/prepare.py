@@ -39,7 +39,7 @@ from sandbox.data.video_files import CONTAINERS, VideoClip, probe
 from sandbox.distributed.pool import Crashed, Ordered, cores, started
 from sandbox.reports.media import write_frames
 from sandbox.reports.progress import Progress
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
@@ -73,7 +73,7 @@ def prepare(root: Root) -> dict[str, Any]:
             f"task.format={cfg.format}: no stage writes clips; add normalise to the stages, or "
             "set task.format=null"
         )
-    with storing(to):
+    with storage_errors(to):
         to.mkdir(parents=True, exist_ok=True)
     count = cores() if cfg.workers is None else cfg.workers
     began = time.process_time()
@@ -89,7 +89,7 @@ def prepare(root: Root) -> dict[str, Any]:
                 write_format(to, cfg.format, kept, cfg.shard_mb * 1_000_000)
         finally:
             work.journal.close()
-    with storing(to):
+    with storage_errors(to):
         write_manifest(to, root, rows)
         sheets(to / "dropped", rows, cfg.sheet)
         if count:
@@ -170,7 +170,7 @@ class Found:
 
 
 @cache
-def built(shared: str) -> dict[str, Any]:
+def build_stages(shared: str) -> dict[str, Any]:
     plugins_path, configs = json.loads(shared)
     setup([f"plugins_path={plugins_path}"] if plugins_path else ())
     return {name: registry.create(registry.typed(node)) for name, node in configs.items()}
@@ -193,7 +193,7 @@ def probed(job: Job, found: Found) -> None:
 
 def scored(job: Job, found: Found) -> None:
     """Scores of a clip: {stage: scores}."""
-    stages = built(job.shared)
+    stages = build_stages(job.shared)
     assert job.info
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
@@ -208,7 +208,7 @@ def scored(job: Job, found: Found) -> None:
 def rendered(job: Job, found: Found) -> None:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
-    (stage,) = built(job.shared).values()
+    (stage,) = build_stages(job.shared).values()
     with timed(found, "writing"):
         made = stage.render(VideoClip(job.path, job.info, job.start, job.end))
         frames, height, width = write_frames(job.to, made.frames, made.fps, made.crf, PRESET)

@@ -18,7 +18,7 @@ from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
 from sandbox.reports.media import contact_sheet, replacing
 from sandbox.reports.pages import render
-from sandbox.storage.atomic import storing, sync_folder, write_atomic
+from sandbox.storage.atomic import storage_errors, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
 INDEX = 1  # format of index.json
@@ -29,7 +29,7 @@ BINS = 40
 def write_format(to: Path, form: str, kept: list[Row], shard_bytes: int) -> Path:
     """Writes the layout `form` of rendered clips to `to/form`. Raises StorageError."""
     final, draft = to / form, to / f".{form}.part"
-    with storing(final):
+    with storage_errors(final):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         splits = {

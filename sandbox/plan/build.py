@@ -14,7 +14,7 @@ from sandbox.config.root import Root
 from sandbox.config.wiring import Wiring
 from sandbox.contracts import Clip, Conditions, Slots
 from sandbox.model.ema import EMA
-from sandbox.plan.depth import deeper
+from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import Measured, measure, on_fake_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -209,7 +209,9 @@ def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | Non
     depths = [first + i * period for i in range(3)]
     if layers <= sum(depths):
         return None
-    return deeper([at(replace(backbone, **{name: n})) for n in depths], (layers - first) // period)
+    return extrapolate(
+        [at(replace(backbone, **{name: n})) for n in depths], (layers - first) // period
+    )
 
 
 def step_of(

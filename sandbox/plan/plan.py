@@ -24,10 +24,10 @@ from sandbox.plan.build import (
 )
 from sandbox.plan.measure import Measured
 from sandbox.plan.objective import Objective, objective
+from sandbox.plan.parallel_map import parallel_map
 from sandbox.plan.published import published
-from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
-from sandbox.plan.wires import diagram
+from sandbox.plan.wiring_diagram import diagram
 
 COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Measured, in plan.json
 
@@ -155,7 +155,7 @@ def steps(
     jobs = [(False, False)] if is_on is None else [(True, False), (False, False)]
     if root.adapter is None and root.precision != "fp32":
         jobs.append((bool(is_on), True))
-    found = dict(zip(jobs, side_by_side(of, jobs), strict=True))
+    found = dict(zip(jobs, parallel_map(of, jobs), strict=True))
     native = {on: m for (on, is_half), m in found.items() if not is_half}
     if root.adapter is None and root.precision == "fp32":
         return native, native

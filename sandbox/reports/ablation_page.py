@@ -21,7 +21,7 @@ from sandbox.reports.pages import Media, render
 from sandbox.reports.run_page import read_curves
 from sandbox.reports.statistics import LEAST_SEEDS, LEVEL, Estimate
 from sandbox.reports.tables import number, text_table
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 
 MOST_ROWS = 40  # variants in the interval plot
 MOST_LINES = 8  # variants in the curve plot
@@ -39,7 +39,7 @@ def write_ablation(folder: Path, ablation: Ablation) -> Path:
     from matplotlib import rc_context
 
     page, sheet = folder / "report.html", folder / "samples.png"
-    with storing(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FIGURES:
             (folder / name).unlink(missing_ok=True)
@@ -310,12 +310,13 @@ def common_samples(ablation: Ablation) -> tuple[int, list[SampleRow]]:
 def write_sheet(path: Path, samples: Sequence[SampleRow]) -> None:
     """A contact sheet: a row per prompt, a column per variant."""
     rows = [
-        (prompt, {k: _thinned(decoded(f)) for k, f in files.items()}) for prompt, files in samples
+        (prompt, {k: _three_frames(decoded(f)) for k, f in files.items()})
+        for prompt, files in samples
     ]
     media.contact_sheet(path, rows)
 
 
-def _thinned(frames: np.ndarray) -> np.ndarray:
+def _three_frames(frames: np.ndarray) -> np.ndarray:
     """First, middle and last frame, so that many variants fit side by side."""
     return frames[sorted({0, len(frames) // 2, len(frames) - 1})]
 

@@ -14,7 +14,7 @@ from typing import Any
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.runs import records
 from sandbox.runs.lookup import TRAINED_BY
-from sandbox.runs.run import Run, identity_of_work, leaves, read_json
+from sandbox.runs.run import Run, flat_settings, identity_of_work, read_json
 
 MOST_NAMED = 5  # runs or variants in a message
 COSTS = {  # key in a run's cost -> heading
@@ -50,12 +50,12 @@ class Entry:
 
     def protocol(self, name: str) -> dict[str, str]:
         """How `name` was computed, dotted name -> value; empty if not recorded."""
-        return leaves(self.metrics.get("protocols", {}).get(name, {}))
+        return flat_settings(self.metrics.get("protocols", {}).get(name, {}))
 
     @property
     def held_out(self) -> dict[str, str]:
         """Number and hashes of the validation clips; empty if not recorded."""
-        return leaves((self.environment.get("data") or {}).get("val") or {})
+        return flat_settings((self.environment.get("data") or {}).get("val") or {})
 
     @cached_property
     def costs(self) -> dict[str, float]:
@@ -125,7 +125,7 @@ def add(
             runs.left_out.append(f"{path.name} is not finished")
             continue
         flops = planned.get(identity_of_work(config)) if planned else None
-        runs.entries.append(Entry(path, leaves(config), *files, flops))
+        runs.entries.append(Entry(path, flat_settings(config), *files, flops))
     return runs
 
 

@@ -47,7 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An exception leaves `path` unchanged. Raises StorageError where the file cannot be written.
     """
     path = Path(path)
-    with atomic.storing(path):
+    with atomic.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as draft:
             yield draft
@@ -93,7 +93,7 @@ def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
-def evenly(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of range(count), evenly spaced, including the first and the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
@@ -390,6 +390,6 @@ def _strip(frames: np.ndarray, side: float) -> Image.Image:
     else:
         method = Image.Resampling.LANCZOS
         size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
-    shown = frames[evenly(len(frames), MAX_FRAMES)]
+    shown = frames[evenly_spaced(len(frames), MAX_FRAMES)]
     images = [Image.fromarray(frame).resize(size, method) for frame in shown]
     return _table([images], (FILM, 0), FILM, FRAME)

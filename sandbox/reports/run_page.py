@@ -21,7 +21,7 @@ from sandbox.reports.scores import (
     names_of,
 )
 from sandbox.runs.run import Run
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 
 LISTED = 200  # files and skipped items
 SPLITS = ("train", "val", "test", "ema")  # metric prefixes that name a split or weights
@@ -73,7 +73,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         files=[*files_of(folder)][:LISTED],
     )
     path = folder / "report.html"
-    with storing(path):
+    with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, page)
     return path

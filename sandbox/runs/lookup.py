@@ -124,7 +124,7 @@ def first_stage_problems(root: Root) -> Iterator[str]:
             )
 
 
-def choices(overrides: Sequence[str]) -> list[str]:
+def inherited_options(overrides: Sequence[str]) -> list[str]:
     """Overrides for the options of an earlier run, where the task of `overrides` works on one.
 
     Put in front of `overrides`, they let `task=sample sampler.eta=0` compose with the sampler of

@@ -39,7 +39,7 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.runs import records
 from sandbox.runs.environment import environment
-from sandbox.storage.atomic import storing
+from sandbox.storage.atomic import storage_errors
 from sandbox.storage.locks import FileLock
 
 # Settings that do not change a result, and all below them. They are not part of a run's identity
@@ -71,12 +71,12 @@ log = logging.getLogger(__name__)
 
 def identity(config: Mapping[str, Any]) -> str:
     """Eight hex digits, a hash of every setting that may change the result."""
-    return _hash(leaves(mask(without_added(config))))
+    return _hash(flat_settings(mask(without_added(config))))
 
 
 def identity_of_work(config: Mapping[str, Any]) -> str:
     """Eight hex digits, a hash of every setting that changes the operations of a step."""
-    settings = leaves(without_added(config))
+    settings = flat_settings(without_added(config))
     return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
 
 
@@ -92,17 +92,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Name -> both values of settings that differ."""
-    a, b = leaves(mask(old)), leaves(mask(new))
+    a, b = flat_settings(mask(old)), flat_settings(mask(new))
     pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in {**a, **b}}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def leaves(node: Any, name: str = "") -> dict[str, str]:
+def flat_settings(node: Any, name: str = "") -> dict[str, str]:
     """Dotted name -> value as JSON text, so that also NaN equals itself."""
     if isinstance(node, Mapping) and node:
         found: dict[str, str] = {}
         for key, value in node.items():
-            found |= leaves(value, f"{name}.{key}" if name else str(key))
+            found |= flat_settings(value, f"{name}.{key}" if name else str(key))
         return found
     return {name: json.dumps(node, default=str)} if name else {}
 
@@ -161,7 +161,7 @@ def open_root(root: Any) -> Run:
     return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
 
 
-def continues(root: Any) -> bool:
+def resumes(root: Any) -> bool:
     """Whether `open_root` resumes a run, which has its own weights."""
     if root.resume.run is not None:
         return True
@@ -169,7 +169,7 @@ def continues(root: Any) -> bool:
 
 
 @contextmanager
-def opened(root: Any, rank: Rank) -> Iterator[Run]:
+def open_on_rank0(root: Any, rank: Rank) -> Iterator[Run]:
     """`open_root` in rank 0, the only one that writes; other ranks get the folder to read from."""
     own: Run | None = None
     with rank.rank0_first():
@@ -181,7 +181,7 @@ def opened(root: Any, rank: Rank) -> Iterator[Run]:
 
 
 def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: bool) -> Run:
-    with storing(out):
+    with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     for n, folder in enumerate(_folders(out, stem, config) if resume else ()):
         run = Run(folder)
@@ -197,7 +197,7 @@ def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: b
             run.close()
     for n in itertools.count(1):
         run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
-        with storing(run.folder):
+        with storage_errors(run.folder):
             try:
                 run.folder.mkdir()
             except FileExistsError:
@@ -406,7 +406,7 @@ class Run:
             log.warning("%s: %s was running in it and may still be; stop it", self.folder, left)
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
-        with storing(self.folder):
+        with storage_errors(self.folder):
             self.checkpoints.mkdir(exist_ok=True)
             self.samples.mkdir(exist_ok=True)
             if self.finished:  # with fewer steps
@@ -429,11 +429,11 @@ class Run:
                 raise StorageError(
                     f"{path}: this file system has no locks ({e.strerror}); choose another out="
                 ) from e
-            with storing(path):
+            with storage_errors(path):
                 raise
 
     def _append(self, text: str) -> None:
-        with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
+        with storage_errors(self.metrics_file), self.metrics_file.open("ab+") as file:
             if not self._last_line_is_complete and file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill has cut it off

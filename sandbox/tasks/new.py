@@ -55,7 +55,7 @@ class New:
 
     def __call__(self, root: Any) -> dict[str, Any]:
         """Writes all files or none. Raises ConfigError for an existing file, and StorageError."""
-        from sandbox.storage.atomic import storing, write_atomic
+        from sandbox.storage.atomic import storage_errors, write_atomic
 
         group, name = self.cfg.group, self.cfg.name
         assert group and name  # problems() requires both
@@ -70,7 +70,7 @@ class New:
                 )
             )
         for path, text in files.items():
-            with storing(path):
+            with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, text)
         print(summary(group, name, list(files), outside))

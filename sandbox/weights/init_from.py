@@ -21,7 +21,7 @@ from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import cache_path
 from sandbox.storage.published import compare, files_of, read_model, read_parts, translated
 from sandbox.storage.weight_check import shown
-from sandbox.storage.weight_contents import fitted, plain_name
+from sandbox.storage.weight_contents import match_names, plain_name
 from sandbox.weights import system_files
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -111,7 +111,7 @@ def _load(system: Any, path: Path) -> str:
     else:
         weights, which = weight_files.read(path, mapped), "exported"
         if any(plain_name(name).startswith(system_files.OURS) for name in weights):
-            weights = fitted(weights, system.trainable_state())
+            weights = match_names(weights, system.trainable_state())
         else:
             _load_backbone(system, weights, path)
             return "backbone weights"

@@ -13,7 +13,7 @@ from sandbox.reports.media import (
     contact_sheet,
     enlarged,
     enlargement,
-    evenly,
+    evenly_spaced,
     frames_uint8,
     grid_of_clips,
     reconstruction_sheet,
@@ -96,8 +96,8 @@ def test_enlargement_makes_small_clips_visible(size, factor):
 
 
 def test_thinning_keeps_first_and_last():
-    assert evenly(5, 9) == [0, 1, 2, 3, 4]
-    assert evenly(33, 9) == [0, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(33, 9) == [0, 4, 8, 12, 16, 20, 24, 28, 32]
 
 
 # --- videos ---------------------------------------------------------------------------------------

@@ -29,13 +29,13 @@ from sandbox.plan.build import (
     step_of,
     training_step,
 )  # fmt: skip
-from sandbox.plan.depth import deeper
+from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import OWN, Measured, measure, on_fake_device
 from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
+from sandbox.plan.parallel_map import parallel_map
 from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
-from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import count, flops, plan_text
 from sandbox.runs.run import identity_of_work
@@ -144,10 +144,10 @@ def of_depth(layers: int) -> Measured:
 
 
 def test_no_extrapolation_if_the_third_depth_disagrees():
-    assert deeper([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
-    assert deeper([of_depth(n) for n in (2, 3, 5)], 8) is None
+    assert extrapolate([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
+    assert extrapolate([of_depth(n) for n in (2, 3, 5)], 8) is None
     more = replace(of_depth(4), forward=29)
-    assert deeper([of_depth(2), of_depth(3), more], 8) is None
+    assert extrapolate([of_depth(2), of_depth(3), more], 8) is None
 
 
 def test_what_is_kept_is_what_autograd_saves():
@@ -394,13 +394,13 @@ def of_process(item: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_several_are_measured_at_once_where_there_are_cores(monkeypatch, cores):
-    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: cores)
-    found = side_by_side(of_process, [3, 1, 2])
+    monkeypatch.setattr("sandbox.plan.parallel_map.cores", lambda: cores)
+    found = parallel_map(of_process, [3, 1, 2])
     assert [item for item, _ in found] == [3, 1, 2]
     assert len({process for _, process in found}) == (3 if cores > 1 else 1)
 
 
 def test_what_goes_wrong_in_another_process_is_raised_as_it_is(monkeypatch):
-    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: 2)
+    monkeypatch.setattr("sandbox.plan.parallel_map.cores", lambda: 2)
     with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda item: 1 // item, [1, 0])
+        parallel_map(lambda item: 1 // item, [1, 0])
