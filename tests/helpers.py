@@ -218,7 +218,7 @@ class Trained:
 
 def train(wiring: Wiring, out: Path) -> Trained:
     """Trains with the real engine in a new run folder below `out`; no scores and no page."""
-    from sandbox.runs.run import open_run
+    from sandbox.runs.resume import open_run
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
     from sandbox.training.state import start

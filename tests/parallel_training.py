@@ -26,7 +26,7 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
 
     from sandbox.config.composition import receive_root
     from sandbox.config.wiring import wire
-    from sandbox.runs.run import open_on_rank0
+    from sandbox.runs.resume import open_on_rank0
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
     from sandbox.training.state import start

@@ -29,7 +29,8 @@ from sandbox.config.root import GROUPS, to_root
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.runs.environment import code
-from sandbox.runs.run import Run, finished_run, read_json
+from sandbox.runs.resume import finished_run
+from sandbox.runs.run import Run, read_json
 from sandbox.storage.atomic import storage_errors, write_atomic
 
 # Launchers pickle Configs by value. cloudpickle before 3, which hydra-ray-launcher requires, copies
@@ -314,7 +315,7 @@ def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] 
         batches = BasicSweeper.split_arguments([override_text.parse(o) for o in overrides], None)
         found = [composition.expand_shorthands(job) for batch in batches for job in batch]
     except HydraException as e:
-        from sandbox.config.explain import explain_multirun
+        from sandbox.config.setting_errors import explain_multirun
 
         raise explain_multirun(e, overrides) from e
     return found if seeds is None else [[*j, f"seed={n}"] for j in found for n in range(seeds)]

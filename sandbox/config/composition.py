@@ -1,6 +1,6 @@
 """Composes one configuration from a command line.
 
-Hydra composes and instantiates nothing (`sandbox.config.safety`). `sandbox.config.explain`
+Hydra composes and instantiates nothing (`sandbox.config.safety`). `sandbox.config.setting_errors`
 translates its errors.
 """
 
@@ -83,11 +83,11 @@ def compose(
             raise ValueError("a list of options")  # Hydra would merge them
         cfg = compose_raw(overrides, config, config_dir, report=True)
     except errors() as e:
-        from sandbox.config.explain import explain
+        from sandbox.config.setting_errors import explain
 
         raise explain(e, overrides, config, config_dir) from e
     except RecursionError as e:
-        from sandbox.config.explain import explain_cycle
+        from sandbox.config.setting_errors import explain_cycle
 
         raise explain_cycle(overrides, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)

@@ -77,7 +77,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The contents of plan.json."""
         from sandbox.config.root import to_container
-        from sandbox.runs.run import identity_of_work
+        from sandbox.runs.identity import identity_of_work
 
         config, trainer = to_container(self.root), self.root.trainer
         return {

@@ -18,7 +18,7 @@ from sandbox.reports.statistics import (
     of_prompts,
     of_seeds,
 )
-from sandbox.runs.run import IGNORED, matches
+from sandbox.runs.identity import IGNORED, matches
 
 EXCLUDED = (*IGNORED, "seed", "task")  # settings that do not define a variant
 MOST_REASONS = 3  # reasons in the error if no metric is comparable

@@ -13,8 +13,9 @@ from typing import Any
 
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.runs import records
+from sandbox.runs.identity import flat_settings, identity_of_work
 from sandbox.runs.lookup import TRAINED_BY
-from sandbox.runs.run import Run, flat_settings, identity_of_work, read_json
+from sandbox.runs.run import Run, read_json
 
 MOST_NAMED = 5  # runs or variants in a message
 COSTS = {  # key in a run's cost -> heading

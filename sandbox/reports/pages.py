@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from sandbox.runs.run import flat_settings
+from sandbox.runs.identity import flat_settings
 
 FILE_LIMIT = 4 * 2**20  # bytes of one embedded file
 PAGE_LIMIT = 16 * 2**20  # bytes of all embedded files

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox.runs.run import IGNORED, Run, changes, existing_run, flat_settings, matches
+from sandbox.runs.identity import IGNORED, changes, flat_settings, matches
+from sandbox.runs.run import Run, existing_run
 
 # Timings and memory, which differ between equal runs.
 MEASURED = ("*seconds*", "*per_second*", "*_ms", "time*", "*memory*")

@@ -42,7 +42,7 @@ class Plan:
         from sandbox.plan.page import page
         from sandbox.plan.plan import plan
         from sandbox.plan.text import plan_text
-        from sandbox.runs.run import identity
+        from sandbox.runs.identity import identity
         from sandbox.storage.atomic import storage_errors, write_atomic
 
         made, root = plan(wiring, self.cfg.devices), wiring.root

@@ -50,7 +50,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.config.composition import receive_root
     from sandbox.config.wiring import wire
     from sandbox.model.devices import use_threads
-    from sandbox.runs.run import open_on_rank0, resumes
+    from sandbox.runs.resume import open_on_rank0, resumes
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
     from sandbox.training.loop import fit

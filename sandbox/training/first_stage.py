@@ -28,7 +28,7 @@ from sandbox.model.autoencoding import Autoencoding, psnr
 from sandbox.model.components import build, use_kernels
 from sandbox.model.trainable import fingerprint
 from sandbox.reports import media
-from sandbox.runs.run import open_on_rank0, resumes
+from sandbox.runs.resume import open_on_rank0, resumes
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import replacing, storage_errors
 from sandbox.storage.first_stage_files import (

@@ -2,7 +2,7 @@
 
 Only weights are loaded: the run starts at step 0 with its own optimizer, EMA and data order, and
 may differ in everything except the shapes. Resuming, in contrast, continues the full state of a run
-bit for bit (`sandbox.runs.run`, resume.run=FOLDER).
+bit for bit (`sandbox.runs.resume`, resume.run=FOLDER).
 """
 
 import logging

@@ -13,16 +13,10 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.model.cached_latents import settings_of
 from sandbox.runs.diff import compare_runs
+from sandbox.runs.identity import differences, identity, identity_of_work
 from sandbox.runs.lookup import read_root
 from sandbox.runs.protocol import protocols
-from sandbox.runs.run import (
-    differences,
-    identity,
-    identity_of_work,
-    open_root,
-    open_run,
-    resumes,
-)
+from sandbox.runs.resume import open_root, open_run, resumes
 from tests.helpers import composed, recipe
 
 RECORDED = json.loads(Path(__file__).with_name("identities.json").read_text())

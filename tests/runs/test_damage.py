@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sandbox.contracts import SandboxError, StorageError
-from sandbox.runs.run import Run, open_run
+from sandbox.runs.resume import open_run
+from sandbox.runs.run import Run
 from sandbox.storage import checkpoint
 from sandbox.storage.locks import COMMAND, FileLock, locked
 from sandbox.training.build import load_system

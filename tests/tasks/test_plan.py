@@ -38,7 +38,7 @@ from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import count, flops, plan_text
-from sandbox.runs.run import identity_of_work
+from sandbox.runs.identity import identity_of_work
 from tests.helpers import TINY, composed
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"

@@ -19,7 +19,7 @@ from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Preempted, StorageError
 from sandbox.model.autoencoding import Autoencoding
 from sandbox.model.components import build
-from sandbox.runs.run import open_root
+from sandbox.runs.resume import open_root
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
