@@ -123,6 +123,7 @@ def column_of(columns: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     return next((name for name in wanted if name in columns), None)
     """The `normalised_key` of a name in a table, relative to `root` if the file is below it."""
 
+
 def relative_key(file: str, root: Path) -> str:
     """The `normalised_key` of a name in a table, relative to `root` if the file is below it."""
     file = file.strip()

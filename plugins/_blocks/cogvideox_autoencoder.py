@@ -64,11 +64,11 @@ class SpatialNorm(nn.Module):
         norm = self.norm_layer
         out = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         # The published order, resize then convolve, is the same function for 1x1x1.
-        scale, shift = (resized(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
+        scale, shift = (resize_like(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
         return F.silu(out * scale + shift)
 
 
-def resized(z: Tensor, x: Tensor) -> Tensor:
+def resize_like(z: Tensor, x: Tensor) -> Tensor:
     """z repeated to the size of x; if T is odd, the first frame is resized separately."""
     frames, *space = x.shape[2:]
     if frames > 1 and frames % 2:

@@ -177,7 +177,7 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
                     {**row, "look": [row["frames"], row["height"], row["width"]]}
                     for row in shard["samples"]
                 ]
-                found[shard["file"]] = split, checked(rows, size)
+                found[shard["file"]] = split, check_rows(rows, size)
         return found
     except FileNotFoundError as e:
         if e.filename == str(path):
@@ -187,7 +187,7 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         raise DataError(f"{path} is damaged ({type(e).__name__}: {e}); write it again") from e
 
 
-def checked(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+def check_rows(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """`rows`. Raises ValueError for a row that does not fit a shard of `size` bytes."""
     for row in rows:
         os.fsencode(row["key"])
@@ -213,7 +213,7 @@ def cached_rows(
     name = f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
     for file in (cache / name for cache in caches if (cache / name).is_file()):
         try:
-            rows = checked(verified(json.loads(file.read_bytes())), stat.st_size)
+            rows = check_rows(verify_rows(json.loads(file.read_bytes())), stat.st_size)
             check_members([entry(path, row, file) for row in rows], path)
             return rows, file
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -252,7 +252,7 @@ def digest_of(rows: Any) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def verified(cached: dict[str, Any]) -> list[dict[str, Any]]:
+def verify_rows(cached: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a cached index. Raises ValueError where its hash differs."""
     if cached["sha256"] != digest_of(cached["rows"]):
         raise ValueError("another hash")

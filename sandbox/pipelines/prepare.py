@@ -132,7 +132,7 @@ class Stages:
         return json.dumps([self.plugins_path, chosen])
 
     def key(self, name: str, row: Row) -> str:
-        return hashed(name, self.digests[name], row["info"].sha256, row["start"], row["end"])
+        return hash_parts(name, self.digests[name], row["info"].sha256, row["start"], row["end"])
 
     @staticmethod
     def _digest(cfg: Any) -> str:
@@ -140,7 +140,7 @@ class Stages:
         path = registry.find(cfg.plugin).path
         code = path.read_text(encoding="utf-8") if path else ""
         settings = {k: v for k, v in to_container(cfg).items() if k not in cfg.limits}
-        return hashed(FORMAT, code, settings)
+        return hash_parts(FORMAT, code, settings)
 
 
 # --- in a worker ----------------------------------------------------------------------------------
@@ -186,12 +186,12 @@ def prepare_source(job: Job) -> Found:
     return found
 
 
-def probed(job: Job, found: Found) -> None:
+def probe_file(job: Job, found: Found) -> None:
     with timed(found, "probing"):
         found.values["info"] = asdict(probe(job.path))
 
 
-def scored(job: Job, found: Found) -> None:
+def score_clip(job: Job, found: Found) -> None:
     """Scores of a clip: {stage: scores}."""
     stages = build_stages(job.shared)
     assert job.info
@@ -205,7 +205,7 @@ def scored(job: Job, found: Found) -> None:
             found.values[name] = stages[name].score(clip)
 
 
-def rendered(job: Job, found: Found) -> None:
+def render_clip(job: Job, found: Found) -> None:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
     (stage,) = build_stages(job.shared).values()
@@ -259,8 +259,8 @@ class Work:
         tasks = []
         for row in rows:
             stat = row["path"].stat()
-            key = hashed(FORMAT, row["source"], stat.st_size, stat.st_mtime_ns)
-            tasks.append((row, {"info": key}, Job(probed, row["path"], ("info",))))
+            key = hash_parts(FORMAT, row["source"], stat.st_size, stat.st_mtime_ns)
+            tasks.append((row, {"info": key}, Job(probe_file, row["path"], ("info",))))
         self.compute("reading", tasks)
         for row in rows:
             if "dropped" not in row:
@@ -285,7 +285,7 @@ class Work:
                 keys = {name: self.stages.key(name, row) for name in scoring}
                 missing = tuple(n for n, key in keys.items() if key not in self.known)
                 span = row["start"], row["end"]
-                job = Job(scored, row["path"], missing, shared, row["info"], *span)
+                job = Job(score_clip, row["path"], missing, shared, row["info"], *span)
                 tasks.append((row, keys, job))
         self.compute(" ".join(scoring), tasks)
         for row, _, _ in tasks:
@@ -320,7 +320,7 @@ class Work:
             if "bad" not in known and size != known.get("bytes"):
                 self.known.pop(key, None)
             job = Job(
-                rendered, row["path"], ("clip",), shared, row["info"], row["start"], row["end"],
+                render_clip, row["path"], ("clip",), shared, row["info"], row["start"], row["end"],
                 row["file"],
             )  # fmt: skip
             tasks.append((row, {"clip": key}, job))
@@ -370,7 +370,7 @@ def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
 
 def identity(row: Row) -> str:
     """A clip's id, from its file's name and span; usable as a file name."""
-    return hashed(row["source"], row.get("start"), row.get("end"))[:16]
+    return hash_parts(row["source"], row.get("start"), row.get("end"))[:16]
 
 
 def check_captions(kept: list[Row], form: str) -> None:
@@ -418,5 +418,5 @@ def walk(root: Path) -> Iterator[str]:
                 yield Path(folder, file).relative_to(root).as_posix()
 
 
-def hashed(*parts: Any) -> str:
+def hash_parts(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -170,12 +170,12 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
     for name in sorted({row["dropped"][0] for row in rows if "dropped" in row}):
         dropped = [r for r in rows if r.get("dropped", [""])[0] == name and "start" in r]
         step = max(1, -(-len(dropped) // most)) if most else 0
-        strips = [strip for row in dropped[::step] if (strip := shown(row))] if most else []
+        strips = [strip for row in dropped[::step] if (strip := thumbnails(row))] if most else []
         if strips:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> tuple[str, dict[str, Any]] | None:
+def thumbnails(row: Row) -> tuple[str, dict[str, Any]] | None:
     """A few frames with source and reason; None if they cannot be decoded."""
     import numpy as np
 

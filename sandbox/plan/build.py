@@ -162,7 +162,7 @@ def largest_unit(parts: dict[str, Any]) -> int:
 Encoded = tuple[Measured, Tensor]  # of the first stage, and its latents
 
 
-def encoded(root: Root, sizes: Sizes) -> Encoded | None:
+def measure_encoding(root: Root, sizes: Sizes) -> Encoded | None:
     """Measures the encoding before the backbone; None with cached latents."""
     if "stored" in root.data.provides():
         return None
@@ -178,7 +178,7 @@ def encoded(root: Root, sizes: Sizes) -> Encoded | None:
         return measure_as(root, step, [first_stage], inputs), made[0]
 
 
-def measured(
+def measure_step(
     root: Root,
     sizes: Sizes,
     checkpointing: bool | None = None,
@@ -188,9 +188,9 @@ def measured(
     """Measures one training step of `root` (model.latent_diffusion), forward and backward.
 
     Conditions are empty tensors of the right shapes; their encoders are not measured. Deep networks
-    are extrapolated from three small depths if possible. `before`: the result of `encoded`.
+    are extrapolated from three small depths if possible. `before`: from `measure_encoding`.
     """
-    before = before or encoded(root, sizes)
+    before = before or measure_encoding(root, sizes)
 
     def at(backbone: Any) -> Measured:
         return step_of(replace(root, backbone=backbone), sizes, checkpointing, half, before)

@@ -16,9 +16,9 @@ from sandbox.plan.build import (
     counts,
     dtype_of,
     ema_bytes,
-    encoded,
     largest_unit,
-    measured,
+    measure_encoding,
+    measure_step,
     optimizer_bytes,
     parts_of,
 )
@@ -147,10 +147,10 @@ def steps(
 
     The latter (DeepSpeed) are empty with an adapter: DeepSpeed trains full networks only.
     """
-    before = encoded(root, sizes)
+    before = measure_encoding(root, sizes)
 
     def of(job: tuple[bool, bool]) -> Measured:
-        return measured(root, sizes, *job, before)
+        return measure_step(root, sizes, *job, before)
 
     jobs = [(False, False)] if is_on is None else [(True, False), (False, False)]
     if root.adapter is None and root.precision != "fp32":

@@ -22,7 +22,7 @@ TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
 })  # fmt: skip
 
 
-def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """Dotted name -> value of nested settings."""
     return {k: json.loads(value) for k, value in flat_settings(settings, name).items()}
 

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sandbox.reports.charts import Points, line_chart
-from sandbox.reports.pages import Media, flattened, render
+from sandbox.reports.pages import Media, flatten, render
 from sandbox.reports.scores import (
     ScoreRow,
     format_score,
@@ -69,7 +69,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
         settings=dict(setting_tables(report.settings)),
-        environment=flattened(report.environment),
+        environment=flatten(report.environment),
         files=[*files_of(folder)][:LISTED],
     )
     path = folder / "report.html"
@@ -144,7 +144,7 @@ def setting_tables(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         yield "run", plain
     for name, group in groups.items():
         plugin = str(group.get("plugin") or "").rpartition("/")[2]
-        values = flattened(group, name)
+        values = flatten(group, name)
         values.pop(f"{name}.plugin", None)
         yield f"{name}={plugin}" if plugin else name, values
 

@@ -49,7 +49,7 @@ def read(folder: Path, name: str) -> str:
     path = folder / name
     try:
         content = path.read_bytes()
-        check(folder, name, hashlib.sha256(content).hexdigest())
+        check_hash(folder, name, hashlib.sha256(content).hexdigest())
         return content.decode()
     except OSError as e:
         raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
@@ -73,14 +73,14 @@ def read_dict(folder: Path, name: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if name != HASHES or k not in (KEY, HASH_KEY)}
 
 
-def add(folder: Path, name: str) -> None:
+def add_hash(folder: Path, name: str) -> None:
     """Records the hash of a file that is complete. Raises StorageError."""
     with storage_errors(folder / name):
         if (folder / name).is_file():
             _write_hashes(folder, {**_hashes(folder), name: [digest_of(folder / name)]})
 
 
-def forget(folder: Path, name: str) -> None:
+def remove_hash(folder: Path, name: str) -> None:
     """Removes the hash of a file that is written again. Raises StorageError."""
     known = _hashes(folder)
     if name in known:
@@ -88,7 +88,7 @@ def forget(folder: Path, name: str) -> None:
             _write_hashes(folder, {k: v for k, v in known.items() if k != name})
 
 
-def check(folder: Path, name: str, digest: str | None = None) -> None:
+def check_hash(folder: Path, name: str, digest: str | None = None) -> None:
     """Raises StorageError where the hash of a file is not the recorded one."""
     recorded = _hashes(folder).get(name) if name != HASHES else None
     if recorded and (digest or digest_of(folder / name)) not in recorded:

@@ -110,7 +110,7 @@ class Run:
         found: dict[int, dict[str, float]] = {}
         if not self.metrics_file.is_file():
             return found
-        records.check(self.folder, self.metrics_file.name)
+        records.check_hash(self.folder, self.metrics_file.name)
         with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
@@ -131,7 +131,7 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json atomically, which marks the run as finished."""
-        records.add(self.folder, self.metrics_file.name)
+        records.add_hash(self.folder, self.metrics_file.name)
         records.write_dict(self.folder, self.result.name, mask(result))
 
     def holder(self) -> str:
@@ -166,7 +166,7 @@ class Run:
             self.samples.mkdir(exist_ok=True)
             if self.finished:  # with fewer steps
                 self.result.replace(self.folder / "result.earlier.json")
-        records.forget(self.folder, self.metrics_file.name)
+        records.remove_hash(self.folder, self.metrics_file.name)
         text = yaml.safe_dump(mask(config), sort_keys=False, width=100)
         records.write(self.folder, self.config_file.name, text)
         records.write_dict(self.folder, self.environment.name, now)

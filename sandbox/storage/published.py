@@ -89,7 +89,7 @@ def read_model(folder: Path, what: str) -> State:
     return state
 
 
-def translated(module: Any, own: Collection[str], state: State, where: str) -> State:
+def translate_names(module: Any, own: Collection[str], state: State, where: str) -> State:
     """`state` under the names `own`: without prefixes, then through `from_published` of `module`.
 
     `where` names setting and file in the log.

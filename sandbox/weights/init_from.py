@@ -19,7 +19,7 @@ from sandbox.runs.lookup import task_of
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import cache_path
-from sandbox.storage.published import compare, files_of, read_model, read_parts, translated
+from sandbox.storage.published import compare, files_of, read_model, read_parts, translate_names
 from sandbox.storage.weight_check import shown
 from sandbox.storage.weight_contents import match_names, plain_name
 from sandbox.weights import system_files
@@ -153,7 +153,7 @@ def _has_manifest(path: Path) -> bool:
 def _load_backbone(system: Any, state: State, path: Path) -> None:
     """Loads published weights of the backbone alone, which may translate them."""
     own = system.base_state()
-    _copy(system, own, translated(system.backbone, own, state, f"init_from={path}"), path)
+    _copy(system, own, translate_names(system.backbone, own, state, f"init_from={path}"), path)
 
 
 def _copy(system: Any, own: State, weights: State, path: Path) -> None:

@@ -11,7 +11,7 @@ from sandbox.reports.media import (
     BACKGROUND,
     NAN,
     contact_sheet,
-    enlarged,
+    upscale,
     enlargement,
     evenly_spaced,
     frames_uint8,
@@ -85,7 +85,7 @@ def test_wrong_shape_is_named(shape):
 
 def test_enlarging_repeats_pixels():
     frames = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(1, 2, 2, 3)
-    big = enlarged(frames, 3)
+    big = upscale(frames, 3)
     assert big.shape == (1, 6, 6, 3)
     assert (big[:, ::3, ::3] == frames).all() and (big[:, 2::3, 2::3] == frames).all()
 
@@ -120,7 +120,7 @@ def test_colours_do_not_bleed_between_enlarged_pixels(tmp_path):
     write_video(tmp_path / "a.mp4", video, 8, enlarge=10, crf=0)
     frames, _ = decoded(tmp_path / "a.mp4")
     # crf 0 leaves the rounding of yuv, at most 3 levels, even at the borders of pixels
-    assert np.abs(frames.astype(int) - enlarged(frames_uint8(video), 10)).max() <= 3
+    assert np.abs(frames.astype(int) - upscale(frames_uint8(video), 10)).max() <= 3
 
 
 def test_odd_sizes_become_even(tmp_path):

@@ -22,9 +22,9 @@ from sandbox.plan.build import (
     Sizes,
     conditions,
     counts,
-    encoded,
     from_shallow,
-    measured,
+    measure_encoding,
+    measure_step,
     parts_of,
     step_of,
     training_step,
@@ -96,7 +96,7 @@ def test_a_step_without_numbers_holds_and_frees_what_a_real_one_does(name):
     """Bytes at the end of the forward pass and at the most, and operations, to the last one."""
     wiring = wired(*SYSTEMS[name])
     root, sizes = wiring.root, Sizes.of(wiring)
-    found = measured(root, sizes)
+    found = measure_step(root, sizes)
     parts = real_parts(root)
     modules = [p for p in parts.values() if isinstance(p, nn.Module)]
     cond = conditions(sizes, any(p.requires_grad for p in parts["conditioning"].parameters()))
@@ -125,7 +125,7 @@ def test_a_deep_network_takes_what_shallow_ones_foretell(name, checkpointing):
     """To the last byte and operation, at every moment."""
     wiring = wired(*DEEP[name])
     root, sizes = wiring.root, Sizes.of(wiring)
-    before = encoded(root, sizes)
+    before = measure_encoding(root, sizes)
 
     def at(backbone):
         return step_of(replace(root, backbone=backbone), sizes, checkpointing, False, before)
@@ -172,7 +172,7 @@ def test_what_is_kept_is_what_autograd_saves():
         loss = step()
     assert loss.requires_grad
     total = sum(size for size, _ in saved.values())
-    assert measured(root, sizes).held == pytest.approx(total, rel=0.01)
+    assert measure_step(root, sizes).held == pytest.approx(total, rel=0.01)
 
 
 # --- operations -----------------------------------------------------------------------------------
