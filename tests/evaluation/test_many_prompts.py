@@ -14,7 +14,7 @@ from sandbox.config import composition, discovery
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError
 from sandbox.evaluation.prompt_checks import read_prompts, short
-from sandbox.reports.media import wrapped
+from sandbox.reports.media import wrap
 from sandbox.reports.sample_files import SHEET_ROWS, file_name, write_samples
 
 LONG = {
@@ -37,7 +37,7 @@ def test_a_prompt_of_100_kB_is_measured_a_few_times_only(tmp_path, kind, monkeyp
     )
     video = torch.zeros(1, 3, 1, 8, 8)
     paths = write_samples(tmp_path / "out", [text], video, 8.0, {})
-    assert len(wrapped(text, 900, 18, most=3)) <= 3
+    assert len(wrap(text, 900, 18, most=3)) <= 3
     assert len(mask_text(text)) == len(text) and len(short([text])) < 100
     overrides = composition.expand_shorthands(["task=sample", f"prompts=[{text}]"])
     assert len(overrides[1]) >= len(text)

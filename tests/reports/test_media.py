@@ -11,14 +11,14 @@ from sandbox.reports.media import (
     BACKGROUND,
     NAN,
     contact_sheet,
-    upscale,
     enlargement,
     evenly_spaced,
     frames_uint8,
     grid_of_clips,
     reconstruction_sheet,
     replacing,
-    wrapped,
+    upscale,
+    wrap,
     write_gif,
     write_video,
 )
@@ -247,12 +247,10 @@ def test_a_sheet_without_clips_is_refused(tmp_path):
 
 
 def test_long_captions_wrap_and_end_in_an_ellipsis():
-    lines = wrapped("many words " * 30 + "w" * 300, 190, 14, most=6)
+    lines = wrap("many words " * 30 + "w" * 300, 190, 14, most=6)
     assert len(lines) == 6 and lines[-1].endswith("...")
-    assert (
-        wrapped("w" * 100, 190, 14, most=9) and "".join(wrapped("w" * 100, 190, 14, 9)) == "w" * 100
-    )
-    assert wrapped("", 190, 14, most=6) == []
+    assert wrap("w" * 100, 190, 14, most=9) and "".join(wrap("w" * 100, 190, 14, 9)) == "w" * 100
+    assert wrap("", 190, 14, most=6) == []
 
 
 def test_reconstruction_sheet_shows_the_difference(tmp_path):

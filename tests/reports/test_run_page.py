@@ -12,7 +12,7 @@ import torch
 
 from sandbox.contracts import StorageError
 from sandbox.reports import pages
-from sandbox.reports.charts import draw, line_chart, number, smooth
+from sandbox.reports.charts import draw, format_number, line_chart, smooth
 from sandbox.reports.media import contact_sheet, write_video
 from sandbox.reports.run_page import (
     Report,
@@ -261,7 +261,7 @@ def test_charts_are_deterministic_and_use_the_colours_of_the_page():
 
 
 def test_numbers_have_three_significant_digits():
-    assert [number(v) for v in (0, 0.4731, 1200, 4e-5)] == ["0", "0.473", "1.2k", "4e-05"]
+    assert [format_number(v) for v in (0, 0.4731, 1200, 4e-5)] == ["0", "0.473", "1.2k", "4e-05"]
 
 
 # --- scores ---------------------------------------------------------------------------------------
