@@ -68,8 +68,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     """`root` with another component; a first stage that is trained gets random weights.
 
     A schedule gets a learned variance where the loss takes no other, a sampler that passes numbers
-    a method that trains them, and a method a sampler and a guidance that it accepts. Networks of
-    roles get the weights of the tiny system.
+    a method that trains them, one that keeps frames a causal backbone, and a method a sampler and a
+    guidance that it accepts. Networks of roles get the weights of the tiny system.
     """
     if group in registry.SEVERAL and cfg is not None:
         return replace(root, **{group: {cfg.plugin.rpartition("/")[2]: cfg}})
@@ -88,6 +88,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
         methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
         root = replace(root, method=methods[0])
+    if group == "sampler" and cfg is not None and cfg.caches_frames():
+        root = replace(root, backbone=replace(root.backbone, attention="causal"))
     if group in ("loss", "schedule") and hasattr(root.schedule, "learned_variance"):
         learned = replace(root.schedule, learned_variance=True)
         if any(root.loss.accepts(root.schedule)) and not any(root.loss.accepts(learned)):

@@ -5,10 +5,13 @@ The norms bound the scores at any learning rate (Dehghani et al. 2023, 2302.0544
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from plugins._blocks.frame_cache import PassCache
+from plugins._blocks.grid_tables import apply_rope, rotary_frames
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -48,6 +51,35 @@ class TemporalAttention(SelfAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.to_out(kernels.temporal_attention(*self.qkv(x), heads=self.num_heads))
+
+
+class CausalAttention(SelfAttention):
+    """Attention at each position to its own and the `window - 1` frames before it.
+
+    (B, T, S, D) -> (B, T, S, D). Rotary positions, so that the number of frames has no limit.
+    `past` has the keys and values of the frames before these, under the number `layer`.
+    """
+
+    def __init__(self, width: int, num_heads: int, window: int, layer: int) -> None:
+        super().__init__(width, num_heads)
+        self.window, self.layer = window, layer
+
+    def forward(self, x: Tensor, past: PassCache | None = None) -> Tensor:
+        q, k, v = self.qkv(x)  # (B, T, S, H, d)
+        frames, first = x.shape[1], past.frames if past else 0
+        table = rotary_frames(first, frames, q.shape[-1], x.device)
+        cos, sin = (part[:, None] for part in table)  # (T, 1, d): broadcasts over S
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        if past is not None:
+            k, v = past.extended(self.layer, k, v, self.window - 1)
+        at = torch.arange(first, first + frames, device=x.device)
+        distance = at[:, None] - torch.arange(
+            first + frames - k.shape[1], first + frames, device=x.device
+        )
+        mask = (distance >= 0) & (distance < self.window)
+        q, k, v = (part.permute(0, 2, 3, 1, 4) for part in (q, k, v))  # (B, S, H, T, d)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.to_out(out.permute(0, 3, 1, 2, 4).flatten(3))
 
 
 class CrossAttention(nn.Module):

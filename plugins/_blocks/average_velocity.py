@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sandbox.contracts import Conditions, Model, Terms
+from sandbox.contracts import STUDENT, Conditions, Model, Terms
 
 
-def average_velocity(model: Model, z: Tensor, t: Tensor, step: Tensor, cond: Conditions) -> Tensor:
-    """The network's average velocity from t to t - step, as z (B, C, T, H, W); t, step (B,)."""
-    return model(z, t, cond, scalars={"step_size": step}).raw
+def average_velocity(
+    model: Model, z: Tensor, t: Tensor, step: Tensor, cond: Conditions, role: str = STUDENT
+) -> Tensor:
+    """The average velocity of a network from t to t - step, as z (B, C, T, H, W); t, step (B,)."""
+    return model(z, t, cond, scalars={"step_size": step}, role=role).raw
 
 
 @torch.no_grad()

@@ -92,10 +92,28 @@ def rotary_table(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel pairs (2i, 2i + 1) of x (..., N, heads, d) by their angles, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    """Rotates channel pairs (2i, 2i + 1) of x (..., N, heads, d) by their angles.
+
+    In float32, or float64 for such x.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     crossed = torch.stack((-odd, even), -1).flatten(-2)
-    return (x.float() * cos[:, None] + crossed * sin[:, None]).to(x.dtype)
+    return (wide * cos[:, None] + crossed * sin[:, None]).to(x.dtype)
+
+
+def rotary_frames(
+    first: int, count: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (count, head_dim) float32, of the frames from number `first` on.
+
+    head_dim is even; channels 2i and 2i + 1 share an angle. Attention depends on the distance of
+    two frames alone.
+    """
+    frames = torch.arange(first, first + count, dtype=torch.float64, device="cpu")
+    channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    angles = (frames[:, None] * THETA ** -(channels / head_dim)).repeat_interleave(2, -1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def sinusoidal_table(

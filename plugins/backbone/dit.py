@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from plugins._blocks.attention import CrossAttention, SelfAttention, TemporalAttention
+from plugins._blocks.attention import (
+    CausalAttention,
+    CrossAttention,
+    SelfAttention,
+    TemporalAttention,
+)
 from plugins._blocks.backbone import (
     by_frame,
     by_time,
@@ -48,7 +53,7 @@ from sandbox.contracts import (
 )
 from sandbox.registry import register
 
-ATTENTIONS = ("joint", "factorised", "spatial")
+ATTENTIONS = ("joint", "factorised", "spatial", "causal")
 SKIPS = ("none", "uvit")
 FROM_WIRING = ("in_channels", "out_channels", "context_dim", "vector_dim", "concat_channels")
 
@@ -74,8 +79,10 @@ class DiT(nn.Module):
 
         patch, patch_t: latent cells per token in space and time. max_*: size of the position tables
         in patches. attention: "joint" (all tokens), "factorised" (the tokens of a frame, then those
-        at the same position in all frames) or "spatial" (the tokens of a frame; every frame has the
-        temporal position of an image, so that weights trained on images apply to clips).
+        at the same position in all frames), "spatial" (the tokens of a frame; every frame has the
+        temporal position of an image, so that weights trained on images apply to clips) or "causal"
+        (factorised, but a frame sees only itself and the max_frames - 1 frames before it, and their
+        number is not limited: for sampler=rollout).
         scalars: scalar conditions such as fps. The time embedding adds a vector condition of the
         network's width directly, and any other through a linear layer. time_scalars: numbers that
         the method tells the network, in the unit of the time; filled from the method. Their
@@ -121,6 +128,10 @@ class DiT(nn.Module):
             yield from one_of("attention", self.attention, ATTENTIONS)
             yield from one_of("skips", self.skips, SKIPS)
             yield from self.motion_problems()
+            if self.attention == "causal" and self.patch_t != 1:
+                yield f"patch_t={self.patch_t}: want 1 with attention=causal"
+            if self.attention == "causal" and self.width // max(1, self.num_heads) % 2:
+                yield f"width={self.width}: want an even number of channels per head"
             yield from above("mlp_ratio", self.mlp_ratio, 0, 64)
             if 0 < self.width * self.mlp_ratio < 1:
                 yield f"mlp_ratio={self.mlp_ratio}: want at least 1 / width, {1 / self.width:.2g}"
@@ -142,7 +153,7 @@ class DiT(nn.Module):
             yield from motion_setting_problems(self)
             if self.motion_module not in MOTION_MODULES[1:]:
                 return
-            if self.attention in ("joint", "factorised"):
+            if self.attention != "spatial":
                 yield (
                     f"motion_module={self.motion_module!r}: attention={self.attention} already "
                     "mixes frames; want attention=spatial, or none"
@@ -157,6 +168,9 @@ class DiT(nn.Module):
 
         def takes_time_scalars(self) -> bool:
             return True
+
+        def caches_frames(self) -> bool:
+            return self.attention == "causal"
 
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"blocks.{i}" for i in range(self.num_blocks))
@@ -177,6 +191,8 @@ class DiT(nn.Module):
             must_divide("width", z.width, self.patch * block)
             z = replace(z, frames=-(-z.frames // self.patch_t) * self.patch_t)
             patches = {"frames": self.patch_t, "height": self.patch, "width": self.patch}
+            if self.attention == "causal":
+                del patches["frames"]
             for name, patch in patches.items():
                 size, most = getattr(z, name), getattr(self, f"max_{name}")
                 if size > most * patch:
@@ -225,7 +241,7 @@ class DiT(nn.Module):
         )
         direct = vector_dim in (0, cfg.width)
         self.vector_in = nn.Identity() if direct else nn.Linear(vector_dim, cfg.width)
-        blocks = [Block(cfg, context_dim) for _ in range(cfg.num_blocks)]
+        blocks = [Block(cfg, context_dim, i) for i in range(cfg.num_blocks)]
         self.blocks = nn.ModuleList(blocks)
         self.skips = long_skips(cfg.num_blocks if cfg.skips == "uvit" else 1, cfg.width)
         self.modulation = nn.Linear(cfg.width, 2 * cfg.width)
@@ -271,12 +287,14 @@ class DiT(nn.Module):
         sizes = {"r": cfg.patch_t, "p": cfg.patch, "q": cfg.patch}
         x = rearrange(z, "b c (t r) (h p) (w q) -> b t h w (r p q c)", **sizes)
         frames, height, width = x.shape[1:4]
-        # With spatial attention every frame has temporal position 0, the one that images train.
-        positions = self.positions(1 if cfg.attention == "spatial" else frames, height, width)
+        # With spatial attention every frame has temporal position 0, the one that images train, and
+        # with causal attention rotary positions.
+        is_alike = cfg.attention in ("spatial", "causal")
+        positions = self.positions(1 if is_alike else frames, height, width)
         x = self.patch_in(x.flatten(2, 3)) + positions  # (B, T, S, D)
 
         def step(block: nn.Module, x: Tensor) -> Tensor:
-            conditions = (c, cond.context, cond.context_mask, height)
+            conditions = (c, cond.context, cond.context_mask, height, cond.past)
             return run_checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
 
         x = apply_blocks([partial(step, block) for block in self.blocks], self.skips, x)
@@ -308,13 +326,18 @@ class Block(nn.Module):
     cross-attention starts at zero.
     """
 
-    def __init__(self, cfg: DiT.Config, context_dim: int) -> None:
+    def __init__(self, cfg: DiT.Config, context_dim: int, layer: int = 0) -> None:
         super().__init__()
-        factorised, self.is_joint = cfg.attention == "factorised", cfg.attention == "joint"
+        self.is_joint, is_causal = cfg.attention == "joint", cfg.attention == "causal"
+        factorised = is_causal or cfg.attention == "factorised"
         hidden = int(cfg.width * cfg.mlp_ratio)
         self.modulation = nn.Linear(cfg.width, (9 if factorised else 6) * cfg.width)
         self.attn = SelfAttention(cfg.width, cfg.num_heads)
-        self.temporal = TemporalAttention(cfg.width, cfg.num_heads) if factorised else None
+        self.temporal: nn.Module | None = None
+        if is_causal:
+            self.temporal = CausalAttention(cfg.width, cfg.num_heads, cfg.max_frames, layer)
+        elif factorised:
+            self.temporal = TemporalAttention(cfg.width, cfg.num_heads)
         self.motion = motion_of(cfg)
         self.cross = CrossAttention(cfg.width, cfg.num_heads, context_dim) if context_dim else None
         self.mlp = nn.Sequential(
@@ -328,6 +351,7 @@ class Block(nn.Module):
         context: Tensor | None,
         context_mask: Tensor | None,
         height: int = 1,
+        past: Any = None,
     ) -> Tensor:
         parts = 6 if self.temporal is None else 9
         shift, scale, gate, *more = over_tokens(self.modulation(c)).chunk(parts, -1)
@@ -336,7 +360,8 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate, self.attn(h).view_as(x))
         if self.temporal is not None:
             shift, scale, gate, *more = more
-            x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale)))
+            given = () if past is None else (past,)
+            x = torch.addcmul(x, gate, self.temporal(norm(x, shift, scale), *given))
         if self.motion is not None:
             x = self.motion(x.unflatten(2, (height, -1))).flatten(2, 3)
         if self.cross is not None and context is not None:

@@ -1,6 +1,6 @@
 """Shortcut models: steps of several sizes, consistent with their halves (Frans et al. 2024)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +9,18 @@ from torch import Tensor
 from plugins._blocks.average_velocity import average_velocity, squared_error, terms
 from plugins._configs.average_velocity import AverageVelocityConfig
 from sandbox.contracts import (
+    AVERAGE,
+    STUDENT,
     Conditions,
     Draws,
     Example,
     LossConfig,
     Model,
+    Role,
     ScheduleConfig,
     Terms,
     in_range,
+    one_of,
 )
 from sandbox.registry import register
 
@@ -35,14 +39,19 @@ class Shortcut:
 
         finest: the number of steps, a power of two, whose size counts as 0: the halves of the
         smallest trained steps, 2 / finest of the time, are steps along the velocity.
+
+        targets: whose half steps are the target: those of the "student", without a gradient, or of
+        its "ema", as in the paper.
         """
 
         bootstrap: float = 0.25
         finest: int = 128
+        targets: str = STUDENT
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from in_range("bootstrap", self.bootstrap, 0, 1)
+            yield from one_of("targets", self.targets, (STUDENT, AVERAGE))
             if not 2 <= self.finest <= 2**20 or self.finest & (self.finest - 1):
                 yield f"finest={self.finest}: want a power of two, 2 to 1048576"
 
@@ -50,6 +59,9 @@ class Shortcut:
             yield from super().accepts(schedule, loss)
             if (shift := getattr(schedule, "shift", 1)) != 1:
                 yield f"shortcut: steps have equal sizes, and schedule.shift={shift}: use 1"
+
+        def roles(self) -> Mapping[str, Role]:
+            return {AVERAGE: Role(AVERAGE)} if self.targets == AVERAGE else {}
 
         def steps_problems(self, steps: int) -> Iterator[str]:
             trained = [2**i for i in range(self.finest.bit_length() - 1)]
@@ -68,6 +80,7 @@ class Shortcut:
         out = average_velocity(model, z_t, t, step, cond)
         target = schedule.target(z0.to(wide), eps.to(wide), t)
         if self.cfg.bootstrap:
+            cond = example.conditions(role=self.cfg.targets)
             halves = self.two_halves(model, z_t, t, step, cond).to(wide)
             target = torch.where(is_bootstrap.view(-1, 1, 1, 1, 1), halves, target)
         return terms(squared_error(out, target))
@@ -92,10 +105,11 @@ class Shortcut:
     ) -> Tensor:
         """The mean velocity of two steps of half the size, as z (B, C, T, H, W)."""
         half = step / 2
-        # Section 3.1: the smallest steps are steps along the velocity.
+        # Section 3: the smallest steps are steps along the velocity.
         smallest = 1.5 * model.schedule.times(1, "trailing").to(t) / self.cfg.finest
         size = torch.where(half < smallest, 0, half)
-        first = average_velocity(model, z, t, size, cond)
+        first = average_velocity(model, z, t, size, cond, self.cfg.targets)
         middle = z - half.view(-1, 1, 1, 1, 1) * first
-        second = average_velocity(model, middle.to(z.dtype), t - half, size, cond)
+        middle = middle.to(z.dtype)
+        second = average_velocity(model, middle, t - half, size, cond, self.cfg.targets)
         return (first + second) / 2

@@ -15,6 +15,7 @@ def method_problems(root: Root, valid: Valid) -> Iterator[str]:
     """One line for each component that does not fit the method or the sampler."""
     yield from frame_times(root, valid)
     yield from scalars(root, valid)
+    yield from cached_frames(root, valid)
     yield from samplers(root, valid)
     yield from learned_guidance(root, valid)
     yield from forward_mode(root, valid)
@@ -65,6 +66,18 @@ def scalars(root: Root, valid: Valid) -> Iterator[str]:
         why = f" (method={name_of(method)})"
         problems = method.steps_problems(sampler.steps)
         yield from (of_part("sampler", sampler, p, why) for p in problems)
+
+
+def cached_frames(root: Root, valid: Valid) -> Iterator[str]:
+    """A sampler that keeps earlier frames has a backbone whose frames see no later ones."""
+    if not valid("sampler", "backbone") or not root.sampler.caches_frames():
+        return
+    if not root.backbone.caches_frames():
+        yield (
+            f"sampler={name_of(root.sampler)} keeps keys and values of earlier frames, but in "
+            f"backbone={name_of(root.backbone)} frames see later ones with these settings: use "
+            "backbone=dit backbone.attention=causal"
+        )
 
 
 def samplers(root: Root, valid: Valid) -> Iterator[str]:

@@ -57,11 +57,12 @@ class Conditions:
     concat: Tensor | None = None  # (B, C', T, H, W)
     vector: Tensor | None = None  # (B, D)
     scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,)
+    past: Any = None  # keys and values of earlier frames, where the Config's `caches_frames` allows
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every condition that is present."""
         for f in fields(self):
-            value = getattr(self, f.name)
+            value = getattr(self, f.name) if f.name != "past" else None
             if isinstance(value, dict):
                 yield from value.items()
             elif value is not None:
@@ -314,7 +315,7 @@ class Sampler(Protocol):
 
     `step` counts from 0 to steps - 1; a second model call within a step repeats its number. A
     fourth argument has the numbers that the Config's `scalars` names: {name: (B,)}, in the unit of
-    t.
+    t. `past=` has the keys and values of the frames before those of z_t.
     """
 
     def __call__(

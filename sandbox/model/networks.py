@@ -46,9 +46,13 @@ class MicroBatch:
 
     def __init__(self, system: "LatentDiffusion", batch: Batch, draws: Draws) -> None:
         self.system, self.batch, self.draws = system, batch, draws
-        self.video, self.signals = batch.video, system.root.conditioning.signals()
+        self.video = batch.video
         self._z0: Tensor | None = None
         self._conditions: dict[tuple[frozenset[str] | None, str], Conditions] = {}
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return self.system.root.conditioning.signals()
 
     @property
     def z0(self) -> Tensor:

@@ -1,7 +1,9 @@
 """Sampling in latent space: a backbone with its conditions, a guidance and a sampler combined."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,26 +59,41 @@ def denoise(
         return list(batches(active, cond_of))
 
     def model(
-        z_t: Tensor, t: Tensor, step: int, given: Mapping[str, Tensor] | None = None
+        z_t: Tensor,
+        t: Tensor,
+        step: int,
+        given: Mapping[str, Tensor] | None = None,
+        past: Any = None,
     ) -> Tensor:
         z_in, t_in = schedule.inputs(z_t, t)
         own = {name: t.new_full((len(z_t),), x) for name, x in (scalars or {}).items()}
         own |= given or {}
-        active = guidance.cfg.active(order, step, steps)
+        active = order if past and past.is_writing else guidance.cfg.active(order, step, steps)
         outs = {}
         for group, cond in groups(active):
             n = len(group)
             t_n = t_in.repeat(n, *[1] * (t_in.ndim - 1))
             cond = with_scalars(cond, schedule, z_t, {k: x.repeat(n) for k, x in own.items()})
+            if past is not None:
+                cond = _of_frames(replace(cond, past=past.of(group)), past.frames, z_t.shape[2])
             network = networks[group[0].role]
             with skipped(network, group[0].skip):
                 out = network(z_in.repeat(n, 1, 1, 1, 1), t_n, cond)
             outs |= zip(group, out.chunk(n), strict=True)
+        if past and past.is_writing:
+            return z_t
         if progress:
             progress(step, steps)
         return guidance.combine([outs[p] for p in active], t, step, steps)
 
     return sampler(model, schedule, z, steps, draws, hooks)
+
+
+def _of_frames(cond: Conditions, first: int, count: int) -> Conditions:
+    """The conditions of some frames of the video."""
+    if cond.concat is None:
+        return cond
+    return replace(cond, concat=cond.concat[:, :, first : first + count])
 
 
 def batches(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import forward_ad
 
 from sandbox.config import registry
 from sandbox.config.root import Root
-from sandbox.config.wiring import Wiring
-from sandbox.contracts import Clip, Conditions, Slots
+from sandbox.config.wiring import Wiring, wire
+from sandbox.contracts import AVERAGE, FROZEN, STUDENT, TRAINED, Clip, Conditions, Output, Slots
 from sandbox.model.ema import EMA
+from sandbox.model.networks import captured
 from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import Measured, measure, on_fake_device
+from sandbox.runs.lookup import read_root
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of the setting
@@ -69,7 +75,7 @@ def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) 
     with torch.device("meta"):
         parts = {
             g: registry.create(getattr(root, g))
-            for g in ("vae", "conditioning", "backbone", "schedule", "loss")
+            for g in ("vae", "conditioning", "backbone", "schedule", "loss", "method")
         }
         parts["vae"].requires_grad_(False).eval()
         if root.adapter is not None:
@@ -83,6 +89,32 @@ def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) 
     return parts
 
 
+def networks_of(root: Root) -> dict[str, dict[str, Any]]:
+    """Backbone, conditioning and slots of each role of the method, by role, on the meta device.
+
+    The network of a run has the sizes and slots recorded there; other slots are those of the
+    student, None. The EMA has no entry: it has no weights beyond those of the average.
+    """
+    roles, found = root.method.roles(), {}
+    for name, role in roles.items():
+        if role.kind == AVERAGE:
+            continue
+        path = Path((role if role.kind == FROZEN else roles.get(role.start, role)).weights or "")
+        run = wire(read_root(path)) if (path / "config.yaml").is_file() else None
+        parts = parts_of(replace(run.root if run else root, adapter=None))
+        found[name] = {g: parts[g] for g in ("conditioning", "backbone")}
+        found[name]["slots"] = run.slots[0] if run else None
+        for module in modules_of(found[name]):
+            module.requires_grad_(False)
+    return found
+
+
+def trained_in(root: Root, networks: dict[str, dict[str, Any]]) -> list[nn.Module]:
+    """Modules of the networks that train in turn with the student."""
+    roles = root.method.roles()
+    return [m for n, own in networks.items() if roles[n].kind == TRAINED for m in modules_of(own)]
+
+
 def dtype_of(root: Root) -> torch.dtype:
     return DTYPES[root.precision]
 
@@ -94,7 +126,7 @@ def checkpointing_field(root: Root) -> str | None:
 
 
 def modules_of(parts: dict[str, Any]) -> list[nn.Module]:
-    return [parts[g] for g in GROUPS if isinstance(parts[g], nn.Module)]
+    return [parts[g] for g in GROUPS if isinstance(parts.get(g), nn.Module)]
 
 
 def needs_first_stage(root: Root) -> bool:
@@ -119,6 +151,16 @@ def counts(root: Root, parts: dict[str, Any]) -> list[Count]:
                 bytes_trained=_bytes(trained), bytes_fixed=_bytes([*frozen, *buffers]),
                 is_resident=group != "vae" or needs_first_stage(root),
             ))  # fmt: skip
+    for name, own in networks_of(root).items():
+        weights = [p for m in modules_of(own) for p in m.parameters()]
+        buffers = [b for m in modules_of(own) for b in m.buffers()]
+        numbers = [sum(x.numel() for x in xs) for xs in (weights, buffers)]
+        is_trained = root.method.roles()[name].kind == TRAINED
+        rows.append(Count(
+            "method", name, numbers[0] * is_trained, numbers[0] * (not is_trained), numbers[1],
+            bytes_trained=_bytes(weights) * is_trained,
+            bytes_fixed=_bytes(weights) * (not is_trained) + _bytes(buffers), is_resident=True,
+        ))  # fmt: skip
     return rows
 
 
@@ -128,7 +170,10 @@ def _bytes(tensors: list[Any]) -> int:
 
 def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
     """Bytes of the optimizer state, after a first step on meta tensors."""
-    named = [(n, p) for m in modules_of(parts) for n, p in m.named_parameters() if p.requires_grad]
+    modules = [*modules_of(parts), *(m.train() for m in trained_in(root, networks_of(root)))]
+    for module in modules[len(modules_of(parts)) :]:
+        module.requires_grad_(True)
+    named = [(n, p) for m in modules for n, p in m.named_parameters() if p.requires_grad]
     optimizer = registry.create(root.optimizer).build(named, 1e-4)
     for _, parameter in named:
         parameter.grad = torch.empty_like(parameter)
@@ -218,15 +263,24 @@ def step_of(
     root: Root, sizes: Sizes, checkpointing: bool | None, half: bool, before: Encoded | None
 ) -> Measured:
     """Measures the step after the first stage, at the configured depth."""
-    parts = parts_of(root, checkpointing, half)
-    modules = modules_of(parts)
+    parts, networks = parts_of(root, checkpointing, half), networks_of(root)
+    others = [m for own in networks.values() for m in modules_of(own)]
+    modules = [*modules_of(parts), *others]
     with plain_kernels(), on_fake_device(*modules):
         conditioning = parts["conditioning"]
         weights = conditioning.parameters() if isinstance(conditioning, nn.Module) else ()
         cond = conditions(sizes, any(p.requires_grad for p in weights))
-        step, inputs = training_step(root, parts, sizes, cond, before)
+        step, inputs = training_step(root, parts, sizes, cond, before, networks)
         held = [*inputs, *(x for _, x in cond.tensors())]
-        return measure_as(root, step, modules, held)
+        found = measure_as(root, step, modules, held)
+        trained = trained_in(root, networks)
+        for module in trained:
+            module.requires_grad_(True)
+        for name, role in root.method.roles().items():
+            if role.kind == TRAINED:
+                own = training_step(root, parts, sizes, cond, before, networks, name)[0]
+                found = found.and_then(measure_as(root, own, modules, held), role.turns)
+        return found
 
 
 def measure_as(
@@ -266,12 +320,19 @@ def training_step(
     sizes: Sizes,
     cond: Conditions,
     before: Encoded | None = None,
+    networks: Mapping[str, dict[str, Any]] | None = None,
+    role: str = STUDENT,
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """A function that computes the loss of one micro-batch, and its input tensors.
+    """A function that computes the loss of one micro-batch for a role, and its input tensors.
 
     `before`: use empty latents of its layout instead of encoding.
     """
-    backbone, schedule = parts["backbone"].train(), parts["schedule"]
+    networks = networks or {}
+    backbones = {n: own["backbone"] for n, own in networks.items()}
+    conds = {n: conditions(replace(sizes, slots=own["slots"] or sizes.slots))
+             for n, own in networks.items()}  # fmt: skip
+    model = PlannedModel(parts, {STUDENT: parts["backbone"].train(), **backbones})
+    method, draws = parts["method"], EmptyDraws(sizes.batch)
     if "stored" in root.data.provides():
         z = sizes.grid
         stored = torch.empty(sizes.batch, z.channels, z.frames, z.height, z.width)
@@ -284,12 +345,54 @@ def training_step(
         latents, inputs = first_stage_step(parts["vae"], sizes)
 
     def step() -> Tensor:
-        z0 = latents()
-        t, eps = schedule.draw_t(EmptyDraws(sizes.batch)), torch.empty_like(z0)
-        out = backbone(*schedule.inputs(schedule.noised(z0, eps, t), t), cond)
-        return parts["loss"](schedule, out, z0, eps, t).total
+        example = PlannedExample(latents(), {STUDENT: cond, **conds}, root.conditioning.signals())
+        if role == STUDENT:
+            return method(model, example, draws).total
+        return method.update(role, 0, model, example, draws).total
 
     return step, inputs
+
+
+class PlannedModel:
+    """The `Model` of a planned step: calls the backbones as `model.networks` does.
+
+    Forward-mode derivatives, which fake tensors lack, are counted as a second call.
+    """
+
+    def __init__(self, parts: dict[str, Any], backbones: Mapping[str, Any]) -> None:
+        self.schedule, self.loss, self.backbones = parts["schedule"], parts["loss"], backbones
+
+    def __call__(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        cond: Conditions,
+        features: tuple[str, ...] = (),
+        scalars: Mapping[str, Tensor] | None = None,
+        role: str = STUDENT,
+    ) -> Output:
+        (z_t, tangent), t = forward_ad.unpack_dual(z_t), forward_ad.unpack_dual(t).primal
+        if tangent is not None:
+            first, second = (self(z_t, t, cond, features, role=role).raw for _ in range(2))
+            return Output(forward_ad.make_dual(first, second))
+        backbone = self.backbones.get(role, self.backbones[STUDENT])
+        inputs = self.schedule.inputs(z_t, t)
+        average = torch.no_grad() if role not in self.backbones else nullcontext()
+        with average, captured(backbone, features) as found:
+            return Output(backbone(*inputs, cond), found)
+
+
+@dataclass(frozen=True)
+class PlannedExample:
+    """The `Example` of a planned step; its conditions are the same whatever is dropped."""
+
+    z0: Tensor
+    conds: Mapping[str, Conditions]  # by role
+    signals: tuple[str, ...]
+    video: Tensor | None = None
+
+    def conditions(self, drop: frozenset[str] | None = None, role: str = STUDENT) -> Conditions:
+        return self.conds.get(role, self.conds[STUDENT])
 
 
 def conditions(sizes: Sizes, requires_grad: bool = False) -> Conditions:
@@ -327,7 +430,9 @@ class EmptyDraws:
     stratified = uniform
 
     def integers(self, name: str, low: int, high: int) -> Tensor:
-        return torch.empty(self.batch, dtype=torch.int64)
+        """The largest value, as the method may make as many calls of a network."""
+        with unset_fake_temporarily():
+            return torch.full((self.batch,), high - 1)
 
     def shared(self) -> EmptyDraws:
         return self

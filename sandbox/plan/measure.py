@@ -57,6 +57,18 @@ class Measured:
             turn=self.turn + rest.turn,
         )
 
+    def and_then(self, update: Measured, times: int) -> Measured:
+        """The sum with `times` updates of another network; no tensors stay alive between them."""
+        return Measured(
+            forward=self.forward + times * update.forward,
+            backward=self.backward + times * update.backward,
+            repeated=self.repeated + times * update.repeated,
+            held=max(self.held, update.held),
+            peak=max(self.peak, update.peak),
+            moments=self.moments + update.moments,
+            turn=self.turn,
+        )
+
     def largest(self, share: float) -> int:
         """Peak of temporary bytes plus a `share` of the gradients."""
         return max((int(other + share * own) for other, own in self.moments), default=0)
@@ -139,8 +151,8 @@ OWN: dict[str, Callable[..., int]] = {  # normalisation counts as 0, as in torch
 class LikeCUDA(TorchFunctionMode):
     """Makes CPU tensors follow CUDA's behaviour where it affects memory.
 
-    Attention uses fused operators, which store no scores, and autocast keeps norms and exponentials
-    in float32 (torch's list of CUDA operations).
+    Attention uses fused operators, which store no scores, unless the code chose torch's math
+    backend, and autocast keeps norms and exponentials in float32 (torch's list of CUDA operations).
     """
 
     WIDE = frozenset({
@@ -154,7 +166,8 @@ class LikeCUDA(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        is_fused = torch.backends.cuda.mem_efficient_sdp_enabled()
+        if func is F.scaled_dot_product_attention and is_fused:
             return self.attention(*args, **kwargs)
         if func in self.WIDE and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))

@@ -34,6 +34,8 @@ COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Mea
 NOT_MODELLED = (
     "Condition encoders (text, image, query transformers): weights, gradients and optimizer state "
     "are counted, operations and activations are not.",
+    "One call of the network a step, as method=denoising makes; other methods make more, most of "
+    "them without gradients.",
     "Fused kernels (kernels=auto on a GPU) save fewer activations than the measured eager ones.",
     "Sampling, scoring, validation, and encoding of data; workspaces of libraries such as cuDNN; "
     "CUDA graphs and torch.compile.",

@@ -215,7 +215,9 @@ class Oracle:
         self.schedule = schedule
         self.steps: list[int] = []
 
-    def __call__(self, z_t: Tensor, t: Tensor, step: int, scalars: Any = None) -> Tensor:
+    def __call__(
+        self, z_t: Tensor, t: Tensor, step: int, scalars: Any = None, past: Any = None
+    ) -> Tensor:
         assert all(x.shape == (len(z_t),) for x in (scalars or {}).values())
         assert t.shape in ((len(z_t),), (len(z_t), z_t.shape[2]))
         self.steps.append(step)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sandbox.storage import checkpoint
+from tests.helpers import tiny_weights
 from tests.training_jobs import (
     ONE,
     STEPS,
@@ -33,7 +34,13 @@ def out(tmp_path_factory):
     chosen = ("trainable=[attn,patch_out@0.1]", "steps=3")
     thrice = ("trainer.accumulate=3", "data.clips_per_epoch=48", "steps=3")
     stop = {"how": "asked", "rank": 1, "step": 3}
+    dmd = ("method=dmd", "method.generator_steps=1", "method.turns=2", "sampler=lcm",
+           "sampler.steps=1", "guidance=none", f"method.teacher={tiny_weights()}")  # fmt: skip
     jobs = [
+        job("one dmd", out, *ONE, *dmd),
+        job("ddp dmd", out, *ddp, *dmd),
+        job("ddp dmd stopped", out, *ddp, *dmd, runs="ddp dmd resumed", **stop),
+        job("ddp dmd resumed", out, *ddp, *dmd),
         job("one", out, *ONE),
         job("twice", out, "data.batch_size=2", "trainer.accumulate=2"),
         job("ddp", out, *ddp),
@@ -186,3 +193,21 @@ def test_a_rank_that_fails_is_named_and_ends_the_run(out, name, said, code):
     assert found["code"] == code
     assert said in found["error"]
     assert not Path("/proc", str(result(out, "one")["pid"])).exists()
+
+
+# --- a critic -------------------------------------------------------------------------------------
+
+
+def test_ddp_trains_a_critic_as_one_process_does(out):
+    one, two = states(out, "one dmd"), states(out, "ddp dmd")
+    assert_close(one, two)
+    for step, state in two.items():
+        wanted = one[step]["networks"]["critic"]["weights"]
+        for name, weight in state["networks"]["critic"]["weights"].items():
+            assert (weight - wanted[name]).abs().max() <= 1e-6, (step, name)
+
+
+def test_ddp_resumes_three_networks_bit_for_bit(out):
+    straight, resumed = states(out, "ddp dmd"), states(out, "ddp dmd resumed")
+    assert not differing({s: straight[s] for s in resumed}, resumed)
+    assert not differing(states(out, "ddp dmd resumed", 1), resumed)

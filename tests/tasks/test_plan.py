@@ -16,6 +16,7 @@ from torch.utils.flop_counter import sdpa_flop_count
 from sandbox.cli.jobs import check_and_wire, perform
 from sandbox.config import registry
 from sandbox.config.root import to_container
+from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError
 from sandbox.model.ema import EMA
 from sandbox.plan.build import (
@@ -25,6 +26,7 @@ from sandbox.plan.build import (
     from_shallow,
     measure_encoding,
     measure_step,
+    optimizer_bytes,
     parts_of,
     step_of,
     training_step,
@@ -39,7 +41,7 @@ from sandbox.plan.published import MISSES, ROWS, WITHIN
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import count, flops, plan_text
 from sandbox.runs.identity import identity_of_work
-from tests.helpers import TINY, composed
+from tests.helpers import TINY, composed, tiny_weights
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"
 ANY = tuple(w for w in TINY if not w.startswith(("backbone.", "conditioning.")))
@@ -404,3 +406,36 @@ def test_what_goes_wrong_in_another_process_is_raised_as_it_is(monkeypatch):
     monkeypatch.setattr("sandbox.plan.parallel_map.cores", lambda: 2)
     with pytest.raises(ZeroDivisionError):
         parallel_map(lambda item: 1 // item, [1, 0])
+
+
+# --- the training method --------------------------------------------------------------------------
+
+
+def test_a_plan_counts_every_call_of_a_method():
+    def forward(*words: str) -> int:
+        wiring = wired(*TINY, *words)
+        return measure_step(wiring.root, Sizes.of(wiring)).forward
+
+    encoding = forward()
+    call = (forward("method=shortcut") - encoding) / 2  # two further calls, without gradients
+    assert call > 0
+    # A Jacobian-vector product counts as two calls.
+    assert forward("method=mean_flow") - encoding == pytest.approx(2 * call, rel=0.05)
+
+
+def test_a_plan_counts_the_networks_of_a_method():
+    words = ("guidance=none", f"method.teacher={tiny_weights()}")
+    few = wire(composed(*TINY, "method=guidance_distillation", *words)).root
+    rows = {row.plugin: row for row in counts(few, parts_of(few)) if row.group == "method"}
+    plain = counts(few, parts_of(few))
+    student = sum(r.trained for r in plain if r.group in ("backbone", "conditioning"))
+    assert rows["teacher"].frozen == student and not rows["teacher"].trained
+    given = [w for w in TINY if not w.startswith("sampler.steps")]
+    many = wire(composed(*given, "method=dmd", "sampler=lcm", "sampler.steps=4", *words)).root
+    rows = {row.plugin: row for row in counts(many, parts_of(many)) if row.group == "method"}
+    assert rows["critic"].trained == student and rows["teacher"].frozen == student
+    assert optimizer_bytes(many, parts_of(many)) == 2 * optimizer_bytes(few, parts_of(few))
+    cheap = wire(replace(many, method=replace(many.method, turns=1)))
+    dear = wire(replace(many, method=replace(many.method, turns=3)))
+    costs = [measure_step(w.root, Sizes.of(w)) for w in (cheap, dear)]
+    assert costs[1].backward > 1.5 * costs[0].backward

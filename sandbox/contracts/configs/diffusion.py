@@ -144,6 +144,10 @@ class SamplerConfig(PluginConfig):
         """Whether it gives each frame a time of its own."""
         return False
 
+    def caches_frames(self) -> bool:
+        """Whether it passes keys and values of earlier frames to the network."""
+        return False
+
     def scalars(self) -> tuple[str, ...]:
         """Names of the numbers that it passes besides t; the method must train them."""
         return ()

@@ -82,6 +82,10 @@ class BackboneConfig(PluginConfig, ABC):
         """Whether it accepts a time for each frame, t (B, T), with these settings."""
         return False
 
+    def caches_frames(self) -> bool:
+        """Whether frames depend on earlier ones only, so that `Conditions.past` replaces these."""
+        return False
+
     def takes_time_scalars(self) -> bool:
         """Whether it embeds further numbers in the unit of its time, which a method names.
 

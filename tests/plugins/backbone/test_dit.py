@@ -367,7 +367,7 @@ def test_scalars_are_needed_where_they_are_named():
         ({"max_frames": 0}, "max_frames=0: want >= 1"),
         (
             {"attention": "axial"},
-            "attention='axial': want one of ['joint', 'factorised', 'spatial']",
+            "attention='axial': want one of ['joint', 'factorised', 'spatial', 'causal']",
         ),
         ({"skips": "unet"}, "skips='unet': want one of ['none', 'uvit']"),
         (

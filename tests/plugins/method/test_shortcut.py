@@ -1,16 +1,20 @@
 """Shortcut models: steps of several sizes, consistent with their halves."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from plugins._blocks.average_velocity import average_velocity
 from sandbox import build, compose
 from sandbox.config.wiring import wire
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, Output
 from sandbox.model.networks import MicroBatch, Networks
+from sandbox.training.loop import fit
 from tests.helpers import composed, sampled, train
 from tests.inputs import batch, draws
-from tests.training_sessions import differing, record, small, train_until
+from tests.training_sessions import differing, record, session, small, train_until
 
 SMALL = ("backbone.width=32", "backbone.num_blocks=2", "vae.weights=null", "vae.fit_clips=16",
          "data.clips_per_epoch=16", "data.batch_size=4", "steps=2", "logger=null")  # fmt: skip
@@ -24,6 +28,13 @@ def system(*words: str):
     for p in built.backbone.parameters():
         torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
     return built, clips
+
+
+class AsStudent(Networks):
+    """The student in every role."""
+
+    def __call__(self, *args: Any, role: str = "", **rest: Any) -> Output:
+        return super().__call__(*args, **rest)
 
 
 def test_larger_steps_are_on_the_grid_of_sampling():
@@ -84,8 +95,33 @@ def test_it_trains_and_samples_in_a_few_steps(steps, tmp_path):
     assert sampled(run.system).isfinite().all()
 
 
-def test_a_resumed_run_is_bitwise_equal(tmp_path):
-    root = small(*SHORTCUT, "sampler.steps=1", "steps=4", "checkpoint.every=2")
+def test_targets_of_the_ema_are_those_of_its_weights(tmp_path):
+    root = small(*SHORTCUT, "sampler.steps=1", "method.targets=ema", "lr=0.05", "ema.decay=0.5",
+                 "steps=4")  # fmt: skip
+    with session(root, tmp_path) as training:
+        fit(training)
+        built = training.system.eval()
+        built.method.cfg = replace(built.method.cfg, bootstrap=1.0)
+        clips = batch(built.wiring, 2)
+        got = built.step(clips, built.draws(clips)).per_sample
+        model, keyed = Networks(built), built.draws(clips)
+        example = MicroBatch(built, clips, keyed)
+        z0 = example.z0
+        _, t, h = built.method.times(model, keyed)
+        z = built.schedule.noised(z0, keyed.normal("noise", z0), t)
+        out = average_velocity(model, z, t, h, example.conditions())
+        live = built.method.two_halves(AsStudent(built), z, t, h, example.conditions())
+        with torch.no_grad(), training.ema_weights():
+            cond = MicroBatch(built, clips, keyed).conditions()
+            averaged = built.method.two_halves(AsStudent(built), z, t, h, cond)
+        torch.testing.assert_close(got, (out - averaged).square().flatten(1).mean(1))
+        assert not torch.allclose(live, averaged)
+
+
+@pytest.mark.parametrize("targets", ["student", "ema"])
+def test_a_resumed_run_is_bitwise_equal(targets, tmp_path):
+    root = small(*SHORTCUT, "sampler.steps=1", "steps=4", "checkpoint.every=2",
+                 f"method.targets={targets}")  # fmt: skip
     whole = record(root, tmp_path / "a").states
     train_until(2, root, tmp_path / "b")
     assert not differing(train_until(None, root, tmp_path / "b"), whole[4])
@@ -98,6 +134,8 @@ def test_a_resumed_run_is_bitwise_equal(tmp_path):
         (["sampler=flow_map", "sampler.steps=128"], r"sampler\.steps=128: .*or sampler=euler"),
         (["method.finest=100"], r"method\.finest=100: want a power of two"),
         (["method.bootstrap=2"], r"method\.bootstrap=2"),
+        (["method.targets=teacher"], r"method\.targets='teacher': want one of"),
+        (["method.targets=ema", "ema=none"], "method=shortcut uses the EMA"),
         (["schedule.shift=3"], r"method=shortcut: .*schedule\.shift=3.*: use 1"),
         (["schedule=ddpm"], "method=shortcut: .*use schedule=flow"),
         (["backbone=unet3d"], "tells the network step_size.*use backbone=dit"),
