@@ -39,7 +39,7 @@ PACKAGES = ("torch", "diffusers", "peft")
 def wired(recipe: str) -> Wiring:
     overrides = [f"experiment={recipe}", "init_from=random", "data.root=random", "logger=null"]
     discovery.setup(overrides)
-    return wire(to_root(composition.compose(composition.expand(overrides))))
+    return wire(to_root(composition.compose(composition.expand_shorthands(overrides))))
 
 
 def filled(network: nn.Module, dtype: torch.dtype, device: str) -> nn.Module:

@@ -37,7 +37,7 @@ from sandbox import compose
 from sandbox.config.root import Root
 from sandbox.config.wiring import wire
 from sandbox.model.trainable import Trainable
-from sandbox.runs.run import open_run
+from sandbox.runs.resume import open_run
 from sandbox.storage import weight_files
 from sandbox.training.build import build_system, clips_per_step
 from sandbox.training.first_stage import build_autoencoding

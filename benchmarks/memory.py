@@ -64,17 +64,17 @@ def measured_recipe(name: str, kinds: set[bool]) -> tuple[Any, dict[bool, Any]]:
     from sandbox.cli.jobs import check_and_wire
     from sandbox.config import composition, discovery
     from sandbox.config.root import to_root
-    from sandbox.plan.build import Sizes, counts, measured, parts_of
+    from sandbox.plan.build import Sizes, counts, measure_step, parts_of
     from sandbox.plan.plan import need_of
 
     words = [f"experiment={name}", "task=plan", "data.batch_size=1"]
     discovery.setup(words)
-    wiring = check_and_wire(to_root(composition.compose(composition.expand(words))))
+    wiring = check_and_wire(to_root(composition.compose(composition.expand_shorthands(words))))
     assert wiring is not None  # task=plan builds a system
     root, sizes = wiring.root, Sizes.of(wiring)
     parts = parts_of(root)
     need = need_of(root, counts(root, parts), parts)
-    return need, {half: measured(root, sizes, True, half) for half in kinds}
+    return need, {half: measure_step(root, sizes, True, half) for half in kinds}
 
 
 def rendered(rows: list[dict[str, Any]], factor: float, within: float) -> list[str]:

@@ -30,7 +30,7 @@ from sandbox.config.wiring import wire
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
-from sandbox.runs.run import open_run
+from sandbox.runs.resume import open_run
 from sandbox.storage import checkpoint
 from sandbox.training import loop, state
 from sandbox.training.build import build_system

@@ -46,7 +46,7 @@ def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[s
     from sandbox import compose
     from sandbox.config.wiring import wire
     from sandbox.contracts import Diverged
-    from sandbox.runs.run import open_root
+    from sandbox.runs.resume import open_root
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
     from sandbox.training.state import start

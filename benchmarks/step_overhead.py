@@ -33,7 +33,7 @@ from sandbox.config import registry
 from sandbox.config.wiring import wire
 from sandbox.contracts import Batch, Conditions
 from sandbox.data.loader import Loader
-from sandbox.runs.run import open_run
+from sandbox.runs.resume import open_run
 from sandbox.training.build import build_system
 from sandbox.training.loop import fit
 from sandbox.training.state import start

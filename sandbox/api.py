@@ -46,11 +46,11 @@ def compose(*overrides: str) -> Root:
     A task on an earlier run gets that run's configuration. Raises ConfigError with all problems.
     """
     from sandbox.cli.jobs import resolve_run
-    from sandbox.runs.lookup import choices
+    from sandbox.runs.lookup import inherited_options
 
     discovery.setup(overrides)
-    expanded = composition.expand(overrides)
-    cfg = composition.compose([*choices(expanded), *expanded])
+    expanded = composition.expand_shorthands(overrides)
+    cfg = composition.compose([*inherited_options(expanded), *expanded])
     return wire(resolve_run(to_root(cfg), expanded)).root
 
 
@@ -116,11 +116,11 @@ def sample(
     conditioning does not support.
     """
     from sandbox.evaluation.evaluate import generate
-    from sandbox.evaluation.prompts import given
+    from sandbox.evaluation.prompts import user_batch
 
     system = build(run) if isinstance(run, Path | str) else run
     count, texts = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
-    batch = given(system.root, texts, images, end_images, count=count, **scalars)
+    batch = user_batch(system.root, texts, images, end_images, count=count, **scalars)
     return generate(system.eval(), batch, steps=steps)
 
 
@@ -214,10 +214,10 @@ def clips(of: Root | LatentDiffusion, count: int, split: str = "val") -> Batch:
 
     `split`: "train", or "val", which is never trained on.
     """
-    from sandbox.evaluation.evaluate import gather
+    from sandbox.evaluation.evaluate import first_clips
 
     root = of if isinstance(of, Root) else of.root
-    return gather(registry.create(root.data).split(split), count, root.seed)
+    return first_clips(registry.create(root.data).split(split), count, root.seed)
 
 
 def sheet(captions: Sequence[str], **columns: Tensor) -> Image:

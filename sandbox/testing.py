@@ -7,7 +7,7 @@ folder. start, fit: train in this process. perform: run the task of a configurat
 from sandbox.cli.jobs import perform
 from sandbox.config.root import to_container
 from sandbox.data.randomness import Keyed
-from sandbox.runs.run import open_root, open_run
+from sandbox.runs.resume import open_root, open_run
 from sandbox.training.loop import fit
 from sandbox.training.state import start
 

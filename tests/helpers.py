@@ -52,7 +52,7 @@ def composed(*overrides: str) -> Root:
 
 def _compose(overrides: tuple[str, ...]) -> Root:
     discovery.setup(overrides)
-    return to_root(composition.compose(composition.expand(overrides)))
+    return to_root(composition.compose(composition.expand_shorthands(overrides)))
 
 
 _composed_once = cache(_compose)
@@ -241,7 +241,7 @@ class Trained:
 
 def train(wiring: Wiring, out: Path) -> Trained:
     """Trains with the real engine in a new run folder below `out`; no scores and no page."""
-    from sandbox.runs.run import open_run
+    from sandbox.runs.resume import open_run
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
     from sandbox.training.state import start
@@ -258,10 +258,10 @@ def train(wiring: Wiring, out: Path) -> Trained:
 
 def sampled(system: Any, count: int = 2) -> Any:
     """`count` clips (count, 3, T, H, W) of the data's first prompts."""
-    from sandbox.evaluation.prompts import of_data
+    from sandbox.evaluation.prompts import data_batch
 
     root = system.root
     prompts = registry.create(root.data).prompts() or [""]
     is_told = root.conditioning.needs() & {"captions", "text"}
     captions = (prompts * count)[:count] if is_told else ()
-    return system.eval().sample(of_data(root, captions, count))
+    return system.eval().sample(data_batch(root, captions, count))

@@ -24,17 +24,17 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
     """A rank: trains as the task does, without scores, and saves its states by step."""
     import torch
 
-    from sandbox.config.composition import received
+    from sandbox.config.composition import receive_root
     from sandbox.config.wiring import wire
-    from sandbox.runs.run import opened
+    from sandbox.runs.resume import open_on_rank0
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
     from sandbox.training.state import start
-    from tests.engine import Recorder
+    from tests.training_sessions import Recorder
 
     job = settings["overrides"][0]
-    wiring = wire(received(settings["root"]))
-    with opened(wiring.root, rank) as run:
+    wiring = wire(receive_root(settings["root"]))
+    with open_on_rank0(wiring.root, rank) as run:
         with rank.rank0_first():
             system = build_system(wiring, run.folder, rank)
         with start(system, run, None, rank) as training:
@@ -89,7 +89,7 @@ def main(jobs: Path, out: Path) -> None:
     for job in json.loads(jobs.read_text()):
         began = time.monotonic()
         try:
-            root = composition.received(job.pop("root"))
+            root = composition.receive_root(job.pop("root"))
             if "copy" in job:
                 (stopped,) = Path(job["copy"]).glob("*/config.yaml")
                 shutil.copytree(stopped.parent, root.resume.run)

@@ -14,8 +14,8 @@ from sandbox.api import clips, compare, curve, movie, results, sheet, sweep
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation_page import tables
 from sandbox.runs.lookup import read_root
-from tests.engine import differing
 from tests.helpers import TINY
+from tests.training_sessions import differing
 
 QUICK = (*TINY, "task.score_clips=2", "task.samples=1", "task.untrained=false")
 CAPTIONS = ["a red 3 moving left", "a blue 7 moving up"]

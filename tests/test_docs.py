@@ -155,5 +155,5 @@ def test_the_commands_of_a_page_compose(page):
         if any("hydra/sweeper" in w for w in overrides):  # whose words only a sweep reads
             overrides = [w for w in overrides if "(" not in w and not w.startswith("hydra")]
         discovery.setup(overrides)
-        made = composition.compose(composition.expand(overrides))
+        made = composition.compose(composition.expand_shorthands(overrides))
         assert to_root(made).task is not None, line

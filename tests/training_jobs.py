@@ -11,8 +11,8 @@ import torch
 
 from sandbox.config.root import to_container
 from sandbox.runs.run import Run
-from tests.engine import small
 from tests.launch_helpers import HERE
+from tests.training_sessions import small
 
 STEPS = 5
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kernels
 from plugins._blocks.frame_cache import PassCache
-from plugins._blocks.grid_tables import rotary_frames, rotated
+from plugins._blocks.grid_tables import apply_rope, rotary_frames
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,7 +69,7 @@ class CausalAttention(SelfAttention):
         frames, first = x.shape[1], past.frames if past else 0
         table = rotary_frames(first, frames, q.shape[-1], x.device)
         cos, sin = (part[:, None] for part in table)  # (T, 1, d): broadcasts over S
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if past is not None:
             k, v = past.extended(self.layer, k, v, self.window - 1)
         at = torch.arange(first, first + frames, device=x.device)

@@ -21,7 +21,7 @@ def nearest_ratio(size: Size, ratios: Iterable[float]) -> float:
     return min(ratios, key=lambda ratio: abs(ratio - height / width))
 
 
-def covering(source: Size, crop: Size) -> Size:
+def covering_size(source: Size, crop: Size) -> Size:
     """The smallest resize of `source` that keeps its aspect and covers `crop`."""
     (height, width), (rows, columns) = source, crop
     if rows / height > columns / width:
@@ -44,7 +44,7 @@ def frame_shares(frames: int, interval: int) -> dict[int, float]:
     return dict.fromkeys(fewer, 0.1 / len(fewer)) | {most: 0.9}
 
 
-def picked(shares: Mapping[T, float], u: float) -> T:
+def pick_by_share(shares: Mapping[T, float], u: float) -> T:
     """The entry that uniform `u` in [0, 1) selects; shares need not sum to 1."""
     remaining = u * sum(shares.values())
     for choice, share in shares.items():

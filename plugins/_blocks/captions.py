@@ -50,9 +50,9 @@ class Captions:
                     self.tables.add(folder + name)
 
     def __call__(self, name: str) -> str:
-        if text := self.rows.get(key_of(name)):
+        if text := self.rows.get(normalised_key(name)):
             return text
-        return read_caption_file(self.root / name) or self.metadata.get(key_of(name), "")
+        return read_caption_file(self.root / name) or self.metadata.get(normalised_key(name), "")
 
 
 def read_caption_table(path: Path, root: Path | None = None) -> dict[str, str]:
@@ -76,7 +76,10 @@ def read_caption_table(path: Path, root: Path | None = None) -> dict[str, str]:
                     raise DataError(
                         f"{path}, line {table.line_num}: want {len(columns)} entries; quote commas"
                     )
-                file, caption = named(row[file_column], root or path.parent), row[text_column]
+                file, caption = (
+                    relative_key(row[file_column], root or path.parent),
+                    row[text_column],
+                )
                 caption = one_line(caption)
                 if captions.setdefault(file, caption) != caption:
                     raise DataError(
@@ -113,21 +116,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
             keys = column_of(row, FILE_COLUMNS), column_of(row, TEXT_COLUMNS)
             file, text = (row.get(key) for key in keys)
             if isinstance(file, str) and isinstance(text, str):
-                yield named(file, path.parent), one_line(text)
+                yield relative_key(file, path.parent), one_line(text)
 
 
 def column_of(columns: Iterable[str], wanted: tuple[str, ...]) -> str | None:
     return next((name for name in wanted if name in columns), None)
+    """The `normalised_key` of a name in a table, relative to `root` if the file is below it."""
 
 
-def named(file: str, root: Path) -> str:
-    """A name in a table as `key_of` has it, relative to `root`; one outside stays as it is."""
+def relative_key(file: str, root: Path) -> str:
+    """The `normalised_key` of a name in a table, relative to `root` if the file is below it."""
     file = file.strip()
     file = file.replace("\\", "/") if "/" not in file else file  # of Windows
-    return key_of(inside(root, file) or PurePosixPath(file).as_posix())
+    return normalised_key(inside(root, file) or PurePosixPath(file).as_posix())
 
 
-def key_of(name: str) -> str:
+def normalised_key(name: str) -> str:
     """`name` with accents as one character; file systems and tables differ in them."""
     return unicodedata.normalize("NFC", name)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpointed(
+def run_checkpointed(
     on: bool, block: nn.Module, *args: Any, run: Callable[..., Any] | None = None
 ) -> Any:
     """block(*args), or its method `run`(*args); `on` recomputes activations in the backward pass.

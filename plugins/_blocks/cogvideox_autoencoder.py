@@ -39,10 +39,10 @@ class CausalConv3d(nn.Module):
             before = x[:, :, :1].expand(-1, -1, 2, -1, -1)
         x = torch.cat((before, x), 2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep all of x in memory
-        return in_parts(self.conv, x)
+        return conv_in_parts(self.conv, x)
 
 
-def in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
+def conv_in_parts(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """conv(x) for a kernel of 3 frames; splits a large x into parts that overlap by two frames."""
     parts = min(x.numel() * x.element_size() // LARGE + 1, x.shape[2] - 2)
     if parts < 2:
@@ -64,11 +64,11 @@ class SpatialNorm(nn.Module):
         norm = self.norm_layer
         out = group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
         # The published order, resize then convolve, is the same function for 1x1x1.
-        scale, shift = (resized(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
+        scale, shift = (resize_like(layer(z, {}), x) for layer in (self.conv_y, self.conv_b))
         return F.silu(out * scale + shift)
 
 
-def resized(z: Tensor, x: Tensor) -> Tensor:
+def resize_like(z: Tensor, x: Tensor) -> Tensor:
     """z repeated to the size of x; if T is odd, the first frame is resized separately."""
     frames, *space = x.shape[2:]
     if frames > 1 and frames % 2:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.backbone import wired_number
 from plugins._blocks.embeddings import sinusoids
-from plugins._blocks.grid_tables import cached_sinusoidal_table, rotated, sinusoidal_table
+from plugins._blocks.grid_tables import apply_rope, cached_sinusoidal_table, sinusoidal_table
 from plugins._blocks.layers import GELU, MLP, FeedForward
 
 QK_EPS = 1e-6  # of the norms of queries and keys, as published
@@ -43,7 +43,7 @@ class Sizes(Protocol):
     def sample_latents(self) -> int: ...
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = (
-                torch.cat((part[:, :length], rotated(part[:, length:], *rope)), 1)
+                torch.cat((part[:, :length], apply_rope(part[:, length:], *rope)), 1)
                 for part in (q, k)
             )
         q, k, v = (part.transpose(1, 2).to(v.dtype) for part in (q, k, v))  # (B, H, L + N, d)
@@ -197,15 +197,15 @@ class Block(nn.Module):
         """text (B, L, D), x (B, N, D), emb (B, E) or (B, 1 + T, E), mask (B, 1, 1, L + N)."""
         shift, scale, gate, text_shift, text_scale, text_gate = self.norm1(emb, x.shape[1])
         text_out, out = self.attn1(
-            modulated(self.norm1.norm(text), text_shift, text_scale),
-            modulated(self.norm1.norm(x), shift, scale), rope, mask,
+            modulate(self.norm1.norm(text), text_shift, text_scale),
+            modulate(self.norm1.norm(x), shift, scale), rope, mask,
         )  # fmt: skip
         text, x = torch.addcmul(text, text_gate, text_out), torch.addcmul(x, gate, out)
 
         shift, scale, gate, text_shift, text_scale, text_gate = self.norm2(emb, x.shape[1])
         tokens = (
-            modulated(self.norm2.norm(text), text_shift, text_scale),
-            modulated(self.norm2.norm(x), shift, scale),
+            modulate(self.norm2.norm(text), text_shift, text_scale),
+            modulate(self.norm2.norm(x), shift, scale),
         )
         text_out, out = self.ff(torch.cat(tokens, 1)).tensor_split([text.shape[1]], 1)
         return torch.addcmul(text, text_gate, text_out), torch.addcmul(x, gate, out)

@@ -253,7 +253,7 @@ class Guided(ABC):
         """The combination of two or more passes."""
 
 
-def rescaled(guided: Tensor, full: Tensor, amount: float) -> Tensor:
+def rescale_std(guided: Tensor, full: Tensor, amount: float) -> Tensor:
     """`guided` with its standard deviation moved towards that of `full` by `amount` in [0, 1].
 
     Lin et al. 2023 (2305.08891), eq. 15 and 16.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from plugins._blocks.autoencoder3d import BlockSettings, Decoder3D, Encoder3D
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.haar import init_linear
-from plugins._blocks.inflate import inflated, is_2d
+from plugins._blocks.inflate import inflate, is_2d
 from plugins._blocks.posterior import Gaussian
-from plugins._blocks.tiling import tiled
+from plugins._blocks.tiling import apply_tiled
 from sandbox.contracts import State
 
 
@@ -67,7 +67,7 @@ class EasyAnimateVAE(FirstStage):
 
     def from_published(self, state: State) -> State:
         """Converts weights of a 2-D autoencoder; returns 3-D weights unchanged."""
-        return inflated(state, self.current_frame) if is_2d(state) else state
+        return inflate(state, self.current_frame) if is_2d(state) else state
 
     def posterior(self, stored: Tensor) -> Gaussian:
         return Gaussian(stored)
@@ -82,4 +82,4 @@ class EasyAnimateVAE(FirstStage):
         size, out = (pixels, latents) if to_latents else (latents, pixels)
         if not self.cfg.use_tiling or self.tiled_side(x.shape[-2], x.shape[-1]) <= size:
             return fn(x)
-        return tiled(fn, x, size, out, self.cfg.tile_overlap_factor)
+        return apply_tiled(fn, x, size, out, self.cfg.tile_overlap_factor)

@@ -66,7 +66,7 @@ class Features:
         if self.network == "clip":
             return image_features(self.module, x)
         if side := SIDES.get(self.network):
-            x = resized(x, side)
+            x = resize(x, side)
         if self.network == "r3d_18":
             mean, std = (x.new_tensor(v).view(-1, 1, 1, 1) for v in KINETICS)
             x = ((x + 1) / 2 - mean) / std
@@ -75,7 +75,7 @@ class Features:
         return self.module(x)
 
 
-def resized(x: Tensor, side: int) -> Tensor:
+def resize(x: Tensor, side: int) -> Tensor:
     """(N, 3, H, W) or (N, 3, T, H, W) -> (..., side, side), antialiased; the aspect is not kept."""
     images = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
     images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
@@ -96,7 +96,7 @@ def clip_pixels(x: Tensor, side: int) -> Tensor:
     size = [max(side, round(n * side / min(h, w))) for n in (h, w)]
     x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(-1, 1)
     top, left = ((n - side) // 2 for n in size)
-    return openclip.normalised(x[..., top : top + side, left : left + side])
+    return openclip.normalise(x[..., top : top + side, left : left + side])
 
 
 def _tiny(convolution: type[nn.Module], pooled: type[nn.Module]) -> nn.Module:

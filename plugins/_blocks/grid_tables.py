@@ -91,7 +91,7 @@ def rotary_table(
     return table.cos().to(device), table.sin().to(device)
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channel pairs (2i, 2i + 1) of x (..., N, heads, d) by their angles.
 
     In float32, or float64 for such x.

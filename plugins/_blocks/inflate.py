@@ -38,17 +38,20 @@ def is_2d(state: State) -> bool:
     return first is not None and first.ndim == 4
 
 
-def inflated(state: State, frame: int) -> State:
+def inflate(state: State, frame: int) -> State:
     """The state of a 2-D autoencoder with our names; 2-D kernels go to index `frame`.
 
     The index of the current frame is -1 in a causal kernel, and 1 in a centred one.
     """
     ups = [int(m[1]) for k in state if (m := re.match(r"decoder\.up\.(\d+)\.", k))]
     top = max(ups, default=0)  # CompVis numbers levels from the highest resolution
-    return {renamed(k, top): inflated_weight(renamed(k, top), v, frame) for k, v in state.items()}
+    return {
+        renamed_key(k, top): inflated_weight(renamed_key(k, top), v, frame)
+        for k, v in state.items()
+    }
 
 
-def renamed(name: str, top: int) -> str:
+def renamed_key(name: str, top: int) -> str:
     name = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up_blocks.{top - int(m[1])}.", name)
     for pattern, new in RENAMES:
         name = re.sub(pattern, new, name)

@@ -12,7 +12,7 @@ from kernels import group_norm
 M = TypeVar("M", bound=nn.Module)
 
 
-def zeroed(layer: M) -> M:
+def zero_module(layer: M) -> M:
     """Sets all parameters of `layer` to zero and returns it: its block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import kernels
-from plugins._blocks.layers import GEGLU, FeedForward, GroupNorm, zeroed
+from plugins._blocks.layers import GEGLU, FeedForward, GroupNorm, zero_module
 from plugins._blocks.unet import ConditionedLayer, LayerInputs
 
 
@@ -119,7 +119,7 @@ class MotionTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             MotionBlock(width, num_heads, attentions, max_frames) for _ in range(depth)
         )
-        self.proj_out = zeroed(nn.Linear(width, channels))
+        self.proj_out = zero_module(nn.Linear(width, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, h, w, _ = x.shape

@@ -189,13 +189,13 @@ class ImageEncoder(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model.visual(normalised(resized(x, self.model.visual.image_size)))
+        return self.model.visual(normalise(resize(x, self.model.visual.image_size)))
 
 
 # --- images ---------------------------------------------------------------------------------------
 
 
-def resized(x: Tensor, size: int) -> Tensor:
+def resize(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) -> (B, C, size, size), bicubic with align_corners; ignores the aspect ratio.
 
     As published (kornia 0.6): if either side shrinks, both are first blurred with
@@ -204,11 +204,11 @@ def resized(x: Tensor, size: int) -> Tensor:
     factors = [side / size for side in x.shape[-2:]]
     if max(factors) > 1:
         sigmas = [max((factor - 1) / 2, 0.001) for factor in factors]
-        x = blurred(x, [int(max(4 * sigma, 3)) | 1 for sigma in sigmas], sigmas)
+        x = blur(x, [int(max(4 * sigma, 3)) | 1 for sigma in sigmas], sigmas)
     return F.interpolate(x, (size, size), mode="bicubic", align_corners=True)
 
 
-def blurred(x: Tensor, lengths: list[int], sigmas: list[float]) -> Tensor:
+def blur(x: Tensor, lengths: list[int], sigmas: list[float]) -> Tensor:
     """Gaussian blur of (B, C, H, W) along both sides, with reflection padding."""
     b, c, h, w = x.shape
     x = x.reshape(b * c, 1, h, w)
@@ -220,7 +220,7 @@ def blurred(x: Tensor, lengths: list[int], sigmas: list[float]) -> Tensor:
     return x.view(b, c, h, w)
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalise(x: Tensor) -> Tensor:
     """Converts pixels in [-1, 1] to CLIP's input normalisation."""
     mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (MEAN, STD))
     return ((x + 1) / 2 - mean) / std
@@ -240,7 +240,7 @@ def tokenizer() -> Callable[[list[str]], Tensor]:
 # --- weights --------------------------------------------------------------------------------------
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def freeze(module: nn.Module) -> nn.Module:
     """Freezes `module`: eval mode always; checkpoints store its hash instead of its weights."""
     module._frozen = True  # type: ignore[assignment]  # attribute that checkpoints look for
     return module.requires_grad_(False).eval()

@@ -47,7 +47,7 @@ class Gaussian:
         return 0.5 * (log(2 * pi) + self.log_variance + deviation).flatten(1).sum(1)
 
 
-class Exact:
+class PointPosterior:
     """Deterministic latents (VQ, PCA, identity): sampling returns them."""
 
     is_random = False

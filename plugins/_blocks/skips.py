@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from plugins._blocks.layers import zeroed
+from plugins._blocks.layers import zero_module
 
 
 def long_skips(depth: int, width: int) -> nn.ModuleList:
@@ -19,7 +19,7 @@ def long_skips(depth: int, width: int) -> nn.ModuleList:
     As published: the one or two middle blocks have no partner; 28 blocks make 13 pairs, the first
     of which is 12 -> 15.
     """
-    return nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range((depth - 1) // 2))
+    return nn.ModuleList(zero_module(nn.Linear(width, width)) for _ in range((depth - 1) // 2))
 
 
 def apply_blocks(

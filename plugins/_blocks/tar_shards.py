@@ -137,7 +137,7 @@ def read_shards(
             (split, rows), index = indexed[name], None
         else:
             rows, index = cached_rows(root / name, caches, media if with_sizes else ())
-            split = split_in(name)
+            split = split_from_name(name)
         return Shard(name, split, [entry(root / name, row, index) for row in rows])
 
     with ThreadPoolExecutor() as pool:
@@ -150,7 +150,7 @@ def entry(shard: Path, row: dict[str, Any], index: Path | None = None) -> Entry:
     return Entry(shard, row["key"], row["members"], size, row.get("problem"), index)
 
 
-def split_in(name: str) -> str | None:
+def split_from_name(name: str) -> str | None:
     """The split in a shard's path: train-00000.tar, val/0.tar, x-validation-1.tar."""
     found = re.findall(r"(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", name.lower())
     return found[-1] if found else None
@@ -177,7 +177,7 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
                     {**row, "look": [row["frames"], row["height"], row["width"]]}
                     for row in shard["samples"]
                 ]
-                found[shard["file"]] = split, checked(rows, size)
+                found[shard["file"]] = split, check_rows(rows, size)
         return found
     except FileNotFoundError as e:
         if e.filename == str(path):
@@ -187,7 +187,7 @@ def read_index(path: Path) -> dict[str, tuple[str, list[dict[str, Any]]]]:
         raise DataError(f"{path} is damaged ({type(e).__name__}: {e}); write it again") from e
 
 
-def checked(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+def check_rows(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """`rows`. Raises ValueError for a row that does not fit a shard of `size` bytes."""
     for row in rows:
         os.fsencode(row["key"])
@@ -213,7 +213,7 @@ def cached_rows(
     name = f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()[:24]}.json"
     for file in (cache / name for cache in caches if (cache / name).is_file()):
         try:
-            rows = checked(verified(json.loads(file.read_bytes())), stat.st_size)
+            rows = check_rows(verify_rows(json.loads(file.read_bytes())), stat.st_size)
             check_members([entry(path, row, file) for row in rows], path)
             return rows, file
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -222,7 +222,7 @@ def cached_rows(
             log.warning("%s: scanned again: it has changed since it was indexed", path)
     rows = scan(path)
     for row in rows:
-        if ending := first_of(media, row["members"]):
+        if ending := first_ending(media, row["members"]):
             row["look"] = size_or_problem(entry(path, row).member(ending))
     content = json.dumps({"sha256": digest_of(rows), "rows": rows})
     reason: Any = ""
@@ -252,7 +252,7 @@ def digest_of(rows: Any) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def verified(cached: dict[str, Any]) -> list[dict[str, Any]]:
+def verify_rows(cached: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a cached index. Raises ValueError where its hash differs."""
     if cached["sha256"] != digest_of(cached["rows"]):
         raise ValueError("another hash")
@@ -268,7 +268,7 @@ def check_members(entries: list[Entry], path: Path) -> None:
             members[place].check(file)
 
 
-def first_of(media: Sequence[str], members: dict[str, Any]) -> str | None:
+def first_ending(media: Sequence[str], members: dict[str, Any]) -> str | None:
     return next((ending for ending in media if ending in members), None)
 
 

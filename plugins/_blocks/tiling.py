@@ -19,17 +19,21 @@ class Tiles:
     blend: int  # entries of an output tile that are blended with the tile before
 
 
-def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, overlap: float) -> Tensor:
+def apply_tiled(
+    fn: Callable[[Tensor], Tensor], x: Tensor, size: int, out: int, overlap: float
+) -> Tensor:
     """Applies `fn` to square tiles of x (..., H, W) of `size`, whose outputs have size `out`.
 
     Neighbouring tiles overlap by the share `overlap` of their size, where outputs are blended.
     """
     blend = round(out * overlap)
     tiles = Tiles(size, size - round(size * overlap), out - blend, blend)
-    return in_tiles(fn, x, tiles, tiles)
+    return apply_to_tiles(fn, x, tiles, tiles)
 
 
-def in_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, rows: Tiles, columns: Tiles) -> Tensor:
+def apply_to_tiles(
+    fn: Callable[[Tensor], Tensor], x: Tensor, rows: Tiles, columns: Tiles
+) -> Tensor:
     """Applies `fn` to tiles of x (..., H, W) and blends the outputs linearly.
 
     As published: each tile is blended with the tile above, then with the tile on its left, both
@@ -42,16 +46,16 @@ def in_tiles(fn: Callable[[Tensor], Tensor], x: Tensor, rows: Tiles, columns: Ti
         for i, left in enumerate(range(0, x.shape[-1], columns.step)):
             tile = fn(x[..., top : top + rows.size, left : left + columns.size])
             if above:
-                tile = blended(above[i], tile, rows.blend, -2)
+                tile = blend(above[i], tile, rows.blend, -2)
             if row:
-                tile = blended(row[-1], tile, columns.blend, -1)
+                tile = blend(row[-1], tile, columns.blend, -1)
             row.append(tile)
         rows_out.append(torch.cat([tile[..., : rows.keep, : columns.keep] for tile in row], -1))
         above = row
     return torch.cat(rows_out, -2)
 
 
-def blended(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
+def blend(before: Tensor, x: Tensor, extent: int, dim: int) -> Tensor:
     """Cross-fades the last `extent` entries of `before` along `dim` into the first ones of x."""
     extent = min(extent, before.shape[dim], x.shape[dim])
     ramp = torch.arange(extent, device=x.device, dtype=x.dtype) / extent

@@ -22,10 +22,10 @@ from plugins._blocks.backbone import (
     wired_number,
     with_concat,
 )
-from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.checkpointing import run_checkpointed
 from plugins._blocks.conv3d import Conv3d
 from plugins._blocks.embeddings import timestep_embedding
-from plugins._blocks.layers import GroupNorm, zeroed
+from plugins._blocks.layers import GroupNorm, zero_module
 from sandbox.contracts import Conditions
 
 GROUPS = 32  # of every group norm, as published
@@ -128,7 +128,7 @@ class TemporalConvBlock(nn.Module):
         self.conv2 = self.stage(channels, columns, nn.Dropout(dropout))
         self.conv3 = self.stage(channels, rows, nn.Dropout(dropout))
         self.conv4 = self.stage(channels, columns, nn.Dropout(dropout))
-        zeroed(self.conv4[-1])
+        zero_module(self.conv4[-1])
 
     @staticmethod
     def stage(channels: int, kernel: tuple[int, int, int], *dropout: nn.Module) -> nn.Sequential:
@@ -174,7 +174,7 @@ class ResBlock(ConditionedLayer):
             Norm(out_channels, act="silu"),
             nn.Identity(),
             nn.Dropout(dropout),
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -182,7 +182,7 @@ class ResBlock(ConditionedLayer):
 
     def forward(self, x: Tensor, emb: Tensor, frames: int = 1) -> Tensor:
         """x (N, C, H, W), emb (n, E) for N / n consecutive frames each -> (N, C', H', W')."""
-        return checkpointed(self.use_checkpoint, self, x, emb, frames, run=self.run)
+        return run_checkpointed(self.use_checkpoint, self, x, emb, frames, run=self.run)
 
     def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self(x, inputs.emb, inputs.frames)
@@ -223,10 +223,10 @@ class AttentionBlock(ConditionedLayer):
         self.num_heads, self.use_checkpoint = num_heads, use_checkpoint
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpointed(self.use_checkpoint, self, x, run=self.run)
+        return run_checkpointed(self.use_checkpoint, self, x, run=self.run)
 
     def conditioned(self, x: Tensor, inputs: LayerInputs) -> Tensor:
         return self(x)
@@ -289,7 +289,7 @@ class UNet(nn.Module, ABC):
         self.out = nn.Sequential(
             Norm(width, act="silu"),
             nn.Identity(),
-            zeroed(nn.Conv2d(width, out_channels, 3, padding=1)),
+            zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
         self.init_attn: Layers | None = None
 

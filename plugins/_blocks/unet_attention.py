@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import kernels
 from plugins._blocks.attention import attend
-from plugins._blocks.checkpointing import checkpointed
-from plugins._blocks.layers import GEGLU, FeedForward, zeroed
+from plugins._blocks.checkpointing import run_checkpointed
+from plugins._blocks.layers import GEGLU, FeedForward, zero_module
 from plugins._blocks.unet import ConditionedLayer, LayerInputs, Norm
 
 PROJECTIONS = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d}
@@ -156,7 +156,7 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
-        return checkpointed(self.use_checkpoint, self, x, *context, run=self.run)
+        return run_checkpointed(self.use_checkpoint, self, x, *context, run=self.run)
 
     def run(self, x: Tensor, *context: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -184,7 +184,7 @@ class Transformer(ConditionedLayer):
         self.norm = Norm(channels, eps=1e-6)
         self.proj_in = make(channels, inner, *ones)
         self.transformer_blocks = nn.ModuleList(block() for _ in range(depth))
-        self.proj_out = zeroed(make(inner, channels, *ones))
+        self.proj_out = zero_module(make(inner, channels, *ones))
 
     def project(self, layer: nn.Module, x: Tensor) -> Tensor:
         """(N, S, D) -> (N, S, D')."""

@@ -59,13 +59,13 @@ class BucketedDataConfig(DataConfig):
             yield from in_range("bucket_batch_sizes", min(sizes), 1)
 
     def clips(self) -> tuple[Clip, ...]:
-        return tuple(dict.fromkeys((*super().clips(), *map(bucket_clip, self.buckets))))
+        return tuple(dict.fromkeys((*super().clips(), *map(parse_bucket, self.buckets))))
 
     def batch_of(self, clip: Clip) -> int:
-        sizes = dict(zip(map(bucket_clip, self.buckets), self.bucket_batch_sizes, strict=False))
+        sizes = dict(zip(map(parse_bucket, self.buckets), self.bucket_batch_sizes, strict=False))
         return sizes.get(clip, self.batch_size)
 
 
-def bucket_clip(text: str) -> Clip:
+def parse_bucket(text: str) -> Clip:
     """ "49x720x480" -> Clip of these frames, height and width."""
     return Clip(3, *map(int, text.split("x")))

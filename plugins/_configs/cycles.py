@@ -39,11 +39,11 @@ class CyclesConfig(LRScheduleConfig):
         start = 0
         for i, length in enumerate(self.cycle_lengths):
             if step <= start + length or i == len(self.cycle_lengths) - 1:
-                return self.within(i, min(step - start, length))
+                return self.cycle_factor(i, min(step - start, length))
             start += length  # as published: a cycle's last step belongs to it, not to the next
         raise AssertionError("problems() requires at least one cycle")
 
-    def within(self, i: int, n: int) -> float:
+    def cycle_factor(self, i: int, n: int) -> float:
         """Factor at step `n` of cycle `i`."""
         if n < self.warm_up_steps[i]:
             rise = (self.f_max[i] - self.f_start[i]) / self.warm_up_steps[i]

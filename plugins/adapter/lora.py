@@ -147,7 +147,9 @@ class LoRA:
         if len(ranks) > 1:
             said.append(f"ranks {ranks[0]} to {ranks[-1]}, padded with zeros")
         given = {
-            f"{k}.lora_{s}.weight": x for k, u in updates.items() for s, x in _padded(u, ranks[-1])
+            f"{k}.lora_{s}.weight": x
+            for k, u in updates.items()
+            for s, x in _pad_rank(u, ranks[-1])
         }
         if found := differences(own, given, "this adapter"):
             targets = ",".join(sorted({_target(layer) for layer in updates}))
@@ -183,7 +185,7 @@ def import_peft() -> Any:
     return peft
 
 
-def _padded(update: Update, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _pad_rank(update: Update, rank: int) -> Iterator[tuple[str, Tensor]]:
     """The factors with zeros up to `rank`."""
     a, b = update.factors["A"], update.factors["B"]
     more = rank - update.rank

@@ -24,14 +24,14 @@ from plugins._blocks.backbone import (
     wired_number,
     with_concat,
 )
-from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.checkpointing import run_checkpointed
 from plugins._blocks.cogvideox_transformer import (
     Block,
     Modulation,
     NumberEmbedding,
     PatchEmbed,
     Rope,
-    modulated,
+    modulate,
 )
 from plugins._blocks.grid_tables import rotary_table
 from plugins._configs.backbone import slots_taken
@@ -262,9 +262,9 @@ class CogVideoX(nn.Module):
         mask = None if cond.context_mask is None else key_mask(cond.context_mask, x.shape[1])
         rope = self.rotary(frames, (grid[0], grid[1]), x.device)
         for block in self.transformer_blocks:
-            text, x = checkpointed(cfg.gradient_checkpointing, block, text, x, emb, rope, mask)
+            text, x = run_checkpointed(cfg.gradient_checkpointing, block, text, x, emb, rope, mask)
         shift, scale = self.norm_out(emb, x.shape[1])
-        x = self.proj_out(modulated(self.norm_out.norm(self.norm_final(x)), shift, scale))
+        x = self.proj_out(modulate(self.norm_out.norm(self.norm_final(x)), shift, scale))
         return rearrange(
             x, "b (t h w) (c r p q) -> b c (t r) (h p) (w q)",
             t=frames, h=grid[0], r=cfg.patch_size_t or 1, p=cfg.patch_size, q=cfg.patch_size,

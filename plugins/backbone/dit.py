@@ -27,7 +27,7 @@ from plugins._blocks.backbone import (
     wired_number,
     with_concat,
 )
-from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.checkpointing import run_checkpointed
 from plugins._blocks.embeddings import GridPositions, NumberEmbedding
 from plugins._blocks.motion import MotionModule
 from plugins._blocks.skips import apply_blocks, long_skips
@@ -295,7 +295,7 @@ class DiT(nn.Module):
 
         def step(block: nn.Module, x: Tensor) -> Tensor:
             conditions = (c, cond.context, cond.context_mask, height, cond.past)
-            return checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
+            return run_checkpointed(cfg.gradient_checkpointing, block, x, *conditions)
 
         x = apply_blocks([partial(step, block) for block in self.blocks], self.skips, x)
         shift, scale = over_tokens(self.modulation(c)).chunk(2, -1)

@@ -25,9 +25,9 @@ from plugins._blocks.backbone import (
     wired_number,
     with_concat,
 )
-from plugins._blocks.checkpointing import checkpointed
+from plugins._blocks.checkpointing import run_checkpointed
 from plugins._blocks.embeddings import timestep_embedding
-from plugins._blocks.layers import GELU, MLP, FeedForward, zeroed
+from plugins._blocks.layers import GELU, MLP, FeedForward, zero_module
 from plugins._blocks.motion import MotionModule, frame_sinusoids
 from plugins._blocks.skips import apply_blocks, long_skips
 from plugins._blocks.unet_attention import Attention
@@ -236,7 +236,7 @@ class EasyAnimate(nn.Module):
                 bias = (~cond.context_mask.bool()).to(x.dtype) * -10_000.0  # (B, L), as published
 
         def step(block: nn.Module, x: Tensor) -> Tensor:
-            return checkpointed(cfg.gradient_checkpointing, block, x, modulation, context, bias)
+            return run_checkpointed(cfg.gradient_checkpointing, block, x, modulation, context, bias)
 
         blocks = [partial(step, block) for block in self.transformer_blocks]
         x = apply_blocks(blocks, self.long_connect_fc, x)
@@ -360,8 +360,8 @@ class TimeAndSize(nn.Module):
         if micro:
             self.resolution_embedder = MLP(TIME_FEATURES, width // 3, nn.SiLU())
             self.aspect_ratio_embedder = MLP(TIME_FEATURES, width // 3, nn.SiLU())
-            zeroed(self.resolution_embedder.linear_2)
-            zeroed(self.aspect_ratio_embedder.linear_2)
+            zero_module(self.resolution_embedder.linear_2)
+            zero_module(self.aspect_ratio_embedder.linear_2)
 
     def forward(self, t: Tensor, micro: Tensor | None, dtype: torch.dtype) -> Tensor:
         e = self.timestep_embedder(timestep_embedding(t, TIME_FEATURES).to(dtype))

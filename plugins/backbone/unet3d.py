@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.backbone import wired_number
 from plugins._blocks.embeddings import timestep_embedding
-from plugins._blocks.layers import zeroed
+from plugins._blocks.layers import zero_module
 from plugins._blocks.unet import LayerInputs, Layers, TemporalConvBlock, UNet, as_rows_of
 from plugins._blocks.unet_attention import SpatialTransformer, TemporalTransformer
 from plugins._configs.backbone import (
@@ -193,7 +193,7 @@ class UNet3D(UNet):
         super().__init__(cfg)
         if cfg.fs_condition:
             self.fps_embedding = self.embedder(cfg.model_channels, 4 * cfg.model_channels)
-            zeroed(self.fps_embedding[-1])
+            zero_module(self.fps_embedding[-1])
         if cfg.addition_attention:
             # As published: use_linear and use_causal_attention do not apply to this one.
             first = TemporalTransformer(

@@ -240,6 +240,6 @@ def towers(cfg: DynamiCrafter.Config) -> tuple[nn.Module, nn.Module]:
     openclip.load(text, cfg.weights, "cond_stage_model.model.")
     openclip.load(image, cfg.weights, "embedder.model.")
     return (
-        openclip.frozen(openclip.TextEncoder(text, skip=1)),
-        openclip.frozen(openclip.ImageEncoder(image)),
+        openclip.freeze(openclip.TextEncoder(text, skip=1)),
+        openclip.freeze(openclip.ImageEncoder(image)),
     )

@@ -80,7 +80,7 @@ class OpenCLIP(nn.Module):
         model = openclip.TextModel(cfg.width, cfg.layers, cfg.heads, cfg.embed_dim)
         openclip.load(model, cfg.weights, "cond_stage_model.model.")
         skip = 1 if cfg.layer == "penultimate" else 0
-        self.cond_stage_model = openclip.frozen(openclip.TextEncoder(model, skip))
+        self.cond_stage_model = openclip.freeze(openclip.TextEncoder(model, skip))
 
     def drop(self, draws: Draws) -> dict[str, Tensor]:
         return {"text": draws.uniform("drop_text") < self.cfg.drop_text}

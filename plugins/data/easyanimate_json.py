@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from plugins._blocks.buckets import batch_frames, covering, frame_shares, nearest_ratio, picked
+from plugins._blocks.buckets import (
+    batch_frames,
+    covering_size,
+    frame_shares,
+    nearest_ratio,
+    pick_by_share,
+)
 from plugins._blocks.folders import (
     Unused,
     check_split,
@@ -332,14 +338,14 @@ class Entries:
         sizes = self.sizes[row.kind]
         if self.training and cfg.random_ratio_crop:
             shares = {ratio: CROPS[ratio] for ratio in sorted(sizes)}
-            size = sizes[picked(shares, rng.random())]
+            size = sizes[pick_by_share(shares, rng.random())]
         else:
             size = sizes[nearest_ratio((height, width), sorted(sizes))]
         if row.kind == "image":
             return Clip(3, 1, *size)
         most = cfg.frames
         if self.training and cfg.random_frame_crop:
-            most = picked(frame_shares(cfg.frames, cfg.frame_interval), rng.random())
+            most = pick_by_share(frame_shares(cfg.frames, cfg.frame_interval), rng.random())
         length = usable_frames(frames, cfg.frames)
         return Clip(3, min(most, batch_frames([length], cfg.frame_interval, cfg.frames)), *size)
 
@@ -412,7 +418,7 @@ def cover(size: Size) -> Resize:
     from PIL.Image import Resampling
 
     def resize(image: Any) -> np.ndarray:
-        rows, columns = covering((image.height, image.width), size)
+        rows, columns = covering_size((image.height, image.width), size)
         top, left = round((rows - size[0]) / 2), round((columns - size[1]) / 2)
         resized = np.asarray(image.resize((columns, rows), Resampling.BILINEAR))
         return resized[top : top + size[0], left : left + size[1]]

@@ -12,7 +12,7 @@ from plugins._blocks.captions import (
     Captions,
     caption_files,
     first_captions,
-    key_of,
+    normalised_key,
 )
 from plugins._blocks.folders import (
     Unused,
@@ -96,7 +96,11 @@ class VideoFolder:
             )
         if name == "train":
             found.excluded.report(self.cfg)
-        if captions and captions.rows and not captions.rows.keys() & {*map(key_of, found.names)}:
+        if (
+            captions
+            and captions.rows
+            and not captions.rows.keys() & {*map(normalised_key, found.names)}
+        ):
             raise DataError(
                 f"{root / TABLE}: none of its {len(captions.rows)} files is there, such as "
                 f"{next(iter(captions.rows))!r}"

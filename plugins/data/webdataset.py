@@ -24,7 +24,7 @@ from plugins._blocks.folders import (
     print_once,
     printable,
 )
-from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_of, read_shards, user_caches
+from plugins._blocks.tar_shards import INDEX, Entry, Shard, first_ending, read_shards, user_caches
 from plugins._blocks.video_io import IMAGES, Fit, chooser, read_image, read_video
 from plugins._configs.buckets import BucketedDataConfig
 from sandbox.contracts import BadItem, Clip, DataError, Sample, above, in_range, one_of
@@ -140,9 +140,9 @@ class WebDataset:
             self._shards = read_shards(root, caches, cfg.media, with_sizes=len(cfg.clips()) > 1)
         has_images = any(clip.frames == 1 for clip in cfg.clips())
         found: list[Entry] = []
-        without = Without()
+        without = MissingMedia()
         for entry, entry_split in entries_with_splits(self._shards, cfg):
-            ending = first_of(cfg.media, entry.members)
+            ending = first_ending(cfg.media, entry.members)
             if entry.problem:
                 excluded.add(entry.problem)
             elif ending is None:
@@ -162,7 +162,7 @@ class WebDataset:
         return found, excluded
 
 
-class Without:
+class MissingMedia:
     """Samples without a member of data.media."""
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class Samples:
     def content(self, index: int) -> str:
         """SHA-256 of the members that the clip is made from. Raises BadItem."""
         entry, digest = self.entries[index], hashlib.sha256()
-        for ending in (first_of(self.cfg.media, entry.members), self.cfg.caption):
+        for ending in (first_ending(self.cfg.media, entry.members), self.cfg.caption):
             if ending in entry.members:
                 payload = entry.member(ending).read()
                 digest.update(f"{ending} {len(payload)}\n".encode() + payload)
@@ -276,7 +276,7 @@ class Samples:
         entry, cfg, clip = self.entries[index], self.cfg, self.bucket(index, rng)
         if isinstance(entry.size, str):
             raise BadItem(entry.size)
-        ending = first_of(cfg.media, entry.members)
+        ending = first_ending(cfg.media, entry.members)
         assert ending is not None  # such entries were excluded
         media = entry.member(ending)
         sample: Sample = {} if cfg.caption is None else {"caption": caption_of(entry, cfg)}

@@ -216,14 +216,14 @@ class Clips:
         images, rate = self.read(self.root / video_path(row), pick, np.asarray)
         fps = rate // picker.stride  # as published: an integer
         return {
-            "video": transformed(images, self.cfg),
+            "video": transform(images, self.cfg),
             "caption": row["name"],
             "fps": float(min(fps, self.cfg.fps_max) if self.cfg.fps_max else fps),
             "frame_stride": float(picker.stride),
         }
 
 
-def transformed(images: list[np.ndarray], cfg: WebVid.Config) -> Tensor:
+def transform(images: list[np.ndarray], cfg: WebVid.Config) -> Tensor:
     """(H, W, 3) uint8 each -> (3, T, height, width) float32 in [-1, 1].
 
     As published: `resize` ignores the aspect ratio; `resize_center_crop` resizes the short side to

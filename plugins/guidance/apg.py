@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plugins._blocks.diffusion import Guided, rescaled
+from plugins._blocks.diffusion import Guided, rescale_std
 from plugins._configs.guidance import TwoPassConfig
 from sandbox.contracts import GuidanceConfig, Pass, in_range
 from sandbox.registry import register
@@ -60,4 +60,6 @@ class AdaptiveProjected(Guided):
         direction = torch.nn.functional.normalize(full.double(), dim=AXES)  # type: ignore[arg-type]
         parallel = ((update * direction).sum(AXES, keepdim=True) * direction).to(update)
         update = update - parallel + self.cfg.eta * parallel
-        return rescaled(uncond + self.cfg.guidance_scale * update, full, self.cfg.guidance_rescale)
+        return rescale_std(
+            uncond + self.cfg.guidance_scale * update, full, self.cfg.guidance_rescale
+        )

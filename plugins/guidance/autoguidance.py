@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Guided, rescaled
+from plugins._blocks.diffusion import Guided, rescale_std
 from sandbox.contracts import FROZEN, FULL, GuidanceConfig, Pass, Role, in_range
 from sandbox.registry import register
 
@@ -51,4 +51,4 @@ class Autoguidance(Guided):
     def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
         full, weak = outs
         guided = weak + self.cfg.guidance_scale * (full - weak)
-        return rescaled(guided, full, self.cfg.guidance_rescale)
+        return rescale_std(guided, full, self.cfg.guidance_rescale)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Guided, rescaled
+from plugins._blocks.diffusion import Guided, rescale_std
 from plugins._configs.guidance import TwoPassConfig
 from sandbox.registry import register
 
@@ -25,6 +25,6 @@ class ClassifierFree(Guided):
 
     def guided(self, outs: list[Tensor], t: Tensor, steps: int) -> Tensor:
         full, uncond = outs
-        return rescaled(
+        return rescale_std(
             uncond + self.cfg.guidance_scale * (full - uncond), full, self.cfg.guidance_rescale
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plugins._blocks.diffusion import Guided, per_sample, rescaled
+from plugins._blocks.diffusion import Guided, per_sample, rescale_std
 from plugins._configs.guidance import TwoPassConfig
 from sandbox.contracts import ScheduleConfig, in_range
 from sandbox.registry import register
@@ -45,6 +45,6 @@ class ZeroStar(Guided):
         a, b = full.flatten(1).float(), uncond.flatten(1).float()
         scale = per_sample((a * b).sum(1) / (b.square().sum(1) + 1e-8)).to(uncond)  # eq. 7
         uncond = scale * uncond
-        return rescaled(
+        return rescale_std(
             uncond + self.cfg.guidance_scale * (full - uncond), full, self.cfg.guidance_rescale
         )

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import rescaled
+from plugins._blocks.diffusion import rescale_std
 from plugins._configs.backbone import block_at, check_blocks
 from plugins._configs.guidance import TwoPassConfig, interval_problems, is_within
 from sandbox.contracts import BackboneConfig, Pass, in_range
@@ -70,4 +70,4 @@ class SkipLayer:
             guided = guided + cfg.skip_scale * (full - others.pop())
         if others:
             guided = guided + (cfg.guidance_scale - 1) * (full - others.pop())
-        return rescaled(guided, full, cfg.guidance_rescale) if len(outs) > 1 else full
+        return rescale_std(guided, full, cfg.guidance_rescale) if len(outs) > 1 else full

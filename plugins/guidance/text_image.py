@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins._blocks.diffusion import Guided, rescaled
+from plugins._blocks.diffusion import Guided, rescale_std
 from sandbox.contracts import FULL, GuidanceConfig, Pass, in_range
 from sandbox.registry import register
 
@@ -51,4 +51,4 @@ class TextImage(Guided):
             guided = guided + self.cfg.cfg_img * (out - guided)
         base = image[0] if image else uncond
         guided = guided + self.cfg.guidance_scale * (full - base)
-        return rescaled(guided, full, self.cfg.guidance_rescale)
+        return rescale_std(guided, full, self.cfg.guidance_rescale)

@@ -84,7 +84,7 @@ class Digits:
         labels = torch.tensor([w.digit for w in words]).repeat_interleave(len(frames))
         # A scan has the same window at every position, up to rounding: keep one copy.
         both = torch.cat([flat, labels[:, None]], 1).mul(1000).round().div(1000).unique(dim=0)
-        self.references = standardised(both[:, :-1])
+        self.references = standardise(both[:, :-1])
         pixels, digits = both[:, :-1].numpy(), both[:, -1].long().numpy()
         self.classifier = SVC(C=10, gamma="scale").fit(pixels, digits)
         rgb = mean_rgb(video)
@@ -169,7 +169,7 @@ class Digits:
 
     def realism(self, window: Tensor) -> Tensor:
         """(N,) highest correlation with a window of the training clips."""
-        flat = standardised(window[:, three_frames(window.shape[1])].flatten(2))  # (N, 3, 64)
+        flat = standardise(window[:, three_frames(window.shape[1])].flatten(2))  # (N, 3, 64)
         return (flat @ self.references.T).amax(-1).mean(1)
 
 
@@ -259,14 +259,14 @@ def direction(slopes: Tensor) -> list[str | None]:
     return found
 
 
-def standardised(x: Tensor) -> Tensor:
+def standardise(x: Tensor) -> Tensor:
     """Zero mean and unit length on the last axis: products are correlations; flat input gives 0."""
     return F.normalize(x - x.mean(-1, keepdim=True), dim=-1, eps=1e-6)
 
 
 def shape_consistency(window: Tensor) -> Tensor:
     """(N,) mean correlation of the windows of later frames with that of the first."""
-    flat = standardised(window.flatten(2))
+    flat = standardise(window.flatten(2))
     return (flat[:, 1:] * flat[:, :1]).sum(-1).mean(1)
 
 

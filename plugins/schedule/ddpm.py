@@ -197,7 +197,7 @@ class DDPM:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg, self.v_posterior = cfg, cfg.v_posterior
-        abar = alphas_cumprod(*_noise(cfg))
+        abar = alphas_cumprod(*_beta_settings(cfg))
         snr = abar / (1 - abar)
         self._signal = Table(np.sqrt(abar))
         self._sigma = Table(np.sqrt(1 - abar))
@@ -329,7 +329,7 @@ class DDPM:
         return torch.from_numpy(np.unique(times.astype(np.int64))[::-1].copy())
 
 
-def _noise(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float, bool]:
+def _beta_settings(cfg: DDPM.Config) -> tuple[int, str, tuple[float, ...], float, float, bool]:
     raw = cfg.timesteps, cfg.beta_schedule, tuple(cfg.betas), cfg.cosine_s
     return *raw, cfg.snr_shift, cfg.zero_terminal_snr
 
@@ -371,7 +371,7 @@ def buffers(cfg: DDPM.Config) -> dict[str, np.ndarray]:
     `lvlb_weights` is not saved there, and `scale_arr` only if z0 is rescaled.
     """
     settings = cfg.prediction, cfg.base_scale, cfg.turning_step, cfg.v_posterior
-    return dict(_buffers(_noise(cfg), *settings))
+    return dict(_buffers(_beta_settings(cfg), *settings))
 
 
 @cache

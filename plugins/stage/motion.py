@@ -66,7 +66,7 @@ class Motion:
 
     def score(self, clip: VideoClip) -> dict[str, Any]:
         """{"flow": pixels between two frames, mean over pixels and pairs of frames}."""
-        images = [scaled(x, self.cfg.short_side) for x in clip.at(self.cfg.times(clip.seconds))]
+        images = [scale_down(x, self.cfg.short_side) for x in clip.at(self.cfg.times(clip.seconds))]
         flow = {"farneback": farneback, "dis": dis, "raft": self.raft}[self.cfg.method]
         lengths = [float(np.hypot(*np.moveaxis(flow(a, b), -1, 0)).mean())
                    for a, b in pairwise(images)]  # fmt: skip
@@ -105,7 +105,7 @@ class Motion:
         return flow * np.array([width / to[1], height / to[0]], np.float32)
 
 
-def scaled(image: np.ndarray, short_side: int | None) -> np.ndarray:
+def scale_down(image: np.ndarray, short_side: int | None) -> np.ndarray:
     import cv2
 
     height, width = image.shape[:2]

@@ -90,19 +90,19 @@ class Normalise:
         height, width = image.shape[:2]
         to_height, to_width = self.size(height, width)
         if self.cfg.fit == "stretch" and self.cfg.height is not None:
-            return resized(image, to_height, to_width)
+            return resize(image, to_height, to_width)
         scales = (to_height / height, to_width / width)
         if self.cfg.fit == "pad" and self.cfg.height is not None:
             h, w = (max(1, round(side * min(scales))) for side in (height, width))
             canvas = np.zeros((to_height, to_width, 3), np.uint8)
             top, left = (to_height - h) // 2, (to_width - w) // 2
-            canvas[top : top + h, left : left + w] = resized(image, h, w)
+            canvas[top : top + h, left : left + w] = resize(image, h, w)
             return canvas
         # the crop, in pixels of the file
         h, w = (min(side, round(to / max(scales))) for side, to in
                 ((height, to_height), (width, to_width)))  # fmt: skip
         top, left = (height - h) // 2, (width - w) // 2
-        return resized(image[top : top + h, left : left + w], to_height, to_width)
+        return resize(image[top : top + h, left : left + w], to_height, to_width)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         if self.cfg.height is not None and self.cfg.width is not None:
@@ -117,7 +117,7 @@ def times(seconds: float, fps: float) -> list[float]:
     return [round(i / fps, 6) for i in range(max(1, int(seconds * fps + 0.01)))]
 
 
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     import cv2
 
     if image.shape[:2] == (height, width):

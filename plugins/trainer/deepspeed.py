@@ -22,7 +22,7 @@ from torch import device as Device
 
 from plugins._blocks.processes import Processes
 from sandbox.contracts import ConfigError, OptimizerConfig, TrainerConfig, one_of
-from sandbox.model.sharding import is_sharded, like, local, shape_of
+from sandbox.model.sharding import is_sharded, local, shape_of, shard_like
 from sandbox.registry import register
 
 
@@ -192,7 +192,7 @@ class DeepSpeed(Processes):
                         continue
                     shard = found.setdefault(name, torch.zeros_like(flat))
                     if is_sharded(p):
-                        part = local(like(value, p))
+                        part = local(shard_like(value, p))
                         shard.narrow(0, filled, part.numel()).copy_(part)
                     elif p._hp_mapping is not None:  # this process holds a part of p
                         target = p._hp_mapping.get_hp_fragment_address()

@@ -15,7 +15,7 @@ from torch import Tensor
 from plugins._blocks.cogvideox_autoencoder import Decoder, Encoder, FrameCache
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
-from plugins._blocks.tiling import Tiles, in_tiles
+from plugins._blocks.tiling import Tiles, apply_to_tiles
 from sandbox.contracts import (
     Clip,
     ConfigError,
@@ -235,7 +235,7 @@ class AutoencoderCogVideoX(FirstStage):
         if self.cfg.use_slicing and x.shape[0] > 1:
             return torch.cat([self.per_tile(fn, one, rows, columns) for one in x.split(1)])
         is_large = x.shape[3] > rows.size or x.shape[4] > columns.size
-        return in_tiles(fn, x, rows, columns) if self.cfg.use_tiling and is_large else fn(x)
+        return apply_to_tiles(fn, x, rows, columns) if self.cfg.use_tiling and is_large else fn(x)
 
     def tiles(self, name: str, to_latents: bool) -> Tiles:
         """Tiles along "height" or "width": of pixels for encoding, of latents for decoding."""

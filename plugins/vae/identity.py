@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plugins._blocks.first_stage import FirstStage
-from plugins._blocks.posterior import Exact
+from plugins._blocks.posterior import PointPosterior
 from sandbox.contracts import Clip, FirstStageConfig, above, in_range
 from sandbox.registry import register
 
@@ -37,11 +37,11 @@ class Identity(FirstStage):
     def __init__(self, cfg: Config) -> None:
         super().__init__(3, cfg.scale_factor, cfg.shift)
 
-    def encode(self, x: Tensor) -> Exact:
-        return Exact(x)
+    def encode(self, x: Tensor) -> PointPosterior:
+        return PointPosterior(x)
 
-    def posterior(self, stored: Tensor) -> Exact:
-        return Exact(stored)
+    def posterior(self, stored: Tensor) -> PointPosterior:
+        return PointPosterior(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
         return z

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plugins._blocks.first_stage import FirstStage
-from plugins._blocks.posterior import Exact
+from plugins._blocks.posterior import PointPosterior
 from sandbox.contracts import Clip, FirstStageConfig, SizeError, in_range, must_divide
 from sandbox.registry import register
 
@@ -126,13 +126,13 @@ class PatchPCA(FirstStage):
         first = rearrange(x[:, :, :1], cut, s=1, p=p, q=p)
         return first, rearrange(x[:, :, 1:], cut, s=self.cfg.group, p=p, q=p)
 
-    def encode(self, x: Tensor) -> Exact:
+    def encode(self, x: Tensor) -> PointPosterior:
         first, rest = self.patches(x)
         z = torch.cat((self.first.project(first), self.rest.project(rest)), dim=1)
-        return Exact(rearrange(z, "b t h w c -> b c t h w"))
+        return PointPosterior(rearrange(z, "b t h w c -> b c t h w"))
 
-    def posterior(self, stored: Tensor) -> Exact:
-        return Exact(stored)
+    def posterior(self, stored: Tensor) -> PointPosterior:
+        return PointPosterior(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
         z = rearrange(z, "b c t h w -> b t h w c")

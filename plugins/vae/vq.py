@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.autoencoder2d import Decoder, Encoder, per_frame
 from plugins._blocks.first_stage import FirstStage
-from plugins._blocks.posterior import Exact, Reconstruction
+from plugins._blocks.posterior import PointPosterior, Reconstruction
 from plugins._configs.autoencoder2d import Autoencoder2DConfig
 from sandbox.contracts import Draws, in_range, one_of
 from sandbox.registry import register
@@ -100,15 +100,15 @@ class VQModel(FirstStage):
         self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(cfg.embed_dim, cfg.z_channels, 1)
 
-    def encode(self, x: Tensor) -> Exact:
+    def encode(self, x: Tensor) -> PointPosterior:
         """Features before quantisation."""
         features = per_frame(
             lambda f: self.quant_conv(self.encoder(f)), x, self.cfg.frames_per_pass
         )
-        return Exact(features)
+        return PointPosterior(features)
 
-    def posterior(self, stored: Tensor) -> Exact:
-        return Exact(stored)
+    def posterior(self, stored: Tensor) -> PointPosterior:
+        return PointPosterior(stored)
 
     def pixels(self, z: Tensor) -> Tensor:
         return self.decode_entries(z if self.cfg.force_not_quantize else self.quantize(z)[0])

@@ -57,7 +57,7 @@ def _main(argv: list[str]) -> int:
     line = parse(argv)
     line.overrides = translate_overrides(line.overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides, line.config_dir)
+    line.overrides = composition.expand_shorthands(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     if "--help" in line.flags:
         from sandbox.cli.help import usage
@@ -66,9 +66,9 @@ def _main(argv: list[str]) -> int:
         return 0
     if line.flags.keys() & {*SHOW, "--shell-completion", "--version"}:
         return _hydra_output(line)
-    from sandbox.runs.lookup import choices
+    from sandbox.runs.lookup import inherited_options
 
-    run_options = choices(line.overrides)
+    run_options = inherited_options(line.overrides)
     if "--multirun" not in line.flags and seeds is None:
         root = to_root(line.compose([*run_options, *line.overrides]))
         perform(resolve_run(root, line.overrides), line.overrides)

@@ -29,8 +29,9 @@ from sandbox.config.root import GROUPS, to_root
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError, PluginError, Preempted, SandboxError
 from sandbox.runs.environment import code
-from sandbox.runs.run import Run, finished_run, read_json
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.runs.resume import finished_run
+from sandbox.runs.run import Run, read_json
+from sandbox.storage.atomic import storage_errors, write_atomic
 
 # Launchers pickle Configs by value. cloudpickle before 3, which hydra-ray-launcher requires, copies
 # the sentinel that marks dataclass fields, and such a copy has no fields.
@@ -52,7 +53,7 @@ def multirun(line: Line, run_options: list[str], seeds: int | None = None) -> in
     ]
     _check_all(line, run_options, known)
     folder = Path(line.compose([*run_options, *known[0]]).hydra.sweep.dir)
-    with storing(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     job = Job(folder, tuple(run_options), "--traceback" in line.flags)
     paths = hydra_compose.search_path(line.overrides, line.config_dir)
@@ -83,16 +84,16 @@ def local_jobs(overrides: Sequence[str]) -> list[tuple[list[str], Callable[[], t
 
     The function returns the result of `_run_once`. Raises ConfigError like `multirun`.
     """
-    from sandbox.runs.lookup import choices
+    from sandbox.runs.lookup import inherited_options
 
     line = parse(overrides)
     discovery.setup(line.overrides)
-    line.overrides = composition.expand(line.overrides, line.config_dir)
+    line.overrides = composition.expand_shorthands(line.overrides, line.config_dir)
     seeds = take_seeds(line)
     planned = jobs(line.overrides, seeds)
     if planned is None:
         raise ConfigError("hydra/sweeper: a searching sweeper needs the command, python run.py -m")
-    run_options = choices(line.overrides)
+    run_options = inherited_options(line.overrides)
     _check_all(line, run_options, planned)
     return [
         (own, partial(_run_once, line.compose([*run_options, *own]), own, None)) for own in planned
@@ -312,9 +313,9 @@ def jobs(overrides: Sequence[str], seeds: int | None = None) -> list[list[str]] 
         return None
     try:
         batches = BasicSweeper.split_arguments([override_text.parse(o) for o in overrides], None)
-        found = [composition.expand(job) for batch in batches for job in batch]
+        found = [composition.expand_shorthands(job) for batch in batches for job in batch]
     except HydraException as e:
-        from sandbox.config.explain import explain_multirun
+        from sandbox.config.setting_errors import explain_multirun
 
         raise explain_multirun(e, overrides) from e
     return found if seeds is None else [[*j, f"seed={n}"] for j in found for n in range(seeds)]

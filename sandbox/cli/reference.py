@@ -21,7 +21,7 @@ from sandbox.config import registry
 from sandbox.config.paths import CHECKOUT, CONF
 from sandbox.config.registry import SEVERAL, Plugin
 from sandbox.config.root import GROUPS, YAML_GROUPS, Root
-from sandbox.reports.pages import flattened, render
+from sandbox.reports.pages import flatten, render
 
 OURS = (CHECKOUT / "plugins", CHECKOUT / "sandbox" / "tasks")
 OTHERS = {**YAML_GROUPS, "sweep": "sweeps for W&B agents: `wandb sweep conf/sweep/NAME.yaml`"}
@@ -123,7 +123,7 @@ def description(path: Path) -> str:
 
 
 def _flat(plain: dict[str, Any]) -> Iterator[str]:
-    for name, value in flattened(plain).items():
+    for name, value in flatten(plain).items():
         text = format_value(value)
         yield f"{name}={text if len(text) <= MAX_LENGTH else text[:MAX_LENGTH] + '...'}"
 

@@ -1,6 +1,6 @@
 """Composes one configuration from a command line.
 
-Hydra composes and instantiates nothing (`sandbox.config.safety`). `sandbox.config.explain`
+Hydra composes and instantiates nothing (`sandbox.config.safety`). `sandbox.config.setting_errors`
 translates its errors.
 """
 
@@ -24,7 +24,7 @@ from sandbox.contracts import ConfigError
 HOME = re.compile(r"""(?<=[=,:'"(\[])~(?=/)""")  # the ~ of a value that starts with ~/
 
 
-def expand(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+def expand_shorthands(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
     """Translates our shorthands into Hydra overrides.
 
     - A setting of the chosen task needs no `task.`: `task=new group=vae`, for `task.group=vae`.
@@ -83,19 +83,19 @@ def compose(
             raise ValueError("a list of options")  # Hydra would merge them
         cfg = compose_raw(overrides, config, config_dir, report=True)
     except errors() as e:
-        from sandbox.config.explain import explain
+        from sandbox.config.setting_errors import explain
 
         raise explain(e, overrides, config, config_dir) from e
     except RecursionError as e:
-        from sandbox.config.explain import circular
+        from sandbox.config.setting_errors import explain_cycle
 
-        raise circular(overrides, config_dir) from e
+        raise explain_cycle(overrides, config_dir) from e
     safety.check(cfg, overrides, config, config_dir)
     remember(safety.plain(cfg))
     return cfg
 
 
-def received(node: dict[str, Any]) -> Root:
+def receive_root(node: dict[str, Any]) -> Root:
     """A Root from another process; reads plugins first, including those of its `plugins_path`."""
     remember(node)
     folder = node.get("plugins_path")

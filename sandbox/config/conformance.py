@@ -93,7 +93,7 @@ def _wrap(cls: type, name: str, contract: _Contract, module: Any = tensors) -> N
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         value = method(self, *args, **kwargs)
         if not fits(value, _hint(contract.hint, module)):
-            raise contract.error(described(value))
+            raise contract.error(describe(value))
         if rule is not None and not kwargs and (problem := rule(self, args, value)):
             raise contract.error(*problem)
         if contract.want == "Items" and type(value).__module__ == cls.__module__:
@@ -165,7 +165,7 @@ def _fits_sequence(value: Any, args: Sequence[Any]) -> bool:
     return len(value) == len(args) and all(map(fits, value, args))
 
 
-def described(value: Any) -> str:
+def describe(value: Any) -> str:
     """A value in a few words: its type, and the shape of a tensor or length of a sequence."""
     if value is None:
         return "None"
@@ -191,7 +191,7 @@ def _like(value: Any, other: Any, channels: int | None = None) -> Problem:
     want[1] = channels or want[1]
     if [*value.shape] == want:
         return None
-    return described(value), f"shape {tuple(want)}"
+    return describe(value), f"shape {tuple(want)}"
 
 
 def _backbone(self: Any, args: tuple[Any, ...], out: Any) -> Problem:
@@ -208,9 +208,9 @@ def _terms(self: Any, args: tuple[Any, ...], terms: Any) -> Problem:
     named = {"total": terms.total, **{f"log[{k!r}]": v for k, v in terms.log.items()}}
     for name, value in named.items():
         if getattr(value, "shape", None) is None or value.numel() != 1:
-            return f"Terms with {name}, {described(value)}", "a Tensor of shape ()"
+            return f"Terms with {name}, {describe(value)}", "a Tensor of shape ()"
     if getattr(terms.per_sample, "shape", None) != (size,):
-        return f"Terms with per_sample, {described(terms.per_sample)}", f"shape ({size},)"
+        return f"Terms with per_sample, {describe(terms.per_sample)}", f"shape ({size},)"
     return None
 
 
@@ -223,7 +223,7 @@ def _conditions(self: Any, args: tuple[Any, ...], cond: Any) -> Problem:
             continue
         shape = getattr(value, "shape", (0, 0))
         if shape[1 if name == "concat" else -1] != width:
-            return f"Conditions with {name}, {described(value)}", (
+            return f"Conditions with {name}, {describe(value)}", (
                 f"width {width}, which Config.offers names"
             )
     return None
@@ -238,13 +238,13 @@ def _posterior(self: Any, args: tuple[Any, ...], posterior: Any) -> Problem:
     mean, want = posterior.mean, (x.shape[0], *astuple(size))
     if getattr(mean, "shape", None) == want:
         return None
-    return f"a posterior with mean {described(mean)}", f"shape {want}, which Config.latents names"
+    return f"a posterior with mean {describe(mean)}", f"shape {want}, which Config.latents names"
 
 
 def _video(self: Any, args: tuple[Any, ...], video: Any) -> Problem:
     if video.ndim == 5 and video.shape[0] == args[0].shape[0] and video.shape[1] == 3:
         return None
-    return described(video), f"pixels ({args[0].shape[0]}, 3, T, H, W)"
+    return describe(video), f"pixels ({args[0].shape[0]}, 3, T, H, W)"
 
 
 SHAPES: dict[tuple[str, str], Callable[[Any, tuple[Any, ...], Any], Problem]] = {

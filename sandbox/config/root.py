@@ -202,7 +202,7 @@ def from_container(node: dict[str, Any]) -> Root:
     return root
 
 
-def placed(root: Root, folder: Path) -> Root:
+def resolve_paths(root: Root, folder: Path) -> Root:
     """Resolves the relative paths in a Root that exist below `folder`."""
     return _with_files(root, lambda name: str(folder / name) if (folder / name).exists() else name)
 

@@ -76,19 +76,21 @@ def _problem(text: str) -> str | None:
     return None
 
 
-def circle(groups: Sequence[tuple[str, str]], folders: Sequence[Path]) -> str | None:
+def include_cycle(groups: Sequence[tuple[str, str]], folders: Sequence[Path]) -> str | None:
     """The chain of files that include one another, starting from these options: `a -> b -> a`."""
     for group, name in groups:
-        if found := _circle(f"{group}/{name}", folders, ()):
+        if found := _find_cycle(f"{group}/{name}", folders, ()):
             return " -> ".join(found)
     return None
 
 
-def _circle(option: str, folders: Sequence[Path], above: tuple[str, ...]) -> tuple[str, ...] | None:
+def _find_cycle(
+    option: str, folders: Sequence[Path], above: tuple[str, ...]
+) -> tuple[str, ...] | None:
     if option in above:
         return (*above[above.index(option) :], option)
     for included in _included(option, folders):
-        if found := _circle(included, folders, (*above, option)):
+        if found := _find_cycle(included, folders, (*above, option)):
             return found
     return None
 

@@ -54,7 +54,7 @@ def evaluate(
     root = system.root
     source = registry.create(root.data)
     metric: Any = None if root.metric is None else registry.create(root.metric)
-    real = gather(source.split("val"), count, root.seed)
+    real = first_clips(source.split("val"), count, root.seed)
     captions = real.captions or [""] * real.size
     clips = {"model": generate(system, real, watch=watch)}
     ceiling, through = None, _reconstructed(system, real)
@@ -89,7 +89,7 @@ def evaluate(
     return result
 
 
-def by_pairs(root: Root) -> Any:
+def paired_metric(root: Root) -> Any:
     """The metric of `root` if it compares clips pairwise with real ones; else None.
 
     Raises StorageError if its weights are missing.
@@ -127,7 +127,7 @@ def generate(
     """
     calls: int = steps or system.root.sampler.steps
     clip = _size(system, like)
-    at_once = _at_once(clip, CHUNK)
+    at_once = _clips_per_batch(clip, CHUNK)
     starts = range(0, like.size, at_once)
     made: list[Tensor] = []
     with Progress(what, len(starts) * calls) as progress:
@@ -139,7 +139,7 @@ def generate(
                 watch(done, progress.total)
 
         for start in starts:
-            part = take(like, start, start + at_once)
+            part = slice_batch(like, start, start + at_once)
             made.append(system.sample(part, clip, steps=calls, progress=show).cpu())
     return torch.cat(made)
 
@@ -150,7 +150,7 @@ def fps_of(batch: Batch) -> float | None:
     return None if fps is None else fps.median().item()
 
 
-def _at_once(clip: Clip, most: int) -> int:
+def _clips_per_batch(clip: Clip, most: int) -> int:
     return max(1, min(most, PIXELS // (clip.frames * clip.height * clip.width)))
 
 
@@ -164,19 +164,19 @@ def _size(system: LatentDiffusion, like: Batch) -> Clip:
     return next(c for c, z in of_latents if (z.frames, z.height, z.width) == shape)
 
 
-def take(batch: Batch, start: int, stop: int) -> Batch:
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Clips start..stop of a batch, with all their fields."""
     per_clip = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor | list) and k != "bad"}
     scalars = {name: values[start:stop] for name, values in batch.scalars.items()}
     return replace(batch, scalars=scalars, **{k: v[start:stop] for k, v in per_clip.items()})
 
 
-def gather(items: Any, count: int, seed: int) -> Batch:
+def first_clips(items: Any, count: int, seed: int) -> Batch:
     """The first `count` clips of a split, or all if it has fewer, as one batch.
 
     With several sizes, only clips of the most frequent size.
     """
-    return _first(count, batches(items, min(count, 256), seed, usual_size(items, seed)))
+    return _collect(count, batches(items, min(count, 256), seed, usual_size(items, seed)))
 
 
 def training_clips(items: Any, count: int, seed: int) -> Batch:
@@ -187,10 +187,10 @@ def training_clips(items: Any, count: int, seed: int) -> Batch:
     loader, size = Loader(items, min(count, len(items), 64), seed), usual_size(items, seed)
     stream = chain.from_iterable(repeat(loader))
     of_one_size = (b for b in stream if b.video is None or size in (None, Clip(*b.video.shape[1:])))
-    return _first(count, of_one_size)
+    return _collect(count, of_one_size)
 
 
-def _first(count: int, stream: Iterable[Batch]) -> Batch:
+def _collect(count: int, stream: Iterable[Batch]) -> Batch:
     """The first `count` clips of a stream as one batch, at positions 0, 1, ..."""
     parts: list[Batch] = []
     for batch in stream:
@@ -210,13 +210,13 @@ def _first(count: int, stream: Iterable[Batch]) -> Batch:
         position=torch.arange(sum(b.size for b in parts)),
         bad=[line for b in parts for line in b.bad],
     )
-    return take(joined, 0, count)
+    return slice_batch(joined, 0, count)
 
 
 @torch.no_grad()
-def reconstructed(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
+def reconstruct(first_stage: Any, video: Tensor, device: torch.device) -> Tensor:
     """Reconstructs clips (N, 3, T, H, W) on the CPU with a first stage on `device`; in [-1, 1]."""
-    parts = video.split(_at_once(Clip(*video.shape[1:]), THROUGH))
+    parts = video.split(_clips_per_batch(Clip(*video.shape[1:]), THROUGH))
     made = torch.cat([reconstruct_clips(first_stage, x.to(device)).cpu() for x in parts])
     return made.clamp(-1, 1)
 
@@ -227,9 +227,9 @@ def _reconstructed(system: LatentDiffusion, real: Batch) -> Tensor:
     first_stage = system.first_stage
     with system.on_device(first_stage):
         if real.video is not None:
-            return reconstructed(first_stage, real.video, system.device)
+            return reconstruct(first_stage, real.video, system.device)
         assert real.stored is not None  # data provide one of them
-        stored = real.stored.split(_at_once(_size(system, real), THROUGH))
+        stored = real.stored.split(_clips_per_batch(_size(system, real), THROUGH))
         means = (first_stage.posterior(part.to(system.device)).mean for part in stored)
         made = torch.cat([first_stage.decode(first_stage.scaled(mean)).cpu() for mean in means])
     return made.clamp(-1, 1)

@@ -14,14 +14,14 @@ from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.contracts import SCALARS, SIZES, BadItem, Batch, Clip, ConfigError
 from sandbox.data.image_files import read_rgb
-from sandbox.evaluation.evaluate import gather
+from sandbox.evaluation.evaluate import first_clips
 from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions, short
 from sandbox.model.latent_diffusion import prompts_batch
 
 SCALAR_INPUTS = SCALARS - set(SIZES)
 
 
-def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
+def data_batch(root: Root, captions: Sequence[str], count: int) -> Batch:
     """A batch of `captions`, else of the data's first `count` captions, else of empty ones.
 
     Conditioning images and scalars, and then missing captions, come from the first validation
@@ -36,7 +36,7 @@ def of_data(root: Root, captions: Sequence[str], count: int) -> Batch:
     if not conditioning.images() and not conditioning.needs() & SCALAR_INPUTS:
         texts = [*captions] or source.prompts()[:count] or [""] * count
         return prompts_batch(texts, **_cached_text(root, source, texts))
-    clips = gather(source.split("val"), len(captions) or count, root.seed)
+    clips = first_clips(source.split("val"), len(captions) or count, root.seed)
     texts = [*captions] or clips.captions or [""] * clips.size
     places = torch.arange(len(texts)) % clips.size  # repeats clips
     fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
@@ -62,7 +62,7 @@ def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, 
     return {name: torch.stack([tensors[name] for tensors in embedded]) for name in embedded[0]}
 
 
-def given(
+def user_batch(
     root: Root,
     captions: Sequence[str],
     images: Files = (),
@@ -72,12 +72,12 @@ def given(
 ) -> Batch:
     """A batch of `captions` with images (one for all, or one for each) and scalars.
 
-    Without captions and images, `of_data`. Raises ConfigError as `check` does.
+    Without captions and images, `data_batch`. Raises ConfigError as `check` does.
     """
     files = {"images": images, "end_images": end_images}
     check(root, captions, images, end_images, scalars)
     if not captions and not images and not end_images:
-        batch = of_data(root, (), count)
+        batch = data_batch(root, (), count)
     else:
         size = max(len(captions), *map(len, files.values()))
         texts = _for_each(captions or [""], size)
@@ -106,11 +106,11 @@ def load_image(file: Path | str, clip: Clip) -> Tensor:
         image = read_rgb(Path(file).expanduser())
     except BadItem as e:
         raise ConfigError(f"{file}: {e}") from e
-    pixels = torch.from_numpy(np.asarray(_covering(image, clip.height, clip.width)).copy())
+    pixels = torch.from_numpy(np.asarray(_resize_and_crop(image, clip.height, clip.width)).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
+def _resize_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)

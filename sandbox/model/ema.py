@@ -7,7 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sandbox.model.sharding import detached, full_tensors, is_sharded, like, load_tensors, local
+from sandbox.model.sharding import (
+    detached,
+    full_tensors,
+    is_sharded,
+    load_tensors,
+    local,
+    shard_like,
+)
 
 
 class EMA:
@@ -21,7 +28,7 @@ class EMA:
         """Starts from the current trainable parameters of `module`, on their devices."""
         self.decay, self.updates = decay, 0
         self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.average = {name: _wide(p).clone() for name, p in self.live.items()}
+        self.average = {name: _as_float32(p).clone() for name, p in self.live.items()}
         self._is_applied = False
 
     @classmethod
@@ -31,7 +38,7 @@ class EMA:
 
     def shard(self) -> None:
         """Shards the averages like the parameters; all ranks call this."""
-        self.average = {name: like(a, self.live[name]) for name, a in self.average.items()}
+        self.average = {name: shard_like(a, self.live[name]) for name, a in self.average.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -42,7 +49,7 @@ class EMA:
             )
         self.updates += 1
         average = [local(a) for a in self.average.values()]
-        live = [_wide(local(p)) for p in self.live.values()]
+        live = [_as_float32(local(p)) for p in self.live.values()]
         rate = 1 - self.decay(self.updates)
         torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -75,6 +82,6 @@ class EMA:
         self.updates = int(state["updates"])
 
 
-def _wide(parameter: Tensor) -> Tensor:
+def _as_float32(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value

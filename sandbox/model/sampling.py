@@ -104,14 +104,14 @@ def batches(
     for p in passes:
         groups.setdefault((p.role, p.skip), []).append(p)
     for group in groups.values():
-        together = concatenated([cond_of[p] for p in group])
+        together = concatenate([cond_of[p] for p in group])
         if together is not None:
             yield group, together
         else:
             yield from (([p], cond_of[p]) for p in group)
 
 
-def concatenated(conditions: list[Conditions]) -> Conditions | None:
+def concatenate(conditions: list[Conditions]) -> Conditions | None:
     """The passes along the batch axis; None where their tensors differ in name, shape or dtype."""
     if len(conditions) == 1:
         return conditions[0]

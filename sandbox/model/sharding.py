@@ -44,7 +44,7 @@ def full_tensors(value: Any) -> Any:
     return value.full_tensor().cpu() if is_sharded(value) else value
 
 
-def like(full: Tensor, target: Tensor) -> Tensor:
+def shard_like(full: Tensor, target: Tensor) -> Tensor:
     """`full` sharded like `target`; each rank takes its part of the tensor it has."""
     if not is_sharded(target) or is_sharded(full):
         return full
@@ -75,7 +75,7 @@ def load_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> 
             f"the weights do not fit this model; {found.count} names or shapes differ{found.lines}"
         )
     for name, tensor in target.items():
-        local(tensor).copy_(local(like(source[name], tensor)))
+        local(tensor).copy_(local(shard_like(source[name], tensor)))
 
 
 def _is_deepspeed(value: Any) -> bool:
@@ -109,7 +109,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
     moments = {
         k: {
-            name: like(value, parameters[k])
+            name: shard_like(value, parameters[k])
             if isinstance(value, Tensor) and value.shape == parameters[k].shape
             else value
             for name, value in of_parameter.items()

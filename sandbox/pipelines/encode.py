@@ -45,7 +45,13 @@ from sandbox.model.trainable import fingerprint
 from sandbox.reports.pages import render
 from sandbox.reports.progress import Progress
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import HASH_KEY, has_right_hash, storing, with_hash, write_with_hash
+from sandbox.storage.atomic import (
+    HASH_KEY,
+    has_right_hash,
+    storage_errors,
+    with_hash,
+    write_with_hash,
+)
 from sandbox.storage.first_stage_files import data_identity
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal, Place, Shards, present, read_journal, read_member
@@ -68,7 +74,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
             f"data={root.data.plugin.split('/')[1]}: has no pixels to encode; choose other data"
         )
     folder = Path(root.task.to).expanduser()
-    with storing(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     use_kernels(root)
     use_threads(root)
@@ -109,7 +115,7 @@ def encode_all(root: Root, rank: Rank) -> dict[str, Any]:
         "splits": splits,
     }
     if rank.index == 0:
-        with storing(folder):
+        with storage_errors(folder):
             write_with_hash(folder / "index.json", index)
             if root.task.prune:
                 with locked(folder / "rank-00.json"):
@@ -199,13 +205,15 @@ class Networks:
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             stored = self.first_stage.encode(video).stored
         tensors = {"stored": stored[0].cpu()}
-        return tensors | ({"image": in_bytes(image_of(sample))} if self.keeps_image else {})
+        return tensors | (
+            {"image": to_uint8_if_lossless(image_of(sample))} if self.keeps_image else {}
+        )
 
     @torch.no_grad()
     def text(self, caption: str) -> dict[str, Tensor]:
         assert self.conditioner is not None
         embedding, mask = self.conditioner.encoded([caption])
-        return {"text": narrowed(embedding[0].cpu()), "text_mask": mask[0].cpu()}
+        return {"text": to_half_if_lossless(embedding[0].cpu()), "text_mask": mask[0].cpu()}
 
 
 class Writer:
@@ -306,7 +314,7 @@ class Writer:
         if not self.made:
             check_sample(items.id(index), sample, self.root.data)
         is_drawn = rng.random() != keyed(*key_of_draws).random()  # loading drew numbers
-        key = _hash(self.networks.of_latents, *pixels_of(sample))
+        key = _hash(self.networks.of_latents, *pixel_hashes(sample))
         if not self._has("latents", key):
             tensors = self.networks.latents(sample)
             self.places["latents"][key] = self.shards["latents"].add(key, tensors)
@@ -339,19 +347,19 @@ def image_of(sample: Sample) -> Tensor:
     return sample["image"] if "image" in sample else sample["video"][:, :1]
 
 
-def in_bytes(image: Tensor) -> Tensor:
+def to_uint8_if_lossless(image: Tensor) -> Tensor:
     """uint8 if that is lossless (x / 127.5 - 1), else unchanged."""
     found = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return found if torch.equal(found / 127.5 - 1, image) else image.contiguous()
 
 
-def narrowed(x: Tensor) -> Tensor:
+def to_half_if_lossless(x: Tensor) -> Tensor:
     """In half precision if that is lossless."""
     halves = (x.to(dtype) for dtype in (torch.bfloat16, torch.float16))
     return next((half for half in halves if torch.equal(half.float(), x)), x)
 
 
-def pixels_of(sample: Sample) -> Iterator[str]:
+def pixel_hashes(sample: Sample) -> Iterator[str]:
     """Hashes of a clip's pixels."""
     for name in ("video", "image"):
         if name in sample:

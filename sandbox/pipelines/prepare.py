@@ -39,7 +39,7 @@ from sandbox.data.video_files import CONTAINERS, VideoClip, probe
 from sandbox.distributed.pool import Crashed, Ordered, cores, started
 from sandbox.reports.media import write_frames
 from sandbox.reports.progress import Progress
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 from sandbox.storage.locks import locked
 from sandbox.storage.shards import Journal
 
@@ -73,7 +73,7 @@ def prepare(root: Root) -> dict[str, Any]:
             f"task.format={cfg.format}: no stage writes clips; add normalise to the stages, or "
             "set task.format=null"
         )
-    with storing(to):
+    with storage_errors(to):
         to.mkdir(parents=True, exist_ok=True)
     count = cores() if cfg.workers is None else cfg.workers
     began = time.process_time()
@@ -89,7 +89,7 @@ def prepare(root: Root) -> dict[str, Any]:
                 write_format(to, cfg.format, kept, cfg.shard_mb * 1_000_000)
         finally:
             work.journal.close()
-    with storing(to):
+    with storage_errors(to):
         write_manifest(to, root, rows)
         sheets(to / "dropped", rows, cfg.sheet)
         if count:
@@ -132,7 +132,7 @@ class Stages:
         return json.dumps([self.plugins_path, chosen])
 
     def key(self, name: str, row: Row) -> str:
-        return hashed(name, self.digests[name], row["info"].sha256, row["start"], row["end"])
+        return hash_parts(name, self.digests[name], row["info"].sha256, row["start"], row["end"])
 
     @staticmethod
     def _digest(cfg: Any) -> str:
@@ -140,7 +140,7 @@ class Stages:
         path = registry.find(cfg.plugin).path
         code = path.read_text(encoding="utf-8") if path else ""
         settings = {k: v for k, v in to_container(cfg).items() if k not in cfg.limits}
-        return hashed(FORMAT, code, settings)
+        return hash_parts(FORMAT, code, settings)
 
 
 # --- in a worker ----------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class Found:
 
 
 @cache
-def built(shared: str) -> dict[str, Any]:
+def build_stages(shared: str) -> dict[str, Any]:
     plugins_path, configs = json.loads(shared)
     setup([f"plugins_path={plugins_path}"] if plugins_path else ())
     return {name: registry.create(registry.typed(node)) for name, node in configs.items()}
@@ -186,14 +186,14 @@ def prepare_source(job: Job) -> Found:
     return found
 
 
-def probed(job: Job, found: Found) -> None:
+def probe_file(job: Job, found: Found) -> None:
     with timed(found, "probing"):
         found.values["info"] = asdict(probe(job.path))
 
 
-def scored(job: Job, found: Found) -> None:
+def score_clip(job: Job, found: Found) -> None:
     """Scores of a clip: {stage: scores}."""
-    stages = built(job.shared)
+    stages = build_stages(job.shared)
     assert job.info
     length = job.end - job.start
     wanted = [t for name in job.names for t in stages[name].cfg.times(length)]
@@ -205,10 +205,10 @@ def scored(job: Job, found: Found) -> None:
             found.values[name] = stages[name].score(clip)
 
 
-def rendered(job: Job, found: Found) -> None:
+def render_clip(job: Job, found: Found) -> None:
     """Writes a clip; {"clip": its frames, height, width, fps and bytes}."""
     assert job.info and job.to
-    (stage,) = built(job.shared).values()
+    (stage,) = build_stages(job.shared).values()
     with timed(found, "writing"):
         made = stage.render(VideoClip(job.path, job.info, job.start, job.end))
         frames, height, width = write_frames(job.to, made.frames, made.fps, made.crf, PRESET)
@@ -259,8 +259,8 @@ class Work:
         tasks = []
         for row in rows:
             stat = row["path"].stat()
-            key = hashed(FORMAT, row["source"], stat.st_size, stat.st_mtime_ns)
-            tasks.append((row, {"info": key}, Job(probed, row["path"], ("info",))))
+            key = hash_parts(FORMAT, row["source"], stat.st_size, stat.st_mtime_ns)
+            tasks.append((row, {"info": key}, Job(probe_file, row["path"], ("info",))))
         self.compute("reading", tasks)
         for row in rows:
             if "dropped" not in row:
@@ -285,7 +285,7 @@ class Work:
                 keys = {name: self.stages.key(name, row) for name in scoring}
                 missing = tuple(n for n, key in keys.items() if key not in self.known)
                 span = row["start"], row["end"]
-                job = Job(scored, row["path"], missing, shared, row["info"], *span)
+                job = Job(score_clip, row["path"], missing, shared, row["info"], *span)
                 tasks.append((row, keys, job))
         self.compute(" ".join(scoring), tasks)
         for row, _, _ in tasks:
@@ -320,7 +320,7 @@ class Work:
             if "bad" not in known and size != known.get("bytes"):
                 self.known.pop(key, None)
             job = Job(
-                rendered, row["path"], ("clip",), shared, row["info"], row["start"], row["end"],
+                render_clip, row["path"], ("clip",), shared, row["info"], row["start"], row["end"],
                 row["file"],
             )  # fmt: skip
             tasks.append((row, {"clip": key}, job))
@@ -370,7 +370,7 @@ def cut(row: Row, name: str, stage: CuttingStage) -> Iterator[Row]:
 
 def identity(row: Row) -> str:
     """A clip's id, from its file's name and span; usable as a file name."""
-    return hashed(row["source"], row.get("start"), row.get("end"))[:16]
+    return hash_parts(row["source"], row.get("start"), row.get("end"))[:16]
 
 
 def check_captions(kept: list[Row], form: str) -> None:
@@ -418,5 +418,5 @@ def walk(root: Path) -> Iterator[str]:
                 yield Path(folder, file).relative_to(root).as_posix()
 
 
-def hashed(*parts: Any) -> str:
+def hash_parts(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from sandbox.contracts import BadItem, Row
 from sandbox.data.video_files import VideoClip
 from sandbox.reports.media import contact_sheet, replacing
 from sandbox.reports.pages import render
-from sandbox.storage.atomic import storing, sync_folder, write_atomic
+from sandbox.storage.atomic import storage_errors, sync_folder, write_atomic
 from sandbox.storage.shards import END
 
 INDEX = 1  # format of index.json
@@ -29,7 +29,7 @@ BINS = 40
 def write_format(to: Path, form: str, kept: list[Row], shard_bytes: int) -> Path:
     """Writes the layout `form` of rendered clips to `to/form`. Raises StorageError."""
     final, draft = to / form, to / f".{form}.part"
-    with storing(final):
+    with storage_errors(final):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         splits = {
@@ -170,12 +170,12 @@ def sheets(folder: Path, rows: list[Row], most: int) -> None:
     for name in sorted({row["dropped"][0] for row in rows if "dropped" in row}):
         dropped = [r for r in rows if r.get("dropped", [""])[0] == name and "start" in r]
         step = max(1, -(-len(dropped) // most)) if most else 0
-        strips = [strip for row in dropped[::step] if (strip := shown(row))] if most else []
+        strips = [strip for row in dropped[::step] if (strip := thumbnails(row))] if most else []
         if strips:
             contact_sheet(folder / f"{name}.png", strips)
 
 
-def shown(row: Row) -> tuple[str, dict[str, Any]] | None:
+def thumbnails(row: Row) -> tuple[str, dict[str, Any]] | None:
     """A few frames with source and reason; None if they cannot be decoded."""
     import numpy as np
 

@@ -19,7 +19,7 @@ from sandbox.config.wiring import Wiring, wire
 from sandbox.contracts import AVERAGE, FROZEN, STUDENT, TRAINED, Clip, Conditions, Output, Slots
 from sandbox.model.ema import EMA
 from sandbox.model.networks import captured
-from sandbox.plan.depth import deeper
+from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import Measured, measure, on_fake_device
 from sandbox.runs.lookup import read_root
 
@@ -207,7 +207,7 @@ def largest_unit(parts: dict[str, Any]) -> int:
 Encoded = tuple[Measured, Tensor]  # of the first stage, and its latents
 
 
-def encoded(root: Root, sizes: Sizes) -> Encoded | None:
+def measure_encoding(root: Root, sizes: Sizes) -> Encoded | None:
     """Measures the encoding before the backbone; None with cached latents."""
     if "stored" in root.data.provides():
         return None
@@ -223,7 +223,7 @@ def encoded(root: Root, sizes: Sizes) -> Encoded | None:
         return measure_as(root, step, [first_stage], inputs), made[0]
 
 
-def measured(
+def measure_step(
     root: Root,
     sizes: Sizes,
     checkpointing: bool | None = None,
@@ -233,9 +233,9 @@ def measured(
     """Measures one training step of `root` (model.latent_diffusion), forward and backward.
 
     Conditions are empty tensors of the right shapes; their encoders are not measured. Deep networks
-    are extrapolated from three small depths if possible. `before`: the result of `encoded`.
+    are extrapolated from three small depths if possible. `before`: from `measure_encoding`.
     """
-    before = before or encoded(root, sizes)
+    before = before or measure_encoding(root, sizes)
 
     def at(backbone: Any) -> Measured:
         return step_of(replace(root, backbone=backbone), sizes, checkpointing, half, before)
@@ -254,7 +254,9 @@ def from_shallow(backbone: Any, at: Callable[[Any], Measured]) -> Measured | Non
     depths = [first + i * period for i in range(3)]
     if layers <= sum(depths):
         return None
-    return deeper([at(replace(backbone, **{name: n})) for n in depths], (layers - first) // period)
+    return extrapolate(
+        [at(replace(backbone, **{name: n})) for n in depths], (layers - first) // period
+    )
 
 
 def step_of(

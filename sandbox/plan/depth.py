@@ -13,14 +13,16 @@ from sandbox.plan.measure import Measured
 Events = list[tuple[int, int]]  # changes of (temporary bytes, gradient bytes)
 
 
-def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
+def extrapolate(measured: Sequence[Measured], times: int) -> Measured | None:
     """`measured`: at three equally spaced depths; `times`: strides from the first to the target.
 
     None if the third disagrees with the extrapolation.
     """
-    numbers = [[m.forward, m.backward, m.repeated, m.held, *_turn(m)] for m in measured]
+    numbers = [
+        [m.forward, m.backward, m.repeated, m.held, *_first_backward_event(m)] for m in measured
+    ]
     passes = zip(*(_passes(m) for m in measured), strict=True)
-    grown = [_grown(a, b, c, times) for a, b, c in passes]
+    grown = [_repeat_difference(a, b, c, times) for a, b, c in passes]
     if None in grown or any(a + c != 2 * b for a, b, c in zip(*numbers, strict=True)):
         return None
     *sums, other, own = (a + times * (b - a) for a, b in zip(*numbers[:2], strict=True))
@@ -32,7 +34,7 @@ def deeper(measured: Sequence[Measured], times: int) -> Measured | None:
     return Measured(*sums, peak=peak, moments=moments, turn=len(forward))
 
 
-def _turn(found: Measured) -> tuple[int, int]:
+def _first_backward_event(found: Measured) -> tuple[int, int]:
     """The first event of the backward pass: autocast's weight copies are freed by then."""
     return (_events(found)[found.turn :] or [(0, 0)])[0]
 
@@ -48,7 +50,7 @@ def _events(found: Measured) -> Events:
     return [(b[0] - a[0], b[1] - a[1]) for a, b in pairs]
 
 
-def _grown(a: Events, b: Events, c: Events, times: int) -> Events | None:
+def _repeat_difference(a: Events, b: Events, c: Events, times: int) -> Events | None:
     """Inserts the difference of `a` and `b` `times` times; None if twice does not give `c`."""
     start = _common(a, b)
     end = min(_common(a[::-1], b[::-1]), len(a) - start)

@@ -16,18 +16,18 @@ from sandbox.plan.build import (
     counts,
     dtype_of,
     ema_bytes,
-    encoded,
     largest_unit,
-    measured,
+    measure_encoding,
+    measure_step,
     optimizer_bytes,
     parts_of,
 )
 from sandbox.plan.measure import Measured
 from sandbox.plan.objective import Objective, objective
+from sandbox.plan.parallel_map import parallel_map
 from sandbox.plan.published import published
-from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import Memory, Need, rows
-from sandbox.plan.wires import diagram
+from sandbox.plan.wiring_diagram import diagram
 
 COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Measured, in plan.json
 
@@ -79,7 +79,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The contents of plan.json."""
         from sandbox.config.root import to_container
-        from sandbox.runs.run import identity_of_work
+        from sandbox.runs.identity import identity_of_work
 
         config, trainer = to_container(self.root), self.root.trainer
         return {
@@ -149,15 +149,15 @@ def steps(
 
     The latter (DeepSpeed) are empty with an adapter: DeepSpeed trains full networks only.
     """
-    before = encoded(root, sizes)
+    before = measure_encoding(root, sizes)
 
     def of(job: tuple[bool, bool]) -> Measured:
-        return measured(root, sizes, *job, before)
+        return measure_step(root, sizes, *job, before)
 
     jobs = [(False, False)] if is_on is None else [(True, False), (False, False)]
     if root.adapter is None and root.precision != "fp32":
         jobs.append((bool(is_on), True))
-    found = dict(zip(jobs, side_by_side(of, jobs), strict=True))
+    found = dict(zip(jobs, parallel_map(of, jobs), strict=True))
     native = {on: m for (on, is_half), m in found.items() if not is_half}
     if root.adapter is None and root.precision == "fp32":
         return native, native

@@ -18,7 +18,7 @@ from sandbox.reports.statistics import (
     of_prompts,
     of_seeds,
 )
-from sandbox.runs.run import IGNORED, matches
+from sandbox.runs.identity import IGNORED, matches
 
 EXCLUDED = (*IGNORED, "seed", "task")  # settings that do not define a variant
 MOST_REASONS = 3  # reasons in the error if no metric is comparable
@@ -84,7 +84,7 @@ def typed_value(text: str) -> str:
     return text if text in ("null", "true", "false") else str(value)
 
 
-def grouped(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
+def group_variants(entries: Sequence[Entry]) -> tuple[list[Variant], list[str]]:
     """Variants sorted by value, and dependent settings; the last of duplicate runs counts."""
     columns, dependent = varying(entries)
     runs: dict[tuple[str, ...], dict[int, Entry]] = {}
@@ -207,7 +207,7 @@ def compare(runs: RunSet, baseline: Sequence[str] = (), metrics: Sequence[str] =
     or several variants, and for a metric that is missing or has different protocols.
     """
     entries = runs.entries
-    variants, dependent = grouped(entries)
+    variants, dependent = group_variants(entries)
     names, refused = comparable(entries)
     known = ", ".join(names or refused) or "those of runs with scores"
     problems = [
@@ -224,7 +224,7 @@ def compare(runs: RunSet, baseline: Sequence[str] = (), metrics: Sequence[str] =
     if problems:
         raise ConfigError(*problems)
     names = list(metrics) or names
-    base = chosen(variants, baseline)
+    base = find_variant(variants, baseline)
     cells: dict[tuple[str, str], Cell] = {}
     for name in names:
         differences = [difference(v, base, name) for v in variants]
@@ -284,7 +284,7 @@ def _difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
     return ", ".join(parts[:2]) + more
 
 
-def chosen(variants: Sequence[Variant], words: Sequence[str]) -> Variant:
+def find_variant(variants: Sequence[Variant], words: Sequence[str]) -> Variant:
     """The variant with this letter or these settings; empty: the first. Raises ConfigError."""
     if not words:
         return variants[0]

@@ -16,12 +16,12 @@ import numpy as np
 from sandbox.reports import media
 from sandbox.reports.ablation import Ablation, Cell, Variant
 from sandbox.reports.ablation_runs import COSTS
-from sandbox.reports.charts import COLOURS, STYLE, smoothed
+from sandbox.reports.charts import COLOURS, STYLE, smooth
 from sandbox.reports.pages import Media, render
 from sandbox.reports.run_page import read_curves
 from sandbox.reports.statistics import LEAST_SEEDS, LEVEL, Estimate
-from sandbox.reports.tables import number, text_table
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.reports.tables import format_number, text_table
+from sandbox.storage.atomic import storage_errors, write_atomic
 
 MOST_ROWS = 40  # variants in the interval plot
 MOST_LINES = 8  # variants in the curve plot
@@ -39,7 +39,7 @@ def write_ablation(folder: Path, ablation: Ablation) -> Path:
     from matplotlib import rc_context
 
     page, sheet = folder / "report.html", folder / "samples.png"
-    with storing(folder):
+    with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in FIGURES:
             (folder / name).unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def cost(e: Estimate | None) -> str:
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if e.mean >= size:
             return f"{e.mean / size:.3g}{unit}"
-    return number(e.mean)
+    return format_number(e.mean)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -258,7 +258,7 @@ def curve_of(
     """
     from scipy.stats import sem, t
 
-    lines = [dict(smoothed(np.array(points, np.float64)).tolist()) for points in each]
+    lines = [dict(smooth(np.array(points, np.float64)).tolist()) for points in each]
     common = sorted(set.intersection(*map(set, lines)))
     if not common:
         return None
@@ -310,17 +310,18 @@ def common_samples(ablation: Ablation) -> tuple[int, list[SampleRow]]:
 def write_sheet(path: Path, samples: Sequence[SampleRow]) -> None:
     """A contact sheet: a row per prompt, a column per variant."""
     rows = [
-        (prompt, {k: _thinned(decoded(f)) for k, f in files.items()}) for prompt, files in samples
+        (prompt, {k: _three_frames(decode_frames(f)) for k, f in files.items()})
+        for prompt, files in samples
     ]
     media.contact_sheet(path, rows)
 
 
-def _thinned(frames: np.ndarray) -> np.ndarray:
+def _three_frames(frames: np.ndarray) -> np.ndarray:
     """First, middle and last frame, so that many variants fit side by side."""
     return frames[sorted({0, len(frames) // 2, len(frames) - 1})]
 
 
-def decoded(path: Path) -> np.ndarray:
+def decode_frames(path: Path) -> np.ndarray:
     """Frames (T, H, W, 3) uint8 of a video or an image."""
     import av
 

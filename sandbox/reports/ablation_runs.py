@@ -13,8 +13,9 @@ from typing import Any
 
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.runs import records
+from sandbox.runs.identity import flat_settings, identity_of_work
 from sandbox.runs.lookup import TRAINED_BY
-from sandbox.runs.run import Run, identity_of_work, leaves, read_json
+from sandbox.runs.run import Run, read_json
 
 MOST_NAMED = 5  # runs or variants in a message
 COSTS = {  # key in a run's cost -> heading
@@ -50,12 +51,12 @@ class Entry:
 
     def protocol(self, name: str) -> dict[str, str]:
         """How `name` was computed, dotted name -> value; empty if not recorded."""
-        return leaves(self.metrics.get("protocols", {}).get(name, {}))
+        return flat_settings(self.metrics.get("protocols", {}).get(name, {}))
 
     @property
     def held_out(self) -> dict[str, str]:
         """Number and hashes of the validation clips; empty if not recorded."""
-        return leaves((self.environment.get("data") or {}).get("val") or {})
+        return flat_settings((self.environment.get("data") or {}).get("val") or {})
 
     @cached_property
     def costs(self) -> dict[str, float]:
@@ -125,7 +126,7 @@ def add(
             runs.left_out.append(f"{path.name} is not finished")
             continue
         flops = planned.get(identity_of_work(config)) if planned else None
-        runs.entries.append(Entry(path, leaves(config), *files, flops))
+        runs.entries.append(Entry(path, flat_settings(config), *files, flops))
     return runs
 
 
@@ -136,7 +137,7 @@ def with_evaluations(folder: Path) -> dict[str, Any]:
     paths = (folder / "evaluations").glob("evaluation-*.json")
     for path in sorted(paths, key=lambda p: (len(p.name), p.name), reverse=True):
         name_in_run = f"evaluations/{path.name}"
-        records.check(folder, name_in_run)
+        records.check_hash(folder, name_in_run)
         if not path.stat().st_size:  # task=evaluate is at work
             continue
         evaluation = records.read_dict(folder, name_in_run)

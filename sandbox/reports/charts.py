@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from sandbox.reports.tables import number
+from sandbox.reports.tables import format_number
 
 Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
 
@@ -38,7 +38,7 @@ def line_chart(title: str, series: dict[str, Points], log_x: bool = False) -> di
     `keys`: (name, last smoothed value) per series. `svg` is None without finite values.
     """
     cleaned = {name: points for name, raw in series.items() if len(points := _finite(raw))}
-    keys = [(name, number(float(smoothed(p)[-1, 1]))) for name, p in cleaned.items()]
+    keys = [(name, format_number(float(smooth(p)[-1, 1]))) for name, p in cleaned.items()]
     svg = inline_svg(draw, title, cleaned, log_x) if cleaned else None
     return {"title": title, "keys": keys, "svg": svg}
 
@@ -52,7 +52,7 @@ def draw(title: str, series: dict[str, np.ndarray], log_x: bool = False) -> Any:
     for i, points in enumerate(series.values()):
         style: dict[str, Any] = {"lw": 1, "alpha": 0.32} if len(points) > FEW else {"marker": "."}
         axes.plot(*points.T, color=COLOURS[i % len(COLOURS)], **style)
-        axes.plot(*smoothed(points).T, color=COLOURS[i % len(COLOURS)], lw=1.8)
+        axes.plot(*smooth(points).T, color=COLOURS[i % len(COLOURS)], lw=1.8)
     low, high, log_y = value_range(title, [*series.values()])
     axes.set_yscale("log" if log_y else "linear")
     axes.set_ylim(low, high)
@@ -86,7 +86,7 @@ def value_range(title: str, series: list[np.ndarray]) -> tuple[float, float, boo
     logarithmic axis: where smoothed values span more than a factor of 50 (never for an lr).
     """
     # the first few of many points are barely smoothed, and often outliers
-    lines = np.concatenate([smoothed(p)[5 if len(p) > FEW else 0 :, 1] for p in series])
+    lines = np.concatenate([smooth(p)[5 if len(p) > FEW else 0 :, 1] for p in series])
     spread = np.concatenate([np.percentile(p[:, 1], [1, 99]) for p in series])
     low, high = min(lines.min(), spread.min()), max(lines.max(), spread.max())
     typical_low, typical_high = np.percentile(lines, [5, 95])
@@ -106,7 +106,7 @@ def _finite(points: Points) -> np.ndarray:
     return array[np.argsort(array[:, 0], kind="stable")]
 
 
-def smoothed(points: np.ndarray) -> np.ndarray:
+def smooth(points: np.ndarray) -> np.ndarray:
     """(N, 2) -> (N, 2): running means over 6 % of the points, fewer near the start.
 
     Short curves, and curves that are smooth already (a learning rate), are returned unchanged.

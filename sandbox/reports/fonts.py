@@ -99,7 +99,7 @@ def draw_text(
         left += face.getlength(part)
 
 
-def wrapped(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
+def wrap(text: str, width: int, size: int, most: int, bold: bool = False) -> list[str]:
     """Lines of at most `width` pixels, without secrets; text beyond `most` lines is cut with an
     ellipsis.
     """

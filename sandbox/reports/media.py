@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from sandbox.reports.fonts import draw_text, wrapped
+from sandbox.reports.fonts import draw_text, wrap
 from sandbox.storage import atomic
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     An exception leaves `path` unchanged. Raises StorageError where the file cannot be written.
     """
     path = Path(path)
-    with atomic.storing(path):
+    with atomic.storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as draft:
             yield draft
@@ -86,14 +86,14 @@ def enlargement(height: int, width: int, least: int = 160) -> int:
     return factor + factor % 2 if factor > 1 else 1
 
 
-def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
+def upscale(frames: np.ndarray, factor: int) -> np.ndarray:
     """(T, H, W, 3) -> (T, factor * H, factor * W, 3), nearest neighbour."""
     if factor < 1:
         raise ValueError(f"enlarge={factor}: want >= 1")
     return frames.repeat(factor, 1).repeat(factor, 2)
 
 
-def evenly(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of range(count), evenly spaced, including the first and the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
@@ -113,7 +113,7 @@ def write_video(
     Odd sizes are padded by repeating the last row or column. `crf` 10 deviates by a few levels, 0
     by rounding only. Deterministic: the same clip gives the same bytes.
     """
-    frames = enlarged(frames_uint8(video), enlarge)
+    frames = upscale(frames_uint8(video), enlarge)
     height, width = frames.shape[1:3]
     write_frames(
         path,
@@ -183,7 +183,7 @@ def write_gif(path: str | Path, video: Tensor | np.ndarray, fps: float, enlarge:
     )
     first, *rest = (
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
-        for frame in enlarged(small, enlarge)
+        for frame in upscale(small, enlarge)
     )
     with replacing(path) as draft:
         first.save(
@@ -212,20 +212,18 @@ def grid_of_clips(
     if not clips:
         raise ValueError("grid_of_clips: want at least one clip")
     small = [frames_uint8(video) for _, video in clips]
-    shown = [enlarged(f, enlargement(f.shape[1], f.shape[2], least)) for f in small]
+    shown = [upscale(f, enlargement(f.shape[1], f.shape[2], least)) for f in small]
     width, height = max(f.shape[2] for f in shown), max(f.shape[1] for f in shown)
     texts = _texts([caption for caption, _ in clips], width, most=2)
     frames = []
     for t in range(max(map(len, shown))):
         images = [Image.fromarray(clip[min(t, len(clip) - 1)]) for clip in shown]
         cells = [
-            _table([[_padded(image, width, height)], [text]], (0, 6))
+            _table([[_pad(image, width, height)], [text]], (0, 6))
             for image, text in zip(images, texts, strict=True)
         ]
         table = _table(_in_rows(cells, columns), (12, 12), 12)
-        frames.append(
-            _padded(table, table.width + table.width % 2, table.height + table.height % 2)
-        )
+        frames.append(_pad(table, table.width + table.width % 2, table.height + table.height % 2))
     return np.stack(frames)
 
 
@@ -280,7 +278,7 @@ def _grid(
     width = max(s.width for of_row in strips for s in of_row.values())
     height = max(s.height for of_row in strips for s in of_row.values())
     blank = Image.new("RGB", (width, height), BACKGROUND)
-    shown = [[_padded(s.get(k, blank), width, height) for k in labels] for s in strips]
+    shown = [[_pad(s.get(k, blank), width, height) for k in labels] for s in strips]
     texts = _texts(captions, (width + 2) * len(labels) - 2, most=3)
     cells = [
         _table([[_table([images], (2, 0))], [text]], (0, 4))
@@ -354,23 +352,23 @@ def _in_rows(cells: list[Image.Image], across: int) -> list[list[Image.Image]]:
     return [cells[i : i + across] for i in range(0, len(cells), across)]
 
 
-def _padded(image: Image.Image, width: int, height: int) -> Image.Image:
+def _pad(image: Image.Image, width: int, height: int) -> Image.Image:
     """The image in the upper left corner of a larger one."""
     return ImageOps.expand(image, (0, 0, width - image.width, height - image.height), BACKGROUND)
 
 
 def _texts(texts: Sequence[str], width: int, most: int) -> list[Image.Image]:
     """Texts of at most `most` lines, as images of one size."""
-    lines = [wrapped(text, width, TEXT, most) for text in texts]
+    lines = [wrap(text, width, TEXT, most) for text in texts]
     height = LINE * max(map(len, lines))
-    return [_drawn(of_text, width, height) for of_text in lines]
+    return [_draw_lines(of_text, width, height) for of_text in lines]
 
 
 def _label(text: str, width: int) -> Image.Image:
-    return _drawn(wrapped(text, width, TEXT, 1, bold=True), width, HEADER, bold=True)
+    return _draw_lines(wrap(text, width, TEXT, 1, bold=True), width, HEADER, bold=True)
 
 
-def _drawn(lines: list[str], width: int, height: int, bold: bool = False) -> Image.Image:
+def _draw_lines(lines: list[str], width: int, height: int, bold: bool = False) -> Image.Image:
     image = Image.new("RGB", (width, height), BACKGROUND)
     for i, line in enumerate(lines):
         draw_text(ImageDraw.Draw(image), (0, i * LINE), line, INK, TEXT, bold)
@@ -390,6 +388,6 @@ def _strip(frames: np.ndarray, side: float) -> Image.Image:
     else:
         method = Image.Resampling.LANCZOS
         size = max(1, round(width * side / longest)), max(1, round(height * side / longest))
-    shown = frames[evenly(len(frames), MAX_FRAMES)]
+    shown = frames[evenly_spaced(len(frames), MAX_FRAMES)]
     images = [Image.fromarray(frame).resize(size, method) for frame in shown]
     return _table([images], (FILM, 0), FILM, FRAME)

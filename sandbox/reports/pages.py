@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from sandbox.runs.run import leaves
+from sandbox.runs.identity import flat_settings
 
 FILE_LIMIT = 4 * 2**20  # bytes of one embedded file
 PAGE_LIMIT = 16 * 2**20  # bytes of all embedded files
@@ -22,9 +22,9 @@ TEX = str.maketrans({c: f"\\{c}" for c in "&%$#_{}"} | {
 })  # fmt: skip
 
 
-def flattened(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], name: str = "") -> dict[str, Any]:
     """Dotted name -> value of nested settings."""
-    return {k: json.loads(value) for k, value in leaves(settings, name).items()}
+    return {k: json.loads(value) for k, value in flat_settings(settings, name).items()}
 
 
 def render(template: str, **context: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sandbox.reports.charts import Points, line_chart
-from sandbox.reports.pages import Media, flattened, render
+from sandbox.reports.pages import Media, flatten, render
 from sandbox.reports.scores import (
     ScoreRow,
     format_score,
@@ -21,7 +21,7 @@ from sandbox.reports.scores import (
     names_of,
 )
 from sandbox.runs.run import Run
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 
 LISTED = 200  # files and skipped items
 SPLITS = ("train", "val", "test", "ema")  # metric prefixes that name a split or weights
@@ -69,11 +69,11 @@ def write_report(folder: str | Path, report: Report) -> Path:
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
         settings=dict(setting_tables(report.settings)),
-        environment=flattened(report.environment),
+        environment=flatten(report.environment),
         files=[*files_of(folder)][:LISTED],
     )
     path = folder / "report.html"
-    with storing(path):
+    with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, page)
     return path
@@ -144,7 +144,7 @@ def setting_tables(settings: Mapping[str, Any]) -> Iterator[tuple[str, dict[str,
         yield "run", plain
     for name, group in groups.items():
         plugin = str(group.get("plugin") or "").rpartition("/")[2]
-        values = flattened(group, name)
+        values = flatten(group, name)
         values.pop(f"{name}.plugin", None)
         yield f"{name}={plugin}" if plugin else name, values
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sandbox.config.secrets import mask, mask_text
 from sandbox.reports import media
-from sandbox.storage.atomic import claimed, storing, write_atomic
+from sandbox.storage.atomic import reserve_path, storage_errors, write_atomic
 
 RECORD = "samples.json"  # the settings that made the clips
 SHEET_ROWS = 200  # of a contact sheet
@@ -65,10 +65,10 @@ def write_samples(
     If `folder` already has samples, writes to `folder`-2, ... Raises StorageError.
     """
     folders = chain([folder], (Path(f"{folder}-{number}") for number in count(2)))
-    record = claimed(path / RECORD for path in folders)
+    record = reserve_path(path / RECORD for path in folders)
     paths = write_clips(record.parent, captions, video, fps, given)
     clips = {path.name: caption for path, caption in zip(paths, captions, strict=False)}
-    with storing(record):
+    with storage_errors(record):
         write_atomic(record, json.dumps(mask(made_by) | {"clips": clips}, indent=1) + "\n")
     return paths
 

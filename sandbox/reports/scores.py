@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import TextWrapper
 
-from sandbox.reports.tables import number, text_table
+from sandbox.reports.tables import format_number, text_table
 
 
 @dataclass
@@ -43,7 +43,7 @@ def format_score(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     if abs(value) >= 1000:
-        return number(value)
+        return format_number(value)
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 

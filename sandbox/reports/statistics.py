@@ -79,14 +79,14 @@ def of_prompts(values: Sequence[float], seed: int = 0) -> Estimate:
     mean, n = float(array.mean()), len(array)
     if n < LEAST_PROMPTS or not np.ptp(array) > 0:
         return Estimate(mean, n=n, of="prompts")
-    means = resampled(array[None], seed)[0]
+    means = resample(array[None], seed)[0]
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p = min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))
     return Estimate(mean, float(low), float(high), n, "prompts", p)
 
 
-def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
+def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """(S, N) -> (S, RESAMPLES) means of N values drawn from each row with replacement."""
     n = values.shape[1]
     drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)

@@ -26,7 +26,7 @@ def is_number(text: str) -> bool:
     return text[:1].isdigit() or text in ("-", "inf", "nan", "no")
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three significant digits: 0, 0.473, 1.2k, 4e-05."""
     if 1000 <= abs(value) < 1e6:
         return f"{value / 1000:.3g}k"

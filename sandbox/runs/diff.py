@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox.runs.run import IGNORED, Run, changes, existing_run, leaves, matches
+from sandbox.runs.identity import IGNORED, changes, flat_settings, matches
+from sandbox.runs.run import Run, existing_run
 
 # Timings and memory, which differ between equal runs.
 MEASURED = ("*seconds*", "*per_second*", "*_ms", "time*", "*memory*")
@@ -45,8 +46,10 @@ def compare_runs(a: Path, b: Path) -> RunDiff:
     settings = changes(one.config(), other.config())
     ignored = {name for name in settings if matches(name, IGNORED)}
     envs = one.read("environment.json"), other.read("environment.json")
-    rest = [leaves({k: v for k, v in e.items() if k not in NOT_COMPARED}) for e in envs]
-    versions, data = ([leaves(e.get(key) or {}) for e in envs] for key in ("versions", "data"))
+    rest = [flat_settings({k: v for k, v in e.items() if k not in NOT_COMPARED}) for e in envs]
+    versions, data = (
+        [flat_settings(e.get(key) or {}) for e in envs] for key in ("versions", "data")
+    )
     return RunDiff(
         {
             "settings": [_line(k, *v) for k, v in settings.items() if k not in ignored],
@@ -103,7 +106,9 @@ def _scores(one: Run, other: Run) -> list[str]:
     for name, run, result in zip(("first", "second"), (one, other), results, strict=True):
         if not result:
             return [f"the {name} run has no result: {run.folder.name} is not finished"]
-    return _between(*(leaves({k: v for k, v in r.items() if k != "folder"}) for r in results))
+    return _between(
+        *(flat_settings({k: v for k, v in r.items() if k != "folder"}) for r in results)
+    )
 
 
 def _weights(one: Path, other: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sandbox.config import discovery, registry
 from sandbox.config.registry import SEVERAL
-from sandbox.config.root import GROUPS, OF_THE_COMMAND, Root, from_container, placed
+from sandbox.config.root import GROUPS, OF_THE_COMMAND, Root, from_container, resolve_paths
 from sandbox.contracts import ConfigError, SandboxError, SizeError, StorageError
 from sandbox.runs.run import Run, existing_run
 
@@ -64,7 +64,7 @@ def read_root(folder: Path) -> Root:
     except SandboxError as e:
         raise type(e)(*(f"{folder}: {text}" for text in e.args)) from e
     start = run.started_in()
-    return root if start == Path.cwd() else placed(root, start)
+    return root if start == Path.cwd() else resolve_paths(root, start)
 
 
 def check_same_system(
@@ -124,7 +124,7 @@ def first_stage_problems(root: Root) -> Iterator[str]:
             )
 
 
-def choices(overrides: Sequence[str]) -> list[str]:
+def inherited_options(overrides: Sequence[str]) -> list[str]:
     """Overrides for the options of an earlier run, where the task of `overrides` works on one.
 
     Put in front of `overrides`, they let `task=sample sampler.eta=0` compose with the sampler of

@@ -17,7 +17,7 @@ from sandbox.storage.atomic import (
     HASH_KEY,
     digest_of,
     has_right_hash,
-    storing,
+    storage_errors,
     write_atomic,
     write_with_hash,
 )
@@ -29,7 +29,7 @@ def write(folder: Path, name: str, text: str) -> None:
     """Writes a file and its hash, each atomically. Raises StorageError."""
     known, text = _hashes(folder), without_secrets(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with storing(folder / name):
+    with storage_errors(folder / name):
         _write_hashes(folder, {**known, name: [digest, *known.get(name, [])[:1]]})
         write_atomic(folder / name, text)
 
@@ -40,7 +40,7 @@ def write_dict(folder: Path, name: str, content: Mapping[str, Any]) -> None:
     if name != HASHES:
         write(folder, name, text + "\n")
         return
-    with storing(folder / name):
+    with storage_errors(folder / name):
         _write_environment(folder, json.loads(text) | {KEY: _hashes(folder)})
 
 
@@ -49,7 +49,7 @@ def read(folder: Path, name: str) -> str:
     path = folder / name
     try:
         content = path.read_bytes()
-        check(folder, name, hashlib.sha256(content).hexdigest())
+        check_hash(folder, name, hashlib.sha256(content).hexdigest())
         return content.decode()
     except OSError as e:
         raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
@@ -73,22 +73,22 @@ def read_dict(folder: Path, name: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if name != HASHES or k not in (KEY, HASH_KEY)}
 
 
-def add(folder: Path, name: str) -> None:
+def add_hash(folder: Path, name: str) -> None:
     """Records the hash of a file that is complete. Raises StorageError."""
-    with storing(folder / name):
+    with storage_errors(folder / name):
         if (folder / name).is_file():
             _write_hashes(folder, {**_hashes(folder), name: [digest_of(folder / name)]})
 
 
-def forget(folder: Path, name: str) -> None:
+def remove_hash(folder: Path, name: str) -> None:
     """Removes the hash of a file that is written again. Raises StorageError."""
     known = _hashes(folder)
     if name in known:
-        with storing(folder / name):
+        with storage_errors(folder / name):
             _write_hashes(folder, {k: v for k, v in known.items() if k != name})
 
 
-def check(folder: Path, name: str, digest: str | None = None) -> None:
+def check_hash(folder: Path, name: str, digest: str | None = None) -> None:
     """Raises StorageError where the hash of a file is not the recorded one."""
     recorded = _hashes(folder).get(name) if name != HASHES else None
     if recorded and (digest or digest_of(folder / name)) not in recorded:

@@ -1,4 +1,4 @@
-"""The run folder: its name, its lock, resuming, and the files in it.
+"""The run folder: its lock and the files in it.
 
 The name is the recipe and a hash of the resolved config, so the same command finds its run again:
 
@@ -19,268 +19,23 @@ their own. To train a finished run for longer, name its folder:
 from __future__ import annotations
 
 import errno
-import fnmatch
-import hashlib
-import itertools
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from sandbox.config.added_settings import with_added, without_added
-from sandbox.config.root import to_container
-from sandbox.config.secrets import folder_name, mask
+from sandbox.config.added_settings import with_added
+from sandbox.config.secrets import mask
 from sandbox.config.static_reader import first_line
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.distributed.rank import Rank
 from sandbox.runs import records
 from sandbox.runs.environment import environment
-from sandbox.storage.atomic import storing
+from sandbox.storage.atomic import storage_errors
 from sandbox.storage.locks import FileLock
 
-# Settings that do not change a result, and all below them. They are not part of a run's identity
-# and may differ when it is resumed.
-IGNORED = (
-    "out",
-    "cache",
-    "resume",
-    "logger",
-    "checkpoint",
-    "plugins_path",
-    "*.num_workers",
-    "trainer.accelerator",
-    "trainer.threads",
-    "trainer.log_every",
-    "trainer.low_vram",
-    "trainer.timeout",
-    "hydra",
-)
-LOCK_SECONDS = 2.0  # wait for the ranks of a command that was just killed
-# Groups and settings that determine the operations of an optimizer step.
-WORK = ("data", "vae", "backbone", "conditioning", "adapter", "trainable", "precision", "trainer")
-
 log = logging.getLogger(__name__)
-
-
-# --- identity -------------------------------------------------------------------------------------
-
-
-def identity(config: Mapping[str, Any]) -> str:
-    """Eight hex digits, a hash of every setting that may change the result."""
-    return _hash(leaves(mask(without_added(config))))
-
-
-def identity_of_work(config: Mapping[str, Any]) -> str:
-    """Eight hex digits, a hash of every setting that changes the operations of a step."""
-    settings = leaves(without_added(config))
-    return _hash({k: v for k, v in settings.items() if k.partition(".")[0] in WORK})
-
-
-def _hash(settings: Mapping[str, str]) -> str:
-    counted = sorted((k, v) for k, v in settings.items() if not matches(k, IGNORED))
-    return hashlib.sha256(json.dumps(counted).encode()).hexdigest()[:8]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line per setting that differs: "lr: 0.1 -> 0.2"; secrets are not compared."""
-    return [f"{name}: {a} -> {b}" for name, (a, b) in changes(old, new).items()]
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Name -> both values of settings that differ."""
-    a, b = leaves(mask(old)), leaves(mask(new))
-    pairs = {k: (a.get(k, "(absent)"), b.get(k, "(absent)")) for k in {**a, **b}}
-    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def leaves(node: Any, name: str = "") -> dict[str, str]:
-    """Dotted name -> value as JSON text, so that also NaN equals itself."""
-    if isinstance(node, Mapping) and node:
-        found: dict[str, str] = {}
-        for key, value in node.items():
-            found |= leaves(value, f"{name}.{key}" if name else str(key))
-        return found
-    return {name: json.dumps(node, default=str)} if name else {}
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a setting, or one that it is part of, matches a pattern."""
-    return any(
-        fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in patterns
-    )
-
-
-# --- opening --------------------------------------------------------------------------------------
-
-
-def open_run(
-    out: str | Path,
-    name: str,
-    config: Mapping[str, Any],
-    resume: str = "auto",
-    allow: Sequence[str] = (),
-) -> Run:
-    """The folder in which this configuration runs, locked.
-
-    resume: "auto" continues the newest folder of this identity that is neither finished nor in use,
-    else creates the next one; "never" always creates one; a folder name continues that run, even if
-    it is finished, with an equal or larger `steps`. `allow`: settings that may then differ although
-    they may change the result. No file of a resumed run changes before `Run.accept`. Raises
-    StorageError where nothing can be written, ConfigError for a folder that cannot be continued.
-    """
-    if resume not in ("auto", "never"):
-        run = _reopen(Path(resume), config, allow)
-    else:
-        run = _resume_or_create(Path(out), _stem(name, config), config, resume == "auto")
-    run.resumed, run._config = run.config_file.is_file(), config
-    try:
-        if not run.resumed:
-            run.accept()
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
-def _stem(name: str, config: Mapping[str, Any]) -> str:
-    return f"{folder_name(name)}-{identity(config)}"
-
-
-def finished_run(root: Any) -> Path | None:
-    """The newest finished run folder of a typed, wired Root; None where there is none."""
-    return next((path for path in _folders_of(root) if Run(path).finished), None)
-
-
-def open_root(root: Any) -> Run:
-    """`open_run` for a typed Root (`sandbox.config.composition`), named for its recipe."""
-    which = root.resume.run or root.resume.mode
-    return open_run(root.out, root.recipe, to_container(root), which, root.resume.allow)
-
-
-def continues(root: Any) -> bool:
-    """Whether `open_root` resumes a run, which has its own weights."""
-    if root.resume.run is not None:
-        return True
-    return root.resume.mode == "auto" and any(not Run(p).finished for p in _folders_of(root))
-
-
-@contextmanager
-def opened(root: Any, rank: Rank) -> Iterator[Run]:
-    """`open_root` in rank 0, the only one that writes; other ranks get the folder to read from."""
-    own: Run | None = None
-    with rank.rank0_first():
-        if rank.index == 0:
-            own = open_root(root)
-    folder = rank.broadcast_plain(str(own.folder) if own else None)
-    with own or Run(folder) as run:
-        yield run
-
-
-def _resume_or_create(out: Path, stem: str, config: Mapping[str, Any], resume: bool) -> Run:
-    with storing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for n, folder in enumerate(_folders(out, stem, config) if resume else ()):
-        run = Run(folder)
-        if run.finished:
-            continue
-        if run.config_file.is_file():
-            run.config()  # raises where it is damaged: it may record other settings
-        if not run._lock(0 if n else LOCK_SECONDS):
-            log.warning("%s: %s is running in it; this is a further run", folder, run.holder())
-        elif not run.finished:  # it may have finished before the lock was taken
-            return run
-        else:
-            run.close()
-    for n in itertools.count(1):
-        run = Run(out / (stem if n == 1 else f"{stem}-{n}"))
-        with storing(run.folder):
-            try:
-                run.folder.mkdir()
-            except FileExistsError:
-                continue
-        if run._lock():  # else another process has taken the empty folder
-            return run
-    raise AssertionError("count is endless")
-
-
-def _folders_of(root: Any) -> list[Path]:
-    config = to_container(root)
-    return _folders(Path(root.out), _stem(root.recipe, config), config)
-
-
-def _folders(out: Path, stem: str, config: Mapping[str, Any]) -> list[Path]:
-    """Folders of this identity whose recorded settings count as these, newest first."""
-    found = []
-    for path in out.glob(f"{stem}*"):
-        match = re.fullmatch(r"(?:-([1-9]\d*))?", path.name[len(stem) :])
-        if match and path.is_dir() and not _had_other_added_settings(Run(path), config):
-            found.append((int(match[1] or 1), path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _had_other_added_settings(run: Run, config: Mapping[str, Any]) -> bool:
-    """Whether an older version made this run with another value of a setting added since."""
-    if not run.config_file.is_file():
-        return False
-    try:
-        recorded = run.config()
-    except StorageError:  # damaged; resuming raises it
-        return False
-    return any(not matches(name, IGNORED) for name in changes(recorded, config))
-
-
-def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:
-    """The run in `folder`. Raises ConfigError, which names `setting` and ends with `hint`."""
-    run, where = Run(folder), f"{setting}={folder}" if setting else folder
-    if not run.config_file.is_file():
-        raise ConfigError(f"{where}: no run there (it has no config.yaml); {hint}")
-    return run
-
-
-def _reopen(folder: Path, config: Mapping[str, Any], allow: Sequence[str]) -> Run:
-    run = existing_run(folder, "resume.run")
-    if not run._lock():
-        raise ConfigError(
-            f"resume.run={folder}: {run.holder()} is running in it; wait for it or stop it"
-        )
-    try:
-        _check_changes(run, config, allow)
-    except BaseException:
-        run.close()
-        raise
-    return run
-
-
-def _check_changes(run: Run, config: Mapping[str, Any], allow: Sequence[str]) -> None:
-    """Raises ConfigError for a setting that may change the result and that is not in `allow`."""
-    folder, recorded, start = run.folder, run.config(), run.started_in()
-    for line in differences(recorded, config):
-        log.info("resume: %s", line)
-    refused = [
-        f"{k}: was {a} in {folder}, is {b} now, which may change the result; "
-        f"to allow it: resume.allow=[{k}]"
-        for k, (a, b) in changes(recorded, config).items()
-        if not matches(k, (*IGNORED, *allow))
-        and not (k == "steps" and a.isdecimal() and b.isdecimal() and int(b) >= int(a))
-        and not _is_same_file(start, a, b)
-    ]
-    if refused:
-        raise ConfigError(*refused)
-
-
-def _is_same_file(start: Path, a: str, b: str) -> bool:
-    """Whether two values (JSON) name one file or folder; `a` is relative to `start`."""
-    if not a[:1] == b[:1] == '"' or "/" not in a + b:
-        return False
-    one, other = start / json.loads(a), Path(json.loads(b))
-    return one.exists() and one.resolve() == other.resolve()
-
-
-# --- the folder -----------------------------------------------------------------------------------
 
 
 class Run:
@@ -355,7 +110,7 @@ class Run:
         found: dict[int, dict[str, float]] = {}
         if not self.metrics_file.is_file():
             return found
-        records.check(self.folder, self.metrics_file.name)
+        records.check_hash(self.folder, self.metrics_file.name)
         with self.metrics_file.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
@@ -376,7 +131,7 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json atomically, which marks the run as finished."""
-        records.add(self.folder, self.metrics_file.name)
+        records.add_hash(self.folder, self.metrics_file.name)
         records.write_dict(self.folder, self.result.name, mask(result))
 
     def holder(self) -> str:
@@ -406,12 +161,12 @@ class Run:
             log.warning("%s: %s was running in it and may still be; stop it", self.folder, left)
         if earlier:
             now["earlier"] = [*earlier.pop("earlier", []), earlier]
-        with storing(self.folder):
+        with storage_errors(self.folder):
             self.checkpoints.mkdir(exist_ok=True)
             self.samples.mkdir(exist_ok=True)
             if self.finished:  # with fewer steps
                 self.result.replace(self.folder / "result.earlier.json")
-        records.forget(self.folder, self.metrics_file.name)
+        records.remove_hash(self.folder, self.metrics_file.name)
         text = yaml.safe_dump(mask(config), sort_keys=False, width=100)
         records.write(self.folder, self.config_file.name, text)
         records.write_dict(self.folder, self.environment.name, now)
@@ -429,11 +184,11 @@ class Run:
                 raise StorageError(
                     f"{path}: this file system has no locks ({e.strerror}); choose another out="
                 ) from e
-            with storing(path):
+            with storage_errors(path):
                 raise
 
     def _append(self, text: str) -> None:
-        with storing(self.metrics_file), self.metrics_file.open("ab+") as file:
+        with storage_errors(self.metrics_file), self.metrics_file.open("ab+") as file:
             if not self._last_line_is_complete and file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill has cut it off
@@ -449,3 +204,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def existing_run(folder: Path, setting: str = "", hint: str = "want the folder of a run") -> Run:
+    """The run in `folder`. Raises ConfigError, which names `setting` and ends with `hint`."""
+    run, where = Run(folder), f"{setting}={folder}" if setting else folder
+    if not run.config_file.is_file():
+        raise ConfigError(f"{where}: no run there (it has no config.yaml); {hint}")
+    return run

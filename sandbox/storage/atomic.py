@@ -51,7 +51,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 @contextmanager
-def storing(path: Path) -> Iterator[None]:
+def storage_errors(path: Path) -> Iterator[None]:
     """Turns an OSError of the block into a StorageError that names `path`."""
     try:
         yield
@@ -62,13 +62,13 @@ def storing(path: Path) -> Iterator[None]:
         ) from e
 
 
-def claimed(paths: Iterable[Path]) -> Path:
+def reserve_path(paths: Iterable[Path]) -> Path:
     """Creates the first of `paths` that does not exist, as an empty file. Raises StorageError.
 
     Jobs that start together get one each.
     """
     for path in paths:
-        with storing(path), suppress(FileExistsError):
+        with storage_errors(path), suppress(FileExistsError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             return path

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.storage.atomic import storing, sync_folder, write_atomic
+from sandbox.storage.atomic import storage_errors, sync_folder, write_atomic
 from sandbox.storage.weight_files import check_savable, load_plain, opened
 
 FORMAT = 1  # of file and manifest; a program reads its own format and older ones
@@ -337,7 +337,7 @@ def _is_valid(path: Path, in_full: bool) -> bool:
 
 
 def _delete(path: Path) -> None:
-    with storing(path):
+    with storage_errors(path):
         path.with_suffix(".json").unlink(missing_ok=True)  # first: no manifest without its file
         path.unlink(missing_ok=True)
 

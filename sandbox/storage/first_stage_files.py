@@ -17,9 +17,9 @@ from sandbox.config.static_reader import code_alone
 from sandbox.contracts import LOADING, DataConfig, State, StorageError
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import is_writable
-from sandbox.storage.published import compare, parts_of, read_model, read_parts, translated
+from sandbox.storage.published import compare, parts_of, read_model, read_parts, translate_names
 from sandbox.storage.weight_check import check_values, differences
-from sandbox.storage.weight_contents import fitted
+from sandbox.storage.weight_contents import match_names
 from sandbox.storage.weight_files import log_once, named
 
 FIRST_STAGE_FILE = "first_stage.safetensors"  # in a run folder
@@ -65,7 +65,7 @@ def read_weights(path: Path, what: str, own: Collection[str], mapped: bool = Fal
     state = (parts_of(state, f"{what}={path}") or {}).get("vae") or state
     if any(name.startswith(PREFIX) for name in state):  # a training checkpoint
         state = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-    state = fitted(state, own, lambda text: log_once(f"{what}={path}: {text}"))
+    state = match_names(state, own, lambda text: log_once(f"{what}={path}: {text}"))
     return {name: x for name, x in state.items() if not name.startswith("loss.")}
 
 
@@ -88,7 +88,7 @@ def init_first_stage(first_stage: Any, path: Path) -> None:
     """
     own = first_stage.state_dict()
     state = read_weights(path, "init_from", own.keys())
-    state = translated(first_stage, own.keys(), state, f"init_from={path}")
+    state = translate_names(first_stage, own.keys(), state, f"init_from={path}")
     buffers = {name for name, _ in first_stage.named_buffers()} - state.keys()
     own = {name: x for name, x in own.items() if name not in buffers}
     compare(own, state, path)

@@ -12,7 +12,7 @@ from typing import Any
 from sandbox.config import registry
 from sandbox.contracts import PluginConfig, State, StorageError
 from sandbox.storage.weight_check import check_values, differences, shown
-from sandbox.storage.weight_contents import fitted, plain_names, without_shared_prefix
+from sandbox.storage.weight_contents import match_names, plain_names, without_shared_prefix
 from sandbox.storage.weight_files import log_once, named, read
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -89,12 +89,12 @@ def read_model(folder: Path, what: str) -> State:
     return state
 
 
-def translated(module: Any, own: Collection[str], state: State, where: str) -> State:
+def translate_names(module: Any, own: Collection[str], state: State, where: str) -> State:
     """`state` under the names `own`: without prefixes, then through `from_published` of `module`.
 
     `where` names setting and file in the log.
     """
-    state = fitted(state, own, lambda text: log_once(f"{where}: {text}"))
+    state = match_names(state, own, lambda text: log_once(f"{where}: {text}"))
     if not hasattr(module, "from_published"):
         return state
     is_known = any(name in state for name in own)

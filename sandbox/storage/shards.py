@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from sandbox.storage.atomic import storing
+from sandbox.storage.atomic import storage_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,13 +31,13 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, [*read_journal(path)]
-        with storing(path):
+        with storage_errors(path):
             self._file = path.open("ab")
             self._file.truncate(sum(len(_line(row)) for row in self.rows))
 
     def add(self, row: Any) -> None:
         """Appends a row and syncs it to disk."""
-        with storing(self.path):
+        with storage_errors(self.path):
             _write(self._file, _line(row))
         self.rows.append(row)
 
@@ -107,7 +107,7 @@ class Shards:
         if self._at and self._at + len(head) + len(payload) > self.shard_bytes:
             self.begin_shard()
         place = [self._name(), self._at + len(head), len(payload), zlib.crc32(payload)]
-        with storing(self.folder / self._name()):
+        with storage_errors(self.folder / self._name()):
             _write(self._file, head + payload + bytes(-len(payload) % tarfile.BLOCKSIZE))
         self._at = _end(place)
         self.journal.add([key, *place])
@@ -126,12 +126,12 @@ class Shards:
     def _begin(self, at: int) -> None:
         """Opens the shard and drops what follows its last complete member, which ends at `at`."""
         self._at = at
-        with storing(self.folder / self._name()):
+        with storage_errors(self.folder / self._name()):
             self._file = (self.folder / self._name()).open("ab")
             self._file.truncate(at)
 
     def _finish(self) -> None:
-        with storing(self.folder / self._name()):
+        with storage_errors(self.folder / self._name()):
             _write(self._file, END)
             self._file.close()
 

@@ -102,9 +102,9 @@ def hints(own: State, given: State, missing: list[str], unknown: list[str]) -> l
     if kind and (kind != kind_of(own) or len(missing) == len(own)):
         lines.append(f"the file seems to be {kind}")
     if len(missing) == len(own):
-        if prefix := hiding_prefix(own, given):
+        if prefix := extra_prefix(own, given):
             lines.append(f"all its names begin with {prefix!r}; save it without this prefix")
-        elif not kind and len(tops := tops_of(given)) > 1:
+        elif not kind and len(tops := first_components(given)) > 1:
             lines.append(f"its names begin with {', '.join(f'{k} ({n})' for k, n in tops.items())}")
     if pairs := renamed(own, given, missing, unknown):
         lines.append(f"perhaps renamed: {shown([f'{a} -> {b}' for a, b in pairs])}")
@@ -123,7 +123,7 @@ def kind_of(names: Iterable[str]) -> str | None:
     return next((what for rule, what in KINDS if any(re.search(rule, n) for n in names)), None)
 
 
-def hiding_prefix(own: Iterable[str], given: Iterable[str]) -> str:
+def extra_prefix(own: Iterable[str], given: Iterable[str]) -> str:
     """Components that all names of `given` begin with and that hide names of `own`; "" for none."""
     own, given = set(own), list(given)
     prefix = ""
@@ -136,7 +136,7 @@ def hiding_prefix(own: Iterable[str], given: Iterable[str]) -> str:
     return ""
 
 
-def tops_of(names: Iterable[str]) -> dict[str, int]:
+def first_components(names: Iterable[str]) -> dict[str, int]:
     """How many names have each first component, at most SHOWN of these."""
     counts: dict[str, int] = {}
     for name in names:

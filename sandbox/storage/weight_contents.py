@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sandbox.contracts import State
-from sandbox.storage.weight_check import shown, tops_of
+from sandbox.storage.weight_check import first_components, shown
 
 # Keys of the weights in a checkpoint, and of the weights inside such an entry.
 LIVE = ("state_dict", "module", "model", "model_state_dict", "model_state", "params", "net",
@@ -52,7 +52,7 @@ def weights_in(found: Any) -> tuple[State, str]:
             f"it has several sets of EMA weights ({', '.join(averages)}); save one alone"
         )
     for name, ema in averages.items():
-        return _together(live, ema, key, name), f"EMA ({name})"
+        return _with_live_buffers(live, ema, key, name), f"EMA ({name})"
     return _state(found[key] if key else found), key or ""
 
 
@@ -100,7 +100,7 @@ def _named(values: Any, live: State, where: str) -> State:
     )
 
 
-def _together(live: State, ema: State, key: str | None, name: str) -> State:
+def _with_live_buffers(live: State, ema: State, key: str | None, name: str) -> State:
     """The EMA weights, and the buffers that only the live ones have."""
     flat = {k.replace(".", ""): k for k in live}
     if not any("." in k for k in ema) and ema.keys() <= flat.keys():
@@ -143,7 +143,7 @@ def without_shared_prefix(state: State) -> State:
     return state
 
 
-def fitted(
+def match_names(
     state: State, own: Collection[str], log: Callable[[str], None] = lambda text: None
 ) -> State:
     """`state` under the names `own`, without wrappers and prefixes that hide them.
@@ -171,7 +171,7 @@ def fitted(
     held = tuple(p for p in (path, ema_path) if p)
     others = [k for k in plain if not k.startswith(held)] if path else []
     if others:
-        tops = ", ".join(f"{top} {n}" for top, n in tops_of(others).items())
+        tops = ", ".join(f"{top} {n}" for top, n in first_components(others).items())
         notes.append(f"{len(others)} other names left out ({tops})")
     if notes:
         log("; ".join(notes))

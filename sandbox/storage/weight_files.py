@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sandbox.contracts import Diverged, StorageError
-from sandbox.storage.atomic import replacing, storing
+from sandbox.storage.atomic import replacing, storage_errors
 from sandbox.storage.file_kinds import PICKLE, SAFETENSORS, TORCH, kind_of_file
 from sandbox.storage.weight_contents import weights_in
 
@@ -76,7 +76,7 @@ def write(
         # the format has no shared storage
         tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
-    with storing(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             try:
@@ -130,7 +130,7 @@ def write_pickled(content: Mapping[str, Any], path: Path) -> Path:
     Raises StorageError for a failed write, Diverged for a tensor that is not finite.
     """
     check_savable(dict(content))
-    with storing(path):
+    with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part, part.open("wb") as file:
             torch.save(dict(content), file)  # given a path, torch would store its name

@@ -39,7 +39,7 @@ class Clips:
         from sandbox.contracts import ConfigError
         from sandbox.evaluation.evaluate import training_clips
         from sandbox.reports import media
-        from sandbox.storage.atomic import storing, write_atomic
+        from sandbox.storage.atomic import storage_errors, write_atomic
 
         cfg, root = self.cfg, wiring.root
         if not {"video", "captions"} <= root.data.provides():
@@ -53,7 +53,7 @@ class Clips:
             "videos": [],
             "images": [],
         }
-        with storing(folder):
+        with storage_errors(folder):
             for i, clip in enumerate(clips.video):
                 lists["videos"].append(f"videos/{i:05}.mp4")
                 media.write_video(folder / lists["videos"][-1], clip, cfg.save_fps)

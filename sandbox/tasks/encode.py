@@ -50,8 +50,8 @@ class Encode:
 
 def encode(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """Encodes one rank's share; `settings`: from `launch_run`."""
-    from sandbox.config.composition import received
+    from sandbox.config.composition import receive_root
     from sandbox.config.wiring import wire
     from sandbox.pipelines.encode import encode_all
 
-    return encode_all(wire(received(settings["root"])).root, rank)
+    return encode_all(wire(receive_root(settings["root"])).root, rank)

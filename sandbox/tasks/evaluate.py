@@ -47,7 +47,7 @@ class Evaluate:
         from sandbox.evaluation.evaluate import evaluate
         from sandbox.runs import records
         from sandbox.runs.protocol import protocols
-        from sandbox.storage.atomic import check_writable, claimed, storing
+        from sandbox.storage.atomic import check_writable, reserve_path, storage_errors
         from sandbox.training.build import load_system
         from sandbox.training.finish import print_scores, spread, write_sheet
 
@@ -58,7 +58,7 @@ class Evaluate:
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
         clip = Clip(*found.clips["model"].shape[1:])
         to = folder / "evaluations"
-        record = claimed(to / f"evaluation-{n:02}.json" for n in itertools.count(1))
+        record = reserve_path(to / f"evaluation-{n:02}.json" for n in itertools.count(1))
         sheet = record.with_suffix(".png")
         scores = {
             "overrides": [mask_text(o) for o in overrides],
@@ -70,7 +70,7 @@ class Evaluate:
             "skipped": found.skipped,
             "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
         }
-        with storing(to):
+        with storage_errors(to):
             write_sheet(sheet, found, spread(found.captions, self.cfg.samples) or [0])
         records.write_dict(folder, f"evaluations/{record.name}", scores)
         print_scores(wiring.root, found)

@@ -55,13 +55,13 @@ class New:
 
     def __call__(self, root: Any) -> dict[str, Any]:
         """Writes all files or none. Raises ConfigError for an existing file, and StorageError."""
-        from sandbox.storage.atomic import storing, write_atomic
+        from sandbox.storage.atomic import storage_errors, write_atomic
 
         group, name = self.cfg.group, self.cfg.name
         assert group and name  # problems() requires both
         self.check()
         outside = Path(root.plugins_path).expanduser().resolve() if root.plugins_path else None
-        files = rendered(group, name, outside)
+        files = render_files(group, name, outside)
         if existing := [relative(path) for path in files if path.exists()]:
             raise ConfigError(
                 *(
@@ -70,7 +70,7 @@ class New:
                 )
             )
         for path, text in files.items():
-            with storing(path):
+            with storage_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomic(path, text)
         print(summary(group, name, list(files), outside))
@@ -106,7 +106,7 @@ def presets(group: str) -> list[str]:
     return sorted(p.stem.removeprefix("preset_") for p in (TEMPLATES / group).glob("preset_*.yaml"))
 
 
-def rendered(group: str, name: str, outside: Path | None = None) -> dict[Path, str]:
+def render_files(group: str, name: str, outside: Path | None = None) -> dict[Path, str]:
     """Path -> text of every file, plugin first and test last; below the checkout or `outside`."""
     folder = TEMPLATES / group
     if outside:
@@ -118,14 +118,14 @@ def rendered(group: str, name: str, outside: Path | None = None) -> dict[Path, s
     source = (folder / "plugin.py.txt").read_text(encoding="utf-8")
     test = (folder / "test.py.txt").read_text(encoding="utf-8")
     cls = class_name(name, source + test)
-    found = {home / f"{name}.py": renamed(source, name, cls)}
+    found = {home / f"{name}.py": rename(source, name, cls)}
     for size in presets(group):
         text = (folder / f"preset_{size}.yaml").read_text(encoding="utf-8")
-        found[conf / group / f"{name}_{size}.yaml"] = renamed(text, name, cls)
+        found[conf / group / f"{name}_{size}.yaml"] = rename(text, name, cls)
     test = OUTSIDE.sub(r"\1" if outside else "", test)
     if outside:  # compositions must know the plugin folder
         test = test.replace("compose(", "compose(HERE, ")
-    found[tests / group / f"test_{name}.py"] = renamed(test, name, cls)
+    found[tests / group / f"test_{name}.py"] = rename(test, name, cls)
     return found
 
 
@@ -135,7 +135,7 @@ def class_name(name: str, text: str) -> str:
     return f"{cls}Plugin" if cls != CLASS and re.search(rf"\b{cls}\b", text) else cls
 
 
-def renamed(text: str, name: str, cls: str) -> str:
+def rename(text: str, name: str, cls: str) -> str:
     return re.sub(rf"\b{CLASS}\b", cls, re.sub(rf"\b{NAME}(?=\b|_)", name, text))
 
 

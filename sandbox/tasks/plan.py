@@ -42,14 +42,14 @@ class Plan:
         from sandbox.plan.page import page
         from sandbox.plan.plan import plan
         from sandbox.plan.text import plan_text
-        from sandbox.runs.run import identity
-        from sandbox.storage.atomic import storing, write_atomic
+        from sandbox.runs.identity import identity
+        from sandbox.storage.atomic import storage_errors, write_atomic
 
         made, root = plan(wiring, self.cfg.devices), wiring.root
         print(plan_text(made))
         name = f"{folder_name(root.recipe)}-{identity(to_container(root))}"
         folder = Path(self.cfg.to or Path(root.out) / "plans" / name)
-        with storing(folder):
+        with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "plan.json", json.dumps(made.as_dict(), indent=1))
             write_atomic(folder / "plan.html", page(made, list(overrides)))

@@ -70,10 +70,10 @@ class Plugins:
 
     def write(self, folder: Path, plugins_path: str | None) -> dict[str, Any]:
         """Writes the reference pages and removes outdated ones."""
-        from sandbox.storage.atomic import storing, write_atomic
+        from sandbox.storage.atomic import storage_errors, write_atomic
 
         made = pages(plugin_folders([f"plugins_path={plugins_path}"] if plugins_path else []))
-        with storing(folder):
+        with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for old in folder.glob("*.md"):
                 if old.name not in made and old.read_text(encoding="utf-8").startswith(MADE):

@@ -84,12 +84,12 @@ class Sample:
         check(root, prompts, cfg.images, cfg.end_images, scalars)  # before importing torch
 
         from sandbox.evaluation.evaluate import generate
-        from sandbox.evaluation.prompts import given
+        from sandbox.evaluation.prompts import user_batch
         from sandbox.reports.sample_files import write_samples
         from sandbox.storage.atomic import check_writable
         from sandbox.training.build import initialised_system, load_system
 
-        batch = given(root, prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
+        batch = user_batch(root, prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
         captions = batch.captions or []
         to = Path(root.out, "samples", folder_name(root.recipe))
         to = to if cfg.run is None else Path(cfg.run, "samples", "prompts")

@@ -47,10 +47,10 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
 
     `settings` are those of `launch_run`.
     """
-    from sandbox.config.composition import received
+    from sandbox.config.composition import receive_root
     from sandbox.config.wiring import wire
     from sandbox.model.devices import use_threads
-    from sandbox.runs.run import continues, opened
+    from sandbox.runs.resume import open_on_rank0, resumes
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
     from sandbox.training.loop import fit
@@ -58,14 +58,14 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.weights.init_from import init_from
 
     began = time.monotonic()
-    wiring = wire(received(settings["root"]))
+    wiring = wire(receive_root(settings["root"]))
     root = wiring.root
     use_threads(root)
     check_objective(root, root.task.objective)
     check_best(wiring)
-    check_weights(wiring, begins=not continues(root))
+    check_weights(wiring, begins=not resumes(root))
     loader = checked_loader(root, rank)
-    with opened(root, rank) as run:
+    with open_on_rank0(root, rank) as run:
         print(f"run folder: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         with rank.rank0_first():  # it trains the first stage if needed; the others load it
             is_given = root.init_from is not None

@@ -48,7 +48,7 @@ class TrainVAE:
 
 def train_vae(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     """The work of one rank; `settings` are those of `launch_run`."""
-    from sandbox.config.composition import received
+    from sandbox.config.composition import receive_root
     from sandbox.training.first_stage import train_first_stage
 
-    return train_first_stage(received(settings["root"]), settings["group"], rank)
+    return train_first_stage(receive_root(settings["root"]), settings["group"], rank)

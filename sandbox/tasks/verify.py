@@ -86,11 +86,15 @@ def read_evidence(recipe: str) -> dict[str, Any]:
     found = json.loads(known[recipe].read_text(encoding="utf-8"))
     if base := found.get("base"):
         of_base = read_evidence(base)
-        found = of_base | found | {"settings": inherited(of_base["settings"], found["settings"])}
+        found = (
+            of_base
+            | found
+            | {"settings": inherited_settings(of_base["settings"], found["settings"])}
+        )
     return found
 
 
-def inherited(of_base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def inherited_settings(of_base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The settings of both; without the base's settings of a group with another plugin here."""
     plugins = {
         path: value for path, (value, _) in own.items() if re.fullmatch(r"\w+\.plugin", path)
@@ -118,7 +122,7 @@ def weights(wiring: Wiring, evidence: dict[str, Any]) -> Iterator[Row]:
         tables, prefix = computed.get(part, ""), prefixes.get(part, "")
         want = {k: x[0] for k, x in manifest(file).items() if not fnmatchcase(k, tables)}
         got = {k.removeprefix(prefix): list(x.shape) for k, x in parts[part].items()}
-        yield from compared(got, want, file, f"{part}: ", "shapes: differing")
+        yield from compare(got, want, file, f"{part}: ", "shapes: differing")
     if evidence.get("manifest"):
         yield from names(wiring, parts, evidence)
 
@@ -144,12 +148,12 @@ def names(wiring: Wiring, parts: dict[str, Any], evidence: dict[str, Any]) -> It
     got = {k: [list(x.shape), str(x.dtype).removeprefix("torch.")] for k, x in state.items()}
     prefix = evidence.get("prefix", "")
     got, want = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (got, want))
-    yield from compared(got, want, evidence["manifest"], "", "shapes and types: differing")
+    yield from compare(got, want, evidence["manifest"], "", "shapes and types: differing")
     here, published = (sum(math.prod(shape) for shape, _ in d.values()) for d in (got, want))
     yield Row("numbers", here, published)
 
 
-def compared(
+def compare(
     got: dict[str, Any], want: dict[str, Any], source: str, part: str, differ: str
 ) -> Iterator[Row]:
     """Rows of two state dicts, given as name -> shape or [shape, dtype]."""

@@ -23,14 +23,14 @@ from sandbox.contracts import StorageError
 from sandbox.data.batching import lines, reasons, summary
 from sandbox.data.loader import SHOWN, batches
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import by_pairs, gather, reconstructed
+from sandbox.evaluation.evaluate import first_clips, paired_metric, reconstruct
 from sandbox.model.autoencoding import Autoencoding, psnr
 from sandbox.model.components import build, use_kernels
 from sandbox.model.trainable import fingerprint
 from sandbox.reports import media
-from sandbox.runs.run import continues, opened
+from sandbox.runs.resume import open_on_rank0, resumes
 from sandbox.storage import checkpoint, weight_files
-from sandbox.storage.atomic import replacing, storing
+from sandbox.storage.atomic import replacing, storage_errors
 from sandbox.storage.first_stage_files import (
     FIRST_STAGE_FILE,
     cache_folder,
@@ -74,7 +74,7 @@ def prepare_first_stage(
     _load_cached(root, first_stage, path, rank)
     if folder and own:
         _check_recorded(first_stage, folder)
-        with storing(own), replacing(own) as part:
+        with storage_errors(own), replacing(own) as part:
             shutil.copyfile(path, part)  # no hard link: damage of the cache must not reach the run
 
 
@@ -177,10 +177,10 @@ def train_in_cache(root: Root, rank: Rank) -> Path:
 
 def train_first_stage(root: Root, group: str | None, rank: Rank) -> dict[str, Any]:
     """Trains the first stage of a wired `root` in a run folder; returns the result."""
-    check_weights(root, begins=not continues(root))
-    by_pairs(root)  # raises now where the metric's weights are missing
+    check_weights(root, begins=not resumes(root))
+    paired_metric(root)  # raises now where the metric's weights are missing
     loader = checked_loader(root, rank)
-    with opened(root, rank) as run:
+    with open_on_rank0(root, rank) as run:
         print(f"first stage: {run.folder}" + (" (resumed)" if run.resumed else ""), flush=True)
         system = build_autoencoding(root)
 
@@ -224,14 +224,14 @@ def _finish(training: Any) -> dict[str, Any]:
     with training.ema_weights(), torch.no_grad():
         system.eval()
         calibrate(root, first_stage, system.device)
-        val = gather(registry.create(root.data).split("val"), task.clips, root.seed)
+        val = first_clips(registry.create(root.data).split("val"), task.clips, root.seed)
         video: Any = val.video
-        made = reconstructed(first_stage, video, system.device)
+        made = reconstruct(first_stage, video, system.device)
         state = first_stage.state_dict()
         weight_files.write(state, run.folder / FIRST_STAGE_FILE, hashed=True)
     decibels = psnr(made, video).mean().item()
     scores: dict[str, float] = {}
-    if metric := by_pairs(root):
+    if metric := paired_metric(root):
         metric.set_references(video)
         scores = metric.score(made, val.captions or [""] * val.size)
     sheet, shown = run.folder / "reconstructions.png", slice(task.shown)

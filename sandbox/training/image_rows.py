@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.contracts import Batch, Denoised, Hooks, SamplerConfig
-from sandbox.evaluation.evaluate import gather
+from sandbox.evaluation.evaluate import first_clips
 from sandbox.model.autoencoding import reconstruct_clips
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.sampling import KnownRegion, PlainHooks, Quantised
@@ -33,7 +33,7 @@ def image_rows(system: Any, rows: Sequence[str], count: int, chain: Chain = None
     without a codebook nothing is quantised. `chain` is the sampler of the progressive row (default:
     the system's); it makes at most as many steps as the schedule has.
     """
-    batch = gather(registry.create(system.root.data).split("val"), count, system.root.seed)
+    batch = first_clips(registry.create(system.root.data).split("val"), count, system.root.seed)
     batch = system.transfer_batch_to_device(batch, system.device)
     with system.on_device(system.first_stage):
         found = {name: ROWS[name](system, batch, chain) for name in rows if name in ROWS}
@@ -54,20 +54,20 @@ def diffusion_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     draws = system.draws(batch)
     z0, schedule = system.latents(batch, draws), system.schedule
     eps = draws.normal("noise", z0)
-    times = schedule.times(_most(system, TIMES), "trailing").flip(0)
+    times = schedule.times(_limit_steps(system, TIMES), "trailing").flip(0)
     row = {"input": batch.video}
-    for t in times[_spread(len(times))]:
+    for t in times[_noise_level_indices(len(times))]:
         at = t.to(z0.device).expand(len(z0))
         row[f"t = {t.item():.3g}"] = system.first_stage.decode(schedule.noised(z0, eps, at), draws)
     return row  # type: ignore[return-value]
 
 
-def _most(system: LatentDiffusion, steps: int) -> int:
+def _limit_steps(system: LatentDiffusion, steps: int) -> int:
     """`steps`, at most those of the schedule."""
     return min(steps, getattr(system.root.schedule, "timesteps", steps))
 
 
-def _spread(count: int) -> list[int]:
+def _noise_level_indices(count: int) -> list[int]:
     """At most NOISE_LEVELS of the indices 0 to count - 1, evenly spaced, ends included."""
     places = torch.linspace(0, count - 1, NOISE_LEVELS, dtype=torch.float64)
     return sorted({round(x) for x in places.tolist()})
@@ -90,8 +90,8 @@ class Estimates(PlainHooks):
 def progressive_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     """The model's estimates of the clean sample during sampling, and the samples."""
     sampler = chain or system.root.sampler
-    sampler = replace(sampler, steps=_most(system, sampler.steps))
-    hooks = Estimates(set(_spread(sampler.steps)))
+    sampler = replace(sampler, steps=_limit_steps(system, sampler.steps))
+    hooks = Estimates(set(_noise_level_indices(sampler.steps)))
     made = _sampled(system, batch, hooks, "sampling step by step", sampler)
     decode, draws = system.first_stage.decode, system.draws(batch)
     return {name: decode(z, draws) for name, z in hooks.found.items()} | {"sample": made}
@@ -106,7 +106,7 @@ def samples_x0_quantized(system: LatentDiffusion, batch: Batch, chain: Chain) ->
     return {"sample": _sampled(system, batch, hooks, "sampling, quantised")}
 
 
-def _filled(inside: bool, system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
+def _inpainted(inside: bool, system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     """Samples only the middle (`inside`), or everything but the middle, of held-out clips."""
     draws = system.draws(batch)
     z0 = system.latents(batch, draws)
@@ -137,6 +137,8 @@ ROWS: dict[str, Callable[[LatentDiffusion, Batch, Chain], Row]] = {
     "diffusion_row": diffusion_row,
     "progressive_row": progressive_row,
     "samples_x0_quantized": samples_x0_quantized,
-    "samples_inpainting": partial(_filled, True),
-    "samples_outpainting": partial(_filled, False),  # the published logger shows inpainting twice
+    "samples_inpainting": partial(_inpainted, True),
+    "samples_outpainting": partial(
+        _inpainted, False
+    ),  # the published logger shows inpainting twice
 }

@@ -24,8 +24,8 @@ from sandbox.data.checks import check_samples
 from sandbox.data.loader import Loader, batches
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import fps_of, gather, generate
-from sandbox.evaluation.prompts import of_data
+from sandbox.evaluation.evaluate import first_clips, fps_of, generate
+from sandbox.evaluation.prompts import data_batch
 from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.ema import EMA
@@ -207,7 +207,7 @@ class Training:
         Images for the conditioning come from validation clips. task=sample makes the same clips.
         """
         self.flush()
-        batch = of_data(self.root, prompts, count)
+        batch = data_batch(self.root, prompts, count)
         with self.ema_weights(), self.eval_mode():
             video = generate(self.system, batch)
         if not self.is_first:
@@ -215,7 +215,7 @@ class Training:
         captions = batch.captions or []
         folder = self.run.samples / f"step_{self.step:08}"
         val = registry.create(self.root.data).split("val")
-        fps = fps_of(gather(val, 1, self.root.seed)) or FPS  # of the first validation clip
+        fps = fps_of(first_clips(val, 1, self.root.seed)) or FPS  # of the first validation clip
         paths = write_clips(folder, captions, video, fps, batch.image)
         self.trackers.images(self.step, "samples", paths[-1:])
         for caption, path in zip(captions, paths[:-1][:4], strict=False):

@@ -16,7 +16,7 @@ from sandbox.cli.jobs import check_and_wire, resolve_run
 from sandbox.config import composition, discovery, registry
 from sandbox.config.root import to_root
 from sandbox.contracts import ConfigError
-from sandbox.runs.lookup import TRAINED_BY, choices, read_root, task_of
+from sandbox.runs.lookup import TRAINED_BY, inherited_options, read_root, task_of
 from sandbox.runs.run import Run
 
 PAGES = ("*/report.html", "report/report.html", "*/report/report.html", "*/*/report/report.html")
@@ -138,7 +138,7 @@ class Runs:
         if self.plugins_path is not None:
             words.append(f"plugins_path={quoted(self.plugins_path)}")
         discovery.setup(words)
-        root = resolve_run(to_root(composition.compose([*choices(words), *words])), words)
+        root = resolve_run(to_root(composition.compose([*inherited_options(words), *words])), words)
         task = replace(
             root.task, to=str(to), step=step, count=1, weights=request.weights,
             prompts=request.prompts, images=request.images, end_images=request.end_images,

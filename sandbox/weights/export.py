@@ -12,7 +12,7 @@ from sandbox.config.root import Root
 from sandbox.contracts import ConfigError, State
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.storage import weight_files
-from sandbox.storage.atomic import storing, write_atomic
+from sandbox.storage.atomic import storage_errors, write_atomic
 from sandbox.storage.published import STEMS
 from sandbox.weights.system_files import split
 
@@ -44,11 +44,11 @@ def write_folder(
         own = {k.partition("/")[2]: v for k, v in state.items() if k.startswith(f"{name}/")}
         write_model(to / name, own, dtype, shard_mb * 1_000_000)
     for name in copied:
-        with storing(to / name):
+        with storage_errors(to / name):
             shutil.copytree(text / name, to / name, dirs_exist_ok=True)  # type: ignore[operator]
     for name, content in files.items():
         path = to / name
-        with storing(path):
+        with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps(content, indent=2) + "\n")
     return [name for name in TEXT if name not in copied]
@@ -92,5 +92,5 @@ def write_model(folder: Path, state: State, dtype: torch.dtype | None, shard_byt
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         path = folder / f"{stem}.safetensors.index.json"
-        with storing(path):
+        with storage_errors(path):
             write_atomic(path, json.dumps(index, indent=2) + "\n")

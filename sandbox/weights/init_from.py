@@ -2,7 +2,7 @@
 
 Only weights are loaded: the run starts at step 0 with its own optimizer, EMA and data order, and
 may differ in everything except the shapes. Resuming, in contrast, continues the full state of a run
-bit for bit (`sandbox.runs.run`, resume.run=FOLDER).
+bit for bit (`sandbox.runs.resume`, resume.run=FOLDER).
 """
 
 import logging
@@ -19,9 +19,9 @@ from sandbox.runs.lookup import task_of
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import cache_path
-from sandbox.storage.published import compare, files_of, read_model, read_parts, translated
+from sandbox.storage.published import compare, files_of, read_model, read_parts, translate_names
 from sandbox.storage.weight_check import shown
-from sandbox.storage.weight_contents import fitted, plain_name
+from sandbox.storage.weight_contents import match_names, plain_name
 from sandbox.weights import system_files
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
@@ -111,7 +111,7 @@ def _load(system: Any, path: Path) -> str:
     else:
         weights, which = weight_files.read(path, mapped), "exported"
         if any(plain_name(name).startswith(system_files.OURS) for name in weights):
-            weights = fitted(weights, system.trainable_state())
+            weights = match_names(weights, system.trainable_state())
         else:
             _load_backbone(system, weights, path)
             return "backbone weights"
@@ -153,7 +153,7 @@ def _has_manifest(path: Path) -> bool:
 def _load_backbone(system: Any, state: State, path: Path) -> None:
     """Loads published weights of the backbone alone, which may translate them."""
     own = system.base_state()
-    _copy(system, own, translated(system.backbone, own, state, f"init_from={path}"), path)
+    _copy(system, own, translate_names(system.backbone, own, state, f"init_from={path}"), path)
 
 
 def _copy(system: Any, own: State, weights: State, path: Path) -> None:

@@ -24,7 +24,7 @@ from sandbox.config import composition, discovery
 from sandbox.config.paths import CHECKOUT
 from sandbox.contracts import ConfigError, DataError, PluginError, SandboxError, StorageError
 from sandbox.distributed.remote_errors import RankError, RemoteTraceback
-from sandbox.runs.lookup import choices
+from sandbox.runs.lookup import inherited_options
 
 AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
     # names
@@ -130,8 +130,8 @@ def check_line(words: list[str]) -> None:
     """What the command does before it starts anything."""
     line = parse(words)
     discovery.setup(line.overrides)
-    overrides = composition.expand(line.overrides)
-    check(line.compose([*choices(overrides), *overrides]), overrides)
+    overrides = composition.expand_shorthands(line.overrides)
+    check(line.compose([*inherited_options(overrides), *overrides]), overrides)
 
 
 @pytest.mark.parametrize(("typed", "said"), AT_ONCE, ids=lambda v: v if isinstance(v, str) else "")

@@ -17,7 +17,7 @@ from sandbox.config.paths import CHECKOUT
 from sandbox.config.root import GROUPS, to_root
 from sandbox.config.wiring import wire
 from sandbox.contracts import PluginConfig
-from sandbox.tasks.new import TEMPLATES, presets, rendered, templates
+from sandbox.tasks.new import TEMPLATES, presets, render_files, templates
 from tests.helpers import composed, sampled, tiny, train, wired_around
 
 MOST_LINES = 60  # of an example that is read to the end
@@ -90,13 +90,13 @@ def test_it_says_what_it_wrote_and_what_to_do_next(plugin_folder, capsys):
 
 
 def test_in_the_checkout_files_go_to_their_places():
-    places = [str(p.relative_to(CHECKOUT)) for p in rendered("vae", "mine")]
+    places = [str(p.relative_to(CHECKOUT)) for p in render_files("vae", "mine")]
     assert places == [
         "plugins/vae/mine.py",
         "conf/vae/mine_p8.yaml",
         "tests/plugins/vae/test_mine.py",
     ]
-    assert rendered("task", "mine").keys() >= {CHECKOUT / "sandbox" / "tasks" / "mine.py"}
+    assert render_files("task", "mine").keys() >= {CHECKOUT / "sandbox" / "tasks" / "mine.py"}
 
 
 @pytest.mark.parametrize("name", ["clip", "tensor", "iterator", "config", "nn"])
@@ -115,7 +115,7 @@ def test_files_are_formatted_and_clean(group):
     ruff = [sys.executable, "-m", "ruff"]
     if subprocess.run([*ruff, "--version"], capture_output=True).returncode:
         pytest.skip("ruff is not installed")
-    for path, text in rendered(group, "mine").items():
+    for path, text in render_files(group, "mine").items():
         for words in (["check"], ["format", "--diff"]) if path.suffix == ".py" else ():
             done = subprocess.run(
                 [*ruff, *words, "--stdin-filename", str(path), "-"],

@@ -18,7 +18,7 @@ from sandbox.config import composition, discovery, registry
 from sandbox.config.paths import CONF
 from sandbox.config.root import GROUPS, Root, from_container, to_container, to_root
 from sandbox.contracts import ConfigError, PluginConfig, SandboxError
-from sandbox.runs.lookup import choices
+from sandbox.runs.lookup import inherited_options
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_parts_inside_parts_are_checked_too():
 )
 def test_shorthands(words, expanded):
     discovery.setup()
-    assert composition.expand(words) == expanded
+    assert composition.expand_shorthands(words) == expanded
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_shorthands(words, expanded):
 def test_a_value_that_starts_with_a_tilde_is_below_the_home_folder(word, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     discovery.setup()
-    assert composition.expand([word]) == [expanded]
+    assert composition.expand_shorthands([word]) == [expanded]
 
 
 def test_files_of_yaml_with_a_tilde_are_below_the_home_folder(tmp_path, monkeypatch):
@@ -277,8 +277,8 @@ def check_line(words: list[str]) -> None:
     """What the command does before it starts anything."""
     line = parse(words)
     discovery.setup(line.overrides)
-    overrides = composition.expand(line.overrides)
-    check(line.compose([*choices(overrides), *overrides]), overrides)
+    overrides = composition.expand_shorthands(line.overrides)
+    check(line.compose([*inherited_options(overrides), *overrides]), overrides)
 
 
 def complaint(words: list[str]) -> str:
@@ -336,8 +336,8 @@ def earlier(folder: Path, *words: str, task: str = "task/train") -> Path:
 
 
 def on_top(*words: str) -> Root:
-    words = composition.expand(words)
-    return resolve_run(to_root(composition.compose([*choices(words), *words])), words)
+    words = composition.expand_shorthands(words)
+    return resolve_run(to_root(composition.compose([*inherited_options(words), *words])), words)
 
 
 def test_a_task_on_a_run_takes_its_configuration_and_what_the_line_names(here):

@@ -21,7 +21,7 @@ CAT = "\U0001f408"
 def prompts(*words: str) -> tuple[str, ...]:
     line = parse(["task=sample", "init_from=x", *words])
     discovery.setup(line.overrides)
-    return to_root(line.compose(composition.expand(line.overrides))).task.prompts
+    return to_root(line.compose(composition.expand_shorthands(line.overrides))).task.prompts
 
 
 WORKS = [  # the list as typed, and the prompts
@@ -85,7 +85,7 @@ def test_an_interpolation_that_finds_nothing_says_how_to_write_the_text():
 
 def test_lists_of_a_sweep_are_quoted_one_by_one():
     words = ["-m", "task=sample", "prompts=[a (red) cat],[b;c]"]
-    found = jobs(composition.expand(parse(words).overrides))
+    found = jobs(composition.expand_shorthands(parse(words).overrides))
     assert [parse_override(j[1]).value() for j in found or ()] == [["a (red) cat"], ["b;c"]]
 
 
@@ -123,12 +123,12 @@ def test_sweeps_are_those_that_hydra_documents(plugin_folder, typed, values):
         for width in (8, 9):
             (presets / f"dit_w{width}.yaml").write_text(f"defaults: [dit]\nwidth: {width}\n")
     discovery.setup()
-    found = jobs(composition.expand(["lr=1", typed] if "lr" not in typed else [typed]))
+    found = jobs(composition.expand_shorthands(["lr=1", typed] if "lr" not in typed else [typed]))
     assert [job[-1].partition("=")[2] for job in found or ()] == values
 
 
 def test_shuffle_has_the_same_jobs_in_another_order():
-    found = jobs(composition.expand(["seed=shuffle(range(9))"]))
+    found = jobs(composition.expand_shorthands(["seed=shuffle(range(9))"]))
     assert sorted(job[0] for job in found or ()) == [f"seed={i}" for i in range(9)]
 
 
@@ -145,4 +145,4 @@ def test_shuffle_has_the_same_jobs_in_another_order():
 def test_a_sweep_without_jobs_says_what_would_have_some(typed, words):
     discovery.setup()
     with pytest.raises(ConfigError, match=re.escape(words)):
-        jobs(composition.expand([typed]))
+        jobs(composition.expand_shorthands([typed]))

@@ -69,7 +69,9 @@ def lines(caplog):
 
 def composed(folder: Path, *words: str) -> Root:
     discovery.setup(words)
-    return to_root(composition.compose(composition.expand(words), config_dir=str(folder)))
+    return to_root(
+        composition.compose(composition.expand_shorthands(words), config_dir=str(folder))
+    )
 
 
 def facts(root: Root) -> dict[str, object]:

@@ -19,7 +19,7 @@ from sandbox.config.secrets import (
     without_secrets,
 )
 from sandbox.distributed.supervisor import in_this_process
-from sandbox.reports.fonts import wrapped
+from sandbox.reports.fonts import wrap
 from tests.helpers import TINY
 
 LONG = "a1b2c3d4e5f6a7b8c9d0"
@@ -173,8 +173,8 @@ def test_nothing_that_is_printed_has_a_secret(monkeypatch, capsys):
 
 def test_text_that_is_drawn_has_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "s3cr3tx")
-    assert "s3cr3tx" not in "".join(wrapped("a red s3cr3tx", 900, 18, most=2))
-    assert "s3c" not in "".join(wrapped("s3cr3tx", 40, 18, most=9))  # cut into lines after masking
+    assert "s3cr3tx" not in "".join(wrap("a red s3cr3tx", 900, 18, most=2))
+    assert "s3c" not in "".join(wrap("s3cr3tx", 40, 18, most=9))  # cut into lines after masking
 
 
 def test_no_file_of_a_run_and_no_line_has_a_planted_secret(tmp_path, monkeypatch, capfd):

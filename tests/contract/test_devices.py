@@ -21,7 +21,7 @@ from sandbox.config.wiring import Wiring
 from sandbox.contracts import Batch
 from sandbox.data.loader import batches
 from sandbox.data.randomness import Keyed
-from sandbox.evaluation.prompts import of_data
+from sandbox.evaluation.prompts import data_batch
 from sandbox.training.build import build_system
 from sandbox.training.first_stage import build_autoencoding
 from sandbox.training.roles import add_networks
@@ -106,7 +106,7 @@ def test_a_step_and_a_sample_stay_on_the_device_of_their_system(key, tmp_path):
     system, keyed = build_system(wiring), draws(wiring, batch)
     add_networks(system)
     captions = ("a red 3", "a blue 4") if wiring.root.conditioning.needs() & {"captions"} else ()
-    like = of_data(wiring.root, captions, 2)
+    like = data_batch(wiring.root, captions, 2)
     with on_a_gpu(system):
         terms = system.step(system.transfer_batch_to_device(batch, GPU, 0), keyed)
         assert {t.device for t in (terms.total, terms.per_sample, *terms.log.values())} == {GPU}

@@ -16,7 +16,7 @@ from torch import nn
 from sandbox.config import registry
 from sandbox.config.wiring import Wiring
 from sandbox.contracts import Clip, PairedMetric, PluginConfig
-from sandbox.evaluation.evaluate import gather
+from sandbox.evaluation.evaluate import first_clips
 from sandbox.storage.first_stage_files import data_identity
 from tests.helpers import plugin_configs, train, wired_around
 from tests.inputs import draws, items_of, sizes, video
@@ -255,7 +255,7 @@ def test_a_metric_scores_clips_and_describes_its_scores(key, tmp_path):
     many = {"clips_per_epoch": 256} if hasattr(w.root.data, "clips_per_epoch") else {}
     data = replace(w.root.data, **many)
     real, held = (
-        gather(items_of(data, split, tmp_path)[1], count, 0)
+        first_clips(items_of(data, split, tmp_path)[1], count, 0)
         for split, count in (("train", 256), ("val", 32))
     )
     metric.fit(real.video, real.captions or [""] * real.size)

@@ -15,8 +15,8 @@ from sandbox.data.batching import summary
 from sandbox.data.checks import check_samples
 from sandbox.distributed.rank import Rank
 from sandbox.tasks.train import train
-from tests.engine import small
 from tests.plugins.data.test_video_folder import corrupt, write_video
+from tests.training_sessions import small
 
 PLUGIN = """
 from dataclasses import dataclass

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sandbox.storage import checkpoint
-from tests.engine import differing
 from tests.helpers import tiny_weights
 from tests.training_jobs import (
     ONE,
@@ -22,6 +21,7 @@ from tests.training_jobs import (
     result,
     states,
 )
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 

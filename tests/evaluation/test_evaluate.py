@@ -11,12 +11,12 @@ from sandbox.config import registry
 from sandbox.config.wiring import wire
 from sandbox.contracts import Batch
 from sandbox.data.loader import batches
-from sandbox.evaluation.evaluate import evaluate, gather, generate, take, training_clips
+from sandbox.evaluation.evaluate import evaluate, first_clips, generate, slice_batch, training_clips
 from sandbox.model.autoencoding import psnr
 from sandbox.model.components import build
 from sandbox.model.latent_diffusion import prompts_batch
 from sandbox.training.build import build_system
-from tests.engine import differing, small
+from tests.training_sessions import differing, small
 
 FRECHET = "frechet_video"
 
@@ -95,12 +95,12 @@ def test_every_row_is_scored_by_the_metric_that_is_chosen(system, name):
 
 def test_more_clips_than_there_are_is_all_there_are(system):
     items = registry.create(system.root.data).split("val")
-    assert gather(items, 10**6, 0).size == len(items)
+    assert first_clips(items, 10**6, 0).size == len(items)
 
 
 def test_gathered_clips_are_the_first_of_the_split(system):
     items = registry.create(system.root.data).split("val")
-    found = gather(items, len(items) - 1, 0)
+    found = first_clips(items, len(items) - 1, 0)
     singly = list(batches(items, 1, 0))[: found.size]
     assert torch.equal(found.video, torch.cat([b.video for b in singly]))
     assert found.ids == [b.ids[0] for b in singly]
@@ -114,7 +114,7 @@ def test_a_part_of_a_batch_has_all_that_belongs_to_it():
         text=torch.arange(8).view(4, 2), image=torch.arange(4.0).view(4, 1, 1, 1, 1),
         scalars={"fps": torch.arange(4.0)}, ids=list("ijkl"), epoch=3, position=torch.arange(4),
     )  # fmt: skip
-    part = take(batch, 1, 3)
+    part = slice_batch(batch, 1, 3)
     assert part.size == 2 and part.epoch == 3 and part.stored is None
     assert (part.captions, part.negative, part.ids) == (["b", "c"], ["f", "g"], ["j", "k"])
     assert part.video.flatten().tolist() == part.image.flatten().tolist() == [1, 2]

@@ -14,7 +14,7 @@ from sandbox.config import composition, discovery
 from sandbox.config.secrets import mask_text
 from sandbox.contracts import ConfigError
 from sandbox.evaluation.prompt_checks import read_prompts, short
-from sandbox.reports.media import wrapped
+from sandbox.reports.media import wrap
 from sandbox.reports.sample_files import SHEET_ROWS, file_name, write_samples
 
 LONG = {
@@ -37,9 +37,9 @@ def test_a_prompt_of_100_kB_is_measured_a_few_times_only(tmp_path, kind, monkeyp
     )
     video = torch.zeros(1, 3, 1, 8, 8)
     paths = write_samples(tmp_path / "out", [text], video, 8.0, {})
-    assert len(wrapped(text, 900, 18, most=3)) <= 3
+    assert len(wrap(text, 900, 18, most=3)) <= 3
     assert len(mask_text(text)) == len(text) and len(short([text])) < 100
-    overrides = composition.expand(["task=sample", f"prompts=[{text}]"])
+    overrides = composition.expand_shorthands(["task=sample", f"prompts=[{text}]"])
     assert len(overrides[1]) >= len(text)
     assert all(len(p.name) < 80 for p in paths) and len(file_name(text)) <= 60
     assert sum(map(len, measured)) < 5 * len(text)
@@ -99,6 +99,6 @@ def test_a_file_of_prompts_is_checked_before_anything_is_built(tmp_path, monkeyp
     Path("weights").mkdir()
     line = parse(["task=sample", "init_from=weights", "vae=identity", *words])
     discovery.setup(line.overrides)
-    overrides = composition.expand(line.overrides)
+    overrides = composition.expand_shorthands(line.overrides)
     with pytest.raises(ConfigError, match=said):
         check(line.compose(overrides), overrides)

@@ -12,7 +12,7 @@ from sandbox.config import registry
 from sandbox.contracts import Clip, ConfigError
 from sandbox.data.loader import batches
 from sandbox.evaluation.prompt_checks import check
-from sandbox.evaluation.prompts import given, load_image, of_data
+from sandbox.evaluation.prompts import data_batch, load_image, user_batch
 from tests.helpers import composed, tiny
 
 IMAGE = ("data=moving_digits_rates", "conditioning=dynamicrafter",
@@ -40,14 +40,14 @@ def colours(image: torch.Tensor) -> list[list[float]]:
 
 def test_captions_are_those_given_or_those_of_the_data():
     root = tiny()
-    assert of_data(root, ("one", "two"), 9).captions == ["one", "two"]
-    assert of_data(root, (), 3).captions == registry.create(root.data).prompts()[:3]
+    assert data_batch(root, ("one", "two"), 9).captions == ["one", "two"]
+    assert data_batch(root, (), 3).captions == registry.create(root.data).prompts()[:3]
 
 
 def test_images_and_rates_of_the_data_are_those_of_its_validation_clips():
     root = composed(*IMAGE)
     clips = next(batches(registry.create(root.data).split("val"), 3, root.seed))
-    batch = of_data(root, (), 3)
+    batch = data_batch(root, (), 3)
     assert batch.captions == clips.captions
     assert torch.equal(batch.image, clips.video[:, :, :1])
     assert torch.equal(batch.scalars["fps"], clips.scalars["fps"])
@@ -56,19 +56,19 @@ def test_images_and_rates_of_the_data_are_those_of_its_validation_clips():
 def test_interpolation_gets_the_first_and_the_last_frame():
     root = composed(*BOTH_ENDS)
     clips = next(batches(registry.create(root.data).split("val"), 3, root.seed))
-    assert torch.equal(of_data(root, (), 3).image, clips.video[:, :, [0, 4]])
+    assert torch.equal(data_batch(root, (), 3).image, clips.video[:, :, [0, 4]])
 
 
 def test_own_captions_go_with_the_images_of_the_data():
-    batch = of_data(composed(*IMAGE), ("one", "two"), 9)
+    batch = data_batch(composed(*IMAGE), ("one", "two"), 9)
     assert batch.captions == ["one", "two"]
     assert batch.image.shape == (2, 3, 1, 16, 16)
 
 
 def test_an_unconditional_model_has_no_captions():
     root = composed("conditioning=none")
-    assert of_data(root, (), 3).captions == [""] * 3
-    for refused in (lambda: of_data(root, ("one",), 3), lambda: given(root, ["one"])):
+    assert data_batch(root, (), 3).captions == [""] * 3
+    for refused in (lambda: data_batch(root, ("one",), 3), lambda: user_batch(root, ["one"])):
         with pytest.raises(ConfigError, match="conditioning=none uses no captions"):
             refused()
 
@@ -77,28 +77,31 @@ def test_an_unconditional_model_has_no_captions():
 
 
 def test_one_image_is_for_all_prompts(files):
-    batch = given(composed(*IMAGE), ["a", "b"], files[:1], fps=24)
+    batch = user_batch(composed(*IMAGE), ["a", "b"], files[:1], fps=24)
     assert batch.captions == ["a", "b"]
     assert colours(batch.image) == [[1, -1, -1], [1, -1, -1]]
     assert batch.scalars["fps"].tolist() == [24, 24]
 
 
 def test_each_prompt_has_its_image(files):
-    assert colours(given(composed(*IMAGE), ["a", "b"], files).image) == [[1, -1, -1], [-1, -1, 1]]
+    assert colours(user_batch(composed(*IMAGE), ["a", "b"], files).image) == [
+        [1, -1, -1],
+        [-1, -1, 1],
+    ]
 
 
 def test_images_need_no_caption(files):
-    assert given(composed(*IMAGE), [], files).captions == ["", ""]
+    assert user_batch(composed(*IMAGE), [], files).captions == ["", ""]
 
 
 def test_start_and_end_image_make_one_clip(files):
-    batch = given(composed(*BOTH_ENDS), ["a"], files[:1], files[1:])
+    batch = user_batch(composed(*BOTH_ENDS), ["a"], files[:1], files[1:])
     assert batch.size == 1
     assert colours(batch.image) == [[1, -1, -1], [-1, -1, 1]]
 
 
 def test_without_prompts_and_images_the_datas_are_taken_at_the_rate_that_is_given():
-    batch = given(composed(*IMAGE), [], count=2, fps=6.0, frame_stride=None)
+    batch = user_batch(composed(*IMAGE), [], count=2, fps=6.0, frame_stride=None)
     assert batch.size == 2
     assert batch.scalars["fps"].tolist() == [6, 6]
 
@@ -119,7 +122,7 @@ def test_what_the_conditioning_cannot_use_or_lacks_is_named(
     files, settings, captions, images, ends, rates, message
 ):
     with pytest.raises(ConfigError, match=message):
-        given(composed(*settings), captions, files[:images], files[:ends], **rates)
+        user_batch(composed(*settings), captions, files[:images], files[:ends], **rates)
 
 
 # --- pictures -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
+from plugins._blocks.posterior import Gaussian, PointPosterior, Reconstruction
 from plugins.reconstruction.codebook import L1Codebook
 from plugins.reconstruction.kl import L1KL
 from plugins.vae.identity import Identity
@@ -75,7 +75,7 @@ def test_kl_loss_is_the_weighted_sum_of_its_terms() -> None:
 def test_codebook_loss_is_the_weighted_sum_of_its_terms() -> None:
     loss = L1Codebook(L1Codebook.Config(codebook_weight=0.5, l1_weight=1.0, l2_weight=0.0))
     target = torch.zeros(2, 3, 1, 2, 2)
-    out = Reconstruction(target, target + 0.5, Exact(target), torch.tensor([1.0, 2.0]))
+    out = Reconstruction(target, target + 0.5, PointPosterior(target), torch.tensor([1.0, 2.0]))
     assert loss(out).per_sample.tolist() == [1.0, 1.5]
 
 

@@ -8,9 +8,9 @@ from sandbox.config.root import Root
 from sandbox.config.wiring import wire
 from sandbox.model.offload import freeze
 from sandbox.training.build import build_system
-from tests.engine import differing, train_until
 from tests.helpers import TINY, composed
 from tests.inputs import video
+from tests.training_sessions import differing, train_until
 
 META = torch.device("meta")
 

@@ -12,7 +12,7 @@ from plugins.schedule.ddpm import DDPM
 from plugins.schedule.flow import Flow
 from sandbox.contracts import Conditions, Pass
 from sandbox.data.randomness import Keyed
-from sandbox.model.sampling import KnownRegion, concatenated, denoise
+from sandbox.model.sampling import KnownRegion, concatenate, denoise
 
 FLOW = Flow(Flow.Config())
 CFG = ClassifierFree(ClassifierFree.Config(guidance_scale=3.0))
@@ -123,7 +123,7 @@ def test_joining_keeps_every_slot():
         concat=torch.zeros(2, 1, 2, 4, 4),
         scalars={"fps": torch.zeros(2)},
     )
-    both = concatenated([one, one])
+    both = concatenate([one, one])
     shapes = {name: tuple(x.shape) for name, x in both.tensors()}
     assert shapes == {
         "context": (4, 4, 5),
@@ -135,8 +135,8 @@ def test_joining_keeps_every_slot():
 
 
 def test_passes_with_other_slots_are_not_joined():
-    assert concatenated([Conditions(vector=torch.zeros(2, 3)), Conditions()]) is None
+    assert concatenate([Conditions(vector=torch.zeros(2, 3)), Conditions()]) is None
 
 
 def test_passes_without_conditions_are_joined():
-    assert list(concatenated([Conditions(), Conditions()]).tensors()) == []
+    assert list(concatenate([Conditions(), Conditions()]).tensors()) == []

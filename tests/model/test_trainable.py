@@ -19,8 +19,8 @@ from sandbox.tasks.train import train
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.first_stage import train_first_stage
 from sandbox.weights.init_from import init_from
-from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed
+from tests.training_sessions import differing, record, session, small, train_until
 
 NAMES = ("backbone.blocks.0.attn.weight", "backbone.blocks.1.attn.weight", "backbone.out.bias")
 CHOSEN = r"trainable=[blocks,'patch_out@0.1']"

@@ -17,19 +17,19 @@ from sandbox.config.wiring import wire
 from sandbox.contracts import BadItem, Clip, ConfigError, DataError, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.distributed.supervisor import launch
-from sandbox.evaluation.evaluate import gather
-from sandbox.evaluation.prompts import given, of_data
+from sandbox.evaluation.evaluate import first_clips
+from sandbox.evaluation.prompts import data_batch, user_batch
 from sandbox.model.cached_latents import CachedLatents, source
-from sandbox.pipelines.encode import Networks, encode_all, in_bytes, narrowed
+from sandbox.pipelines.encode import Networks, encode_all, to_half_if_lossless, to_uint8_if_lossless
 from sandbox.reports.media import write_video
 from sandbox.storage import weight_files
 from sandbox.tasks.train import train as train_task
 from sandbox.training.build import build_system, load_system
 from tests.bad_files import DAMAGES
-from tests.engine import differing, train_until
 from tests.helpers import TINY, composed, sampled, train
 from tests.inputs import video
 from tests.plugins.conditioning.test_t5 import released, write_tokenizer
+from tests.training_sessions import differing, train_until
 
 VAES = {
     "kl": ("vae.ch=8", "vae.num_groups=4", "vae.scale_factor=1.0", "vae.shift=0.0"),
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     root = tmp_path / "digits"
     (root / "videos").mkdir(parents=True)
     digits = registry.create(composed().data).split("val")
-    clips = gather(digits, 6, 0)
+    clips = first_clips(digits, 6, 0)
     for i, clip in enumerate(clips.video):
         write_video(root / f"videos/{i}.mp4", clip, 8.0)
     (root / "prompts.txt").write_text("\n".join(clips.captions))
@@ -171,15 +171,15 @@ def test_validation_needs_no_text_encoder_and_changes_nothing(folder, tmp_path):
     assert all(p.is_meta for p in watched.system.first_stage._network[0].encoder.parameters())
 
     with pytest.raises(ConfigError, match=r"no embedding of \['unheard of'\]"):
-        of_data(cached, ["unheard of"], 1)
+        data_batch(cached, ["unheard of"], 1)
     system = load_system(watched.folder)
-    stored = system.sample(of_data(cached, ["a blue 7"], 1))
+    stored = system.sample(data_batch(cached, ["a blue 7"], 1))
     # a text encoder in the place of what is stored: any prompt, and the same clip for this one
     with_encoder = replace(conditioning, weights=str(tmp_path / "t5"))
     sampling = wire(replace(cached, conditioning=with_encoder))
     system = load_system(watched.folder, wiring=sampling)
-    assert torch.equal(system.sample(given(sampling.root, ["a blue 7"])), stored)
-    assert system.sample(given(sampling.root, ["unheard of"])).isfinite().all()
+    assert torch.equal(system.sample(user_batch(sampling.root, ["a blue 7"])), stored)
+    assert system.sample(user_batch(sampling.root, ["unheard of"])).isfinite().all()
 
 
 def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_path):
@@ -189,8 +189,8 @@ def test_image_to_video_from_stored_pictures_has_the_same_losses(folder, tmp_pat
     cached = from_cache(root, image=True)
     assert not isinstance(build_system(wire(cached)).first_stage, CachedLatents)
     assert losses(cached, tmp_path / "b") == losses(root, tmp_path / "a")
-    pictures = gather(registry.create(root.data).split("val"), 2, 0).video[:, :, :1]
-    assert torch.equal(of_data(cached, (), 2).image, pictures)  # conditions of validation
+    pictures = first_clips(registry.create(root.data).split("val"), 2, 0).video[:, :, :1]
+    assert torch.equal(data_batch(cached, (), 2).image, pictures)  # conditions of validation
 
 
 def test_pictures_have_to_be_asked_for_where_conditioning_encodes_them(folder):
@@ -450,11 +450,11 @@ def test_other_weights_are_refused(folder, tmp_path):
 
 
 def test_half_precision_is_used_where_nothing_is_lost():
-    assert narrowed(torch.tensor([0.5, 3.0])).dtype == torch.bfloat16
-    assert narrowed(torch.tensor([1 + 2**-9])).dtype == torch.float16
-    assert narrowed(torch.tensor([1 + 2**-20])).dtype == torch.float32
-    assert in_bytes(torch.arange(256) / 127.5 - 1).dtype == torch.uint8
-    assert in_bytes(torch.tensor([0.1234])).dtype == torch.float32
+    assert to_half_if_lossless(torch.tensor([0.5, 3.0])).dtype == torch.bfloat16
+    assert to_half_if_lossless(torch.tensor([1 + 2**-9])).dtype == torch.float16
+    assert to_half_if_lossless(torch.tensor([1 + 2**-20])).dtype == torch.float32
+    assert to_uint8_if_lossless(torch.arange(256) / 127.5 - 1).dtype == torch.uint8
+    assert to_uint8_if_lossless(torch.tensor([0.1234])).dtype == torch.float32
 
 
 # --- resume ---------------------------------------------------------------------------------------

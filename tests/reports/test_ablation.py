@@ -17,7 +17,8 @@ from sandbox.contracts import ConfigError, StorageError
 from sandbox.reports.ablation import Ablation, compare, varying
 from sandbox.reports.ablation_page import draw_curves, write_ablation
 from sandbox.reports.ablation_runs import read
-from sandbox.runs.run import Run, identity_of_work
+from sandbox.runs.identity import identity_of_work
+from sandbox.runs.run import Run
 
 PROTOCOL = {"data": "data/moving_digits", "clips": 8, "frames": 9, "weights": "ema"}
 

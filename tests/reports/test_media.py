@@ -11,14 +11,14 @@ from sandbox.reports.media import (
     BACKGROUND,
     NAN,
     contact_sheet,
-    enlarged,
     enlargement,
-    evenly,
+    evenly_spaced,
     frames_uint8,
     grid_of_clips,
     reconstruction_sheet,
     replacing,
-    wrapped,
+    upscale,
+    wrap,
     write_gif,
     write_video,
 )
@@ -85,7 +85,7 @@ def test_wrong_shape_is_named(shape):
 
 def test_enlarging_repeats_pixels():
     frames = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(1, 2, 2, 3)
-    big = enlarged(frames, 3)
+    big = upscale(frames, 3)
     assert big.shape == (1, 6, 6, 3)
     assert (big[:, ::3, ::3] == frames).all() and (big[:, 2::3, 2::3] == frames).all()
 
@@ -96,8 +96,8 @@ def test_enlargement_makes_small_clips_visible(size, factor):
 
 
 def test_thinning_keeps_first_and_last():
-    assert evenly(5, 9) == [0, 1, 2, 3, 4]
-    assert evenly(33, 9) == [0, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(33, 9) == [0, 4, 8, 12, 16, 20, 24, 28, 32]
 
 
 # --- videos ---------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_colours_do_not_bleed_between_enlarged_pixels(tmp_path):
     write_video(tmp_path / "a.mp4", video, 8, enlarge=10, crf=0)
     frames, _ = decoded(tmp_path / "a.mp4")
     # crf 0 leaves the rounding of yuv, at most 3 levels, even at the borders of pixels
-    assert np.abs(frames.astype(int) - enlarged(frames_uint8(video), 10)).max() <= 3
+    assert np.abs(frames.astype(int) - upscale(frames_uint8(video), 10)).max() <= 3
 
 
 def test_odd_sizes_become_even(tmp_path):
@@ -247,12 +247,10 @@ def test_a_sheet_without_clips_is_refused(tmp_path):
 
 
 def test_long_captions_wrap_and_end_in_an_ellipsis():
-    lines = wrapped("many words " * 30 + "w" * 300, 190, 14, most=6)
+    lines = wrap("many words " * 30 + "w" * 300, 190, 14, most=6)
     assert len(lines) == 6 and lines[-1].endswith("...")
-    assert (
-        wrapped("w" * 100, 190, 14, most=9) and "".join(wrapped("w" * 100, 190, 14, 9)) == "w" * 100
-    )
-    assert wrapped("", 190, 14, most=6) == []
+    assert wrap("w" * 100, 190, 14, most=9) and "".join(wrap("w" * 100, 190, 14, 9)) == "w" * 100
+    assert wrap("", 190, 14, most=6) == []
 
 
 def test_reconstruction_sheet_shows_the_difference(tmp_path):

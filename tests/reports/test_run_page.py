@@ -12,7 +12,7 @@ import torch
 
 from sandbox.contracts import StorageError
 from sandbox.reports import pages
-from sandbox.reports.charts import draw, line_chart, number, smoothed
+from sandbox.reports.charts import draw, format_number, line_chart, smooth
 from sandbox.reports.media import contact_sheet, write_video
 from sandbox.reports.run_page import (
     Report,
@@ -226,9 +226,9 @@ def test_log_steps_begin_at_the_first_step():
 def test_smoothing_follows_the_mean_and_keeps_a_learning_rate():
     rng = np.random.default_rng(0)
     noisy = np.stack([np.arange(2000.0), 1 + rng.normal(0, 0.3, 2000)], 1)
-    assert smoothed(noisy)[200:, 1].std() < 0.2 * noisy[200:, 1].std()
+    assert smooth(noisy)[200:, 1].std() < 0.2 * noisy[200:, 1].std()
     ramp = np.array([(s, min(s, 50) / 50) for s in range(1000)])
-    assert (smoothed(ramp) == ramp).all()
+    assert (smooth(ramp) == ramp).all()
 
 
 def test_a_spike_does_not_flatten_a_curve():
@@ -261,7 +261,7 @@ def test_charts_are_deterministic_and_use_the_colours_of_the_page():
 
 
 def test_numbers_have_three_significant_digits():
-    assert [number(v) for v in (0, 0.4731, 1200, 4e-5)] == ["0", "0.473", "1.2k", "4e-05"]
+    assert [format_number(v) for v in (0, 0.4731, 1200, 4e-5)] == ["0", "0.473", "1.2k", "4e-05"]
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def test_an_interval_of_100_prompts_holds_the_truth_95_times_in_100(draw, monkey
     rng = np.random.default_rng(0)
     truth = draw(rng, 10**6).mean()
     # one weighing of resamples serves all rows, as in `of_prompts`
-    means = statistics.resampled(draw(rng, (SIMULATIONS, statistics.LEAST_PROMPTS)))
+    means = statistics.resample(draw(rng, (SIMULATIONS, statistics.LEAST_PROMPTS)))
     low, high = np.quantile(means, [0.025, 0.975], axis=1)
     assert 0.93 < np.mean((low <= truth) & (truth <= high)) < 0.97
 

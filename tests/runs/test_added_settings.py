@@ -13,16 +13,10 @@ from sandbox.config.root import Root, to_container
 from sandbox.contracts import ConfigError
 from sandbox.model.cached_latents import settings_of
 from sandbox.runs.diff import compare_runs
+from sandbox.runs.identity import differences, identity, identity_of_work
 from sandbox.runs.lookup import read_root
 from sandbox.runs.protocol import protocols
-from sandbox.runs.run import (
-    continues,
-    differences,
-    identity,
-    identity_of_work,
-    open_root,
-    open_run,
-)
+from sandbox.runs.resume import open_root, open_run, resumes
 from tests.helpers import composed, recipe
 
 RECORDED = json.loads(Path(__file__).with_name("identities.json").read_text())
@@ -124,7 +118,7 @@ def test_an_older_run_keeps_its_times_and_is_not_continued_with_others(
     run.config_file.write_text(yaml.safe_dump(old))
     run.environment.unlink()  # it has the hash
     assert read_root(folder).schedule.rescale_timesteps is was_rescaled
-    assert continues(root) is not was_rescaled
+    assert resumes(root) is not was_rescaled
     with open_root(root) as run:
         assert (run.folder != folder) is was_rescaled
     same = composed(*words, f"schedule.rescale_timesteps={was_rescaled}", f"out={tmp_path}")

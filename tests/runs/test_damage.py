@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from sandbox.contracts import SandboxError, StorageError
-from sandbox.runs.run import Run, open_run
+from sandbox.runs.resume import open_run
+from sandbox.runs.run import Run
 from sandbox.storage import checkpoint
 from sandbox.storage.locks import COMMAND, FileLock, locked
 from sandbox.training.build import load_system
 from tests.bad_files import DAMAGES, cut_in_half, flip_a_byte, snapshot
-from tests.engine import small, train_until
 from tests.storage.test_checkpoint import BREAKS
+from tests.training_sessions import small, train_until
 
 SETTINGS = ("data.clips_per_epoch=13", "steps=6", "checkpoint.every=3")
 

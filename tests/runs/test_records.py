@@ -15,7 +15,8 @@ from sandbox.reports import ablation_runs
 from sandbox.runs import records
 from sandbox.runs.diff import compare_runs
 from sandbox.runs.lookup import find_run, read_root
-from sandbox.runs.run import Run, open_root
+from sandbox.runs.resume import open_root
+from sandbox.runs.run import Run
 from tests.bad_files import DAMAGES, snapshot
 from tests.helpers import tiny
 

@@ -16,8 +16,8 @@ from sandbox.runs.run import Run
 from sandbox.storage import checkpoint
 from sandbox.training.loop import fit
 from tests.command import SMALL, folder_of, run_until, said
-from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed
+from tests.training_sessions import differing, record, session, small, train_until
 
 STEPS = 12
 # 13 clips in micro-batches of two: 7 an epoch, of which the last has one clip.

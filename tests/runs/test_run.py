@@ -13,8 +13,10 @@ import pytest
 
 from sandbox.config import registry
 from sandbox.contracts import ConfigError, StorageError
-from sandbox.runs import run as runs
-from sandbox.runs.run import Run, differences, identity, open_run
+from sandbox.runs import resume as runs
+from sandbox.runs.identity import differences, identity
+from sandbox.runs.resume import open_run
+from sandbox.runs.run import Run
 
 FORK = multiprocessing.get_context("fork")
 CONFIG = {
@@ -379,6 +381,6 @@ def test_a_run_resumes_from_another_folder_with_paths_relative_to_it(tmp_path, m
 
 
 def test_run_folders_need_no_torch():
-    code = "import sys, sandbox.runs.run, sandbox.config.secrets; print('torch' in sys.modules)"
+    code = "import sys, sandbox.runs.resume, sandbox.config.secrets; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -11,7 +11,7 @@ import pytest
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from tests.command import folder_of, reached, run_until, said
-from tests.engine import differing
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 STEPS = 40

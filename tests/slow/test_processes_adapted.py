@@ -12,8 +12,8 @@ from sandbox.config import registry
 from sandbox.config.wiring import wire
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint, weight_files
-from tests.engine import differing
 from tests.training_jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 

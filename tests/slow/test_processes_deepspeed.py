@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sandbox.runs.run import Run
-from tests.engine import differing
 from tests.training_jobs import ONE, STEPS, TWO, assert_close, done, job, metrics, moved, states
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.engine import differing
 from tests.training_jobs import TWO, done, job, states
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import yaml
 
 from sandbox.storage import checkpoint
 from tests.command import CHECKOUT, PATIENT_RAY, SMALL, folder_of, reached, run_until, said
-from tests.engine import differing
+from tests.training_sessions import differing
 
 pytestmark = pytest.mark.slow
 DDP = ("trainer=ddp", "steps=6", "trainer.accumulate=1")

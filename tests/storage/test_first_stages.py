@@ -15,7 +15,7 @@ from sandbox.config.root import to_container
 from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, StorageError
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import reconstructed
+from sandbox.evaluation.evaluate import reconstruct
 from sandbox.model.components import build
 from sandbox.storage import weight_files
 from sandbox.storage.first_stage_files import FIRST_STAGE_FILE, cache_path, load_weights
@@ -23,7 +23,7 @@ from sandbox.tasks.train import train
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.first_stage import calibrate, prepare_first_stage
 from tests.bad_files import DAMAGES, cut_in_half, flip_a_byte, snapshot
-from tests.engine import differing, session, small, train_until
+from tests.training_sessions import differing, session, small, train_until
 
 AUTO = ("vae.weights=auto", "vae.fit_clips=32", "data.clips_per_epoch=32")
 
@@ -275,7 +275,7 @@ def test_a_first_stage_on_a_gpu_is_calibrated_and_measured_there():
         with pytest.raises(RuntimeError, match="device"):
             first_stage.encode(video)
         calibrate(root, first_stage, gpu)
-        made = reconstructed(first_stage, video, gpu)
+        made = reconstruct(first_stage, video, gpu)
         assert (made.device.type, made.shape) == ("cpu", video.shape)
 
 

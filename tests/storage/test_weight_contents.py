@@ -9,7 +9,7 @@ from torch import Tensor
 from sandbox.contracts import StorageError
 from sandbox.storage import weight_files
 from sandbox.storage.weight_check import check_values, differences, kind_of
-from sandbox.storage.weight_contents import fitted, weights_in
+from sandbox.storage.weight_contents import match_names, weights_in
 
 LIVE = {"blocks.0.weight": torch.zeros(2, 3), "out.bias": torch.zeros(4)}
 EMA = {k: v + 1 for k, v in LIVE.items()}
@@ -59,7 +59,7 @@ def test_ema_weights_are_taken_and_logged(tmp_path, caplog, name):
     torch.save(WITH_EMA[name], path)
     with caplog.at_level(logging.INFO):
         found = weight_files.read(path)
-    assert same(fitted(found, LIVE), EMA)
+    assert same(match_names(found, LIVE), EMA)
     assert "EMA (" in caplog.text and str(path) in caplog.text
 
 
@@ -133,20 +133,20 @@ PREFIXED = {
 @pytest.mark.parametrize("prefix", PREFIXED)
 def test_known_prefixes_are_removed_and_logged(prefix):
     said: list[str] = []
-    assert same(fitted(below(prefix, EMA), LIVE, said.append), EMA)
+    assert same(match_names(below(prefix, EMA), LIVE, said.append), EMA)
     assert PREFIXED[prefix] in said[0]
 
 
 def test_wrappers_inside_names_are_removed():
     state = {"blocks.0._checkpoint_wrapped_module._orig_mod.weight": EMA["blocks.0.weight"],
              "module.out.bias": EMA["out.bias"]}  # fmt: skip
-    assert same(fitted(state, LIVE), EMA)
+    assert same(match_names(state, LIVE), EMA)
 
 
 def test_of_a_training_module_the_network_is_taken_and_the_rest_counted():
     said: list[str] = []
     state = below("model.", EMA) | {"vae.encoder.w": torch.ones(1), "loss.w": torch.ones(1)}
-    assert same(fitted(state, LIVE, said.append), EMA)
+    assert same(match_names(state, LIVE, said.append), EMA)
     assert "2 other names left out (vae. 1, loss. 1)" in said[0]
 
 
@@ -163,20 +163,20 @@ def test_of_a_training_module_the_network_is_taken_and_the_rest_counted():
 )
 def test_ema_weights_in_the_same_state_are_taken(state):
     said: list[str] = []
-    assert same(fitted(state, LIVE, said.append), EMA)
+    assert same(match_names(state, LIVE, said.append), EMA)
     assert "EMA weights (" in said[0]
 
 
 def test_buffers_stay_beside_ema_weights_below_another_prefix():
     state = below("pipe.transformer.", LIVE | BUFFERS) | below("ema.", EMA)
-    assert same(fitted(state, {**LIVE, **BUFFERS}), EMA | BUFFERS)
+    assert same(match_names(state, {**LIVE, **BUFFERS}), EMA | BUFFERS)
 
 
 @pytest.mark.parametrize("own", [below("module.", LIVE), below("model.", LIVE), LIVE])
 def test_names_that_match_are_left_alone(own):
-    assert same(fitted(own, own), own)
+    assert same(match_names(own, own), own)
     other = {"x": torch.ones(1)}
-    assert fitted(other, own) == other
+    assert match_names(other, own) == other
 
 
 # --- messages -------------------------------------------------------------------------------------

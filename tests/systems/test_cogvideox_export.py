@@ -14,8 +14,8 @@ from sandbox.cli.jobs import perform
 from sandbox.config.root import to_container
 from sandbox.config.wiring import wire
 from sandbox.distributed.rank import Rank
-from sandbox.evaluation.evaluate import take
-from sandbox.evaluation.prompts import of_data
+from sandbox.evaluation.evaluate import slice_batch
+from sandbox.evaluation.prompts import data_batch
 from sandbox.tasks.train import train as train_task
 from sandbox.training.build import load_system
 from tests.helpers import composed, words
@@ -132,7 +132,7 @@ def trained(kind: str, start: Path, clips: str, out: Path, *more: str) -> Path:
 def compared(run: Path, pipe: Any) -> tuple[Tensor, Tensor]:
     """Our clip of a run, and a pipeline's clip for the same noise, text and image."""
     system = load_system(run, "live")
-    batch = take(of_data(system.root, (), 1), 0, 1)
+    batch = slice_batch(data_batch(system.root, (), 1), 0, 1)
     grid = system.wiring.grids[0]
     size = (1, grid.channels, grid.frames, grid.height, grid.width)
     text = {"prompt": batch.captions, "max_sequence_length": 6}

@@ -7,7 +7,7 @@ import torch
 from sandbox.cli.jobs import perform
 from sandbox.config import registry
 from sandbox.config.wiring import wire
-from sandbox.evaluation.evaluate import gather, training_clips
+from sandbox.evaluation.evaluate import first_clips, training_clips
 from tests.helpers import composed
 
 
@@ -20,7 +20,7 @@ def test_written_clips_come_back_with_their_captions_and_first_frames(tmp_path):
                       "data.images=images.txt").data  # fmt: skip
     found = {}
     for split in ("train", "val"):
-        batch = gather(registry.create(folder).split(split), 6, 0)
+        batch = first_clips(registry.create(folder).split(split), 6, 0)
         found |= dict(zip(batch.ids, zip(batch.captions, batch.video, batch.image, strict=True),
                           strict=True))  # fmt: skip
     assert [found[name][0] for name in sorted(found)] == made.captions

@@ -23,24 +23,24 @@ from sandbox.plan.build import (
     Sizes,
     conditions,
     counts,
-    encoded,
     from_shallow,
-    measured,
+    measure_encoding,
+    measure_step,
     optimizer_bytes,
     parts_of,
     step_of,
     training_step,
 )  # fmt: skip
-from sandbox.plan.depth import deeper
+from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import OWN, Measured, measure, on_fake_device
 from sandbox.plan.objective import objective, per_x0, times
 from sandbox.plan.page import page
+from sandbox.plan.parallel_map import parallel_map
 from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
-from sandbox.plan.side_by_side import side_by_side
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import count, flops, plan_text
-from sandbox.runs.run import identity_of_work
+from sandbox.runs.identity import identity_of_work
 from tests.helpers import TINY, composed, tiny_weights
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "memory.json"
@@ -98,7 +98,7 @@ def test_a_step_without_numbers_holds_and_frees_what_a_real_one_does(name):
     """Bytes at the end of the forward pass and at the most, and operations, to the last one."""
     wiring = wired(*SYSTEMS[name])
     root, sizes = wiring.root, Sizes.of(wiring)
-    found = measured(root, sizes)
+    found = measure_step(root, sizes)
     parts = real_parts(root)
     modules = [p for p in parts.values() if isinstance(p, nn.Module)]
     cond = conditions(sizes, any(p.requires_grad for p in parts["conditioning"].parameters()))
@@ -127,7 +127,7 @@ def test_a_deep_network_takes_what_shallow_ones_foretell(name, checkpointing):
     """To the last byte and operation, at every moment."""
     wiring = wired(*DEEP[name])
     root, sizes = wiring.root, Sizes.of(wiring)
-    before = encoded(root, sizes)
+    before = measure_encoding(root, sizes)
 
     def at(backbone):
         return step_of(replace(root, backbone=backbone), sizes, checkpointing, False, before)
@@ -146,10 +146,10 @@ def of_depth(layers: int) -> Measured:
 
 
 def test_no_extrapolation_if_the_third_depth_disagrees():
-    assert deeper([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
-    assert deeper([of_depth(n) for n in (2, 3, 5)], 8) is None
+    assert extrapolate([of_depth(n) for n in (2, 3, 4)], 8) == of_depth(10)
+    assert extrapolate([of_depth(n) for n in (2, 3, 5)], 8) is None
     more = replace(of_depth(4), forward=29)
-    assert deeper([of_depth(2), of_depth(3), more], 8) is None
+    assert extrapolate([of_depth(2), of_depth(3), more], 8) is None
 
 
 def test_what_is_kept_is_what_autograd_saves():
@@ -174,7 +174,7 @@ def test_what_is_kept_is_what_autograd_saves():
         loss = step()
     assert loss.requires_grad
     total = sum(size for size, _ in saved.values())
-    assert measured(root, sizes).held == pytest.approx(total, rel=0.01)
+    assert measure_step(root, sizes).held == pytest.approx(total, rel=0.01)
 
 
 # --- operations -----------------------------------------------------------------------------------
@@ -396,16 +396,16 @@ def of_process(item: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_several_are_measured_at_once_where_there_are_cores(monkeypatch, cores):
-    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: cores)
-    found = side_by_side(of_process, [3, 1, 2])
+    monkeypatch.setattr("sandbox.plan.parallel_map.cores", lambda: cores)
+    found = parallel_map(of_process, [3, 1, 2])
     assert [item for item, _ in found] == [3, 1, 2]
     assert len({process for _, process in found}) == (3 if cores > 1 else 1)
 
 
 def test_what_goes_wrong_in_another_process_is_raised_as_it_is(monkeypatch):
-    monkeypatch.setattr("sandbox.plan.side_by_side.cores", lambda: 2)
+    monkeypatch.setattr("sandbox.plan.parallel_map.cores", lambda: 2)
     with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda item: 1 // item, [1, 0])
+        parallel_map(lambda item: 1 // item, [1, 0])
 
 
 # --- the training method --------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_what_goes_wrong_in_another_process_is_raised_as_it_is(monkeypatch):
 def test_a_plan_counts_every_call_of_a_method():
     def forward(*words: str) -> int:
         wiring = wired(*TINY, *words)
-        return measured(wiring.root, Sizes.of(wiring)).forward
+        return measure_step(wiring.root, Sizes.of(wiring)).forward
 
     encoding = forward()
     call = (forward("method=shortcut") - encoding) / 2  # two further calls, without gradients
@@ -437,5 +437,5 @@ def test_a_plan_counts_the_networks_of_a_method():
     assert optimizer_bytes(many, parts_of(many)) == 2 * optimizer_bytes(few, parts_of(few))
     cheap = wire(replace(many, method=replace(many.method, turns=1)))
     dear = wire(replace(many, method=replace(many.method, turns=3)))
-    costs = [measured(w.root, Sizes.of(w)) for w in (cheap, dear)]
+    costs = [measure_step(w.root, Sizes.of(w)) for w in (cheap, dear)]
     assert costs[1].backward > 1.5 * costs[0].backward

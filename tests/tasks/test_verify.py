@@ -102,8 +102,8 @@ def test_a_group_with_another_plugin_inherits_no_settings():
             "lr": [1, ""], "callbacks.images.every": [5, ""]}  # fmt: skip
     own = {"sampler.plugin": ["sampler/euler", ""], "adapter.plugin": ["adapter/lora", ""],
            "callbacks.images.plugin": ["callbacks/images", ""]}  # fmt: skip
-    assert verify.inherited(base, own).keys() == {*own, "lr", "callbacks.images.every"}
-    assert verify.inherited(base, {"sampler.plugin": ["sampler/ddim", ""]}) == base
+    assert verify.inherited_settings(base, own).keys() == {*own, "lr", "callbacks.images.every"}
+    assert verify.inherited_settings(base, {"sampler.plugin": ["sampler/ddim", ""]}) == base
 
 
 def test_missing_and_unexpected_names_are_counted(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from sandbox.storage import weight_files
 from sandbox.tasks.train import train
 from sandbox.training.build import load_system
 from sandbox.training.finish import final_loss, print_scores, spread
-from tests.engine import differing, small
+from tests.training_sessions import differing, small
 
 QUICK = ("steps=5", "data.fps=6", "task.score_clips=6", "task.samples=3", "task.untrained=false")
 

@@ -7,7 +7,7 @@ import torch
 
 from sandbox import build, compose
 from sandbox.config import registry
-from sandbox.evaluation.evaluate import gather
+from sandbox.evaluation.evaluate import first_clips
 from sandbox.training.image_rows import NOISE_LEVELS, ROWS, image_rows
 from tests.helpers import TINY
 
@@ -60,7 +60,7 @@ def test_the_progressive_row_ends_in_the_sample():
 def test_filling_in_keeps_what_is_known_and_no_more():
     """With the identity for a first stage known pixels come back, up to the last step's noise."""
     made = system("vae=identity", "backbone.patch=4", "data.frames=1", "sampler.steps=20")
-    real = gather(registry.create(made.root.data).split("val"), CLIPS, 0).video
+    real = first_clips(registry.create(made.root.data).split("val"), CLIPS, 0).video
     rows = image_rows(made, ("samples_inpainting", "samples_outpainting"), CLIPS)
     middle = torch.zeros(16, 16, dtype=torch.bool)
     middle[4:12, 4:12] = True

@@ -31,7 +31,7 @@ from sandbox.tasks.train_vae import train_vae
 from sandbox.training.build import build_system
 from sandbox.training.first_stage import train_first_stage
 from sandbox.training.loop import Stream, fit
-from tests.engine import differing, record, session, small
+from tests.training_sessions import differing, record, session, small
 
 EPOCHS = ("data.clips_per_epoch=13", "trainer.log_every=3", "checkpoint.every=5")
 

@@ -72,7 +72,7 @@ def test_image_tokens_equal_the_original():
 
 @pytest.mark.parametrize("size", [(320, 512), (256, 256), (200, 220)])
 def test_images_are_preprocessed_as_in_the_original(size):
-    got = openclip.normalised(openclip.resized(images(1, *size), 224))
+    got = openclip.normalise(openclip.resize(images(1, *size), 224))
     name = f"out/preprocess_{size[0]}x{size[1]}_every8"
     near(got[..., ::8, ::8], TENSORS[name])
     assert got.mean().item() == pytest.approx(FACTS["preprocess"][name]["mean"], abs=1e-4)

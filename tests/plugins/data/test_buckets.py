@@ -6,10 +6,10 @@ import pytest
 
 from plugins._blocks.buckets import (
     batch_frames,
-    covering,
+    covering_size,
     frame_shares,
     nearest_ratio,
-    picked,
+    pick_by_share,
 )
 from plugins._configs.buckets import ASPECTS, CROPS, crop_size
 from tests.golden_easyanimate import GOLDEN
@@ -39,14 +39,14 @@ def test_images_get_the_published_bucket_and_resize(example) -> None:
     crop = crop_size(ratio, example["video_sample_size"])
     assert ratio == example["bucket"]
     assert list(crop) == example["crop_hw"]
-    assert list(covering(tuple(example["source_hw"]), crop)) == example["resize_hw"]
+    assert list(covering_size(tuple(example["source_hw"]), crop)) == example["resize_hw"]
 
 
 @pytest.mark.parametrize("source", [(7, 1000), (333, 777), (480, 641), (1999, 37), (512, 512)])
 @pytest.mark.parametrize("ratio", [0.25, 1.0, 1.46])
 def test_a_resized_image_covers_the_crop(source, ratio) -> None:
     crop = crop_size(ratio, 512)
-    rows, columns = covering(source, crop)
+    rows, columns = covering_size(source, crop)
     assert rows >= crop[0] and columns >= crop[1]
     assert rows == crop[0] or columns == crop[1]
 
@@ -78,9 +78,9 @@ def test_long_clips_exceed_the_limit_by_at_most_one_interval() -> None:
 
 def test_picked_follows_the_shares() -> None:
     shares = {"a": 0.25, "b": 0.5, "c": 0.25}
-    found = [picked(shares, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999999)]
+    found = [pick_by_share(shares, u) for u in (0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999999)]
     assert found == ["a", "a", "b", "b", "c", "c"]
-    assert picked(CROPS, 1 - 2**-53) == 2.4
+    assert pick_by_share(CROPS, 1 - 2**-53) == 2.4
 
 
 @pytest.mark.parametrize(("call", "message"), [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugins.data.webvid import Clips, Picker, WebVid, read_rows, transformed, video_path
+from plugins.data.webvid import Clips, Picker, WebVid, read_rows, transform, video_path
 from sandbox.contracts import BadItem, DataError
 from sandbox.data.randomness import keyed
 from tests.plugins.data.test_video_folder import write_video
@@ -86,7 +86,7 @@ def test_resize_ignores_the_aspect_ratio(height, width):
     assert not [p for p in cfg.problems() if p.startswith("spatial_transform")]
     frames = torch.from_numpy(np.stack(images)).permute(3, 0, 1, 2).float()
     want = (Resize([height, width])(frames) / 255 - 0.5) * 2
-    torch.testing.assert_close(transformed(images, cfg), want)
+    torch.testing.assert_close(transform(images, cfg), want)
 
 
 def test_rows_with_an_empty_field_are_dropped(rows):

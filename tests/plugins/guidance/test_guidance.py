@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plugins._blocks.diffusion import rescaled
+from plugins._blocks.diffusion import rescale_std
 from plugins.guidance.cfg import ClassifierFree
 from plugins.guidance.cogvideox_dynamic import CogVideoXDynamic
 from plugins.guidance.none import NoGuidance
@@ -60,7 +60,7 @@ def test_scale_0_is_the_unconditional_pass():
 def test_recorded_rescaling_is_reproduced():
     tensors = load_file(GOLDEN.with_suffix(".safetensors"))
     tolerance = json.loads(GOLDEN.with_suffix(".json").read_text())["tolerance"]
-    got = rescaled(tensors["in/rescale/cfg"], tensors["in/rescale/text"], 0.7)
+    got = rescale_std(tensors["in/rescale/cfg"], tensors["in/rescale/text"], 0.7)
     torch.testing.assert_close(got, tensors["out/rescale"], **tolerance)
 
 

@@ -13,9 +13,9 @@ from sandbox import build, compose
 from sandbox.config.wiring import wire
 from sandbox.contracts import Conditions, ConfigError, Output, StorageError
 from sandbox.model.networks import MicroBatch, Networks
-from tests.engine import differing, record, small, train_until
 from tests.helpers import composed, sampled, train
 from tests.inputs import batch, conditions, sizes, tensor
+from tests.training_sessions import differing, record, small, train_until
 
 SMALL = ("backbone.width=32", "backbone.num_blocks=2", "vae.weights=null", "vae.fit_clips=16",
          "data.clips_per_epoch=16", "data.batch_size=4", "steps=2", "logger=null")  # fmt: skip

@@ -14,9 +14,9 @@ from sandbox.model.networks import MicroBatch, Networks
 from sandbox.model.roles import Network
 from sandbox.training.build import build_system, check_weights, load_system
 from sandbox.training.loop import fit
-from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed, sampled
 from tests.inputs import batch
+from tests.training_sessions import differing, record, session, small, train_until
 
 SETTINGS = ("steps=4", "checkpoint.every=2", "data.clips_per_epoch=8", "data.batch_size=4",
             "ema.decay=0.5")  # fmt: skip

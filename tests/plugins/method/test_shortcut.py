@@ -12,9 +12,9 @@ from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Output
 from sandbox.model.networks import MicroBatch, Networks
 from sandbox.training.loop import fit
-from tests.engine import differing, record, session, small, train_until
 from tests.helpers import composed, sampled, train
 from tests.inputs import batch, draws
+from tests.training_sessions import differing, record, session, small, train_until
 
 SMALL = ("backbone.width=32", "backbone.num_blocks=2", "vae.weights=null", "vae.fit_clips=16",
          "data.clips_per_epoch=16", "data.batch_size=4", "steps=2", "logger=null")  # fmt: skip

@@ -12,19 +12,19 @@ from plugins._blocks import lpips
 from plugins._blocks.discriminator3d import Discriminator3D
 from plugins._blocks.lpips import LPIPS, from_torchvision
 from plugins._blocks.patchgan import NLayerDiscriminator
-from plugins._blocks.posterior import Exact, Gaussian, Reconstruction
+from plugins._blocks.posterior import Gaussian, PointPosterior, Reconstruction
 from plugins.reconstruction.lpips_gan import LPIPSWithDiscriminator
 from sandbox.cli.jobs import check_and_wire
 from sandbox.config.wiring import wire
 from sandbox.contracts import ConfigError, Preempted, StorageError
 from sandbox.model.autoencoding import Autoencoding
 from sandbox.model.components import build
-from sandbox.runs.run import open_root
+from sandbox.runs.resume import open_root
 from sandbox.training.loop import fit
 from sandbox.training.state import start
-from tests.engine import StopAfter, differing
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import composed, words
+from tests.training_sessions import StopAfter, differing
 
 SETTINGS = (
     "task=train_vae", "vae=vq", "vae.ch=8", "vae.ch_mult=[1,1]", "vae.num_groups=4",
@@ -47,7 +47,9 @@ def made(codebook: bool = False) -> tuple[Reconstruction, nn.Parameter]:
     posterior = Gaussian(torch.full((2, 4, 1, 1, 1), 0.5))
     if codebook:
         own = {"codebook_loss": torch.tensor([1.0, 2.0])}
-        return Reconstruction(x, 0.5 * weight * x, Exact(x), last_layer=weight, **own), weight
+        return Reconstruction(
+            x, 0.5 * weight * x, PointPosterior(x), last_layer=weight, **own
+        ), weight
     return Reconstruction(x, 0.5 * weight * x, posterior, last_layer=weight), weight
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from plugins.trainer.deepspeed import Sharded
 from sandbox.contracts import ConfigError
 from sandbox.model.offload import freeze
-from tests.engine import small
+from tests.training_sessions import small
 
 pytest.importorskip("deepspeed")
 

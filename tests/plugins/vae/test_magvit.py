@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plugins._blocks.autoencoder3d import CausalConv3d, Upsampler
 from plugins._blocks.haar import keep_smoothest
-from plugins._blocks.tiling import tiled
+from plugins._blocks.tiling import apply_tiled
 from plugins.vae.magvit import MagViT
 from sandbox.contracts import Clip, SizeError
 from sandbox.data.randomness import Keyed, Recorded
@@ -376,4 +376,4 @@ def test_upsampling_in_time_is_trilinear_and_keeps_the_first_frame() -> None:
 
 def test_tiles_of_a_pointwise_function_leave_no_seam() -> None:
     x = torch.randn(1, 2, 1, 13, 10)
-    torch.testing.assert_close(tiled(lambda part: 2 * part, x, 4, 4, 0.25), 2 * x)
+    torch.testing.assert_close(apply_tiled(lambda part: 2 * part, x, 4, 4, 0.25), 2 * x)

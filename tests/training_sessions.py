@@ -18,7 +18,7 @@ from sandbox.config.root import Root
 from sandbox.config.wiring import wire
 from sandbox.contracts import Preempted
 from sandbox.distributed.rank import Rank
-from sandbox.runs.run import open_root
+from sandbox.runs.resume import open_root
 from sandbox.training.build import build_system
 from sandbox.training.loop import fit
 from sandbox.training.state import Training, start

@@ -16,7 +16,7 @@ Found = TypeVar("Found")
 _shared: dict[str, Callable[..., Any]] = {}  # in a forked process: the work
 
 
-def side_by_side(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+def parallel_map(work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
     """`work` of each item, in order. Items and results must be picklable; `work` is inherited.
 
     Runs sequentially with one core, without fork, and again after any error in a process: autograd

@@ -56,13 +56,13 @@ def explain(
     return ConfigError(*(p for _, p in problems), *_wiring_problems(cfg, {t for t, _ in problems}))
 
 
-def circular(overrides: Sequence[str], config_dir: str | None) -> ConfigError:
+def explain_cycle(overrides: Sequence[str], config_dir: str | None) -> ConfigError:
     """The presets or recipes that include one another."""
-    from sandbox.config.yaml_files import circle
+    from sandbox.config.yaml_files import include_cycle
 
     folders = discovery.conf_folders(overrides, config_dir)
     chosen = [(key(o), n.strip()) for o in overrides for n in value(o).strip("[]").split(",")]
-    found = circle([c for c in chosen if c[0] in GROUPS | YAML_GROUPS], folders)
+    found = include_cycle([c for c in chosen if c[0] in GROUPS | YAML_GROUPS], folders)
     what = found or "the presets or recipes of this command"
     return ConfigError(f"{what}: include one another; want a defaults list without a circle")
 
