@@ -88,7 +88,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
     if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
         methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
         root = replace(root, method=methods[0])
-    if group == "sampler" and cfg is not None and cfg.caches_frames():
+    is_dit = hasattr(root.backbone, "attention")
+    if group == "sampler" and cfg is not None and cfg.caches_frames() and is_dit:
         root = replace(root, backbone=replace(root.backbone, attention="causal"))
     if group in ("loss", "schedule") and hasattr(root.schedule, "learned_variance"):
         learned = replace(root.schedule, learned_variance=True)
