@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
+import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,21 +223,18 @@ def test_the_same_command_twice_names_the_first_and_has_a_folder_of_its_own(tmp_
     assert f"{one.folder}: process {os.getpid()} on host {HERE}" in caplog.text
 
 
-def test_a_job_that_waits_for_a_cache_names_the_one_that_writes_it(tmp_path, capsys):
-    import threading
-
-    path, ready = tmp_path / "first.safetensors", threading.Event()
+def test_a_job_that_waits_for_a_cache_names_the_one_that_writes_it(tmp_path):
+    path, ready, printed = tmp_path / "first.safetensors", threading.Event(), io.StringIO()
 
     def hold() -> None:
         with locked(path):
             ready.set()
-            while "waiting for" not in printed[0]:
-                printed[0] += capsys.readouterr().out
+            while "waiting for" not in printed.getvalue():
+                time.sleep(0.01)
 
-    printed = [""]
     thread = threading.Thread(target=hold)
     thread.start()
     ready.wait()
-    with locked(path):
+    with redirect_stdout(printed), locked(path):
         thread.join()
-    assert f"waiting for process {os.getpid()} on host {HERE}" in printed[0]
+    assert f"waiting for process {os.getpid()} on host {HERE}" in printed.getvalue()

@@ -158,6 +158,7 @@ def test_a_released_encoder_is_frozen_and_encodes_captions(tmp_path) -> None:
     system = Untrained.__new__(Untrained)
     torch.nn.Module.__init__(system)
     system.conditioner = model
+    system.networks = torch.nn.ModuleDict()
     assert system.trainable_state() == {}
 
 
