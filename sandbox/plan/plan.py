@@ -34,8 +34,6 @@ COSTS = ("forward", "backward", "repeated", "held", "peak", "total")  # of a Mea
 NOT_MODELLED = (
     "Condition encoders (text, image, query transformers): weights, gradients and optimizer state "
     "are counted, operations and activations are not.",
-    "One call of the network a step, as method=denoising makes; other methods make more, most of "
-    "them without gradients.",
     "Fused kernels (kernels=auto on a GPU) save fewer activations than the measured eager ones.",
     "Sampling, scoring, validation, and encoding of data; workspaces of libraries such as cuDNN; "
     "CUDA graphs and torch.compile.",
@@ -134,6 +132,12 @@ def plan(wiring: Wiring, devices: int = 8) -> Plan:
 
 def _caveats(root: Root) -> Iterator[str]:
     """Parts of this configuration that are not planned."""
+    method = root.method.plugin.rpartition("/")[2]
+    if method != "denoising":
+        yield (
+            f"The formulas are those of method=denoising. method={method} has others; its calls "
+            "and networks are counted."
+        )
     if root.reconstruction is not None:
         name = root.reconstruction.plugin.rpartition("/")[2]
         yield (

@@ -409,8 +409,10 @@ def _check_space(training: Training) -> None:
     """Raises StorageError where the disk has no room for one checkpoint."""
     if training.is_first and training.step < training.steps:
         trained = [p for p in training.system.parameters() if p.requires_grad]
-        size = sum(p.numel() * p.element_size() for p in trained)
-        check_space(training.run.folder, size * (2 if training.ema else 1), "a checkpoint")
+        size = sum(p.numel() * p.element_size() for p in trained) * (2 if training.ema else 1)
+        others = [p for update in training.system.updates.values() for p in update.trained]
+        size += sum(p.numel() * p.element_size() for p in others)
+        check_space(training.run.folder, size, "a checkpoint")
 
 
 def _check_fp16(system: Trainable, device: torch.device, rank: Rank) -> None:

@@ -38,9 +38,10 @@ def init_from(system: Trainable, path: Path | str) -> None:
     and shapes that differ, and where a frozen part, such as the first stage, differs from the one
     in training. Only the backbone's `additions` may be missing, each as a unit.
     """
+    which = load_weights(system, Path(path))
     weight_files.log_once(
-        f"starting at step 0 from the {_load(system, Path(path))} of {path}; optimizer, EMA and "
-        "data order are new (to continue a run instead: resume.run=FOLDER)"
+        f"starting at step 0 from the {which} of {path}; optimizer, EMA and data order are new (to "
+        "continue a run instead: resume.run=FOLDER)"
     )
 
 
@@ -90,11 +91,11 @@ def check_fits(planned: Trainable, path: Path | str) -> None:
 
     Compares names, shapes and the schedule's tables without loading the weights.
     """
-    _load(planned, Path(path))
+    load_weights(planned, Path(path))
 
 
-def _load(system: Any, path: Path) -> str:
-    """Loads the weights at `path` into `system`; returns what they are."""
+def load_weights(system: Any, path: Path) -> str:
+    """Loads the weights at `path` into `system`, as `init_from`; returns what they are."""
     if not path.exists():
         raise StorageError(f"init_from={path}: no such file or folder")
     mapped = any(p.is_meta for p in system.parameters())

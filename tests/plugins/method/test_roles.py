@@ -224,6 +224,14 @@ def test_it_is_refused_before_anything_is_built(name, teacher):
         check_and_wire(composed(*words.replace("TEACHER", str(teacher)).split()))
 
 
+def test_a_teacher_with_further_numbers_is_refused(tmp_path):
+    with session(small(*SETTINGS, "method=mean_flow", "guidance=none"), tmp_path) as training:
+        fit(training)
+    (config,) = tmp_path.glob("*/config.yaml")
+    with pytest.raises(ConfigError, match="takes step_size of method=mean_flow"):
+        check_weights(wire(distilled(config.parent)))
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
