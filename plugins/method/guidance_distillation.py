@@ -23,7 +23,7 @@ TEACHER = "teacher"
 class GuidanceDistillation:
     """One pass learns what a teacher predicts with classifier-free guidance in two.
 
-    Sample with guidance=none. Unlike in the paper the scale is fixed, and not told to the network.
+    Sample with guidance=none. Unlike in the paper the scale is fixed and no condition.
     """
 
     @dataclass

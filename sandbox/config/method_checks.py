@@ -115,7 +115,7 @@ def forward_mode(root: Root, valid: Valid) -> Iterator[str]:
 
 
 def roles(root: Root, valid: Valid) -> Iterator[str]:
-    """The networks that a method uses beside the student can be kept, trained and resumed."""
+    """The further networks of a method can be kept, trained and resumed."""
     if not valid("method"):
         return
     kinds = {role.kind for role in root.method.roles().values()}

@@ -1,4 +1,4 @@
-"""Networks beside the student: teachers, its average, and networks that train in turn with it."""
+"""Networks in addition to the student: teachers, its EMA, networks that train in turn with it."""
 
 from collections.abc import Callable
 from copy import deepcopy

@@ -38,7 +38,7 @@ class Trainable(LightningModule, ABC):
         self.optimizer: Any = None
         self.updates: dict[str, NetworkUpdate] = {}  # of networks that train in turn with it
         self.ema: EMA | None = None
-        self.networks = nn.ModuleDict()  # those of the training method beside the student
+        self.networks = nn.ModuleDict()  # the further ones of the training method
         self.finished_steps = 0
         self.lr_factors: dict[str, float] = {}
         self._frozen_hashes: dict[str, str] | None = None

@@ -128,9 +128,9 @@ def test_ffprobe_counts_and_measures_the_same(folder, name):
     assert (info.height, info.width) == (size[::-1] if sum(turns) % 180 else size)
     times = [float(f["pts_time"]) for f in found["frames"] if "pts_time" in f]
     if times == sorted(times) and len(times) == info.frames:
-        told = [x for d in DURATIONS if (x := found["frames"][-1].get(d, "N/A")) != "N/A"]
+        known = [x for d in DURATIONS if (x := found["frames"][-1].get(d, "N/A")) != "N/A"]
         longest = max((b - a for a, b in pairwise(times)), default=0)
-        low, high = (float(told[0]),) * 2 if told else (0, longest)
+        low, high = (float(known[0]),) * 2 if known else (0, longest)
         assert low - 0.05 <= info.seconds - (times[-1] - times[0]) <= high + 0.05
 
 

@@ -59,7 +59,7 @@ FROZEN, AVERAGE, TRAINED = "frozen", "ema", "trained"  # kinds of the other role
 
 @dataclass(frozen=True)
 class Role:
-    """A network beside the student: a backbone with a conditioning of its own.
+    """A network in addition to the student: a backbone with a conditioning of its own.
 
     kind: FROZEN has the weights at `weights`, a run folder or a weight file, which the setting
     `setting` names; AVERAGE is the EMA of the student; TRAINED starts as a copy of the role `start`
@@ -92,7 +92,7 @@ class MethodConfig(PluginConfig):
         return ()
 
     def roles(self) -> Mapping[str, Role]:
-        """The networks that it uses beside the student, by name."""
+        """The further networks that it uses, by name."""
         return {}
 
     def scalars(self) -> Mapping[str, float]:
@@ -189,7 +189,7 @@ class GuidanceConfig(PluginConfig):
         return ()
 
     def roles(self) -> Mapping[str, Role]:
-        """The frozen networks that its passes use beside the student, by name."""
+        """The frozen networks that its passes use, by name."""
         return {}
 
     def wired(self, backbone: BackboneConfig) -> Self:

@@ -1,4 +1,4 @@
-"""Networks beside the student: teachers, the EMA and critics; distillation and autoguidance."""
+"""Networks in addition to the student: teachers, the EMA, critics; distillation, autoguidance."""
 
 import shutil
 from dataclasses import replace
