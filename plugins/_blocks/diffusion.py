@@ -53,8 +53,8 @@ class Renamed:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return self.draws.integers(name + self.suffix, low, high)
 
-    def shared(self) -> Draws:
-        return Renamed(self.draws.shared(), self.suffix)
+    def shared(self, over: str = "micro_batch") -> Draws:
+        return Renamed(self.draws.shared(over), self.suffix)
 
 
 class DiscreteSchedule(Schedule, Protocol):

@@ -108,13 +108,13 @@ class DMD:
     def generated(self, model: Model, example: Example, draws: Draws) -> Tensor:
         """Samples (B, C, T, H, W) after one to all steps; the last has gradients (section 4.4).
 
-        The number of steps is the same for the clips of a micro-batch, and the steps before the
-        last are those of sampling.
+        The number of steps is the same for all clips of an optimizer step, and the steps before
+        the last are those of sampling.
         """
         schedule, cond = model.schedule, example.conditions(frozenset())
         count = self.cfg.generator_steps
         times = schedule.times(count, "trailing").to(example.z0.device)
-        last = int(draws.shared().integers("generator_steps", 0, count)[0])
+        last = int(draws.shared("step").integers("generator_steps", 0, count)[0])
         z = draws.normal("generator_start", example.z0)
         z = schedule.sigma(times[:1]).to(z) * z
 

@@ -115,10 +115,10 @@ class Draws(Protocol):
         """(B,) int64 in [low, high)."""
         ...
 
-    def shared(self) -> Draws:
+    def shared(self, over: str = "micro_batch") -> Draws:
         """The same interface with one value for all clips of the micro-batch.
 
-        Some published training steps need it.
+        Some published training steps need it. over="step": of the optimizer step, on all processes.
         """
         ...
 

@@ -125,19 +125,23 @@ class Keyed:
         found = (self._numbers(name) >> np.uint64(11)) % np.uint64(high - low)
         return torch.from_numpy(low + found.astype(np.int64)).to(self.device)
 
-    def shared(self) -> Shared:
-        return Shared(self)
+    def shared(self, over: str = "micro_batch") -> Shared:
+        return Shared(self, over)
 
     def _numbers(self, name: str) -> np.ndarray:
         return numbers(self.positions, self.seed, name, self.epoch)
 
 
 class Shared:
-    """The same draws with one value for the micro-batch: that of its first sample."""
+    """The same draws with one value for the micro-batch or the optimizer step.
 
-    def __init__(self, draws: Keyed) -> None:
+    It is that of the first sample. Steps are counted as in `Keyed.stratified`.
+    """
+
+    def __init__(self, draws: Keyed, over: str) -> None:
         self.size, self.first = len(draws.positions), copy(draws)
-        self.first.positions = draws.positions[:1]
+        first = draws.positions[:1]
+        self.first.positions = first - first % draws.group if over == "step" else first
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         return self.first.normal(name, like[:1]).expand_as(like)
@@ -151,7 +155,7 @@ class Shared:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return self.first.integers(name, low, high).expand(self.size)
 
-    def shared(self) -> Self:
+    def shared(self, over: str = "micro_batch") -> Self:
         return self
 
 
@@ -174,5 +178,5 @@ class Recorded:
     def integers(self, name: str, low: int, high: int) -> Tensor:
         return self.uniform(name)
 
-    def shared(self) -> Self:
+    def shared(self, over: str = "micro_batch") -> Self:
         return self

@@ -434,5 +434,5 @@ class EmptyDraws:
         with unset_fake_temporarily():
             return torch.full((self.batch,), high - 1)
 
-    def shared(self) -> EmptyDraws:
+    def shared(self, over: str = "micro_batch") -> EmptyDraws:
         return self

@@ -34,8 +34,8 @@ def out(tmp_path_factory):
     chosen = ("trainable=[attn,patch_out@0.1]", "steps=3")
     thrice = ("trainer.accumulate=3", "data.clips_per_epoch=48", "steps=3")
     stop = {"how": "asked", "rank": 1, "step": 3}
-    dmd = ("method=dmd", "method.generator_steps=1", "method.turns=2", "sampler=lcm",
-           "sampler.steps=1", "guidance=none", f"method.teacher={tiny_weights()}")  # fmt: skip
+    dmd = ("method=dmd", "method.generator_steps=4", "method.turns=2", "sampler=lcm",
+           "sampler.steps=4", "guidance=none", f"method.teacher={tiny_weights()}")  # fmt: skip
     jobs = [
         job("one dmd", out, *ONE, *dmd),
         job("ddp dmd", out, *ddp, *dmd),
