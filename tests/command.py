@@ -33,7 +33,9 @@ SMALL = (*(o for o in TINY if not o.startswith(("steps=", "data.clips_per_epoch=
 
 def begin(out: Path, *overrides: str) -> subprocess.Popen:
     """Starts `python run.py`, its words in `out`/said.txt; in a process group of its own."""
-    words = [*SMALL, f"out={out}", f"cache={out}/cache", *overrides]
+    given = {o.partition("=")[0] for o in overrides}
+    own = (o for o in SMALL if o.partition("=")[0] not in given)
+    words = [*own, f"out={out}", f"cache={out}/cache", *overrides]
     out.mkdir(exist_ok=True)
     with (out / "said.txt").open("a") as said:
         return subprocess.Popen(

@@ -118,6 +118,12 @@ def roles(root: Root, valid: Valid) -> Iterator[str]:
     """The further networks of a method can be kept, trained and resumed."""
     if not valid("method"):
         return
+    if root.method.scalars() and valid("guidance") and root.guidance.roles():
+        guidance, names = name_of(root.guidance), listed(frozenset(root.method.scalars()))
+        yield (
+            f"guidance={guidance} has a network of its own, and method={name_of(root.method)} "
+            f"tells the network {names}, which that one does not take: use guidance=none"
+        )
     kinds = {role.kind for role in root.method.roles().values()}
     turns = max((role.turns for role in root.method.roles().values()), default=1)
     method = f"method={name_of(root.method)}"

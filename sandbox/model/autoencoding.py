@@ -36,7 +36,8 @@ class Autoencoding(Trainable):
         self.first_stage = first_stage
         self.reconstruction = reconstruction
         if hasattr(reconstruction, "discriminate"):
-            self.updates = {DISCRIMINATOR: NetworkUpdate(reconstruction.discriminator)}
+            network = reconstruction.discriminator
+            self.updates = {DISCRIMINATOR: NetworkUpdate(network, clips=False)}  # as published
         self.freeze_untrained()
 
     def training_step(self, batch: Batch, index: int = 0) -> Tensor:
@@ -53,17 +54,18 @@ class Autoencoding(Trainable):
         out = self.first_stage.reconstruct(batch.video, draws)
         return self.reconstruction(out, self.finished_steps), psnr(out.video.detach(), out.target)
 
-    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+    def update_networks(
+        self, batch: Batch, share: float, rate: float, is_update: bool
+    ) -> list[str]:
         """As in Trainable. As published, the discriminator sees what the first stage makes after
         its own update.
         """
-        if not self.updates:
-            return
         with torch.no_grad():
             out = self.first_stage.reconstruct(batch.video, self.draws(batch))
 
-        terms = self.updates[DISCRIMINATOR].step(
+        terms, skipped = self.updates[DISCRIMINATOR].step(
             lambda: self.reconstruction.discriminate(out, self.finished_steps),
             share, rate, is_update,
         )  # fmt: skip
         self.metrics = self.metrics | terms.log
+        return [DISCRIMINATOR] if skipped else []

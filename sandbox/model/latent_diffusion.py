@@ -71,14 +71,20 @@ class LatentDiffusion(Trainable):
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
         return self.method(Networks(self), MicroBatch(self, batch, draws), draws)
 
-    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
-        draws = self.draws(batch)
+    def update_networks(
+        self, batch: Batch, share: float, rate: float, is_update: bool
+    ) -> list[str]:
+        draws, skipped = self.draws(batch), []
         for name, update in self.updates.items():
+            losses = []
             for turn in range(self.root.method.roles()[name].turns):
                 given = name, turn, Networks(self), MicroBatch(self, batch, draws), draws
                 loss = partial(cast(CriticMethod, self.method).update, *given)
-                terms = update.step(loss, share, rate, is_update)
-                self.metrics = self.metrics | {f"{name}_loss": terms.total.detach()}
+                terms, is_skipped = update.step(loss, share, rate, is_update)
+                losses.append(terms.total.detach())
+                skipped += [name] if is_skipped else []
+            self.metrics = self.metrics | {f"{name}_loss": torch.stack(losses).mean()}
+        return skipped
 
     def network(self, role: str) -> Any:
         """The `backbone` and `conditioner` of a role of the training method."""

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
 
-from sandbox.contracts import Terms
+from sandbox.contracts import Terms, TrainerConfig
 from sandbox.distributed.rank import Rank
 from sandbox.model.ema import EMA
 from sandbox.model.offload import freeze
+from sandbox.model.sharding import total_norm
 
 DISCRIMINATOR = "discriminator"  # of a first stage
 
@@ -75,19 +77,20 @@ class NetworkUpdate:
     """A network that trains in turn with the student: it and its optimizer, both in checkpoints.
 
     Its parameters require gradients only during their own update, so that the optimizer, EMA and
-    clipping of the student skip them.
+    clipping of the student skip them. lr: factor of the student's learning rate. clips: whether
+    trainer.clip holds for its gradient.
     """
 
-    def __init__(self, module: nn.Module, lr: float = 1.0) -> None:
-        self.module, self.lr = module, lr
+    def __init__(self, module: nn.Module, lr: float = 1.0, clips: bool = True) -> None:
+        self.module, self.lr, self.clips = module, lr, clips
 
-    def build(self, plugin: Any, lr: float, rank: Rank) -> None:
-        """Builds its optimizer, of the same plugin as the student's.
+    def build(self, plugin: Any, lr: float, trainer: TrainerConfig, rank: Rank) -> None:
+        """Builds its optimizer, of the same plugin as the student's, which has the rate `lr`.
 
-        Its learning rate is `self.lr` times that of the student. Gradients are averaged over the
-        ranks of `rank`.
+        Gradients are averaged over the ranks of `rank`.
         """
-        self.rank = rank
+        self.rank, self.clip = rank, trainer.clip if self.clips else None
+        self.skips_bad = trainer.bad_step == "skip"
         frozen = {id(p) for m in _frozen_in(self.module) for p in m.parameters()}
         self.trained = [p for p in self.module.parameters() if id(p) not in frozen]
         self._train(True)
@@ -97,21 +100,36 @@ class NetworkUpdate:
             group.setdefault("initial_lr", group["lr"])
         self._train(False)
 
-    def step(self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool) -> Terms:
-        """Accumulates `share` of the gradient; updates the weights if `is_update`."""
+    def step(
+        self, loss: Callable[[], Terms], share: float, rate: float, is_update: bool
+    ) -> tuple[Terms, bool]:
+        """Accumulates `share` of the gradient; updates the weights if `is_update`.
+
+        Returns the loss, and whether the update was skipped: with trainer.bad_step=skip, where the
+        gradient is not finite.
+        """
         self._train(True)
         terms = loss()
         (terms.total * share).backward()
         self._train(False)
-        if is_update:
-            for parameter in self.trained:
-                if parameter.grad is not None:
-                    parameter.grad = self.rank.mean(parameter.grad)
+        return terms, is_update and not self._update(rate)
+
+    def _update(self, rate: float) -> bool:
+        """Updates the weights; False if that was skipped. All ranks agree."""
+        parameters = [p for p in self.trained if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad = self.rank.mean(parameter.grad)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = total_norm(gradients) if self.clip or self.skips_bad else None
+        is_good = norm is None or not self.skips_bad or bool(norm.isfinite())
+        if is_good:
+            if self.clip and norm is not None:
+                clip_grads_with_norm_(parameters, self.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate
             self.optimizer.step()
-            self.optimizer.zero_grad()
-        return terms
+        self.optimizer.zero_grad()
+        return is_good
 
     def _train(self, mode: bool) -> None:
         for parameter in self.trained:

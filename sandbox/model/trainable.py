@@ -68,11 +68,15 @@ class Trainable(LightningModule, ABC):
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
 
-    def update_networks(self, batch: Batch, share: float, rate: float, is_update: bool) -> None:
+    def update_networks(
+        self, batch: Batch, share: float, rate: float, is_update: bool
+    ) -> list[str]:
         """Trains the networks of `updates` on a micro-batch, after the update of the others.
 
-        share: weight of the micro-batch in an optimizer step; rate: learning rate factor.
+        share: weight of the micro-batch in an optimizer step; rate: learning rate factor. Returns
+        the names of those whose update was skipped.
         """
+        return []
 
     def record(self, terms: Terms, **others: Tensor) -> None:
         """Stores the metrics of a training step for the engine, without a device sync."""

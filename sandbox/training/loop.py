@@ -115,6 +115,7 @@ class OptimizerStep(Callback):
         self.trained_on: list[tuple[list[str], Tensor]] = []
         self.rates: dict[str, float] = {}
         self.is_bad = False
+        self.skipped_networks: list[str] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         if self.training.scaler:
@@ -152,11 +153,8 @@ class OptimizerStep(Callback):
         training = self.training
         training.just_stepped = (batch_idx + 1) % self.cfg.accumulate == 0
         if pl_module.updates:
-            rate = self.root.lr_schedule.factor(training.step, training.steps)
             with trainer.precision_plugin.forward_context():
-                pl_module.update_networks(
-                    batch, 1 / self.cfg.accumulate, rate, training.just_stepped
-                )
+                self._update_networks(pl_module, batch)
         if not training.step and self.is_measured:
             check_best_of(self.root, sorted(pl_module.logged))
         self.metrics.append(pl_module.metrics)
@@ -169,18 +167,32 @@ class OptimizerStep(Callback):
         training.step += 1
         of_step = {"grad_norm": training.processes.norm(), **self.rates}
         metrics = {**_mean(self.metrics), **of_step}
-        if self.is_bad:
+        if self.is_bad or self.skipped_networks:
             samples = suspects(self.trained_on, training.rank)
             training.skipped.append({"step": training.step, "samples": samples})
+            if not self.is_bad:
+                training.skipped[-1]["networks"] = sorted({*self.skipped_networks})
             metrics["skipped"] = len(training.skipped)
         training.buffer.add(training.step, metrics, self.trained_on)
         self.metrics, self.trained_on, self.is_bad = [], [], False
+        self.skipped_networks = []
         if len(training.skipped) > self.cfg.max_bad_steps:
             raise Diverged(
                 f"{len(training.skipped)} steps had gradients that are not finite, more than "
                 f"trainer.max_bad_steps={self.cfg.max_bad_steps}: "
                 + "; ".join(f"step {s['step']} ({s['samples']})" for s in training.skipped[-3:])
             )
+
+    def _update_networks(self, system: Any, batch: Batch) -> None:
+        """Trains those that train in turn with the student; a bad step is skipped by all."""
+        if self.is_bad:
+            for update in system.updates.values():
+                update.optimizer.zero_grad()
+            return
+        step, share = self.training.step, 1 / self.cfg.accumulate
+        rate = self.root.lr_schedule.factor(step, self.training.steps)
+        is_update = self.training.just_stepped
+        self.skipped_networks += system.update_networks(batch, share, rate, is_update)
 
 
 class Checkpointing(Callback):
@@ -224,7 +236,7 @@ class Checkpointing(Callback):
 def _mean(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if len(metrics) == 1:
         return metrics[0]
-    return {k: torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
+    return {k: torch.stack([m[k] for m in metrics]).mean() for k in metrics[-1]}
 
 
 class Stream:

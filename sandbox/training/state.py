@@ -373,7 +373,7 @@ def start(
         g.setdefault("initial_lr", g["lr"])
     split_groups(optimizer, {id(p): system.lr_factors.get(name, 1.0) for name, p in trained})
     for update in system.updates.values():
-        update.build(registry.create(root.optimizer), root.lr or 0.0, rank)
+        update.build(registry.create(root.optimizer), root.lr or 0.0, root.trainer, rank)
     training = Training(
         system=system,
         root=root,

@@ -25,12 +25,12 @@ def one(tmp_path_factory):
     return folder_of(out)
 
 
-def assert_equal_runs(one, other):
+def assert_equal_runs(one, other, steps=STEPS):
     states = [checkpoint.load(checkpoint.newest(f / "checkpoints")) for f in (one, other)]
-    assert states[0]["step"] == states[1]["step"] == STEPS
+    assert states[0]["step"] == states[1]["step"] == steps
     assert not differing(*states)  # weights, EMA, optimizer, loader
     found = [Run(f).metrics() for f in (one, other)]
-    assert [*found[0]] == list(range(1, STEPS + 1))
+    assert [*found[0]] == list(range(1, steps + 1))
     assert found[0] == found[1]  # every loss, gradient norm and learning rate
     scores = [json.loads((f / "result.json").read_text())["scores"] for f in (one, other)]
     assert scores[0] == scores[1]
@@ -50,6 +50,20 @@ def test_kills_at_random_change_nothing(one, tmp_path):
     assert run_until(tmp_path, None, signal.SIGKILL, f"steps={STEPS}") == 0, said(tmp_path)
     assert said(tmp_path).count("(resumed)") == 3
     assert_equal_runs(one, folder_of(tmp_path))
+
+
+def test_kills_with_three_networks_change_nothing(tmp_path):
+    """A frozen teacher, a student, and a critic that trains twice a step."""
+    assert run_until(tmp_path / "teacher", None, signal.SIGKILL, "steps=5") == 0
+    words = ("steps=20", "method=dmd", "method.turns=2", "sampler=lcm", "sampler.steps=4",
+             "guidance=none", f"method.teacher={folder_of(tmp_path / 'teacher')}",
+             "trainer.accumulate=1")  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_until(whole, None, signal.SIGKILL, *words) == 0, said(whole)
+    for step in (7, 14):
+        assert run_until(killed, step, signal.SIGKILL, *words) == -signal.SIGKILL
+    assert run_until(killed, None, signal.SIGKILL, *words) == 0, said(killed)
+    assert_equal_runs(folder_of(whole), folder_of(killed), 20)
 
 
 def test_signals_to_the_process_group_save_and_exit_with_75(one, tmp_path):

@@ -149,6 +149,51 @@ def test_a_copy_shares_frozen_parts_and_has_no_gradients(tmp_path):
     assert not any(p.requires_grad for p in new.parameters())
 
 
+@pytest.mark.parametrize("bad", ["critic", "student"])
+def test_a_bad_step_leaves_the_critic_as_it_is(teacher, tmp_path, bad):
+    """In step 3, one of its two turns has a loss that is not finite, or the student has."""
+    root = dmd(teacher, "trainer.bad_step=skip")
+
+    def prepare(system) -> None:
+        method, calls = system.method, iter(range(99))
+        name = "update" if bad == "critic" else "__call__"
+        published, at = getattr(type(method), name), 4 if bad == "critic" else 2
+
+        class Poisoned(type(method)):
+            pass
+
+        def poisoned(self, *given):
+            terms = published(self, *given)
+            factor = float("nan") if next(calls) == at else 1.0
+            return replace(terms, total=terms.total * factor)
+
+        setattr(Poisoned, name, poisoned)
+        method.__class__ = Poisoned
+
+    states = record(root, tmp_path, prepare).states
+    critic = {n: s["networks"]["critic"] for n, s in states.items()}
+    turns = {n: {int(x["step"]) for x in c["optimizer"]["state"].values()}
+             for n, c in critic.items()}  # fmt: skip
+    skipped = 1 if bad == "critic" else 2
+    assert turns == {1: {2}, 2: {4}, 3: {6 - skipped}, 4: {8 - skipped}}
+    assert all(x.isfinite().all() for x in critic[4]["weights"].values())
+    same = not differing(states[2]["weights"], states[3]["weights"])
+    assert same == (bad == "student")
+    (found,) = states[4]["skipped"]
+    assert found["step"] == 3 and found.get("networks") == (["critic"] if bad == "critic" else None)
+
+
+def test_the_gradient_of_a_critic_is_clipped(teacher, tmp_path):
+    def first_moments(*words: str) -> float:
+        with session(dmd(teacher, "steps=1", "method.turns=1", *words), tmp_path) as training:
+            fit(training)
+            states = training.system.updates["critic"].optimizer.state.values()
+            return torch.stack([s["exp_avg"].norm() for s in states]).norm().item()
+
+    free = first_moments("trainer.clip=null")
+    assert first_moments(f"trainer.clip={free}") == pytest.approx(0.1 * free, rel=0.01)  # 1 - beta1
+
+
 # --- the EMA --------------------------------------------------------------------------------------
 
 
@@ -173,18 +218,30 @@ def test_the_role_ema_is_the_student_with_its_averages(tmp_path, monkeypatch):
 # --- autoguidance ---------------------------------------------------------------------------------
 
 
-def test_a_weak_network_of_another_size_guides(teacher):
-    own = load_system(teacher)
-    root = replace(own.root, guidance=composed("guidance=autoguidance").guidance)
-    guided = wire(replace(root, guidance=replace(root.guidance, weak=str(teacher))))
-    assert torch.equal(sampled(load_system(teacher, wiring=guided)), sampled(own_full(teacher)))
+def test_a_weak_network_of_another_size_guides(teacher, tmp_path):
+    """One Euler step from noise z: z0 = z - t (weak + scale (full - weak))."""
+    words = "backbone.width=16", "conditioning.width=16", "lr=0.05"
+    with session(small(*SETTINGS, *words), tmp_path) as training:
+        fit(training)
+    (config,) = tmp_path.glob("*/config.yaml")
+    chosen = composed("guidance=autoguidance", f"guidance.weak={config.parent}",
+                      "guidance.guidance_scale=3", "sampler=euler", "sampler.steps=1")  # fmt: skip
+    own = replace(load_system(teacher).root, guidance=chosen.guidance, sampler=chosen.sampler)
+    system = load_system(teacher, wiring=wire(own)).eval()
+    clips = batch(system.wiring, 3)
+    draws = system.draws(clips)
 
+    def velocity(network, z):
+        cond = MicroBatch(network, clips, draws).conditions(frozenset())
+        return Networks(network)(z, t.expand(3), cond).raw
 
-def own_full(teacher: Path):
-    """The teacher without guidance: what guidance by itself gives."""
-    own = load_system(teacher)
-    plain = replace(own.root, guidance=composed("guidance=none").guidance)
-    return load_system(teacher, wiring=wire(plain))
+    with torch.no_grad():
+        t = system.schedule.times(1, "trailing")
+        z = draws.normal("start", MicroBatch(system, clips, draws).z0)
+        full, weak = velocity(system, z), velocity(load_system(config.parent).eval(), z)
+        want = system.first_stage.decode(z - t * (weak + 3 * (full - weak)), draws).clamp(-1, 1)
+    assert (full - weak).abs().max() > 0.03
+    assert (system.sample(clips) - want).abs().max() < 1e-5
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -213,6 +270,10 @@ BAD = {
              "precision=fp16: method=dmd trains a second network"),
     "shards": ("method=dmd guidance=none sampler=lcm trainer=fsdp2 method.teacher=TEACHER",
                "shards the weights"),
+    "numbers that a guide lacks": (
+        "method=mean_flow guidance=autoguidance guidance.weak=TEACHER",
+        "tells the network step_size, which that one does not take",
+    ),
     "no weak network": ("guidance=autoguidance", "guidance.weak=null: name the file"),
 }  # fmt: skip
 
