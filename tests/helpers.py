@@ -69,7 +69,8 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
 
     A schedule gets a learned variance where the loss takes no other, a sampler that passes numbers
     a method that trains them, one that keeps frames a causal backbone, and a method a sampler and a
-    guidance that it accepts. Networks of roles get the weights of the tiny system.
+    guidance that it accepts, and an encoder where it reads features. Networks of roles get the
+    weights of the tiny system.
     """
     if group in registry.SEVERAL and cfg is not None:
         return replace(root, **{group: {cfg.plugin.rpartition("/")[2]: cfg}})
@@ -80,11 +81,16 @@ def with_part(root: Root, group: str, cfg: PluginConfig | None) -> Root:
         cfg = replace(cfg, **files)
     root = replace(root, **{group: cfg})
     if group == "method" and cfg is not None:
+        if cfg.encodes_video():
+            encoder = registry.default("features", "words")
+            root = replace(root, features=replace(encoder, width=8, steps=4, clips=16))
         if cfg.learns_guidance():
             root = replace(root, guidance=registry.default("guidance", "none"))
         if any(cfg.accepts_sampler(root.sampler)):
             samplers = (s for _, s in plugin_configs("sampler") if not any(cfg.accepts_sampler(s)))
             root = replace(root, sampler=next(samplers))
+    if group == "features" and cfg is not None:
+        root = replace(root, method=registry.default("method", "repa"))
     if group == "sampler" and cfg is not None and (needed := frozenset(cfg.scalars())):
         methods = [m for _, m in plugin_configs("method") if needed <= m.scalars().keys()]
         root = replace(root, method=methods[0])

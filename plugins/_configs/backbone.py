@@ -6,7 +6,7 @@ Fields are not shared: each Config lists them in the order and with the defaults
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from sandbox.contracts import BackboneConfig, ConfigError, in_range, one_of
+from sandbox.contracts import BackboneConfig, ConfigError, Hidden, in_range, one_of
 
 MOTION_MODULES = ("none", "vanilla", "grid")
 GROUPS = 32  # of every group norm of the UNets and of motion modules, as published
@@ -26,6 +26,13 @@ class Levels(Protocol):
     model_channels: int
     attention_resolutions: tuple[int, ...]  # downsampling factors
     channel_mult: tuple[int, ...]
+
+
+def middle_block(cfg: Levels) -> Hidden:
+    """The output of the middle block of a UNet."""
+    factor = 2 ** (len(cfg.channel_mult) - 1)
+    channels = cfg.model_channels * cfg.channel_mult[-1]
+    return Hidden("(b t) d h w", channels, (1, factor, factor))
 
 
 def block_at(backbone: BackboneConfig, place: float, setting: str) -> str:

@@ -40,6 +40,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
+    Hidden,
     SizeError,
     Slots,
     State,
@@ -163,6 +164,10 @@ class CogVideoX(nn.Module):
 
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"transformer_blocks.{i}" for i in range(self.num_layers))
+
+        def hidden(self, block: str) -> Hidden | None:
+            cells = self.patch_size_t or 1, self.patch_size, self.patch_size
+            return Hidden("b (t h w) d", self.width(), cells) if block in self.blocks() else None
 
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 1

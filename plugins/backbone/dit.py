@@ -43,6 +43,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
+    Hidden,
     SizeError,
     Slots,
     above,
@@ -174,6 +175,10 @@ class DiT(nn.Module):
 
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"blocks.{i}" for i in range(self.num_blocks))
+
+        def hidden(self, block: str) -> Hidden | None:
+            cells = self.patch_t, self.patch, self.patch
+            return Hidden("b t (h w) d", self.width, cells) if block in self.blocks() else None
 
         def layers(self) -> tuple[str | None, int]:
             return "num_blocks", 2 if self.skips == "uvit" else 1

@@ -42,6 +42,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
+    Hidden,
     SizeError,
     Slots,
     State,
@@ -141,6 +142,10 @@ class EasyAnimate(nn.Module):
 
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"transformer_blocks.{i}" for i in range(self.num_layers))
+
+        def hidden(self, block: str) -> Hidden | None:
+            cells = 1, self.patch_size, self.patch_size
+            return Hidden("b t h w d", self.width(), cells) if block in self.blocks() else None
 
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 2 if self.enable_uvit else 1

@@ -16,6 +16,7 @@ from plugins._configs.backbone import (
     divisor_problems,
     has_levels,
     level_problems,
+    middle_block,
     motion_setting_problems,
     motion_width_problems,
     slots_taken,
@@ -25,6 +26,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
+    Hidden,
     SizeError,
     Slots,
     in_range,
@@ -154,6 +156,9 @@ class UNet2D(UNet):
 
         def blocks(self) -> tuple[str, ...]:
             return ("middle_block",)
+
+        def hidden(self, block: str) -> Hidden | None:
+            return middle_block(self) if block in self.blocks() else None
 
         def adapter_targets(self) -> tuple[str, ...]:
             tokens = ("to_q", "to_k", "to_v", "to_out.0")

@@ -22,6 +22,7 @@ from plugins._configs.backbone import (
     divisor_problems,
     has_levels,
     level_problems,
+    middle_block,
     slots_taken,
 )
 from sandbox.contracts import (
@@ -29,6 +30,7 @@ from sandbox.contracts import (
     Clip,
     Conditions,
     ConfigError,
+    Hidden,
     Slots,
     Tokens,
     in_range,
@@ -182,6 +184,9 @@ class UNet3D(UNet):
 
         def blocks(self) -> tuple[str, ...]:
             return ("middle_block",)
+
+        def hidden(self, block: str) -> Hidden | None:
+            return middle_block(self) if block in self.blocks() else None
 
         def adapter_targets(self) -> tuple[str, ...]:
             image = ("to_k_ip", "to_v_ip") if self.image_cross_attention else ()

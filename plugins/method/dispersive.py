@@ -13,6 +13,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Draws,
     Example,
+    FeaturesConfig,
     MethodConfig,
     Model,
     Terms,
@@ -51,7 +52,7 @@ class Dispersive:
         def features(self) -> tuple[str, ...]:
             return (self.module,) if self.module else ()
 
-        def wired(self, backbone: BackboneConfig) -> Self:
+        def wired(self, backbone: BackboneConfig, features: FeaturesConfig | None) -> Self:
             check_blocks(self.features(), backbone, "module")
             return self if self.module else replace(self, module=block_at(backbone, 0.25, "module"))
 

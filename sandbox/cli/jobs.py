@@ -86,7 +86,7 @@ def _missing_inputs(root: Root) -> Iterator[str]:
     if reads_first_stage := reads_data or (root.task.accepts_init_from() and root.task.run is None):
         named["vae.weights"] = getattr(root.vae, "weights", None)
     if reads_data:
-        groups += ["data", "reconstruction", "metric", "method"]
+        groups += ["data", "reconstruction", "metric", "method", "features"]
     for name, file in named.items():
         if file not in (None, "auto", "None") and not Path(file).exists():
             yield f"{name}={file}: no such file or folder"

@@ -35,7 +35,7 @@ def _added_groups(node: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of groups that a Root did not have before; empty for another Config."""
     is_root = "recipe" in node and "task" in node
     options = ADDED_GROUPS.items() if is_root else ()
-    return {group: to_container(registry.default(group, name)) for group, name in options}
+    return {group: name and to_container(registry.default(group, name)) for group, name in options}
 
 
 def _added(node: Mapping[str, Any]) -> list[Field[Any]]:

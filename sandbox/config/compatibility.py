@@ -169,10 +169,11 @@ class Compatibility:
     def blocks(self, root: Root) -> Root:
         """Guidance and method name blocks of the backbone."""
         wired = {}
-        for part in ("guidance", "method"):
+        for part, others in (("guidance", ()), ("method", ("features",))):
             try:
-                if self.valid(part, "backbone"):
-                    wired[part] = getattr(root, part).wired(root.backbone)
+                if self.valid(part, "backbone", *others):
+                    given = (root.backbone, *(getattr(root, other) for other in others))
+                    wired[part] = getattr(root, part).wired(*given)
             except ConfigError as e:
                 why = f" (backbone={name_of(root.backbone)})"
                 self.report(*(of_part(part, getattr(root, part), p, why) for p in e.problems))

@@ -19,6 +19,7 @@ def method_problems(root: Root, valid: Valid) -> Iterator[str]:
     yield from samplers(root, valid)
     yield from learned_guidance(root, valid)
     yield from forward_mode(root, valid)
+    yield from features(root, valid)
     yield from roles(root, valid)
 
 
@@ -111,6 +112,35 @@ def forward_mode(root: Root, valid: Valid) -> Iterator[str]:
             f"trainer={name_of(root.trainer)} shards the weights, and method="
             f"{name_of(root.method)} takes forward-mode derivatives of the network: use "
             "trainer=ddp or trainer=single"
+        )
+
+
+def features(root: Root, valid: Valid) -> Iterator[str]:
+    """Where a method aligns with features of clean frames, there are an encoder and pixels."""
+    if not valid("method"):
+        return
+    method, encoder = f"method={name_of(root.method)}", root.features
+    if encoder is not None and not root.method.encodes_video():
+        works = options("method", lambda c: c.encodes_video(), last="")
+        yield (
+            f"features={name_of(encoder)}: {method} reads no features: leave it out, or use {works}"
+        )
+    elif encoder is None and root.method.encodes_video():
+        yield (
+            f"features=null: {method} reads features of clean frames: use "
+            f"{options('features', lambda c: True, last='')}"
+        )
+    elif encoder is not None and valid("data", "features"):
+        lacking = {"video", *encoder.needs()} - root.data.provides()
+        if lacking:
+            yield (
+                f"features={name_of(encoder)} reads {listed(lacking)}, but data="
+                f"{name_of(root.data)} provides {listed(root.data.provides())}: use data of pixels"
+            )
+    if valid("trainer") and root.trainer.shards and root.method.has_weights():
+        yield (
+            f"trainer={name_of(root.trainer)} shards the weights, and {method} has weights that "
+            "stay in one piece: use trainer=ddp or trainer=single"
         )
 
 

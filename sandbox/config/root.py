@@ -32,6 +32,7 @@ GROUPS = {  # every config group with its description, in the order of --help
     "schedule": "noise schedule and prediction target",
     "loss": "training loss of the denoiser",
     "method": "training method: the model calls of a training step",
+    "features": "frozen encoder of clean frames, for methods that align with it",
     "sampler": "from noise to latents",
     "guidance": "how sampling combines conditional and unconditional predictions",
     "optimizer": "how gradients update parameters",
@@ -48,7 +49,8 @@ GROUPS = {  # every config group with its description, in the order of --help
     "kernels": "implementations of the most expensive operations",
     "stage": "steps of task=prepare, in this order; several may be chosen",
 }
-ADDED_GROUPS = {"method": "denoising"}  # option of groups that older runs do not record
+# option of groups that older runs do not record
+ADDED_GROUPS = {"method": "denoising", "features": None}
 YAML_GROUPS = {  # groups without plugins
     "experiment": "recipes, one page each",
     "debug": "quick checks of any recipe",
@@ -83,6 +85,7 @@ class Root:
     schedule: Any = None
     loss: Any = None
     method: Any = None
+    features: Any = None
     sampler: Any = None
     guidance: Any = None
     optimizer: Any = None

@@ -29,6 +29,7 @@ from sandbox.contracts.configs.system import (
     AdapterConfig,
     BackboneConfig,
     ConditioningConfig,
+    FeaturesConfig,
     FirstStageConfig,
     FirstStageRecipe,
     LayoutConfig,
@@ -56,7 +57,7 @@ from sandbox.contracts.errors import (
     StorageError,
 )
 from sandbox.contracts.items import Bucketed, DataSource, Hashed, Items, Sample
-from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Slots, Tokens
+from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Hidden, Slots, Tokens
 from sandbox.contracts.tensors import (
     SAMPLE_TENSORS,
     Adapter,
@@ -69,6 +70,7 @@ from sandbox.contracts.tensors import (
     Draws,
     Encode,
     Example,
+    Features,
     FirstStage,
     Guidance,
     Hooks,

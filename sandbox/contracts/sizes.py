@@ -34,6 +34,19 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """The output of a block of a backbone.
+
+    axes: its axes as einops names them, of b, t, h, w and d: "b t (h w) d". channels: the length of
+    d. cells: latent cells (frames, rows, columns) per position.
+    """
+
+    axes: str
+    channels: int
+    cells: tuple[int, int, int] = (1, 1, 1)
+
+
+@dataclass(frozen=True)
 class Slots:
     """The conditions that a backbone receives; 0 or None is absent.
 

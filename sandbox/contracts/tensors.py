@@ -226,6 +226,11 @@ class Example(Protocol):
         ...
 
     @property
+    def features(self) -> Tensor:
+        """(B, D, T, h, w): the group `features` of the frames that belong to those of z0."""
+        ...
+
+    @property
     def signals(self) -> tuple[str, ...]:
         """Names of the conditions that can be dropped."""
         ...
@@ -236,6 +241,18 @@ class Example(Protocol):
         drop: signals to drop in every clip; None drops them at random, as the conditioning does in
         training.
         """
+        ...
+
+
+class Features(Protocol):
+    """A frozen encoder of images, a module.
+
+    With `fit_clips`, its weights are buffers, which checkpoints keep, and
+    fit(clips (N, 3, T, H, W) in [-1, 1], captions) sets them, the same in every process.
+    """
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, D, h, w), without gradients."""
         ...
 
 
@@ -256,9 +273,10 @@ class Model(Protocol):
     ) -> Output:
         """One call of a denoiser. t: (B,), or (B, T) where the backbone takes frame times.
 
-        features: names of backbone modules whose outputs are returned. scalars: all numbers that
-        the method's `scalars` names, each (B,) in the unit of t. role: the network, whose own
-        `conditions` these are; the EMA is called without gradients.
+        features: names of backbone modules whose outputs are returned, those of blocks as
+        (B, d, t, h, w) where the backbone's Config knows their axes (`hidden`). scalars: all
+        numbers that the method's `scalars` names, each (B,) in the unit of t. role: the network,
+        whose own `conditions` these are; the EMA is called without gradients.
         """
         ...
 

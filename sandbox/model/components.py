@@ -15,6 +15,7 @@ from sandbox.contracts import (
     Adapter,
     Backbone,
     Conditioner,
+    Features,
     FirstStage,
     Guidance,
     Loss,
@@ -38,6 +39,7 @@ class Parts:
     sampler: Sampler
     guidance: Guidance
     adapter: Adapter | None = None
+    features: Features | None = None
 
 
 def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
@@ -58,6 +60,8 @@ def build_parts(wiring: Wiring, empty: bool = False) -> Parts:
     parts.first_stage._latents = dict(  # type: ignore[attr-defined]
         zip(wiring.clips, wiring.latents, strict=True)
     )
+    if root.features is not None:
+        parts.features = build("features", root)
     if root.adapter is not None:
         parts.adapter = adapter = registry.create(root.adapter)
         with seeded(root, "adapter"):

@@ -57,6 +57,9 @@ class LatentDiffusion(Trainable):
         self.schedule, self.loss, self.method = parts.schedule, parts.loss, parts.method
         self.sampler, self.guidance = parts.sampler, parts.guidance
         self.adapter = parts.adapter
+        self.features = parts.features
+        if parts.features is not None and not wiring.root.features.fit_clips():
+            freeze(parts.features)  # fitted ones are in checkpoints
         self.guides = nn.ModuleDict()  # networks of the guidance beside the student
         check_modules(parts.backbone, parts.method.cfg.features(), "method.features")
         check_modules(parts.backbone, parts.guidance.cfg.skipped(), "guidance.skip")
@@ -153,6 +156,19 @@ class LatentDiffusion(Trainable):
             video = self.first_stage.decode(z[:, :, grid.frames - z_clip.frames :], draws)
         return video.clamp(-1, 1)
 
+    @torch.no_grad()
+    def features_of(self, video: Tensor, frames: int) -> Tensor:
+        """(B, 3, T, H, W) -> (B, D, frames, h, w): features of evenly spaced frames.
+
+        `frames`: those of the latents, whose padding in front belongs to frame 0.
+        """
+        own = self.root.vae.latents(clip_of(video)).frames
+        index = [0] * (frames - own) + torch.linspace(0, video.shape[2] - 1, own).round().tolist()
+        images = video[:, :, [*map(int, index)]].transpose(1, 2).flatten(0, 1)
+        with self.on_device(self.features):
+            found = self.features(images)  # type: ignore[misc]  # wiring requires it
+        return found.unflatten(0, (len(video), frames)).transpose(1, 2)
+
     def encode_pixels(self, pixels: Tensor) -> Posterior:
         """The posterior of (B, 3, T, H, W); clips are encoded one at a time with vae.one_by_one."""
         if not self.root.vae.one_by_one:
@@ -182,7 +198,7 @@ class LatentDiffusion(Trainable):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch, but with trainer.low_vram frozen modules stay on the CPU."""
-        parts = self.first_stage, self.conditioner, self.networks, self.guides
+        parts = self.first_stage, self.conditioner, self.networks, self.guides, self.features
         with without_weights(self.offloaded_modules(*parts)):
             return super().to(*args, **kwargs)
 

@@ -6,10 +6,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sandbox.config.registry import nearest
-from sandbox.contracts import STUDENT, Batch, Clip, Conditions, ConfigError, Draws, Output, Schedule
+from sandbox.contracts import (
+    STUDENT,
+    BackboneConfig,
+    Batch,
+    Clip,
+    Conditions,
+    ConfigError,
+    Draws,
+    Output,
+    Schedule,
+)
 
 if TYPE_CHECKING:
     from sandbox.model.latent_diffusion import LatentDiffusion
@@ -38,7 +49,7 @@ class Networks:
             captured(backbone, features) as found,
         ):
             raw = backbone(*self.schedule.inputs(z_t, t), cond)
-        return Output(raw, found)
+        return Output(raw, in_grid(found, z_t, system.root.backbone) if role == STUDENT else found)
 
 
 class MicroBatch:
@@ -48,11 +59,19 @@ class MicroBatch:
         self.system, self.batch, self.draws = system, batch, draws
         self.video = batch.video
         self._z0: Tensor | None = None
+        self._features: Tensor | None = None
         self._conditions: dict[tuple[frozenset[str] | None, str], Conditions] = {}
 
     @property
     def signals(self) -> tuple[str, ...]:
         return self.system.root.conditioning.signals()
+
+    @property
+    def features(self) -> Tensor:
+        if self._features is None:
+            assert self.video is not None  # wiring requires pixels
+            self._features = self.system.features_of(self.video, self.z0.shape[2])
+        return self._features
 
     @property
     def z0(self) -> Tensor:
@@ -119,6 +138,17 @@ def captured(backbone: Any, names: tuple[str, ...]) -> Iterator[dict[str, Tensor
 
     with _hooked(backbone, {name: capture(name) for name in names}):
         yield found
+
+
+def in_grid(found: Mapping[str, Tensor], z: Tensor, backbone: BackboneConfig) -> dict[str, Tensor]:
+    """The outputs of blocks as (B, d, t, h, w), where the Config knows their axes; z: latents."""
+    grids = dict(found)
+    for name, hidden in ((name, backbone.hidden(name)) for name in found):
+        if hidden is not None:
+            t, h, w = (n // cells for n, cells in zip(z.shape[2:], hidden.cells, strict=True))
+            axes, sizes = f"{hidden.axes} -> b d t h w", {"b": len(z), "t": t, "h": h, "w": w}
+            grids[name] = rearrange(found[name], axes, **sizes)
+    return grids
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -50,7 +51,11 @@ class Trainable(LightningModule, ABC):
         """
         if self.root.trainable is None:
             return
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = {
+            name: p
+            for name, p in self.named_parameters()
+            if p.requires_grad and not name.startswith(OF_METHOD)
+        }
         self.lr_factors = lr_factors(trained, self.root.trainable)
         for name, parameter in trained.items():
             parameter.requires_grad_(self.lr_factors[name] > 0)
@@ -165,11 +170,18 @@ class Trainable(LightningModule, ABC):
 
 
 GUIDES = "guides"  # the networks of the guidance
+OF_METHOD = ("method.", "features.")  # weights of training that sampling does not use
 FILE_SETTINGS = {
     "first_stage": "vae.weights",
     "conditioner": "conditioning.weights",
     "networks": "the networks of the method",
+    "features": "features.weights",
 }
+
+
+def without_method(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A `trainable_state` without the weights that only the training method uses."""
+    return {name: x for name, x in state.items() if not name.startswith(OF_METHOD)}
 
 
 def fingerprint(module: nn.Module) -> str:

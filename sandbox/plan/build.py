@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,27 @@ from torch.autograd import forward_ad
 from sandbox.config import registry
 from sandbox.config.root import Root
 from sandbox.config.wiring import Wiring, wire
-from sandbox.contracts import AVERAGE, FROZEN, STUDENT, TRAINED, Clip, Conditions, Output, Slots
+from sandbox.contracts import (
+    AVERAGE,
+    FROZEN,
+    STUDENT,
+    TRAINED,
+    BackboneConfig,
+    Clip,
+    Conditions,
+    Output,
+    Slots,
+)
 from sandbox.model.ema import EMA
-from sandbox.model.networks import captured
+from sandbox.model.networks import captured, in_grid
+from sandbox.model.offload import freeze
 from sandbox.plan.depth import extrapolate
 from sandbox.plan.measure import Measured, measure, on_fake_device
 from sandbox.runs.lookup import read_root
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKPOINTING = ("gradient_checkpointing", "use_checkpoint")  # published names of the setting
-GROUPS = ("vae", "conditioning", "backbone", "loss")
+GROUPS = ("vae", "conditioning", "backbone", "loss", "method", "features")
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,7 @@ def parts_of(root: Root, checkpointing: bool | None = None, half: bool = False) 
             for g in ("vae", "conditioning", "backbone", "schedule", "loss", "method")
         }
         parts["vae"].requires_grad_(False).eval()
+        parts["features"] = root.features and freeze(registry.create(root.features))
         if root.adapter is not None:
             adapter = registry.create(replace(root.adapter, weights=None))
             adapter.apply(parts["backbone"], root.backbone.adapter_targets(), dtype_of(root))
@@ -331,7 +344,8 @@ def training_step(
     backbones = {n: own["backbone"] for n, own in networks.items()}
     conds = {n: conditions(replace(sizes, slots=own["slots"] or sizes.slots))
              for n, own in networks.items()}  # fmt: skip
-    model = PlannedModel(parts, {STUDENT: parts["backbone"].train(), **backbones})
+    backbones = {STUDENT: parts["backbone"].train(), **backbones}
+    model = PlannedModel(parts, backbones, root.backbone)
     method, draws = parts["method"], EmptyDraws(sizes.batch)
     if "stored" in root.data.provides():
         z = sizes.grid
@@ -345,7 +359,10 @@ def training_step(
         latents, inputs = first_stage_step(parts["vae"], sizes)
 
     def step() -> Tensor:
-        example = PlannedExample(latents(), {STUDENT: cond, **conds}, root.conditioning.signals())
+        z0 = latents()
+        read = partial(planned_features, parts["features"], z0, sizes.clip)
+        signals = root.conditioning.signals()
+        example = PlannedExample(z0, {STUDENT: cond, **conds}, signals, read)
         if role == STUDENT:
             return method(model, example, draws).total
         return method.update(role, 0, model, example, draws).total
@@ -359,8 +376,11 @@ class PlannedModel:
     Forward-mode derivatives, which fake tensors lack, are counted as a second call.
     """
 
-    def __init__(self, parts: dict[str, Any], backbones: Mapping[str, Any]) -> None:
+    def __init__(
+        self, parts: dict[str, Any], backbones: Mapping[str, Any], student: BackboneConfig
+    ) -> None:
         self.schedule, self.loss, self.backbones = parts["schedule"], parts["loss"], backbones
+        self.student = student
 
     def __call__(
         self,
@@ -379,7 +399,15 @@ class PlannedModel:
         inputs = self.schedule.inputs(z_t, t)
         average = torch.no_grad() if role not in self.backbones else nullcontext()
         with average, captured(backbone, features) as found:
-            return Output(backbone(*inputs, cond), found)
+            raw = backbone(*inputs, cond)
+        return Output(raw, in_grid(found, z_t, self.student) if role == STUDENT else found)
+
+
+@torch.no_grad()
+def planned_features(encoder: Any, z0: Tensor, clip: Clip) -> Tensor:
+    """Features (B, D, T, h, w) of one frame for each of the latents z0."""
+    images = torch.empty(len(z0) * z0.shape[2], 3, clip.height, clip.width)
+    return encoder(images).unflatten(0, (len(z0), -1)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -389,7 +417,12 @@ class PlannedExample:
     z0: Tensor
     conds: Mapping[str, Conditions]  # by role
     signals: tuple[str, ...]
+    read: Callable[[], Tensor]  # the features of clean frames
     video: Tensor | None = None
+
+    @property
+    def features(self) -> Tensor:
+        return self.read()
 
     def conditions(self, drop: frozenset[str] | None = None, role: str = STUDENT) -> Conditions:
         return self.conds.get(role, self.conds[STUDENT])

@@ -17,6 +17,7 @@ TEMPLATES = CHECKOUT / "sandbox" / "templates"
 NAME, CLASS = "mine", "Mine"  # the names in the templates
 VALUES = ("null", "true", "false", "nan", "inf")  # not strings on a command line
 OPTIONS = {
+    "features": "method=repa features={name}",
     "adapter": "adapter={name} init_from=FOLDER",
     "callbacks": "'callbacks=[{name}]'",
     "reconstruction": "task=train_vae vae=kl reconstruction={name}",

@@ -14,6 +14,8 @@ from sandbox.model.cached_latents import load_matching_weights
 from sandbox.model.components import build, build_parts
 from sandbox.model.devices import device_of, use_threads
 from sandbox.model.latent_diffusion import LatentDiffusion
+from sandbox.model.sharding import load_tensors
+from sandbox.model.trainable import without_method
 from sandbox.runs.lookup import read_root
 from sandbox.storage import checkpoint
 from sandbox.storage.first_stage_files import matching_weights
@@ -117,6 +119,7 @@ def restored_system(
     """
     own = read_root(folder)
     wiring = wiring or wire(own)
+    wiring = replace(wiring, root=replace(wiring.root, features=None))  # of training alone
     use_threads(wiring.root)
     device = device_of(wiring.root)
     # weights that are random and untrained come from the run's seed, not from that of the samples
@@ -125,7 +128,9 @@ def restored_system(
     new = {k: v for k, v in system.frozen_hashes().items() if k.startswith("conditioner")}
     system.check_frozen(new | state["frozen"])
     average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
-    system.load_trainable(state["weights"] | average)
+    load_tensors(
+        without_method(system.trainable_state()), without_method(state["weights"] | average)
+    )
     system.finished_steps = state["step"]
     return system.to(device).eval()
 

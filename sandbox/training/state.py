@@ -32,13 +32,14 @@ from sandbox.model.ema import EMA
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.roles import DISCRIMINATOR
 from sandbox.model.sharding import full_tensors, is_sharded, load_optimizer
-from sandbox.model.trainable import Trainable
+from sandbox.model.trainable import Trainable, without_method
 from sandbox.reports import media
 from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import check_space
+from sandbox.training.features import fit_features
 from sandbox.training.image_rows import image_rows
 from sandbox.training.roles import add_networks
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
@@ -146,7 +147,7 @@ class Training:
                 self._save_weights(folder / weight_files.AVERAGED)
 
     def _save_weights(self, path: Path) -> None:
-        state = full_tensors(self.system.trainable_state())
+        state = full_tensors(without_method(self.system.trainable_state()))
         if self.is_first:
             weight_files.write(state, path, self.system.first_stage_hash(), hashed=True)
 
@@ -362,6 +363,7 @@ def start(
     newest = rank.broadcast_plain(newest and newest.name)
     if newest is None:
         initialise()
+        fit_features(system)
     add_networks(system)
     reset_peak_memory(device)
     processes = registry.create(root.trainer)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sandbox.config.root import Root
 from sandbox.contracts import ConfigError, State, StorageError
-from sandbox.model.trainable import Trainable
+from sandbox.model.trainable import Trainable, without_method
 from sandbox.runs.lookup import task_of
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
@@ -116,7 +116,7 @@ def load_weights(system: Any, path: Path) -> str:
         else:
             _load_backbone(system, weights, path)
             return "backbone weights"
-    own = system.trainable_state()
+    own, weights = without_method(system.trainable_state()), without_method(weights)
     if getattr(system, "adapter", None) is not None:  # the backbone is frozen, but initialised
         own = {k: v for k, v in own.items() if not k.startswith("backbone.")}
         own |= {f"backbone.{k}": v for k, v in system.base_state().items()}

@@ -18,7 +18,8 @@ SYSTEMS = ("ldm", "dynamicrafter", "easyanimate")
 RECIPES = sorted(p.stem for s in SYSTEMS for p in CONF.glob(f"experiment/{s}_*.yaml"))
 TINY_LDM = [name for name in RECIPES if name.startswith("ldm") and name.endswith("_tiny")]
 FULL = [name for name in RECIPES if not name.endswith("_tiny")]
-OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage"}
+OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage",
+               "features"}  # fmt: skip
 STATED = ("data", "vae", "backbone", "schedule", "loss", "sampler", "optimizer", "lr_schedule",
           "ema", "checkpoint")  # fmt: skip
 # paths, memory use and write retries: not part of a recipe

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from sandbox.contracts.checks import in_range
 from sandbox.contracts.configs.base import PluginConfig
-from sandbox.contracts.configs.system import BackboneConfig
+from sandbox.contracts.configs.system import BackboneConfig, FeaturesConfig
 
 
 @dataclass
@@ -91,6 +91,17 @@ class MethodConfig(PluginConfig):
         """Names of the backbone modules whose outputs it reads."""
         return ()
 
+    def encodes_video(self) -> bool:
+        """Whether it reads `example.features`, those of the group `features`."""
+        return False
+
+    def has_weights(self) -> bool:
+        """Whether it has weights of its own: it is a module, whose weights train with the student.
+
+        They are in checkpoints, not in exported weights.
+        """
+        return False
+
     def roles(self) -> Mapping[str, Role]:
         """The further networks that it uses, by name."""
         return {}
@@ -118,8 +129,8 @@ class MethodConfig(PluginConfig):
         """Problems of a sampler that passes `scalars` with this number of steps, one line each."""
         yield from ()
 
-    def wired(self, backbone: BackboneConfig) -> Self:
-        """The complete config for this wired backbone; raises ConfigError."""
+    def wired(self, backbone: BackboneConfig, features: FeaturesConfig | None) -> Self:
+        """The complete config for this wired backbone and encoder; raises ConfigError."""
         return self
 
 

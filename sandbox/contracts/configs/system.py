@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from sandbox.contracts.configs.base import PluginConfig
-from sandbox.contracts.sizes import Clip, Slots
+from sandbox.contracts.sizes import Clip, Hidden, Slots
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,10 @@ class BackboneConfig(PluginConfig, ABC):
         """Names of its blocks, in order: modules whose output has the shape of their input."""
         return ()
 
+    def hidden(self, block: str) -> Hidden | None:
+        """The output of one of `blocks`; None where a method cannot read it."""
+        return None
+
     def layers(self) -> tuple[str | None, int]:
         """The setting with the number of identical layers (or None), and their repeat period.
 
@@ -151,6 +155,23 @@ class ConditioningConfig(PluginConfig):
     def wired(self, clip: Clip, grid: Clip) -> Self:
         """The complete config, filled by `agree`."""
         return self
+
+
+@dataclass
+class FeaturesConfig(PluginConfig, ABC):
+    """A frozen encoder of clean frames, with whose features a training method compares its own."""
+
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of its features."""
+
+    def fit_clips(self) -> int:
+        """Training clips that `fit` receives before the first step; 0: it has no `fit`."""
+        return 0
+
+    def needs(self) -> frozenset[str]:
+        """Batch fields that `fit` reads besides the video: "captions"."""
+        return frozenset()
 
 
 @dataclass
