@@ -3,7 +3,7 @@
 Cells of a grid (T, H, W) are ordered frame by frame, row by row. Tables are cached per grid.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
@@ -80,15 +80,37 @@ def rotary_table(
         rows, columns = fitted_positions(grid, base) if base else counted_positions(grid)
         positions = torch.arange(frames, dtype=torch.float32), rows, columns
         sizes = head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8
-        angles = [
-            p[:, None] * THETA ** -(torch.arange(0, n, 2, dtype=torch.float32) / n)
-            for p, n in zip(positions, sizes, strict=True)
-        ]
+        table = _axial_angles(positions, sizes)
+    return table.cos().to(device), table.sin().to(device)
+
+
+@cached
+@torch.no_grad()
+def even_rotary_table(
+    frames: int, grid: Size, head_dim: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T * H * W, head_dim) float32, of cells counted from 0, as in Wan.
+
+    A third of the channel pairs, rounded down, encodes the row and a third the column; the rest
+    encodes the frame. `head_dim` is even; channels 2i and 2i + 1 share an angle.
+    """
+    in_space = 2 * (head_dim // 6)
+    with torch.device("cpu"):
+        positions = [torch.arange(n, dtype=torch.float64) for n in (frames, *grid)]
+        table = _axial_angles(positions, (head_dim - 2 * in_space, in_space, in_space))
+    return table.cos().float().to(device), table.sin().float().to(device)
+
+
+def _axial_angles(positions: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """(T * H * W, sum of sizes) of frames, rows and columns, in the dtype of their positions."""
+    angles = [
+        p[:, None] * THETA ** -(torch.arange(0, n, 2, dtype=p.dtype) / n)
+        for p, n in zip(positions, sizes, strict=True)
+    ]
     t, h, w = (len(p) for p in positions)
     shapes = (t, 1, 1, -1), (1, h, 1, -1), (1, 1, w, -1)
     axes = [a.view(s).expand(t, h, w, a.shape[1]) for a, s in zip(angles, shapes, strict=True)]
-    table = torch.cat(axes, -1).flatten(0, 2).repeat_interleave(2, -1)  # (N, head_dim)
-    return table.cos().to(device), table.sin().to(device)
+    return torch.cat(axes, -1).flatten(0, 2).repeat_interleave(2, -1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -131,6 +153,16 @@ def sinusoidal_table(
     row = _sinusoids(height, 3 * dim // 8, in_space).view(1, height, 1, -1)
     parts = (x.expand(frames, height, width, -1) for x in (time, column, row))
     return torch.cat(tuple(parts), -1).flatten(1, 2)
+
+
+def square_table(size: int, base: int, dim: int) -> Tensor:
+    """(size * size, dim) float64: half the channels for columns, then rows, as in SD3.
+
+    Positions run from 0 towards `base`, excluded. `dim` is a multiple of 4.
+    """
+    part = _sinusoids(size, dim // 2, size / base)
+    columns, rows = part.expand(size, -1, -1), part[:, None].expand(-1, size, -1)
+    return torch.cat((columns, rows), -1).flatten(0, 1)
 
 
 @cached

@@ -84,15 +84,31 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """Transformer MLP with hidden width 4 D: (..., D) -> (..., D)."""
+class SwiGLU(nn.Module):
+    """Linear layer gated by a SiLU (Shazeer 2020, 2002.05202): (..., D) -> (..., hidden)."""
 
-    def __init__(self, width: int, projection: type[GELU] | type[GEGLU]) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, -1)
+        return value * F.silu(gate)
+
+
+class FeedForward(nn.Module):
+    """Transformer MLP: (..., D) -> (..., D); the hidden width is 4 D where none is given."""
+
+    def __init__(
+        self,
+        width: int,
+        projection: type[GELU] | type[GEGLU] | type[SwiGLU],
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or 4 * width
         # Identity takes the index of the published dropout, whose probability is 0.
-        self.net = nn.Sequential(
-            projection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)
-        )
+        self.net = nn.Sequential(projection(width, hidden), nn.Identity(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

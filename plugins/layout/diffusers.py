@@ -62,6 +62,19 @@ COGVIDEOX_VAE = ReleasedClass(
         "sample_width": 720, "scaling_factor": 1.15258426,
     },
 )  # fmt: skip
+SD3 = ReleasedClass(
+    "backbone/mmdit",
+    values={"qk_norm": {None: "none", "rms_norm": "rms_norm", "layer_norm": "layer_norm"}},
+    fixed={"dual_attention_layers": []},
+    ignored=("caption_projection_dim",),  # the width
+    defaults={
+        "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 18,
+        "attention_head_dim": 64, "num_attention_heads": 18, "joint_attention_dim": 4096,
+        "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 96,
+        "qk_norm": None,
+    },
+    sets={"rope": False, "register_tokens": 0, "time_features": 256},
+)  # fmt: skip
 OF_SAMPLERS = (  # settings of a scheduler that a sampler has here
     "set_alpha_to_one", "steps_offset", "clip_sample", "clip_sample_range", "sample_max_value",
     "timestep_spacing", "thresholding", "dynamic_thresholding_ratio", "skip_prk_steps",
@@ -150,6 +163,7 @@ FLOW = ReleasedClass(
 RELEASED = {
     "CogVideoXTransformer3DModel": (COGVIDEOX,),
     "AutoencoderKLCogVideoX": (COGVIDEOX_VAE,),
+    "SD3Transformer2DModel": (SD3,),
     "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE,),
     "CogVideoXDPMScheduler": (COGVIDEOX_NOISE,),
     **dict.fromkeys((

@@ -39,6 +39,25 @@ def test_a_transformer_of_each_release(tmp_path, name) -> None:
     assert replace(found, **own) == want
 
 
+SD3 = {
+    "_class_name": "SD3Transformer2DModel", "attention_head_dim": 64, "in_channels": 16,
+    "caption_projection_dim": 1536, "joint_attention_dim": 4096, "num_attention_heads": 24,
+    "num_layers": 24, "out_channels": 16, "patch_size": 2, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192, "sample_size": 128,
+}  # fmt: skip
+
+
+def test_a_transformer_of_stable_diffusion_3(tmp_path) -> None:
+    want = preset("backbone", "mmdit_sd3_medium")
+    assert components(file(SD3, tmp_path))["backbone"] == want
+    large = SD3 | {"num_attention_heads": 38, "num_layers": 38, "caption_projection_dim": 2432,
+                   "qk_norm": "rms_norm", "dual_attention_layers": []}  # fmt: skip
+    want = preset("backbone", "mmdit_sd3_5_large")
+    assert components(file(large, tmp_path))["backbone"] == want
+    with pytest.raises(ConfigError, match="dual_attention_layers"):
+        components(file(large | {"dual_attention_layers": [0, 1]}, tmp_path))
+
+
 @pytest.mark.parametrize("name", ["cogvideox_2b", "cogvideox_5b"])
 def test_a_first_stage_of_each_release(tmp_path, name) -> None:
     want = preset("vae", name)
