@@ -75,6 +75,23 @@ SD3 = ReleasedClass(
     },
     sets={"rope": False, "register_tokens": 0, "time_features": 256},
 )  # fmt: skip
+DC_AE = ReleasedClass(
+    "vae/dc_ae",
+    fixed={"in_channels": 3, "encoder_out_shortcut": True, "decoder_in_shortcut": True,
+           "decoder_conv_act_fn": "relu"},
+    single=("encoder_qkv_multiscales", "decoder_qkv_multiscales"),
+    defaults={
+        "latent_channels": 32, "attention_head_dim": 32, "encoder_block_types": "ResBlock",
+        "decoder_block_types": "ResBlock", "upsample_block_type": "pixel_shuffle",
+        "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+        "encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_act_fns": "silu",
+        "decoder_layers_per_block": [3, 3, 3, 3, 3, 3], "decoder_norm_types": "rms_norm",
+        "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+        "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+        "downsample_block_type": "pixel_unshuffle", "scaling_factor": 1.0,
+    },
+)  # fmt: skip
 OF_SAMPLERS = (  # settings of a scheduler that a sampler has here
     "set_alpha_to_one", "steps_offset", "clip_sample", "clip_sample_range", "sample_max_value",
     "timestep_spacing", "thresholding", "dynamic_thresholding_ratio", "skip_prk_steps",
@@ -164,6 +181,7 @@ RELEASED = {
     "CogVideoXTransformer3DModel": (COGVIDEOX,),
     "AutoencoderKLCogVideoX": (COGVIDEOX_VAE,),
     "SD3Transformer2DModel": (SD3,),
+    "AutoencoderDC": (DC_AE,),
     "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE,),
     "CogVideoXDPMScheduler": (COGVIDEOX_NOISE,),
     **dict.fromkeys((

@@ -8,7 +8,7 @@ effect.
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,10 @@ def _translate(
                 if known and value not in known:
                     yield f"{name}.{key}={value}: want one of {list(known)}"
                     continue
+                if key in row.single:
+                    if any(len(x) > 1 for x in value):
+                        yield f"{name}.{key}={value}: want at most one number per level"
+                    value = [x[0] if x else 0 for x in value]
                 _put(into, row.names.get(key, key), known.get(value, value) if known else value)
         own.defaults = {**dict(row.sets), **own.defaults}
         if row.rest_ignored:
@@ -242,6 +246,11 @@ def _config(found: _Found) -> PluginConfig:
     for name, value in settings.items():
         if isinstance(value, dict) and all(isinstance(k, int) for k in value):
             settings[name] = [value[i] for i in sorted(value)]
+    plugin = registry.find(found.plugin)
+    assert plugin.config
+    for field_ in fields(plugin.config):  # a name for all levels
+        if isinstance(settings.get(field_.name), str) and "tuple[str" in str(field_.type):
+            settings[field_.name] = [settings[field_.name]]
     config = registry.typed({"plugin": found.plugin, **settings})
     group = found.plugin.partition("/")[0]
     if problems := [f"{group}.{p}" for p in config.problems()]:

@@ -72,6 +72,28 @@ def test_a_first_stage_of_each_release(tmp_path, name) -> None:
     assert replace(found, **tiles, **chunks) == want
 
 
+DC_AE = {  # dc-ae-f32c32-sana-1.0-diffusers
+    "_class_name": "AutoencoderDC", "attention_head_dim": 32, "decoder_act_fns": "silu",
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3], "decoder_norm_types": "rms_norm",
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "downsample_block_type": "conv",
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "in_channels": 3,
+    "latent_channels": 32, "scaling_factor": 0.41407, "upsample_block_type": "interpolate",
+}  # fmt: skip
+
+
+def test_a_deep_compression_autoencoder(tmp_path) -> None:
+    found = components(file(DC_AE, tmp_path))["vae"]
+    assert replace(found, weights="auto") == replace(preset("vae", "dc_ae_f32c32_sana"))
+    scales = {"encoder_qkv_multiscales": [[], [], [], [3, 5], [5], [5]]}
+    with pytest.raises(ConfigError, match="at most one number per level"):
+        components(file(DC_AE | scales, tmp_path))
+
+
 SCHEDULERS = {
     "CogVideoXDDIMScheduler": (
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "snr_shift_scale": 1.0},

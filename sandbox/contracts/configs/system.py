@@ -193,7 +193,8 @@ class ReleasedClass:
     values: their name -> {their value: ours}. fixed: settings of which one value is supported.
     ignored: settings without an effect on the component. switches: setting -> those that have an
     effect only where it is true. defaults: what a file that leaves a setting out means.
-    sets: settings of ours that every file of this class has. variants: (their name, {value:
+    sets: settings of ours that every file of this class has. single: settings with a list of at
+    most one number per level, which is that number, or 0, here. variants: (their name, {value:
     plugin}). rest_ignored: all other settings are ignored.
     """
 
@@ -205,6 +206,7 @@ class ReleasedClass:
     switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     sets: Mapping[str, Any] = field(default_factory=dict)
+    single: tuple[str, ...] = ()
     variants: tuple[str, Mapping[Any, str]] | None = None
     rest_ignored: bool = False
 
