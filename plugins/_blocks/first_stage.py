@@ -1,7 +1,7 @@
 """Base class of all first stages: scale and shift of the latents, and the training pass."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +9,32 @@ from torch import Tensor, nn
 from plugins._blocks.posterior import Reconstruction
 from sandbox.contracts import Draws, Posterior
 
+Numbers = float | Sequence[float]
+
+
+def per_channel(value: Numbers | Tensor, z: Tensor) -> float | Tensor:
+    """`value`, shaped for latents z (B, C, T, H, W) where it has a number per channel."""
+    if isinstance(value, Tensor | float | int):
+        return value
+    return z.new_tensor(value).view(-1, 1, 1, 1)
+
 
 class FirstStage(nn.Module, ABC):
     """Scaled latents are (z - shift) * scale.
 
-    A number for `shift` or `scale` is used as it is. None makes it a buffer (C, 1, 1, 1) in the
-    state dict, 0 or 1 until `calibrate` measures it per channel.
+    A number for `shift` or `scale`, or one per channel, is used as it is. None makes it a buffer
+    (C, 1, 1, 1) in the state dict, 0 or 1 until `calibrate` measures it per channel.
 
     Subclasses define `encode`, `pixels` and `posterior(stored)`.
     """
 
-    shift: float | Tensor
-    scale: float | Tensor
+    shift: Numbers | Tensor
+    scale: Numbers | Tensor
     train_frames: int | None = None  # frames per clip in a training pass; None: all
 
-    def __init__(self, channels: int, scale: float | None = 1.0, shift: float | None = 0.0) -> None:
+    def __init__(
+        self, channels: int, scale: Numbers | None = 1.0, shift: Numbers | None = 0.0
+    ) -> None:
         super().__init__()
         for name, value, start in (("shift", shift, 0.0), ("scale", scale, 1.0)):
             if value is None:
@@ -40,10 +51,10 @@ class FirstStage(nn.Module, ABC):
         """Unscaled latents -> video."""
 
     def scaled(self, z: Tensor) -> Tensor:
-        return (z - self.shift) * self.scale
+        return (z - per_channel(self.shift, z)) * per_channel(self.scale, z)
 
     def unscaled(self, z: Tensor) -> Tensor:
-        return z / self.scale + self.shift
+        return z / per_channel(self.scale, z) + per_channel(self.shift, z)
 
     def decode(self, z: Tensor, draws: Draws | None = None) -> Tensor:
         """Scaled latents (B, C, T', H', W') -> (B, 3, T, H, W), about [-1, 1], not clamped."""

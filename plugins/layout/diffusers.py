@@ -92,6 +92,21 @@ DC_AE = ReleasedClass(
         "downsample_block_type": "pixel_unshuffle", "scaling_factor": 1.0,
     },
 )  # fmt: skip
+WAN_VAE = ReleasedClass(
+    "vae/wan",
+    fixed={"decoder_base_dim": None, "attn_scales": [], "dropout": 0.0, "is_residual": False,
+           "in_channels": 3, "out_channels": 3, "patch_size": None},
+    ignored=("scale_factor_temporal", "scale_factor_spatial"),  # those of dim_mult
+    defaults={
+        "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        "latents_std": [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160],
+    },
+    sets={"latent_frames_per_pass": 1},
+)  # fmt: skip
 OF_SAMPLERS = (  # settings of a scheduler that a sampler has here
     "set_alpha_to_one", "steps_offset", "clip_sample", "clip_sample_range", "sample_max_value",
     "timestep_spacing", "thresholding", "dynamic_thresholding_ratio", "skip_prk_steps",
@@ -182,6 +197,7 @@ RELEASED = {
     "AutoencoderKLCogVideoX": (COGVIDEOX_VAE,),
     "SD3Transformer2DModel": (SD3,),
     "AutoencoderDC": (DC_AE,),
+    "AutoencoderKLWan": (WAN_VAE,),
     "CogVideoXDDIMScheduler": (COGVIDEOX_NOISE,),
     "CogVideoXDPMScheduler": (COGVIDEOX_NOISE,),
     **dict.fromkeys((

@@ -94,6 +94,18 @@ def test_a_deep_compression_autoencoder(tmp_path) -> None:
         components(file(DC_AE | scales, tmp_path))
 
 
+def test_a_first_stage_of_wan(tmp_path) -> None:
+    want = preset("vae", "wan_2_1")
+    names = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample",
+             "latents_mean", "latents_std")  # fmt: skip
+    settings = {n: list(v) if isinstance(v := getattr(want, n), tuple) else v for n in names}
+    published = {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0} | settings
+    assert components(file(published, tmp_path))["vae"] == want
+    second = published | {"is_residual": True, "patch_size": 2}  # Wan 2.2
+    with pytest.raises(ConfigError, match="is_residual"):
+        components(file(second, tmp_path))
+
+
 SCHEDULERS = {
     "CogVideoXDDIMScheduler": (
         {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "snr_shift_scale": 1.0},
