@@ -6,6 +6,7 @@ space and channels, so that the convolutions learn a residual (section 3.2, figu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,6 +15,27 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from sandbox.contracts import State
+
+OFFICIAL = (  # patterns of the official names, and our names
+    (r"\b(main|op_list)\.", ""),
+    (r"\.project_in\.conv\.(weight|bias)$", r".conv_in.\1"),
+    (r"\.project_out\.[02]\.conv\.(weight|bias)$", r".conv_out.\1"),
+    (r"\bcontext_module\b", "attn"),
+    (r"\blocal_module\b", "conv_out"),
+    (r"\baggreg\.(\d+)\.0\.", r"to_qkv_multiscale.\1.proj_in."),
+    (r"\baggreg\.(\d+)\.1\.", r"to_qkv_multiscale.\1.proj_out."),
+    (r"\b(inverted|depth|point)_conv\.conv\.", r"conv_\1."),
+    (r"\bproj\.conv\.", "to_out."),
+    (r"\bproj\.norm\.", "norm_out."),
+    (r"\b(conv\d?)\.conv\.", r"\1."),
+    (r"\b(conv2|point_conv)\.norm\.", "norm."),
+    (r"\.project_in\.", ".conv_in."),
+    (r"\.project_out\.0\.", ".norm_out."),
+    (r"\.project_out\.2\.", ".conv_out."),
+    (r"^encoder\.stages\.", "encoder.down_blocks."),
+    (r"^decoder\.stages\.", "decoder.up_blocks."),
+)
 EPS = 1e-5  # of every norm, as published
 ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU}
 FACTOR = 2  # by which a level changes the size
@@ -248,3 +270,23 @@ class Decoder(nn.Module):
         for block in reversed(self.up_blocks):
             x = block(x)
         return self.conv_out(F.relu(self.norm_out(x)))
+
+
+def from_official(state: State) -> State:
+    """Weights of the official repository under our names; returns those with other names unchanged.
+
+    Linear layers are 1x1 convolutions there, and queries, keys and values one layer.
+    """
+    if not any(name.startswith("encoder.stages.") for name in state):
+        return state
+    found = {}
+    for name, weight in state.items():
+        for pattern, new in OFFICIAL:
+            name = re.sub(pattern, new, name)
+        front, is_qkv, _ = name.partition("qkv.conv.weight")
+        if is_qkv:
+            for part, rows in zip("qkv", weight.flatten(1).chunk(3), strict=True):
+                found[f"{front}to_{part}.weight"] = rows
+        else:
+            found[name] = weight.flatten(1) if name.endswith("to_out.weight") else weight
+    return found

@@ -7,6 +7,7 @@ latent frame of its own, so that an image is a clip of one frame.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from plugins._blocks.autoencoder2d import per_frame
+from sandbox.contracts import State
+
+OFFICIAL = (  # patterns of the official names, and our names
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"\.downsamples\.", ".down_blocks."),
+)
 
 FrameCache = dict[nn.Module, Tensor]  # layer -> the last frames of its input
 
@@ -207,3 +226,23 @@ class Decoder(nn.Module):
         for block in self.up_blocks:
             x = block(x, cache)
         return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+def from_official(state: State, layers: int) -> State:
+    """Renames weights of the official repository; returns those with other names unchanged.
+
+    `layers`: residual blocks per level of the decoder, which the official list does not group.
+    """
+    if "encoder.conv1.weight" not in state:
+        return state
+
+    def grouped(match: re.Match[str]) -> str:
+        level, i = divmod(int(match[1]), layers + 1)
+        return f".up_blocks.{level}." + (f"resnets.{i}." if i < layers else "upsamplers.0.")
+
+    found = {}
+    for name, weight in state.items():
+        for pattern, new in OFFICIAL:
+            name = re.sub(pattern, new, name)
+        found[re.sub(r"\.upsamples\.(\d+)\.", grouped, name)] = weight
+    return found

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from plugins._blocks.autoencoder2d import per_frame
-from plugins._blocks.dc_autoencoder import Decoder, Encoder
+from plugins._blocks.dc_autoencoder import Decoder, Encoder, from_official
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import PointPosterior
 from sandbox.contracts import (
@@ -20,6 +20,7 @@ from sandbox.contracts import (
     FirstStageConfig,
     FirstStageRecipe,
     SizeError,
+    State,
     above,
     in_range,
     must_divide,
@@ -189,6 +190,10 @@ class AutoencoderDC(FirstStage):
         self.encoder = Encoder(cfg.levels("encoder"), *sizes, unshuffle)
         interpolate = cfg.upsample_block_type == "interpolate"
         self.decoder = Decoder(cfg.levels("decoder"), *sizes, interpolate)
+
+    def from_published(self, state: State) -> State:
+        """Translates weights of the official repository; returns others unchanged."""
+        return from_official(state)
 
     def encode(self, x: Tensor) -> PointPosterior:
         """x (B, 3, T, H, W) in [-1, 1]; raises SizeError for sizes without whole latent cells."""

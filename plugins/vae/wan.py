@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import Gaussian
 from plugins._blocks.tiling import Tiles, apply_to_tiles
-from plugins._blocks.wan_autoencoder import Decoder, Encoder, FrameCache
+from plugins._blocks.wan_autoencoder import Decoder, Encoder, FrameCache, from_official
 from sandbox.contracts import (
     Clip,
     Draws,
     FirstStageConfig,
     FirstStageRecipe,
     SizeError,
+    State,
     in_range,
     must_divide,
 )
@@ -148,6 +149,10 @@ class AutoencoderWan(FirstStage):
         self.decoder = Decoder(widths[::-1], layers + 1, in_time[::-1], z)
         with torch.no_grad():
             self.quant_conv.get_parameter("bias")[z:] = START_LOG_VARIANCE
+
+    def from_published(self, state: State) -> State:
+        """Renames weights of the official repository (Wan2.1_VAE.pth); returns others unchanged."""
+        return from_official(state, self.cfg.num_res_blocks + 1)
 
     def encode(self, x: Tensor) -> Gaussian:
         """x (B, 3, T, H, W) in [-1, 1], T = 1 plus a multiple; raises SizeError for others."""
