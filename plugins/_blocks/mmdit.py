@@ -6,6 +6,7 @@ F = 1 or the number of frames. Names of layers are those of Stable Diffusion 3 i
 
 from __future__ import annotations
 
+import re
 from typing import Protocol
 
 import torch
@@ -14,9 +15,32 @@ from torch import Tensor, nn
 
 from plugins._blocks.grid_tables import apply_rope
 from plugins._blocks.layers import GELU, FeedForward, SwiGLU
+from sandbox.contracts import State
 
 EPS = 1e-6  # of every norm, as published
 PARTS = 6  # shift, scale and gate of attention, then of the MLP
+OFFICIAL = (  # patterns of the official names, and our names
+    (r"^pos_embed$", "pos_embed.pos_embed"),
+    (r"^x_embedder\.", "pos_embed."),
+    (r"^t_embedder\.mlp\.", "time_text_embed.timestep_embedder."),
+    (r"^y_embedder\.mlp\.", "time_text_embed.text_embedder."),
+    (r"(embedder)\.0\.", r"\1.linear_1."),
+    (r"(embedder)\.2\.", r"\1.linear_2."),
+    (r"^joint_blocks\.", "transformer_blocks."),
+    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+    (r"^final_layer\.linear\.", "proj_out."),
+    (r"x_block\.adaLN_modulation\.1\.", "norm1.linear."),
+    (r"context_block\.adaLN_modulation\.1\.", "norm1_context.linear."),
+    (r"x_block\.attn\.proj\.", "attn.to_out.0."),
+    (r"context_block\.attn\.proj\.", "attn.to_add_out."),
+    (r"x_block\.attn\.ln_([qk])\.", r"attn.norm_\1."),
+    (r"context_block\.attn\.ln_([qk])\.", r"attn.norm_added_\1."),
+    (r"x_block\.mlp\.", "ff."),
+    (r"context_block\.mlp\.", "ff_context."),
+    (r"\.fc1\.", ".net.0.proj."),
+    (r"\.fc2\.", ".net.2."),
+)
+QKV = {"x_block.attn.qkv.": "attn.to_{}.", "context_block.attn.qkv.": "attn.add_{}_proj."}
 Rope = tuple[Tensor, Tensor]  # cosines and sines of the video tokens, each (N, head_dim)
 
 
@@ -225,3 +249,26 @@ class Block(nn.Module):
         text = added(text, attn_gate, self.after_attn_context(context))
         context = self.ff_context(modulated(text, shift, scale, self.norm))
         return added(text, gate, self.after_ff_context(context)), x
+
+
+def from_official(state: State) -> State:
+    """Weights of the official repository of SD3 under our names; returns others unchanged.
+
+    Queries, keys and values are one layer there, and every modulation has the shift first.
+    """
+    if not any(name.startswith("joint_blocks.") for name in state):
+        return state
+    width, found = len(state["x_embedder.proj.bias"]), {}
+    for name, weight in state.items():
+        for pattern, new in OFFICIAL:
+            name = re.sub(pattern, new, name)
+        if ("norm1_context." in name or "norm_out." in name) and len(weight) == 2 * width:
+            weight = torch.cat(weight.chunk(2)[::-1])
+        for old, new in QKV.items():
+            if old in name:
+                parts = zip("qkv", weight.chunk(3), strict=True)
+                found |= {name.replace(old, new.format(x)): rows for x, rows in parts}
+                break
+        else:
+            found[name] = weight
+    return found

@@ -30,7 +30,7 @@ from plugins._blocks.checkpointing import run_checkpointed
 from plugins._blocks.cogvideox_transformer import NumberEmbedding
 from plugins._blocks.grid_tables import even_rotary_table, square_table
 from plugins._blocks.layers import MLP
-from plugins._blocks.mmdit import PARTS, Block, Modulation, modulated
+from plugins._blocks.mmdit import PARTS, Block, Modulation, from_official, modulated
 from plugins._configs.backbone import slots_taken
 from sandbox.contracts import (
     BackboneConfig,
@@ -38,6 +38,7 @@ from sandbox.contracts import (
     Conditions,
     SizeError,
     Slots,
+    State,
     in_range,
     must_divide,
     one_of,
@@ -215,6 +216,10 @@ class MMDiT(nn.Module):
         self.norm_out = Modulation(width, 2, shared)
         self.proj_out = nn.Linear(width, patch**2 * out_channels)
         self.initialise()
+
+    def from_published(self, state: State) -> State:
+        """Translates weights of the official repository of SD3; returns others unchanged."""
+        return from_official(state)
 
     def initialise(self) -> None:
         """Xavier for linear layers; zero for modulations, cross-attention and the output layer."""
