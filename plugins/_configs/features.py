@@ -1,8 +1,9 @@
 """Feature networks of the metrics, and the checks of their settings."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from sandbox.contracts import is_path, one_of
+from sandbox.contracts import MetricConfig, in_range, is_path, one_of
 
 RANDOM = "random"
 # name -> whether it takes clips (else single frames)
@@ -40,3 +41,37 @@ def weights_file(network: str, weights: str) -> dict[str, str | None]:
 def score_note(weights: str) -> str:
     """A note for the meaning of a score: with random weights it measures nothing."""
     return " (random weights: not meaningful)" if weights == RANDOM else ""
+
+
+@dataclass
+class DistributionConfig(MetricConfig):
+    """Base Config of distances between the features of generated and of real clips.
+
+    network: a name in plugins/_configs/features.py. weights: "hub", a file, or "random" (for
+    tests). reference: number of real training clips. frames: number of evenly spaced frames of
+    each clip for an image network; null uses all.
+    """
+
+    network: str = "random3d"
+    weights: str = "random"
+    reference: int = 2048
+    frames: int | None = 4
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from weights_problems(self.network, self.weights)
+        yield from in_range("frames", self.frames, 1)
+        yield from in_range("reference", self.reference, 2)
+
+    def files(self) -> dict[str, str | None]:
+        return weights_file(self.network, self.weights)
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"video"})
+
+    def fit_clips(self) -> int:
+        return self.reference
+
+    def described(self) -> str:
+        """The features, for the meaning of a score."""
+        return f"features of {self.network}{score_note(self.weights)}"
