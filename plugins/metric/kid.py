@@ -58,7 +58,7 @@ class KID(DistributionMetric):
     def meaning(self) -> dict[str, str]:
         of = f"{self.cfg.subsets} subsets of at most {self.cfg.subset_size} rows"
         return {
-            self.name: f"{SCALE} x KID (unbiased cubic MMD) to real clips in {self.cfg.described()}, "
-            f"mean over {of}; equal 0, may be slightly negative",
+            self.name: f"{SCALE} x KID (unbiased cubic MMD) to real clips, "
+            f"mean over {of}, in {self.cfg.described()}; equal 0, may be negative",
             f"{self.name}_std": f"its standard deviation over {of}",
         }

@@ -263,6 +263,12 @@ class Compatibility:
         needed = ("task", "vae", "data", "trainer", "reconstruction")
         if not self.valid(*needed) or not root.task.trains_first_stage:
             return root
+        for name, callback in root.callbacks.items() if self.valid("callbacks") else ():
+            if isinstance(callback, CallbackConfig) and (found := callback.metrics()):
+                self.report(
+                    f"callbacks.{name}: measures {listed(frozenset(found))} of a denoiser, and "
+                    f"task={name_of(root.task)} trains a first stage: use the callback without them"
+                )
         try:
             return first_stage_alone(root)
         except ConfigError as e:

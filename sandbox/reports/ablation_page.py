@@ -211,7 +211,8 @@ def draw_curves(stem: Path, ablation: Ablation) -> None:
     curves = {e.folder: read_curves(e.folder) for v in shown for e in v.runs.values()}
     recorded = dict.fromkeys(name for of_run in curves.values() for name in of_run)
     panels: dict[tuple[str, str], list[Variant]] = {}
-    for name in (n for n in recorded if n == "loss" or n.startswith(("val/", "score/"))):
+    wanted = ("val/", "score/", "val_times/mean")
+    for name in (n for n in recorded if n == "loss" or n.startswith(wanted)):
         for variant in shown:
             runs = [*variant.runs.values()]
             if all(name in curves[e.folder] for e in runs):

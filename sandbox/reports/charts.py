@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from sandbox.reports.tables import format_number
 
-Points = Sequence[tuple[int, float]]  # (step, value), steps increasing
+Points = Sequence[tuple[float, float]]  # (step, value), steps increasing
 
 COLOURS = ("#0b6e62", "#c2570c", "#4c5fd5", "#b0307a", "#8a6d00", "#5d6770")  # --c0 .. --c5
 CSS = {c: f"var(--c{i})" for i, c in enumerate(COLOURS)} | {

@@ -25,6 +25,8 @@ from sandbox.storage.atomic import storage_errors, write_atomic
 
 LISTED = 200  # files and skipped items
 SPLITS = ("train", "val", "test", "ema")  # metric prefixes that name a split or weights
+EMA = "_ema"  # ending of metrics of EMA weights
+TIMES = "val_times/"  # prefix of losses at fixed times
 EN_DASH = "\N{EN DASH}"
 
 
@@ -65,6 +67,9 @@ def write_report(folder: str | Path, report: Report) -> Path:
         sheet=media.item(Path(report.sheet), "contact sheet") if report.sheet else None,
         linear=[line_chart(name, series) for name, series in charts.items()],
         log=[line_chart(name, series, log_x=True) for name, series in charts.items()],
+        by_time=line_chart("loss by time", by_time)
+        if (by_time := losses_by_time(report.curves))
+        else None,
         total=sum(report.timings.values()),
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
@@ -115,17 +120,30 @@ def score_table(report: Report) -> dict[str, Any]:
 def charts_of(curves: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
     """Groups curves into charts: splits of one metric share a chart, and so do equal prefixes.
 
-    "loss", "val/loss" -> chart "loss"; "score/colour", "score/digit" -> chart "score". Losses come
-    first, the learning rate last.
+    "loss", "val/loss" -> chart "loss"; "score/colour", "score/digit" -> chart "score";
+    "val_times/0.25_ema" -> chart "val_times_ema". Losses come first, the learning rate last.
     """
     charts: dict[str, dict[str, Points]] = {}
     for name, points in curves.items():
         head, _, tail = name.partition("/")
         chart, series = (tail, head) if tail and head in SPLITS else (head, tail or head)
+        if chart == head and tail.endswith(EMA):
+            chart, series = head + EMA, tail.removesuffix(EMA)
         if series == chart and any(f"{split}/{name}" in curves for split in SPLITS):
             series = "train"
         charts.setdefault(chart, {})[series] = points
     return dict(sorted(charts.items(), key=lambda c: c[0].startswith("lr") - ("loss" in c[0])))
+
+
+def losses_by_time(curves: Mapping[str, Points]) -> dict[str, Points]:
+    """The last losses at fixed times: weights -> [(time as a fraction of the schedule, loss)]."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, points in curves.items():
+        time = name.removeprefix(TIMES).removesuffix(EMA)
+        if name.startswith(TIMES) and time != "mean" and points:
+            weights = "EMA" if name.endswith(EMA) else "live"
+            found.setdefault(weights, []).append((float(time), points[-1][1]))
+    return {weights: sorted(points) for weights, points in found.items()}
 
 
 def duration(seconds: float) -> str:

@@ -19,9 +19,9 @@ from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
 from sandbox.config.root import Root, to_container
 from sandbox.config.wiring import Wiring
-from sandbox.contracts import ConfigError, Diverged, Items, Preempted, SamplerConfig
+from sandbox.contracts import CallbackConfig, ConfigError, Diverged, Items, Preempted, SamplerConfig
 from sandbox.data.checks import check_samples
-from sandbox.data.loader import Loader, batches
+from sandbox.data.loader import Loader
 from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
 from sandbox.evaluation.evaluate import first_clips, fps_of, generate
@@ -43,6 +43,7 @@ from sandbox.training.features import fit_features
 from sandbox.training.image_rows import image_rows
 from sandbox.training.roles import add_networks
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
+from sandbox.training.validation import losses_at_times, training_losses
 
 
 @dataclass
@@ -245,35 +246,26 @@ class Training:
                 media.contact_sheet(path, sheet)
             self.trackers.images(self.step, name, [path])
 
-    def validate(self, count: int) -> None:
-        """Loss on `count` held-out clips, of live and EMA weights, with the same noise every time.
+    def validate(self, count: int, times: int = 0) -> None:
+        """Losses on `count` held-out clips, of live and EMA weights, with the same noise each time.
 
-        The metrics are val/ and the names that the loss logs.
+        val/ and the names that the loss logs are of training's times; val_times/ are at `times`
+        equidistant times, none if 0. EMA weights add "_ema".
         """
         self.flush()
         val = registry.create(self.root.data).split("val")
-        found = {f"val/{name}": value for name, value in self._losses(val, count).items()}
+        found = self._losses(val, count, times)
         if self.ema:
             with self.ema_weights():
-                found |= {f"val/{k}_ema": value for k, value in self._losses(val, count).items()}
+                found |= {f"{k}_ema": value for k, value in self._losses(val, count, times).items()}
         self.measured = self.step, found
         self._record([(self.step, found)])
 
-    @torch.no_grad()
-    def _losses(self, items: Any, count: int) -> dict[str, float]:
-        """Mean loss of `count` clips; other metrics of the loss, over the batches with them."""
-        losses, logs, system = [], [], self.system
+    def _losses(self, items: Any, count: int, times: int) -> dict[str, float]:
         with self.eval_mode():
-            for batch in batches(items, min(count, 64), self.root.seed):
-                batch = system.transfer_batch_to_device(batch, system.device, 0)
-                terms = system.step(batch, system.draws(batch))
-                losses.append(terms.per_sample)
-                logs.append({k: v * len(terms.per_sample) for k, v in terms.log.items()})
-                if sum(map(len, losses)) >= count:
-                    break
-        taken = sum(map(len, losses))
-        means = {k: (torch.stack([log[k] for log in logs]).sum() / taken).item() for k in logs[0]}
-        return means | {"loss": torch.cat(losses)[:count].mean().item()}
+            losses = training_losses(self.system, items, count)
+            at_times = losses_at_times(self.system, items, count, times) if times else {}
+        return {f"val/{name}": value for name, value in losses.items()} | at_times
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -309,6 +301,8 @@ def check_best(wiring: Wiring) -> None:
 def check_best_of(root: Root, names: Iterable[str]) -> None:
     """The same, for the `names` of the metrics that the loss logs."""
     policy, found = root.checkpoint, {f"val/{name}" for name in (*names, "loss")}
+    callbacks = (c for c in root.callbacks.values() if isinstance(c, CallbackConfig))
+    found |= {name for callback in callbacks for name in callback.metrics()}
     if root.ema.keeps_ema():
         found |= {f"{name}_ema" for name in found}
     if policy.best and policy.best_of not in found:

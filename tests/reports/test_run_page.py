@@ -18,6 +18,7 @@ from sandbox.reports.run_page import (
     Report,
     charts_of,
     duration,
+    losses_by_time,
     read_curves,
     write_report,
 )
@@ -216,6 +217,23 @@ def test_splits_share_a_chart_and_losses_come_first():
     charts = charts_of(dict.fromkeys(names, point))
     assert list(charts) == ["loss", "score", "lr"]
     assert list(charts["loss"]) == ["train", "val"] and list(charts["score"]) == ["digit", "colour"]
+
+
+def test_losses_at_fixed_times_have_a_chart_over_steps_and_one_over_time(tmp_path):
+    curves = {
+        "val_times/0.7500": [(1, 4.0), (2, 3.0)],
+        "val_times/0.2500": [(1, 2.0), (2, 1.0)],
+        "val_times/mean": [(1, 3.0), (2, 2.0)],
+        "val_times/0.2500_ema": [(2, 5.0)],
+    }
+    charts = charts_of(curves)
+    assert {*charts["val_times"]} == {"0.7500", "0.2500", "mean"}
+    assert {*charts["val_times_ema"]} == {"0.2500"}
+    assert losses_by_time(curves) == {"live": [(0.25, 1.0), (0.75, 3.0)], "EMA": [(0.25, 5.0)]}
+    page = write_report(tmp_path, Report("a run", curves=curves)).read_text()
+    assert "Validation loss by time" in page
+    plain = write_report(tmp_path, Report("a run", curves={"loss": [(1, 1.0)]})).read_text()
+    assert "Validation loss by time" not in plain
 
 
 def test_log_steps_begin_at_the_first_step():

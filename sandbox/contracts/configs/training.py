@@ -116,3 +116,10 @@ class CallbackConfig(PluginConfig):
     def measures(self, step: int) -> bool:
         """Whether it validates after all optimizer steps that are multiples of `step`."""
         return False
+
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics of a denoiser's live weights that it measures besides those of the loss.
+
+        With EMA weights, it measures each with the suffix "_ema", too.
+        """
+        return ()
