@@ -57,7 +57,7 @@ class Sizes(Protocol):
     sandwich_norm: bool
 
     def width(self) -> int: ...
-    def hidden(self) -> int: ...
+    def mlp_width(self) -> int: ...
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, norm: str) -> Tensor:
@@ -209,7 +209,7 @@ class Block(nn.Module):
         self.updates_text = self.has_stream and not is_last
 
         def mlp() -> FeedForward:
-            return FeedForward(width, GELU if cfg.mlp == "gelu" else SwiGLU, cfg.hidden())
+            return FeedForward(width, GELU if cfg.mlp == "gelu" else SwiGLU, cfg.mlp_width())
 
         def after() -> nn.Module:
             return RMSNorm(width, EPS) if cfg.sandwich_norm else nn.Identity()

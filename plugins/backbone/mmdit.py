@@ -36,6 +36,7 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
+    Hidden,
     SizeError,
     Slots,
     State,
@@ -133,7 +134,7 @@ class MMDiT(nn.Module):
         def width(self) -> int:
             return self.num_attention_heads * self.attention_head_dim
 
-        def hidden(self) -> int:
+        def mlp_width(self) -> int:
             """Hidden width of the MLPs."""
             if self.ffn_dim is not None:
                 return self.ffn_dim
@@ -148,6 +149,10 @@ class MMDiT(nn.Module):
 
         def blocks(self) -> tuple[str, ...]:
             return tuple(f"transformer_blocks.{i}" for i in range(self.num_layers))
+
+        def hidden(self, block: str) -> Hidden | None:
+            cells = 1, self.patch_size, self.patch_size
+            return Hidden("b (t h w) d", self.width(), cells) if block in self.blocks() else None
 
         def layers(self) -> tuple[str | None, int]:
             return "num_layers", 1

@@ -232,7 +232,7 @@ def test_rope_depends_on_distances_alone() -> None:
 
 def test_swiglu_has_as_many_weights_as_gelu() -> None:
     cfg = MMDiT.Config(num_attention_heads=24, attention_head_dim=64)
-    assert replace(cfg, mlp="swiglu").hidden() * 3 == cfg.hidden() * 2 == 2 * 4 * 1536
+    assert replace(cfg, mlp="swiglu").mlp_width() * 3 == cfg.mlp_width() * 2 == 2 * 4 * 1536
 
 
 @torch.no_grad()
