@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from sandbox.contracts import PluginConfig, Preempted, above, one_of
+from sandbox.contracts import PluginConfig, Preempted, above, added, one_of
 from sandbox.registry import mask_text, register
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -26,7 +26,10 @@ class WandbLogger:
 
     @dataclass
     class Config(PluginConfig):
-        """timeout: seconds to connect; finish_timeout: seconds to send remaining data at the end.
+        """project, entity, job_type, tags: as W&B has them; null: W&B's variables, WANDB_PROJECT
+        and so on, else the project "sandbox" and the name of the task as job type. WANDB_NAME,
+        WANDB_RUN_GROUP and WANDB_DIR count, too. timeout: seconds to connect; finish_timeout:
+        seconds to send remaining data at the end.
 
         requeue: return a preempted trial to its sweep, so that the next agent with access to the
         folder resumes it; not for sweeps with early termination.
@@ -34,9 +37,10 @@ class WandbLogger:
 
         imports = ("wandb",)
         mode: str = "auto"
-        project: str = "sandbox"
+        project: str | None = None
         entity: str | None = None
-        tags: tuple[str, ...] = ()
+        job_type: str | None = added(None)
+        tags: tuple[str, ...] | None = None
         timeout: float = 10.0
         finish_timeout: float = 60.0
         requeue: bool = False
@@ -46,7 +50,7 @@ class WandbLogger:
             yield from one_of("mode", self.mode, MODES)
             yield from above("timeout", self.timeout, 0)
             yield from above("finish_timeout", self.finish_timeout, 0)
-            if not self.project or set(self.project) & set("/\\#?%:"):
+            if self.project is not None and not _is_project(self.project):
                 yield f"project={self.project!r}: want a name without / \\ # ? % :"
 
     def __init__(self, cfg: Config) -> None:
@@ -72,14 +76,10 @@ class WandbLogger:
             ) from e
         _ensure_cache()
         options: dict[str, Any] = {
-            "project": mask_text(self.cfg.project),
-            "entity": self.cfg.entity and mask_text(self.cfg.entity),
-            "name": name,
-            "group": group,
-            "tags": [mask_text(tag) for tag in self.cfg.tags],
+            **self._named(config, name, group),
             "id": _run_id(folder),
             "resume": "allow",
-            "dir": str(folder),
+            "dir": os.environ.get("WANDB_DIR") or str(folder),
             "config": {"cfg": config, "environment": _environment(folder)},
         }
         settings: dict[str, Any] = {
@@ -93,9 +93,31 @@ class WandbLogger:
         if sweep is not None:
             settings["sweep_id"] = sweep
         reason = self._start_online(settings, options) if mode == "online" else None
-        if self.run is not None:
-            return
-        self.run = wandb.init(mode="offline", settings=wandb.Settings(**settings), **options)
+        if self.run is None:
+            offline = wandb.Settings(**settings)
+            self.run = wandb.init(mode="offline", settings=offline, **options)
+            self._say_offline(reason)
+        known = self.run.config.keys()  # a sweep's parameters have their columns already
+        self.run.config.update({k: v for k, v in columns(config).items() if k not in known})
+
+    def _named(self, config: Mapping[str, Any], name: str, group: str | None) -> dict[str, Any]:
+        """Project, entity, name, group, job type and tags: settings first, then W&B's variables."""
+        cfg, given = self.cfg, os.environ.get
+        tags = cfg.tags
+        if tags is None:
+            tags = tuple(filter(None, given("WANDB_TAGS", "").split(",")))
+        task = columns(config).get("task")
+        found = {
+            "project": cfg.project or given("WANDB_PROJECT") or "sandbox",
+            "entity": cfg.entity or given("WANDB_ENTITY"),
+            "name": given("WANDB_NAME") or name,
+            "group": given("WANDB_RUN_GROUP") or group,
+            "job_type": cfg.job_type or given("WANDB_JOB_TYPE") or task,
+        }
+        texts = {key: text and mask_text(text) for key, text in found.items()}
+        return {**texts, "tags": [mask_text(tag.strip()) for tag in tags]}
+
+    def _say_offline(self, reason: str | None) -> None:
         if reason is None:
             log.info("W&B offline; to upload later: %s", self._sync_command())
         else:
@@ -191,6 +213,22 @@ class WandbLogger:
 
     def _sync_command(self) -> str:
         return f"wandb sync {Path(self.run.dir).parent}"
+
+
+def columns(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns to filter and group runs by: the option of each group, and the run's own settings."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            if isinstance(plugin := value.get("plugin"), str):
+                found[name] = plugin.rpartition("/")[2]
+        elif isinstance(value, str | int | float):
+            found[name] = value
+    return found
+
+
+def _is_project(name: str) -> bool:
+    return bool(name) and not set(name) & set("/\\#?%:")
 
 
 def _ensure_cache() -> None:

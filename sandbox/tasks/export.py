@@ -56,6 +56,7 @@ class Export:
         from sandbox.config import registry
         from sandbox.contracts import ConfigError
         from sandbox.model.components import DTYPES
+        from sandbox.model.trainable import without_method
         from sandbox.storage import weight_files
         from sandbox.storage.atomic import check_writable
         from sandbox.training.build import load_state, restored_system
@@ -84,7 +85,8 @@ class Export:
             for name in write_folder(system, layout, to, dtype, cfg.shard_mb):
                 print(f"{name}/ is missing here: use from_pretrained(..., {name}=None)")
         elif layout is None:
-            weight_files.write(system.trainable_state(), to, system.first_stage_hash(), hashed=True)
+            own = without_method(system.trainable_state())
+            weight_files.write(own, to, system.first_stage_hash(), hashed=True)
         else:
             weights = layout.join(split(system, ema))
             weight_files.write_pickled(layout.file(weights, step), to)

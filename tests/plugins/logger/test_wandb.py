@@ -137,7 +137,8 @@ def test_an_offline_run_is_readable_and_resumes_under_its_id(tmp_path, monkeypat
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys, "argv", ["run.py", f"x.api_key={SECRET}"])
     (tmp_path / "environment.json").write_text('{"code": {"commit": "abc"}}')
-    config = {"backbone": {"plugin": "backbone/dit", "width": 64}, "lr": 1e-3}
+    config = {"backbone": {"plugin": "backbone/dit", "width": 64}, "lr": 1e-3,
+              "task": {"plugin": "task/train"}}  # fmt: skip
     for steps in ((1, 2), (2, 3)):
         run = logger(tags=("a",))
         run.start(tmp_path, config, "my run", "my sweep")
@@ -152,6 +153,9 @@ def test_an_offline_run_is_readable_and_resumes_under_its_id(tmp_path, monkeypat
     (again,) = [r["run"] for r in second if r["type"] == "run"]
     assert record["config"]["update"]["cfg"] == config
     assert record["config"]["update"]["environment"]["code"] == {"commit": "abc"}
+    assert record["job_type"] == "train" and record["tags"] == ["a"]
+    updates = [r["config"]["update"] for r in first if r["type"] == "config"]
+    assert {"backbone": "dit", "lr": 1e-3, "task": "train"} in updates
     assert (record["display_name"], record["run_group"], record["project"]) == (
         "my run",
         "my sweep",
@@ -167,6 +171,21 @@ def test_an_offline_run_is_readable_and_resumes_under_its_id(tmp_path, monkeypat
     assert [r["exit"]["exit_code"] for r in first if r["type"] == "exit"] == [75]
     assert SECRET not in json.dumps([first, second])
     assert "wandb sync" in caplog.text
+
+
+def test_variables_of_wandb_count_and_a_setting_wins(monkeypatch):
+    given = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "mine", "RUN_GROUP": "old",
+             "JOB_TYPE": "night", "TAGS": "a, b"}  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert logger()._named({}, "run", "sweep") == {
+        "project": "theirs", "entity": "team", "name": "mine", "group": "old",
+        "job_type": "night", "tags": ["a", "b"],
+    }  # fmt: skip
+    chosen = logger(project="ours", entity="me", job_type="day", tags=())
+    found = chosen._named({}, "run", None)
+    assert (found["project"], found["entity"], found["job_type"]) == ("ours", "me", "day")
+    assert not found["tags"]
 
 
 def test_an_agent_sets_the_run_id(tmp_path, monkeypatch):
