@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from plugins._blocks.first_stage import FirstStage
 from plugins._blocks.posterior import PointPosterior
-from sandbox.contracts import Clip, FirstStageConfig, SizeError, in_range, must_divide
+from sandbox.contracts import Clip, FirstStageConfig, SizeError, added, in_range, must_divide
 from sandbox.registry import register
 
 COLOURS = 3
@@ -58,14 +58,15 @@ class Components(nn.Module):
         self.register_buffer("basis", torch.eye(dim, components))
         self.register_buffer("scale", torch.ones(components))
 
-    def fit(self, moments: Moments) -> None:
-        """Sets mean, basis and scale 1 / sqrt(sd_i * rms), half-way to whitening."""
+    def fit(self, moments: Moments, whitening: float) -> None:
+        """Sets mean, basis and scale: sd_i^-w rms^(w-1) with w = whitening."""
         mean, basis, variance = moments.components(self.basis.shape[1])
         power = variance.mean()
         sd = variance.clamp_min(FLAT * power).sqrt()
         self.mean.copy_(mean)
         self.basis.copy_(basis)
-        self.scale.copy_((sd * power.sqrt()).rsqrt() if power > 0 else torch.ones_like(sd))
+        mixed = sd ** (2 * whitening) * power.sqrt() ** (2 - 2 * whitening)
+        self.scale.copy_(mixed.rsqrt() if power > 0 else torch.ones_like(sd))
 
     def project(self, patches: Tensor) -> Tensor:
         return (patches - self.mean) @ self.basis
@@ -80,18 +81,25 @@ class PatchPCA(FirstStage):
 
     @dataclass
     class Config(FirstStageConfig):
+        """whitening: 0 keeps the ratios of the components' standard deviations, 1 makes all equal.
+
+        Between them, ratios have the power 1 - whitening: more weight for the large components.
+        """
+
         may_differ: ClassVar[tuple[str, ...]] = (*FirstStageConfig.may_differ, "fit_clips")
 
         components: int = 32  # latent channels
         patch: int = 4  # height and width of a patch in pixels
         group: int = 4  # frames per patch, after frame 0
         fit_clips: int = 1024
+        whitening: float = added(0.5)
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from in_range("patch", self.patch, 1)
             yield from in_range("group", self.group, 1)
             yield from in_range("fit_clips", self.fit_clips, 1)
+            yield from in_range("whitening", self.whitening, 0, 1)
             if self.patch >= 1:  # frame 0 has the smaller patch
                 yield from in_range("components", self.components, 1, 3 * self.patch**2)
 
@@ -172,6 +180,6 @@ class PatchPCA(FirstStage):
                 break
         if not first.count:
             raise ValueError("fit needs at least one clip")
-        self.first.fit(first)
+        self.first.fit(first, self.cfg.whitening)
         if rest.count:
-            self.rest.fit(rest)
+            self.rest.fit(rest, self.cfg.whitening)
