@@ -7,7 +7,7 @@ are those of Stable Diffusion 3 in diffusers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -36,10 +36,12 @@ from sandbox.contracts import (
     BackboneConfig,
     Clip,
     Conditions,
+    ConfigError,
     Hidden,
     SizeError,
     Slots,
     State,
+    above,
     in_range,
     must_divide,
     one_of,
@@ -76,7 +78,8 @@ class MMDiT(nn.Module):
         (rounded up to a multiple of 8). sandwich_norm: RMSNorm also after attention and MLP (Ding
         et al. 2021, 2105.13290, section 2.4). register_tokens: learned tokens in front of the text,
         or in its place (Darcet et al. 2023, 2309.16588). pooled_projection_dim: width of a vector
-        condition, which is added to the embedding of time.
+        condition, which is added to the embedding of time. time_scalars, time_scale: numbers of the
+        method and the factor of all times, as in backbone=dit.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = ("gradient_checkpointing",)
@@ -102,6 +105,8 @@ class MMDiT(nn.Module):
         out_channels: int | None = None
         joint_attention_dim: int | None = None  # 0: no text tokens
         pooled_projection_dim: int | None = None  # 0: no vector
+        time_scalars: tuple[str, ...] = ()
+        time_scale: float | None = None
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -112,6 +117,7 @@ class MMDiT(nn.Module):
                          "pooled_projection_dim"):  # fmt: skip
                 yield from in_range(name, getattr(self, name), 0)
             yield from in_range("time_features", self.time_features, 2)
+            yield from above("time_scale", self.time_scale, 0, 1000)
             for name, choices in CHOICES.items():
                 yield from one_of(name, getattr(self, name), choices)
             if not self.rope and not self.pos_embed_max_size:
@@ -145,6 +151,9 @@ class MMDiT(nn.Module):
             return bool(self.joint_attention_dim or self.register_tokens)
 
         def takes_frame_times(self) -> bool:
+            return True
+
+        def takes_time_scalars(self) -> bool:
             return True
 
         def blocks(self) -> tuple[str, ...]:
@@ -182,7 +191,12 @@ class MMDiT(nn.Module):
 
         def wired(self, z: Clip, slots: Slots, outputs: int) -> Self:
             self.grid(z)
-            return self.agree(
+            names = tuple(sorted(slots.time_scalars))
+            if self.time_scalars not in ((), names):
+                stated, needed = list(self.time_scalars), list(names)
+                raise ConfigError(f"time_scalars={stated}, but {needed} is needed")
+            scale = 0.001 if names and self.time_scale is None else self.time_scale
+            return replace(self, time_scalars=names, time_scale=scale).agree(
                 in_channels=z.channels + slots.concat,
                 out_channels=outputs * z.channels,
                 joint_attention_dim=slots.context.width if slots.context else 0,
@@ -195,6 +209,9 @@ class MMDiT(nn.Module):
                 return own
             last = ("to_add_out",) if self.num_layers > 1 else ()  # the last block has none
             return (*own, "add_q_proj", "add_k_proj", "add_v_proj", *last)
+
+        def additions(self) -> tuple[str, ...]:
+            return ("time_scalars.",)
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -220,6 +237,9 @@ class MMDiT(nn.Module):
         )
         self.norm_out = Modulation(width, 2, shared)
         self.proj_out = nn.Linear(width, patch**2 * out_channels)
+        self.time_scalars = nn.ModuleDict(
+            {name: NumberEmbedding(cfg.time_features, width) for name in cfg.time_scalars}
+        )
         self.initialise()
 
     def from_published(self, state: State) -> State:
@@ -227,13 +247,14 @@ class MMDiT(nn.Module):
         return from_official(state)
 
     def initialise(self) -> None:
-        """Xavier for linear layers; zero for modulations, cross-attention and the output layer."""
+        """Xavier for linear layers; zero for modulations, cross-attention and output layers."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         ends = ("norm1.linear", "norm1_context.linear", "norm_out.linear", "time_proj", "proj_out",
                 "cross.to_out.0")  # fmt: skip
+        ends += tuple(f"time_scalars.{name}.linear_2" for name in self.time_scalars)
         for name, layer in self.named_modules():
             if name.endswith(ends):
                 nn.init.zeros_(layer.get_parameter("weight"))
@@ -275,8 +296,9 @@ class MMDiT(nn.Module):
         sizes = {"joint_attention_dim": context_width(cond)}
         check_sizes(self.cfg, {**sizes, "pooled_projection_dim": vector_width(cond)})
         refuse_image_context("mmdit", cond)
-        if cond.scalars:
-            raise ValueError(f"backbone=mmdit takes no scalars, not {sorted(cond.scalars)}")
+        if set(cond.scalars) != set(self.cfg.time_scalars):
+            stated = f"backbone.time_scalars={list(self.cfg.time_scalars)}"
+            raise ValueError(f"{stated}, but the inputs have {sorted(cond.scalars)}")
         return z
 
     def text(self, cond: Conditions, x: Tensor) -> Tensor | None:
@@ -289,9 +311,11 @@ class MMDiT(nn.Module):
         return torch.cat(parts, 1) if parts else None
 
     def embedding(self, t: Tensor, cond: Conditions) -> tuple[Tensor, Tensor]:
-        """Embeddings of t (B, F) and the vector: (B, F, K, D) of the blocks, (B, F, 1, D)."""
-        embed = self.time_text_embed
-        emb = by_time(embed["timestep_embedder"], t)  # (B, F, D)
+        """Embeddings of t (B, F), numbers and vector: (B, F, K, D) of the blocks, (B, F, 1, D)."""
+        embed, scale = self.time_text_embed, self.cfg.time_scale or 1.0
+        emb = by_time(embed["timestep_embedder"], t * scale)  # (B, F, D)
+        for name, number in self.time_scalars.items():
+            emb = emb + by_frame(number(cond.scalars[name] * scale), emb)
         if cond.vector is not None:
             emb = emb + by_frame(embed["text_embedder"](cond.vector), emb)
         if self.cfg.modulation == "block":

@@ -49,6 +49,7 @@ def inputs(cfg: MMDiT.Config = SMALL, frames: int = 3) -> tuple[Tensor, Tensor, 
     cond = Conditions(
         context=rand(2, 5, 10, seed=1) if cfg.joint_attention_dim else None,
         vector=rand(2, 6, seed=2) if cfg.pooled_projection_dim else None,
+        scalars={name: torch.tensor([10.0, 300.0]) for name in cfg.time_scalars},
     )
     return rand(2, 4, frames, 4, 6), torch.tensor([20.0, 700.0]), cond
 
@@ -181,6 +182,7 @@ SWITCHES = {
     "table": replace(SMALL, pos_embed_max_size=8),
     "no text": replace(SMALL, joint_attention_dim=0),
     "video alone": replace(SMALL, joint_attention_dim=0, register_tokens=0),
+    "time scalars": replace(SMALL, time_scalars=("step_size",)),
     "one layer": replace(SMALL, num_layers=1),
 }
 
@@ -277,6 +279,8 @@ TRAINED = {
             "backbone.register_tokens=0", "backbone.modulation=shared"),
     "features": ("conditioning=none", "method=dispersive", "method.module=transformer_blocks.0"),
     "frame times": ("conditioning=none", "method=diffusion_forcing"),
+    "average velocity": ("conditioning.offer=both", "conditioning.width=8", "method=mean_flow",
+                         "sampler=flow_map", "guidance=none"),
     "skipped blocks": ("conditioning.width=8", "guidance=skip_layer"),
 }  # fmt: skip
 
