@@ -191,9 +191,12 @@ class AutoencoderDC(FirstStage):
         interpolate = cfg.upsample_block_type == "interpolate"
         self.decoder = Decoder(cfg.levels("decoder"), *sizes, interpolate)
 
-    def from_published(self, state: State) -> State:
+    def from_official(self, state: State) -> State:
         """Translates weights of the official repository; returns others unchanged."""
         return from_official(state)
+
+    def from_published(self, state: State) -> State:
+        return self.from_official(state)
 
     def encode(self, x: Tensor) -> PointPosterior:
         """x (B, 3, T, H, W) in [-1, 1]; raises SizeError for sizes without whole latent cells."""

@@ -34,10 +34,13 @@ def load_weights(first_stage: nn.Module, path: Path) -> None:
 def matching_weights(first_stage: nn.Module, path: Path, mapped: bool = False) -> State:
     """The weights at `path`, with the names and shapes of `first_stage`, which may be on meta.
 
-    `mapped`: memory-maps the tensors. Raises StorageError for names and shapes that differ.
+    Its `from_official`, if any, renames those of an official repository. `mapped`: memory-maps the
+    tensors. Raises StorageError for names and shapes that differ.
     """
     own = first_stage.state_dict()
     state = read_weights(path, "vae.weights", own.keys(), mapped)
+    if hasattr(first_stage, "from_official") and own.keys() != state.keys():
+        state = first_stage.from_official(state)  # type: ignore[operator]
     if found := differences(own, state):
         raise StorageError(
             f"vae.weights={path}: {found.count} names or shapes differ from this configuration; "

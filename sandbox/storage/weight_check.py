@@ -33,7 +33,10 @@ KINDS = (
     (r"(^|\.)attn1\.norm_q\.|(^|\.)patch_embed\.text_proj\.", "a CogVideoX: backbone=cogvideox"),
     (r"(^|\.)blocks\.0\.self_attn\.q\.", "a Wan transformer"),
     (r"(^|\.)double_blocks\.0\.", "a Flux or HunyuanVideo transformer"),
-    (r"(^|\.)joint_blocks\.0\.", "a Stable Diffusion 3 transformer"),
+    (
+        r"(^|\.)(joint_blocks\.0\.|transformer_blocks\.0\.norm1_context\.)",
+        "a Stable Diffusion 3 transformer: backbone=mmdit",
+    ),
     (r"motion_modules\.\d", "AnimateDiff's motion modules"),
     (r"(^|\.)caption_projection\.|(^|\.)adaln_single\.", "a PixArt or EasyAnimate of diffusers"),
     (r"(^|\.)y_embedder\.|(^|\.)x_embedder\.", "a DiT, PixArt or EasyAnimate transformer"),

@@ -2,17 +2,20 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderDC as Theirs
 from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from plugins._blocks.dc_autoencoder import LinearAttention
 from plugins.vae.dc_ae import AutoencoderDC, Level
 from sandbox.contracts import Clip, SizeError
+from sandbox.storage.first_stage_files import matching_weights
 from tests.helpers import preset
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}  # float32; sums in another order
@@ -114,13 +117,15 @@ def official(state: dict[str, Tensor], nested: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cfg", [SANA, IN], ids=["sana", "in"])
-def test_official_weights_are_translated(cfg: AutoencoderDC.Config) -> None:
+def test_official_weights_are_translated(tmp_path: Path, cfg: AutoencoderDC.Config) -> None:
     """As by diffusers, whose function is the judge of the official names in this test."""
     model = AutoencoderDC(cfg)
     own = model.state_dict()
     theirs = official(own, nested=cfg is IN)
     judged = convert_autoencoder_dc_checkpoint_to_diffusers(dict(theirs))
-    for found in (judged, model.from_published(theirs), model.from_published(own)):
+    save_file({k: x.contiguous() for k, x in theirs.items()}, tmp_path / "official.safetensors")
+    read = matching_weights(model, tmp_path / "official.safetensors")  # vae.weights=FILE
+    for found in (judged, read, model.from_published(theirs), model.from_published(own)):
         assert found.keys() == own.keys()
         assert all(torch.equal(found[name], own[name]) for name in own)
 
