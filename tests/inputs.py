@@ -53,10 +53,13 @@ def draws(count: int = 2, seed: int = 0) -> Keyed:
 def batch(wiring: Wiring, count: int = 2) -> Batch:
     """A batch with every field that the data provide."""
     fields = wiring.root.data.provides()
+    scalars = {n: torch.full((count,), 8.0) for n in ("fps", "frame_stride") if n in fields}
+    if classes := wiring.root.data.labels():
+        scalars["label"] = torch.arange(count) % float(classes)
     return Batch(
         video=video(wiring.clips[0], count),
         captions=[WORDS[i % len(WORDS)] for i in range(count)] if "captions" in fields else None,
-        scalars={n: torch.full((count,), 8.0) for n in ("fps", "frame_stride") if n in fields},
+        scalars=scalars,
         ids=[str(i) for i in range(count)],
         position=torch.arange(count),
     )
@@ -100,6 +103,8 @@ def with_clips(cfg: DataConfig, folder: Path, root: Root | None = None) -> DataC
         root = folder / f"clips_{frames}x{cfg.height}x{cfg.width}"
         if not root.exists():
             write_clips(root, Clip(3, frames + 3, cfg.height, cfg.width))
+        if cfg.labels():
+            root = sorted_by_class(root, cfg.labels())
         own = {"meta_path": str(root / "images.json")} if vars(cfg).get("only") == "image" else {}
         own |= {name: None for name in ("train_list", "val_list") if hasattr(cfg, name)}
         return replace(cfg, root=str(root), **own)
@@ -115,6 +120,17 @@ def stored(cfg: DataConfig, folder: Path, root: Root) -> str:
     cache = str(folder / "first stages")
     encode_all(replace(root, data=clips, task=task, cache=cache), Rank())
     return str(to)
+
+
+def sorted_by_class(clips: Path, classes: int) -> Path:
+    """The clips of `write_clips` in a folder for each class, below train/ and val/."""
+    root = clips.with_name(f"{clips.name}_by_class")
+    for path in sorted(clips.glob("*/*.mp4")):
+        to = root / path.parent.name / f"class_{int(path.stem) % classes}" / path.name
+        if not to.exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.hardlink_to(path)
+    return root
 
 
 def write_clips(folder: Path, size: Clip) -> None:

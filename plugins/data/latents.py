@@ -12,7 +12,7 @@ from torch import Tensor
 from plugins._blocks.folders import check_split, folder_of
 from plugins._blocks.latent_shards import read_index, read_tensors
 from plugins._configs.buckets import BucketedDataConfig
-from sandbox.contracts import SIZES, Clip, DataError, Sample, in_range
+from sandbox.contracts import SIZES, Clip, DataError, Sample, added, in_range
 from sandbox.registry import register
 
 
@@ -27,25 +27,32 @@ class Latents:
         buckets, bucket_batch_sizes: the other sizes that clips were encoded in. text: whether
         batches have the cached caption embeddings (conditioning.weights=cached); image: whether
         they have the cached condition image of each clip (image-to-video); num_prompts: validation
-        captions to sample with. Clips keep the order of the data that they were encoded from.
+        captions to sample with; num_classes: number of classes of clips that were encoded with
+        labels. Clips keep the order of the data that they were encoded from.
         """
 
         text: bool = False
         image: bool = False
         num_prompts: int = 8
+        num_classes: int = added(0)
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from in_range("num_prompts", self.num_prompts, 0)
+            yield from in_range("num_classes", self.num_classes, 0)
 
         def files(self) -> dict[str, str | None]:
             return {"root": self.root}
 
         def provides(self) -> frozenset[str]:
             optional = {"text": self.text, "image": self.image, "prompts": self.num_prompts > 0}
+            optional |= {"label": self.num_classes > 0}
             return frozenset(
                 {"stored", "captions"} | {name for name, is_there in optional.items() if is_there}
             )
+
+        def labels(self) -> int:
+            return self.num_classes
 
         def stored(self) -> str | None:
             return self.root
@@ -74,6 +81,12 @@ class Latents:
         captions = [row["caption"] for row in rows if row["caption"] is not None]
         return captions[: self.cfg.num_prompts]
 
+    def label(self, caption: str) -> int | None:
+        """The class of the clips with this caption; None if it is not cached."""
+        rows = (row for split in self._index()[1]["splits"].values() for row in split)
+        found = (row["scalars"].get("label") for row in rows if row["caption"] == caption)
+        return None if (label := next(found, None)) is None else int(label)
+
     def embedded(self, caption: str) -> dict[str, Tensor] | None:
         """The cached embeddings of `caption` and of no caption; None if it is not cached."""
         folder, index = self._index()
@@ -97,6 +110,7 @@ class Latents:
                         f"data.{name}=true: there is none in {cfg.root}; run task=encode with a "
                         "conditioning that uses it"
                     )
+            check_labels(cfg, index)
             self._checked = folder, index
         return self._checked
 
@@ -116,6 +130,21 @@ def check_sizes(cfg: Latents.Config, index: dict[str, Any]) -> None:
             f"data.buckets={list(cfg.buckets)}: {cfg.root} also has clips of "
             f"{', '.join(others)}; want all sizes except frames x height x width"
         )
+
+
+def check_labels(cfg: Latents.Config, index: dict[str, Any]) -> None:
+    """Raises DataError unless all clips have a class below `num_classes`, where it is set."""
+    if not cfg.num_classes:
+        return
+    rows = (row for split in index["splits"].values() for row in split)
+    for row in rows:
+        label = row["scalars"].get("label")
+        if label is None or label >= cfg.num_classes:
+            what = "no class" if label is None else f"class {label:g}"
+            raise DataError(
+                f"data.num_classes={cfg.num_classes}: {row['id']!r} in {cfg.root} has {what}; want "
+                "the number of classes of the data that were encoded, or 0 for none"
+            )
 
 
 def size_of(row: dict[str, Any], main: Clip) -> Clip:

@@ -28,6 +28,7 @@ COLOURS = {
     "blue": (0.15, 0.25, 1),
     "magenta": (1, 0.1, 0.9),
 }
+DIGITS = tuple("0123456789")
 DIRECTIONS = ("left", "right", "up", "down")
 
 Combination = tuple[int, int, int]  # colour, digit, direction
@@ -121,10 +122,13 @@ class MovingDigits:
             return replace(self, distinct=None, pictures=0)
 
         def provides(self) -> frozenset[str]:
-            fields = {"video", "captions", "prompts"}
+            fields = {"video", "captions", "label", "prompts"}
             if not self.backdrops:
                 fields.add("digit_captions")  # metric=digits needs a black background
             return frozenset(fields if self.fps is None else fields | {"fps"})
+
+        def labels(self) -> int:
+            return 10
 
         def metric(self) -> str | None:
             return "brightness" if self.backdrops else "digits"
@@ -141,6 +145,11 @@ class MovingDigits:
 
     def prompts(self) -> list[str]:
         return [caption(combination) for combination in HELD_OUT]
+
+    def label(self, caption: str) -> int | None:
+        """The digit of a caption."""
+        digits = [int(word) for word in caption.split() if word in DIGITS]
+        return digits[0] if len(digits) == 1 else None
 
 
 class Train:
@@ -208,7 +217,7 @@ def sample(
 
     `rng` draws the speed (random_speed) and the background (backdrops).
     """
-    colour, _, direction = combination
+    colour, digit, direction = combination
     speed = int(rng.integers(1, cfg.speed + 1)) if cfg.random_speed else cfg.speed
     tops, lefts = offsets(cfg, DIRECTIONS[direction], lane, start, speed)
     ink = np.zeros((cfg.frames, cfg.height, cfg.width), np.float32)
@@ -219,8 +228,10 @@ def sample(
     if cfg.backdrops:
         video += 2 * cfg.backdrops * rng.random(dtype=np.float32) * (1 - ink)
     video -= 1
-    rate = {} if cfg.fps is None else {"fps": float(cfg.fps // speed)}
-    return {"video": torch.from_numpy(video), "caption": caption(combination), **rate}
+    numbers = {"label": float(digit)}
+    if cfg.fps is not None:
+        numbers["fps"] = float(cfg.fps // speed)
+    return {"video": torch.from_numpy(video), "caption": caption(combination), **numbers}
 
 
 def offsets(

@@ -14,16 +14,14 @@ from plugins._blocks.captions import (
     first_captions,
     normalised_key,
 )
+from plugins._blocks.clips import clip_files, read_clip, usable_endings
 from plugins._blocks.folders import (
     Unused,
     check_split,
-    file_identity,
-    files_below,
     folder_of,
     printable,
     split_by_hash,
 )
-from plugins._blocks.video_io import CONTAINERS, IMAGES, Fit, chooser, read_image, read_video
 from sandbox.contracts import BadItem, DataConfig, DataError, Sample, above, in_range, one_of
 from sandbox.registry import register
 
@@ -132,23 +130,9 @@ class UsableFiles:
     """
 
     def __init__(self, root: Path, frames: int, captions: Captions | None) -> None:
-        self.names: list[str] = []
         self.excluded = Unused()
-        self.usable = (*CONTAINERS, *(IMAGES if frames == 1 else ()))
-        seen: set[object] = set()
-        others: list[str] = []
-        for name in sorted(files_below(root)):
-            suffix = PurePosixPath(name).suffix.lower()
-            if suffix in self.usable:
-                if (identity := file_identity(root / name)) in seen:
-                    self.excluded.add("second names of a file")
-                else:
-                    seen.add(identity)
-                    self.names.append(name)
-            elif suffix in IMAGES:
-                self.excluded.add(f"images, because data.frames={frames}")
-            else:
-                others.append(name)
+        self.usable = usable_endings(frames)
+        self.names, others = clip_files(root, frames, self.excluded)
         self._count(others, captions)
 
     def _count(self, others: list[str], captions: Captions | None) -> None:
@@ -193,13 +177,5 @@ class Files:
 
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         name, cfg = self.names[index], self.cfg
-        path = self.root / name
         sample: Sample = {} if self.captions is None else {"caption": self.caption(name)}
-        fit = Fit(cfg.height, cfg.width, chooser(self.training and cfg.crop == "random", rng))
-        if path.suffix.lower() in IMAGES:
-            return sample | {"video": read_image(path, fit)}
-        start = chooser(self.training and cfg.start == "random", rng)
-        video, rate = read_video(path, cfg.frames, cfg.stride, start, fit)
-        if cfg.frames > 1:
-            sample |= {"fps": rate / cfg.stride, "frame_stride": float(cfg.stride)}
-        return sample | {"video": video}
+        return sample | read_clip(self.root / name, cfg, self.training, rng)

@@ -95,7 +95,7 @@ class Compatibility:
         self.schedule()
         self.report(*method_problems(self.root, self.valid))
         self.fields()
-        root = self.first_stage(self.metric(root))
+        root = self.labels(self.first_stage(self.metric(root)))
         clips = root.data.clips() if self.valid("data") else ()
         sizes: list[tuple[Clip, Clip]] = []
         for clip in clips:
@@ -257,6 +257,18 @@ class Compatibility:
             for clip in root.data.clips():
                 self.report(*(of_part("metric", root.metric, p) for p in root.metric.accepts(clip)))
         return root
+
+    def labels(self, root: Root) -> Root:
+        """Fills in the number of classes of the data where the conditioning reads labels."""
+        if not self.valid("data", "conditioning") or not root.data.labels():
+            return root
+        try:
+            return replace(root, conditioning=root.conditioning.labelled(root.data.labels()))
+        except ConfigError as e:
+            why = f" (data={name_of(root.data)})"
+            problems = (of_part("conditioning", root.conditioning, p, why) for p in e.problems)
+            self.report(*problems)
+            return root
 
     def first_stage(self, root: Root) -> Root:
         """Fills in loss and batch size where the task trains a first stage."""

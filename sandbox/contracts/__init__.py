@@ -56,8 +56,8 @@ from sandbox.contracts.errors import (
     SizeError,
     StorageError,
 )
-from sandbox.contracts.items import Bucketed, DataSource, Hashed, Items, Sample
-from sandbox.contracts.sizes import SCALARS, SIZES, Clip, Hidden, Slots, Tokens
+from sandbox.contracts.items import Bucketed, DataSource, Hashed, Items, Labelled, Sample
+from sandbox.contracts.sizes import LABEL, NUMBERS, SCALARS, SIZES, Clip, Hidden, Slots, Tokens
 from sandbox.contracts.tensors import (
     SAMPLE_TENSORS,
     Adapter,

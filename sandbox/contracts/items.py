@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 # "video" (3, T, H, W) float32 in [-1, 1] or "stored" (P, T, H, W); other keys of SAMPLE_TENSORS;
-# "caption" str; names in SCALARS: float
+# "caption" str; names in NUMBERS: float
 Sample = dict[str, Any]
 
 
@@ -59,4 +59,13 @@ class DataSource(Protocol):
 
     def prompts(self) -> list[str]:
         """Captions for samples and scores, in a fixed order; may be empty."""
+        ...
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A `data` plugin whose clips have classes, `DataConfig.labels` of them."""
+
+    def label(self, caption: str) -> int | None:
+        """The number of the class that a prompt names; None if it names none."""
         ...

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 # Pixel sizes of a clip; the loader and the samplers set them for every clip.
 SIZES = ("height", "width", "aspect_ratio")  # aspect_ratio: height / width
 SCALARS = frozenset({"fps", "frame_stride", "ofs", *SIZES})
+LABEL = "label"  # number of the class of a clip
+NUMBERS = SCALARS | {LABEL}  # numbers of a sample and of Batch.scalars
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Batch:
     no_text: Tensor | None = None  # (B, L, D) embedding of the empty caption, for dropped text
     no_text_mask: Tensor | None = None  # (B, L) bool
     image: Tensor | None = None  # (B, 3, N, H, W) condition frames; None: taken from the video
-    scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in SCALARS
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # each (B,), names in NUMBERS
     ids: list[str] = field(default_factory=list)
     epoch: int = 0
     position: Tensor | None = None  # (B,) int64 index in the epoch's global order; keys randomness

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from sandbox.contracts import (
+    NUMBERS,
     SAMPLE_TENSORS,
-    SCALARS,
     SIZES,
     BadItem,
     Batch,
@@ -123,7 +123,7 @@ def _collate(
     }
     scalars = {
         name: torch.tensor([s[name] for s in samples], dtype=torch.float32)
-        for name in sorted(SCALARS.intersection(first))
+        for name in sorted(NUMBERS.intersection(first))
     }
     sizes = size_scalars(Clip(*first["video"].shape), count) if "video" in first else {}
     return Batch(

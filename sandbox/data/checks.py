@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.contracts import (
+    LABEL,
+    NUMBERS,
     SAMPLE_TENSORS,
-    SCALARS,
     BadItem,
     Bucketed,
     Clip,
@@ -84,7 +85,7 @@ def _problems(sample: Any, cfg: DataConfig, clip: Clip | None) -> Iterator[str]:
         yield f"it is {_kind(sample)}: want a dict with 'video' and the like"
         return
     wanted = {FIELDS.get(name, name) for name in cfg.provides()} - {""}
-    for name in sorted(wanted & {*SAMPLE_TENSORS, *SCALARS, "caption"}):
+    for name in sorted(wanted & {*SAMPLE_TENSORS, *NUMBERS, "caption"}):
         if name not in sample:
             has = sorted(map(str, sample))
             yield f"it has no {name!r}, which Config.provides() lists; it has {has}"
@@ -96,7 +97,7 @@ def _problems(sample: Any, cfg: DataConfig, clip: Clip | None) -> Iterator[str]:
             yield from _tensor_problems(name, sample[name])
     if "caption" in sample and not isinstance(sample["caption"], str):
         yield f"'caption' is {_kind(sample['caption'])}: want text"
-    for name in sorted(SCALARS & sample.keys()):
+    for name in sorted(NUMBERS & sample.keys()):
         try:
             is_number = not isinstance(sample[name], str | bytes)
             is_number = is_number and math.isfinite(float(sample[name]))
@@ -104,6 +105,8 @@ def _problems(sample: Any, cfg: DataConfig, clip: Clip | None) -> Iterator[str]:
             is_number = False
         if not is_number:
             yield f"{name!r} is {_kind(sample[name])}: want a finite number"
+        elif name == LABEL and float(sample[name]) not in range(cfg.labels()):
+            yield f"'label' is {float(sample[name]):g}: want a number below {cfg.labels()} classes"
 
 
 def _tensor_problems(name: str, value: Any) -> Iterator[str]:

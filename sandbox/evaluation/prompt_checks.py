@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sandbox.config.root import Root
-from sandbox.contracts import BadItem, ConfigError
+from sandbox.contracts import LABEL, BadItem, ConfigError
 
 SETTINGS = {"start": "images", "end": "end_images"}  # conditioning image -> task.SETTING
+PROMPTED = frozenset({"captions", "text", LABEL})  # fields that a prompt gives
 LARGEST = 64 * 2**20  # bytes of a file of prompts
 Files = Sequence[Path | str]
 
@@ -54,7 +55,7 @@ def check(
 
 def of_captions(root: Root, captions: Sequence[str]) -> Iterator[str]:
     """The problem with captions that the conditioning does not use."""
-    if captions and not root.conditioning.needs() & {"captions", "text"}:
+    if captions and not root.conditioning.needs() & PROMPTED:
         yield f"prompts={short(captions)}: {_name(root)} uses no captions; want only a count"
 
 

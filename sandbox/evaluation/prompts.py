@@ -12,10 +12,19 @@ from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.root import Root
-from sandbox.contracts import SCALARS, SIZES, BadItem, Batch, Clip, ConfigError
+from sandbox.contracts import (
+    LABEL,
+    SCALARS,
+    SIZES,
+    BadItem,
+    Batch,
+    Clip,
+    ConfigError,
+    Labelled,
+)
 from sandbox.data.image_files import read_rgb
 from sandbox.evaluation.evaluate import first_clips
-from sandbox.evaluation.prompt_checks import SETTINGS, Files, check, of_captions, short
+from sandbox.evaluation.prompt_checks import PROMPTED, SETTINGS, Files, check, of_captions, short
 from sandbox.model.latent_diffusion import prompts_batch
 
 SCALAR_INPUTS = SCALARS - set(SIZES)
@@ -29,13 +38,13 @@ def data_batch(root: Root, captions: Sequence[str], count: int) -> Batch:
     the conditioning does not use.
     """
     conditioning, source = root.conditioning, registry.create(root.data)
-    if not conditioning.needs() & {"captions", "text"}:
+    if not conditioning.needs() & PROMPTED:
         if problems := [*of_captions(root, captions)]:
             raise ConfigError(*problems)
         return prompts_batch([""] * count)
     if not conditioning.images() and not conditioning.needs() & SCALAR_INPUTS:
         texts = [*captions] or source.prompts()[:count] or [""] * count
-        return prompts_batch(texts, **_cached_text(root, source, texts))
+        return prompts_batch(texts, **_of_texts(root, source, texts))
     clips = first_clips(source.split("val"), len(captions) or count, root.seed)
     texts = [*captions] or clips.captions or [""] * clips.size
     places = torch.arange(len(texts)) % clips.size  # repeats clips
@@ -44,7 +53,34 @@ def data_batch(root: Root, captions: Sequence[str], count: int) -> Batch:
         shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(wanted)]]
         assert shown is not None  # wiring checks that data provide one
         fields["image"] = shown[places]
-    return prompts_batch(texts, **fields, **_cached_text(root, source, texts))
+    given = _of_texts(root, source, texts)
+    fields["scalars"] |= given.pop("scalars", {})
+    return prompts_batch(texts, **fields, **given)
+
+
+def _of_texts(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
+    """Fields of a batch that the data derive from captions: cached embeddings and labels."""
+    found = _cached_text(root, source, captions)
+    if LABEL in root.conditioning.needs():
+        labels = [_label(root, source, caption) for caption in captions]
+        found["scalars"] = {LABEL: torch.tensor(labels, dtype=torch.float32)}
+    return found
+
+
+def _label(root: Root, source: Any, caption: str) -> int:
+    """The class of a prompt: a name, a number, or the number after the last one for "" (none)."""
+    count = root.data.labels()
+    if not caption:
+        return count
+    if caption.isdecimal() and int(caption) < count:
+        return int(caption)
+    found = source.label(caption) if isinstance(source, Labelled) else None
+    if found is None:
+        raise ConfigError(
+            f"prompts: {short([caption])} names no class of data={root.data.plugin[5:]}; want a "
+            f"number below {count}, a name of the data, or an empty prompt for no class"
+        )
+    return found
 
 
 def _cached_text(root: Root, source: Any, captions: Sequence[str]) -> dict[str, Any]:
@@ -81,7 +117,7 @@ def user_batch(
     else:
         size = max(len(captions), *map(len, files.values()))
         texts = _for_each(captions or [""], size)
-        batch = prompts_batch(texts, **_cached_text(root, registry.create(root.data), texts))
+        batch = prompts_batch(texts, **_of_texts(root, registry.create(root.data), texts))
         if wanted := root.conditioning.images():
             clip = root.data.clips()[0]
             rows = [_for_each(files[SETTINGS[name]], size) for name in wanted]

@@ -23,7 +23,7 @@ from sandbox.config import registry
 from sandbox.config.added_settings import without_added
 from sandbox.config.root import Root, to_container
 from sandbox.contracts import (
-    SCALARS,
+    NUMBERS,
     BadItem,
     ConfigError,
     DataError,
@@ -319,7 +319,7 @@ class Writer:
             tensors = self.networks.latents(sample)
             self.places["latents"][key] = self.shards["latents"].add(key, tensors)
             self.made += 1
-        scalars = {name: float(sample[name]) for name in sorted(SCALARS.intersection(sample))}
+        scalars = {name: float(sample[name]) for name in sorted(NUMBERS.intersection(sample))}
         size = list(sample["video"].shape[1:])
         row = {"caption": sample.get("caption"), "scalars": scalars, "latents": key, "size": size}
         return row | ({"drawn": True} if is_drawn else {})

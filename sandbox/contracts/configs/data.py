@@ -71,6 +71,10 @@ class DataConfig(PluginConfig):
         """Batch fields: "video", "captions", "fps", ...; "prompts" if `prompts()` is not empty."""
         return frozenset({"video"})
 
+    def labels(self) -> int:
+        """Number of classes: batches that provide "label" have numbers below it. 0: no classes."""
+        return 0
+
     def metric(self) -> str | None:
         """Name of the metric plugin for this kind of data, or None."""
         return None

@@ -148,6 +148,10 @@ class ConditioningConfig(PluginConfig):
         """Images of a prompt in addition to its caption: (), ("start",) or ("start", "end")."""
         return ()
 
+    def labelled(self, count: int) -> Self:
+        """The complete config for labels below `count`, if it needs "label"; raises ConfigError."""
+        return self
+
     def offers(self, clip: Clip, grid: Clip) -> Slots:
         """The conditions that the backbone receives."""
         return Slots()

@@ -149,7 +149,7 @@ def test_bad_settings_are_reported_with_the_allowed_values(settings, problem):
 
 
 def test_the_default_config_lists_its_fields():
-    assert CONFIG.provides() == {"video", "captions", "digit_captions", "prompts"}
+    assert CONFIG.provides() == {"video", "captions", "digit_captions", "label", "prompts"}
     assert CONFIG.metric() == "digits"
     assert not list(CONFIG.problems())
 
