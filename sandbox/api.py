@@ -107,20 +107,23 @@ def sample(
     steps: int | None = None,
     images: Sequence[Path | str] = (),
     end_images: Sequence[Path | str] = (),
+    videos: Sequence[Path | str] = (),
     **scalars: float,
 ) -> Tensor:
     """Generates clips (B, 3, T, H, W) in [-1, 1] on the CPU, equal to those of `task=sample`.
 
     captions: the prompts, or a number of clips with captions of the data. images, end_images: one
-    file, or one per caption. scalars: such as fps=24. Raises ConfigError for conditions that the
-    conditioning does not support.
+    file, or one per caption; videos: files with known frames. scalars: such as fps=24. Raises
+    ConfigError for conditions that the conditioning does not support.
     """
     from sandbox.evaluation.evaluate import generate
     from sandbox.evaluation.prompts import user_batch
 
     system = build(run) if isinstance(run, Path | str) else run
     count, texts = (captions, ()) if isinstance(captions, int) else (len(captions) or 8, captions)
-    batch = user_batch(system.root, texts, images, end_images, count=count, **scalars)
+    batch = user_batch(
+        system.root, texts, images, end_images, count=count, videos=videos, **scalars
+    )
     return generate(system.eval(), batch, steps=steps)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from sandbox.config.root import Root
 from sandbox.contracts import LABEL, BadItem, ConfigError
 
-SETTINGS = {"start": "images", "end": "end_images"}  # conditioning image -> task.SETTING
+# conditioning image -> task.SETTING
+SETTINGS = {"start": "images", "end": "end_images", "video": "videos"}
 PROMPTED = frozenset({"captions", "text", LABEL})  # fields that a prompt gives
 LARGEST = 64 * 2**20  # bytes of a file of prompts
 Files = Sequence[Path | str]
@@ -35,6 +36,7 @@ def check(
     images: Files,
     end_images: Files,
     scalars: Mapping[str, float | None],
+    videos: Files = (),
 ) -> None:
     """Raises ConfigError for unused or missing inputs, and for files that are not images.
 
@@ -42,8 +44,9 @@ def check(
     unset.
     """
     problems = [*of_captions(root, captions)]
-    if captions or images or end_images:
-        problems += _of_images(root, captions, {"images": images, "end_images": end_images})
+    if captions or images or end_images or videos:
+        files = {"images": images, "end_images": end_images, "videos": videos}
+        problems += _of_images(root, captions, files)
     problems += [
         f"task.{name}={value}: {_name(root)} does not use {name} with these settings"
         for name, value in scalars.items()
@@ -71,7 +74,10 @@ def _name(root: Root) -> str:
 
 def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> Iterator[str]:
     from sandbox.data.image_files import image_size
+    from sandbox.data.video_files import video_size
 
+    needed = {"images": "start image", "end_images": "end image",
+              "videos": "known frames as a video"}  # fmt: skip
     wanted = {SETTINGS[name]: name for name in root.conditioning.images()}
     count = max(1, len(captions), *map(len, files.values()))
     for setting, of in files.items():
@@ -80,7 +86,7 @@ def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> 
             yield f"{typed}: {_name(root)} does not use this image with these settings; remove it"
         elif setting in wanted and len(of) not in (1, count):
             yield (
-                f"{typed}: {_name(root)} needs the {wanted[setting]} image; give one file for all "
+                f"{typed}: {_name(root)} needs the {needed[setting]}; give one file for all "
                 f"prompts, or one for each of the {count}"
             )
     if len(captions) not in (0, 1, count):
@@ -88,6 +94,7 @@ def _of_images(root: Root, captions: Sequence[str], files: dict[str, Files]) -> 
     for setting, of in files.items():
         for i, file in enumerate(of):
             try:
-                image_size(Path(file).expanduser())
+                size_of = video_size if setting == "videos" else image_size
+                size_of(Path(file).expanduser())
             except BadItem as e:
                 yield f"task.{setting}[{i}]={file}: {e}"

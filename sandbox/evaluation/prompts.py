@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sandbox.contracts import (
     Labelled,
 )
 from sandbox.data.image_files import read_rgb
+from sandbox.data.video_files import CONTAINERS, opened
 from sandbox.evaluation.evaluate import first_clips
 from sandbox.evaluation.prompt_checks import PROMPTED, SETTINGS, Files, check, of_captions, short
 from sandbox.model.latent_diffusion import prompts_batch
@@ -38,19 +40,20 @@ def data_batch(root: Root, captions: Sequence[str], count: int) -> Batch:
     the conditioning does not use.
     """
     conditioning, source = root.conditioning, registry.create(root.data)
-    if not conditioning.needs() & PROMPTED:
-        if problems := [*of_captions(root, captions)]:
-            raise ConfigError(*problems)
-        return prompts_batch([""] * count)
+    if problems := [*of_captions(root, captions)]:
+        raise ConfigError(*problems)
+    takes_text = bool(conditioning.needs() & PROMPTED)
     if not conditioning.images() and not conditioning.needs() & SCALAR_INPUTS:
-        texts = [*captions] or source.prompts()[:count] or [""] * count
+        texts = [*captions] or (takes_text and source.prompts()[:count]) or [""] * count
         return prompts_batch(texts, **_of_texts(root, source, texts))
     clips = first_clips(source.split("val"), len(captions) or count, root.seed)
-    texts = [*captions] or clips.captions or [""] * clips.size
+    texts = [*captions] or (takes_text and clips.captions) or [""] * clips.size
     places = torch.arange(len(texts)) % clips.size  # repeats clips
     fields: dict[str, Any] = {"scalars": {k: v[places] for k, v in clips.scalars.items()}}
-    if wanted := conditioning.images():
-        shown = clips.image if clips.video is None else clips.video[:, :, [0, -1][: len(wanted)]]
+    if conditioning.images():
+        shown = clips.image
+        if clips.video is not None:
+            shown = clips.video[:, :, list(conditioning.known_frames(clips.video.shape[2]))]
         assert shown is not None  # wiring checks that data provide one
         fields["image"] = shown[places]
     given = _of_texts(root, source, texts)
@@ -104,15 +107,16 @@ def user_batch(
     images: Files = (),
     end_images: Files = (),
     count: int = 8,
+    videos: Files = (),
     **scalars: float | None,
 ) -> Batch:
-    """A batch of `captions` with images (one for all, or one for each) and scalars.
+    """A batch of `captions` with images or videos (one for all, or one for each) and scalars.
 
-    Without captions and images, `data_batch`. Raises ConfigError as `check` does.
+    Without captions and files, `data_batch`. Raises ConfigError as `check` does.
     """
-    files = {"images": images, "end_images": end_images}
-    check(root, captions, images, end_images, scalars)
-    if not captions and not images and not end_images:
+    files = {"images": images, "end_images": end_images, "videos": videos}
+    check(root, captions, images, end_images, scalars, videos)
+    if not captions and not any(files.values()):
         batch = data_batch(root, (), count)
     else:
         size = max(len(captions), *map(len, files.values()))
@@ -121,14 +125,40 @@ def user_batch(
         if wanted := root.conditioning.images():
             clip = root.data.clips()[0]
             rows = [_for_each(files[SETTINGS[name]], size) for name in wanted]
-            shown = [torch.stack([load_image(file, clip) for file in row]) for row in rows]
-            batch.image = torch.stack(shown, 2)
+            known = root.conditioning.known_frames(clip.frames)
+            shown = [torch.stack([load_frames(file, clip, known) for file in row]) for row in rows]
+            batch.image = torch.cat(shown, 2)
     filled = {k: torch.full((batch.size,), float(v)) for k, v in scalars.items() if v is not None}
     return replace(batch, scalars=batch.scalars | filled)
 
 
 def _for_each(values: Sequence[Any], count: int) -> list[Any]:
     return [*values] * count if len(values) == 1 else [*values]
+
+
+def load_frames(file: Path | str, clip: Clip, known: Sequence[int]) -> Tensor:
+    """An image file as (3, 1, H, W), or the frames `known` of a video file as (3, N, H, W).
+
+    A video has those frames alone, or at least all frames of the clip. Raises ConfigError.
+    """
+    path = Path(file).expanduser()
+    if path.suffix.lower() not in CONTAINERS:
+        return load_image(file, clip)[:, None]
+    try:
+        with opened(path) as video:
+            times = video.times
+            frames = video.frames(times[0], times[0])
+            images = [Image.fromarray(video.image(f)) for _, f in islice(frames, clip.frames)]
+    except BadItem as e:
+        raise ConfigError(f"{file}: {e}") from e
+    if len(images) != len(known):
+        if len(images) < clip.frames:
+            raise ConfigError(
+                f"{file}: has {len(images)} frames: want the {len(known)} known ones, or the "
+                f"{clip.frames} of a clip"
+            )
+        images = [images[place] for place in known]
+    return torch.stack([_pixels(image, clip) for image in images], 1)
 
 
 def load_image(file: Path | str, clip: Clip) -> Tensor:
@@ -142,6 +172,10 @@ def load_image(file: Path | str, clip: Clip) -> Tensor:
         image = read_rgb(Path(file).expanduser())
     except BadItem as e:
         raise ConfigError(f"{file}: {e}") from e
+    return _pixels(image, clip)
+
+
+def _pixels(image: Image.Image, clip: Clip) -> Tensor:
     pixels = torch.from_numpy(np.asarray(_resize_and_crop(image, clip.height, clip.width)).copy())
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 

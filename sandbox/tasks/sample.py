@@ -17,8 +17,9 @@ class Sample:
     @dataclass
     class Config(TaskConfig):
         """prompts: captions; images, end_images: conditioning images (first, last frame), one
-        for all prompts or one for each, cropped to the clip's aspect ratio; fps, frame_stride:
-        conditioning values, null for the network's default.
+        for all prompts or one for each, cropped to the clip's aspect ratio; videos: files with the
+        known frames of conditioning=inpaint_frames; fps, frame_stride: conditioning values, null
+        for the network's default.
 
         prompts_file: a UTF-8 text file with one prompt a line, for many or long ones.
         Without prompts and images, prompts come from the data, images and scalars from validation
@@ -32,6 +33,7 @@ class Sample:
         prompts_file: str | None = None
         images: tuple[str, ...] = ()
         end_images: tuple[str, ...] = ()
+        videos: tuple[str, ...] = ()
         fps: float | None = None
         frame_stride: float | None = None
         count: int = 8
@@ -50,7 +52,7 @@ class Sample:
             yield from above("save_fps", self.save_fps, 0, 1000)
 
         def files(self) -> dict[str, str | None]:
-            named = {"images": self.images, "end_images": self.end_images}
+            named = {"images": self.images, "end_images": self.end_images, "videos": self.videos}
             found = {f"{k}[{i}]": file for k, v in named.items() for i, file in enumerate(v)}
             of_prompts = {"prompts_file": self.prompts_file} if self.prompts_file else {}
             return found | of_prompts  # type: ignore[return-value]
@@ -81,7 +83,8 @@ class Sample:
         cfg, root = self.cfg, wiring.root
         scalars = {"fps": cfg.fps, "frame_stride": cfg.frame_stride}
         prompts = read_prompts(cfg.prompts_file) if cfg.prompts_file else cfg.prompts
-        check(root, prompts, cfg.images, cfg.end_images, scalars)  # before importing torch
+        # before importing torch
+        check(root, prompts, cfg.images, cfg.end_images, scalars, cfg.videos)
 
         from sandbox.evaluation.evaluate import generate
         from sandbox.evaluation.prompts import user_batch
@@ -89,7 +92,8 @@ class Sample:
         from sandbox.storage.atomic import check_writable
         from sandbox.training.build import initialised_system, load_system
 
-        batch = user_batch(root, prompts, cfg.images, cfg.end_images, cfg.count, **scalars)
+        files = cfg.images, cfg.end_images
+        batch = user_batch(root, prompts, *files, cfg.count, cfg.videos, **scalars)
         captions = batch.captions or []
         to = Path(root.out, "samples", folder_name(root.recipe))
         to = to if cfg.run is None else Path(cfg.run, "samples", "prompts")

@@ -145,8 +145,15 @@ class ConditioningConfig(PluginConfig):
         return ()
 
     def images(self) -> tuple[str, ...]:
-        """Images of a prompt in addition to its caption: (), ("start",) or ("start", "end")."""
+        """Images of a prompt in addition to its caption: (), ("start",) or ("start", "end").
+
+        ("video",): other frames of a clip, those of `known_frames`.
+        """
         return ()
+
+    def known_frames(self, frames: int) -> tuple[int, ...]:
+        """The frames of a clip of `frames` frames that `images` are, in their order."""
+        return (0, frames - 1)[: len(self.images())]
 
     def labelled(self, count: int) -> Self:
         """The complete config for labels below `count`, if it needs "label"; raises ConfigError."""
