@@ -100,6 +100,11 @@ class DeepSpeed(Processes):
         def accepts(self, optimizer: OptimizerConfig, precision: str) -> Iterator[str]:
             if not optimizer.elementwise:
                 yield "deepspeed: shards weights into flat pieces, this optimizer needs matrices"
+            if optimizer.averages:
+                yield (
+                    "deepspeed: its engine hides the averages of this optimizer; "
+                    "want trainer=ddp or trainer=fsdp2"
+                )
             if precision == "fp16":
                 yield "deepspeed: does not support the gradient scaler of fp16; want bf16 or fp32"
 

@@ -13,7 +13,7 @@ from torch import device as Device
 from torch import nn
 
 from plugins._blocks.processes import Processes
-from sandbox.contracts import TrainerConfig
+from sandbox.contracts import OptimizerConfig, TrainerConfig
 from sandbox.registry import register
 
 
@@ -36,6 +36,10 @@ class FSDP2(Processes):
     class Config(TrainerConfig):
         shards = True
         processes: int = 2
+
+        def accepts(self, optimizer: OptimizerConfig, precision: str) -> Iterator[str]:
+            if not optimizer.shardable:
+                yield "fsdp2: shards weights, this optimizer needs full ones; want trainer=ddp"
 
     def prepare(self, system: nn.Module, device: Device, world: int) -> None:
         if world == 1:

@@ -1,6 +1,6 @@
 """Exponential moving average of the trainable parameters (Polyak & Juditsky 1992)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -41,30 +41,31 @@ class EMA:
         self.average = {name: shard_like(a, self.live[name]) for name, a in self.average.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Updates the averages. Raises RuntimeError inside `applied`."""
+    def update(self, live: Mapping[str, Tensor] | None = None) -> None:
+        """Updates the averages; `live` has values to use in place of parameters, by name.
+
+        Raises RuntimeError inside `applied`.
+        """
         if self._is_applied:
             raise RuntimeError(
                 "the EMA weights are in the model: leave `with ema.applied(...)` before an update"
             )
         self.updates += 1
         average = [local(a) for a in self.average.values()]
-        live = [_as_float32(local(p)) for p in self.live.values()]
+        values = {**self.live, **(live or {})}
+        live_values = [_as_float32(local(values[name])) for name in self.average]
         rate = 1 - self.decay(self.updates)
-        torch._foreach_lerp_(average, live, rate)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(average, live_values, rate)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The trainable parameters are the averages inside the block."""
-        saved = [local(detached(p)).clone() for p in self.live.values()]
-        load_tensors(self.live, self.average)
         self._is_applied = True
         try:
-            yield
+            with replaced(self.live, self.average):
+                yield
         finally:
             self._is_applied = False
-            for p, part in zip(self.live.values(), saved, strict=True):
-                local(detached(p)).copy_(part)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers; gathers sharded averages, so all ranks call this."""
@@ -80,6 +81,18 @@ class EMA:
         """Loads a `state_dict`. Raises StorageError for other names or shapes."""
         load_tensors(self.average, state["average"])
         self.updates = int(state["updates"])
+
+
+@contextmanager
+def replaced(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The parameters `live` have `values` inside the block, and their own bits after it."""
+    saved = [local(detached(p)).clone() for p in live.values()]
+    load_tensors(live, values)
+    try:
+        yield
+    finally:
+        for p, part in zip(live.values(), saved, strict=True):
+            local(detached(p)).copy_(part)
 
 
 def _as_float32(parameter: Tensor) -> Tensor:

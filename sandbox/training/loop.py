@@ -161,7 +161,7 @@ class OptimizerStep(Callback):
         self.trained_on.append((batch.ids, pl_module.per_sample))
         is_update = training.just_stepped or self.each_micro_batch
         if training.ema and is_update and not self.is_bad:
-            training.ema.update()
+            training.ema.update(training.optimizer_averages())
         if not training.just_stepped:
             return
         training.step += 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import Callback
+from torch import Tensor
 
 from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
@@ -28,7 +29,7 @@ from sandbox.evaluation.evaluate import first_clips, fps_of, generate
 from sandbox.evaluation.prompts import data_batch
 from sandbox.model.cached_latents import CachedLatents
 from sandbox.model.devices import device_of, use_threads
-from sandbox.model.ema import EMA
+from sandbox.model.ema import EMA, replaced
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.roles import DISCRIMINATOR
 from sandbox.model.sharding import full_tensors, is_sharded, load_optimizer
@@ -92,11 +93,17 @@ class Training:
         """What a checkpoint contains: plain containers and full tensors, the same on all ranks."""
         loader = self.loader.state_dict()
         updates = {name: update.state_dict() for name, update in self.system.updates.items()}
+        weights = full_tensors(self.system.trainable_state())
+        averages = full_tensors(self.optimizer_averages())
         bad = {k: v for part in self.rank.gather_plain(loader["bad"]) for k, v in part.items()}
         self.unusable = bad
         return {
             "step": self.step,
-            "weights": full_tensors(self.system.trainable_state()),
+            "weights": weights | averages,
+            # gradients are taken at these, where the optimizer averages weights
+            **(
+                {"training_weights": {name: weights[name] for name in averages}} if averages else {}
+            ),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.processes.optimizer_state(self.optimizer),
             "opponent": updates.pop(DISCRIMINATOR, None),
@@ -113,6 +120,7 @@ class Training:
         self.system.check_frozen(state["frozen"])
         self.step = state["step"]
         self._load_weights(state)
+        self.system.load_trainable(state["weights"] | state.get("training_weights", {}))
         load_optimizer(self.optimizer, state["optimizer"])
         networks = state.get("networks", {}) | {DISCRIMINATOR: state["opponent"]}
         for name, update in self.system.updates.items():
@@ -142,7 +150,8 @@ class Training:
 
     def save_weights(self, folder: Path) -> None:
         """Writes the weights alone, live and EMA."""
-        self._save_weights(folder / weight_files.LIVE)
+        with self.live_weights():
+            self._save_weights(folder / weight_files.LIVE)
         if self.ema:
             with self.ema_weights():
                 self._save_weights(folder / weight_files.AVERAGED)
@@ -254,7 +263,8 @@ class Training:
         """
         self.flush()
         val = registry.create(self.root.data).split("val")
-        found = self._losses(val, count, times)
+        with self.live_weights():
+            found = self._losses(val, count, times)
         if self.ema:
             with self.ema_weights():
                 found |= {f"{k}_ema": value for k, value in self._losses(val, count, times).items()}
@@ -279,9 +289,28 @@ class Training:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The system has the EMA weights inside the block, if there are some."""
-        with self.ema.applied() if self.ema else nullcontext():
+        """The system has the EMA weights inside the block, else its `live_weights`."""
+        with self.ema.applied() if self.ema else self.live_weights():
             yield
+
+    @contextmanager
+    def live_weights(self) -> Iterator[None]:
+        """The system has the averages of the optimizer inside the block, if it has some."""
+        averages = self.optimizer_averages()
+        live = {n: p for n, p in self.system.named_parameters() if n in averages}
+        with replaced(live, averages) if averages else nullcontext():
+            yield
+
+    def optimizer_averages(self) -> dict[str, Tensor]:
+        """The averages of an optimizer that has them, by the names of the system's parameters.
+
+        Empty for a system that `unshard` has rebuilt: it has the averages as its weights.
+        """
+        if not self.root.optimizer.averages:
+            return {}
+        names = {id(p): name for name, p in self.system.named_parameters()}
+        averages = self.optimizer.averages()  # type: ignore[attr-defined]
+        return {names[id(p)]: average for p, average in averages if id(p) in names}
 
 
 # --- starting -------------------------------------------------------------------------------------

@@ -11,9 +11,16 @@ from sandbox.contracts.configs.system import BackboneConfig
 
 @dataclass
 class OptimizerConfig(PluginConfig):
-    """The optimizer. The peak learning rate is the top-level `lr`."""
+    """The optimizer. The peak learning rate is the top-level `lr`.
+
+    averages: True where the optimizer has `averages()`, which returns (parameter, average) for the
+    parameters that it averages. Validation, samples, the EMA and weight files then use the averages
+    in place of the parameters; only training steps use the parameters themselves.
+    """
 
     elementwise: ClassVar[bool] = True  # False: updates mix the elements of a matrix
+    shardable: ClassVar[bool] = True  # False: it needs full tensors (no trainer=fsdp2)
+    averages: ClassVar[bool] = False
 
     def accepts(self, backbone: BackboneConfig) -> Iterator[str]:
         """Problems with this wired backbone, one line each."""
