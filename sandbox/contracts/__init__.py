@@ -35,13 +35,14 @@ from sandbox.contracts.configs.system import (
     LayoutConfig,
     ReleasedClass,
 )
-from sandbox.contracts.configs.task import TaskConfig
+from sandbox.contracts.configs.task import WEIGHTS, TaskConfig, weights_file, weights_problems
 from sandbox.contracts.configs.training import (
     CallbackConfig,
     CheckpointConfig,
     EMAConfig,
     LRScheduleConfig,
     OptimizerConfig,
+    Snapshot,
     TrainerConfig,
 )
 from sandbox.contracts.errors import (

@@ -198,7 +198,7 @@ def optimizer_bytes(root: Root, parts: dict[str, Any]) -> int:
 def ema_bytes(root: Root, parts: dict[str, Any]) -> int:
     """Bytes of the EMA weights; 0 without EMA."""
     average = EMA.of(nn.ModuleList(modules_of(parts)), registry.create(root.ema))
-    return 0 if average is None else _bytes(list(average.average.values()))
+    return 0 if average is None else _bytes([x for one in average.averages() for x in one.values()])
 
 
 def largest_unit(parts: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sandbox.config.registry import register
-from sandbox.contracts import TaskConfig, in_range, one_of
+from sandbox.contracts import TaskConfig, in_range, weights_file, weights_problems
 
 
 @register("task", "evaluate")
@@ -15,7 +15,8 @@ class Evaluate:
 
     @dataclass
     class Config(TaskConfig):
-        """clips: number of scored clips; weights: ema or live; samples: clips on the sheet.
+        """clips: number of scored clips; weights: ema, live, or a .safetensors file of all
+        weights of the run (task=ema); samples: clips on the sheet.
 
         untrained: also score an untrained model.
         """
@@ -28,7 +29,10 @@ class Evaluate:
         def problems(self) -> Iterator[str]:
             yield from in_range("clips", self.clips, 1)
             yield from in_range("samples", self.samples, 0)
-            yield from one_of("weights", self.weights, ("ema", "live"))
+            yield from weights_problems(self.weights)
+
+        def files(self) -> dict[str, str | None]:
+            return weights_file(self.weights)
 
         def uses_run(self) -> bool:
             return True
@@ -48,14 +52,18 @@ class Evaluate:
         from sandbox.runs import records
         from sandbox.runs.protocol import protocols
         from sandbox.storage.atomic import check_writable, reserve_path, storage_errors
+        from sandbox.storage.weight_files import content_hash
         from sandbox.training.build import load_system
         from sandbox.training.finish import print_scores, spread, write_sheet
 
         folder = Path(self.cfg.run or "")
         check_writable(folder / "evaluations", "task.run")
-        weights = self.cfg.weights if wiring.root.ema.keeps_ema() else "live"
+        is_missing = self.cfg.weights == "ema" and not wiring.root.ema.keeps_ema()
+        weights = "live" if is_missing else self.cfg.weights
         system = load_system(folder, weights, wiring)
         found = evaluate(system, self.cfg.clips, self.cfg.untrained)
+        # scores of two files are comparable only where the files are equal
+        compared = content_hash(Path(weights)) if weights_file(weights) else weights
         clip = Clip(*found.clips["model"].shape[1:])
         to = folder / "evaluations"
         record = reserve_path(to / f"evaluation-{n:02}.json" for n in itertools.count(1))
@@ -68,7 +76,7 @@ class Evaluate:
             "meaning": found.meaning,
             "first_stage_psnr_db": found.first_stage_psnr,
             "skipped": found.skipped,
-            "protocols": protocols(wiring.root, clip, found.count, weights, [*found.meaning]),
+            "protocols": protocols(wiring.root, clip, found.count, compared, [*found.meaning]),
         }
         with storage_errors(to):
             write_sheet(sheet, found, spread(found.captions, self.cfg.samples) or [0])

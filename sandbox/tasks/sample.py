@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.config.registry import register
-from sandbox.contracts import TaskConfig, above, in_range, one_of
+from sandbox.contracts import TaskConfig, above, in_range, weights_file, weights_problems
 
 
 @register("task", "sample")
@@ -23,10 +23,11 @@ class Sample:
 
         prompts_file: a UTF-8 text file with one prompt a line, for many or long ones.
         Without prompts and images, prompts come from the data, images and scalars from validation
-        clips; count: number of these. weights: ema or live; init_from uses the weights that
-        training would start from. step: checkpoint of the run (null: newest). to: output folder
-        (null: samples/prompts in the run folder, or samples/RECIPE in `out` without a run; later
-        calls append -2, ...). samples.json records the settings. save_fps: fps of videos.
+        clips; count: number of these. weights: ema, live, or a .safetensors file of all weights
+        of the run (task=ema); init_from uses the weights that training would start from. step:
+        checkpoint of the run (null: newest). to: output folder (null: samples/prompts in the run
+        folder, or samples/RECIPE in `out` without a run; later calls append -2, ...). samples.json
+        records the settings. save_fps: fps of videos.
         """
 
         prompts: tuple[str, ...] = ()
@@ -44,7 +45,7 @@ class Sample:
 
         def problems(self) -> Iterator[str]:
             yield from in_range("count", self.count, 1)
-            yield from one_of("weights", self.weights, ("ema", "live"))
+            yield from weights_problems(self.weights)
             if self.prompts and self.prompts_file:
                 yield f"prompts_file={self.prompts_file}: set prompts as well; keep one of them"
             for name in ("fps", "frame_stride"):
@@ -55,7 +56,7 @@ class Sample:
             named = {"images": self.images, "end_images": self.end_images, "videos": self.videos}
             found = {f"{k}[{i}]": file for k, v in named.items() for i, file in enumerate(v)}
             of_prompts = {"prompts_file": self.prompts_file} if self.prompts_file else {}
-            return found | of_prompts  # type: ignore[return-value]
+            return found | of_prompts | weights_file(self.weights)  # type: ignore[return-value]
 
         def uses_run(self) -> bool:
             return True

@@ -8,7 +8,7 @@ import torch
 
 from sandbox.config.root import clips_per_step
 from sandbox.config.wiring import Wiring, wire
-from sandbox.contracts import StorageError
+from sandbox.contracts import WEIGHTS, StorageError
 from sandbox.distributed.rank import Rank
 from sandbox.model.cached_latents import load_matching_weights
 from sandbox.model.components import build, build_parts
@@ -17,7 +17,7 @@ from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.sharding import load_tensors
 from sandbox.model.trainable import without_method
 from sandbox.runs.lookup import read_root
-from sandbox.storage import checkpoint
+from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.first_stage_files import matching_weights
 from sandbox.storage.weight_check import checking_weight_files
 from sandbox.training.first_stage import prepare_first_stage
@@ -114,8 +114,9 @@ def restored_system(
 ) -> LatentDiffusion:
     """The system of a run folder with the weights of `state`, on its device in eval mode.
 
-    `weights`: "ema", which means the live ones in a run without EMA, or "live". Sets the number of
-    threads.
+    `weights`: "ema", which means the live ones in a run without EMA, "live", or a file with all
+    weights of the run, as task=ema writes it. Sets the number of threads. Raises StorageError for a
+    file with other weights.
     """
     own = read_root(folder)
     wiring = wiring or wire(own)
@@ -128,11 +129,28 @@ def restored_system(
     new = {k: v for k, v in system.frozen_hashes().items() if k.startswith("conditioner")}
     system.check_frozen(new | state["frozen"])
     average = state["ema"]["average"] if weights == "ema" and state["ema"] else {}
-    load_tensors(
-        without_method(system.trainable_state()), without_method(state["weights"] | average)
-    )
+    if weights in WEIGHTS:
+        own = without_method(system.trainable_state())
+        load_tensors(own, without_method(state["weights"] | average))
+    else:
+        _load_file(system, Path(weights))
     system.finished_steps = state["step"]
     return system.to(device).eval()
+
+
+def _load_file(system: LatentDiffusion, path: Path) -> None:
+    """Loads all weights of a run from `path`. Raises StorageError where they are of another run."""
+    with weight_files.named("task.weights"):
+        found, stage = weight_files.read(path), weight_files.header(path).get("first_stage")
+    if stage != system.first_stage_hash().get("first_stage"):
+        raise StorageError(
+            f"task.weights={path}: its first stage is not that of this run; want a file that "
+            "task=ema wrote for this run"
+        )
+    try:
+        system.load_trainable(found)
+    except StorageError as e:
+        raise StorageError(f"task.weights={path}: {e}") from e
 
 
 def initialised_system(wiring: Wiring) -> LatentDiffusion:

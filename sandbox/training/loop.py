@@ -222,6 +222,9 @@ class Checkpointing(Callback):
         if ends or self.policy.due(step):
             training.scaler = trainer.precision_plugin.state_dict()
             training.save()
+        if training.root.ema.writes_snapshot(step, training.steps):
+            training.flush()
+            training.save_snapshot()
         weights_every = training.root.checkpoint.weights_every
         if weights_every and step % weights_every == 0:
             training.flush()

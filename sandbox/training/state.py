@@ -20,7 +20,15 @@ from sandbox.config import registry
 from sandbox.config.param_groups import split_groups
 from sandbox.config.root import Root, to_container
 from sandbox.config.wiring import Wiring
-from sandbox.contracts import CallbackConfig, ConfigError, Diverged, Items, Preempted, SamplerConfig
+from sandbox.contracts import (
+    CallbackConfig,
+    ConfigError,
+    Diverged,
+    Items,
+    Preempted,
+    SamplerConfig,
+    Snapshot,
+)
 from sandbox.data.checks import check_samples
 from sandbox.data.loader import Loader
 from sandbox.data.randomness import Keyed
@@ -40,6 +48,7 @@ from sandbox.runs.protocol import reset_peak_memory
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
 from sandbox.storage.atomic import check_space
+from sandbox.storage.snapshots import write_snapshot
 from sandbox.training.features import fit_features
 from sandbox.training.image_rows import image_rows
 from sandbox.training.roles import add_networks
@@ -155,6 +164,14 @@ class Training:
         if self.ema:
             with self.ema_weights():
                 self._save_weights(folder / weight_files.AVERAGED)
+
+    def save_snapshot(self) -> None:
+        """Writes all averages of the EMA, for task=ema."""
+        assert self.ema is not None  # its plugin requests it
+        state = self.ema.state_dict()
+        averages = {registry.create(self.root.ema).name: state["average"]} | state.get("others", {})
+        for name, average in averages.items() if self.is_first else ():
+            write_snapshot(self.run.folder, self.step, Snapshot(name, state["updates"]), average)
 
     def _save_weights(self, path: Path) -> None:
         state = full_tensors(without_method(self.system.trainable_state()))
@@ -434,7 +451,8 @@ def _check_space(training: Training) -> None:
     """Raises StorageError where the disk has no room for one checkpoint."""
     if training.is_first and training.step < training.steps:
         trained = [p for p in training.system.parameters() if p.requires_grad]
-        size = sum(p.numel() * p.element_size() for p in trained) * (2 if training.ema else 1)
+        copies = 1 + (len(training.ema.averages()) if training.ema else 0)
+        size = sum(p.numel() * p.element_size() for p in trained) * copies
         others = [p for update in training.system.updates.values() for p in update.trained]
         size += sum(p.numel() * p.element_size() for p in others)
         check_space(training.run.folder, size, "a checkpoint")

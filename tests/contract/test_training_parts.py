@@ -205,8 +205,9 @@ def test_decays_are_in_0_to_1_and_the_interval_is_known(key):
     rule = built(key)
     assert rule.every in ("step", "micro_batch")
     if rule.decay is not None:
-        assert all(0 <= rule.decay(n) <= 1 for n in (1, 2, 10, 1000, 10**6))
-        assert rule.decay(1) < 1, "the EMA would never change"
+        for decay in (rule.decay, *getattr(rule, "others", {}).values()):
+            assert all(0 <= decay(n) <= 1 for n in (1, 2, 10, 1000, 10**6))
+            assert decay(1) < 1, "the EMA would never change"
 
 
 @each("checkpoint")

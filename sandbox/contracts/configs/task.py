@@ -1,11 +1,25 @@
 """Config of tasks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from sandbox.contracts.configs.base import PluginConfig
 from sandbox.contracts.configs.data import DataConfig
 from sandbox.contracts.configs.system import FirstStageConfig
+
+WEIGHTS = ("ema", "live")  # of the checkpoint of a run
+
+
+def weights_problems(weights: str) -> Iterator[str]:
+    """Problems with `task.weights`: one of WEIGHTS, or a file with all weights of the run."""
+    if weights not in WEIGHTS and not weights.endswith(".safetensors"):
+        yield f"weights={weights!r}: want one of {[*WEIGHTS]}, or a .safetensors file of task=ema"
+
+
+def weights_file(weights: str) -> dict[str, str | None]:
+    """`PluginConfig.files` of `task.weights`."""
+    return {} if weights in WEIGHTS else {"weights": weights}
 
 
 @dataclass

@@ -115,6 +115,26 @@ class EMAConfig(PluginConfig):
         """Whether EMA weights exist; they are then validated as well (val/loss_ema)."""
         return True
 
+    def writes_snapshot(self, step: int, steps: int) -> bool:
+        """Whether all averages are written to the run folder after `step` of `steps` steps."""
+        return False
+
+    def synthesises(self) -> bool:
+        """Whether task=ema can combine these snapshots into an average of another width."""
+        return False
+
+    def width_problems(self, sigma_rel: float) -> Iterator[str]:
+        """Problems with this width of a synthesised average, one line each."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An average of the weights after `updates` updates, under the name that its plugin gives."""
+
+    name: str
+    updates: int
+
 
 @dataclass
 class CallbackConfig(PluginConfig):
