@@ -198,7 +198,13 @@ class Trajectory:
 
         scalars: numbers () that the network receives besides t, in the unit of t.
         """
-        t = self.times[place].expand(len(z))
+        return self.denoised_at(z, self.times[place], step, **scalars)
+
+    def denoised_at(
+        self, z: Tensor, t: Tensor, step: int, **scalars: Tensor
+    ) -> tuple[Tensor, Denoised]:
+        """The same at any time t ()."""
+        t = t.expand(len(z))
         given = {name: x.expand(len(z)) for name, x in scalars.items()}
         if self.hooks:
             z = self.hooks.before(z, t)

@@ -92,10 +92,9 @@ class ScheduleFreeAdamWPlugin:
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
-            if not 0 < self.betas[0] < 1:
-                yield f"betas[0]={self.betas[0]}: want > 0 and < 1"
-            if not 0 <= self.betas[1] < 1:
-                yield f"betas[1]={self.betas[1]}: want >= 0 and < 1"
+            for i, beta in enumerate(self.betas):
+                if not 0 <= beta < 1 or (i == 0 and not beta):
+                    yield f"betas[{i}]={beta}: want {'>= 0' if i else '> 0'} and < 1"
             yield from in_range("weight_decay", self.weight_decay, 0, 1e300)
             yield from above("eps", self.eps, 0)
             yield from in_range("step_power", self.step_power, 0, 100)

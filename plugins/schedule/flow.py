@@ -64,6 +64,9 @@ class Flow(Continuous):
         def ends_in_noise(self) -> bool:
             return True
 
+        def finds_times(self) -> bool:
+            return self.t_start < 1  # at 1 the level is infinite
+
         def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
             """Problems with `times(steps, spacing)`, under the names of the sampler's settings."""
             yield from one_of("spacing", spacing, SPACINGS)
@@ -86,6 +89,10 @@ class Flow(Continuous):
 
     def sigma(self, t: Tensor) -> Tensor:
         return per_sample(t)
+
+    def time_of(self, level: Tensor) -> Tensor:
+        """t of noise levels t / (1 - t); same shape."""
+        return level / (1 + level)
 
     def target(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps - z0

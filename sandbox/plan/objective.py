@@ -17,6 +17,7 @@ TARGETS = {
     "v": "alpha(t) eps - sigma(t) z0",
     "x0": "z0",
     "velocity": "eps - z0",
+    "edm": "(z0 - c_skip x) / c_out,  x = z_t / alpha(t)",
 }
 SHOWN = 5  # times in the table
 ROUNDING = 1e-4  # float32 tolerance for values of magnitude 1
@@ -103,7 +104,10 @@ def levels(root: Root, schedule: Any, t: Tensor) -> Iterator[Level]:
             f(at[None]).double().item() for f in (schedule.alpha, schedule.sigma, schedule.snr)
         )
         weight = weights[i].double().item()
-        share = per_x0(root.schedule.predicts(), alpha, sigma)
+        prediction = root.schedule.predicts()
+        share = (
+            edm_per_x0(schedule, at) if prediction == "edm" else per_x0(prediction, alpha, sigma)
+        )
         yield Level(at.item(), alpha, sigma, snr, weight, weight * share)
 
 
@@ -118,6 +122,12 @@ def per_x0(prediction: str, alpha: float, sigma: float) -> float:
     # alpha z_t - sigma v = (alpha^2 + sigma^2) z0;  z_t - sigma (eps - z0) = (alpha + sigma) z0
     scale = alpha**2 + sigma**2 if prediction == "v" else alpha + sigma
     return (scale / sigma) ** 2
+
+
+def edm_per_x0(schedule: Any, t: Tensor) -> float:
+    """The same where z0 = c_skip x + c_out out: 1 / c_out^2."""
+    zero = torch.zeros(1, 1, 1, 1, 1)
+    return schedule.denoised(zero + 1, zero, t[None]).z0.double().item() ** -2
 
 
 def checks(root: Root, schedule: Any, t: Tensor) -> Iterator[Check]:

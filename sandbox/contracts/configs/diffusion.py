@@ -22,7 +22,10 @@ class ScheduleConfig(PluginConfig, ABC):
 
     @abstractmethod
     def predicts(self) -> str:
-        """The prediction target: "eps", "v", "x0" or "velocity" (eps - z0)."""
+        """The prediction target: "eps", "v", "x0", "velocity" (eps - z0), or "edm".
+
+        "edm" is (z0 - c_skip x) / c_out for x = z_t / alpha (Karras et al. 2022, eq. 8).
+        """
 
     def takes_frame_times(self) -> bool:
         """Whether alpha, sigma, target, denoised and weight accept t (B, T)."""
@@ -30,6 +33,10 @@ class ScheduleConfig(PluginConfig, ABC):
 
     def ends_in_noise(self) -> bool:
         """Whether SNR(T) = 0. Then eps is uninformative at T, and sampling must start at T."""
+        return False
+
+    def finds_times(self) -> bool:
+        """Whether the class has `time_of(level)`: t of noise levels sigma / alpha, same shape."""
         return False
 
     def spacing_problems(self, steps: int, spacing: str) -> Iterator[str]:
