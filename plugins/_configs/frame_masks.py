@@ -1,4 +1,4 @@
-"""Numbers of known frames, and the pixel frames of each latent frame."""
+"""Places of known frames, and the pixel frames of each latent frame."""
 
 from collections.abc import Sequence
 
@@ -22,19 +22,16 @@ def places(known: Sequence[int], frames: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def groups_of(frames: int, latent_frames: int) -> tuple[int, int]:
-    """How pixel frames become latent frames: (1 if the first is alone, frames of the others each).
+def frames_per_latent(frames: int, latent_frames: int) -> int:
+    """Pixel frames for each latent frame, where the first may be alone, as in causal first stages.
 
-    (0, 1): a latent frame for each; (1, 4): 9 frames become 3; (0, 4): 8 become 2. Where both forms
-    are possible, it is the one whose number is a power of two. Raises ConfigError for other sizes.
+    9 frames that become 9: 1; 8 that become 2: 4; 9 that become 3: 4, with the first alone. Where
+    both forms are possible, it is the one that gives a power of two.
     """
-    alone = divmod(frames - 1, latent_frames - 1) if latent_frames > 1 else (0, 1)
-    even = divmod(frames, latent_frames)
-    found = [(0, even[0])] if not even[1] else []
-    found += [(1, alone[0])] if not alone[1] and alone[0] else []
-    if not found:
-        raise ConfigError(
-            f"known frames: {frames} frames become {latent_frames} latent frames, which are no "
-            "groups of equal size; want another data.frames, or a backbone without padding"
-        )
-    return next((g for g in found if not g[1] & (g[1] - 1)), found[0])
+    even = frames // latent_frames if frames % latent_frames == 0 else 0
+    alone = 0
+    if latent_frames > 1 and (frames - 1) % (latent_frames - 1) == 0:
+        alone = (frames - 1) // (latent_frames - 1)
+    found = [n for n in (even, alone) if n]
+    powers = [n for n in found if not n & (n - 1)]
+    return next(iter(powers or found), -(-frames // latent_frames))

@@ -2,22 +2,24 @@
 
 Masked conditional video diffusion (Voleti et al. 2022, 2205.09853; Hoeppe et al. 2022, 2206.07696):
 the frames that are known are drawn for each clip. As in SEINE (Chen et al. 2023, 2310.20700,
-section 3.2), the latents of the known frames and the mask are concatenated to the noisy latents.
+section 3.2), the latents of the masked clip and the mask are concatenated to the noisy latents. As
+in Wan (2025, 2503.20314, section 5.1), a latent frame has a mask channel for each of its frames.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from plugins._configs.frame_masks import groups_of, places
+from plugins._configs.frame_masks import frames_per_latent, places
 from sandbox.contracts import (
     Batch,
     Clip,
     ConditioningConfig,
     Conditions,
+    ConfigError,
     Draws,
     Encode,
     Slots,
@@ -42,6 +44,7 @@ class InpaintFrames(nn.Module):
         known: known frames of a sample, from 0, or negative from the last one. They are those of
         validation clips, or of task.videos: files of the known frames, or of whole clips. For [0]
         and [0,-1], task.images and task.end_images. frames: of a clip, filled by wiring.
+        mask_channels: pixel frames for each latent frame; null derives it from their numbers.
         """
 
         may_differ: ClassVar[tuple[str, ...]] = (
@@ -60,6 +63,7 @@ class InpaintFrames(nn.Module):
         drop_frames: float = 0.1
         known: tuple[int, ...] = (0,)
         frames: int | None = None
+        mask_channels: int | None = None
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -70,6 +74,7 @@ class InpaintFrames(nn.Module):
             yield from in_range("max_known", self.max_known, 1)
             yield from in_range("drop_frames", self.drop_frames, 0, 1)
             yield from in_range("frames", self.frames, 1)
+            yield from in_range("mask_channels", self.mask_channels, 1)
 
         def weights(self) -> tuple[float, ...]:
             return tuple(getattr(self, name) for name in KINDS)
@@ -91,14 +96,19 @@ class InpaintFrames(nn.Module):
             return places(self.known, frames)
 
         def offers(self, clip: Clip, grid: Clip) -> Slots:
-            groups_of(clip.frames, grid.frames)
-            return Slots(concat=grid.channels + 1)
+            return Slots(concat=grid.channels + (self.mask_channels or 1))
 
         def wired(self, clip: Clip, grid: Clip) -> Self:
+            channels = self.mask_channels or frames_per_latent(clip.frames, grid.frames)
+            if channels * grid.frames < clip.frames:
+                raise ConfigError(
+                    f"mask_channels={channels}: {clip.frames} frames become {grid.frames} latent "
+                    f"frames; want at least {-(-clip.frames // grid.frames)}, or null"
+                )
             if clip.frames == 1:  # images among clips: nothing is known
                 return self
             places(self.known, clip.frames)
-            return self.agree(frames=clip.frames)
+            return replace(self.agree(frames=clip.frames), mask_channels=channels)
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -128,9 +138,11 @@ class InpaintFrames(nn.Module):
         known = known.to(video.device)
         if (dropped := drop.get("frames")) is not None:
             known = known & ~dropped.to(video.device)[:, None]
-        z = encode(video * known[:, None, :, None, None], "known_posterior")
-        mask = of_latents(known, z.shape[2])[:, None, :, None, None].to(z)  # (B, 1, T, 1, 1)
-        return Conditions(concat=torch.cat([z * mask, mask.expand_as(z[:, :1])], 1))
+        z = encode(video * known[:, None, :, None, None], "known_posterior")  # (B, C, T', H, W)
+        z = torch.cat([z[:, :, :1].expand(-1, -1, grid.frames - z.shape[2], -1, -1), z], 2)
+        mask = packed(known, grid.frames, self.cfg.mask_channels or 1).to(z)  # (B, R, T)
+        mask = mask[..., None, None].expand(-1, -1, -1, *z.shape[3:])
+        return Conditions(concat=torch.cat([z, mask], 1))  # (B, C + R, T, H, W)
 
     def pixels(self, batch: Batch) -> Tensor:
         """(B, 3, N, H, W): the video of the batch, or its images at the places of known frames."""
@@ -173,8 +185,10 @@ class InpaintFrames(nn.Module):
         return known & ~(known.all(1, keepdim=True) & unknown)
 
 
-def of_latents(known: Tensor, frames: int) -> Tensor:
-    """(B, N) bool of pixel frames -> (B, T): latent frames all of whose pixel frames are known."""
-    first, size = groups_of(known.shape[1], frames)
-    parts = [known[:, :1]] if first else []
-    return torch.cat([*parts, known[:, first:].unflatten(1, (-1, size)).all(2)], 1)
+def packed(known: Tensor, frames: int, channels: int) -> Tensor:
+    """(B, N) bool of pixel frames -> (B, R, T): the R frames of each of T latent frames.
+
+    The first latent frame repeats the first frame where there are fewer than R T frames.
+    """
+    first = known[:, :1].expand(-1, frames * channels - known.shape[1])
+    return torch.cat([first, known], 1).unflatten(1, (frames, channels)).transpose(1, 2)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from plugins._configs.frame_masks import groups_of, places
-from plugins.conditioning.inpaint_frames import KINDS, InpaintFrames, of_latents
+from plugins._configs.frame_masks import frames_per_latent, places
+from plugins.conditioning.inpaint_frames import KINDS, InpaintFrames, packed
 from sandbox.config import registry
 from sandbox.config.wiring import wire
 from sandbox.contracts import Batch, Clip, ConfigError
@@ -91,14 +91,13 @@ def test_dropping_has_its_probability():
 # --- latents --------------------------------------------------------------------------------------
 
 
-def test_channels_are_latents_of_known_frames_and_the_mask():
+def test_channels_are_latents_of_the_masked_clip_and_the_mask():
     pixels = video(CLIP, 3)
     found = concat(module(known=(0, 3)), pixels)
     assert found.shape == (3, 2, 9, 4, 4)
     mask = torch.zeros(9).index_fill(0, torch.tensor([0, 3]), 1.0).view(1, 9, 1, 1)
     assert torch.equal(found[:, 1], mask.expand(3, 9, 4, 4))
-    own = pixels * mask
-    assert torch.equal(found[:, :1], mixing(own, "") * mask)
+    assert torch.equal(found[:, :1], mixing(pixels * mask, ""))
 
 
 @pytest.mark.parametrize("z0", [None, tensor(40, 1, 9, 4, 4)])
@@ -117,26 +116,37 @@ def test_dropped_clips_have_no_known_frame():
     assert not found[0].any() and found[1, 1].any()
 
 
-def test_a_latent_frame_is_known_if_all_of_its_pixel_frames_are():
+def test_a_latent_frame_has_the_masks_of_its_frames():
     k = torch.tensor([[True] * 6 + [False] * 3])
-    assert of_latents(k, 9).tolist() == k.tolist()
-    assert of_latents(k, 3).tolist() == [[True, True, False]]  # 1, 4, 4
-    assert of_latents(k[:, :8], 2).tolist() == [[True, False]]  # 4, 4
-    assert of_latents(k, 1).tolist() == [[False]]
+    assert packed(k, 9, 1).tolist() == [k.tolist()]
+    assert packed(k, 3, 3).mT.tolist() == [[[True] * 3, [True] * 3, [False] * 3]]
+    causal = packed(k, 3, 4).mT  # the first frame four times, then groups of four
+    assert causal.tolist() == [[[True] * 4, [True] * 4, [True, False, False, False]]]
+    assert packed(k[:, :1], 1, 4).tolist() == [[[True]] * 4]  # an image
+
+
+def test_latents_are_padded_as_those_of_the_clip():
+    batch = Batch(video(CLIP, 2), ids=["a", "b"])
+    found = module(mask_channels=1)(batch, Clip(1, 10, 4, 4), {}, draws(2), mixing, None).concat
+    assert found.shape == (2, 2, 10, 4, 4)
+    assert torch.equal(found[:, :, 0], found[:, :, 1])
 
 
 @pytest.mark.parametrize(
     ("frames", "latent", "group"),
-    [(9, 9, (0, 1)), (9, 3, (1, 4)), (49, 13, (1, 4)), (8, 2, (0, 4)), (16, 4, (0, 4)),
-     (17, 5, (1, 4)), (1, 1, (0, 1)), (9, 2, (1, 8)), (15, 5, (0, 3))],
+    [(9, 9, 1), (9, 3, 4), (49, 13, 4), (8, 2, 4), (16, 4, 4), (17, 5, 4), (1, 1, 1), (9, 2, 8),
+     (15, 5, 3), (9, 4, 3)],
 )  # fmt: skip
 def test_groups_of_frames_are_those_of_usual_first_stages(frames, latent, group):
-    assert groups_of(frames, latent) == group
+    assert frames_per_latent(frames, latent) == group
 
 
-def test_sizes_without_groups_are_refused():
-    with pytest.raises(ConfigError, match="9 frames become 10 latent frames"):
-        InpaintFrames.Config().offers(CLIP, Clip(4, 10, 4, 4))
+def test_the_number_of_mask_channels_is_derived_or_given():
+    assert wired().conditioning.mask_channels == 4  # 9 frames become 3
+    root = wired("conditioning.mask_channels=3")
+    assert root.conditioning.mask_channels == 3 and root.backbone.concat_channels == 32 + 3
+    with pytest.raises(ConfigError, match=r"mask_channels=2: 9 frames become 3 .*want at least 3"):
+        wired("conditioning.mask_channels=2")
 
 
 # --- settings and prompts -------------------------------------------------------------------------
