@@ -148,7 +148,7 @@ def _load_file(system: LatentDiffusion, path: Path) -> None:
             "task=ema wrote for this run"
         )
     try:
-        system.load_trainable(found)
+        load_tensors(without_method(system.trainable_state()), without_method(found))
     except StorageError as e:
         raise StorageError(f"task.weights={path}: {e}") from e
 
