@@ -8,7 +8,8 @@ import torch
 
 from sandbox.config.root import Root
 from sandbox.contracts import Clip
-from sandbox.plan.build import Sizes, conditions, needs_first_stage
+from sandbox.plan.build import Sizes, needs_first_stage
+from sandbox.plan.step_inputs import conditions
 
 
 @dataclass(frozen=True)

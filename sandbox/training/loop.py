@@ -20,7 +20,8 @@ from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
-from sandbox.training.state import Training, check_best_of
+from sandbox.training.start import check_best_of
+from sandbox.training.state import Training
 from sandbox.training.tracking import suspects
 
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # Lightning's names

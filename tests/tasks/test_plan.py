@@ -21,7 +21,6 @@ from sandbox.contracts import ConfigError
 from sandbox.model.ema import EMA
 from sandbox.plan.build import (
     Sizes,
-    conditions,
     counts,
     from_shallow,
     measure_encoding,
@@ -38,6 +37,7 @@ from sandbox.plan.page import page
 from sandbox.plan.parallel_map import parallel_map
 from sandbox.plan.plan import need_of, plan
 from sandbox.plan.published import MISSES, ROWS, WITHIN
+from sandbox.plan.step_inputs import conditions
 from sandbox.plan.strategies import GIB, RESERVED, ZERO, Memory, Need, plain, zero
 from sandbox.plan.text import count, flops, plan_text
 from sandbox.runs.identity import identity_of_work
