@@ -20,6 +20,7 @@ from sandbox.reports.scores import (
     interval,
     names_of,
 )
+from sandbox.reports.tables import format_number
 from sandbox.runs.run import Run
 from sandbox.storage.atomic import storage_errors, write_atomic
 
@@ -67,9 +68,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
         sheet=media.item(Path(report.sheet), "contact sheet") if report.sheet else None,
         linear=[line_chart(name, series) for name, series in charts.items()],
         log=[line_chart(name, series, log_x=True) for name, series in charts.items()],
-        by_time=line_chart("loss by time", by_time)
-        if (by_time := losses_by_time(report.curves))
-        else None,
+        by_time=time_chart(losses_by_time(report.curves)),
         total=sum(report.timings.values()),
         duration=duration,
         skipped=dict([*report.skipped.items()][:LISTED]),
@@ -133,6 +132,13 @@ def charts_of(curves: Mapping[str, Points]) -> dict[str, dict[str, Points]]:
             series = "train"
         charts.setdefault(chart, {})[series] = points
     return dict(sorted(charts.items(), key=lambda c: c[0].startswith("lr") - ("loss" in c[0])))
+
+
+def time_chart(series: dict[str, Points]) -> dict[str, Any] | None:
+    """A chart over times whose heading shows means; None without series."""
+    means = {name: math.fsum(v for _, v in points) / len(points) for name, points in series.items()}
+    keys = [(name, format_number(mean)) for name, mean in means.items()]
+    return line_chart("loss by time", series) | {"keys": keys} if series else None
 
 
 def losses_by_time(curves: Mapping[str, Points]) -> dict[str, Points]:

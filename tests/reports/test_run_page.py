@@ -20,6 +20,7 @@ from sandbox.reports.run_page import (
     duration,
     losses_by_time,
     read_curves,
+    time_chart,
     write_report,
 )
 from sandbox.reports.scores import ScoreRow, interval, terminal_table
@@ -230,6 +231,7 @@ def test_losses_at_fixed_times_have_a_chart_over_steps_and_one_over_time(tmp_pat
     assert {*charts["val_times"]} == {"0.7500", "0.2500", "mean"}
     assert {*charts["val_times_ema"]} == {"0.2500"}
     assert losses_by_time(curves) == {"live": [(0.25, 1.0), (0.75, 3.0)], "EMA": [(0.25, 5.0)]}
+    assert time_chart(losses_by_time(curves))["keys"] == [("live", "2"), ("EMA", "5")]
     page = write_report(tmp_path, Report("a run", curves=curves)).read_text()
     assert "Validation loss by time" in page
     plain = write_report(tmp_path, Report("a run", curves={"loss": [(1, 1.0)]})).read_text()
