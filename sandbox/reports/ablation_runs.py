@@ -45,6 +45,7 @@ class Entry:
     def values(self) -> dict[str, float]:
         """Every finite metric."""
         values = dict(self.metrics.get("scores", {}).get("model", {}))
+        values |= self.metrics.get("val_times", {})
         values["loss"] = self.result.get("loss")
         values["first_stage_psnr_db"] = self.metrics.get("first_stage_psnr_db")
         return {k: v for k, v in values.items() if v is not None and math.isfinite(v)}

@@ -20,6 +20,7 @@ from sandbox.runs.protocol import cost, protocols
 from sandbox.runs.run import Run
 from sandbox.storage import weight_files
 from sandbox.training.state import Training
+from sandbox.training.validation import MEAN, final_means, protocol_at_times
 
 BY_CLIP = "scores_by_clip.json"  # of the model
 UNCONDITIONED = (
@@ -52,6 +53,7 @@ def finish_run(
     weights = "ema" if training.ema else "live"
     bad = found.skipped | training.unusable | training.loader.bad
     clip = Clip(*found.clips["model"].shape[1:])
+    own = protocols(root, clip, found.count, weights, [*found.meaning])
     metrics = {
         "overrides": [mask_text(o) for o in overrides],
         "scores": found.scores,
@@ -62,7 +64,8 @@ def finish_run(
         "steps": training.step,
         "skipped": bad,
         "skipped_steps": training.skipped,
-        "protocols": protocols(root, clip, found.count, weights, [*found.meaning]),
+        "protocols": own | _at_times(training, own),
+        "val_times": final_means(run),
         "cost": cost(system, seconds),
     }
     if found.each:
@@ -88,6 +91,18 @@ def finish_run(
         listed = f'all are in {run.folder / "metrics.json"}, under "skipped"'
         print(f"data    {summary(bad)}; {listed}", flush=True)
     return result
+
+
+def _at_times(training: Training, own: dict[str, Any]) -> dict[str, Any]:
+    """Protocols of the mean losses at fixed times, where a callback measures them."""
+    cfg = training.root.callbacks.get("val_loss")
+    if cfg is None or not cfg.metrics():
+        return {}
+    data, latents = own["first_stage_psnr_db"], own["loss"]["latents"]
+    at_times = protocol_at_times(training.system, cfg.clips, cfg.times)
+    shared = {**data, **at_times, "latents": latents}
+    found = {MEAN: shared | {"weights": "live"}}
+    return found | {f"{MEAN}_ema": shared | {"weights": "ema"}} if training.ema else found
 
 
 def _export_and_evaluate(training: Training, cfg: Any) -> Evaluation:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sandbox.config.added_settings import without_added
+from sandbox.config.root import to_container
 from sandbox.contracts import Batch, Items, Schedule
 from sandbox.data.loader import batches
 from sandbox.data.randomness import Keyed, seed_of
 from sandbox.evaluation.evaluate import slice_batch
 from sandbox.model.latent_diffusion import LatentDiffusion
 from sandbox.model.networks import MicroBatch, Networks
+from sandbox.runs.run import Run
 
 BATCH = 64  # most clips of a batch
 SEED = 0  # of clips and noise at fixed times, whatever the seed of the run
@@ -94,6 +97,25 @@ def centres(bins: int) -> list[float]:
 def time_names(bins: int) -> tuple[str, ...]:
     """Metrics by the time as a fraction of the schedule, and last their mean."""
     return (*(f"val_times/{place:.4f}" for place in centres(bins)), MEAN)
+
+
+def final_means(run: Run) -> dict[str, float]:
+    """The last mean losses at fixed times, by name: of live and EMA weights."""
+    rows = [row for row in run.metrics().values() if MEAN in row]
+    return {k: v for k, v in rows[-1].items() if k.startswith(MEAN)} if rows else {}
+
+
+def protocol_at_times(system: LatentDiffusion, count: int, bins: int) -> dict[str, Any]:
+    """What losses at fixed times depend on besides the data and the latents.
+
+    Of the schedule these are its noise levels and weights at those times, not how it draws times.
+    """
+    root, schedule = system.root, system.schedule
+    t = torch.stack([time_at(schedule, place) for place in centres(bins)])
+    levels = {"alpha": schedule.alpha(t), "sigma": schedule.sigma(t), "weight": schedule.weight(t)}
+    rounded = {k: [round(x, 5) for x in v.flatten().tolist()] for k, v in levels.items()}
+    loss = without_added(to_container(root.loss))
+    return {"clips": count, "loss": loss, "predicts": root.schedule.predicts(), **rounded}
 
 
 def time_at(schedule: Schedule, place: float) -> Tensor:

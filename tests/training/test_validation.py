@@ -12,12 +12,15 @@ from sandbox.config import registry
 from sandbox.config.wiring import wire
 from sandbox.contracts import Conditions, ConfigError
 from sandbox.data.loader import batches
+from sandbox.runs.run import Run
 from sandbox.training.build import build_system
 from sandbox.training.validation import (
     MEAN,
     centres,
     draws_of_clips,
+    final_means,
     losses_at_times,
+    protocol_at_times,
     time_at,
     time_names,
 )
@@ -121,6 +124,27 @@ def test_measuring_at_times_changes_no_other_loss(tmp_path):
         plain = training.measured[1]
         training.validate(4, times=2)
     assert plain.items() <= training.measured[1].items()
+
+
+def test_losses_of_runs_are_comparable_where_noise_levels_and_weights_at_the_times_are():
+    def protocol(*overrides: str):
+        return protocol_at_times(build_system(wire(composed(*TINY, *overrides))), 8, 4)
+
+    plain = protocol()
+    assert plain == protocol("schedule.mean=0", "schedule.t_draw=independent", "seed=3")
+    assert plain["sigma"] == centres(4)
+    ddpm = protocol("schedule=ddpm")
+    assert ddpm != plain and ddpm != protocol("schedule=ddpm", "schedule.min_snr_gamma=5")
+
+
+def test_the_last_means_are_those_of_the_last_validation(tmp_path):
+    root = small("steps=4", *AT_TIMES)
+    record(root, tmp_path)
+    (path,) = tmp_path.rglob("metrics.jsonl")
+    run = Run(path.parent)
+    found = final_means(run)
+    assert [*found] == [MEAN, f"{MEAN}_ema"]
+    assert found[MEAN] == run.metrics()[4][MEAN]
 
 
 def test_the_callback_names_what_the_engine_measures():
