@@ -245,8 +245,9 @@ def test_what_replaces_an_old_preset_is_there():
         assert group == "experiment" or getattr(to_root(composition.compose(chosen)), group)
 
 
-def test_at_most_110_files():
-    assert sum(p.is_file() for p in CONF.rglob("*")) <= 110
+def test_few_files():
+    """110, and eight released sizes of backbone=mmdit, vae=dc_ae and vae=wan, which users type."""
+    assert sum(p.is_file() for p in CONF.rglob("*")) <= 118
 
 
 def test_the_migration_page_has_the_table():
