@@ -146,6 +146,7 @@ def _check_space(training: Training) -> None:
     if training.is_first and training.step < training.steps:
         trained = [p for p in training.system.parameters() if p.requires_grad]
         copies = 1 + (len(training.ema.averages()) if training.ema else 0)
+        copies += training.root.optimizer.averages
         size = sum(p.numel() * p.element_size() for p in trained) * copies
         others = [p for update in training.system.updates.values() for p in update.trained]
         size += sum(p.numel() * p.element_size() for p in others)
