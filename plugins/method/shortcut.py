@@ -59,6 +59,8 @@ class Shortcut:
             yield from super().accepts(schedule, loss)
             if (shift := getattr(schedule, "shift", 1)) != 1:
                 yield f"shortcut: steps have equal sizes, and schedule.shift={shift}: use 1"
+            if schedule.depends_on_size():
+                yield "shortcut: steps have equal sizes: use schedule.size_shift=none"
 
         def roles(self) -> Mapping[str, Role]:
             return {AVERAGE: Role(AVERAGE)} if self.targets == AVERAGE else {}

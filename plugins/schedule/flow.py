@@ -1,19 +1,31 @@
 """Rectified flow (Liu et al. 2022, 2209.03003), times as in Esser et al. 2024 (2403.03206)."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from plugins._blocks.diffusion import Continuous, per_sample
-from sandbox.contracts import Denoised, Draws, ScheduleConfig, above, in_range, one_of
+from sandbox.contracts import (
+    Clip,
+    Denoised,
+    Draws,
+    ScheduleConfig,
+    above,
+    added,
+    in_range,
+    one_of,
+    same_length,
+)
 from sandbox.registry import register
 
 T_DISTRIBUTIONS = ("logit_normal", "uniform")
 T_DRAWS = ("stratified", "independent")
 SPACINGS = ("trailing",)
+SIZE_SHIFTS = ("none", "sqrt", "linear")
 
 
 @register("schedule", "flow")
@@ -26,6 +38,10 @@ class Flow(Continuous):
 
         mean, std: of the logit of t; a positive mean favours noisy times.
         shift: multiplies t / (1 - t), in training and in sampling.
+        size_shift: a further factor from the number n = T H W of latent positions, for equal
+        uncertainty at all sizes: "sqrt" is sqrt(n / base_positions) (Esser et al.,
+        section 5.3.2); "linear" is exp(m), with m linear in n and equal to log_shifts at
+        base_positions and max_positions (Flux; a token of its paper has four positions).
         t_start: first time of sampling.
         """
 
@@ -36,6 +52,10 @@ class Flow(Continuous):
             "std",
             "t_draw",
             "shift",
+            "size_shift",
+            "base_positions",
+            "max_positions",
+            "log_shifts",
             "t_start",
         )
 
@@ -45,6 +65,10 @@ class Flow(Continuous):
         t_draw: str = "stratified"
         shift: float = 1.0
         t_start: float = 0.999
+        size_shift: str = added("none")
+        base_positions: int = added(1024)
+        max_positions: int = added(16384)
+        log_shifts: tuple[float, float] = added((0.5, 1.15))
 
         def problems(self) -> Iterator[str]:
             yield from super().problems()
@@ -54,6 +78,16 @@ class Flow(Continuous):
             yield from one_of("t_draw", self.t_draw, T_DRAWS)
             yield from in_range("shift", self.shift, 0.01, 100)
             yield from above("t_start", self.t_start, 0, 1)
+            yield from one_of("size_shift", self.size_shift, SIZE_SHIFTS)
+            yield from in_range("base_positions", self.base_positions, 1)
+            if self.size_shift == "linear" and self.max_positions <= self.base_positions:
+                yield (
+                    f"max_positions={self.max_positions}: want > base_positions="
+                    f"{self.base_positions}"
+                )
+            yield from same_length("log_shifts", self.log_shifts, 2, "size")
+            for i, value in enumerate(self.log_shifts):
+                yield from in_range(f"log_shifts[{i}]", value, -10, 10)
 
         def predicts(self) -> str:
             return "velocity"
@@ -64,6 +98,9 @@ class Flow(Continuous):
         def ends_in_noise(self) -> bool:
             return True
 
+        def depends_on_size(self) -> bool:
+            return self.size_shift != "none"
+
         def finds_times(self) -> bool:
             return self.t_start < 1  # at 1 the level is infinite
 
@@ -73,6 +110,19 @@ class Flow(Continuous):
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
+
+    def for_size(self, grid: Clip) -> Self:
+        """The schedule for latents of this size: its shift has the factor of `size_shift`."""
+        cfg, positions = self.cfg, grid.frames * grid.height * grid.width
+        if cfg.size_shift == "sqrt":
+            factor = math.sqrt(positions / cfg.base_positions)  # eq. 23
+        elif cfg.size_shift == "linear":
+            low, high = cfg.log_shifts
+            share = (positions - cfg.base_positions) / (cfg.max_positions - cfg.base_positions)
+            factor = math.exp(low + share * (high - low))
+        else:
+            return self
+        return type(self)(replace(cfg, shift=cfg.shift * factor, size_shift="none"))
 
     # training
 

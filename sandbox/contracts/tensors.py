@@ -259,8 +259,12 @@ class Features(Protocol):
 class Model(Protocol):
     """The networks, schedule and loss that a training method works with."""
 
-    schedule: Schedule
     loss: Loss
+
+    @property
+    def schedule(self) -> Schedule:
+        """That for the size of the micro-batch's latents."""
+        ...
 
     def __call__(
         self,

@@ -31,6 +31,7 @@ from sandbox.contracts import (
     Pass,
     Posterior,
     Sampler,
+    Schedule,
     Terms,
 )
 from sandbox.data.batching import size_scalars
@@ -72,7 +73,8 @@ class LatentDiffusion(Trainable):
 
     def step(self, batch: Batch, draws: Draws) -> Terms:
         """The loss of one micro-batch. All randomness is in `draws`: a recorded step replays."""
-        return self.method(Networks(self), MicroBatch(self, batch, draws), draws)
+        example = MicroBatch(self, batch, draws)
+        return self.method(Networks(self, example), example, draws)
 
     def update_networks(
         self, batch: Batch, share: float, rate: float, is_update: bool
@@ -81,7 +83,8 @@ class LatentDiffusion(Trainable):
         for name, update in self.updates.items():
             losses = []
             for turn in range(self.root.method.roles()[name].turns):
-                given = name, turn, Networks(self), MicroBatch(self, batch, draws), draws
+                example = MicroBatch(self, batch, draws)
+                given = name, turn, Networks(self, example), example, draws
                 loss = partial(cast(CriticMethod, self.method).update, *given)
                 terms, is_skipped = update.step(loss, share, rate, is_update)
                 losses.append(terms.total.detach())
@@ -147,9 +150,9 @@ class LatentDiffusion(Trainable):
         conditioned = [(p, conditions(p.dropped, p.role)) for p in passes]
         with self.autocast(), self.on_device(self.guides):
             z = denoise(
-                self.backbone, self.schedule, self.guidance, conditioned, sampler or self.sampler,
-                start, steps or self.root.sampler.steps, draws, hooks, progress,
-                self.root.method.scalars(),
+                self.backbone, self.schedule_for(grid), self.guidance, conditioned,
+                sampler or self.sampler, start, steps or self.root.sampler.steps, draws, hooks,
+                progress, self.root.method.scalars(),
                 {role: guide.backbone for role, guide in self.guides.items()},  # type: ignore[misc]
             )  # fmt: skip
         with self.on_device(self.first_stage):
@@ -168,6 +171,12 @@ class LatentDiffusion(Trainable):
         with self.on_device(self.features):
             found = self.features(images)  # type: ignore[misc]  # wiring requires it
         return found.unflatten(0, (len(video), frames)).transpose(1, 2)
+
+    def schedule_for(self, grid: Clip) -> Schedule:
+        """The schedule for latents of this size, where it depends on the size."""
+        if not self.root.schedule.depends_on_size():
+            return self.schedule
+        return self.schedule.for_size(grid)  # type: ignore[attr-defined]
 
     def encode_pixels(self, pixels: Tensor) -> Posterior:
         """The posterior of (B, 3, T, H, W); clips are encoded one at a time with vae.one_by_one."""

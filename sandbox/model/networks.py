@@ -27,10 +27,16 @@ if TYPE_CHECKING:
 
 
 class Networks:
-    """The `Model` of a system, see sandbox.contracts."""
+    """The `Model` of a system, see sandbox.contracts; its schedule is that for the `example`."""
 
-    def __init__(self, system: "LatentDiffusion") -> None:
-        self.system, self.schedule, self.loss = system, system.schedule, system.loss
+    def __init__(self, system: "LatentDiffusion", example: "MicroBatch | None" = None) -> None:
+        self.system, self.loss, self.example = system, system.loss, example
+
+    @property
+    def schedule(self) -> Schedule:
+        if self.example is None or not self.system.root.schedule.depends_on_size():
+            return self.system.schedule
+        return self.system.schedule_for(Clip(*self.example.z0.shape[1:]))
 
     def __call__(
         self,

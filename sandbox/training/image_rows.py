@@ -15,7 +15,7 @@ from sandbox.config import registry
 from sandbox.contracts import Batch, Denoised, Hooks, SamplerConfig
 from sandbox.evaluation.evaluate import first_clips
 from sandbox.model.autoencoding import reconstruct_clips
-from sandbox.model.latent_diffusion import LatentDiffusion
+from sandbox.model.latent_diffusion import LatentDiffusion, clip_of
 from sandbox.model.sampling import KnownRegion, PlainHooks, Quantised
 from sandbox.reports.progress import Progress
 
@@ -52,7 +52,8 @@ def reconstruction(system: Any, batch: Batch, chain: Chain) -> Row:
 def diffusion_row(system: LatentDiffusion, batch: Batch, chain: Chain) -> Row:
     """Latents with increasing noise, decoded."""
     draws = system.draws(batch)
-    z0, schedule = system.latents(batch, draws), system.schedule
+    z0 = system.latents(batch, draws)
+    schedule = system.schedule_for(clip_of(z0))
     eps = draws.normal("noise", z0)
     times = schedule.times(_limit_steps(system, TIMES), "trailing").flip(0)
     row = {"input": batch.video}

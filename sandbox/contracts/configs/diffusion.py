@@ -35,6 +35,13 @@ class ScheduleConfig(PluginConfig, ABC):
         """Whether SNR(T) = 0. Then eps is uninformative at T, and sampling must start at T."""
         return False
 
+    def depends_on_size(self) -> bool:
+        """Whether the class has `for_size(grid)`: the schedule for latents of this size (a Clip).
+
+        The training step and the samplers then use that schedule.
+        """
+        return False
+
     def finds_times(self) -> bool:
         """Whether the class has `time_of(level)`: t of noise levels sigma / alpha, same shape."""
         return False

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from plugins.schedule.flow import Flow
+from sandbox.config import registry
+from sandbox.config.wiring import wire
+from sandbox.contracts import Clip
+from sandbox.data.loader import batches
 from sandbox.data.randomness import Keyed
+from sandbox.training.build import build_system
+from tests.training_sessions import small
 
 
 def made(**settings) -> Flow:
@@ -120,3 +126,80 @@ def test_other_spacings_are_refused():
     assert problem.startswith("spacing='uniform'")
     with pytest.raises(ValueError, match="spacing='uniform'"):
         made().times(20, "uniform")
+
+
+# --- a shift from the size of the latents ---------------------------------------------------------
+
+
+def positions(n: int) -> Clip:
+    return Clip(4, 1, n // 32, 32)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1000, 4096, 9000])
+def test_the_linear_rule_equals_the_dynamic_shift_of_diffusers(tokens):
+    """Of Flux, whose tokens are patches of 2 x 2 latent positions."""
+    flux = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux")
+    judge = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True
+    )
+    steps = 10
+    even = [1 - i / steps for i in range(steps)]
+    judge.set_timesteps(sigmas=even, mu=flux.calculate_shift(tokens))
+    flow = made(size_shift="linear", t_start=1.0).for_size(positions(4 * tokens))
+    torch.testing.assert_close(flow.times(steps, "trailing"), judge.sigmas[:-1])
+
+
+def test_the_square_root_rule_multiplies_the_noise_level_by_that_of_the_sizes():
+    """Esser et al., eq. 23: alpha = 2 for four times as many positions."""
+    flow = made(size_shift="sqrt", base_positions=1024, shift=3.0, t_start=1.0)
+    times = [flow.for_size(positions(n)).times(8, "trailing").double() for n in (1024, 4096)]
+    torch.testing.assert_close(times[0], made(shift=3.0, t_start=1.0).times(8, "trailing").double())
+    base, large = (t[1:] / (1 - t[1:]) for t in times)  # the first is pure noise
+    torch.testing.assert_close(large, 2 * base, rtol=1e-4, atol=0)
+    video = flow.for_size(Clip(4, 4, 32, 32)).times(8, "trailing").double()
+    assert torch.equal(video, times[1])
+
+
+def test_training_times_are_those_of_the_shifted_schedule():
+    draws = Keyed(0, 0, torch.arange(64), 64)
+    flow = made(size_shift="sqrt", base_positions=1024)
+    found = flow.for_size(positions(9 * 1024)).draw_t(draws)
+    assert torch.equal(found, made(shift=3.0).draw_t(draws))
+
+
+def test_without_a_rule_the_size_changes_nothing():
+    flow = made()
+    assert flow.for_size(positions(4096)) is flow
+    assert not flow.cfg.depends_on_size()
+
+
+def test_training_and_sampling_use_the_schedule_for_the_size_of_their_latents():
+    """Both see it through the times that the backbone gets."""
+    wiring = wire(small("schedule.size_shift=sqrt", "schedule.base_positions=1", "guidance=none"))
+    system = build_system(wiring).eval()
+    seen: list[torch.Tensor] = []
+    system.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    batch = next(batches(registry.create(wiring.root.data).split("val"), 2, 0))
+    draws, grid = system.draws(batch), wiring.grids[0]
+    expected = Flow(wiring.root.schedule).for_size(grid)
+    assert expected.cfg.shift == pytest.approx((grid.frames * grid.height * grid.width) ** 0.5)
+    system.step(batch, draws)
+    assert torch.equal(seen[0], (expected.draw_t(draws) * 1000).clamp_max(999.9999))
+    seen.clear()
+    system.sample(batch, steps=2)
+    times = expected.times(2, "trailing") * 1000
+    torch.testing.assert_close(torch.stack([t[0] for t in seen]), times, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"size_shift": "log"}, "size_shift"),
+        ({"size_shift": "linear", "max_positions": 1024}, "max_positions"),
+        ({"size_shift": "sqrt", "base_positions": 0}, "base_positions"),
+        ({"log_shifts": (0.5,)}, "log_shifts has 1 entries: want 2, one for each size"),
+    ],
+)
+def test_wrong_rules_are_named(settings, named):
+    (problem,) = Flow.Config(**settings).problems()
+    assert problem.partition("=")[0] == named
