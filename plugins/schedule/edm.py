@@ -31,8 +31,10 @@ class EDM(Continuous):
 
         sigma_min, sigma_max: lowest and highest noise level; sampling goes from the highest through
         the lowest to clean latents. mean, std: of ln(s) in training, cut to that range. rho: higher
-        values make shorter steps near the lowest level. The defaults are the published values,
-        which are for sigma_data = 0.5, doubled: latents have a standard deviation near 1.
+        values make shorter steps near the lowest level. The defaults of the levels are the
+        published ones, for sigma_data = 0.5, doubled, as latents have a standard deviation near 1;
+        mean=-0.5 is the published mean for such latents. The default favours noisy levels, as that
+        of schedule=flow does: frames of a clip are similar.
         """
 
         kind: ClassVar[str] = "continuous"
@@ -42,7 +44,7 @@ class EDM(Continuous):
         sigma_max: float = 160.0
         sigma_data: float = 1.0
         rho: float = 7.0
-        mean: float = -0.5
+        mean: float = 1.0
         std: float = 1.2
         t_draw: str = "stratified"
 
