@@ -218,7 +218,10 @@ class LatentDiffusion(Trainable):
     def offloaded_modules(self, *parts: Any) -> list[Any]:
         """The frozen modules of `parts`, which trainer.low_vram keeps on the CPU."""
         is_on = self.root.trainer.low_vram
-        return [module for part in parts for module in frozen_in(part)] if is_on else []
+        found = (
+            [part for part in parts if part is not None] if is_on else []
+        )  # features are optional
+        return [module for part in found for module in frozen_in(part)]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to the dtype of a frozen backbone, for calls outside the trainer's autocast."""

@@ -11,6 +11,7 @@ from sandbox.contracts import ConfigError
 from sandbox.storage import checkpoint, weight_files
 from sandbox.training.build import load_system
 from sandbox.training.loop import fit
+from sandbox.training.validation import training_losses
 from tests.training_sessions import differing, session, small, train_until
 
 ENGINE = ("optimizer=schedule_free_adamw", "lr_schedule=constant", "ema=none", "steps=6")
@@ -104,7 +105,7 @@ def test_files_samples_and_validation_use_the_averages(tmp_path):
         training.validate(4)
         with training.ema_weights():
             assert not differing(averages, {n: parameters[n].detach() for n in averages})
-            inside = training._losses(_val(training), 4)["loss"]
+            inside = training_losses(training.system.eval(), _val(training), 4)["loss"]
         assert training.measured[1]["val/loss"] == inside
         assert not differing(before, {n: p.detach() for n, p in parameters.items()})
         training.save_weights(tmp_path / "files")
