@@ -50,6 +50,9 @@ class DDIM(Solver):
         end: str = "clean"
         landing: str = "next"
 
+        def recombines(self) -> bool:
+            return True
+
         def problems(self) -> Iterator[str]:
             yield from super().problems()
             yield from in_range("eta", self.eta, 0, 1)

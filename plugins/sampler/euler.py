@@ -19,7 +19,8 @@ class Euler(Solver):
 
     @dataclass
     class Config(SamplerConfig):
-        pass
+        def recombines(self) -> bool:
+            return True
 
     def solve(self, run: Trajectory, z: Tensor, draws: Draws) -> Tensor:
         for step, _, (alpha, sigma) in run:

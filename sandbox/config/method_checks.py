@@ -17,6 +17,7 @@ def method_problems(root: Root, valid: Valid) -> Iterator[str]:
     yield from scalars(root, valid)
     yield from cached_frames(root, valid)
     yield from samplers(root, valid)
+    yield from chosen_noise(root, valid)
     yield from learned_guidance(root, valid)
     yield from forward_mode(root, valid)
     yield from features(root, valid)
@@ -86,6 +87,18 @@ def samplers(root: Root, valid: Valid) -> Iterator[str]:
     if valid("method", "sampler"):
         where = f"sampler={name_of(root.sampler)}, method={name_of(root.method)}"
         yield from (f"{where}: {p}" for p in root.method.accepts_sampler(root.sampler))
+
+
+def chosen_noise(root: Root, valid: Valid) -> Iterator[str]:
+    """A guidance that chooses the noise of a step has a sampler that adds it."""
+    if not valid("sampler", "guidance") or root.sampler.recombines():
+        return
+    if root.guidance.chooses_noise():
+        yield (
+            f"guidance={name_of(root.guidance)} chooses the noise that a step adds, and "
+            f"sampler={name_of(root.sampler)} steps from the clean estimate: use "
+            f"{options('sampler', lambda c: c.recombines(), last='')}"
+        )
 
 
 def learned_guidance(root: Root, valid: Valid) -> Iterator[str]:

@@ -53,6 +53,7 @@ def denoise(
     order = tuple(p for p, _ in passes)
     cond_of = dict(passes)
     networks = {STUDENT: backbone, **(guides or {})}
+    chosen = ChosenNoise(schedule, hooks) if guidance.cfg.chooses_noise() else None
 
     @cache
     def groups(active: tuple[Pass, ...]) -> list[tuple[list[Pass], Conditions]]:
@@ -84,9 +85,12 @@ def denoise(
             return z_t
         if progress:
             progress(step, steps)
-        return guidance.combine([outs[p] for p in active], t, step, steps)
+        found = [outs[p] for p in active]
+        if chosen is not None:
+            chosen.z_t, chosen.raw = z_t, guidance.noise(found, t, step, steps)  # type: ignore[attr-defined]
+        return guidance.combine(found, t, step, steps)
 
-    return sampler(model, schedule, z, steps, draws, hooks)
+    return sampler(model, schedule, z, steps, draws, chosen or hooks)
 
 
 def _of_frames(cond: Conditions, first: int, count: int) -> Conditions:
@@ -131,6 +135,23 @@ class PlainHooks:
 
     def denoised(self, d: Denoised, t: Tensor) -> Denoised:
         return d
+
+
+class ChosenNoise(PlainHooks):
+    """Steps add the noise of the output `raw` at `z_t`, which guidance chose; then `hooks`."""
+
+    z_t: Tensor
+    raw: Tensor
+
+    def __init__(self, schedule: Schedule, hooks: Hooks | None) -> None:
+        self.schedule, self.hooks = schedule, hooks or PlainHooks()
+
+    def before(self, z_t: Tensor, t: Tensor) -> Tensor:
+        return self.hooks.before(z_t, t)
+
+    def denoised(self, d: Denoised, t: Tensor) -> Denoised:
+        eps = self.schedule.denoised(self.raw, self.z_t.to(d.z0.dtype), t).eps
+        return self.hooks.denoised(Denoised(d.z0, eps, d.log_variance), t)
 
 
 class KnownRegion(PlainHooks):

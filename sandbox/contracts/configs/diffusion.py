@@ -177,6 +177,10 @@ class SamplerConfig(PluginConfig):
         """Names of the numbers that it passes besides t; the method must train them."""
         return ()
 
+    def recombines(self) -> bool:
+        """Whether a step adds the estimates of z0 and noise, so that guidance may choose both."""
+        return False
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -208,6 +212,13 @@ class GuidanceConfig(PluginConfig):
         `signals`: those that can be dropped. Without any, classifier-free guidance has one pass.
         """
         return (FULL,)
+
+    def chooses_noise(self) -> bool:
+        """Whether it has `noise(outs, t, step, steps)`: the raw output whose noise a step adds.
+
+        The clean estimate is that of `combine`.
+        """
+        return False
 
     def skipped(self) -> tuple[str, ...]:
         """Names of the backbone modules that a pass skips."""
