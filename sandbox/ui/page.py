@@ -132,15 +132,22 @@ def blocks(runs: Runs, own: Path, begin: str | None) -> Any:
                       api_name="report")  # fmt: skip
 
         def refresh() -> tuple[Any, ...]:
-            names = runs.names()
-            one = begin if begin in names else next(iter(names), None)
+            names = runs.readable(runs.names(), begin)
+            one = next(iter(names), None)
             lists = gr.Dropdown(choices=names, value=one), gr.Dropdown(choices=["", *names])
             description = runs.description(one) if one else ""
-            return *lists, description, *inputs(gr, runs, one), gr.Dropdown(choices=runs.pages())
+            fields = inputs(gr, runs, one)
+            return *lists, description, *fields, not_usable(runs), gr.Dropdown(choices=runs.pages())
 
         outputs = [run, other, *shown, report]
         page.load(showing_errors()(refresh), outputs=outputs, api_visibility="private")
     return page
+
+
+def not_usable(runs: Runs) -> str:
+    """The runs that cannot be read, in grey, with the reason of each."""
+    lines = [f"<br>`{name}`: {escape(why)}" for name, why in runs.unusable.items()]
+    return f'<span style="opacity:0.6">Not usable:{"".join(lines)}</span>' if lines else ""
 
 
 def inputs(gr: Any, runs: Runs, name: str | None) -> tuple[Any, ...]:
@@ -171,6 +178,7 @@ def _sample_tab(gr: Any, runs: Runs, own: Path, begin: str | None) -> tuple[Any,
         with gr.Column(scale=2, min_width=320):
             run, weights = run_row("run", names, begin)
             description = gr.Markdown()
+            unusable = gr.Markdown()
             other, other_weights = run_row("compare with (optional)", ["", *names], None)
             prompts = gr.Textbox(label="prompts, one per line", lines=3)
             with gr.Accordion("conditioning images", visible=False) as images, gr.Row():
@@ -200,7 +208,7 @@ def _sample_tab(gr: Any, runs: Runs, own: Path, begin: str | None) -> tuple[Any,
                description, api_name="about")  # fmt: skip
     run.change(showing_errors()(lambda name: inputs(gr, runs, name)), run, [images, *ends],
                api_visibility="private")  # fmt: skip
-    return run, other, [description, images, *ends]
+    return run, other, [description, images, *ends, unusable]
 
 
 def _handler(gr: Any, runs: Runs, own: Path) -> Callable[..., Any]:

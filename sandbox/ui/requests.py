@@ -15,7 +15,7 @@ from typing import Any
 from sandbox.cli.jobs import check_and_wire, resolve_run
 from sandbox.config import composition, discovery, registry
 from sandbox.config.root import to_root
-from sandbox.contracts import ConfigError
+from sandbox.contracts import ConfigError, SandboxError
 from sandbox.runs.lookup import TRAINED_BY, inherited_options, read_root, task_of
 from sandbox.runs.run import Run
 
@@ -72,6 +72,7 @@ class Runs:
 
     folder: Path
     plugins_path: str | None = None
+    unusable: dict[str, str] = field(default_factory=dict)  # run that cannot be read -> reason
 
     def __post_init__(self) -> None:
         self.folder = self.folder.resolve()
@@ -93,15 +94,42 @@ class Runs:
         return sorted(files, key=lambda p: (-p.stat().st_mtime_ns, str(p)))
 
     def names(self) -> list[str]:
-        """Runs that can be sampled from, newest first, with each of several checkpoints."""
+        """Runs that can be sampled from, newest first, with each of several checkpoints.
+
+        Sets `unusable`.
+        """
         from sandbox.storage.checkpoint import steps_in
 
-        names = []
+        names, unusable = [], {}
         for run in (path.parent for path in self.newest("*/config.yaml")):
-            steps = steps_in(run / "checkpoints")
-            if steps and task_of(run) == TRAINED_BY:
+            try:
+                steps = steps_in(run / "checkpoints") if task_of(run) == TRAINED_BY else []
+            except (SandboxError, OSError) as e:  # damaged, or deleted meanwhile
+                unusable[run.name] = str(e)
+                continue
+            if steps:
                 names += [run.name, *(f"{run.name}@{step}" for step in steps if len(steps) > 1)]
+        self.unusable = unusable
         return names
+
+    def readable(self, names: list[str], first: str | None) -> list[str]:
+        """`names` with `first`, or else the newest run that can be read, in front.
+
+        Runs before it that cannot be read, such as one whose plugin is missing, become `unusable`.
+        """
+        left = [first, *names] if first in names else [*names]
+        for name in left:
+            run = name.partition("@")[0]
+            if run in self.unusable:
+                continue
+            try:
+                self.description(name)
+            except (SandboxError, OSError) as e:
+                self.unusable[run] = str(e)
+            else:
+                others = (n for n in names if n.partition("@")[0] not in self.unusable)
+                return [name, *(n for n in others if n != name)]
+        return []
 
     def resolve(self, name: str | None) -> tuple[Path, int | None]:
         """Folder and step of "NAME" or "NAME@STEP". Raises ConfigError."""

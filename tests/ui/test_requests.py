@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sandbox.config import composition, discovery
-from sandbox.config.root import to_root
+from sandbox.config.root import to_container, to_root
 from sandbox.contracts import ConfigError
+from sandbox.ui.page import not_usable
 from sandbox.ui.requests import Request, Runs, captions_of, quoted
+from tests.training_sessions import small
 
 TEXTS = ["a red 3", "it's", 'say "no"', "a, b]", "a=b", "${oc.env:HOME}", "back\\slash", "tail\\",
          "\\${seed}", "$5 {now}", "#1; (two)", "", "null", "1e3"]  # fmt: skip
@@ -37,6 +41,28 @@ def test_nothing_outside_the_folder_has_a_name(runs, name):
 def test_links_that_lead_out_are_not_listed(runs):
     assert runs.names() == []
     assert runs.pages() == []
+
+
+def run_of(runs: Runs, name: str, config: str) -> None:
+    """A run folder with a checkpoint."""
+    (runs.folder / name / "checkpoints").mkdir(parents=True)
+    (runs.folder / name / "config.yaml").write_text(config)
+    for ending in ("ckpt", "json"):
+        (runs.folder / name / "checkpoints" / f"step_00000001.{ending}").touch()
+
+
+def test_a_run_that_cannot_be_read_is_named_with_its_reason(runs):
+    run_of(runs, "damaged", "task: [")
+    lost = to_container(small()) | {"vae": {"plugin": "vae/lost"}}
+    run_of(runs, "lost", yaml.safe_dump(lost))
+    run_of(runs, "good", yaml.safe_dump(to_container(small())))
+    for name, age in (("good", 9), ("lost", 5), ("damaged", 1)):
+        os.utime(runs.folder / name / "config.yaml", (2e9 - age, 2e9 - age))
+    names = runs.names()
+    assert names == ["lost", "good"] and [*runs.unusable] == ["damaged"]
+    assert runs.readable(names, None) == ["good"]
+    assert "vae=lost" in runs.unusable["lost"] and "config.yaml" in runs.unusable["damaged"]
+    assert all(name in not_usable(runs) for name in ("damaged", "lost"))
 
 
 @pytest.mark.parametrize("name", ["", None, "one", ".", "two", "one@x"])
