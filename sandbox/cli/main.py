@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from sandbox.cli.command_line import SHOW, Line, parse, take_seeds
 from sandbox.cli.errors import BUG, report
@@ -91,19 +92,21 @@ def _hydra_output(line: Line) -> int:
         print(f"Hydra {version('hydra-core')}")
         return 0
     part = line.flags.get("--package")
+    cfg: Any = None
     if line.flags.keys() & SHOW.keys():
         cfg = line.compose(line.overrides)
         if "--resolve" in line.flags:
             to_root(cfg)  # its errors name the setting
         if part and OmegaConf.select(cfg, part) is None:
             raise ConfigError(f"--package {part}: there is no such part of the configuration")
-    hydra = recipes.hydra(CONF, GROUPS)
     overrides = [*line.overrides, *hydra_compose.search_path(line.overrides, line.config_dir)]
+    shown = line.flags.get("--cfg")
+    hydra = recipes.shown(cfg) if shown else recipes.hydra(CONF, GROUPS)
     if "--shell-completion" in line.flags:
         _check_completion(line.overrides)
         discovery.setup(os.environ.get("COMP_LINE", "").split())
         hydra.shell_completion(line.config_name, overrides)
-    elif shown := line.flags.get("--cfg"):
+    elif shown:
         hydra.show_cfg(line.config_name, overrides, shown, part, "--resolve" in line.flags)
     else:
         hydra.show_info(line.flags["--info"] or "all", line.config_name, overrides)

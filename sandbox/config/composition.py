@@ -14,7 +14,7 @@ from typing import Any
 
 from sandbox.config import registry
 from sandbox.config.discovery import chosen_plugin, conf_folders, options, setup
-from sandbox.config.hydra_compose import compose_raw, errors, is_option_list
+from sandbox.config.hydra_compose import compose_reported, errors, is_option_list
 from sandbox.config.overrides import is_valid, key, parse, value, with_quotes
 from sandbox.config.registry import SEVERAL
 from sandbox.config.root import GROUPS, Root, from_container
@@ -81,7 +81,7 @@ def compose(
     try:
         if any(is_option_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
             raise ValueError("a list of options")  # Hydra would merge them
-        cfg = compose_raw(overrides, config, config_dir, report=True)
+        cfg, may_set_hydra = compose_reported(overrides, config, config_dir)
     except errors() as e:
         from sandbox.config.setting_errors import explain
 
@@ -90,8 +90,9 @@ def compose(
         from sandbox.config.setting_errors import explain_cycle
 
         raise explain_cycle(overrides, config_dir) from e
-    safety.check(cfg, overrides, config, config_dir)
-    remember(safety.plain(cfg))
+    settings = safety.plain(cfg)
+    safety.check(settings, may_set_hydra, overrides, config, config_dir)
+    remember(settings)
     return cfg
 
 

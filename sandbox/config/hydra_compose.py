@@ -26,12 +26,26 @@ def errors() -> tuple[type[Exception], ...]:
 
 
 def compose_raw(
-    overrides: Sequence[str],
-    config: str = "config",
-    config_dir: str | None = None,
-    report: bool = False,
+    overrides: Sequence[str], config: str = "config", config_dir: str | None = None
 ) -> Any:
-    """The DictConfig that Hydra composes; `report` logs the settings omitted from a recipe."""
+    """The DictConfig that Hydra composes."""
+    return _composed(overrides, config, config_dir)[0]
+
+
+def compose_reported(
+    overrides: Sequence[str], config: str, config_dir: str | None
+) -> tuple[Any, bool]:
+    """As `compose_raw`, and whether a preset or recipe may set anything under `hydra`.
+
+    Logs the settings omitted from a recipe.
+    """
+    cfg, loader = _composed(overrides, config, config_dir)
+    loader.report()
+    return cfg, loader.may_set_hydra or any("hydra" in o for o in overrides)
+
+
+def _composed(overrides: Sequence[str], config: str, config_dir: str | None) -> tuple[Any, Any]:
+    """The DictConfig and the loader that composed it."""
     from hydra.types import RunMode
 
     from sandbox.config import recipes
@@ -39,9 +53,7 @@ def compose_raw(
     hydra = recipes.hydra(CONF, GROUPS)
     overrides = [*overrides, *search_path(overrides, config_dir)]
     cfg = hydra.compose_config(config, overrides, RunMode.RUN, from_shell=False)
-    if report:
-        hydra.config_loader.report()  # type: ignore[attr-defined]
-    return cfg
+    return cfg, hydra.config_loader
 
 
 def search_path(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.defaults_list import Overrides, create_defaults_list
 from hydra._internal.hydra import Hydra
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.default_element import ConfigDefault, GroupDefault
+from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, open_dict
 
@@ -32,6 +33,12 @@ from sandbox.config.overrides import parse
 from sandbox.config.registry import SEVERAL
 from sandbox.config.yaml_files import FileConfigSource
 
+# What Hydra itself chooses under `hydra` in our primary configuration
+OF_HYDRA = {
+    "hydra/config", "hydra/hydra_logging/none", "hydra/job_logging/none", "hydra/launcher/basic",
+    "hydra/sweeper/basic", "hydra/output/default", "hydra/help/default",
+    "hydra/hydra_help/default", "hydra/env/default",
+}  # fmt: skip
 RECIPE = "config_path=experiment/"  # prefix of recipes in the cache of Hydra's repository
 
 log = logging.getLogger(__name__)
@@ -46,6 +53,13 @@ def hydra(conf: Path, groups: Collection[str]) -> Hydra:
     return Hydra("sandbox", RecipeLoader(create_config_search_path(str(conf)), groups))
 
 
+def shown(cfg: DictConfig) -> Hydra:
+    """Hydra for `show_cfg` of a configuration that is composed already."""
+    hydra = Hydra("sandbox", RecipeLoader(ConfigSearchPathImpl(), ()))
+    hydra.compose_config = lambda *_, **__: cfg
+    return hydra
+
+
 class RecipeLoader(ConfigLoaderImpl):
     """Hydra's loader without a recipe's settings of groups whose option was swapped."""
 
@@ -54,6 +68,7 @@ class RecipeLoader(ConfigLoaderImpl):
         self.groups = tuple(groups)
         self.recipe: str | None = None
         self.omitted: list[str] = []  # groups that the last command line swapped
+        self.may_set_hydra = True  # whether a preset or recipe of it may set anything under `hydra`
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]
@@ -69,6 +84,12 @@ class RecipeLoader(ConfigLoaderImpl):
         self.omitted = [name for name in dropped if name.partition(".")[0] in named]
         return parsed, repo
 
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: IConfigRepository
+    ) -> DictConfig:
+        self.may_set_hydra = any(_may_set_hydra(default, repo) for default in defaults)
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
     def report(self) -> None:
         """Logs one line with the groups whose settings were omitted from the recipe.
 
@@ -77,6 +98,21 @@ class RecipeLoader(ConfigLoaderImpl):
         if groups := ", ".join(dict.fromkeys(g for g in self.omitted if g != "task")):
             _log_once(f"experiment={self.recipe}: its settings of {groups} are omitted, because "
                       "another option is chosen")  # fmt: skip
+
+
+def _may_set_hydra(default: ResultDefault, repo: IConfigRepository) -> bool:
+    """Whether a file other than the primary configuration has a place under `hydra`.
+
+    False only where none can have one; Hydra's own options are those of OF_HYDRA.
+    """
+    path = default.config_path or ""
+    if default.primary or (loaded := repo.load_config(path)) is None:
+        return False
+    if path in OF_HYDRA and not loaded.path.startswith("file://"):
+        return False
+    package, config = default.package or "", loaded.config
+    has_key = not isinstance(config, DictConfig) or "hydra" in config
+    return package.startswith("hydra") or (package in ("", "_global_") and has_key)
 
 
 @cache

@@ -19,15 +19,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sandbox.config.conformance import check_plugin
 from sandbox.config.moved_names import OLD_METHODS
-from sandbox.config.static_reader import first_line, line_in, read
+from sandbox.config.reading_cache import ReadingCache
+from sandbox.config.static_reader import LaterReading, Reading, first_line, line_in
 from sandbox.contracts import ConfigError, PluginConfig, PluginError
 
 ENTRY_POINTS = "sandbox.plugins"
@@ -49,11 +50,24 @@ class Plugin:
     name: str
     module: str  # import name
     path: Path | None  # None: registered by running code, such as a notebook cell
-    doc: str = ""  # first line of the class docstring
-    config: type[PluginConfig] | None = None
-    error: str | None = None
-    helpers: tuple[type, ...] = ()  # further classes that the Config uses
+    reading: Reading | LaterReading = field(default_factory=Reading)
     stamp: tuple[int, int] | None = None  # (mtime, size) of the file that was read
+
+    @property
+    def doc(self) -> str:
+        return self.reading.doc
+
+    @property
+    def config(self) -> type[PluginConfig] | None:
+        return self.reading.config
+
+    @property
+    def helpers(self) -> tuple[type, ...]:
+        return self.reading.helpers
+
+    @property
+    def error(self) -> str | None:
+        return self.reading.error
 
     @property
     def key(self) -> str:
@@ -89,7 +103,8 @@ def register(group: str, name: str) -> Callable[[T], T]:
         else:
             if not is_dataclass(getattr(cls, "Config", None)):
                 raise PluginError(f"{key}: {cls.__name__} needs a nested dataclass named Config")
-            _add(Plugin(group, name, cls.__module__, path, first_line(cls.__doc__), cls.Config))  # type: ignore[attr-defined]
+            reading = Reading(first_line(cls.__doc__), cls.Config)  # type: ignore[attr-defined]
+            _add(Plugin(group, name, cls.__module__, path, reading))
         check_plugin(cls, group, name, _plugins[key].place)
         _classes[key] = cls
         return cls
@@ -116,7 +131,7 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
     is the parent of the subfolders' groups. Skips `conf`, `tests` and names that start with "_" or
     "." (helpers). Raises PluginError if another file has the same plugin name.
     """
-    prefix = package or _package_of(folder)
+    prefix, cache = package or _package_of(folder), ReadingCache(folder)
     for path in sorted(_python_files(folder)):
         parts = list(path.relative_to(folder).with_suffix("").parts)
         is_plugin = (group or len(parts) > 1) and parts[0] not in NOT_GROUPS
@@ -131,10 +146,11 @@ def discover(folder: Path, package: str | None, group: str = "") -> None:
             stamp = (path.stat().st_mtime_ns, path.stat().st_size)
         if known is None or known.stamp not in (None, stamp):
             module = ".".join((prefix, *parts))
-            reading = read(path, module, full_group, parts[-1])
-            plugin = Plugin(full_group, parts[-1], module, path, **vars(reading), stamp=stamp)
+            reading = cache.read(path, module, full_group, parts[-1])
+            plugin = Plugin(full_group, parts[-1], module, path, reading, stamp)
             _forget(plugin)
             _add(plugin)
+    cache.write()
 
 
 def _python_files(folder: Path) -> Iterator[Path]:
@@ -186,27 +202,14 @@ def discover_entry_points() -> None:
 
 
 def _add(plugin: Plugin) -> None:
-    from hydra.core.config_store import ConfigStore
+    from sandbox.config import config_store
 
-    _plugins[plugin.key] = plugin
-    if plugin.config is None:
-        _remove_config(plugin)
-    else:
-        node = plugin.config(plugin=plugin.key)
+    _plugins[plugin.key], own = plugin, (plugin.group, plugin.name)
+    if plugin.error is None:
         package = f"{plugin.group}.{plugin.name}" if plugin.group in SEVERAL else None
-        ConfigStore.instance().store(
-            plugin.name, node, plugin.group, package, provider=plugin.place
-        )
-
-
-def _remove_config(plugin: Plugin) -> None:
-    """Removes from the ConfigStore what an earlier version of a now broken file stored."""
-    from hydra.core.config_store import ConfigStore
-
-    node: Any = ConfigStore.instance().repo
-    for part in plugin.group.split("/"):
-        node = node.get(part, {})
-    node.pop(f"{plugin.name}.yaml", None)
+        config_store.put(*own, partial(default, *own), package, plugin.place)
+    else:
+        config_store.remove(*own)
 
 
 def _duplicate(key: str, first: str, second: str) -> str:
@@ -265,7 +268,7 @@ def find(key: str) -> Plugin:
             f"{group}={name}: no such plugin{nearest(name, names)}" if names
             else f"{key}: no such plugin{nearest(key, list(_plugins))}"
         )  # fmt: skip
-    if plugin.error:
+    if plugin.config is None:
         raise PluginError(f"{plugin.group}={plugin.name} is broken: {plugin.error}")
     return plugin
 

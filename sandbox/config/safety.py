@@ -38,10 +38,20 @@ def refuse_code(overrides: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | None) -> None:
-    """Raises ConfigError for code in a composed configuration, and for recipes that set `hydra`."""
-    settings = plain(cfg)
-    hydra = settings.pop("hydra", {})
+def check(
+    cfg: dict[Any, Any],
+    may_set_hydra: bool,
+    overrides: Sequence[str],
+    config: str,
+    config_dir: str | None,
+) -> None:
+    """Raises ConfigError for code in a composed configuration, and for recipes that set `hydra`.
+
+    `cfg`: plain containers. `may_set_hydra`: whether a recipe or preset may have done so; only then
+    the settings under `hydra` are composed again without recipes, for comparison.
+    """
+    settings = {k: v for k, v in cfg.items() if k != "hydra"}
+    hydra = cfg.get("hydra", {})
     problems = [f"{path}: {path.rpartition('.')[2]} {RUNS_CODE}" for path, _ in _calls(settings)]
     problems += [
         f"hydra.{path}={target}: runs code from outside Hydra; choose a launcher by its name, such "
@@ -54,7 +64,11 @@ def check(cfg: Any, overrides: Sequence[str], config: str, config_dir: str | Non
     problems += [
         f"hydra.{path}: set by {_files_with_hydra(hydra)}; only the command line may set anything "
         "under hydra"
-        for path in _differences(_without_recipes(own, config, config_dir), _settings(hydra))
+        for path in (
+            _differences(_without_recipes(own, config, config_dir), _settings(hydra))
+            if may_set_hydra
+            else ()
+        )
     ]
     if problems:
         raise ConfigError(*problems)

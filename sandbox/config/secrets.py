@@ -182,8 +182,7 @@ def _words_of_program(plugins: int) -> frozenset[str]:
 
     found = {"offline", "online", "disabled", "cached", "auto"}
     for plugin in registry.plugins():
-        values = vars(plugin.config).values() if plugin.config else ()
-        found |= {plugin.group, plugin.name, *(v for v in values if isinstance(v, str))}
+        found |= {plugin.group, plugin.name, *plugin.reading.words}
     return frozenset(found)
 
 

@@ -8,11 +8,14 @@ library, `sandbox.contracts` and `plugins._configs` (which obeys the same rule),
 from __future__ import annotations
 
 import ast
+import marshal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from sandbox.config.conformance import check_config
@@ -32,17 +35,72 @@ class Reading:
     config: type[PluginConfig] | None = None
     helpers: tuple[type, ...] = ()  # further classes that the Config uses
     error: str | None = None
+    compiled: Compiled | None = None  # only of a file without an error
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The strings among the attributes of the Config."""
+        values = vars(self.config).values() if self.config else ()
+        return tuple(v for v in values if isinstance(v, str))
 
 
-def read(path: Path, module: str, group: str, name: str) -> Reading:
-    """Reads the plugin `group/name` from a file with the import name `module`. Never raises."""
+@dataclass(frozen=True)
+class Compiled:
+    """A Config that was read without an error, as code that defines it again."""
+
+    doc: str
+    words: tuple[str, ...]  # as `Reading.words`
+    owner: str  # name of the plugin's class
+    line: int  # of the Config
+    helpers: tuple[str, ...]  # names of the further classes
+    code: bytes  # marshalled
+
+
+class LaterReading:
+    """A `Reading` of a file whose content was read before: its code runs when it is needed."""
+
+    def __init__(self, compiled: Compiled, read: Callable[[], Reading]) -> None:
+        self.doc, self.words, self.compiled, self.read = (
+            compiled.doc,
+            compiled.words,
+            compiled,
+            read,
+        )
+
+    @cached_property
+    def _reading(self) -> Reading:
+        return self.read()
+
+    @property
+    def config(self) -> type[PluginConfig] | None:
+        return self._reading.config
+
+    @property
+    def helpers(self) -> tuple[type, ...]:
+        return self._reading.helpers
+
+    @property
+    def error(self) -> str | None:
+        """None as long as the code has not run: it ran without an error before."""
+        return self._reading.error if "_reading" in vars(self) else None
+
+
+def read(path: Path, module: str, group: str, name: str, text: str | None = None) -> Reading:
+    """Reads the plugin `group/name` from a file with the import name `module`. Never raises.
+
+    `text`: the content of the file, if it is known.
+    """
     found = Reading()
     try:
-        tree = ast.parse(_source(path), str(path))
+        tree = ast.parse(source(path) if text is None else text, str(path))
         cls = _registered_class(tree, group, name)
         found.doc = first_line(ast.get_docstring(cls)) or first_line(ast.get_docstring(tree))
-        found.config, found.helpers = _config_class(tree, cls, module, path)
-        check_config(found.config, group, name, str(path))
+        compiled = _compiled(tree, cls, path, found.doc)
+        config, helpers = _run(compiled, module, path)
+        _check_defaults(config, compiled.line)
+        check_config(config, group, name, str(path))
+        found.config, found.helpers = config, helpers
+        found.compiled = replace(compiled, words=found.words)
     except SyntaxError as e:
         found.error = f"{path}:{e.lineno}: {e.msg}"
     except (OSError, ValueError) as e:  # no access, not UTF-8, a null byte
@@ -54,8 +112,24 @@ def read(path: Path, module: str, group: str, name: str) -> Reading:
     return found
 
 
-def _source(path: Path) -> str:
-    """The text of a regular file of at most LARGEST bytes."""
+def read_again(
+    compiled: Compiled, path: Path, module: str, group: str, name: str, text: str
+) -> LaterReading:
+    """The reading of a file with the content `text`, from what `read` compiled of it before."""
+
+    def run() -> Reading:
+        try:
+            config, helpers = _run(compiled, module, path)
+        except _Unreadable:  # it depends on more than its content
+            return read(path, module, group, name, text)
+        check_config(config, group, name, str(path))
+        return Reading(compiled.doc, config, helpers, None, compiled)
+
+    return LaterReading(compiled, run)
+
+
+def source(path: Path) -> str:
+    """The text of a regular file of at most LARGEST bytes. Raises OSError, ValueError."""
     if not path.is_file():
         raise ValueError("no regular file")
     if (size := path.stat().st_size) > LARGEST:
@@ -81,35 +155,40 @@ def _registered_class(tree: ast.Module, group: str, name: str) -> ast.ClassDef:
     raise _Unreadable(f"no class has the decorator @register({group!r}, {name!r})", 1)
 
 
-def _config_class(
-    tree: ast.Module, cls: ast.ClassDef, module: str, path: Path
-) -> tuple[type[PluginConfig], tuple[type, ...]]:
-    """Executes the Config class and the module-level statements that it needs."""
+def _compiled(tree: ast.Module, cls: ast.ClassDef, path: Path, doc: str) -> Compiled:
+    """The code of the Config class and of the module-level statements that it needs."""
     config = next((n for n in cls.body if isinstance(n, ast.ClassDef) and n.name == "Config"), None)
     if config is None:
         raise _Unreadable(f"{cls.name} needs a nested dataclass named Config", cls.lineno)
     needed = _closure(tree, config)
     body = [n for n in tree.body if n in needed] + [config]
+    helpers = tuple(n.name for n in body if isinstance(n, ast.ClassDef) and n is not config)
+    code: CodeType = compile(ast.Module(body, []), str(path), "exec", dont_inherit=True)
+    return Compiled(doc, (), cls.name, config.lineno, helpers, marshal.dumps(code))
+
+
+def _run(
+    compiled: Compiled, module: str, path: Path
+) -> tuple[type[PluginConfig], tuple[type, ...]]:
+    """Executes the code of a Config; returns it and the further classes. Raises _Unreadable."""
     space: dict[str, Any] = {"__name__": module, "__file__": str(path)}
     try:
         with guarded():
-            exec(compile(ast.Module(body, []), str(path), "exec", dont_inherit=True), space)
+            exec(marshal.loads(compiled.code), space)
             if isinstance(space.get("Config"), type):
                 with suppress(TypeError):  # a field without a default; said below
                     space["Config"]()
     except (Exception, Refused) as e:  # the plugin's own code may raise anything
-        line = line_in(path, e) or config.lineno
+        line = line_in(path, e) or compiled.line
         text = str(e) if isinstance(e, Refused) else f"{type(e).__name__}: {first_line(str(e))}"
         raise _Unreadable(f"Config cannot be read: {text}", line) from e
     cfg = space["Config"]
     if not (isinstance(cfg, type) and is_dataclass(cfg) and issubclass(cfg, PluginConfig)):
         raise _Unreadable(
-            "Config must be a dataclass derived from a Config of sandbox.contracts", config.lineno
+            "Config must be a dataclass derived from a Config of sandbox.contracts", compiled.line
         )
-    cfg.__qualname__ = f"{cls.name}.Config"
-    _check_defaults(cfg, config.lineno)
-    helpers = tuple(space[n.name] for n in body if isinstance(n, ast.ClassDef) and n is not config)
-    return cfg, helpers
+    cfg.__qualname__ = f"{compiled.owner}.Config"
+    return cfg, tuple(space[n] for n in compiled.helpers)
 
 
 def _check_defaults(config: type[PluginConfig], line: int) -> None:
