@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -192,20 +192,40 @@ def manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _verified(path: Path) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
-    """The file and its manifest, whose size and SHA-256 match. Raises StorageError."""
+    """The file and its manifest; its SHA-256 is computed in a thread while the block reads it.
+
+    Raises StorageError where the size, or after the block the hash, is not that of the manifest;
+    this error comes before one of the block.
+    """
     recorded = manifest(path)
-    with opened(path) as file:
+    with opened(path) as file, ThreadPoolExecutor(1) as pool:
         size = os.fstat(file.fileno()).st_size
         if size != recorded["size"]:
             raise StorageError(
                 f"{path}: broken: {size} bytes, its manifest says {recorded['size']}"
             )
-        sha256 = hashlib.sha256()
-        while chunk := file.read(CHUNK):
-            sha256.update(chunk)
-        if sha256.hexdigest() != recorded["sha256"]:
-            raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
-        yield file, recorded
+        hashing = pool.submit(_sha256, file.fileno())
+        try:
+            yield file, recorded
+        finally:
+            if _result(path, hashing) != recorded["sha256"]:
+                raise StorageError(f"{path}: broken: its SHA-256 is not that of its manifest")
+
+
+def _sha256(descriptor: int) -> str:
+    """The SHA-256 of an open file; does not move its position."""
+    sha256, offset, buffer = hashlib.sha256(), 0, memoryview(bytearray(CHUNK))
+    while count := os.preadv(descriptor, [buffer], offset):
+        sha256.update(buffer[:count])
+        offset += count
+    return sha256.hexdigest()
+
+
+def _result(path: Path, hashing: Future[str]) -> str:
+    try:
+        return hashing.result()
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read ({e.strerror or e})") from e
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -217,7 +237,8 @@ def verify(path: Path) -> dict[str, Any]:
 def load(path: Path, device: str = "cpu") -> dict[str, Any]:
     """The saved state. Raises StorageError where file and manifest do not match."""
     with _verified(path) as (file, _):
-        return load_plain(path, file, device)
+        state = load_plain(path, file, device)
+    return state
 
 
 def load_mapped(path: Path) -> dict[str, Any]:

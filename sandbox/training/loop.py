@@ -214,6 +214,7 @@ class Checkpointing(Callback):
         training, cfg = self.training, self.training.root.trainer
         if not training.just_stepped:
             return
+        training.check_saved()
         step, why = training.step, training.rank.agree_to_stop()
         ends = why is not None or step == training.steps
         if ends or step == 1 or step % cfg.log_every == 0:
@@ -222,7 +223,7 @@ class Checkpointing(Callback):
             self.progress.update(step, **{k: f"{v:.4g}" for k, v in shown.items()})
         if ends or self.policy.due(step):
             training.scaler = trainer.precision_plugin.state_dict()
-            training.save()
+            training.save(wait=ends)
         if training.root.ema.writes_snapshot(step, training.steps):
             training.flush()
             training.save_snapshot()

@@ -135,8 +135,12 @@ def start(
         if run.resumed and training.is_first:
             run.rewind(training.step)
         yield training
+        training.writer.wait()
     except BaseException as e:
-        training.trackers.finish(getattr(e, "exit_code", 1))
+        error = training.finish_writing(e)
+        training.trackers.finish(getattr(error, "exit_code", 1))
+        if error is not e:
+            raise error from e
         raise
     training.trackers.finish(0)
 

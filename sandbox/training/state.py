@@ -5,10 +5,12 @@ dropping, sample order and augmentation are keyed by position (`data.randomness`
 re-seeded for every micro-batch, and nothing else is random.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sandbox.contracts import (
     Diverged,
     Preempted,
     SamplerConfig,
+    SandboxError,
     Snapshot,
 )
 from sandbox.data.loader import Loader
@@ -38,10 +41,13 @@ from sandbox.reports import media
 from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
+from sandbox.storage.background import BackgroundWriter, snapshot
 from sandbox.storage.snapshots import write_snapshot
 from sandbox.training.image_rows import image_rows
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
 from sandbox.training.validation import losses_at_times, training_losses
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +79,7 @@ class Training:
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last flushed step
     measured: tuple[int, dict[str, float]] = (0, {})  # step and metrics of the last validation
     buffer: MetricBuffer = field(default_factory=MetricBuffer)
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
 
     @property
     def steps(self) -> int:
@@ -133,17 +140,43 @@ class Training:
         if self.ema and state["ema"]:  # an EMA may be new in a resumed run
             self.ema.load_state_dict(state["ema"])
 
-    def save(self) -> None:
-        """Writes a checkpoint, after the metrics: a resumed run does not repeat their steps."""
+    def save(self, wait: bool = True) -> None:
+        """Writes a checkpoint, after the metrics: a resumed run does not repeat their steps.
+
+        `wait=False` returns after a copy of the state; `check_saved` raises the error of its write.
+        """
         self.flush()
-        state, policy = self.state(), self.root.checkpoint
+        state = self.state()
         if not self.is_first:
             return
+        notes = self.measured[1] if self.measured[0] == self.step else {}
+        # The write before ends first: of two copies one would be too much memory.
+        self.writer.wait()
+        state = state if wait else snapshot(state)
+        self.writer.start(partial(self._write, state, self.step, notes))
+        if wait:
+            self.writer.wait()
+
+    def _write(self, state: dict[str, Any], step: int, notes: dict[str, float]) -> None:
+        """Runs in the writer's thread."""
         try:
-            notes = self.measured[1] if self.measured[0] == self.step else {}
-            checkpoint.save_and_prune(self.run.checkpoints, state, self.step, policy, notes)
+            policy = self.root.checkpoint
+            checkpoint.save_and_prune(self.run.checkpoints, state, step, policy, notes)
         except Diverged as e:
-            raise Diverged(f"step {self.step}: {e}; lower lr={self.root.lr}") from e
+            raise Diverged(f"step {step}: {e}; lower lr={self.root.lr}") from e
+
+    def check_saved(self) -> None:
+        """Raises the error of the last checkpoint's write, if it has ended."""
+        self.writer.check()
+
+    def _finish_writing(self, error: BaseException) -> None:
+        """Before the run ends with an error: completes the checkpoint that is being written."""
+        if isinstance(error, KeyboardInterrupt):  # stops at once
+            return
+        try:
+            self.writer.wait()
+        except (SandboxError, OSError) as e:
+            log.warning("%s", e)
 
     def save_weights(self, folder: Path) -> None:
         """Writes the weights alone, live and EMA."""
