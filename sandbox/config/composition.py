@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from sandbox.config import registry
@@ -81,6 +82,9 @@ def compose(
     try:
         if any(is_option_list(o) and o.partition("=")[0] not in SEVERAL for o in overrides):
             raise ValueError("a list of options")  # Hydra would merge them
+        folders = conf_folders(overrides, config_dir)
+        if any(_is_unknown_option(o, folders) for o in overrides):
+            raise ValueError("an unknown option")  # known without composing
         cfg, may_set_hydra = compose_reported(overrides, config, config_dir)
     except errors() as e:
         from sandbox.config.setting_errors import explain
@@ -94,6 +98,14 @@ def compose(
     safety.check(settings, may_set_hydra, overrides, config, config_dir)
     remember(settings)
     return cfg
+
+
+def _is_unknown_option(override: str, folders: Sequence[Path]) -> bool:
+    """Whether an override certainly chooses an option that its group lacks."""
+    name, _, chosen = override.partition("=")
+    if name not in GROUPS or not re.fullmatch(r"[A-Za-z]\w*", chosen) or chosen == "null":
+        return False
+    return chosen not in options(name, folders)
 
 
 def receive_root(node: dict[str, Any]) -> Root:
