@@ -169,14 +169,20 @@ class Training:
         """Raises the error of the last checkpoint's write, if it has ended."""
         self.writer.check()
 
-    def _finish_writing(self, error: BaseException) -> None:
-        """Before the run ends with an error: completes the checkpoint that is being written."""
+    def finish_writing(self, error: BaseException) -> BaseException:
+        """Completes the checkpoint that is being written; returns the error to end the run with.
+
+        Weights that diverged at the step of the checkpoint come before what followed from them.
+        """
         if isinstance(error, KeyboardInterrupt):  # stops at once
-            return
+            return error
         try:
             self.writer.wait()
         except (SandboxError, OSError) as e:
+            if isinstance(e, Diverged) and isinstance(error, Diverged):
+                return e
             log.warning("%s", e)
+        return error
 
     def save_weights(self, folder: Path) -> None:
         """Writes the weights alone, live and EMA."""

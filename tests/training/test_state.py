@@ -7,6 +7,8 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +22,7 @@ from sandbox.config import registry
 from sandbox.config.compatibility import first_stage_alone
 from sandbox.config.root import to_container
 from sandbox.config.wiring import wire
-from sandbox.contracts import ConfigError, Diverged, Preempted
+from sandbox.contracts import ConfigError, Diverged, Preempted, StorageError
 from sandbox.data.loader import Loader, batches
 from sandbox.distributed.rank import Rank
 from sandbox.model.ema import EMA
@@ -31,6 +33,7 @@ from sandbox.tasks.train_vae import train_vae
 from sandbox.training.build import build_system
 from sandbox.training.first_stage import train_first_stage
 from sandbox.training.loop import Stream, fit
+from tests.bad_files import largest_file
 from tests.training_sessions import differing, record, session, small
 
 EPOCHS = ("data.clips_per_epoch=13", "trainer.log_every=3", "checkpoint.every=5")
@@ -268,6 +271,36 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         weight = next(p for p in training.system.parameters() if p.requires_grad)
         fit(training, [At(training, 5, lambda: weight.data.fill_(math.inf))])
     assert steps_saved(tmp_path) == []
+
+
+def test_a_full_disk_during_a_write_in_the_background_ends_the_run(tmp_path):
+    root = small(*EPOCHS, "steps=9", "checkpoint.every=2", "checkpoint.attempts=1")
+
+    def fill(training, stack):
+        training.writer.wait()  # the checkpoint before is whole
+        stack.enter_context(largest_file(20_000))
+
+    with (
+        ExitStack() as stack,
+        pytest.raises(StorageError, match=r"step 4 cannot be written .*earlier ones are intact"),
+        session(root, tmp_path) as training,
+    ):
+        fit(training, [At(training, 3, lambda: fill(training, stack))])
+    assert steps_saved(tmp_path) == [2]
+    with session(root, tmp_path) as training:
+        assert training.step == 2
+        fit(training, [])
+    assert steps_saved(tmp_path)[-1] == 9
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    root, go = small(*EPOCHS, "steps=9", "checkpoint.every=4"), threading.Event()
+    write = checkpoint.save_and_prune
+    monkeypatch.setattr(checkpoint, "save_and_prune", lambda *a: (go.wait(30), write(*a)))
+    with session(root, tmp_path) as training:
+        seen: list[list[int]] = []
+        fit(training, [At(training, 7, lambda: (seen.append(steps_saved(tmp_path)), go.set()))])
+    assert seen == [[]] and steps_saved(tmp_path)[-1] == 9
 
 
 def skipping(*overrides, limit=10):
