@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import HOME, installed, write
 from sandbox.storage import checkpoint
-from sandbox.storage.background import BackgroundWriter, snapshot
+from sandbox.storage.background import BackgroundWriter, copied_state
 
 
 def state(megabytes: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -57,7 +57,7 @@ def copy_alone(state: dict, folder: Path) -> None:
 
 
 def stall(state: dict, folder: Path) -> None:
-    copied = snapshot(state)
+    copied = copied_state(state)
     WRITER.start(lambda: checkpoint.save(folder / "ours", copied, 1))
 
 

@@ -49,7 +49,7 @@ class BackgroundWriter:
             self._error = e
 
 
-def snapshot(state: Any) -> Any:
+def copied_state(state: Any) -> Any:
     """A copy of plain containers and tensors, with the tensors in memory of the CPU.
 
     Tensors that share their storage do so in the copy, so that the file is the same. Needs as much

@@ -41,7 +41,7 @@ from sandbox.reports import media
 from sandbox.reports.sample_files import FPS, write_clips
 from sandbox.runs.run import Run
 from sandbox.storage import checkpoint, weight_files
-from sandbox.storage.background import BackgroundWriter, snapshot
+from sandbox.storage.background import BackgroundWriter, copied_state
 from sandbox.storage.snapshots import write_snapshot
 from sandbox.training.image_rows import image_rows
 from sandbox.training.tracking import MetricBuffer, Trackers, suspects
@@ -152,7 +152,7 @@ class Training:
         notes = self.measured[1] if self.measured[0] == self.step else {}
         # The write before ends first: of two copies one would be too much memory.
         self.writer.wait()
-        state = state if wait else snapshot(state)
+        state = state if wait else copied_state(state)
         self.writer.start(partial(self._write, state, self.step, notes))
         if wait:
             self.writer.wait()

@@ -13,7 +13,7 @@ import torch
 
 from sandbox.contracts import Diverged, StorageError
 from sandbox.storage import checkpoint
-from sandbox.storage.background import BackgroundWriter, snapshot
+from sandbox.storage.background import BackgroundWriter, copied_state
 from tests.bad_files import largest_file, names
 
 FORK = multiprocessing.get_context("fork")
@@ -31,20 +31,20 @@ def state(step: int) -> dict:
 
 
 def write(writer: BackgroundWriter, folder: Path, step: int, **settings) -> None:
-    copied = snapshot(state(step))
+    copied = copied_state(state(step))
     writer.start(lambda: checkpoint.save(folder, copied, step, **settings))
 
 
 def test_a_copy_is_saved_to_the_same_bytes(tmp_path):
     whole = state(1)
     plain = checkpoint.save(tmp_path / "plain", whole, 1)
-    copied = checkpoint.save(tmp_path / "copied", snapshot(whole), 1)
+    copied = checkpoint.save(tmp_path / "copied", copied_state(whole), 1)
     assert plain.read_bytes() == copied.read_bytes()
 
 
 def test_later_changes_of_the_state_are_not_saved(tmp_path):
     writer, whole = BackgroundWriter(), state(1)
-    copied, go = snapshot(whole), threading.Event()
+    copied, go = copied_state(whole), threading.Event()
     writer.start(lambda: (go.wait(), checkpoint.save(tmp_path, copied, 1)))
     whole["tied"]["a"].fill_(7)
     whole["loader"]["names"].append("y")
@@ -102,7 +102,7 @@ def test_check_raises_without_waiting():
 
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path):
-    writer, bad = BackgroundWriter(), snapshot({"w": torch.tensor([1.0, float("nan")])})
+    writer, bad = BackgroundWriter(), copied_state({"w": torch.tensor([1.0, float("nan")])})
     writer.start(lambda: checkpoint.save(tmp_path, bad, 1))
     with pytest.raises(Diverged):
         writer.wait()
