@@ -42,7 +42,7 @@ from sandbox.storage import weight_files
 from sandbox.training.build import build_system, clips_per_step
 from sandbox.training.first_stage import build_autoencoding
 from sandbox.training.loop import fit
-from sandbox.training.start import start
+from sandbox.training.setup import start
 from sandbox.training.state import Training
 
 WARM, MEASURED = 1, 3  # optimizer steps

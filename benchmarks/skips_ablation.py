@@ -49,7 +49,7 @@ def trained(skips: str, motion: str, seed: int, steps: int, out: Path) -> dict[s
     from sandbox.runs.resume import open_root
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
-    from sandbox.training.start import start
+    from sandbox.training.setup import start
 
     root = compose(
         *COMMON, f"backbone.skips={skips}", f"backbone.motion_module={motion}", f"seed={seed}",

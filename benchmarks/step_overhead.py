@@ -36,7 +36,7 @@ from sandbox.data.loader import Loader
 from sandbox.runs.resume import open_run
 from sandbox.training.build import build_system
 from sandbox.training.loop import fit
-from sandbox.training.start import start
+from sandbox.training.setup import start
 
 CASES = {  # name: overrides
     "default DiT, batch 16": ["data.batch_size=16"],

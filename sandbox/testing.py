@@ -9,6 +9,6 @@ from sandbox.config.root import to_container
 from sandbox.data.randomness import Keyed
 from sandbox.runs.resume import open_root, open_run
 from sandbox.training.loop import fit
-from sandbox.training.start import start
+from sandbox.training.setup import start
 
 __all__ = ["Keyed", "fit", "open_root", "open_run", "perform", "start", "to_container"]

@@ -250,7 +250,7 @@ def train(wiring: Wiring, out: Path) -> Trained:
     from sandbox.runs.resume import open_run
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
-    from sandbox.training.start import start
+    from sandbox.training.setup import start
 
     root = replace(wiring.root, out=str(out), cache=str(out / "cache"))
     wiring = replace(wiring, root=root)

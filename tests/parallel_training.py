@@ -29,7 +29,7 @@ def train(settings: dict[str, Any], rank: Any) -> dict[str, Any]:
     from sandbox.runs.resume import open_on_rank0
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
-    from sandbox.training.start import start
+    from sandbox.training.setup import start
     from tests.training_sessions import Recorder
 
     job = settings["overrides"][0]

@@ -21,7 +21,7 @@ from sandbox.distributed.rank import Rank
 from sandbox.runs.resume import open_root
 from sandbox.training.build import build_system
 from sandbox.training.loop import fit
-from sandbox.training.start import start
+from sandbox.training.setup import start
 from sandbox.training.state import Training
 from tests.helpers import TINY, composed
 

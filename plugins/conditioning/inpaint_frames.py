@@ -105,7 +105,9 @@ class InpaintFrames(nn.Module):
                     f"mask_channels={channels}: {clip.frames} frames become {grid.frames} latent "
                     f"frames; want at least {-(-clip.frames // grid.frames)}, or null"
                 )
-            if clip.frames == 1:  # images among clips: nothing is known
+            if clip.frames == 1 and self.frames is None:
+                raise ConfigError("frames=1: an image has no frames to complete; want clips")
+            if clip.frames == 1:  # images after clips: nothing is known
                 return self
             places(self.known, clip.frames)
             return replace(self.agree(frames=clip.frames), mask_channels=channels)

@@ -83,7 +83,7 @@ OLD_MODULES: dict[str, tuple[str, ...]] = {
     "stored": ("model.cached_latents",),
     "systems": ("training.build",),
     "tracking": ("training.tracking",),
-    "training": ("training.state", "training.loop"),
+    "training": ("training.setup", "training.state", "training.loop"),
     "twins": ("runs.diff",),
     "ui": ("ui.page",),
     "usage": ("cli.help",),

@@ -43,7 +43,7 @@ PRELOAD = (
     "sandbox.tasks.train",
     "sandbox.tasks.train_vae",
     "sandbox.training.loop",
-    "sandbox.training.state",
+    "sandbox.training.setup",
     "av",
     "einops",
     "safetensors.torch",

@@ -54,7 +54,7 @@ def train(settings: dict[str, Any], rank: Rank) -> dict[str, Any]:
     from sandbox.training.build import build_system, check_weights
     from sandbox.training.finish import check_objective, finish_run
     from sandbox.training.loop import fit
-    from sandbox.training.start import check_best, checked_loader, start
+    from sandbox.training.setup import check_best, checked_loader, start
     from sandbox.weights.init_from import init_from
 
     began = time.monotonic()

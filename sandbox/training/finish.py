@@ -65,7 +65,7 @@ def finish_run(
         "skipped": bad,
         "skipped_steps": training.skipped,
         "protocols": own | _at_times(training, own),
-        "val_times": final_means(run),
+        **({"val_times": means} if (means := final_means(run)) else {}),
         "cost": cost(system, seconds),
     }
     if found.each:

@@ -40,7 +40,7 @@ from sandbox.storage.first_stage_files import (
 )
 from sandbox.storage.locks import locked
 from sandbox.training.loop import fit
-from sandbox.training.start import checked_loader, start
+from sandbox.training.setup import checked_loader, start
 
 CALIBRATION_BATCHES = 8  # of 64 clips
 TRAINED_WITH = {

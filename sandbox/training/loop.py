@@ -20,7 +20,7 @@ from sandbox.data.loader import Loader
 from sandbox.data.randomness import seed_dropout, seed_of
 from sandbox.reports.progress import Progress
 from sandbox.runs.protocol import fingerprint
-from sandbox.training.start import check_best_of
+from sandbox.training.setup import check_best_of
 from sandbox.training.state import Training
 from sandbox.training.tracking import suspects
 

@@ -159,7 +159,7 @@ def counted(lines: list[tuple[list[str], str]], folder: Path) -> list[tuple[int,
 
 def test_what_needs_no_training_answers_without_heavy_imports(tmp_path):
     lines = [
-        ("--help", 0, "conditioning    dynamicrafter, none"),
+        ("--help", 0, "conditioning    classes, dynamicrafter"),
         ("--help vae=pca", 0, "vae.components=32"),
         ("--cfg job", 0, "plugin: backbone/dit"),
         ("vae=kl --cfg job --package vae --resolve", 0, "ch_mult:"),

@@ -98,7 +98,7 @@ AT_ONCE: list[tuple[str, tuple[str, ...]]] = [
                                  "null derives the value")),
     ("backbone.scalars=[fps]", ("backbone=dit needs fps", "conditioning=words offers vector")),
     ("data=video_folder data.captions=none", ("conditioning=words needs captions, but data=video_folder provides",
-                                              "use conditioning=none")),
+                                              "conditioning=none or other data")),
     ("schedule=ddpm schedule.zero_terminal_snr=true", ("schedule.prediction='eps'", "zero_terminal_snr=false")),
     ("loss=ldm", ("loss=ldm: needs a schedule with integer times; want schedule=ddpm", "schedule=flow")),
     ("sampler=cogvideox_dpm", ("sampler=cogvideox_dpm: needs integer times; want schedule=ddpm",)),

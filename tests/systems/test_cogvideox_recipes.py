@@ -21,7 +21,8 @@ ROWS = {  # -> kind, parameters of the network and of the LoRA, precision
     "1_5_5b_i2v_lora": ("1.5", 5_571_594_880, 132_120_576, "bf16"),
     "1_5_5b_sft": ("1.5", 5_570_676_352, 0, "bf16"),
 }
-OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage"}
+OF_THE_USER = {"logger", "resume", "kernels", "adapter", "metric", "reconstruction", "stage",
+               "features"}  # fmt: skip
 
 
 def wired(row: str, *more: str) -> Wiring:

@@ -139,7 +139,8 @@ def first_stage() -> AutoencoderKL:
 
 
 def system(**settings) -> LatentDiffusion:
-    root = Root(backbone=UNet3D.Config(), vae=AutoencoderKL.Config(), trainer=TrainerConfig())
+    root = Root(backbone=UNet3D.Config(), vae=AutoencoderKL.Config(), trainer=TrainerConfig(),
+                schedule=SCHEDULE)  # fmt: skip
     parts = Parts(
         first_stage(), conditioner(**settings), stub(Network(), "unet"), DDPM(SCHEDULE),
         LDMLoss(LDMLoss.Config()), Denoising(Denoising.Config()), DDIM(DDIM.Config()),

@@ -21,7 +21,7 @@ from sandbox.model.autoencoding import Autoencoding
 from sandbox.model.components import build
 from sandbox.runs.resume import open_root
 from sandbox.training.loop import fit
-from sandbox.training.start import start
+from sandbox.training.setup import start
 from tests.golden_easyanimate import GOLDEN, by_rule, facts, near, recorded
 from tests.helpers import composed, words
 from tests.training_sessions import StopAfter, differing
