@@ -32,8 +32,9 @@ from sandbox.data.randomness import Keyed
 from sandbox.distributed.rank import Rank
 from sandbox.runs.resume import open_run
 from sandbox.storage import checkpoint
-from sandbox.training import loop, state
+from sandbox.training import loop, setup, state
 from sandbox.training.build import build_system
+from sandbox.training.tracking import MetricBuffer
 
 FEATURES: dict[str, list[tuple[Any, str]]] = {
     "keyed draws: noise, times, dropping": [
@@ -42,7 +43,7 @@ FEATURES: dict[str, list[tuple[Any, str]]] = {
     "dropout seeded for each micro-batch": [(loop, "seed_dropout"), (loop, "seed_of")],
     "ranks agree whether to stop": [(Rank, "agree_to_stop")],
     "metrics kept, checked and written": [
-        (state.Training, "note"), (state.Training, "flush")
+        (MetricBuffer, "add"), (state.Training, "flush")
     ],
     "checkpoint (checked, hashed, synced)": [(checkpoint, "save_and_prune")],
     "order of samples and its state": [(Loader, "state_dict")],
@@ -84,7 +85,7 @@ def main() -> None:
             for feature, calls in FEATURES.items():
                 for owner, name in calls:
                     stack.enter_context(timed(owner, name, seconds, feature))
-            with state.start(system, run, None) as started:
+            with setup.start(system, run, None) as started:
                 began = time.perf_counter()
                 loop.fit(started)
                 total = time.perf_counter() - began

@@ -247,6 +247,7 @@ class Trained:
 
 def train(wiring: Wiring, out: Path) -> Trained:
     """Trains with the real engine in a new run folder below `out`; no scores and no page."""
+    from sandbox.model.sharding import load_tensors
     from sandbox.runs.resume import open_run
     from sandbox.training.build import build_system
     from sandbox.training.loop import fit
@@ -258,6 +259,9 @@ def train(wiring: Wiring, out: Path) -> Trained:
         system = build_system(wiring, run.folder)
         with start(system, run) as training:
             fit(training)
+            averages = training.optimizer_averages()  # what samples and weight files have
+            named = dict(system.named_parameters())
+            load_tensors({name: named[name] for name in averages}, averages)
         losses = [row["loss"] for row in run.metrics().values()]
     return Trained(system, losses, run.folder)
 

@@ -369,7 +369,7 @@ def drawn(cfg: PluginConfig, name: str, hint: Any, generator: random.Random) -> 
     kinds = get_args(hint) or (hint,)
     if type(None) in kinds and generator.random() < 0.3:
         return None
-    if bool in kinds:
+    if bool in kinds and not isinstance(default, tuple):
         return generator.random() < 0.5
     if str in kinds:
         return generator.choice(choices_of(cfg, name) or [default])
