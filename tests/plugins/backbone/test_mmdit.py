@@ -121,8 +121,8 @@ def test_official_weights_are_translated(qk_norm: str) -> None:
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)
         official[name] = weight
-    judged = convert_sd3_transformer_checkpoint_to_diffusers(dict(official))
-    for found in (judged, model.from_published(official), model.from_published(own)):
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(dict(official))
+    for found in (converted, model.from_published(official), model.from_published(own)):
         assert found.keys() == own.keys()
         assert all(torch.equal(found[name], own[name]) for name in own)
 

@@ -122,10 +122,10 @@ def test_official_weights_are_translated(tmp_path: Path, cfg: AutoencoderDC.Conf
     model = AutoencoderDC(cfg)
     own = model.state_dict()
     theirs = official(own, nested=cfg is IN)
-    judged = convert_autoencoder_dc_checkpoint_to_diffusers(dict(theirs))
+    converted = convert_autoencoder_dc_checkpoint_to_diffusers(dict(theirs))
     save_file({k: x.contiguous() for k, x in theirs.items()}, tmp_path / "official.safetensors")
     read = matching_weights(model, tmp_path / "official.safetensors")  # vae.weights=FILE
-    for found in (judged, read, model.from_published(theirs), model.from_published(own)):
+    for found in (converted, read, model.from_published(theirs), model.from_published(own)):
         assert found.keys() == own.keys()
         assert all(torch.equal(found[name], own[name]) for name in own)
 

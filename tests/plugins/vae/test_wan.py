@@ -153,10 +153,10 @@ def test_official_weights_are_renamed(tmp_path: Path) -> None:
         for pattern, new in NAMES:
             name = re.sub(pattern, new, name)
         official[name] = weight
-    judged = convert_wan_vae_to_diffusers(dict(official))
+    converted = convert_wan_vae_to_diffusers(dict(official))
     save_file({k: x.contiguous() for k, x in official.items()}, tmp_path / "official.safetensors")
     read = matching_weights(model, tmp_path / "official.safetensors")  # vae.weights=FILE
-    for found in (judged, read, model.from_published(official), model.from_published(own)):
+    for found in (converted, read, model.from_published(official), model.from_published(own)):
         assert found.keys() == own.keys()
         assert all(torch.equal(found[name], own[name]) for name in own)
 
