@@ -1,9 +1,33 @@
 """Shared code of the optimizer plugins."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+class PerParameter(Optimizer, ABC):
+    """An optimizer that updates one parameter after another."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates all parameters that have gradients; returns the loss of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, parameter.grad, group)
+        return loss
+
+    @abstractmethod
+    def update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], /) -> None:
+        """Changes a parameter and its `state` in place; `group` has the settings."""
 
 
 def keep_settings(optimizer: Optimizer) -> Optimizer:

@@ -1,6 +1,6 @@
 """Schedule-free AdamW (Defazio et al. 2024, 2405.15682, algorithm 1)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugins._blocks.optimizers import keep_settings
+from plugins._blocks.optimizers import PerParameter, keep_settings
 from sandbox.contracts import OptimizerConfig, above, in_range
 from sandbox.registry import register
 
 
-class ScheduleFreeAdamW(Optimizer):
+class ScheduleFreeAdamW(PerParameter):
     """Gradients are taken at y = (1 - beta1) z + beta1 x; x is an average of z over the steps.
 
     The parameters are y. State of a parameter: `z` and `exp_avg_sq`, both as the parameter; `step`;
@@ -34,19 +34,7 @@ class ScheduleFreeAdamW(Optimizer):
             if self.state.get(y)
         ]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for y in group["params"]:
-                if y.grad is not None:
-                    self._update(y, y.grad, group)
-        return loss
-
-    def _update(self, y: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def update(self, y: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, lr, (beta1, beta2) = self.state[y], group["lr"], group["betas"]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")

@@ -1,6 +1,6 @@
 """SOAP: Adam in the eigenbasis of Shampoo's statistics (Vyas et al. 2024, 2409.11321)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from plugins._blocks.optimizers import keep_settings
+from plugins._blocks.optimizers import PerParameter, keep_settings
 from sandbox.contracts import OptimizerConfig, above, in_range
 from sandbox.registry import register
 
 
-class SOAP(Optimizer):
+class SOAP(PerParameter):
     """Algorithm 3, with one basis for each axis of a tensor; vectors get Adam.
 
     State of a parameter: `exp_avg` in the original and `exp_avg_sq` in the rotated coordinates,
@@ -25,19 +25,7 @@ class SOAP(Optimizer):
         """settings: lr, betas, eps, weight_decay, every (steps between bases), max_dim."""
         super().__init__(groups, settings)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         axes = rotated_axes(grad, group["max_dim"])
         if not state:

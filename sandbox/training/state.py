@@ -124,7 +124,8 @@ class Training:
         self.system.check_frozen(state["frozen"])
         self.step = state["step"]
         self._load_weights(state)
-        self.system.load_trainable(state["weights"] | state.get("training_weights", {}))
+        if averaged := state.get("training_weights"):
+            self.system.load_trainable(state["weights"] | averaged)
         load_optimizer(self.optimizer, state["optimizer"])
         networks = state.get("networks", {}) | {DISCRIMINATOR: state["opponent"]}
         for name, update in self.system.updates.items():
